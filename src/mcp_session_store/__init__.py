@@ -1,0 +1,1 @@
+"""Durable, SQL-backed sessions for MCP servers on the official Python SDK."""

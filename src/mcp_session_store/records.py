@@ -1,0 +1,164 @@
+"""What is stored of a session, and what the application learns of a restore: frozen values, nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+__all__ = [
+    "Activity",
+    "EndReason",
+    "NewSession",
+    "Principal",
+    "SessionRecord",
+    "SessionRestoreMarker",
+    "display_text",
+    "session_key",
+]
+
+DISPLAY_LENGTH = 200
+"""Characters that are kept of a text which clients choose themselves."""
+
+
+def session_key(session_id: str) -> UUID:
+    """The primary key under which a session is stored.
+
+    A version 8 UUID (RFC 9562, section 5.8) made from the SHA-256 of the session id. Session ids
+    are random (MCP 2025-11-25, basic/transports, session management), so the hash needs no salt,
+    and somebody who reads the database cannot use what he finds as a session id.
+
+    Args:
+        session_id: The `Mcp-Session-Id`, as it travels in the header.
+    """
+    raw = bytearray(hashlib.sha256(session_id.encode()).digest()[:16])
+    # Set by hand: `uuid.UUID(version=8)` and `uuid.uuid8` are newer than Python 3.11.
+    raw[6] = raw[6] & 0x0F | 0x80
+    raw[8] = raw[8] & 0x3F | 0x80
+    return UUID(bytes=bytes(raw))
+
+
+def display_text(value: object, *, length: int = DISPLAY_LENGTH) -> str:
+    """A text that a client chose, made fit for terminals and logs; empty for what is no text.
+
+    Control, format, surrogate and unassigned characters (Unicode general category C) come out.
+
+    Args:
+        value: What the client sent.
+        length: Characters that are kept.
+    """
+    if not isinstance(value, str):
+        return ""
+    return "".join(c for c in value[: 4 * length] if not unicodedata.category(c).startswith("C"))[:length]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Principal:
+    """Whose session it is: a digest to compare, and a text to show.
+
+    Two principals are equal when client id, issuer and subject are, as the SDK compares them.
+    """
+
+    digest: bytes
+    """SHA-256 over client id, issuer and subject; 32 bytes."""
+    display: str = field(compare=False)
+    """The three of them, for people: control characters removed, cut. Never compared."""
+
+    @classmethod
+    def of(cls, *, client_id: str, issuer: str | None = None, subject: str | None = None) -> Principal:
+        """The principal of these three components; one that is not known is `None`."""
+        components = [client_id, issuer, subject]
+        digest = hashlib.sha256(json.dumps(components).encode()).digest()
+        return cls(digest=digest, display=display_text(" ".join(c for c in components if c)))
+
+
+class EndReason(StrEnum):
+    """Why a session ended."""
+
+    CLIENT = "client"
+    """The client sent DELETE."""
+    REFUSED = "refused"
+    """The application's `on_restore` hook refused to have it back."""
+    OPERATOR = "operator"
+    """Somebody ended it from outside of the conversation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewSession:
+    """A session that is about to be stored for the first time."""
+
+    key: UUID
+    initialize_params: str
+    """The `params` of the client's `initialize`, as JSON text."""
+    protocol_version: str
+    """The version that the handshake negotiated."""
+    client_name: str = ""
+    client_version: str = ""
+    principal: Principal | None = None
+    instance: str
+    """The instance that serves the session."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionRecord:
+    """What the store holds of a live session. Times are the store's own."""
+
+    key: UUID
+    namespace: str
+    initialize_params: str = field(repr=False)
+    protocol_version: str
+    client_name: str
+    client_version: str
+    principal: Principal | None
+    instance_hint: str
+    """The instance that last created or restored the session."""
+    created_at: datetime
+    last_seen_at: datetime
+    expires_at: datetime | None
+    """When it stops being live; `None`: never."""
+    restores: int
+    """How many times it was restored."""
+    revision: int
+    """Rises with each change of what a restore replays."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activity:
+    """That a session was in use, in seconds before now on the reporting instance's monotonic clock.
+
+    Ages, not times: the store subtracts them from its own clock, so that an instance whose wall
+    clock is wrong reports the same as any other.
+    """
+
+    key: UUID
+    first_age: float
+    """How long ago the first activity was that has not been reported yet, in seconds."""
+    last_age: float
+    """How long ago the last one was, in seconds; at most `first_age`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionRestoreMarker:
+    """What the application finds in its context when the session was restored.
+
+    See `get_restore_marker`.
+    """
+
+    session_id: str = field(repr=False)
+    created_at: datetime
+    """When the session was opened, by the store's clock."""
+    restored_at: datetime
+    """When this instance began to restore it, by this instance's clock."""
+    restores: int
+    """How many times the session has been restored, this one included."""
+    previous_instance: str
+    """The instance that created or restored the session before."""
+    replaying: bool
+    """True on the messages that are replayed, False on the client's own afterwards."""
