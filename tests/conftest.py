@@ -1,0 +1,62 @@
+"""Fixtures for all tests: an event loop, and databases that are new for each test."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.postgres import PostgresServer, fresh_database, provide_postgres
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """asyncio alone: the SQL stores need it. Async tests carry `@pytest.mark.anyio`."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def postgres_server_url() -> Iterator[str]:
+    """The URL of the one Postgres server of this test session."""
+    with ExitStack() as stack:
+        yield provide_postgres(stack)
+
+
+@pytest.fixture
+def postgres_url(postgres_server_url: str) -> Iterator[str]:
+    """The URL of an empty Postgres database that is this test's own."""
+    with fresh_database(postgres_server_url) as url:
+        yield url
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of a SQLite file that does not exist yet."""
+    return f"sqlite+aiosqlite:///{tmp_path / 'sessions.db'}"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database, of each kind in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(scope="session")
+def _stoppable_postgres() -> Iterator[PostgresServer]:
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def stoppable_postgres(_stoppable_postgres: PostgresServer) -> Iterator[PostgresServer]:
+    """A running Postgres server that the test may stop and start; `server.database()` gives it a database."""
+    _stoppable_postgres.start()
+    yield _stoppable_postgres
+    # Whatever the test left behind, the databases that it made are dropped on a server that runs.
+    _stoppable_postgres.start()

@@ -1,0 +1,1 @@
+"""What the tests stand on: databases, faulty networks, real server processes, raw HTTP clients."""

@@ -1,0 +1,183 @@
+"""A network that fails on command: a TCP proxy between a client and its database."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from tests.support.ports import free_port
+
+if TYPE_CHECKING:
+    from typing import Self
+
+# Linger for zero seconds: close() then sends RST, as a crashed peer's kernel does, and no orderly FIN.
+_RESET = struct.pack("ii", 1, 0)
+
+
+class _Connection:
+    """One client's connection, and the one to the server that belongs to it."""
+
+    def __init__(self, client: asyncio.StreamWriter) -> None:
+        self.client = client
+        self.server: asyncio.StreamWriter | None = None
+
+    def abort(self) -> None:
+        for writer in (self.client, self.server):
+            if writer is None:
+                continue
+            if not writer.transport.is_closing():
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            writer.transport.abort()
+
+
+class _Trap:
+    """Waits for a text in a stream that comes in pieces."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+        self._tail: dict[_Connection, bytes] = {}
+
+    def sprung_by(self, data: bytes, connection: _Connection) -> bool:
+        seen = self._tail.get(connection, b"") + data
+        self._tail[connection] = seen[len(seen) - len(self._text) + 1 :] if len(self._text) > 1 else b""
+        return self._text in seen
+
+
+class FaultProxy:
+    """Forwards TCP connections to a server until it is told to fail.
+
+    An async context manager; all methods are called in the event loop that entered it.
+
+    Args:
+        host: Where the server is.
+        port: Its port.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.port = free_port()
+        """The port on 127.0.0.1 to connect to. The same for the proxy's whole life."""
+        self.accepted = 0
+        """Connections taken so far."""
+        self.sprung = 0
+        """How many times `kill_on_next_reply` or `kill_on_next_request` has killed."""
+        self._target = (host, port)
+        self._listener: asyncio.Server | None = None
+        self._connections: dict[asyncio.Task[None], _Connection] = {}
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._request_trap: _Trap | None = None
+        self._reply_trap: _Trap | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.accept()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.refuse()
+        self._flowing.set()
+        tasks = list(self._connections)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open now."""
+        return len(self._connections)
+
+    def kill_connections(self) -> None:
+        """Abort all open connections with RST, on both sides. New ones are taken as before."""
+        for connection in self._connections.values():
+            connection.abort()
+
+    def hang(self) -> None:
+        """Forward nothing any more, in neither direction; connections are taken, and stay silent."""
+        self._flowing.clear()
+
+    def resume(self) -> None:
+        """Forward again, first what was held back."""
+        self._flowing.set()
+
+    def refuse(self) -> None:
+        """Stop listening: new connections are refused. Open ones go on, see `kill_connections`."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    async def accept(self) -> None:
+        """Listen again, on the same port."""
+        if self._listener is None:
+            self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    def kill_on_next_reply(self, containing: bytes = b"") -> None:
+        """Abort, once, the connection on which the server answers next, and swallow that answer.
+
+        The statement has run, and the client never learns of it.
+
+        Args:
+            containing: Only an answer with these bytes counts, for example `INSERT 0` or `COMMIT`, the tags
+                with which Postgres answers when the statement is done. Without it every byte counts, those
+                that answer the preparation of a statement included.
+        """
+        self._reply_trap = _Trap(containing)
+
+    def kill_on_next_request(self, containing: bytes = b"") -> None:
+        """Abort, once, the connection on which the client sends next, and swallow what it sent.
+
+        The statement has not run, and the client does not know that.
+
+        Args:
+            containing: Only a request with these bytes counts.
+        """
+        self._request_trap = _Trap(containing)
+
+    async def _serve(self, client_reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connection = self._connections[task] = _Connection(client)
+        self.accepted += 1
+        try:
+            server_reader, connection.server = await asyncio.open_connection(*self._target)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pump(client_reader, connection.server, connection, replies=False))
+                group.create_task(self._pump(server_reader, client, connection, replies=True))
+        except* OSError:
+            # The server is not there, or one of the two went away: the other learns it below.
+            pass
+        finally:
+            connection.abort()
+            del self._connections[task]
+
+    async def _pump(
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        connection: _Connection,
+        *,
+        replies: bool,
+    ) -> None:
+        while data := await source.read(65536):
+            await self._flowing.wait()
+            if sink.transport.is_closing():
+                return
+            if self._springs(data, connection, replies=replies):
+                connection.abort()
+                return
+            sink.write(data)
+            await sink.drain()
+        await self._flowing.wait()
+        if sink.can_write_eof() and not sink.transport.is_closing():
+            sink.write_eof()
+
+    def _springs(self, data: bytes, connection: _Connection, *, replies: bool) -> bool:
+        trap = self._reply_trap if replies else self._request_trap
+        if trap is None or not trap.sprung_by(data, connection):
+            return False
+        if replies:
+            self._reply_trap = None
+        else:
+            self._request_trap = None
+        self.sprung += 1
+        return True
