@@ -1,17 +1,21 @@
-"""Fixtures for all tests: an event loop, and databases that are new for each test."""
+"""Fixtures for all tests: an event loop, databases that are new for each test, and server processes."""
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
+from tests.support import servers
 from tests.support.postgres import PostgresServer, fresh_database, provide_postgres
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from tests.support.servers import ServerProcess
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +64,54 @@ def stoppable_postgres(_stoppable_postgres: PostgresServer) -> Iterator[Postgres
     yield _stoppable_postgres
     # Whatever the test left behind, the databases that it made are dropped on a server that runs.
     _stoppable_postgres.start()
+
+
+class ServeFunction(Protocol):
+    """What the `serve` fixture gives."""
+
+    def __call__(
+        self,
+        app: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        workers: int = 1,
+        port: int | None = None,
+        options: Sequence[str] = (),
+    ) -> ServerProcess: ...
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[ServeFunction]:
+    """Starts a uvicorn process for an app (`module:attribute`); it is killed when the test is over."""
+    with ExitStack() as stack:
+        logs = itertools.count()
+
+        def start(
+            app: str,
+            *,
+            environment: Mapping[str, str] | None = None,
+            workers: int = 1,
+            port: int | None = None,
+            options: Sequence[str] = (),
+        ) -> ServerProcess:
+            log = tmp_path / f"server-{next(logs)}.log"
+            server = servers.uvicorn_server(
+                app, log=log, environment=environment, workers=workers, port=port, options=options
+            )
+            return stack.enter_context(server)
+
+        yield start
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failure what the servers of the test had to say."""
+    report = yield
+    if report.failed:
+        for server in servers.started:
+            report.sections.append((f"log of the server on port {server.port}", server.log()[-6000:]))
+    if report.when == "teardown":
+        servers.started.clear()
+    return report

@@ -1,0 +1,29 @@
+"""Servers for the tests of the test support itself: the stock SDK, no store."""
+
+from __future__ import annotations
+
+import os
+
+import anyio
+from mcp.server.mcpserver import Context, MCPServer
+
+server = MCPServer("support")
+
+
+@server.tool()
+def pid() -> int:
+    """The process that answers."""
+    return os.getpid()
+
+
+@server.tool()
+async def count(ctx: Context, to: int) -> int:
+    """Tell each step as it is done."""
+    for step in range(to):
+        await ctx.report_progress(step)
+        await anyio.sleep(0)
+    return to
+
+
+sse_app = server.streamable_http_app()
+json_app = server.streamable_http_app(json_response=True)
