@@ -135,7 +135,7 @@ class ServerProcess:
             raise AssertionError(f"not ended after {_STOP_TIMEOUT:.0f} s:\n{self.log()[-4000:]}") from None
 
     def kill(self) -> None:
-        """SIGKILL to the process and all that it forked, as when a machine goes; waits until they are gone."""
+        """SIGKILL to the process and all that it forked, as when a machine goes; waits for them."""
         if self._process is None:
             return
         group = self._process.pid
