@@ -1,1 +1,57 @@
 """Durable, SQL-backed sessions for MCP servers on the official Python SDK."""
+
+from mcp_session_store.adapter.manager import DurableSessionManager
+from mcp_session_store.adapter.marker import get_restore_marker
+from mcp_session_store.app import durable_app
+from mcp_session_store.errors import (
+    ConfigurationError,
+    RestoreRefused,
+    SchemaAhead,
+    SchemaBehind,
+    SchemaError,
+    SchemaMissing,
+    SessionConflict,
+    SessionStoreError,
+    StoreUnavailable,
+)
+from mcp_session_store.memory import MemorySessionStore
+from mcp_session_store.records import (
+    Activity,
+    EndReason,
+    NewSession,
+    Principal,
+    SessionRecord,
+    SessionRestoreMarker,
+    session_key,
+)
+from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.store import SessionStore
+
+__all__ = [
+    # Serve a server durably
+    "durable_app",
+    "DurableSessionManager",
+    "get_restore_marker",
+    # Stores
+    "SessionStore",
+    "SqlSessionStore",
+    "MemorySessionStore",
+    # Records
+    "Activity",
+    "EndReason",
+    "NewSession",
+    "Principal",
+    "SessionRecord",
+    "SessionRestoreMarker",
+    "session_key",
+    # Errors
+    "SessionStoreError",
+    "ConfigurationError",
+    "RestoreRefused",
+    "SchemaAhead",
+    "SchemaBehind",
+    "SchemaError",
+    "SchemaMissing",
+    "SessionConflict",
+    "StoreUnavailable",
+]

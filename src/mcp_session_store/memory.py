@@ -109,7 +109,13 @@ class MemorySessionStore(SessionStore):
         return row.record
 
     async def replace_initialize(
-        self, key: UUID, *, initialize_params: str, protocol_version: str, client_name: str, client_version: str
+        self,
+        key: UUID,
+        *,
+        initialize_params: str,
+        protocol_version: str,
+        client_name: str,
+        client_version: str,
     ) -> bool:
         row = self._live(key)
         if row is None:

@@ -57,11 +57,11 @@ class SessionStore(ABC):
             StoreUnavailable: It cannot be reached now. The store stays usable and recovers by itself.
             SchemaError: The schema does not fit; the message names the command to run.
         """
-        return None
+        return
 
     async def aclose(self) -> None:
         """Release connections and tasks. Calls that wait end with `StoreUnavailable`. Idempotent."""
-        return None
+        return
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -106,7 +106,13 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def replace_initialize(
-        self, key: UUID, *, initialize_params: str, protocol_version: str, client_name: str, client_version: str
+        self,
+        key: UUID,
+        *,
+        initialize_params: str,
+        protocol_version: str,
+        client_name: str,
+        client_version: str,
     ) -> bool:
         """Replace what a restore replays, because the client initialized again within its session.
 

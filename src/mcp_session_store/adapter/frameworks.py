@@ -1,0 +1,132 @@
+"""Our session manager in the app that each framework builds itself."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, Final
+
+from mcp.server.transport_security import TransportSecuritySettings
+
+from mcp_session_store.adapter import sdk
+from mcp_session_store.adapter.manager import DurableSessionManager
+from mcp_session_store.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from fastmcp import FastMCP
+    from mcp.server.lowlevel.server import Server
+    from mcp.server.mcpserver import MCPServer
+    from mcp.server.streamable_http import EventStore
+    from starlette.applications import Starlette
+
+    from mcp_session_store.store import SessionStore
+
+__all__ = ["build_app"]
+
+_NOT_IN_FASTMCP: Final = ("max_sessions", "max_request_body_size")
+"""Options of the session manager that FastMCP's app factory does not pass on."""
+
+
+class _FastMCPSessionManager(DurableSessionManager):
+    def event_store_for(self, session_id: str) -> EventStore | None:
+        return None if self.event_store is None else sdk.scope_event_store(self.event_store, session_id)
+
+
+def build_app(
+    server: MCPServer[Any] | Server[Any] | FastMCP[Any],
+    store: SessionStore,
+    *,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Starlette:
+    """The app that the server's framework builds, with a `DurableSessionManager` in it.
+
+    Args:
+        server: A server of any framework that we know.
+        store: Where its sessions are kept.
+        options: For the framework's app factory, by its names.
+        settings: For `DurableSessionManager`, by its names.
+
+    Raises:
+        ConfigurationError: The server, an option or a setting cannot work.
+        TypeError: An option that the framework's app factory does not know.
+    """
+    lowlevel = sdk.underlying_server(server)
+    if options.get("stateless_http"):
+        raise ConfigurationError(_STATELESS)
+    manager_class = DurableSessionManager
+    if sdk.is_fastmcp(server):
+        app, arguments = _fastmcp_app(server, options)
+        manager_class = _FastMCPSessionManager
+    else:
+        app, arguments = _sdk_app(server, options)
+    endpoint = sdk.mcp_endpoint(app)
+
+    def new_manager() -> DurableSessionManager:
+        manager = manager_class(lowlevel, store, **arguments, **settings)
+        endpoint.session_manager = manager
+        sdk.set_session_manager(lowlevel, manager)
+        return manager
+
+    manager = new_manager()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        nonlocal manager
+        if manager.was_started:
+            # A manager runs once, an app may be started again: FastMCP makes a new one each time, too.
+            manager = new_manager()
+        async with manager.run():
+            yield
+
+    app.router.lifespan_context = lifespan
+    return app
+
+
+_STATELESS: Final = (
+    "a stateless server has no sessions to store; leave out stateless_http, or serve it with the framework's own app"
+)
+
+
+def _sdk_app(server: Any, options: Mapping[str, Any]) -> tuple[Starlette, dict[str, Any]]:
+    app: Starlette = server.streamable_http_app(**options)
+    stock = sdk.mcp_endpoint(app).session_manager
+    # What the framework made of its options, defaults and all.
+    return app, {
+        "event_store": stock.event_store,
+        "json_response": stock.json_response,
+        "security_settings": stock.security_settings,
+        "retry_interval": stock.retry_interval,
+        "session_idle_timeout": stock.session_idle_timeout,
+        "max_request_body_size": stock.max_request_body_size,
+        "max_sessions": stock.max_sessions,
+    }
+
+
+def _fastmcp_app(server: FastMCP[Any], options: Mapping[str, Any]) -> tuple[Starlette, dict[str, Any]]:
+    import fastmcp
+
+    transport = options.get("transport", "http")
+    if transport not in ("http", "streamable-http"):
+        raise ConfigurationError(f"transport must be 'http', not {transport!r}: only Streamable HTTP has sessions")
+    # FastMCP makes its manager within its lifespan, from its options and, where they are None, its settings.
+    defaults = fastmcp.settings
+    if options.get("stateless_http") is None and defaults.stateless_http:
+        raise ConfigurationError(f"{_STATELESS} (FASTMCP_STATELESS_HTTP is set)")
+    json_response = options.get("json_response")
+    idle_timeout = options.get("session_idle_timeout")
+    if idle_timeout is None:
+        idle_timeout = defaults.http_session_idle_timeout
+    arguments: dict[str, Any] = {name: options[name] for name in _NOT_IN_FASTMCP if name in options}
+    arguments |= {
+        "event_store": options.get("event_store"),
+        "json_response": defaults.json_response if json_response is None else json_response,
+        "retry_interval": options.get("retry_interval"),
+        # FastMCP guards hosts itself, in a middleware around the endpoint.
+        "security_settings": TransportSecuritySettings(enable_dns_rebinding_protection=False),
+    }
+    if idle_timeout != "auto":
+        arguments["session_idle_timeout"] = idle_timeout
+    app = server.http_app(**{name: value for name, value in options.items() if name not in _NOT_IN_FASTMCP})
+    return app, arguments

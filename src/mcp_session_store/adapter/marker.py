@@ -1,0 +1,54 @@
+"""How the application learns that a session was restored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from mcp_session_store.records import SessionRestoreMarker
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+__all__ = ["RESTORE_MARKER", "get_restore_marker"]
+
+RESTORE_MARKER: Final = "mcp_session_store.restore_marker"
+"""Where the marker stands in the ASGI scope of a request."""
+
+# From each context that the SDK and FastMCP hand out, the way to the Starlette request: the SDK's
+# ServerRequestContext and FastMCP's wrapper of it have `request`, both `Context` classes have
+# `request_context`, FastMCP's MiddlewareContext has `fastmcp_context`.
+_WAYS: Final = ("request", "request_context", "fastmcp_context")
+
+
+def get_restore_marker(ctx: object) -> SessionRestoreMarker | None:
+    """Tell whether the session of this context was restored, on the replayed messages and on all later ones.
+
+    Args:
+        ctx: Any context that the SDK or FastMCP hands to a tool, a handler or a middleware, or the
+            Starlette request in it.
+
+    Returns:
+        The marker, or `None`: the session lives in the process that opened it, or there is no
+        session or no HTTP request at all (stdio, protocol 2026-07-28 and later).
+    """
+    for _ in range(len(_WAYS) + 1):
+        if ctx is None:
+            return None
+        scope: MutableMapping[str, Any] | None = getattr(ctx, "scope", None)
+        if scope is not None:
+            marker = scope.get(RESTORE_MARKER)
+            return marker if isinstance(marker, SessionRestoreMarker) else None
+        ctx = _next(ctx)
+    return None
+
+
+def _next(ctx: object) -> object:
+    for name in _WAYS:
+        try:
+            value = getattr(ctx, name, None)
+        except (ValueError, RuntimeError):
+            # `Context` outside of a request: MCPServer's raises ValueError.
+            continue
+        if value is not None:
+            return value
+    return None

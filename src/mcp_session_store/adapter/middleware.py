@@ -1,0 +1,82 @@
+"""The one entry of ours in `Server.middleware`: it stores handshakes and learns when handlers have returned."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from mcp.shared.exceptions import MCPError
+from mcp_types import INTERNAL_ERROR, INVALID_REQUEST
+
+from mcp_session_store.adapter.handshake import (
+    Handshake,
+    HandshakeOutcome,
+    InitializeParams,
+    held_handshake,
+    negotiated_version,
+)
+from mcp_session_store.adapter.session import resident_session
+from mcp_session_store.errors import SessionStoreError
+
+if TYPE_CHECKING:
+    from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
+    from mcp.server.lowlevel.server import Server
+
+    from mcp_session_store.adapter.session import ResidentSession
+
+__all__ = ["install", "session_middleware"]
+
+logger = logging.getLogger(__name__)
+
+
+def install(server: Server[Any]) -> None:
+    """Make it the outermost middleware of the server; again changes nothing.
+
+    Outermost, because what is stored is what the whole chain let through, and because a failure to
+    store still vetoes the handshake: the SDK commits it only when the chain has succeeded.
+    """
+    server.middleware[:] = [
+        session_middleware,
+        *(entry for entry in server.middleware if entry != session_middleware),
+    ]
+
+
+async def session_middleware(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
+    """See the module. Messages outside of a resident session (stdio, 2026-07-28) pass untouched."""
+    session = resident_session(ctx.request)
+    if session is None:
+        return await call_next(ctx)
+    replay = session.replay
+    try:
+        if replay is not None and replay.owns(ctx.request):
+            return await call_next(ctx)
+        handshake = held_handshake(ctx.request)
+        if ctx.method == "initialize" and ctx.request_id is not None:
+            return await _store(ctx, call_next, session, handshake or Handshake())
+        if handshake is not None:
+            handshake.settle(HandshakeOutcome.NOT_OPENED)
+        return await call_next(ctx)
+    finally:
+        session.settled()
+        if replay is not None and ctx.method == "notifications/initialized" and replay.owns(ctx.request):
+            replay.handler_done()
+
+
+async def _store(
+    ctx: ServerRequestContext[Any, Any], call_next: CallNext, session: ResidentSession, handshake: Handshake
+) -> HandlerResult:
+    handshake.request_id = ctx.request_id
+    session.handshake = handshake
+    params = InitializeParams.encode(ctx.params, limit=session.recorder.max_initialize_params)
+    result = await call_next(ctx)
+    try:
+        live = await session.recorder.record_handshake(session, params, negotiated_version(result))
+    except Exception as error:
+        if not isinstance(error, SessionStoreError):
+            logger.exception("a handshake could not be stored")
+        handshake.settle(HandshakeOutcome.UNAVAILABLE)
+        raise MCPError(code=INTERNAL_ERROR, message="Session store unavailable; try again later") from error
+    if not live:
+        handshake.settle(HandshakeOutcome.NOT_FOUND)
+        raise MCPError(code=INVALID_REQUEST, message="Session not found")
+    return result

@@ -1,0 +1,156 @@
+"""Restore by replay: the messages that are put ahead of the client's, and when the replay is over."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
+
+import anyio
+from mcp.shared.message import ServerMessageMetadata, SessionMessage
+from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
+from starlette.requests import Request
+
+from mcp_session_store.adapter.marker import RESTORE_MARKER
+
+if TYPE_CHECKING:
+    from mcp_types import JSONRPCMessage
+    from starlette.types import Message, Scope
+
+    from mcp_session_store.records import SessionRecord, SessionRestoreMarker
+
+__all__ = ["Replay"]
+
+_OF_THE_BODY: Final = frozenset({b"content-length", b"content-type", b"content-encoding", b"transfer-encoding"})
+
+
+class Replay:
+    """The replay of one session's handshake, between the transport and the server loop.
+
+    `initialize` goes first. The server handles it inline, so when the loop reads on it is answered.
+    Then goes `notifications/initialized`, whose handler may ask the client something, which can only
+    be answered once the session is published. So the replay is over when that handler has returned,
+    has sent its first request to the client, or has run for `timeout`.
+
+    Args:
+        record: The session as stored.
+        marker: What the replayed messages carry.
+        scope: The ASGI scope of the request that causes the restore.
+        binding: What else the replayed messages' scope carries.
+        timeout: Seconds.
+    """
+
+    def __init__(
+        self,
+        record: SessionRecord,
+        marker: SessionRestoreMarker,
+        scope: Scope,
+        *,
+        binding: Scope,
+        timeout: float,
+    ) -> None:
+        # Taken in the restoring request's own task: handlers find its context variables.
+        self.context = contextvars.copy_context()
+        self.over = anyio.Event()
+        self.failure: str | None = None
+        """Why the session cannot be restored here, when it is over and failed."""
+        self._record = record
+        self._timeout = timeout
+        self._handler_done = anyio.Event()
+        self._request_id = f"restore-{uuid4().hex}"
+        self._requests: list[Request] = []
+        self._answer: JSONRPCResponse | JSONRPCError | None = None
+        self._scope = {**scope, **binding, RESTORE_MARKER: marker, "method": "POST"}
+        self._messages = iter(
+            (
+                JSONRPCRequest(
+                    jsonrpc="2.0",
+                    id=self._request_id,
+                    method="initialize",
+                    params=json.loads(record.initialize_params),
+                ),
+                JSONRPCNotification(jsonrpc="2.0", method="notifications/initialized"),
+            )
+        )
+
+    async def next(self) -> SessionMessage | None:
+        """The next message to replay; `None` when the replay is over, one way or the other."""
+        if self.over.is_set():
+            return None
+        message = next(self._messages, None)
+        if isinstance(message, JSONRPCRequest):
+            return self._framed(message)
+        if message is not None:
+            if (failure := self._handshake_failure()) is not None:
+                self.fail(failure)
+                return None
+            return self._framed(message)
+        with anyio.move_on_after(self._timeout):
+            await self._handler_done.wait()
+        self.over.set()
+        return None
+
+    def fail(self, failure: str) -> None:
+        """End the replay: the session cannot be restored here."""
+        if not self.over.is_set():
+            self.failure = failure
+            self.over.set()
+
+    def handler_done(self) -> None:
+        """The handler of the replayed notification has returned, or waits for the client."""
+        self._handler_done.set()
+
+    def owns(self, request: object) -> bool:
+        """Whether this is the request of a replayed message."""
+        return request in self._requests
+
+    def takes(self, item: SessionMessage) -> bool:
+        """Take a message off the stream that the server writes, if it answers or relates to what was replayed."""
+        message = item.message
+        if isinstance(message, JSONRPCResponse | JSONRPCError):
+            if message.id != self._request_id:
+                return False
+            self._answer = message
+            return True
+        metadata = item.metadata
+        return isinstance(metadata, ServerMessageMetadata) and metadata.related_request_id == self._request_id
+
+    def _handshake_failure(self) -> str | None:
+        answer = self._answer
+        if not isinstance(answer, JSONRPCResponse):
+            return "the replayed initialize was answered by an error"
+        version = answer.result.get("protocolVersion")
+        if version != self._record.protocol_version:
+            return "the replayed initialize negotiated another protocol version"
+        return None
+
+    def _framed(self, message: JSONRPCMessage) -> SessionMessage:
+        async def unanswered() -> None:
+            self.fail("the replayed initialize was cancelled")
+
+        return SessionMessage(
+            message,
+            metadata=ServerMessageMetadata(
+                request_context=self._request(message.model_dump_json(by_alias=True, exclude_unset=True).encode()),
+                # Nobody reads an answer to it: a handler that asks through the replayed request is told so.
+                can_send_request=False,
+                on_request_unanswered=unanswered,
+            ),
+        )
+
+    def _request(self, body: bytes) -> Request:
+        """The request that caused the restore, as a POST of the replayed message."""
+        headers = [(name, value) for name, value in self._scope["headers"] if name.lower() not in _OF_THE_BODY]
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if not pending:
+                # Its client does not disconnect while it is replayed.
+                await anyio.sleep_forever()
+            return pending.pop()
+
+        scope: dict[str, Any] = {**self._scope, "headers": headers}
+        self._requests.append(Request(scope, receive))
+        return self._requests[-1]

@@ -1,0 +1,213 @@
+"""Every private name of the SDK and of FastMCP that this package uses, and why. No other module uses any.
+
+The SDK has no way to plug in a session store, so its session manager is extended here. A check at
+import names the SDK versions that work, instead of failing later with a client waiting.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+
+from mcp.server import streamable_http_manager
+from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
+from mcp.server.lowlevel.server import Server
+from mcp.server.mcpserver import MCPServer
+from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
+from starlette.routing import Route
+
+from mcp_session_store.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from anyio.abc import TaskGroup
+    from fastmcp import FastMCP
+    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
+    from mcp.server.streamable_http import EventStore, StreamableHTTPServerTransport
+    from mcp.shared._stream_protocols import ReadStream, WriteStream
+    from mcp.shared.message import SessionMessage
+    from starlette.applications import Starlette
+    from starlette.types import Receive, Scope, Send
+    from typing_extensions import TypeIs
+
+    MessageReadStream: TypeAlias = ReadStream[SessionMessage | Exception]
+    MessageWriteStream: TypeAlias = WriteStream[SessionMessage]
+
+__all__ = [
+    "SUPPORTED_SDK",
+    "ManagerSeams",
+    "make_transport",
+    "mcp_endpoint",
+    "scope_event_store",
+    "serve_loop",
+    "set_session_manager",
+    "underlying_server",
+]
+
+SUPPORTED_SDK: Final = ">=2.3,<3"
+
+# The transport's class and the server loop are looked up in this module when they are called, because
+# tests of the SDK and of its users replace them there.
+_manager_module: Any = streamable_http_manager
+
+
+def _check_sdk() -> None:
+    manager = StreamableHTTPSessionManager(cast("Server[Any]", None))
+    needed = (
+        "_discard_session",
+        "_handle_stateful_request",
+        "_has_started",
+        "_lifespan_state",
+        "_server_instances",
+        "_session_owners",
+        "_task_group",
+    )
+    missing = [name for name in needed if not hasattr(manager, name)]
+    missing += [
+        name for name in ("serve_loop", "StreamableHTTPServerTransport") if not hasattr(streamable_http_manager, name)
+    ]
+    if missing:
+        raise ImportError(
+            f"mcp-session-store works with mcp{SUPPORTED_SDK}; mcp {importlib.metadata.version('mcp')} is installed, "
+            f"and its session manager has no {', '.join(missing)}. Install a version that works: "
+            f"pip install 'mcp{SUPPORTED_SDK}'"
+        )
+
+
+_check_sdk()
+
+
+class ManagerSeams(StreamableHTTPSessionManager):
+    """The SDK's session manager, with the seams that it keeps private under names of ours."""
+
+    async def serve_session_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request of the handshake era (2025-11-25 and earlier)."""
+        raise NotImplementedError
+
+    async def discard(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
+        """Have a transport leave memory, if it is this one that is resident."""
+        raise NotImplementedError
+
+    # The SDK decides here between a resident session, a new one, and 404: everything that a store
+    # changes begins with this decision. Requests of the modern era (2026-07-28) never come here.
+    async def _handle_stateful_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.serve_session_request(scope, receive, send)
+
+    # The SDK forgets a session by its id, but copies share their id with their successors: whoever
+    # still calls this must not remove a successor.
+    async def _discard_session(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
+        await self.discard(session_id, transport)
+
+    def event_store_for(self, session_id: str) -> EventStore | None:  # noqa: ARG002 - for who overrides it
+        """The event store that the transport of this session gets."""
+        return self.event_store
+
+    @property
+    def transports(self) -> dict[str, StreamableHTTPServerTransport]:
+        """The SDK's own table of what is resident; FastMCP and users' tests read it, so it is kept true."""
+        return self._server_instances
+
+    @property
+    def owners(self) -> dict[str, AuthorizationContext]:
+        """The SDK's own table of whose session each one is; kept true for the same readers."""
+        return self._session_owners
+
+    @property
+    def tasks(self) -> TaskGroup:
+        """The task group that `run()` holds open; session tasks outlive the request that starts them."""
+        # The SDK's handler has refused the request before anybody gets here without one.
+        return cast("TaskGroup", self._task_group)
+
+    @property
+    def was_started(self) -> bool:
+        """Whether `run()` was entered, which it can be once."""
+        return self._has_started
+
+    @property
+    def lifespan_state(self) -> Any:
+        """What the server's lifespan yielded, for the server loop of each session."""
+        return self._lifespan_state
+
+
+def make_transport(manager: ManagerSeams, session_id: str) -> StreamableHTTPServerTransport:
+    """A transport of the SDK's for this session, configured as the manager would.
+
+    Without an idle timeout: a transport whose timeout has fired answers 404, and the manager evicts.
+    """
+    transport: StreamableHTTPServerTransport = _manager_module.StreamableHTTPServerTransport(
+        mcp_session_id=session_id,
+        is_json_response_enabled=manager.json_response,
+        event_store=manager.event_store_for(session_id),
+        security_settings=manager.security_settings,
+        retry_interval=manager.retry_interval,
+        idle_timeout=None,
+    )
+    return transport
+
+
+def serve_loop(
+    manager: ManagerSeams, read: MessageReadStream, write: MessageWriteStream, session_id: str
+) -> Awaitable[None]:
+    """The SDK's server loop over this pair of streams."""
+    loop: Awaitable[None] = _manager_module.serve_loop(
+        manager.app, read, write, lifespan_state=manager.lifespan_state, session_id=session_id
+    )
+    return loop
+
+
+def underlying_server(server: object) -> Server[Any]:
+    """The low-level server under a server of any framework.
+
+    Raises:
+        ConfigurationError: It is none that we know.
+    """
+    if isinstance(server, Server):
+        return server
+    if isinstance(server, MCPServer):
+        # MCPServer has no public name for it.
+        return server._lowlevel_server
+    if is_fastmcp(server):
+        # Neither has FastMCP; its own app factory reads the same attribute.
+        return server._mcp_server
+    raise ConfigurationError(
+        f"cannot serve a {type(server).__module__}.{type(server).__qualname__}: give an MCPServer, a low-level "
+        "mcp.server.lowlevel.Server, or a FastMCP 4 server"
+    )
+
+
+def is_fastmcp(server: object) -> TypeIs[FastMCP[Any]]:
+    """Whether it is a FastMCP server, without importing FastMCP: who has such a server has imported it."""
+    module = sys.modules.get("fastmcp")
+    return module is not None and isinstance(server, module.FastMCP)
+
+
+def set_session_manager(server: Server[Any], manager: StreamableHTTPSessionManager) -> None:
+    """Make `server.session_manager` the manager that serves, for those who mount the app and run it themselves."""
+    server._session_manager = manager
+
+
+def mcp_endpoint(app: Starlette) -> StreamableHTTPASGIApp:
+    """The ASGI endpoint of the MCP path in an app that a framework built; it reads its manager per request."""
+    for route in app.routes:
+        endpoint = getattr(route, "endpoint", None) if isinstance(route, Route) else None
+        if isinstance(endpoint, RequireAuthMiddleware):
+            endpoint = endpoint.app
+        if hasattr(endpoint, "session_manager"):
+            return cast("StreamableHTTPASGIApp", endpoint)
+    raise ConfigurationError(
+        f"the app of this framework has no MCP endpoint that we know; mcp-session-store works with mcp{SUPPORTED_SDK} "
+        "and fastmcp>=4,<5"
+    )
+
+
+def scope_event_store(event_store: EventStore, session_id: str) -> EventStore:
+    """FastMCP's event store for one session.
+
+    FastMCP scopes it by a random id for each transport, under which nothing could be found again
+    after a restore.
+    """
+    from fastmcp.server.session_scoped_event_store import SessionScopedEventStore
+
+    return SessionScopedEventStore(event_store, session_id=session_id)

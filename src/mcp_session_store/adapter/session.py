@@ -1,0 +1,272 @@
+"""A session that is resident in this instance: the SDK's transport, the server loop on it, and what keeps it busy."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import anyio
+from mcp.shared.message import SessionMessage
+from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
+
+from mcp_session_store.adapter import sdk
+from mcp_session_store.adapter.handshake import HandshakeOutcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextvars import Context
+    from types import TracebackType
+
+    from anyio.abc import TaskStatus
+    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
+    from mcp.server.streamable_http import StreamableHTTPServerTransport
+    from mcp_types import JSONRPCMessage
+    from starlette.types import Scope
+
+    from mcp_session_store.adapter.handshake import Handshake, HandshakeRecorder
+    from mcp_session_store.adapter.replay import Replay
+    from mcp_session_store.records import SessionRecord, SessionRestoreMarker
+
+__all__ = ["RESIDENT_SESSION", "ResidentSession", "resident_session"]
+
+logger = logging.getLogger(__name__)
+
+RESIDENT_SESSION: Final = "mcp_session_store.resident_session"
+"""Where a request's ASGI scope holds the resident session that serves it."""
+
+STANDALONE_STREAM_WAIT: Final = 30.0
+"""Seconds for which a question that a replayed handler asks waits for the client to open its GET stream.
+
+After a restart the client's stream is gone, and the SDK drops what it cannot deliver. The official
+clients come back within seconds.
+"""
+
+
+class ResidentSession:
+    """One copy of a session, from admission until it has left memory.
+
+    Args:
+        session_id: Its id.
+        owner: The principal that it is served to, as the SDK compares them.
+        transport: The SDK's transport, not connected yet.
+        recorder: Stores its handshakes.
+    """
+
+    def __init__(
+        self,
+        session_id: str,
+        owner: AuthorizationContext | None,
+        transport: StreamableHTTPServerTransport,
+        recorder: HandshakeRecorder,
+    ) -> None:
+        self.session_id = session_id
+        self.recorder = recorder
+        self.owner = owner
+        self.transport = transport
+        self.record: SessionRecord | None = None
+        """As it was when the session was opened or restored here; `None` before."""
+        self.marker: SessionRestoreMarker | None = None
+        self.replay: Replay | None = None
+        """Until it is over."""
+        self.handshake: Handshake | None = None
+        """The genuine `initialize` that the server handles now."""
+        self.first_activity_due = False
+        """The record lives on borrowed time until an activity after the handshake is reported."""
+        self.swallow_initialized = False
+        """The client's own `notifications/initialized` was replayed before it came."""
+        self.held: set[Handshake] = set()
+        """Handshakes, or what may be one, whose HTTP answers wait."""
+        self.leaving = False
+        """It was withdrawn: requests find it no more."""
+        self.running = False
+        """Its server task has begun."""
+        self.gone = anyio.Event()
+        """Its server task has ended, clean-up included."""
+        self.pins = 0
+        """HTTP requests that are being served."""
+        self.unsettled = 0
+        """Messages that were read and whose handlers have not returned."""
+        self.idle_since = anyio.current_time()
+        self.standalone_stream_open = anyio.Event()
+        self._scope = anyio.CancelScope()
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests may still be given to it."""
+        # The transport is asked too, because others can terminate it: FastMCP does at shutdown.
+        return not self.leaving and not self.transport.is_terminated
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody would notice if it left memory now."""
+        # A call outlives its client's connection, and a 202 precedes its processing: so both counts.
+        return self.pins > 0 or self.unsettled > 0
+
+    def pin(self) -> None:
+        """An HTTP request begins to be served."""
+        self.pins += 1
+
+    def unpin(self) -> None:
+        """It is over."""
+        self.pins -= 1
+        self.idle_since = anyio.current_time()
+
+    def settled(self) -> None:
+        """A handler has returned."""
+        self.unsettled -= 1
+        self.idle_since = anyio.current_time()
+
+    async def run(
+        self,
+        manager: sdk.ManagerSeams,
+        on_gone: Callable[[ResidentSession], None],
+        *,
+        task_status: TaskStatus[None],
+    ) -> None:
+        """Serve the session until it leaves memory; for new and restored sessions alike.
+
+        Args:
+            manager: Whose server loop runs.
+            on_gone: Called at the end, whatever it was.
+            task_status: Told when requests can be given to the transport.
+        """
+        self.running = True
+        try:
+            with self._scope:
+                async with self.transport.connect() as (read, write):
+                    task_status.started()
+                    await sdk.serve_loop(manager, _Inbound(read, self), _Outbound(write, self), self.session_id)
+        except Exception:
+            logger.exception("the server loop of a session crashed; the session can be restored")
+        finally:
+            # Whatever waits for a decision of this loop gets one.
+            for handshake in self.held:
+                handshake.settle(HandshakeOutcome.UNAVAILABLE)
+            if self.replay is not None:
+                self.replay.fail("the server loop ended during the replay")
+            self.gone.set()
+            on_gone(self)
+
+    async def leave(self) -> None:
+        """Close the streams of this copy and cancel its calls. The record stays.
+
+        `gone` tells when the server task, clean-up included, has ended.
+        """
+        with anyio.CancelScope(shield=True):
+            if not self.transport.is_terminated:
+                await self.transport.terminate()
+        # Closed streams end the loop, unless it is parked in an inline `initialize`.
+        self._scope.cancel()
+
+
+class _Inbound:
+    """What the server loop reads: the messages to replay, then the client's.
+
+    It wraps without a task or a buffer of its own, so that a message costs one more call.
+    """
+
+    __slots__ = ("_context", "_inner", "_session")
+
+    def __init__(self, inner: sdk.MessageReadStream, session: ResidentSession) -> None:
+        self._inner = inner
+        self._session = session
+        self._context: Context | None = None
+
+    @property
+    def last_context(self) -> Context | None:
+        # The SDK's dispatcher reads it by this name, to run a handler in its sender's context.
+        return self._context if self._context is not None else getattr(self._inner, "last_context", None)
+
+    async def receive(self) -> SessionMessage | Exception:
+        session = self._session
+        if session.replay is not None:
+            item = await session.replay.next()
+            if item is not None:
+                self._context = session.replay.context
+                session.unsettled += 1
+                return item
+            if session.replay.failure is not None:
+                raise anyio.EndOfStream
+            session.replay = None
+            self._context = None
+        while True:
+            received = await self._inner.receive()
+            if isinstance(received, SessionMessage):
+                message = received.message
+                if isinstance(message, JSONRPCRequest):
+                    session.unsettled += 1
+                elif isinstance(message, JSONRPCNotification):
+                    if session.swallow_initialized and message.method == "notifications/initialized":
+                        continue
+                    session.unsettled += 1
+            return received
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SessionMessage | Exception:
+        try:
+            return await self.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class _Outbound:
+    """What the server loop writes: answers to replayed messages come off, all else goes to the client."""
+
+    __slots__ = ("_inner", "_session")
+
+    def __init__(self, inner: sdk.MessageWriteStream, session: ResidentSession) -> None:
+        self._inner = inner
+        self._session = session
+
+    async def send(self, item: SessionMessage) -> None:
+        message = item.message
+        session = self._session
+        if session.replay is not None:
+            if session.replay.takes(item):
+                return
+            if isinstance(message, JSONRPCRequest):
+                session.replay.handler_done()
+                with anyio.move_on_after(STANDALONE_STREAM_WAIT):
+                    await session.standalone_stream_open.wait()
+        if session.handshake is not None:
+            self._settle(session.handshake, message)
+        await self._inner.send(item)
+
+    def _settle(self, handshake: Handshake, message: JSONRPCMessage) -> None:
+        """Decide a handshake by its answer, before the answer goes on."""
+        if not isinstance(message, JSONRPCResponse | JSONRPCError) or message.id != handshake.request_id:
+            return
+        self._session.handshake = None
+        stored = isinstance(message, JSONRPCResponse)
+        handshake.settle(HandshakeOutcome.STORED if stored else HandshakeOutcome.NOT_OPENED)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def resident_session(request: Any) -> ResidentSession | None:
+    """The resident session that serves this request; `None` outside of one."""
+    scope: Scope | None = getattr(request, "scope", None)
+    session = None if scope is None else scope.get(RESIDENT_SESSION)
+    return session if isinstance(session, ResidentSession) else None

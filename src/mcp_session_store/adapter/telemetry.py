@@ -1,0 +1,18 @@
+"""What the adapter counts, through OpenTelemetry's API: no payload, no session id."""
+
+from __future__ import annotations
+
+from opentelemetry import metrics
+
+__all__ = ["background_failures", "created", "ended", "evicted", "refused", "restored"]
+
+_meter = metrics.get_meter("mcp_session_store")
+
+created = _meter.create_counter("mcp_session_store.sessions.created", description="Sessions opened and stored")
+restored = _meter.create_counter("mcp_session_store.sessions.restored", description="Sessions restored by replay")
+ended = _meter.create_counter("mcp_session_store.sessions.ended", description="Sessions ended, by reason")
+evicted = _meter.create_counter("mcp_session_store.sessions.evicted", description="Copies that left memory")
+refused = _meter.create_counter("mcp_session_store.requests.refused", description="Requests refused, by reason")
+background_failures = _meter.create_counter(
+    "mcp_session_store.background.failures", description="Failures outside of any request, by task"
+)
