@@ -77,6 +77,8 @@ END_HOOK_TIMEOUT: Final = 5.0
 """Seconds that an `on_end` hook may hold up the answer to a DELETE."""
 MAX_SESSION_ID: Final = 128
 """Characters; a longer id costs no query. The SDK's own have 32."""
+LEAVE_TIMEOUT: Final = 10.0
+"""Seconds that a restore waits for an earlier copy: the SDK gives a connection's `exit_stack` five."""
 ACTIVITY_DELAY: Final = 0.05
 """Seconds in which first activities gather before they are reported together."""
 MAX_BACKOFF: Final = 30.0
@@ -308,11 +310,11 @@ class DurableSessionManager(sdk.ManagerSeams):
         except _TooManySessions:
             return _refused("too many sessions", responses.too_many_sessions())
         except SchemaError as error:
-            logger.error("the session store cannot be used: %s", error)
+            logger.error("a request is refused, the session store cannot be used: %s", error)
         except SessionStoreError as error:
-            logger.warning("the session store did not answer: %s", error)
+            logger.warning("a request is refused for now: %s", error)
         except Exception:
-            logger.exception("a session could not be looked up")
+            logger.exception("a request is refused, its session could not be looked up")
         return _refused("unavailable", responses.unavailable())
 
     # A new session
@@ -466,8 +468,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     ) -> ResidentSession:
         """Make a session resident from its record."""
         for _ in range(RESTORE_ATTEMPTS):
-            if (predecessor := self._leaving.get(session_id)) is not None:
-                await predecessor.gone.wait()
+            await self._await_predecessor(session_id)
             marker = SessionRestoreMarker(
                 session_id=session_id,
                 created_at=record.created_at,
@@ -493,6 +494,18 @@ class DurableSessionManager(sdk.ManagerSeams):
             # What was replayed has been replaced meanwhile, on another instance.
             record = claimed
         raise StoreUnavailable("the session kept changing while it was restored")
+
+    async def _await_predecessor(self, session_id: str) -> None:
+        """Wait until an earlier copy of this session has left, clean-up included."""
+        if (terminated := self._residents.get(session_id)) is not None:
+            await self._evict(terminated)
+        predecessor = self._leaving.get(session_id)
+        if predecessor is None:
+            return
+        with anyio.move_on_after(LEAVE_TIMEOUT):
+            await predecessor.gone.wait()
+            return
+        raise StoreUnavailable("an earlier copy of the session has not left memory yet; a handler of it does not end")
 
     async def _ask_application(self, marker: SessionRestoreMarker, record: SessionRecord) -> None:
         if self._on_restore is None:
