@@ -1,0 +1,163 @@
+"""Calls that arrive while a statement runs share the next one."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import islice
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+from mcp_session_store.errors import SessionStoreError, StoreUnavailable
+from mcp_session_store.sql.database import BadData, spawn
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from mcp_session_store.sql.database import Attempt, Database, Lease
+
+__all__ = ["Batcher"]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+MAX_BATCH: Final = 500
+"""Items that share a statement at most."""
+MAX_WAITING: Final = 10_000
+"""Items that may wait for a statement; beyond it the store is unavailable."""
+BATCHES_PER_LEASE: Final = 50
+"""Statements after which a busy batcher gives its connection back, so that others get their turn."""
+
+
+class Batcher(Generic[_Item, _Result]):
+    """Runs one kind of statement, for as many items at a time as are waiting.
+
+    A lone item goes at once. While its statement runs others gather, and share the next: under load
+    the cost of a round trip and of a commit is divided among them, and one connection serves them all.
+
+    Whoever waits does so for the database's timeout at most, may be cancelled, and may bring an item
+    that the database refuses: no other notices.
+
+    Args:
+        database: Where statements run.
+        execute: Runs the statement for some items, and returns a result for each in their order. May
+            be run again with the same items.
+        writes: Whether the statement changes anything.
+        max_batch: Items that share a statement at most.
+        max_waiting: Items that may wait.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        execute: Callable[[Attempt, Sequence[_Item]], Awaitable[Sequence[_Result]]],
+        *,
+        writes: bool,
+        max_batch: int = MAX_BATCH,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        self._database = database
+        self._execute = execute
+        self._writes = writes
+        self._max_batch = max_batch
+        self._max_waiting = max_waiting
+        # Ordered as they came; by the future, so that one who gives up leaves no trace.
+        self._waiting: dict[asyncio.Future[_Result], _Item] = {}
+        self._drain_task: asyncio.Task[None] | None = None
+
+    async def submit(self, item: _Item) -> _Result:
+        """Have the statement run for an item, and wait for its result.
+
+        Raises:
+            StoreUnavailable: Too much waits already, or there is no answer within the timeout.
+            SessionStoreError: What `execute` raised for this item.
+        """
+        self._database.bind()
+        if len(self._waiting) >= self._max_waiting:
+            raise StoreUnavailable(
+                f"{self._max_waiting} calls wait for the database {self._database.shown_url} already"
+            )
+        future: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
+        self._waiting[future] = item
+        if self._drain_task is None:
+            self._drain_task = spawn(self._drain())
+        try:
+            async with asyncio.timeout(self._database.timeout):
+                return await future
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the database {self._database.shown_url} did not answer within {self._database.timeout:g} s"
+            ) from None
+        finally:
+            self._waiting.pop(future, None)
+
+    async def aclose(self) -> None:
+        """Fail all who wait, and stop."""
+        for future in self._waiting:
+            _fail(future, StoreUnavailable("the session store was closed"))
+        self._waiting.clear()
+        if (task := self._drain_task) is not None:
+            task.cancel()
+            # Bounded, because a driver's thread that hangs in a system call cannot be stopped.
+            await asyncio.wait({task}, timeout=self._database.timeout)
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                async with self._database.lease(writes=self._writes) as lease:
+                    for _ in range(BATCHES_PER_LEASE):
+                        if not (batch := self._take()):
+                            break
+                        await self._serve(lease, batch)
+        finally:
+            self._drain_task = None
+
+    def _take(self) -> dict[asyncio.Future[_Result], _Item]:
+        batch = dict(islice(self._waiting.items(), self._max_batch))
+        for future in batch:
+            del self._waiting[future]
+        return batch
+
+    async def _serve(self, lease: Lease, batch: dict[asyncio.Future[_Result], _Item]) -> None:
+        items = list(batch.values())
+        try:
+            results = await lease.run(lambda attempt: self._execute(attempt, items))
+        except BadData as error:
+            if len(batch) > 1:
+                await self._serve_halves(lease, batch)
+            else:
+                _fail_all(batch, error)
+        except Exception as error:
+            _fail_all(batch, error)
+        except BaseException:
+            _fail_all(batch, StoreUnavailable("the session store was closed"))
+            raise
+        else:
+            for future, result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+
+    async def _serve_halves(self, lease: Lease, batch: dict[asyncio.Future[_Result], _Item]) -> None:
+        entries = list(batch.items())
+        halves = [dict(entries[: len(entries) // 2]), dict(entries[len(entries) // 2 :])]
+        while halves:
+            try:
+                await self._serve(lease, halves.pop(0))
+            except BaseException:
+                for half in halves:
+                    _fail_all(half, StoreUnavailable("the session store was closed"))
+                raise
+
+
+def _fail_all(batch: dict[asyncio.Future[_Result], _Item], error: Exception) -> None:
+    for future in batch:
+        _fail(future, error)
+
+
+def _fail(future: asyncio.Future[_Result], error: Exception) -> None:
+    if future.done():
+        return
+    if isinstance(error, SessionStoreError):
+        # One for each: what several tasks raise gathers the tracebacks of all of them.
+        mine = type(error)(*error.args)
+        mine.__cause__ = error.__cause__
+        error = mine
+    future.set_exception(error)

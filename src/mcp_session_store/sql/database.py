@@ -1,0 +1,307 @@
+"""The one way to a connection: time bounds, one retry, the schema check, and driver errors turned into ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from mcp_session_store.errors import ConfigurationError, SchemaMissing, SessionStoreError, StoreUnavailable
+from mcp_session_store.sql.driver_errors import Meaning, hide_parameters, meaning_of, summary_of
+from mcp_session_store.sql.engine import (
+    checked_engine,
+    checked_schema,
+    checked_timeout,
+    checked_url,
+    make_engine,
+    shown_url,
+)
+from mcp_session_store.sql.schema import check_schema, is_empty
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+    from types import TracebackType
+    from typing import Self
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+__all__ = ["Attempt", "BadData", "Database", "Lease", "spawn"]
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+class BadData(SessionStoreError):
+    """The database does not take a value. Raised without its cause: drivers quote values in their errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try to do something in the database."""
+
+    connection: AsyncConnection
+    repeated: bool
+    """Whether a try before this one may have taken effect, and its answer was lost."""
+
+
+class Database:
+    """A database with our tables: an engine, its dialect, and what is known of its schema.
+
+    Args:
+        url_or_engine: A URL, from which an engine of ours is made, or an engine that stays its owner's.
+        schema: Where the tables are; the connection's default unless given.
+        auto_upgrade: Whether a schema that is missing or behind is migrated on first contact.
+        timeout: Seconds that anything may take.
+
+    Raises:
+        ConfigurationError: An argument cannot work.
+    """
+
+    def __init__(
+        self, url_or_engine: str | URL | AsyncEngine, *, schema: str | None, auto_upgrade: bool, timeout: float
+    ) -> None:
+        self.timeout: Final = checked_timeout(timeout)
+        if isinstance(url_or_engine, (str, tuple)):
+            url, self.dialect = checked_url(url_or_engine)
+            self.engine = make_engine(url, self.dialect, timeout=self.timeout)
+            self._owned = True
+        else:
+            self.dialect = checked_engine(url_or_engine)
+            self.engine = url_or_engine
+            self._owned = False
+        self.schema: Final = checked_schema(schema, self.dialect)
+        self.shown_url: Final = shown_url(self.engine.url)
+        self.autocommit: Final = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        """The engine, for single statements: they need no transaction around them."""
+        self.writing: asyncio.Lock | None = asyncio.Lock() if self.dialect.single_writer else None
+        self._auto_upgrade = auto_upgrade
+        self._contact: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+
+    def bind(self) -> None:
+        """Check that a call can be served: in the event loop of the first one, and not after `aclose`.
+
+        Raises:
+            StoreUnavailable: The store was closed.
+            ConfigurationError: There is another event loop, or none of asyncio's.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise ConfigurationError(
+                "SqlSessionStore needs a running asyncio event loop; under Trio, use another SessionStore"
+            ) from None
+        if self._closed:
+            raise StoreUnavailable("the session store is closed; open() opens it again")
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise ConfigurationError(
+                "the SqlSessionStore is in use in another event loop; make one for each loop, "
+                "or await aclose() there and open() here"
+            )
+
+    def lease(self, *, writes: bool) -> Lease:
+        """A connection for a while, opened when it is first needed.
+
+        Args:
+            writes: Whether statements change anything.
+        """
+        return Lease(self, self.writing if writes else None)
+
+    def reopen(self) -> None:
+        """Allow calls again after `aclose`, and make the next one check the schema."""
+        self._closed = False
+        if self._contact is not None and self._contact.done():
+            self._contact = None
+
+    async def first_contact(self) -> None:
+        """Check the schema, once; and again after a failure. Who comes meanwhile waits for the same check."""
+        if self._contact is None or (self._contact.done() and _failed(self._contact)):
+            # A task of its own: one caller's timeout must not stop a migration that others wait for.
+            self._contact = spawn(self._check())
+        if not self._contact.done():
+            await asyncio.wait({self._contact})
+        self._contact.result()
+
+    def forget_contact(self) -> None:
+        """Check the schema again with the next call: a table was not there."""
+        if self._contact is not None and self._contact.done():
+            self._contact = None
+
+    async def _check(self) -> None:
+        try:
+            async with self.autocommit.connect() as connection:
+                if self._owned:
+                    await self.dialect.prepare(connection)
+                try:
+                    await check_schema(connection, self.schema)
+                    return
+                except SchemaMissing:
+                    wanted = self._auto_upgrade or (self.dialect.migrates_when_empty and await is_empty(connection))
+                    if not wanted:
+                        raise
+                except SessionStoreError:
+                    if not self._auto_upgrade:
+                        raise
+            # Imported here: Alembic stays off the way of everybody who has migrated.
+            from mcp_session_store.sql import migrate
+
+            target = self.engine.url if self._owned else self.engine
+            await migrate.upgrade(target, schema=self.schema)
+            async with self.autocommit.connect() as connection:
+                await check_schema(connection, self.schema)
+        except SessionStoreError:
+            raise
+        except Exception as error:
+            raise self.ours(error) from error
+
+    def ours(self, error: Exception) -> Exception:
+        """An error of ours for a driver's, or the error itself when it is a bug. To be raised from it."""
+        if isinstance(error, SessionStoreError):
+            return error
+        hide_parameters(error)
+        meaning = meaning_of(error)
+        if meaning is None:
+            return error
+        if meaning is Meaning.BAD_DATA:
+            return BadData("the database does not take a value of this session; see the limits in the documentation")
+        return StoreUnavailable(f"the database {self.shown_url} cannot serve now: {summary_of(error)}")
+
+    def close_to_calls(self) -> None:
+        """Refuse calls from now on."""
+        self._closed = True
+
+    async def aclose(self) -> None:
+        """Close connections if the engine is ours. Nothing may be under way any more."""
+        contact, self._contact = self._contact, None
+        if contact is not None:
+            contact.cancel()
+            await asyncio.wait({contact}, timeout=self.timeout)
+        self._loop = None
+        if self._owned:
+            await self._dispose()
+        if self.dialect.single_writer:
+            self.writing = asyncio.Lock()
+
+    async def _dispose(self) -> None:
+        patience = self.timeout
+        while True:
+            # To close a connection whose other end is silent takes for ever; cancelled, it is dropped, and
+            # the next one's turn comes.
+            try:
+                async with asyncio.timeout(patience):
+                    return await self.engine.dispose()
+            except TimeoutError:
+                patience = 0.1
+
+
+class Lease:
+    """A connection that is kept from statement to statement, opened on demand and replaced when it breaks."""
+
+    def __init__(self, database: Database, writing: asyncio.Lock | None) -> None:
+        self._database = database
+        self._writing = writing
+        self._holds_writing = False
+        self._connection: AsyncConnection | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._release(broken=exc is not None)
+        finally:
+            if self._writing is not None and self._holds_writing:
+                self._holds_writing = False
+                self._writing.release()
+
+    async def run(self, work: Callable[[Attempt], Awaitable[_T]]) -> _T:
+        """Do something with the connection, and once more with another when it broke on the way.
+
+        Args:
+            work: What to do.
+
+        Raises:
+            StoreUnavailable: No connection, no answer within the timeout, or broken twice.
+            SchemaError: The schema does not fit.
+            BadData: The database does not take a value.
+        """
+        try:
+            async with asyncio.timeout(self._database.timeout):
+                await self._database.first_contact()
+                if self._writing is not None and not self._holds_writing:
+                    await self._writing.acquire()
+                    self._holds_writing = True
+                try:
+                    return await self._attempt(work, repeated=False)
+                except StoreUnavailable as error:
+                    if not _is_broken(error):
+                        raise
+                    logger.info("a connection to the database broke, trying another: %s", error)
+                return await self._attempt(work, repeated=True)
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the database {self._database.shown_url} did not answer within {self._database.timeout:g} s"
+            ) from None
+
+    async def _attempt(self, work: Callable[[Attempt], Awaitable[_T]], *, repeated: bool) -> _T:
+        failure: Exception
+        try:
+            if self._connection is None:
+                self._connection = await self._database.autocommit.connect()
+            return await work(Attempt(self._connection, repeated))
+        except Exception as error:
+            failure = self._database.ours(error)
+            meaning = meaning_of(error)
+            if meaning is not Meaning.BAD_DATA:
+                await self._release(broken=True)
+            if meaning is Meaning.BAD_SCHEMA:
+                self._database.forget_contact()
+                # It tells what is wrong, and which command to run.
+                await self._database.first_contact()
+            if not isinstance(failure, BadData):
+                if failure is error:
+                    raise
+                raise failure from error
+        except BaseException:
+            await self._release(broken=True)
+            raise
+        raise failure
+
+    async def _release(self, *, broken: bool) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # In a task of its own: whoever is cancelled here leaves no connection behind.
+            await asyncio.shield(spawn(_give_back(connection, broken=broken)))
+
+
+async def _give_back(connection: AsyncConnection, *, broken: bool) -> None:
+    # What is wrong with a connection was said where it was used.
+    with contextlib.suppress(Exception):
+        if broken and not connection.closed:
+            await connection.invalidate()
+    with contextlib.suppress(Exception):
+        await connection.close()
+
+
+def spawn(coroutine: Coroutine[object, object, _T]) -> asyncio.Task[_T]:
+    """A task that belongs to nobody's request: it inherits no context variables."""
+    return asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+
+
+def _failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+def _is_broken(error: StoreUnavailable) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, Exception) and meaning_of(cause) is Meaning.BROKEN

@@ -1,0 +1,414 @@
+"""The one place where Postgres and SQLite differ: the clock, times, batches as parameters, inserts, settings."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+from abc import ABC, abstractmethod
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+from typing_extensions import override
+
+from mcp_session_store.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
+    from sqlalchemy.sql.base import ReadOnlyColumnCollection
+    from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.sql.type_api import TypeEngine
+
+__all__ = ["DIALECTS", "MOMENT", "Batch", "Dialect", "StoreClock", "dialect_named"]
+
+logger = logging.getLogger(__name__)
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class _Milliseconds(sa.types.TypeDecorator[datetime]):
+    """A time as whole milliseconds since 1970, where the database has no type of its own for times."""
+
+    impl = sa.BigInteger
+    cache_ok = True
+
+    @override
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> int | None:
+        return None if value is None else (value - _EPOCH) // timedelta(milliseconds=1)
+
+    @override
+    def process_result_value(self, value: int | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else _EPOCH + timedelta(milliseconds=value)
+
+
+MOMENT: Final[TypeEngine[datetime]] = _Milliseconds().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")
+"""A point in time on the database's clock; an aware `datetime` in Python."""
+
+
+class StoreClock(FunctionElement[datetime]):
+    """What the database's clock shows, plus a number of seconds."""
+
+    type = MOMENT
+    inherit_cache = True
+
+    def __init__(self, plus: sa.ColumnElement[float] | float | None = None) -> None:
+        if isinstance(plus, float):
+            plus = sa.literal(plus, sa.Double)
+        super().__init__(*(() if plus is None else (plus,)))
+
+
+@compiles(StoreClock, "postgresql")
+def _postgres_clock(element: StoreClock, compiler: SQLCompiler, **options: Any) -> str:
+    # Not now(), which is the start of the transaction.
+    if not element.clauses.clauses:
+        return "clock_timestamp()"
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
+
+
+@compiles(StoreClock, "sqlite")
+def _sqlite_clock(element: StoreClock, compiler: SQLCompiler, **options: Any) -> str:
+    # unixepoch('subsec') needs SQLite 3.42. 2440587.5 is the Julian day of 1970-01-01.
+    clock = "(julianday('now') - 2440587.5) * 86400000.0 + 0.5"
+    if element.clauses.clauses:
+        clock = f"{clock} + 1000.0 * {compiler.process(element.clauses, **options)}"
+    return f"CAST({clock} AS INTEGER)"
+
+
+# What asyncpg.connect() and SQLAlchemy's dialect for it take from a URL's query. An unknown one would make
+# every attempt to connect fail, and that looks like a database that is down.
+_POSTGRES_OPTIONS: Final = frozenset(
+    {
+        "host",
+        "port",
+        "passfile",
+        "ssl",
+        "direct_tls",
+        "target_session_attrs",
+        "krbsrvname",
+        "gsslib",
+        "statement_cache_size",
+        "max_cached_statement_lifetime",
+        "max_cacheable_statement_size",
+        "prepared_statement_cache_size",
+        "application_name",
+    }
+)
+_INTEGER_OPTIONS: Final = frozenset(name for name in _POSTGRES_OPTIONS if name.endswith(("_size", "_lifetime")))
+# How libpq, and so most providers of databases, spell what asyncpg.connect() takes under another name.
+_LIBPQ_OPTIONS: Final = {"sslmode": "ssl"}
+
+
+class Batch(ABC):
+    """Rows that travel to the database as parameters, in a statement whose text never varies.
+
+    Drivers and SQLAlchemy then prepare and compile the statement once, however many rows it is for.
+    """
+
+    rows: sa.FromClause
+    """What a statement selects from: a table with the batch's columns."""
+
+    @property
+    def c(self) -> ReadOnlyColumnCollection[str, Any]:
+        return self.rows.c
+
+    @abstractmethod
+    def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
+        """The statement's parameters for these rows, each with its values in the order of the columns."""
+
+
+class Dialect(ABC):
+    """What the rest of the package does not want to know about a kind of database."""
+
+    name: str
+    """SQLAlchemy's name of the database."""
+    driver: str
+    """The driver that this package uses for it."""
+    has_schemas: bool
+    """Whether tables may live in a named schema."""
+    single_writer: bool
+    """Whether writers exclude one another, so that one connection of a process writes at a time."""
+    migrates_when_empty: bool
+    """Whether an empty database is migrated on first contact."""
+
+    @abstractmethod
+    def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
+        """A batch with these columns, for one statement."""
+
+    @abstractmethod
+    def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
+        """Insert what is selected, without the rows whose primary key is there already."""
+
+    @abstractmethod
+    def checked_url(self, url: URL) -> URL:
+        """The URL as the driver understands it.
+
+        Raises:
+            ConfigurationError: It cannot work.
+        """
+
+    @abstractmethod
+    def refuse_volatile(self, url: URL) -> None:
+        """Refuse a database that does not outlive the process.
+
+        Raises:
+            ConfigurationError: It is one.
+        """
+
+    @abstractmethod
+    def engine_arguments(
+        self, url: URL, *, timeout: float, command_timeout: float | None
+    ) -> tuple[URL, dict[str, Any]]:
+        """What an engine of ours is made with: the URL, and arguments of `create_async_engine`.
+
+        Args:
+            url: A URL that was checked.
+            timeout: Seconds to connect, and to wait for a lock on the whole database.
+            command_timeout: Seconds for a statement; `None` for as long as it takes.
+        """
+
+    @abstractmethod
+    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        """Set what belongs to each new connection of an engine of ours."""
+
+    @abstractmethod
+    def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
+        """Begin a transaction on a connection in autocommit that no other migration runs beside.
+
+        The revision must be read after it: whoever waited here finds what the other has done.
+        """
+
+    @abstractmethod
+    def migration_preamble(self, schema: str | None) -> Sequence[str]:
+        """What a migration that is printed as SQL does before anything else, within its transaction."""
+
+    @abstractmethod
+    async def prepare(self, connection: AsyncConnection) -> None:
+        """Set, on first contact with an engine of ours, what belongs to the database as a whole."""
+
+
+class _ArrayBatch(Batch):
+    """One array for each column, unnested side by side."""
+
+    def __init__(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> None:
+        self._names = [f"{name}_{column}" for column in columns]
+        arrays = [
+            sa.bindparam(parameter, type_=postgresql.ARRAY(type_))
+            for parameter, type_ in zip(self._names, columns.values(), strict=True)
+        ]
+        typed = [sa.column(column, type_) for column, type_ in columns.items()]
+        self.rows = sa.func.unnest(*arrays).table_valued(*typed, name=name).render_derived()
+
+    @override
+    def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
+        return dict(zip(self._names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+# Held to the end of the transaction, whichever way it ends. The number is ours by nothing but being odd.
+_LOCK_MIGRATIONS: Final = "SELECT pg_advisory_xact_lock(7307198256364015989)"
+
+
+class _Postgres(Dialect):
+    name = "postgresql"
+    driver = "asyncpg"
+    has_schemas = True
+    single_writer = False
+    migrates_when_empty = False
+
+    @override
+    def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
+        return _ArrayBatch(name, columns)
+
+    @override
+    def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
+        return postgresql.insert(table).from_select(columns, rows).on_conflict_do_nothing()
+
+    @override
+    def checked_url(self, url: URL) -> URL:
+        query = {_LIBPQ_OPTIONS.get(name, name): value for name, value in url.query.items()}
+        if unknown := sorted(query.keys() - _POSTGRES_OPTIONS):
+            raise ConfigurationError(
+                f"the database URL has the option {', '.join(unknown)}, which asyncpg does not take from a URL; "
+                "leave it out, or make an AsyncEngine with connect_args and give that"
+            )
+        return url.set(query=query)
+
+    @override
+    def engine_arguments(
+        self, url: URL, *, timeout: float, command_timeout: float | None
+    ) -> tuple[URL, dict[str, Any]]:
+        query = dict(url.query)
+        name = query.pop("application_name", "mcp-session-store")
+        connect: dict[str, Any] = {"timeout": timeout, "server_settings": {"application_name": name}}
+        if command_timeout is not None:
+            connect["command_timeout"] = command_timeout
+        connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
+        return url.set(query=query), {"connect_args": connect}
+
+    @override
+    def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
+        # At a higher level the snapshot would be as old as the wait for the lock.
+        connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED")
+        connection.exec_driver_sql(_LOCK_MIGRATIONS)
+        # IF NOT EXISTS asks for the right to create a schema even where there is nothing to create.
+        if schema is not None and not sa.inspect(connection).has_schema(schema):
+            connection.execute(sa.schema.CreateSchema(schema))
+
+    @override
+    def migration_preamble(self, schema: str | None) -> Sequence[str]:
+        if schema is None:
+            return (_LOCK_MIGRATIONS,)
+        return (_LOCK_MIGRATIONS, str(sa.schema.CreateSchema(schema, if_not_exists=True)))
+
+    @override
+    def refuse_volatile(self, url: URL) -> None:
+        return
+
+    @override
+    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        return
+
+    @override
+    async def prepare(self, connection: AsyncConnection) -> None:
+        return
+
+
+class _JsonBatch(Batch):
+    """One JSON text: an array with an array for each row."""
+
+    def __init__(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> None:
+        self._name = name
+        each = sa.func.json_each(sa.bindparam(name, type_=sa.Text)).table_valued("value")
+        self.rows = sa.select(
+            *(
+                sa.type_coerce(sa.func.json_extract(each.c.value, sa.literal_column(f"'$[{position}]'")), type_).label(
+                    column
+                )
+                for position, (column, type_) in enumerate(columns.items())
+            )
+        ).subquery(name)
+
+    @override
+    def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
+        # A text ends for SQLite's JSON functions where a NUL stands. Postgres refuses such a text too.
+        if any("\0" in value for row in rows for value in row if isinstance(value, str)):
+            raise ValueError("a text contains NUL")
+        # Not ASCII alone: then a lone surrogate is found here and not in the database.
+        return {self._name: json.dumps(rows, ensure_ascii=False, allow_nan=False, default=_json_value)}
+
+
+def _json_value(value: object) -> str:
+    if isinstance(value, UUID):
+        return value.hex  # as sa.Uuid stores it where there is no such type
+    raise TypeError(f"{type(value).__name__} cannot be part of a batch")
+
+
+class _Sqlite(Dialect):
+    name = "sqlite"
+    driver = "aiosqlite"
+    has_schemas = False
+    single_writer = True
+    migrates_when_empty = True
+
+    @override
+    def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
+        return _JsonBatch(name, columns)
+
+    @override
+    def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
+        # Without a WHERE the parser takes ON CONFLICT for a join condition (sqlite.org/lang_upsert.html, 2.2).
+        return sqlite.insert(table).from_select(columns, rows.where(sa.true())).on_conflict_do_nothing()
+
+    @override
+    def checked_url(self, url: URL) -> URL:
+        self.refuse_volatile(url)
+        return url
+
+    @override
+    def refuse_volatile(self, url: URL) -> None:
+        database = url.database or ""
+        if not database or ":memory:" in database or url.query.get("mode") == "memory":
+            raise ConfigurationError(
+                "a SQLite database in memory ends with the process, and sessions are stored to outlive it; "
+                "give a file, as in sqlite:///sessions.db, or use MemorySessionStore in tests"
+            )
+
+    @override
+    def engine_arguments(
+        self, url: URL, *, timeout: float, command_timeout: float | None
+    ) -> tuple[URL, dict[str, Any]]:
+        # Becomes SQLite's busy_timeout. Shorter than the whole, so that who waits is told of the lock.
+        return url, {"isolation_level": "AUTOCOMMIT", "connect_args": {"timeout": timeout * 0.8}}
+
+    @override
+    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        cursor = connection.cursor()
+        # A commit is durable when the process dies; when the operating system does, the last may be lost.
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
+
+    @override
+    def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    @override
+    def migration_preamble(self, schema: str | None) -> Sequence[str]:
+        return ()
+
+    @override
+    async def prepare(self, connection: AsyncConnection) -> None:
+        """Turn the write-ahead log on where it is not, so that readers and the writer do not wait for each other.
+
+        The file remembers it. Processes that turn it on at once can get "database is locked" whatever
+        `busy_timeout` says, because SQLite does not wait where waiting could be a deadlock.
+        """
+        while True:
+            try:
+                mode = (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar_one()
+                if mode != "wal":
+                    mode = (await connection.exec_driver_sql("PRAGMA journal_mode=WAL")).scalar_one()
+            except OperationalError as error:
+                if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF not in _SQLITE_BUSY:
+                    raise
+                # The caller's deadline bounds this.
+                await asyncio.sleep(random.uniform(0.005, 0.05))  # noqa: S311
+                continue
+            if mode != "wal":
+                logger.warning(
+                    "SQLite keeps journal mode %s and not wal: readers will wait for writers; "
+                    "put the file on a local file system",
+                    mode,
+                )
+            return
+
+
+_SQLITE_BUSY: Final = frozenset({5, 6})  # SQLITE_BUSY and SQLITE_LOCKED, without their extended bits
+
+DIALECTS: Final[Mapping[str, Dialect]] = {dialect.name: dialect for dialect in (_Postgres(), _Sqlite())}
+"""The databases that this package works on, by SQLAlchemy's name."""
+
+
+def dialect_named(name: str) -> Dialect:
+    """The dialect with SQLAlchemy's name for it.
+
+    Raises:
+        ConfigurationError: This package does not work on it.
+    """
+    try:
+        return DIALECTS[name]
+    except KeyError:
+        raise ConfigurationError(
+            f"sessions cannot be stored on {name!r}; use a postgresql:// or a sqlite:/// URL"
+        ) from None

@@ -1,0 +1,241 @@
+"""Run the migrations: from the command line, from a program, or as SQL text for somebody else to run.
+
+Importing this module imports Alembic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.resources
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.util.exc import CommandError
+
+from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreUnavailable
+from mcp_session_store.sql.dialects import dialect_named
+from mcp_session_store.sql.driver_errors import hide_parameters, meaning_of, summary_of
+from mcp_session_store.sql.engine import (
+    checked_engine,
+    checked_schema,
+    checked_url,
+    make_migration_engine,
+    shown_url,
+)
+from mcp_session_store.sql.schema import check_schema, read_revision
+from mcp_session_store.sql.tables import VERSION_TABLE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from types import ModuleType
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+__all__ = ["check", "current", "downgrade", "migrations_folder", "run_offline", "run_online", "upgrade", "upgrade_sql"]
+
+_CONNECTION: Final = "connection"
+_SCHEMA: Final = "schema"
+_URL: Final = "url"
+
+
+async def upgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None, revision: str = "head") -> None:
+    """Bring a database's schema to a newer revision.
+
+    All in one transaction, and safe when many processes do it at once: one migrates, the others wait,
+    and find it done.
+
+    Args:
+        url_or_engine: The database.
+        schema: Postgres: the schema for the tables; it is created where it is not there.
+        revision: Where to go; the newest unless given.
+
+    Raises:
+        ConfigurationError: An argument cannot work.
+        StoreUnavailable: The database cannot be reached.
+    """
+    await _migrate(url_or_engine, schema, lambda config: command.upgrade(config, revision))
+
+
+async def downgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None, revision: str) -> None:
+    """Take a database's schema back to an older revision; `base` removes all tables, and the sessions with them.
+
+    Args:
+        url_or_engine: The database.
+        schema: Postgres: the schema with the tables.
+        revision: Where to go.
+
+    Raises:
+        ConfigurationError: An argument cannot work.
+        StoreUnavailable: The database cannot be reached.
+    """
+    await _migrate(url_or_engine, schema, lambda config: command.downgrade(config, revision))
+
+
+async def current(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None) -> str | None:
+    """The revision that a database's schema is at; `None` where nothing has been migrated.
+
+    Raises:
+        ConfigurationError: An argument cannot work.
+        StoreUnavailable: The database cannot be reached.
+    """
+    async with _connected(url_or_engine, schema) as connection:
+        return await read_revision(connection, schema)
+
+
+async def check(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None) -> None:
+    """Check that a database's schema fits this version of the package.
+
+    Raises:
+        SchemaError: It does not; the message names the command to run.
+        ConfigurationError: An argument cannot work.
+        StoreUnavailable: The database cannot be reached.
+    """
+    async with _connected(url_or_engine, schema) as connection:
+        await check_schema(connection, schema)
+
+
+def upgrade_sql(
+    url: str | URL, *, schema: str | None = None, revision: str = "head", from_revision: str | None = None
+) -> str:
+    """What `upgrade` would run, as SQL text; no database is touched.
+
+    Args:
+        url: The kind of database; where it is plays no part.
+        schema: Postgres: the schema for the tables.
+        revision: Where to go.
+        from_revision: Where to start; from an empty database unless given.
+
+    Raises:
+        ConfigurationError: An argument cannot work.
+    """
+    parsed, dialect = checked_url(url)
+    buffer = io.StringIO()
+    config = _config({_SCHEMA: checked_schema(schema, dialect), _URL: parsed}, output=buffer)
+    with _alembic_errors():
+        command.upgrade(config, revision if from_revision is None else f"{from_revision}:{revision}", sql=True)
+    return buffer.getvalue()
+
+
+def migrations_folder() -> Path:
+    """Where the migrations are: in the installed package, or at the root of the checkout it runs from."""
+    for folder in (
+        Path(str(importlib.resources.files("mcp_session_store"))) / "migrations",
+        Path(__file__).resolve().parents[3] / "migrations",
+    ):
+        if (folder / "env.py").is_file():
+            return folder
+    raise ConfigurationError("the migrations are missing from this installation; install mcp-session-store again")
+
+
+def _config(attributes: dict[str, Any], output: io.StringIO | None = None) -> Config:
+    config = Config(output_buffer=output) if output is not None else Config()
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
+    config.attributes.update(attributes)
+    return config
+
+
+@contextlib.contextmanager
+def _alembic_errors() -> Iterator[None]:
+    try:
+        yield
+    except CommandError as error:
+        raise ConfigurationError(f"the migration cannot run: {error}; see mcp-session-store current") from error
+
+
+@contextlib.asynccontextmanager
+async def _connected(url_or_engine: str | URL | AsyncEngine, schema: str | None) -> AsyncIterator[AsyncConnection]:
+    """A connection in autocommit, whose driver's errors become ours."""
+    engine: AsyncEngine
+    if isinstance(url_or_engine, (str, tuple)):
+        url, dialect = checked_url(url_or_engine)
+        checked_schema(schema, dialect)
+        engine, owned = make_migration_engine(url, dialect), True
+    else:
+        checked_schema(schema, checked_engine(url_or_engine))
+        engine, owned = url_or_engine, False
+    try:
+        async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            yield connection
+    except SessionStoreError:
+        raise
+    except Exception as error:
+        hide_parameters(error)
+        if meaning_of(error) is None:
+            raise
+        raise StoreUnavailable(f"the database {shown_url(engine.url)} cannot serve now: {summary_of(error)}") from error
+    finally:
+        if owned:
+            await engine.dispose()
+
+
+async def _migrate(url_or_engine: str | URL | AsyncEngine, schema: str | None, run: Callable[[Config], None]) -> None:
+    def migrate(connection: sa.Connection) -> None:
+        with _alembic_errors():
+            run(_config({_CONNECTION: connection, _SCHEMA: schema}))
+
+    async with _connected(url_or_engine, schema) as connection:
+        await connection.run_sync(migrate)
+
+
+def run_online(context: ModuleType, target: sa.Connection | str | None, *, schema: str | None) -> None:
+    """For `env.py`: run what Alembic was told to, in one transaction that excludes other migrations.
+
+    The transaction begins and ends in SQL, on a connection in autocommit: Python's driver for SQLite
+    commits before DDL otherwise.
+
+    Args:
+        context: `alembic.context`.
+        target: A connection in autocommit, or the URL of a database to connect to.
+        schema: Where the tables are.
+    """
+    if not isinstance(target, sa.Connection):
+        return asyncio.run(_run_online_at(context, target or "", schema))
+    dialect = dialect_named(target.dialect.name)
+    dialect.begin_migration(target, schema)
+    try:
+        context.configure(
+            connection=target,
+            version_table=VERSION_TABLE,
+            version_table_schema=schema,
+            transactional_ddl=True,
+        )
+        context.run_migrations()
+    except BaseException:
+        target.exec_driver_sql("ROLLBACK")
+        raise
+    target.exec_driver_sql("COMMIT")
+    return None
+
+
+async def _run_online_at(context: ModuleType, url: str, schema: str | None) -> None:
+    async with _connected(url, schema) as connection:
+        await connection.run_sync(lambda sync: run_online(context, sync, schema=schema))
+
+
+def run_offline(context: ModuleType, url: str | URL | None, *, schema: str | None) -> None:
+    """For `env.py`: print what Alembic was told to run.
+
+    Args:
+        context: `alembic.context`.
+        url: The kind of database.
+        schema: Where the tables are.
+    """
+    _, dialect = checked_url(url or "")
+    checked_schema(schema, dialect)
+    context.configure(
+        dialect_name=dialect.name,
+        version_table=VERSION_TABLE,
+        version_table_schema=schema,
+        transactional_ddl=True,
+        literal_binds=True,
+    )
+    with context.begin_transaction():
+        for statement in dialect.migration_preamble(schema):
+            context.execute(statement)
+        context.run_migrations()

@@ -1,0 +1,85 @@
+"""Whether a database's schema fits this version of the package, told without Alembic."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Final
+
+import sqlalchemy as sa
+
+from mcp_session_store.errors import SchemaAhead, SchemaBehind, SchemaMissing
+from mcp_session_store.sql.engine import shown_options
+from mcp_session_store.sql.tables import VERSION_TABLE
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+__all__ = ["HEAD", "check_revision", "check_schema", "is_empty", "read_revision"]
+
+logger = logging.getLogger(__name__)
+
+HEAD: Final = "1_0001_sessions"
+"""The newest revision, as a constant: Alembic need not be imported where nothing is migrated."""
+
+# Major version of the schema, and number of the migration. Within a major version migrations only add.
+_REVISION: Final = re.compile(r"(\d+)_(\d+)_\w+", re.ASCII)
+
+
+async def read_revision(connection: AsyncConnection, schema: str | None) -> str | None:
+    """The revision that a database is at; `None` where nothing has been migrated."""
+    exists = await connection.run_sync(lambda sync: sa.inspect(sync).has_table(VERSION_TABLE, schema=schema))
+    if not exists:
+        return None
+    version = sa.table(VERSION_TABLE, sa.column("version_num", sa.String), schema=schema)
+    return (await connection.execute(sa.select(version.c.version_num))).scalar()
+
+
+async def is_empty(connection: AsyncConnection) -> bool:
+    """Whether a database holds no tables at all, anybody's."""
+    return not await connection.run_sync(lambda sync: sa.inspect(sync).get_table_names())
+
+
+async def check_schema(connection: AsyncConnection, schema: str | None) -> None:
+    """Check the schema of a database.
+
+    Raises:
+        SchemaError: It does not fit; the message names the command to run.
+    """
+    revision = await read_revision(connection, schema)
+    check_revision(revision, options=shown_options(connection.engine.url, schema))
+
+
+def check_revision(revision: str | None, *, options: str) -> None:
+    """Check a revision. A newer one of the same major version is good, with a warning.
+
+    Args:
+        revision: What the database is at.
+        options: Those of the command that the message names, to point it at the database.
+
+    Raises:
+        SchemaMissing: Nothing has been migrated.
+        SchemaBehind: It is older than this version of the package needs.
+        SchemaAhead: Its major version is newer, or it is none that this package's schema can have.
+    """
+    if revision == HEAD:
+        return
+    upgrade = f"run: mcp-session-store upgrade {options} (or: alembic upgrade head)"
+    if revision is None:
+        raise SchemaMissing(f"the database holds no tables of mcp-session-store; {upgrade}")
+    found, needed = _REVISION.fullmatch(revision), _REVISION.fullmatch(HEAD)
+    assert needed is not None
+    if found is None or int(found[1]) > int(needed[1]):
+        raise SchemaAhead(
+            f"the database's schema is at {revision}, and this version of mcp-session-store needs {HEAD}; "
+            "run: pip install --upgrade mcp-session-store (or, with the newer version: "
+            f"mcp-session-store downgrade {options} {HEAD})"
+        )
+    if (int(found[1]), int(found[2])) < (int(needed[1]), int(needed[2])):
+        raise SchemaBehind(f"the database's schema is at {revision}, and {HEAD} is needed; {upgrade}")
+    logger.warning(
+        "the database's schema is at %s, newer than the %s of this version of mcp-session-store; it works, "
+        "upgrade the package when you can",
+        revision,
+        HEAD,
+    )
