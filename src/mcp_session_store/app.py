@@ -9,7 +9,7 @@ from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS
 from mcp_session_store.adapter.manager import DEFAULT_REPLAY_TIMEOUT
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql import SqlSessionStore
-from mcp_session_store.store import SessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
 if TYPE_CHECKING:
     from fastmcp import FastMCP
@@ -26,7 +26,7 @@ def durable_app(
     server: MCPServer[Any] | Server[Any] | FastMCP[Any],
     store: str | SessionStore,
     *,
-    namespace: str | None = None,
+    namespace: str = DEFAULT_NAMESPACE,
     schema: str | None = None,
     auto_upgrade: bool = False,
     on_restore: RestoreHook | None = None,
@@ -69,10 +69,9 @@ def durable_app(
         "max_initialize_params": max_initialize_params,
     }
     if isinstance(store, SessionStore):
-        given = {"namespace": namespace, "schema": schema, "auto_upgrade": auto_upgrade or None}
-        if names := [name for name, value in given.items() if value is not None]:
+        given = {"namespace": namespace != DEFAULT_NAMESPACE, "schema": schema is not None, "auto_upgrade": auto_upgrade}
+        if names := [name for name, is_given in given.items() if is_given]:
             raise ConfigurationError(f"{', '.join(names)} go with a database URL; give them to the store that you made")
         return build_app(server, store, options=options, settings=settings)
-    url_settings = {} if namespace is None else {"namespace": namespace}
-    made = SqlSessionStore(store, schema=schema, auto_upgrade=auto_upgrade, **url_settings)
+    made = SqlSessionStore(store, namespace=namespace, schema=schema, auto_upgrade=auto_upgrade)
     return build_app(server, made, options=options, settings={**settings, "close_store": True})

@@ -13,6 +13,7 @@ import click
 from pydantic import BaseModel, ConfigDict, Field
 
 from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreUnavailable
+from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -164,7 +165,7 @@ class _ServeSettings(BaseModel):
     app_dir: str
     url: str = Field(repr=False)
     schema_name: str | None
-    namespace: str | None
+    namespace: str
     auto_upgrade: bool
     host: str
     path: str | None
@@ -181,7 +182,13 @@ def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str 
 @click.argument("target", metavar="MODULE:ATTRIBUTE")
 @_url
 @_schema
-@_option("--namespace", metavar="NAME", help="Keeps servers that share a database apart.  [default: default]")
+@_option(
+    "--namespace",
+    metavar="NAME",
+    default=DEFAULT_NAMESPACE,
+    show_default=True,
+    help="Keeps servers that share a database apart.",
+)
 @_option("--auto-upgrade", is_flag=True, help="Migrate a server database at start. A new SQLite file always is.")
 @_option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @_option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="The port to listen on.")
@@ -208,7 +215,7 @@ def serve(
     target: str,
     url: str,
     schema: str | None,
-    namespace: str | None,
+    namespace: str,
     auto_upgrade: bool,
     host: str,
     port: int,
@@ -339,8 +346,12 @@ def _is_part_of(missing: str | None, module_name: str) -> bool:
 async def _check_store(settings: _ServeSettings) -> None:
     from mcp_session_store.sql import SqlSessionStore
 
-    named = {} if settings.namespace is None else {"namespace": settings.namespace}
-    store = SqlSessionStore(settings.url, schema=settings.schema_name, auto_upgrade=settings.auto_upgrade, **named)
+    store = SqlSessionStore(
+        settings.url,
+        namespace=settings.namespace,
+        schema=settings.schema_name,
+        auto_upgrade=settings.auto_upgrade,
+    )
     try:
         # A new SQLite file is migrated here, before several workers would find it at once.
         await store.open()
@@ -351,7 +362,7 @@ async def _check_store(settings: _ServeSettings) -> None:
 
 
 def _log_config(level: str) -> dict[str, Any]:
-    """uvicorn's own, with this package's log beside it; the root logger, and with it the SDK's log, stays off."""
+    """uvicorn's own, with this package's log beside it. The root logger is the framework's and the user's."""
     from uvicorn.config import LOGGING_CONFIG
 
     level_name = "DEBUG" if level == "trace" else level.upper()

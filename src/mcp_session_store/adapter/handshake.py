@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -16,7 +17,7 @@ from mcp_session_store.adapter.responses import session_not_found, unavailable
 from mcp_session_store.records import display_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from mcp.server.context import HandlerResult
     from mcp_types import RequestId
@@ -36,6 +37,8 @@ __all__ = [
     "held_handshake",
     "negotiated_version",
 ]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_INITIALIZE_PARAMS: Final = 64 * 1024
 """Bytes of `initialize` params that are stored for a session, unless configured."""
@@ -63,6 +66,8 @@ class Handshake:
 
     def __init__(self) -> None:
         self.request_id: RequestId | None = None
+        self.recorded = False
+        """The record is committed."""
         self.outcome: HandshakeOutcome | None = None
         self._settled = anyio.Event()
 
@@ -102,7 +107,7 @@ class HandshakeRecorder(Protocol):
         ...
 
 
-_REFUSALS: Final[dict[HandshakeOutcome, Callable[[], Response]]] = {
+_REFUSALS: Final[dict[HandshakeOutcome | None, Callable[[], Response]]] = {
     HandshakeOutcome.UNAVAILABLE: unavailable,
     HandshakeOutcome.NOT_FOUND: session_not_found,
 }
@@ -133,6 +138,21 @@ class HeldResponse:
         self.opened = False
         """The client was told its session id."""
 
+    async def answered_by(self, serve: Callable[[Send], Awaitable[None]]) -> None:
+        """Have a request served, and answer it if that ends without an answer.
+
+        Args:
+            serve: Serves the request, and gets the `send` that holds its answer.
+        """
+        try:
+            await serve(self.send)
+        except Exception:
+            if self._started.is_set() and not self._replaced:
+                raise
+            logger.exception("a request could not be served")
+        if not self._started.is_set():
+            await self._replace(unavailable())
+
     async def send(self, message: Message) -> None:
         """Pass on, hold, or replace one ASGI message of the answer."""
         if message["type"] != "http.response.start":
@@ -141,22 +161,27 @@ class HeldResponse:
             if not self._replaced:
                 await self._send(message)
             return
+        # Only a request that was accepted is answered 200; any other status decides by itself, unless
+        # it is the SDK's for a session that was closed by what befell the handshake.
         status = message["status"]
-        stored = False
-        # Only a request that was accepted is answered 200; everything else is decided by its status.
-        if status == 200:
-            outcome = await self._handshake.wait()
-            stored = outcome is HandshakeOutcome.STORED
-            if (refusal := _REFUSALS.get(outcome)) is not None:
-                self._replaced = True
-                self._started.set()
-                await refusal()(self._scope, self._receive, self._send)
-                return
+        outcome = await self._handshake.wait() if status == 200 else self._handshake.outcome
+        if self._opening and status >= 500:
+            # The SDK's, for a server loop or an event store that failed.
+            outcome = HandshakeOutcome.UNAVAILABLE
+        if (refusal := _REFUSALS.get(outcome)) is not None:
+            await self._replace(refusal())
+            return
+        stored = outcome is HandshakeOutcome.STORED
         if self._opening and not stored:
             message = {**message, "headers": _without_session_id(message.get("headers", ()))}
         self.opened = self._opening and stored
         await self._send(message)
         self._started.set()
+
+    async def _replace(self, response: Response) -> None:
+        self._replaced = True
+        self._started.set()
+        await response(self._scope, self._receive, self._send)
 
 
 def _without_session_id(headers: Any) -> list[tuple[bytes, bytes]]:

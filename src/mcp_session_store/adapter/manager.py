@@ -11,6 +11,7 @@ import random
 import socket
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import uuid4
 
@@ -285,7 +286,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 handshake = Handshake()
                 held = HeldResponse(handshake, scope, receive, send, opening=False)
                 with _held_by(session, handshake, scope):
-                    await session.transport.handle_request(scope, receive, held.send)
+                    await held.answered_by(partial(session.transport.handle_request, scope, receive))
                 return
         await session.transport.handle_request(scope, receive, send)
 
@@ -309,13 +310,9 @@ class DurableSessionManager(sdk.ManagerSeams):
             return _refused("not found", responses.session_not_found())
         except _TooManySessions:
             return _refused("too many sessions", responses.too_many_sessions())
-        except SchemaError as error:
-            logger.error("a request is refused, the session store cannot be used: %s", error)
-        except SessionStoreError as error:
-            logger.warning("a request is refused for now: %s", error)
-        except Exception:
-            logger.exception("a request is refused, its session could not be looked up")
-        return _refused("unavailable", responses.unavailable())
+        except Exception as error:
+            _log_unavailable(error)
+            return _refused("unavailable", responses.unavailable())
 
     # A new session
 
@@ -329,10 +326,14 @@ class DurableSessionManager(sdk.ManagerSeams):
         handshake = Handshake()
         held = HeldResponse(handshake, scope, receive, send, opening=True)
         scope[RESIDENT_SESSION] = session
+
+        async def serve(send: Send) -> None:
+            await self.tasks.start(self._run_session, session)
+            await session.transport.handle_request(scope, receive, send)
+
         try:
             with _held_by(session, handshake, scope):
-                await self.tasks.start(self._run_session, session)
-                await session.transport.handle_request(scope, receive, held.send)
+                await held.answered_by(serve)
         finally:
             if not held.opened:
                 await self._evict(session)
@@ -353,8 +354,17 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
         """Commit a handshake; the session's first one makes it resident."""
-        if session.record is not None:
+        try:
+            if session.record is None:
+                await self._store_handshake(session, params, version)
+                return True
             return await self._replace_handshake(session, params, version)
+        except Exception as error:
+            _log_unavailable(error)
+            telemetry.refused.add(1, {"reason": "unavailable"})
+            raise
+
+    async def _store_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> None:
         session.record = await self.store.create(
             NewSession(
                 key=session_key(session.session_id),
@@ -369,7 +379,6 @@ class DurableSessionManager(sdk.ManagerSeams):
         session.first_activity_due = True
         telemetry.created.add(1)
         self._publish(session)
-        return True
 
     async def _replace_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
         assert session.record is not None
@@ -384,7 +393,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             # The `notifications/initialized` that follows is not the one that was replayed.
             session.swallow_initialized = False
         else:
-            self.tasks.start_soon(self._evict, session)
+            self._withdraw(session)
+            self.tasks.start_soon(session.leave)
         return live
 
     # A session that is not in memory
@@ -533,6 +543,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             await replay.over.wait()
         if not replay.over.is_set():
             raise StoreUnavailable("the replay of a session's handshake took too long")
+        if replay.broken:
+            raise StoreUnavailable(f"a session could not be restored: {replay.failure}")
         if replay.failure is not None:
             # The record stays: in a rolling deploy other instances still serve the session.
             logger.warning("a session cannot be restored by this instance: %s", replay.failure)
@@ -719,6 +731,16 @@ def _session_id(scope: Scope) -> str | None:
             decoded: str = value.decode("latin-1")
             return decoded
     return None
+
+
+def _log_unavailable(error: Exception) -> None:
+    """Say why a request gets 503."""
+    if isinstance(error, SchemaError):
+        logger.error("a request is refused, the session store cannot be used: %s", error)
+    elif isinstance(error, SessionStoreError):
+        logger.warning("a request is refused for now: %s", error)
+    else:
+        logger.error("a request is refused because of an unexpected error", exc_info=error)
 
 
 def _refused(reason: str, response: Response) -> Response:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from mcp.shared.exceptions import MCPError
-from mcp_types import INTERNAL_ERROR, INVALID_REQUEST
+from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, InitializeRequestParams
 
 from mcp_session_store.adapter.handshake import (
     Handshake,
@@ -16,7 +15,6 @@ from mcp_session_store.adapter.handshake import (
     negotiated_version,
 )
 from mcp_session_store.adapter.session import resident_session
-from mcp_session_store.errors import SessionStoreError
 
 if TYPE_CHECKING:
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.session import ResidentSession
 
 __all__ = ["install", "session_middleware"]
-
-logger = logging.getLogger(__name__)
 
 
 def install(server: Server[Any]) -> None:
@@ -69,14 +65,21 @@ async def _store(
     session.handshake = handshake
     params = InitializeParams.encode(ctx.params, limit=session.recorder.max_initialize_params)
     result = await call_next(ctx)
+    if isinstance(result, ErrorData):
+        # A middleware may refuse by returning it; the SDK makes an error of it after the chain.
+        raise MCPError.from_error_data(result)
+    # A middleware that answers by itself has passed the SDK's own checks by.
+    InitializeRequestParams.model_validate(ctx.params or {}, by_name=False)
+    version = negotiated_version(result)
+    if not version:
+        raise MCPError(code=INTERNAL_ERROR, message="The server answered initialize without a protocolVersion")
     try:
-        live = await session.recorder.record_handshake(session, params, negotiated_version(result))
+        live = await session.recorder.record_handshake(session, params, version)
     except Exception as error:
-        if not isinstance(error, SessionStoreError):
-            logger.exception("a handshake could not be stored")
         handshake.settle(HandshakeOutcome.UNAVAILABLE)
         raise MCPError(code=INTERNAL_ERROR, message="Session store unavailable; try again later") from error
     if not live:
         handshake.settle(HandshakeOutcome.NOT_FOUND)
         raise MCPError(code=INVALID_REQUEST, message="Session not found")
+    handshake.recorded = True
     return result

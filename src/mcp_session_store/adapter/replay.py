@@ -55,6 +55,8 @@ class Replay:
         self.over = anyio.Event()
         self.failure: str | None = None
         """Why the session cannot be restored here, when it is over and failed."""
+        self.broken = False
+        """The failure is no answer of the server's: it was cut short, and trying again is right."""
         self._record = record
         self._timeout = timeout
         self._handler_done = anyio.Event()
@@ -83,7 +85,7 @@ class Replay:
             return self._framed(message)
         if message is not None:
             if (failure := self._handshake_failure()) is not None:
-                self.fail(failure)
+                self._fail(failure)
                 return None
             return self._framed(message)
         with anyio.move_on_after(self._timeout):
@@ -91,11 +93,15 @@ class Replay:
         self.over.set()
         return None
 
-    def fail(self, failure: str) -> None:
-        """End the replay: the session cannot be restored here."""
+    def cut_short(self, failure: str) -> None:
+        """End the replay without an answer of the server's."""
         if not self.over.is_set():
-            self.failure = failure
-            self.over.set()
+            self.broken = True
+            self._fail(failure)
+
+    def _fail(self, failure: str) -> None:
+        self.failure = failure
+        self.over.set()
 
     def handler_done(self) -> None:
         """The handler of the replayed notification has returned, or waits for the client."""
@@ -127,7 +133,7 @@ class Replay:
 
     def _framed(self, message: JSONRPCMessage) -> SessionMessage:
         async def unanswered() -> None:
-            self.fail("the replayed initialize was cancelled")
+            self.cut_short("the replayed initialize was cancelled")
 
         return SessionMessage(
             message,

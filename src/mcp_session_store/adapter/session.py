@@ -143,7 +143,7 @@ class ResidentSession:
             for handshake in self.held:
                 handshake.settle(HandshakeOutcome.UNAVAILABLE)
             if self.replay is not None:
-                self.replay.fail("the server loop ended during the replay")
+                self.replay.cut_short("the server loop ended during the replay")
             self.gone.set()
             on_gone(self)
 
@@ -250,7 +250,7 @@ class _Outbound:
         if not isinstance(message, JSONRPCResponse | JSONRPCError) or message.id != handshake.request_id:
             return
         self._session.handshake = None
-        stored = isinstance(message, JSONRPCResponse)
+        stored = isinstance(message, JSONRPCResponse) and handshake.recorded
         handshake.settle(HandshakeOutcome.STORED if stored else HandshakeOutcome.NOT_OPENED)
 
     async def aclose(self) -> None:

@@ -107,6 +107,8 @@ class Batcher(Generic[_Item, _Result]):
                         if not (batch := self._take()):
                             break
                         await self._serve(lease, batch)
+                        # Who was answered may have the next call ready: it finds the connection open.
+                        await asyncio.sleep(0)
         finally:
             self._drain_task = None
 
