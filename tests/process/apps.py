@@ -1,0 +1,174 @@
+"""The application of the process tests, on each framework: it tells who answers, and notes each handshake.
+
+uvicorn calls the factories by name (`--factory`), in each process of a server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import mcp_types as types
+from fastmcp import Context as FastMCPContext
+from fastmcp import FastMCP
+from fastmcp.server.middleware import Middleware
+from mcp.server.lowlevel.server import Server
+from mcp.server.mcpserver import Context, MCPServer
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Mount
+
+from mcp_session_store import durable_app, get_restore_marker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from fastmcp.server.middleware import CallNext as FastMCPCallNext
+    from fastmcp.server.middleware import MiddlewareContext
+    from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
+    from starlette.requests import Request
+
+_SETTINGS = "PROCESS_TEST_SETTINGS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a test tells the application, through the environment."""
+
+    url: str
+    """Of the database."""
+    handshakes: str
+    """The file to which a line of JSON is appended for each `initialize` and `notifications/initialized`."""
+    gate: str
+    """While this file exists, a replayed `initialize` waits in the application's middleware."""
+    auto_upgrade: bool = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {_SETTINGS: json.dumps(asdict(self))}
+
+
+def _settings() -> Settings:
+    return Settings(**json.loads(os.environ[_SETTINGS]))
+
+
+async def _note_handshake(method: str, ctx: object) -> None:
+    settings = _settings()
+    marker = get_restore_marker(ctx)
+    replayed = marker is not None and marker.replaying
+    note = {"method": method, "pid": os.getpid(), "replayed_in": marker.session_id if marker and replayed else None}
+    # One write to a file opened for appending: lines of several processes do not mix.
+    with Path(settings.handshakes).open("ab", buffering=0) as file:
+        file.write(json.dumps(note).encode() + b"\n")
+    if method == "initialize" and replayed:
+        while Path(settings.gate).exists():
+            await anyio.sleep(0.01)
+
+
+def _who(ctx: object, client: types.InitializeRequestParams | None) -> dict[str, Any]:
+    """Who answers, for whom, and what it knows of a restore."""
+    marker = get_restore_marker(ctx)
+    return {
+        "pid": os.getpid(),
+        "client": None if client is None else client.client_info.name,
+        "restores": 0 if marker is None else marker.restores,
+        "previous_instance": None if marker is None else marker.previous_instance,
+    }
+
+
+async def _server_middleware(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
+    if ctx.method in ("initialize", "notifications/initialized"):
+        await _note_handshake(ctx.method, ctx)
+    return await call_next(ctx)
+
+
+class _FastMCPMiddleware(Middleware):
+    async def on_message(self, context: MiddlewareContext[Any], call_next: FastMCPCallNext[Any, Any]) -> Any:
+        if context.method in ("initialize", "notifications/initialized"):
+            await _note_handshake(context.method, context)
+        return await call_next(context)
+
+
+def _mcpserver() -> MCPServer:
+    server = MCPServer("process", log_level="WARNING", middleware=[_server_middleware])
+
+    @server.tool()
+    def whoami(ctx: Context) -> dict[str, Any]:
+        return _who(ctx, ctx.session.client_params)
+
+    @server.custom_route("/bookkeeping", ["GET"])  # type: ignore[untyped-decorator]  # the SDK left it so
+    async def bookkeeping(_request: Request) -> JSONResponse:
+        """How much each table of the session manager holds."""
+        manager = vars(server.session_manager)
+        return JSONResponse({n: len(v) for n, v in manager.items() if isinstance(v, (dict, set, list))})
+
+    return server
+
+
+def _lowlevel() -> Server[Any]:
+    async def list_tools(
+        _ctx: ServerRequestContext[Any, Any], _params: types.PaginatedRequestParams | None
+    ) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=[types.Tool(name="whoami", input_schema={"type": "object"})])
+
+    async def call_tool(
+        ctx: ServerRequestContext[Any, Any], _params: types.CallToolRequestParams
+    ) -> types.CallToolResult:
+        text = json.dumps(_who(ctx, ctx.session.client_params))
+        return types.CallToolResult(content=[types.TextContent(type="text", text=text)])
+
+    server: Server[Any] = Server("process", on_list_tools=list_tools, on_call_tool=call_tool)
+    server.middleware.append(_server_middleware)
+    return server
+
+
+def _fastmcp() -> FastMCP[Any]:
+    server: FastMCP[Any] = FastMCP("process", middleware=[_FastMCPMiddleware()])
+
+    @server.tool
+    def whoami(ctx: FastMCPContext) -> dict[str, Any]:
+        return _who(ctx, ctx.session.client_params)
+
+    return server
+
+
+def _app(server: MCPServer | Server[Any] | FastMCP[Any], **options: Any) -> Starlette:
+    settings = _settings()
+    return durable_app(server, settings.url, auto_upgrade=settings.auto_upgrade, **options)
+
+
+def _both(build: Callable[[], MCPServer | Server[Any] | FastMCP[Any]]) -> Starlette:
+    """Two servers in one app: under /sse, with SSE responses, and under /json, with JSON responses."""
+    sse, plain = _app(build(), json_response=False), _app(build(), json_response=True)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        async with sse.router.lifespan_context(sse), plain.router.lifespan_context(plain):
+            yield
+
+    return Starlette(routes=[Mount("/sse", sse), Mount("/json", plain)], lifespan=lifespan)
+
+
+def mcpserver() -> Starlette:
+    return _app(_mcpserver())
+
+
+def fastmcp() -> Starlette:
+    return _app(_fastmcp())
+
+
+def mcpserver_both() -> Starlette:
+    return _both(_mcpserver)
+
+
+def lowlevel_both() -> Starlette:
+    return _both(_lowlevel)
+
+
+def fastmcp_both() -> Starlette:
+    return _both(_fastmcp)

@@ -1,0 +1,174 @@
+"""Clients of the process tests: the official one under watch, and load."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import httpx2
+from mcp import Client
+from mcp.client.streamable_http import streamable_http_client
+from mcp_types import Implementation
+
+from tests.support.http import RawClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from typing import Self
+
+    from tests.support.http import Answer
+
+PATIENCE = 30.0
+"""Seconds after which a test stops waiting for what should have happened long ago."""
+
+
+async def until(
+    condition: Callable[[], bool] | Callable[[], Awaitable[bool]], what: str, *, within: float = PATIENCE
+) -> None:
+    """Wait until it holds, looking again and again.
+
+    Args:
+        condition: What is waited for.
+        what: The same in words, for who reads the failure.
+        within: Seconds.
+    """
+    with anyio.move_on_after(within):
+        while True:
+            held = condition()
+            if held if isinstance(held, bool) else await held:
+                return
+            await anyio.sleep(0.01)
+    raise AssertionError(f"not within {within:.0f} s: {what}")
+
+
+def pid_of(instance: str) -> int:
+    """The process in an instance's id."""
+    return int(instance.rsplit(":", 2)[1])
+
+
+async def whoami(client: RawClient) -> dict[str, Any]:
+    """Call the tool, which must succeed, and return what it tells."""
+    answer = await client.call_tool("whoami")
+    assert answer.status == 200, answer
+    told: dict[str, Any] = json.loads(answer.text)
+    return told
+
+
+@asynccontextmanager
+async def sessions(url: str, number: int) -> AsyncIterator[list[RawClient]]:
+    """So many clients, each in a session of its own, and each with its own HTTP connections."""
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(RawClient(url)) for _ in range(number)]
+        for client in clients:
+            await client.handshake()
+        yield clients
+
+
+class OfficialClient:
+    """The SDK's own client in its handshake mode, and what it sends and gets on the wire."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.methods: list[str] = []
+        """The JSON-RPC methods that it sent, in order."""
+        self.session_ids: set[str] = set()
+        """The session ids that it sent and was told."""
+        self.statuses: Counter[int] = Counter()
+        """The HTTP statuses that it was answered."""
+
+    async def whoami(self) -> dict[str, Any]:
+        """Call the tool, which must succeed, and return what it tells."""
+        result = await self.client.call_tool("whoami", {})
+        assert not result.is_error, result
+        assert result.content[0].type == "text"
+        told: dict[str, Any] = json.loads(result.content[0].text)
+        return told
+
+    async def on_request(self, request: httpx2.Request) -> None:
+        if request.method == "POST":
+            self.methods.append(json.loads(request.content).get("method", "(response)"))
+        self._note(request.headers)
+
+    async def on_response(self, response: httpx2.Response) -> None:
+        self.statuses[response.status_code] += 1
+        self._note(response.headers)
+
+    def _note(self, headers: httpx2.Headers) -> None:
+        if session_id := headers.get("mcp-session-id"):
+            self.session_ids.add(session_id)
+
+
+@asynccontextmanager
+async def official_client(url: str) -> AsyncIterator[OfficialClient]:
+    """The SDK's client, connected; it ends its session at exit."""
+    async with httpx2.AsyncClient(timeout=60, trust_env=False) as http:
+        transport = streamable_http_client(url, http_client=http)
+        client = Client(transport, mode="legacy", client_info=Implementation(name="official", version="1"))
+        watched = OfficialClient(client)
+        http.event_hooks = {"request": [watched.on_request], "response": [watched.on_response]}
+        async with client:
+            yield watched
+
+
+class Load:
+    """Clients that call a tool in a loop, each in its session, and count what they are answered.
+
+    An async context manager: they begin on entry, and have stopped on exit.
+
+    Args:
+        clients: Each one is used by nobody else meanwhile.
+    """
+
+    def __init__(self, clients: Sequence[RawClient]) -> None:
+        self.statuses: Counter[int] = Counter()
+        """The HTTP statuses of all answers."""
+        self.disconnects = 0
+        """Requests without an answer: refused, or cut in the middle."""
+        self.wrong: list[Answer] = []
+        """Answers with 200 that are not the tool's result."""
+        self._clients = list(clients)
+        self._done = [0] * len(clients)
+        self._stopping = False
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        group = await self._stack.enter_async_context(anyio.create_task_group())
+        for index in range(len(self._clients)):
+            group.start_soon(self._call, index)
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._stopping = True
+        await self._stack.__aexit__(*error)
+
+    async def advance(self, calls: int) -> None:
+        """Wait until each client has got so many more results."""
+        goal = [done + calls for done in self._done]
+        await until(
+            lambda: all(done >= wanted for done, wanted in zip(self._done, goal, strict=True)),
+            f"{calls} more results for each client; they have {self._done}, answers {self.statuses}",
+        )
+
+    async def _call(self, index: int) -> None:
+        client = self._clients[index]
+        while not self._stopping:
+            try:
+                answer = await client.call_tool("whoami")
+            except httpx2.TransportError:
+                self.disconnects += 1
+                await anyio.sleep(0.02)
+                continue
+            self.statuses[answer.status] += 1
+            if answer.status == 200:
+                if not answer.messages:
+                    # The stream's end came before the result: a connection that was cut, over SSE.
+                    self.disconnects += 1
+                elif "result" in answer.messages[-1] and json.loads(answer.text)["client"] == "raw":
+                    self._done[index] += 1
+                else:
+                    self.wrong.append(answer)
+            # A round trip leaves little time for the others on a slow machine.
+            await anyio.sleep(0.002)

@@ -1,0 +1,90 @@
+"""Fixtures for the process tests: the application, served from processes that are killed and started again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from mcp_session_store.sql import migrate
+from tests.process.apps import Settings
+from tests.process.records import Records
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from tests.conftest import ServeFunction
+    from tests.support.servers import ServerProcess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handshake:
+    """One message of a handshake, as the application's middleware saw it."""
+
+    method: str
+    pid: int
+    replayed_in: str | None
+    """The session that was being restored; `None` for a client's own handshake."""
+
+
+class Application:
+    """The application of `tests.process.apps`, and what its processes noted in files.
+
+    Args:
+        serve: The fixture.
+        folder: Where the files are.
+    """
+
+    def __init__(self, serve: ServeFunction, folder: Path) -> None:
+        self.gate = folder / "gate"
+        """While this file exists, a replayed `initialize` waits in the application's middleware."""
+        self._serve = serve
+        self._handshakes = folder / "handshakes.jsonl"
+
+    def serve(
+        self,
+        url: str,
+        app: str = "mcpserver",
+        *,
+        workers: int = 1,
+        auto_upgrade: bool = False,
+        options: Sequence[str] = (),
+    ) -> ServerProcess:
+        """A server process with the app that this factory makes, on this database."""
+        settings = Settings(url=url, handshakes=str(self._handshakes), gate=str(self.gate), auto_upgrade=auto_upgrade)
+        return self._serve(
+            f"tests.process.apps:{app}",
+            environment=settings.environment,
+            workers=workers,
+            options=["--factory", *options],
+        )
+
+    def handshakes(self, method: str = "initialize", *, replayed: bool) -> list[Handshake]:
+        """What the processes saw, over all restarts: the clients' own, or the replayed ones."""
+        if not self._handshakes.exists():
+            return []
+        seen = [Handshake(**json.loads(line)) for line in self._handshakes.read_bytes().splitlines()]
+        return [one for one in seen if one.method == method and (one.replayed_in is not None) == replayed]
+
+
+@pytest.fixture
+def application(serve: ServeFunction, tmp_path: Path) -> Application:
+    return Application(serve, tmp_path)
+
+
+@pytest.fixture
+async def store_url(database_url: str) -> str:
+    """A database that is ready for sessions: Postgres is migrated, a SQLite file is not there yet."""
+    if make_url(database_url).get_backend_name() == "postgresql":
+        await migrate.upgrade(database_url)
+    return database_url
+
+
+@pytest.fixture
+def records(store_url: str) -> Records:
+    """What that database holds."""
+    return Records(store_url)

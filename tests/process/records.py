@@ -1,0 +1,64 @@
+"""A look past the server, at what the database holds of a session."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from mcp_session_store import session_key
+from mcp_session_store.sql.tables import sessions_table
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+_TABLE = sessions_table()
+
+
+class Records:
+    """The table of sessions in a database; each call is a connection of its own.
+
+    Args:
+        url: The database, with its driver.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+
+    async def row(self, session_id: str | None) -> sa.RowMapping:
+        """The row of a session, which must be there."""
+        assert session_id is not None
+        async with self._engine.connect() as connection:
+            query = sa.select(_TABLE).where(_TABLE.c.key == session_key(session_id))
+            return (await connection.execute(query)).mappings().one()
+
+    async def expire(self, session_id: str | None) -> None:
+        """Let a session have expired long ago."""
+        assert session_id is not None
+        async with self._engine.connect() as connection:
+            past = datetime(2020, 1, 1, tzinfo=UTC)
+            update = sa.update(_TABLE).where(_TABLE.c.key == session_key(session_id)).values(expires_at=past)
+            assert (await connection.execute(update)).rowcount == 1
+
+    async def count(self) -> int:
+        """How many sessions there are, live or not."""
+        return int(await self._scalar(sa.select(sa.func.count()).select_from(_TABLE)))
+
+    async def connections(self) -> int:
+        """Connections to this Postgres database, without the one that asks."""
+        return int(
+            await self._scalar(
+                sa.text(
+                    "SELECT count(*) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+            )
+        )
+
+    async def _scalar(self, query: sa.Executable) -> Any:
+        connection: AsyncConnection
+        async with self._engine.connect() as connection:
+            return (await connection.execute(query)).scalar_one()

@@ -1,0 +1,120 @@
+"""A server process is killed and started again: its clients go on in their sessions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import httpx2
+import pytest
+
+from tests.process.clients import official_client, pid_of, until, whoami
+from tests.support.http import INITIALIZE_PARAMS, RawClient
+
+if TYPE_CHECKING:
+    from tests.process.conftest import Application
+    from tests.process.records import Records
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("app", ["mcpserver_both", "lowlevel_both", "fastmcp_both"])
+async def test_after_a_sigkill_clients_go_on_in_their_sessions_without_noticing(
+    application: Application, store_url: str, app: str
+) -> None:
+    server = application.serve(store_url, app)
+    killed = server.pid
+    async with (
+        RawClient(f"{server.url}/sse/mcp") as sse,
+        RawClient(f"{server.url}/json/mcp") as plain,
+        official_client(f"{server.url}/sse/mcp") as official,
+    ):
+        clients = {"raw": sse, "plain": plain}
+        for name, raw in clients.items():
+            await raw.handshake({**INITIALIZE_PARAMS, "clientInfo": {"name": name, "version": "1"}})
+            assert await whoami(raw) == {"pid": killed, "client": name, "restores": 0, "previous_instance": None}
+        assert (await official.whoami())["restores"] == 0
+        ids = {name: raw.session_id for name, raw in clients.items()}
+        (official_id,) = official.session_ids
+        sent = len(official.methods)
+
+        await anyio.to_thread.run_sync(server.restart)
+
+        for name, raw in clients.items():
+            told = await whoami(raw)
+            assert (told["pid"], told["client"], told["restores"]) == (server.pid, name, 1)
+            assert pid_of(told["previous_instance"]) == killed
+        told = await official.whoami()
+        assert (told["pid"], told["client"], told["restores"]) == (server.pid, "official", 1)
+        assert pid_of(told["previous_instance"]) == killed
+
+        # Nobody was told anything: the ids are the same, and the client sent its call and nothing before it.
+        assert {name: raw.session_id for name, raw in clients.items()} == ids
+        assert official.session_ids == {official_id}
+        assert official.methods[sent:] == ["tools/call"]
+        assert official.statuses.keys() <= {200, 202}
+        assert len(application.handshakes(replayed=False)) == 3
+        assert {one.pid for one in application.handshakes(replayed=False)} == {killed}
+        replayed = application.handshakes(replayed=True)
+        assert sorted(str(one.replayed_in) for one in replayed) == sorted([*map(str, ids.values()), official_id])
+        assert {one.pid for one in replayed} == {server.pid}
+    assert official.methods.count("initialize") == 1
+
+
+async def test_a_server_killed_between_initialize_and_initialized_leaves_a_session_that_goes_on(
+    application: Application, store_url: str, records: Records
+) -> None:
+    server = application.serve(store_url)
+    killed = server.pid
+    async with RawClient(server.mcp_url) as client:
+        opened = await client.initialize()
+        assert opened.status == 200
+        assert application.handshakes("notifications/initialized", replayed=False) == []
+
+        await anyio.to_thread.run_sync(server.restart)
+
+        notified = await client.notify("notifications/initialized")
+        assert notified.status == 202
+        told = await whoami(client)
+        assert (told["pid"], told["client"], told["restores"]) == (server.pid, "raw", 1)
+        assert client.session_id == opened.session_id
+        # The application sees it once, as part of the replay; the client's own, which came later, is swallowed.
+        assert len(application.handshakes("notifications/initialized", replayed=True)) == 1
+        assert application.handshakes("notifications/initialized", replayed=False) == []
+        row = await records.row(client.session_id)
+        assert (row["restores"], row["expires_at"]) == (1, None)
+        assert pid_of(row["instance_hint"]) == server.pid != killed
+
+
+async def test_a_server_killed_during_a_restore_leaves_a_session_that_can_be_restored(
+    application: Application, store_url: str, records: Records
+) -> None:
+    server = application.serve(store_url)
+    opened_by = server.pid
+    async with RawClient(server.mcp_url) as client:
+        await client.handshake()
+        await whoami(client)
+
+        application.gate.touch()
+        await anyio.to_thread.run_sync(server.restart)
+        async with anyio.create_task_group() as group:
+
+            async def call_in_vain() -> None:
+                with pytest.raises(httpx2.TransportError):
+                    await client.call_tool("whoami")
+
+            group.start_soon(call_in_vain)
+            await until(lambda: bool(application.handshakes(replayed=True)), "the restore is in the replay")
+            await anyio.to_thread.run_sync(server.kill)
+        application.gate.unlink()
+        # What was not published was not counted.
+        row = await records.row(client.session_id)
+        assert (row["restores"], pid_of(row["instance_hint"])) == (0, opened_by)
+
+        await anyio.to_thread.run_sync(server.start)
+
+        told = await whoami(client)
+        assert (told["pid"], told["restores"], pid_of(told["previous_instance"])) == (server.pid, 1, opened_by)
+        assert (await records.row(client.session_id))["restores"] == 1
+        assert len(application.handshakes(replayed=True)) == 2
+        assert len(application.handshakes(replayed=False)) == 1
