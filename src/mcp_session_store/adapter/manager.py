@@ -408,18 +408,22 @@ class DurableSessionManager(sdk.ManagerSeams):
             SessionStoreError: The store did not answer.
         """
         session = self._residents.get(session_id)
-        if session is None or not session.serving:
-            record = await self.store.load(session_key(session_id))
-            if record is None or record.principal != _principal(requestor):
-                raise _NotFound
-            # Somebody else may have restored it while the query ran.
+        if session is None or not session.serving or session.owner != requestor:
+            # A resident session of somebody else's costs the query as well: neither the time that the answer
+            # takes nor a store that is down tells it from one that does not exist.
+            record = await self._record_of(session_id, requestor)
+            # It may have been restored while the query ran.
             session = self._residents.get(session_id)
             if session is None or not session.serving:
                 return await self._join_restore(session_id, record, requestor, scope)
-        if session.owner != requestor:
-            raise _NotFound
         session.pin()
         return session
+
+    async def _record_of(self, session_id: str, requestor: AuthorizationContext | None) -> SessionRecord:
+        record = await self.store.load(session_key(session_id))
+        if record is None or record.principal != _principal(requestor):
+            raise _NotFound
+        return record
 
     async def _join_restore(
         self, session_id: str, record: SessionRecord, requestor: AuthorizationContext | None, scope: Scope
@@ -583,16 +587,10 @@ class DurableSessionManager(sdk.ManagerSeams):
             raise failure
 
     async def _end(self, session_id: str, requestor: AuthorizationContext | None) -> None:
-        key = session_key(session_id)
         session = self._residents.get(session_id)
-        if session is not None:
-            if session.owner != requestor:
-                raise _NotFound
-        else:
-            record = await self.store.load(key)
-            if record is None or record.principal != _principal(requestor):
-                raise _NotFound
-        ended = await self.store.end(key, reason=EndReason.CLIENT)
+        if session is None or session.owner != requestor:
+            await self._record_of(session_id, requestor)
+        ended = await self.store.end(session_key(session_id), reason=EndReason.CLIENT)
         if (restore := self._restores.get(session_id)) is not None:
             restore.ended = True
         session = self._residents.get(session_id)
