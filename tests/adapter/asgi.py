@@ -1,0 +1,291 @@
+"""HTTP at the ASGI boundary: requests whose answer is seen message by message, while it is being sent."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import httpx2
+
+from tests.support.http import INITIALIZE_PARAMS, PROTOCOL_VERSION, SESSION_ID, Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from anyio.abc import TaskGroup
+    from starlette.types import ASGIApp, Scope
+    from starlette.types import Message as ASGIMessage
+
+    from tests.support.http import Message
+
+PATIENCE: Final = 10.0
+"""Seconds after which a test stops waiting for what must happen."""
+
+
+class Exchange:
+    """One HTTP request that an app serves, and what it has sent so far.
+
+    Args:
+        app: The app.
+        scope: The ASGI scope of the request.
+        body: Its body.
+    """
+
+    def __init__(self, app: ASGIApp, scope: Scope, body: bytes) -> None:
+        self.sent: list[ASGIMessage] = []
+        """Each ASGI message of the answer."""
+        self.over = anyio.Event()
+        """The app has returned."""
+        self.started = anyio.Event()
+        """`http.response.start` was sent."""
+        self._app = app
+        self._scope = scope
+        self._incoming: list[ASGIMessage] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._gone = anyio.Event()
+        self._cancellation = anyio.CancelScope()
+        self._error: Exception | None = None
+        self._taken = 0
+
+    async def run(self) -> None:
+        """Have the app serve the request."""
+        try:
+            with self._cancellation:
+                await self._app(self._scope, self._receive, self._send)
+        except Exception as error:
+            self._error = error
+        finally:
+            self.over.set()
+
+    def disconnect(self) -> None:
+        """The client goes away: the app learns it if it asks, and what it still sends is lost."""
+        self._gone.set()
+
+    def cancel(self) -> None:
+        """The server stops serving the request, as some do when the client goes away."""
+        self._gone.set()
+        self._cancellation.cancel()
+
+    @property
+    def status(self) -> int:
+        status: int = self.sent[0]["status"]
+        return status
+
+    @property
+    def headers(self) -> httpx2.Headers:
+        return httpx2.Headers(self.sent[0]["headers"])
+
+    @property
+    def session_id(self) -> str | None:
+        return self.headers.get(SESSION_ID)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message["body"] for message in self.sent if message["type"] == "http.response.body")
+
+    @property
+    def messages(self) -> list[Message]:
+        """The JSON-RPC messages that have arrived."""
+        if self.headers.get("content-type", "").startswith("text/event-stream"):
+            return [json.loads(data) for data in _event_data(self.body) if data]
+        try:
+            parsed = json.loads(self.body)
+        except ValueError:
+            return []
+        return [parsed] if isinstance(parsed, dict) else []
+
+    async def start(self) -> None:
+        """Wait until `http.response.start` was sent."""
+        with anyio.fail_after(PATIENCE):
+            await self.started.wait()
+
+    async def end(self) -> None:
+        """Wait until the app has returned, however that came."""
+        with anyio.fail_after(PATIENCE):
+            await self.over.wait()
+
+    async def next(self) -> Message:
+        """The next JSON-RPC message of a stream."""
+        await self.start()
+        await until(lambda: len(self.messages) > self._taken)
+        self._taken += 1
+        return self.messages[self._taken - 1]
+
+    async def answer(self) -> Answer:
+        """The whole answer. Raises what the app raised."""
+        await self.end()
+        if self._error is not None:
+            raise self._error
+        assert self.sent, "the app sent no response"
+        return Answer(status=self.status, headers=self.headers, body=self.body, messages=self.messages)
+
+    async def _receive(self) -> ASGIMessage:
+        if self._incoming:
+            return self._incoming.pop()
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: ASGIMessage) -> None:
+        if self._gone.is_set():
+            return
+        self.sent.append(message)
+        if message["type"] == "http.response.start":
+            assert len(self.sent) == 1, "the answer was started twice"
+            self.started.set()
+
+
+class Client:
+    """A client that does nothing on its own, of an app in this process.
+
+    Args:
+        app: The app.
+        tasks: Where its requests are served.
+        session_id: The session to go on in.
+        user: What stands in the ASGI scope as the authenticated user.
+        address: The client's address.
+        headers: Sent with each request.
+        path: The MCP endpoint.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        tasks: TaskGroup,
+        *,
+        session_id: str | None = None,
+        user: object = None,
+        address: str = "127.0.0.1",
+        headers: Mapping[str, str] | None = None,
+        path: str = "/mcp",
+    ) -> None:
+        self.session_id = session_id
+        self.user = user
+        self.address = address
+        self.headers = dict(headers or {})
+        self.path = path
+        self._app = app
+        self._tasks = tasks
+        self._last_id = 0
+
+    def open(self, method: str, message: Message | bytes | None = None, /, **headers: str | None) -> Exchange:
+        """Send a request, and go on while it is served.
+
+        Args:
+            method: GET, POST, DELETE, or any other.
+            message: The body: a message, or any bytes.
+            headers: Underscores stand for hyphens; `None` takes out a header that would be sent otherwise.
+        """
+        content = json.dumps(message).encode() if isinstance(message, dict) else message
+        sent: dict[str, str | None] = {
+            "host": "127.0.0.1:8000",
+            "accept": "text/event-stream" if method == "GET" else "application/json, text/event-stream",
+            "content-type": "application/json" if content is not None else None,
+            "content-length": str(len(content)) if content is not None else None,
+            SESSION_ID: self.session_id,
+            "mcp-protocol-version": PROTOCOL_VERSION if self.session_id is not None else None,
+            **self.headers,
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(name.encode(), value.encode()) for name, value in sent.items() if value is not None],
+            "client": (self.address, 50000),
+            "server": ("127.0.0.1", 8000),
+        }
+        if self.user is not None:
+            scope["user"] = self.user
+        exchange = Exchange(self._app, scope, content or b"")
+        self._tasks.start_soon(exchange.run)
+        return exchange
+
+    def open_request(self, method: str, params: Message | None = None, **headers: str | None) -> Exchange:
+        """Send a JSON-RPC request, and go on while it is served."""
+        self._last_id += 1
+        message: Message = {"jsonrpc": "2.0", "id": self._last_id, "method": method}
+        return self.open("POST", message if params is None else {**message, "params": params}, **headers)
+
+    def open_call(self, name: str, arguments: Message | None = None) -> Exchange:
+        """Call a tool, and go on while it runs."""
+        return self.open_request("tools/call", {"name": name, "arguments": arguments or {}})
+
+    def open_initialize(self, params: Message | None = None, **headers: str | None) -> Exchange:
+        """Send `initialize`, and go on while it is served."""
+        return self.open_request("initialize", INITIALIZE_PARAMS if params is None else params, **headers)
+
+    async def post(self, message: Message | bytes, **headers: str | None) -> Answer:
+        """POST a message, or any bytes."""
+        return await self.open("POST", message, **headers).answer()
+
+    async def request(self, method: str, params: Message | None = None, **headers: str | None) -> Answer:
+        """Send a JSON-RPC request."""
+        return await self.open_request(method, params, **headers).answer()
+
+    async def call(self, name: str, arguments: Message | None = None) -> Answer:
+        """Call a tool."""
+        return await self.open_call(name, arguments).answer()
+
+    async def ping(self, **headers: str | None) -> Answer:
+        """The cheapest request there is."""
+        return await self.open_request("ping", None, **headers).answer()
+
+    async def notify(self, method: str, params: Message | None = None) -> Answer:
+        """Send a notification."""
+        message: Message = {"jsonrpc": "2.0", "method": method}
+        return await self.post(message if params is None else {**message, "params": params})
+
+    async def respond(self, request_id: str | int, result: Message) -> Answer:
+        """Answer a request of the server's."""
+        return await self.post({"jsonrpc": "2.0", "id": request_id, "result": result})
+
+    async def delete(self, **headers: str | None) -> Answer:
+        """End the session."""
+        return await self.open("DELETE", **headers).answer()
+
+    async def get_stream(self, **headers: str | None) -> Exchange:
+        """Open the stream on which the server sends what belongs to no call."""
+        stream = self.open("GET", **headers)
+        await stream.start()
+        return stream
+
+    async def initialize(self, params: Message | None = None, **headers: str | None) -> Answer:
+        """Send `initialize`; outside of a session its answer's id is the session from then on."""
+        answer = await self.open_initialize(params, **headers).answer()
+        if self.session_id is None:
+            self.session_id = answer.session_id
+        return answer
+
+    async def handshake(self, params: Message | None = None) -> str:
+        """`initialize` and `notifications/initialized`, which must succeed; the session's id."""
+        answer = await self.initialize(params)
+        assert answer.status == 200, answer
+        assert self.session_id is not None, answer
+        notified = await self.notify("notifications/initialized")
+        assert notified.status == 202, notified
+        return self.session_id
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until it holds, looking again and again."""
+    with anyio.fail_after(PATIENCE):
+        while not condition():
+            await anyio.sleep(0.002)
+
+
+def seen_by_a_client(answer: Answer) -> tuple[int, list[tuple[str, str]], bytes]:
+    """All that a client can tell two answers apart by."""
+    return answer.status, sorted(answer.headers.multi_items()), answer.body
+
+
+def _event_data(body: bytes) -> list[str]:
+    return [
+        "\n".join(line.removeprefix("data:").strip() for line in event.splitlines() if line.startswith("data:"))
+        for event in body.decode().replace("\r\n", "\n").split("\n\n")
+    ]

@@ -1,0 +1,184 @@
+"""A store that fails on command, and tells what it was asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from mcp_session_store import MemorySessionStore, SessionStore, StoreUnavailable, session_key
+from tests.adapter.asgi import PATIENCE
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from uuid import UUID
+
+    from mcp_session_store import Activity, EndReason, NewSession, SessionRecord
+
+OPERATIONS = ("open", "create", "load", "claim", "replace_initialize", "touch", "end")
+
+
+class Sessions(MemorySessionStore):
+    """Sessions in memory, with a clock that can be put forward."""
+
+    ahead = timedelta(0)
+
+    def _now(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+
+class Held:
+    """A call of a store that waits to be let go on."""
+
+    def __init__(self) -> None:
+        self.entered = anyio.Event()
+        self._released = anyio.Event()
+        self.calls = 0
+
+    async def wait_entered(self) -> None:
+        """Wait until a call has come here."""
+        with anyio.fail_after(PATIENCE):
+            await self.entered.wait()
+
+    def release(self) -> None:
+        """Let it go on, and all later ones."""
+        self._released.set()
+
+    async def stop_here(self) -> None:
+        self.calls += 1
+        self.entered.set()
+        await self._released.wait()
+
+
+class FaultyStore(SessionStore):
+    """Passes each call on to a store, after or before something goes wrong.
+
+    Args:
+        inner: Where the sessions are; share it between two of these for two instances on one database.
+    """
+
+    def __init__(self, inner: MemorySessionStore | None = None) -> None:
+        self.inner = inner or Sessions()
+        self.calls: list[str] = []
+        """The name of each call, in order."""
+        self.closed = 0
+        self._before: dict[str, Callable[[], Awaitable[None]]] = {}
+        self._after: dict[str, Callable[[], Awaitable[None]]] = {}
+
+    def counts(self) -> Counter[str]:
+        """How many calls there were, by name."""
+        return Counter(self.calls)
+
+    # What goes wrong
+
+    def down(self, *operations: str) -> None:
+        """These (or all) raise StoreUnavailable before anything happens."""
+        self._raise(StoreUnavailable("the test says it is down"), operations or OPERATIONS, self._before)
+
+    def broken(self, *operations: str) -> None:
+        """These (or all) have a bug."""
+        self._raise(RuntimeError("a bug"), operations or OPERATIONS, self._before)
+
+    def lose_the_answer_of(self, *operations: str) -> None:
+        """These take effect, and raise StoreUnavailable then."""
+        self._raise(StoreUnavailable("the test says the answer is lost"), operations, self._after)
+
+    def hold(self, operation: str, *, after: bool = False) -> Held:
+        """Calls of this wait until they are released, before or after they take effect."""
+        held = Held()
+        (self._after if after else self._before)[operation] = held.stop_here
+        return held
+
+    def up(self) -> None:
+        """Nothing goes wrong any more. Calls that are held stay held."""
+        self._before.clear()
+        self._after.clear()
+
+    def _raise(
+        self, error: Exception, operations: Sequence[str], faults: dict[str, Callable[[], Awaitable[None]]]
+    ) -> None:
+        async def fail() -> None:
+            raise error
+
+        faults.update(dict.fromkeys(operations, fail))
+
+    # What a test looks at, past all faults
+
+    async def record(self, session_id: str) -> SessionRecord | None:
+        """The record of a live session."""
+        return await self.inner.load(session_key(session_id))
+
+    async def ended(self, session_id: str) -> EndReason | None:
+        """Why a session ended."""
+        return self.inner._rows[session_key(session_id)].ended
+
+    @property
+    def records(self) -> int:
+        """How many sessions were ever stored."""
+        return len(self.inner._rows)
+
+    # The contract
+
+    @property
+    def namespace(self) -> str:
+        return self.inner.namespace
+
+    async def _call(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        self.calls.append(name)
+        if (before := self._before.get(name)) is not None:
+            await before()
+        result = await call()
+        if (after := self._after.get(name)) is not None:
+            await after()
+        return result
+
+    async def open(self) -> None:
+        await self._call("open", self.inner.open)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+    async def create(self, session: NewSession) -> SessionRecord:
+        record: SessionRecord = await self._call("create", lambda: self.inner.create(session))
+        return record
+
+    async def load(self, key: UUID) -> SessionRecord | None:
+        record: SessionRecord | None = await self._call("load", lambda: self.inner.load(key))
+        return record
+
+    async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
+        record: SessionRecord | None = await self._call(
+            "claim", lambda: self.inner.claim(key, instance=instance, restores=restores)
+        )
+        return record
+
+    async def replace_initialize(
+        self,
+        key: UUID,
+        *,
+        initialize_params: str,
+        protocol_version: str,
+        client_name: str,
+        client_version: str,
+    ) -> bool:
+        live: bool = await self._call(
+            "replace_initialize",
+            lambda: self.inner.replace_initialize(
+                key,
+                initialize_params=initialize_params,
+                protocol_version=protocol_version,
+                client_name=client_name,
+                client_version=client_version,
+            ),
+        )
+        return live
+
+    async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
+        not_live: set[UUID] = await self._call("touch", lambda: self.inner.touch(activities))
+        return not_live
+
+    async def end(self, key: UUID, *, reason: EndReason) -> bool:
+        ended: bool = await self._call("end", lambda: self.inner.end(key, reason=reason))
+        return ended
