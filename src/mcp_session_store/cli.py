@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
 
-# What is heavy (alembic, uvicorn, SQLAlchemy) is imported by the command that needs it: `--help` and
-# usage errors come at once.
+# Alembic and uvicorn are imported by the commands that need them: most need one of them, `--help` none.
 
 __all__ = ["main", "worker_app"]
 

@@ -132,9 +132,7 @@ class RawClient:
     async def __aenter__(self) -> Self:
         if self._http is None:
             # The environment's proxies have nothing to do with servers on this machine.
-            self._http = httpx2.AsyncClient(
-                timeout=60, trust_env=False, limits=httpx2.Limits(max_connections=None)
-            )
+            self._http = httpx2.AsyncClient(timeout=60, trust_env=False, limits=httpx2.Limits(max_connections=None))
         return self
 
     async def __aexit__(self, *_: object) -> None:

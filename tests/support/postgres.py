@@ -179,9 +179,7 @@ class PostgresServer:
                 raise UnavailableError(f"postgres ended with {code} at start:\n{self.log()[-2000:]}")
             if time.monotonic() > deadline:
                 self.stop("immediate")
-                raise UnavailableError(
-                    f"postgres was not ready within {_START_TIMEOUT:.0f} s:\n{self.log()[-2000:]}"
-                )
+                raise UnavailableError(f"postgres was not ready within {_START_TIMEOUT:.0f} s:\n{self.log()[-2000:]}")
             time.sleep(0.02)
 
     def stop(self, mode: StopMode = "fast") -> None:

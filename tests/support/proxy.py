@@ -117,9 +117,5 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
 
 def _closing(head: bytes) -> bytes:
     """The head of a request after which the connection ends."""
-    lines = [
-        line
-        for line in head[:-4].split(b"\r\n")
-        if not line.lower().startswith((b"connection:", b"keep-alive:"))
-    ]
+    lines = [line for line in head[:-4].split(b"\r\n") if not line.lower().startswith((b"connection:", b"keep-alive:"))]
     return b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n"

@@ -45,9 +45,7 @@ async def test_messages_that_precede_the_answer_are_seen_in_order(serve: ServeFu
         await client.handshake()
         params = {"name": "count", "arguments": {"to": 3}, "_meta": {"progressToken": "p"}}
         answer = await client.request("tools/call", params)
-        steps = [
-            m["params"]["progress"] for m in answer.messages if m.get("method") == "notifications/progress"
-        ]
+        steps = [m["params"]["progress"] for m in answer.messages if m.get("method") == "notifications/progress"]
         assert steps == [0, 1, 2]
         assert answer.text == "3"
 

@@ -1,0 +1,96 @@
+"""The command line as people use it: a process, with its exit code and its two outputs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+from click.testing import CliRunner
+
+from mcp_session_store.cli import main
+from tests.support.servers import ROOT, ServerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from click.testing import Result
+
+COMMAND = [sys.executable, "-m", "mcp_session_store.cli"]
+
+
+class CommandFunction(Protocol):
+    """What the `command` fixture gives."""
+
+    def __call__(
+        self, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+class ServeCommandFunction(Protocol):
+    """What the `serve_command` fixture gives."""
+
+    def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> ServerProcess: ...
+
+
+@pytest.fixture
+def command() -> CommandFunction:
+    """Runs the command line to its end."""
+
+    def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MCP_SESSION_STORE_")}
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            cwd=ROOT,
+            env={**inherited, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+class InvokeFunction(Protocol):
+    """What the `invoke` fixture gives."""
+
+    def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Result: ...
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch) -> InvokeFunction:
+    """Runs the command line within this process: for the many ways to use it wrongly, where a process each is slow."""
+
+    def run(*arguments: str, environment: Mapping[str, str] | None = None) -> Result:
+        for name in [name for name in os.environ if name.startswith("MCP_SESSION_STORE_")]:
+            monkeypatch.delenv(name)
+        result = CliRunner(env=environment).invoke(main, arguments)
+        # Anything else would be a traceback for the user.
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture
+def serve_command(tmp_path: Path) -> Iterator[ServeCommandFunction]:
+    """Starts `serve` and waits until it listens; it is killed when the test is over."""
+    with ExitStack() as stack:
+        logs = itertools.count()
+
+        def start(*arguments: str, environment: Mapping[str, str] | None = None) -> ServerProcess:
+            server = ServerProcess(
+                [*COMMAND, "serve", *arguments, "--port", "{port}"],
+                log=tmp_path / f"serve-{next(logs)}.log",
+                environment=environment,
+            )
+            return stack.enter_context(server)
+
+        yield start

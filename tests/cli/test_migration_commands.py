@@ -1,0 +1,85 @@
+"""upgrade, downgrade, current, check: outputs and exit codes, on both databases."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.postgres import execute
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.cli.conftest import CommandFunction, InvokeFunction
+
+UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
+
+
+def test_a_database_goes_up_is_checked_and_goes_down_again(command: CommandFunction, database_url: str) -> None:
+    def run(*arguments: str) -> str:
+        done = command(*arguments, "--url", database_url)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    upgraded = run("upgrade")
+    assert upgraded == f"the schema is at {run('current')}"
+    assert run("check") == "the schema fits"
+    assert run("downgrade", "base") == "the schema is removed"
+    assert run("current") == "none"
+
+
+def test_a_check_of_an_empty_database_fails_and_names_the_command(command: CommandFunction, postgres_url: str) -> None:
+    done = command("check", "--url", postgres_url)
+    assert done.returncode == 1
+    assert "mcp-session-store upgrade" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_each_option_can_come_from_the_environment(invoke: InvokeFunction, postgres_url: str) -> None:
+    execute(postgres_url, "CREATE SCHEMA tenant")
+    environment = {"MCP_SESSION_STORE_URL": postgres_url, "MCP_SESSION_STORE_SCHEMA": "tenant"}
+    assert invoke("upgrade", environment=environment).exit_code == 0
+    assert invoke("check", environment=environment).exit_code == 0
+    assert invoke("current", "--url", postgres_url).stdout.strip() == "none"
+
+
+def test_upgrade_sql_prints_what_would_run_and_touches_no_database(invoke: InvokeFunction) -> None:
+    done = invoke("upgrade", "--sql", "--url", UNREACHABLE)
+    assert done.exit_code == 0, done.stderr
+    assert "CREATE TABLE" in done.stdout
+    assert "mcp_session" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["upgrade"], ["downgrade", "base"], ["current"], ["check"]])
+def test_a_database_that_cannot_be_reached_is_a_failure_that_does_not_tell_the_password(
+    invoke: InvokeFunction, arguments: list[str]
+) -> None:
+    done = invoke(*arguments, "--url", UNREACHABLE)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: ")
+    assert "s3cret" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["check"], "MCP_SESSION_STORE_URL"),
+        (["check", "--url", "no url at all"], "postgresql://"),
+        (["upgrade", "--url", "mysql://host/sessions"], "mysql"),
+        (["upgrade", "--url", "sqlite:///unused.db", "--from", "base"], "--sql"),
+        (["upgrade", "no-such-revision", "--url", "sqlite:///{tmp_path}/x.db"], "no-such-revision"),
+        (["downgrade", "--url", "sqlite:///unused.db"], "REVISION"),
+    ],
+)
+def test_wrong_usage_is_told_from_failure_by_its_exit_code(
+    invoke: InvokeFunction, tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    done = invoke(*(argument.replace("{tmp_path}", str(tmp_path)) for argument in arguments))
+    assert done.exit_code == 2, done.stderr
+    assert named in done.stderr
+
+
+def test_the_help_tells_the_exit_codes_and_the_environment_variables(invoke: InvokeFunction) -> None:
+    assert "Exit codes" in invoke("--help").stdout
+    assert "MCP_SESSION_STORE_URL" in invoke("upgrade", "--help").stdout

@@ -1,0 +1,205 @@
+"""serve: an existing server object becomes durable, with and without workers, on both databases."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from tests.support.clients import official_client
+from tests.support.http import RawClient
+from tests.support.servers import ROOT
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import CommandFunction, InvokeFunction, ServeCommandFunction
+
+UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
+
+TARGETS = [
+    "tests.cli.targets:mcpserver",
+    "tests.cli.targets:lowlevel",
+    "tests.cli.targets:Holder.server",
+    "tests.cli.fastmcp_target:server",
+]
+
+
+def _migrated(command: CommandFunction, url: str) -> dict[str, str]:
+    done = command("upgrade", "--url", url)
+    assert done.returncode == 0, done.stderr
+    return {"MCP_SESSION_STORE_URL": url}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.anyio
+async def test_a_session_of_any_framework_survives_a_kill(
+    serve_command: ServeCommandFunction, sqlite_url: str, target: str
+) -> None:
+    server = serve_command(target, "--url", sqlite_url)
+    async with official_client(server.mcp_url) as client:
+        assert await client.text("whoami") == f"{server.pid} 0"
+        server.restart()
+        assert await client.text("whoami") == f"{server.pid} 1"
+        assert client.methods.count("initialize") == 1
+        assert len(client.session_ids) == 1
+
+
+@pytest.mark.anyio
+async def test_workers_share_the_sessions_and_a_kill_of_all_of_them_ends_none(
+    command: CommandFunction, serve_command: ServeCommandFunction, database_url: str
+) -> None:
+    environment = _migrated(command, database_url)
+    server = serve_command("tests.cli.targets:mcpserver", "--workers", "2", environment=environment)
+    async with official_client(server.mcp_url) as client:
+        first = await _answering_pids(server.mcp_url, client.session_ids[0])
+        assert server.pid not in first, "workers answer, not their parent"
+        server.restart()
+        second = await _answering_pids(server.mcp_url, client.session_ids[0])
+        assert not first & second
+        await client.text("whoami")
+        assert client.methods.count("initialize") == 1
+        assert len(client.session_ids) == 1
+
+
+async def _answering_pids(url: str, session_id: str) -> set[int]:
+    """The processes that answered calls in one session, each on a connection of its own."""
+    pids = set()
+    for _ in range(12):
+        async with RawClient(url, session_id=session_id) as client:
+            answer = await client.call_tool("whoami")
+            assert answer.status == 200, answer
+            pids.add(int(answer.text.split()[0]))
+    return pids
+
+
+@pytest.mark.anyio
+async def test_a_migrated_postgres_keeps_the_sessions(
+    command: CommandFunction, serve_command: ServeCommandFunction, postgres_url: str
+) -> None:
+    environment = _migrated(command, postgres_url)
+    server = serve_command("tests.cli.targets:mcpserver", environment=environment)
+    async with official_client(server.mcp_url) as client:
+        server.restart()
+        assert await client.text("whoami") == f"{server.pid} 1"
+        assert len(client.session_ids) == 1
+
+
+@pytest.mark.parametrize("target", ["tests.cli.targets:mcpserver", "tests.cli.fastmcp_target:server"])
+@pytest.mark.anyio
+async def test_options_reach_the_framework_by_its_own_names(
+    serve_command: ServeCommandFunction, sqlite_url: str, target: str
+) -> None:
+    server = serve_command(target, "--url", sqlite_url, "--path", "/elsewhere", "--json-response")
+    async with RawClient(f"{server.url}/elsewhere") as client:
+        opened = await client.handshake()
+        assert opened.headers["content-type"] == "application/json"
+    async with RawClient(server.mcp_url) as client:
+        assert (await client.initialize()).status == 404
+
+
+@pytest.mark.anyio
+async def test_namespaces_keep_servers_apart_that_share_a_database(
+    serve_command: ServeCommandFunction, sqlite_url: str
+) -> None:
+    target = "tests.cli.targets:mcpserver"
+    one = serve_command(target, "--url", sqlite_url, "--namespace", "one")
+    other = serve_command(target, "--url", sqlite_url, "--namespace", "other")
+    async with RawClient(one.mcp_url) as client:
+        await client.handshake()
+        async with RawClient(other.mcp_url, session_id=client.session_id) as stranger:
+            assert (await stranger.call_tool("whoami")).status == 404
+
+
+@pytest.mark.anyio
+async def test_a_database_that_is_down_stops_no_server_and_clients_get_503(
+    serve_command: ServeCommandFunction,
+) -> None:
+    server = serve_command("tests.cli.targets:mcpserver", "--url", UNREACHABLE)
+    async with RawClient(server.mcp_url) as client:
+        answer = await client.initialize()
+        assert answer.status == 503
+        assert "retry-after" in answer.headers
+    assert "Warning: " in server.log()
+    assert "s3cret" not in server.log()
+
+
+def test_a_server_database_is_migrated_when_asked_only(
+    command: CommandFunction, serve_command: ServeCommandFunction, postgres_url: str
+) -> None:
+    refused = command("serve", "tests.cli.targets:mcpserver", "--url", postgres_url)
+    assert refused.returncode == 1
+    assert "mcp-session-store upgrade" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert command("current", "--url", postgres_url).stdout.strip() == "none"
+    assert serve_command("tests.cli.targets:mcpserver", "--url", postgres_url, "--auto-upgrade").running
+    assert command("check", "--url", postgres_url).returncode == 0
+
+
+def test_a_port_that_is_taken_is_a_failure(
+    command: CommandFunction, serve_command: ServeCommandFunction, sqlite_url: str
+) -> None:
+    arguments = ["tests.cli.targets:mcpserver", "--url", sqlite_url]
+    server = serve_command(*arguments)
+    assert command("serve", *arguments, "--port", str(server.port)).returncode == 1
+
+
+def test_settings_of_workers_are_not_among_the_arguments_of_any_process(
+    serve_command: ServeCommandFunction, sqlite_url: str
+) -> None:
+    environment = {"MCP_SESSION_STORE_URL": sqlite_url}
+    server = serve_command("tests.cli.targets:mcpserver", "--workers", "2", environment=environment)
+    shown = [" ".join(psutil.Process(pid).cmdline()) for pid in server.pids()]
+    assert len(shown) >= 3
+    assert not [line for line in shown if "sqlite" in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["tests.cli.targets"], "MODULE:ATTRIBUTE"),
+        (["no_such_module:server"], "'no_such_module'"),
+        (["tests.cli.no_such_module:server"], "'tests.cli.no_such_module'"),
+        (["tests.cli.broken_target:server"], "no_such_module_of_this_targets"),
+        (["tests.cli.targets:nothing"], "'nothing'"),
+        (["tests.cli.targets:text"], "builtins.str"),
+        (["tests.cli.targets:stateless_app"], "name the server object itself"),
+        (["tests.cli.targets:mcpserver", "--path", "mcp"], "slash"),
+        (["tests.cli.targets:mcpserver", "--url", "no url at all"], "postgresql://"),
+    ],
+)
+def test_what_cannot_be_served_is_named_with_the_remedy(
+    invoke: InvokeFunction, sqlite_url: str, arguments: list[str], named: str
+) -> None:
+    done = invoke("serve", "--url", sqlite_url, *arguments)
+    assert done.exit_code == 2, done.stderr
+    assert named in done.stderr
+
+
+def test_a_server_that_its_framework_is_told_to_run_stateless_is_refused(
+    command: CommandFunction, sqlite_url: str
+) -> None:
+    done = command(
+        "serve",
+        "tests.cli.fastmcp_target:server",
+        "--url",
+        sqlite_url,
+        environment={"FASTMCP_STATELESS_HTTP": "true"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "stateless" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_url_the_option_and_its_variable_are_named(invoke: InvokeFunction) -> None:
+    done = invoke("serve", "tests.cli.targets:mcpserver")
+    assert done.exit_code == 2
+    assert "--url" in done.stderr
+    assert "MCP_SESSION_STORE_URL" in done.stderr
+
+
+def test_a_module_is_found_in_the_folder_that_app_dir_names(
+    command: CommandFunction, serve_command: ServeCommandFunction, sqlite_url: str
+) -> None:
+    target = "survive_restart:server"
+    assert command("serve", target, "--url", sqlite_url).returncode == 2
+    assert serve_command(target, "--url", sqlite_url, "--app-dir", str(ROOT / "examples")).running
