@@ -1,0 +1,75 @@
+"""SQL stores for tests: each on a migrated database, and checked at the end for connections left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.pool import QueuePool
+
+from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql.batching import Batcher
+from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.engine import checked_url, make_migration_engine
+from mcp_session_store.sql.tables import sessions_table
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from uuid import UUID
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from mcp_session_store.store import SessionStore
+
+
+def engine_of(store: SessionStore) -> AsyncEngine:
+    assert isinstance(store, SqlSessionStore)
+    return store._database.engine
+
+
+def connections_checked_out(store: SessionStore) -> int:
+    pool = engine_of(store).pool
+    assert isinstance(pool, QueuePool)
+    return pool.checkedout()
+
+
+async def settled(store: SessionStore) -> None:
+    """Wait until everything that the store began for calls is over, and then find no connection in use."""
+    assert isinstance(store, SqlSessionStore)
+    batchers = [value for value in vars(store).values() if isinstance(value, Batcher)]
+    assert batchers
+    for batcher in batchers:
+        if (task := batcher._drain_task) is not None:
+            await asyncio.wait({task})
+    assert connections_checked_out(store) == 0
+
+
+@asynccontextmanager
+async def sql_store(url: str, **options: Any) -> AsyncIterator[SqlSessionStore]:
+    """A store on a database that is migrated here; at the end no connection may be checked out."""
+    await migrate.upgrade(url, schema=options.get("schema"))
+    async with SqlSessionStore(url, **options) as store:
+        yield store
+        await settled(store)
+
+
+async def execute(store_or_url: SessionStore | str, statement: str | sa.Executable) -> Sequence[sa.Row[Any]]:
+    """Run a statement beside the store, on a connection of its own."""
+    url = store_or_url if isinstance(store_or_url, str) else engine_of(store_or_url).url
+    engine = make_migration_engine(*checked_url(url))
+    try:
+        async with engine.begin() as connection:
+            result = await connection.execute(sa.text(statement) if isinstance(statement, str) else statement)
+            return result.all() if result.returns_rows else []
+    finally:
+        await engine.dispose()
+
+
+async def expire(store: SessionStore, key: UUID) -> None:
+    """Make a session have expired one second ago, by the database's clock."""
+    table = sessions_table()
+    statement = sa.update(table).where(table.c.key == key).values(expires_at=StoreClock(-1.0))
+    async with engine_of(store).begin() as connection:
+        await connection.execute(statement)

@@ -1,0 +1,138 @@
+"""Any interleaving of calls on a SQL store agrees with the contract's reading in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from mcp_session_store.errors import SessionConflict
+from mcp_session_store.memory import MemorySessionStore
+from mcp_session_store.records import Activity, EndReason, Principal
+from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.testing import new_session
+from tests.store.databases import expire, settled
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from uuid import UUID
+
+    from mcp_session_store.store import SessionStore
+
+# Few of each, so that calls meet.
+names = st.integers(0, 2)
+instances = st.sampled_from(["instance-a", "instance-b"])
+principals = st.sampled_from([None, Principal.of(client_id="a"), Principal.of(client_id="b")])
+params = st.sampled_from(["{}", '{"a": "\\u0000"}', '{"é": 1}'])
+namespaces = st.sampled_from(["one", "two"])
+ages = st.sampled_from([0.0, 60.0])
+
+
+def timeless(value: Any) -> Any:
+    """A result as both stores must give it: of the times, only whether there is an expiry."""
+    if value is None or isinstance(value, (bool, set, str)):
+        return value
+    epoch = datetime(1970, 1, 1, tzinfo=UTC)
+    expires_at = None if value.expires_at is None else epoch
+    return replace(value, created_at=epoch, last_seen_at=epoch, expires_at=expires_at)
+
+
+class Interleaving(RuleBasedStateMachine):
+    """Each call goes to the model and to the store, and both must answer the same."""
+
+    runner: asyncio.Runner
+    stores: dict[str, SqlSessionStore]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.models: dict[str, MemorySessionStore] = {}
+        self.keys: list[UUID] = []
+
+    @initialize()
+    def begin(self) -> None:
+        first = MemorySessionStore(namespace="one")
+        self.models = {"one": first, "two": MemorySessionStore(namespace="two", shared_with=first)}
+        self.keys = [uuid.uuid4() for _ in range(3)]
+
+    def both(self, namespace: str, call: Callable[[SessionStore], Awaitable[Any]]) -> None:
+        async def outcome(store: SessionStore) -> Any:
+            try:
+                return timeless(await call(store))
+            except SessionConflict:
+                return "conflict"
+
+        expected = self.runner.run(outcome(self.models[namespace]))
+        assert self.runner.run(outcome(self.stores[namespace])) == expected
+
+    @rule(name=names, namespace=namespaces, instance=instances, principal=principals, text=params)
+    def create(self, name: int, namespace: str, instance: str, principal: Principal | None, text: str) -> None:
+        session = new_session(key=self.keys[name], instance=instance, principal=principal, initialize_params=text)
+        self.both(namespace, lambda store: store.create(session))
+
+    @rule(name=names, namespace=namespaces)
+    def load(self, name: int, namespace: str) -> None:
+        self.both(namespace, lambda store: store.load(self.keys[name]))
+
+    @rule(name=names, namespace=namespaces, instance=instances, restores=st.integers(0, 3))
+    def claim(self, name: int, namespace: str, instance: str, restores: int) -> None:
+        self.both(namespace, lambda store: store.claim(self.keys[name], instance=instance, restores=restores))
+
+    @rule(name=names, namespace=namespaces, text=params)
+    def replace_initialize(self, name: int, namespace: str, text: str) -> None:
+        self.both(
+            namespace,
+            lambda store: store.replace_initialize(
+                self.keys[name],
+                initialize_params=text,
+                protocol_version="2025-06-18",
+                client_name="other",
+                client_version="2",
+            ),
+        )
+
+    @rule(namespace=namespaces, touched=st.dictionaries(names, ages))
+    def touch(self, namespace: str, touched: dict[int, float]) -> None:
+        activities = [Activity(key=self.keys[name], first_age=age, last_age=0.0) for name, age in touched.items()]
+        self.both(namespace, lambda store: store.touch(activities))
+
+    @rule(name=names, namespace=namespaces, reason=st.sampled_from(EndReason))
+    def end(self, name: int, namespace: str, reason: EndReason) -> None:
+        self.both(namespace, lambda store: store.end(self.keys[name], reason=reason))
+
+    @rule(name=names)
+    def expire(self, name: int) -> None:
+        row = self.models["one"]._rows.get(self.keys[name])
+        if row is not None:
+            row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=1))
+        self.runner.run(expire(self.stores["one"], self.keys[name]))
+
+    def teardown(self) -> None:
+        for name in range(len(self.keys)):
+            self.load(name, "one")
+            self.load(name, "two")
+
+
+def test_any_interleaving_of_calls_agrees_with_the_model(migrated_url: str) -> None:
+    with asyncio.Runner() as runner:
+        stores = {name: SqlSessionStore(migrated_url, namespace=name) for name in ("one", "two")}
+        machine = type("Machine", (Interleaving,), {"runner": runner, "stores": stores})
+        try:
+            run_state_machine_as_test(
+                machine,
+                settings=settings(
+                    max_examples=150,
+                    stateful_step_count=30,
+                    deadline=None,
+                    suppress_health_check=[HealthCheck.too_slow],
+                ),
+            )
+        finally:
+            for store in stores.values():
+                runner.run(settled(store))
+                runner.run(store.aclose())
