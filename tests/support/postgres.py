@@ -290,14 +290,25 @@ def _reachable(binaries: Path, directory: Path) -> Path:
     try:
         subprocess.run([binaries / "postgres", "--version"], check=True, capture_output=True, cwd="/", **user)
     except PermissionError:
-        copy = directory / "installation"
-        shutil.copytree(binaries.parent, copy, symlinks=True)
-        for folder in (directory, copy):
-            folder.chmod(0o755)
-        return copy / binaries.name
+        return copy_of(binaries, directory)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UnavailableError(f"{binaries}/postgres does not run: {error}") from error
     return binaries
+
+
+def copy_of(binaries: Path, directory: Path) -> Path:
+    """A copy of an installation that stands in a package, as the folder of its binaries."""
+    installation = binaries.parent
+    package = installation.parent
+    # A wheel's binaries look for their libraries beside the package, by the relative path.
+    libraries = package.with_name(f"{package.name}.libs")
+    for source in (installation, libraries):
+        if source.is_dir():
+            target = directory / source.relative_to(package.parent)
+            shutil.copytree(source, target, symlinks=True)
+            for folder in (target, target.parent):
+                folder.chmod(0o755)
+    return directory / binaries.relative_to(package.parent)
 
 
 def find_binaries() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,14 @@ def test_a_package_that_is_not_installed_says_how_to_get_it() -> None:
 def test_the_packaged_binaries_make_a_server_that_works() -> None:
     with PostgresServer(postgres.binaries_of_package()) as server:
         execute(server.url(), "SELECT 1")
+
+
+def test_a_copy_of_the_packaged_binaries_runs_where_the_package_cannot_be_reached(tmp_path: Path) -> None:
+    copy = postgres.copy_of(postgres.binaries_of_package(), tmp_path)
+    assert copy.is_relative_to(tmp_path)
+    for name in ("initdb", "postgres"):
+        done = subprocess.run([copy / name, "--version"], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_each_fresh_database_is_empty_and_gone_afterwards_even_with_a_connection_left_open(
