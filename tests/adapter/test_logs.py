@@ -1,0 +1,133 @@
+"""Our own failures: 503 to the client, and logs that hold neither session ids nor payload."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from mcp_session_store import RestoreRefused, SessionRecord, SessionRestoreMarker
+from tests.adapter.asgi import until
+from tests.adapter.instances import Notes, instance, principal
+from tests.support.http import INITIALIZE_PARAMS
+
+if TYPE_CHECKING:
+    from tests.adapter.instances import RequestContext
+    from tests.adapter.stores import FaultyStore
+
+pytestmark = pytest.mark.anyio
+
+PAYLOAD = "xyzzy-payload"
+PARAMS = {
+    **INITIALIZE_PARAMS,
+    "clientInfo": {"name": f"{PAYLOAD}-name", "version": f"{PAYLOAD}-version"},
+    "_meta": {"secret": f"{PAYLOAD}-meta"},
+}
+
+
+@pytest.mark.parametrize("operation", ["create", "load", "claim", "end", "replace_initialize"])
+async def test_our_own_bug_is_answered_503_and_never_500(
+    store: FaultyStore, json_response: bool, operation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with instance(store) as gone:
+        session_id = await gone.client().handshake()
+    async with instance(store, json_response=json_response) as one:
+        resident = one.client()
+        await resident.handshake()
+        store.broken(operation)
+        if operation == "create":
+            exchange = one.client().open_initialize()
+        elif operation == "replace_initialize":
+            exchange = resident.open_initialize()
+        elif operation == "end":
+            exchange = resident.open("DELETE")
+        else:
+            exchange = one.client(session_id).open_request("ping")
+        answer = await exchange.answer()
+        assert answer.status == 503
+        assert int(answer.headers["retry-after"]) > 0
+        assert any(record.levelno == logging.ERROR and record.exc_info for record in caplog.records)
+        store.up()
+        assert (await resident.ping()).status == 200
+        assert (await one.client(session_id).ping()).status == 200
+
+
+async def test_logs_hold_neither_session_ids_nor_payload(
+    store: FaultyStore, json_response: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="mcp_session_store")
+    ids: list[str] = []
+    fate = ["nothing"]
+
+    async def on_restore(_marker: SessionRestoreMarker, _record: SessionRecord) -> None:
+        if fate[0] == "refuse":
+            raise RestoreRefused("no")
+        if fate[0] == "bug":
+            raise RuntimeError("the application's bug")
+
+    async def on_end(*_: Any) -> None:
+        raise RuntimeError("the application's bug")
+
+    notes = Notes()
+
+    async def replay_differently(_ctx: RequestContext) -> None:
+        if fate[0] == "replay":
+            raise RuntimeError("the application's bug")
+        if fate[0] == "hang":
+            await anyio.sleep_forever()
+
+    notes.on_initialize = replay_differently
+    alice = principal(f"{PAYLOAD}-client", subject=f"{PAYLOAD}-subject")
+    async with instance(
+        store,
+        notes,
+        json_response=json_response,
+        on_restore=on_restore,
+        on_end=on_end,
+        replay_timeout=0.05,
+        max_sessions=4,
+    ) as one:
+        for fault in ("down", "broken"):
+            for operation in ("create", "load", "claim", "touch", "end", "replace_initialize"):
+                client = one.client(user=alice)
+                ids.append(await client.handshake(PARAMS))
+                getattr(store, fault)(operation)
+                await client.call("add", {"a": PAYLOAD, "b": ""})
+                await client.initialize(PARAMS)
+                await client.delete()
+                await one.client(user=alice).initialize(PARAMS)
+                await one.client(ids[-1], user=principal("mallory")).ping()
+                if ids[-1] in one.manager._server_instances:
+                    await one.terminate(ids[-1])
+                await client.ping()
+                store.up()
+                for fate[0] in ("bug", "replay", "hang", "refuse", "nothing"):
+                    await until(lambda: not one.manager._leaving)
+                    if ids[-1] in one.manager._server_instances:
+                        await one.terminate(ids[-1])
+                    await client.ping()
+                for session in list(one.manager._residents.values()):
+                    ids.append(session.session_id)
+                    await one.client(session.session_id, user=session.owner and alice).delete()
+        for _ in range(6):
+            await one.client(user=alice).initialize(PARAMS)
+        ids += list(one.manager._server_instances)
+    ours = [record for record in caplog.records if record.name.startswith("mcp_session_store")]
+    assert len({record.getMessage() for record in ours}) >= 8, "the scenario reaches most of what is logged"
+    formatter = logging.Formatter("%(message)s")
+    for record in ours:
+        text = formatter.format(record)
+        assert PAYLOAD not in text
+        for session_id in ids:
+            assert session_id not in text
+
+
+async def test_nobody_configures_the_root_logger(store: FaultyStore) -> None:
+    before = (logging.root.level, list(logging.root.handlers), logging.root.disabled)
+    async with instance(store) as one:
+        await one.client().handshake()
+    assert (logging.root.level, list(logging.root.handlers), logging.root.disabled) == before
+    assert logging.getLogger("mcp_session_store").handlers == []
+    assert logging.getLogger("mcp_session_store").level == logging.NOTSET
