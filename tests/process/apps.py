@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import mcp_types as types
-from fastmcp import Context as FastMCPContext
-from fastmcp import FastMCP
-from fastmcp.server.middleware import Middleware
 from mcp.server.lowlevel.server import Server
 from mcp.server.mcpserver import Context, MCPServer
 from starlette.applications import Starlette
@@ -28,6 +25,7 @@ from mcp_session_store import durable_app, get_restore_marker
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from fastmcp import FastMCP
     from fastmcp.server.middleware import CallNext as FastMCPCallNext
     from fastmcp.server.middleware import MiddlewareContext
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
@@ -87,13 +85,6 @@ async def _server_middleware(ctx: ServerRequestContext[Any, Any], call_next: Cal
     return await call_next(ctx)
 
 
-class _FastMCPMiddleware(Middleware):
-    async def on_message(self, context: MiddlewareContext[Any], call_next: FastMCPCallNext[Any, Any]) -> Any:
-        if context.method in ("initialize", "notifications/initialized"):
-            await _note_handshake(context.method, context)
-        return await call_next(context)
-
-
 def _mcpserver() -> MCPServer:
     server = MCPServer("process", log_level="WARNING", middleware=[_server_middleware])
 
@@ -128,12 +119,24 @@ def _lowlevel() -> Server[Any]:
 
 
 def _fastmcp() -> FastMCP[Any]:
-    server: FastMCP[Any] = FastMCP("process", middleware=[_FastMCPMiddleware()])
+    # Imported here: the servers of the other frameworks do without it, as it is an optional dependency.
+    import fastmcp
+    from fastmcp.server.middleware import Middleware
 
-    @server.tool
-    def whoami(ctx: FastMCPContext) -> dict[str, Any]:
+    class NoteHandshakes(Middleware):
+        async def on_message(self, context: MiddlewareContext[Any], call_next: FastMCPCallNext[Any, Any]) -> Any:
+            if context.method in ("initialize", "notifications/initialized"):
+                await _note_handshake(context.method, context)
+            return await call_next(context)
+
+    server: FastMCP[Any] = fastmcp.FastMCP("process", middleware=[NoteHandshakes()])
+
+    async def whoami(ctx: fastmcp.Context) -> dict[str, Any]:
         return _who(ctx, ctx.session.client_params)
 
+    # Postponed annotations are looked up among this module's names, where it is not.
+    whoami.__annotations__["ctx"] = fastmcp.Context
+    server.tool(whoami)
     return server
 
 

@@ -60,7 +60,8 @@ class Application:
             f"tests.process.apps:{app}",
             environment=settings.environment,
             workers=workers,
-            options=["--factory", *options],
+            # Requests are many, and what is shown of the log with a failure is its end.
+            options=["--factory", "--no-access-log", *options],
         )
 
     def handshakes(self, method: str = "initialize", *, replayed: bool) -> list[Handshake]:

@@ -1,0 +1,266 @@
+"""The database stops, hangs, or loses connections, while a server runs or before it starts."""
+
+from __future__ import annotations
+
+import random
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+from mcp import Client
+from sqlalchemy.engine import make_url
+
+from mcp_session_store.sql import migrate
+from tests.process.clients import Load, sessions, until, whoami
+from tests.process.records import Records
+from tests.support.faults import FaultProxy
+from tests.support.http import RawClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from tests.process.conftest import Application
+    from tests.support.http import Answer
+    from tests.support.postgres import PostgresServer, StopMode
+
+pytestmark = pytest.mark.anyio
+
+BOUND = 20.0
+"""Seconds within which a request is refused: five for a database that hangs, and much for a slow machine."""
+
+
+@pytest.fixture
+async def stoppable_url(stoppable_postgres: PostgresServer) -> AsyncIterator[str]:
+    """A migrated database on the server that can be stopped."""
+    with stoppable_postgres.database() as url:
+        await migrate.upgrade(url)
+        yield url
+
+
+@pytest.fixture
+async def proxy(postgres_url: str) -> AsyncIterator[FaultProxy]:
+    """A network that fails on command, in front of a migrated database."""
+    await migrate.upgrade(postgres_url)
+    url = make_url(postgres_url)
+    assert url.host is not None
+    assert url.port is not None
+    async with FaultProxy(url.host, url.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxied_url(postgres_url: str, proxy: FaultProxy) -> str:
+    """The same database, through it."""
+    url = make_url(postgres_url).set(host="127.0.0.1", port=proxy.port)
+    return url.render_as_string(hide_password=False)
+
+
+def opens(client: RawClient) -> Callable[[], Awaitable[bool]]:
+    """Whether the server opens a session for this client now; until then it is told to come again."""
+
+    async def opened() -> bool:
+        client.session_id = None
+        answer = await client.initialize()
+        if answer.status != 200:
+            assert_unavailable(answer)
+        return answer.status == 200
+
+    return opened
+
+
+def assert_unavailable(answer: Answer) -> None:
+    """It was refused for now: with a time to come again, and without a session id."""
+    assert answer.status == 503, answer
+    assert int(answer.headers["retry-after"]) > 0
+    assert answer.session_id is None
+    assert answer.error["code"] == -32603
+
+
+async def test_while_postgres_is_down_resident_sessions_are_served_and_all_recovers_when_it_is_back(
+    application: Application, stoppable_postgres: PostgresServer, stoppable_url: str
+) -> None:
+    records = Records(stoppable_url)
+    server = application.serve(stoppable_url)
+    async with (
+        sessions(server.mcp_url, 1) as (evicted,),
+        RawClient(server.mcp_url) as new,
+        RawClient(server.mcp_url) as deleting,
+    ):
+        await anyio.to_thread.run_sync(server.restart)
+        async with sessions(server.mcp_url, 4) as resident, Load(resident) as load:
+            deleting.session_id = resident[0].session_id
+            modes: list[StopMode] = ["fast", "immediate"]
+            for restores, mode in enumerate(modes, start=1):
+                await load.advance(2)
+                await anyio.to_thread.run_sync(stoppable_postgres.stop, mode)
+
+                with anyio.fail_after(BOUND):
+                    for _ in range(3):
+                        assert_unavailable(await new.initialize())
+                        assert_unavailable(await deleting.delete())
+                        if restores == 1:
+                            assert_unavailable(await evicted.call_tool("whoami"))
+                            assert_unavailable(await evicted.notify("notifications/initialized"))
+                            assert_unavailable(await evicted.get())
+                            assert_unavailable(await evicted.delete())
+                # Whatever was refused, the resident sessions go on; that of the refused DELETE too.
+                await load.advance(3)
+
+                await anyio.to_thread.run_sync(stoppable_postgres.start)
+                await until(opens(new), "a handshake succeeds")
+                new.session_id = None
+                assert (await whoami(evicted))["restores"] == 1
+                await load.advance(2)
+            assert load.statuses.keys() == {200}
+            assert (load.wrong, load.disconnects) == ([], 0)
+        ids = [client.session_id for client in resident]
+        assert [(await records.row(session_id))["ended_at"] for session_id in ids] == [None] * len(ids)
+        assert (await deleting.delete()).status == 200
+        assert (await deleting.call_tool("whoami")).status == 404
+        assert (await records.row(deleting.session_id))["end_reason"] == "client"
+
+
+async def test_a_server_that_starts_without_its_database_serves_modern_clients_and_recovers(
+    application: Application, stoppable_postgres: PostgresServer, stoppable_url: str
+) -> None:
+    await anyio.to_thread.run_sync(stoppable_postgres.stop)
+    server = application.serve(stoppable_url)
+    async with (
+        RawClient(server.mcp_url) as client,
+        RawClient(server.mcp_url, session_id="0" * 32) as unknown,
+    ):
+        with anyio.fail_after(BOUND):
+            assert_unavailable(await client.initialize())
+            # Nobody can tell now whether there is such a session.
+            assert_unavailable(await unknown.call_tool("whoami"))
+            assert_unavailable(await unknown.delete())
+        # Protocol 2026-07-28 knows no sessions: found out by the client, or known to it.
+        for modern in (Client(server.mcp_url), Client(server.mcp_url, mode="2026-07-28")):
+            async with modern:
+                assert modern.protocol_version == "2026-07-28"
+                assert not (await modern.call_tool("whoami", {})).is_error
+        assert client.session_id is None
+
+        await anyio.to_thread.run_sync(stoppable_postgres.start)
+        await until(opens(client), "a handshake succeeds")
+        assert (await whoami(client))["pid"] == server.pid
+        assert (await unknown.call_tool("whoami")).status == 404
+    assert "cannot be reached" in server.log()
+
+
+async def test_a_database_that_hangs_counts_as_down_and_resident_sessions_do_not_wait_for_it(
+    application: Application, proxied_url: str, proxy: FaultProxy
+) -> None:
+    # In a thread, here as everywhere: the proxy runs in this event loop.
+    server = await anyio.to_thread.run_sync(application.serve, proxied_url)
+    async with sessions(server.mcp_url, 2) as (evicted, deleting), RawClient(server.mcp_url) as new:
+        await anyio.to_thread.run_sync(server.restart)
+        async with sessions(server.mcp_url, 2) as resident, Load(resident) as load:
+            await load.advance(1)
+            proxy.hang()
+
+            async def is_refused(request: Callable[[], Awaitable[Answer]]) -> None:
+                assert_unavailable(await request())
+
+            with anyio.fail_after(BOUND):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(is_refused, new.initialize)
+                    group.start_soon(is_refused, lambda: evicted.call_tool("whoami"))
+                    group.start_soon(is_refused, lambda: evicted.notify("notifications/initialized"))
+                    # Whether it takes effect when the network lets it through, nobody knows: it may be repeated.
+                    group.start_soon(is_refused, deleting.delete)
+                    await load.advance(5)
+
+            proxy.resume()
+            await until(opens(new), "a handshake succeeds")
+            assert (await whoami(evicted))["restores"] == 1
+            assert (await deleting.delete()).status in (200, 404)
+            assert (await deleting.call_tool("whoami")).status == 404
+            await load.advance(2)
+            assert load.statuses.keys() == {200}
+            assert (load.wrong, load.disconnects) == ([], 0)
+
+
+async def test_connections_that_break_at_random_moments_lose_nothing_that_was_acknowledged(
+    application: Application, postgres_url: str, proxied_url: str, proxy: FaultProxy
+) -> None:
+    records = Records(postgres_url)
+    dice = random.Random(2)
+    kept: list[str | None] = []
+    ended: list[str | None] = []
+    server = await anyio.to_thread.run_sync(application.serve, proxied_url)
+
+    @asynccontextmanager
+    async def breaking() -> AsyncIterator[None]:
+        """Connections to the database break all the time: on the way there, on the way back, or idle."""
+        ways: list[Callable[[], None]] = [
+            proxy.kill_connections,
+            proxy.kill_on_next_request,
+            partial(proxy.kill_on_next_reply, b"INSERT 0"),
+        ]
+        ways += [partial(proxy.kill_on_next_reply, b"UPDATE"), partial(proxy.kill_on_next_reply, b"SELECT")]
+
+        async def break_connections() -> None:
+            while True:
+                # The moment is what is random here; nobody waits for it.
+                await anyio.sleep(dice.uniform(0, 0.05))
+                dice.choice(ways)()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(break_connections)
+            yield
+            group.cancel_scope.cancel()
+
+    async def open_sessions() -> None:
+        for number in range(12):
+            async with RawClient(server.mcp_url) as client:
+                await until(opens(client), "a handshake succeeds")
+                # It is resident, and waits for no query.
+                assert (await client.notify("notifications/initialized")).status == 202
+                assert (await whoami(client))["restores"] == 0
+                if number % 3:
+                    kept.append(client.session_id)
+                    continue
+                deleted = await client.delete()
+                if deleted.status == 200:
+                    ended.append(client.session_id)
+                else:
+                    assert_unavailable(deleted)
+
+    async def settled(client: RawClient, status: int) -> None:
+        """Ask until the answer is not "come again", and it must be this one."""
+
+        async def answered() -> bool:
+            answer = await client.call_tool("whoami")
+            if answer.status == 503:
+                assert_unavailable(answer)
+                return False
+            assert answer.status == status, answer
+            return True
+
+        async with client:
+            await until(answered, "an answer other than 503")
+
+    async with breaking(), anyio.create_task_group() as group:
+        for _ in range(6):
+            group.start_soon(open_sessions)
+    assert kept
+    assert ended
+    assert proxy.accepted > 10
+
+    async def nobody_expires() -> bool:
+        return {(await records.row(session_id))["expires_at"] for session_id in kept} == {None}
+
+    # Their first activity was reported, however often that failed.
+    await until(nobody_expires, "all sessions that were used have an unlimited life")
+
+    await anyio.to_thread.run_sync(server.restart)
+    async with breaking(), anyio.create_task_group() as group:
+        for session_id in kept:
+            group.start_soon(settled, RawClient(server.mcp_url, session_id=session_id), 200)
+        for session_id in ended:
+            group.start_soon(settled, RawClient(server.mcp_url, session_id=session_id), 404)
+    for session_id in kept:
+        assert (await records.row(session_id))["restores"] >= 1
