@@ -161,8 +161,16 @@ def mcpserver() -> Starlette:
     return _app(_mcpserver())
 
 
-def fastmcp() -> Starlette:
-    return _app(_fastmcp())
+def asking() -> Starlette:
+    """One that asks each client for its roots when it is initialized, and notes the answer as a handshake's."""
+
+    async def ask(ctx: ServerRequestContext[Any, Any], _params: types.NotificationParams) -> None:
+        roots = await ctx.session.list_roots()
+        await _note_handshake(f"roots: {roots.roots[0].name}", ctx)
+
+    server = _lowlevel()
+    server.add_notification_handler("notifications/initialized", types.NotificationParams, ask)
+    return _app(server)
 
 
 def mcpserver_both() -> Starlette:

@@ -118,3 +118,76 @@ async def test_a_server_killed_during_a_restore_leaves_a_session_that_can_be_res
         assert (await records.row(client.session_id))["restores"] == 1
         assert len(application.handshakes(replayed=True)) == 2
         assert len(application.handshakes(replayed=False)) == 1
+
+
+async def test_of_the_sessions_that_clients_know_a_sigkill_under_load_loses_none(
+    application: Application, store_url: str, records: Records
+) -> None:
+    server = application.serve(store_url, "mcpserver_both")
+    urls = [f"{server.url}/sse/mcp", f"{server.url}/json/mcp"]
+    known: list[tuple[str, str]] = []
+
+    async def open_sessions(url: str) -> None:
+        while True:
+            async with RawClient(url) as client:
+                try:
+                    async with client.stream("POST", client.message("initialize", INITIALIZE_PARAMS)) as stream:
+                        # From here on the client knows it, whether or not it gets to read the rest.
+                        if stream.session_id is not None:
+                            known.append((url, stream.session_id))
+                        await stream.read()
+                except httpx2.TransportError:
+                    return
+
+    async def is_restored(client: RawClient) -> None:
+        assert (await whoami(client))["restores"] == 1
+
+    async def use(url: str, session_id: str) -> None:
+        async with RawClient(url, session_id=session_id) as client, anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(is_restored, client)
+
+    async with anyio.create_task_group() as group:
+        for url in urls * 4:
+            group.start_soon(open_sessions, url)
+        await until(lambda: len(known) >= 40, "clients have opened sessions")
+        await anyio.to_thread.run_sync(server.kill)
+
+    await anyio.to_thread.run_sync(server.start)
+    async with anyio.create_task_group() as group:
+        for url, session_id in known:
+            group.start_soon(use, url, session_id)
+    # Three first requests for each, at once, and one restore.
+    replayed = [one.replayed_in for one in application.handshakes(replayed=True)]
+    assert sorted(map(str, replayed)) == sorted(session_id for _, session_id in known)
+    assert [(await records.row(session_id))["restores"] for _, session_id in known] == [1] * len(known)
+
+
+async def test_a_server_that_asks_the_client_when_it_is_initialized_asks_again_in_the_restored_session(
+    application: Application, sqlite_url: str
+) -> None:
+    server = application.serve(sqlite_url, "asking")
+    roots = {**INITIALIZE_PARAMS, "capabilities": {"roots": {}}}
+
+    async def answer_with(client: RawClient, name: str, *, replayed: bool) -> None:
+        async with client.get_stream() as stream:
+            question = await stream.next()
+            assert question["method"] == "roots/list"
+            await client.respond(question["id"], {"roots": [{"uri": "file:///root", "name": name}]})
+        await until(
+            lambda: bool(application.handshakes(f"roots: {name}", replayed=replayed)), "the server has the answer"
+        )
+
+    async with RawClient(server.mcp_url) as client:
+        assert (await client.initialize(roots)).status == 200
+        async with anyio.create_task_group() as group:
+            group.start_soon(client.notify, "notifications/initialized")
+            await answer_with(client, "first", replayed=False)
+
+        await anyio.to_thread.run_sync(server.restart)
+
+        # The replayed handler waits for an answer, and the session is served meanwhile.
+        assert (await whoami(client))["restores"] == 1
+        await answer_with(client, "second", replayed=True)
+        (seen,) = application.handshakes("roots: second", replayed=True)
+        assert (seen.pid, seen.replayed_in) == (server.pid, client.session_id)
