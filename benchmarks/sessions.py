@@ -34,14 +34,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mcp.server.mcpserver import MCPServer
 from starlette.applications import Starlette
-from starlette.types import ASGIApp, Message
 
 from mcp_session_store import durable_app
 from mcp_session_store.sql import migrate
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message
 
 CLIENTS = 16
 PROTOCOL_VERSION = "2025-11-25"

@@ -69,7 +69,11 @@ def durable_app(
         "max_initialize_params": max_initialize_params,
     }
     if isinstance(store, SessionStore):
-        given = {"namespace": namespace != DEFAULT_NAMESPACE, "schema": schema is not None, "auto_upgrade": auto_upgrade}
+        given = {
+            "namespace": namespace != DEFAULT_NAMESPACE,
+            "schema": schema is not None,
+            "auto_upgrade": auto_upgrade,
+        }
         if names := [name for name, is_given in given.items() if is_given]:
             raise ConfigurationError(f"{', '.join(names)} go with a database URL; give them to the store that you made")
         return build_app(server, store, options=options, settings=settings)

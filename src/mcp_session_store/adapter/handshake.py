@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import anyio
 from mcp.shared.exceptions import MCPError
 from mcp_types import INVALID_PARAMS
 from pydantic import BaseModel
 
+from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.responses import session_not_found, unavailable
 from mcp_session_store.records import display_text
 
@@ -69,7 +69,7 @@ class Handshake:
         self.recorded = False
         """The record is committed."""
         self.outcome: HandshakeOutcome | None = None
-        self._settled = anyio.Event()
+        self._settled = Latch()
 
     def settle(self, outcome: HandshakeOutcome) -> None:
         """Decide the outcome, once."""
@@ -133,7 +133,7 @@ class HeldResponse:
         self._receive = receive
         self._send = send
         self._opening = opening
-        self._started = anyio.Event()
+        self._started = Latch()
         self._replaced = False
         self.opened = False
         """The client was told its session id."""

@@ -28,6 +28,7 @@ from starlette.requests import Request
 
 from mcp_session_store.adapter import middleware, responses, sdk, telemetry
 from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS, HANDSHAKE, Handshake, HeldResponse
+from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.marker import RESTORE_MARKER
 from mcp_session_store.adapter.replay import Replay
 from mcp_session_store.adapter.session import RESIDENT_SESSION, ResidentSession
@@ -100,7 +101,7 @@ class _Restore:
     """One restore under way, and everybody who waits for it."""
 
     def __init__(self) -> None:
-        self.over = anyio.Event()
+        self.over = Latch()
         self.waiters = 0
         self.session: ResidentSession | None = None
         self.failure: Exception | None = None
@@ -171,16 +172,19 @@ class DurableSessionManager(sdk.ManagerSeams):
             raise ConfigurationError(
                 f"max_initialize_params must be a positive number of bytes, not {max_initialize_params!r}"
             )
-        super().__init__(
-            app,
-            event_store=event_store,
-            json_response=json_response,
-            security_settings=security_settings,
-            retry_interval=retry_interval,
-            session_idle_timeout=session_idle_timeout,
-            max_request_body_size=max_request_body_size,
-            max_sessions=max_sessions,
-        )
+        try:
+            super().__init__(
+                app,
+                event_store=event_store,
+                json_response=json_response,
+                security_settings=security_settings,
+                retry_interval=retry_interval,
+                session_idle_timeout=session_idle_timeout,
+                max_request_body_size=max_request_body_size,
+                max_sessions=max_sessions,
+            )
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
         self.store = store
         self.instance = instance_id()
         self._on_restore = on_restore
@@ -239,7 +243,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 await self._evict(session)
             try:
                 await self._flush_activity()
-            except SessionStoreError as error:
+            except Exception as error:
                 self._background_failure("activity", error)
 
     # One request
@@ -390,6 +394,14 @@ class DurableSessionManager(sdk.ManagerSeams):
             client_version=params.client_version,
         )
         if live:
+            session.record = dataclasses.replace(
+                session.record,
+                initialize_params=params.text,
+                protocol_version=version,
+                client_name=params.client_name,
+                client_version=params.client_version,
+                revision=session.record.revision + 1,
+            )
             # The `notifications/initialized` that follows is not the one that was replayed.
             session.swallow_initialized = False
         else:
@@ -499,6 +511,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                     raise _NotFound
                 if claimed.revision == record.revision:
                     session.record = claimed
+                    session.marker = dataclasses.replace(marker, restores=claimed.restores, replaying=False)
                     self._publish(session)
                     telemetry.restored.add(1)
                     return session
@@ -536,17 +549,15 @@ class DurableSessionManager(sdk.ManagerSeams):
         self, session: ResidentSession, marker: SessionRestoreMarker, record: SessionRecord, scope: Scope
     ) -> SessionRecord:
         """Replay the handshake into a session that nobody can reach yet, and claim it."""
-        session.marker = dataclasses.replace(marker, replaying=False)
         session.swallow_initialized = True
         replay = session.replay = Replay(
             record, marker, scope, binding={RESIDENT_SESSION: session}, timeout=self._replay_timeout
         )
-        await self.tasks.start(self._run_session, session)
         # Twice its timeout: once for the answer to `initialize`, once for the notification's handler.
-        with anyio.move_on_after(2 * self._replay_timeout):
-            await replay.over.wait()
-        if not replay.over.is_set():
-            raise StoreUnavailable("the replay of a session's handshake took too long")
+        session.must_end_within(2 * self._replay_timeout)
+        self.tasks.start_soon(self._run_session, session)
+        await replay.over.wait()
+        session.must_end_within(math.inf)
         if replay.broken:
             raise StoreUnavailable(f"a session could not be restored: {replay.failure}")
         if replay.failure is not None:

@@ -12,6 +12,7 @@ from mcp.shared.message import ServerMessageMetadata, SessionMessage
 from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
 from starlette.requests import Request
 
+from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.marker import RESTORE_MARKER
 
 if TYPE_CHECKING:
@@ -52,14 +53,14 @@ class Replay:
     ) -> None:
         # Taken in the restoring request's own task: handlers find its context variables.
         self.context = contextvars.copy_context()
-        self.over = anyio.Event()
+        self.over = Latch()
         self.failure: str | None = None
         """Why the session cannot be restored here, when it is over and failed."""
         self.broken = False
         """The failure is no answer of the server's: it was cut short, and trying again is right."""
         self._record = record
         self._timeout = timeout
-        self._handler_done = anyio.Event()
+        self._handler_done = Latch()
         self._request_id = f"restore-{uuid4().hex}"
         self._requests: list[Request] = []
         self._answer: JSONRPCResponse | JSONRPCError | None = None

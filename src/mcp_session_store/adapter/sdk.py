@@ -6,9 +6,8 @@ import names the SDK versions that work, instead of failing later with a client 
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from mcp.server import streamable_http_manager
 from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
@@ -17,6 +16,7 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
 from starlette.routing import Route
 
+from mcp_session_store.adapter import SUPPORTED_SDK
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     MessageWriteStream: TypeAlias = WriteStream[SessionMessage]
 
 __all__ = [
-    "SUPPORTED_SDK",
     "ManagerSeams",
     "make_transport",
     "mcp_endpoint",
@@ -45,8 +44,6 @@ __all__ = [
     "set_session_manager",
     "underlying_server",
 ]
-
-SUPPORTED_SDK: Final = ">=2.3,<3"
 
 # The transport's class and the server loop are looked up in this module when they are called, because
 # tests of the SDK and of its users replace them there.
@@ -69,11 +66,7 @@ def _check_sdk() -> None:
         name for name in ("serve_loop", "StreamableHTTPServerTransport") if not hasattr(streamable_http_manager, name)
     ]
     if missing:
-        raise ImportError(
-            f"mcp-session-store works with mcp{SUPPORTED_SDK}; mcp {importlib.metadata.version('mcp')} is installed, "
-            f"and its session manager has no {', '.join(missing)}. Install a version that works: "
-            f"pip install 'mcp{SUPPORTED_SDK}'"
-        )
+        raise ImportError(f"its session manager has no {', '.join(missing)}")
 
 
 _check_sdk()

@@ -11,6 +11,7 @@ from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPC
 
 from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.handshake import HandshakeOutcome
+from mcp_session_store.adapter.latch import Latch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,14 +81,14 @@ class ResidentSession:
         """It was withdrawn: requests find it no more."""
         self.running = False
         """Its server task has begun."""
-        self.gone = anyio.Event()
+        self.gone = Latch()
         """Its server task has ended, clean-up included."""
         self.pins = 0
         """HTTP requests that are being served."""
         self.unsettled = 0
         """Messages that were read and whose handlers have not returned."""
         self.idle_since = anyio.current_time()
-        self.standalone_stream_open = anyio.Event()
+        self.standalone_stream_open = Latch()
         self._scope = anyio.CancelScope()
 
     @property
@@ -121,7 +122,7 @@ class ResidentSession:
         manager: sdk.ManagerSeams,
         on_gone: Callable[[ResidentSession], None],
         *,
-        task_status: TaskStatus[None],
+        task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve the session until it leaves memory; for new and restored sessions alike.
 
@@ -146,6 +147,10 @@ class ResidentSession:
                 self.replay.cut_short("the server loop ended during the replay")
             self.gone.set()
             on_gone(self)
+
+    def must_end_within(self, seconds: float) -> None:
+        """Have the server task cancelled unless this is called again in time; `math.inf`: not any more."""
+        self._scope.deadline = anyio.current_time() + seconds
 
     async def leave(self) -> None:
         """Close the streams of this copy and cancel its calls. The record stays.
