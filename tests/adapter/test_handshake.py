@@ -11,6 +11,7 @@ import pytest
 from mcp.server import streamable_http_manager
 from mcp.server.transport_security import TransportSecuritySettings
 from mcp.shared.exceptions import MCPError
+from sse_starlette import EventSourceResponse
 
 from tests.adapter.asgi import until
 from tests.adapter.instances import Notes, instance, wait_for
@@ -68,6 +69,21 @@ async def test_nothing_of_the_answer_leaves_before_the_store_has_said_so(
         assert opening.sent == []
         commit.release()
         assert (await opening.answer()).status == 200
+
+
+async def test_a_ping_of_an_event_stream_does_not_overtake_the_header(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EventSourceResponse, "DEFAULT_PING_INTERVAL", 0.01)
+    async with instance(store) as one:
+        commit = store.hold("create")
+        opening = one.client().open_initialize()
+        await commit.wait_entered()
+        await anyio.sleep(0.05)  # several pings
+        assert opening.sent == []
+        commit.release()
+        assert (await opening.answer()).status == 200
+        assert opening.sent[0]["type"] == "http.response.start"
 
 
 async def test_a_session_cannot_be_used_before_its_record_is_committed(store: FaultyStore) -> None:

@@ -86,10 +86,12 @@ async def test_the_replayed_request_reads_as_the_message_that_is_replayed(store:
     async def read(ctx: RequestContext) -> None:
         assert ctx.request is not None
         bodies.append(await ctx.request.json())
+        assert ctx.request.headers.getlist("content-length") == [str(len(await ctx.request.body()))]
+        assert ctx.request.headers.getlist("content-type") == ["application/json"]
 
     notes.on_initialize = read
     async with instance(store, notes) as one:
-        await one.client(session_id).ping()
+        assert (await one.client(session_id).ping()).status == 200
         assert bodies[0]["method"] == "initialize"
         assert bodies[0]["params"] == STRANGE_PARAMS
         (replayed,) = one.notes.replayed("initialize")
@@ -353,7 +355,8 @@ async def test_a_handler_that_asks_the_client_gets_its_answer_on_the_published_s
         return len(roots) == count
 
     notes.on_initialized = ask
-    async with instance(store, notes, json_response=json_response) as one:
+    # Longer than this test waits for anything: nothing but the question lets the session be published.
+    async with instance(store, notes, json_response=json_response, replay_timeout=60) as one:
         client = one.client(session_id)
         assert (await client.call("add", {"a": 1, "b": 2})).text == "3"
         assert roots == []
@@ -376,7 +379,7 @@ async def test_a_get_that_leads_the_restore_carries_the_handlers_question(store:
         roots.append(await ctx.session.send_request(types.ListRootsRequest(), types.ListRootsResult))
 
     notes.on_initialized = ask
-    async with instance(store, notes) as one:
+    async with instance(store, notes, replay_timeout=60) as one:
         client = one.client(session_id)
         stream = await client.get_stream()
         question = await stream.next()
