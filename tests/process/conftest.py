@@ -14,7 +14,7 @@ from tests.process.apps import Settings
 from tests.process.records import Records
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from tests.conftest import ServeFunction
@@ -43,6 +43,8 @@ class Application:
         self.gate = folder / "gate"
         """While this file exists, a replayed `initialize` waits in the application's middleware."""
         self._serve = serve
+        self._servers: list[ServerProcess] = []
+        self._passwords: set[str] = set()
         self._handshakes = folder / "handshakes.jsonl"
 
     def serve(
@@ -56,13 +58,15 @@ class Application:
     ) -> ServerProcess:
         """A server process with the app that this factory makes, on this database."""
         settings = Settings(url=url, handshakes=str(self._handshakes), gate=str(self.gate), auto_upgrade=auto_upgrade)
-        return self._serve(
+        server = self._serve(
             f"tests.process.apps:{app}",
             environment=settings.environment,
             workers=workers,
             # Requests are many, and what is shown of the log with a failure is its end.
             options=["--factory", "--no-access-log", *options],
         )
+        self._servers.append(server)
+        return server
 
     def handshakes(self, method: str = "initialize", *, replayed: bool) -> list[Handshake]:
         """What the processes saw, over all restarts: the clients' own, or the replayed ones."""
@@ -71,10 +75,21 @@ class Application:
         seen = [Handshake(**json.loads(line)) for line in self._handshakes.read_bytes().splitlines()]
         return [one for one in seen if one.method == method and (one.replayed_in is not None) == replayed]
 
+    def check_logs(self) -> None:
+        """Whatever happened to the servers: nothing of ours broke, and their logs tell no secrets."""
+        ids = {one.replayed_in for one in self.handshakes(replayed=True)}
+        secrets = self._passwords | {session_id for session_id in ids if session_id is not None}
+        for server in self._servers:
+            log = server.log()
+            assert "Traceback" not in log
+            assert [secret for secret in secrets if secret in log] == []
+
 
 @pytest.fixture
-def application(serve: ServeFunction, tmp_path: Path) -> Application:
-    return Application(serve, tmp_path)
+def application(serve: ServeFunction, tmp_path: Path) -> Iterator[Application]:
+    application = Application(serve, tmp_path)
+    yield application
+    application.check_logs()
 
 
 @pytest.fixture

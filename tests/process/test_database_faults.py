@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from contextlib import asynccontextmanager
+import signal
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
+import httpx2
 import pytest
 from mcp import Client
 from sqlalchemy.engine import make_url
@@ -181,6 +183,28 @@ async def test_a_database_that_hangs_counts_as_down_and_resident_sessions_do_not
             await load.advance(2)
             assert load.statuses.keys() == {200}
             assert (load.wrong, load.disconnects) == ([], 0)
+
+
+async def test_a_server_whose_database_hangs_still_stops_and_its_sessions_go_on_in_the_next(
+    application: Application, proxied_url: str, proxy: FaultProxy
+) -> None:
+    server = await anyio.to_thread.run_sync(application.serve, proxied_url)
+    async with sessions(server.mcp_url, 2) as clients, RawClient(server.mcp_url) as new:
+        async with anyio.create_task_group() as group:
+
+            async def open_in_vain() -> None:
+                with suppress(httpx2.TransportError):
+                    assert_unavailable(await new.initialize())
+
+            proxy.hang()
+            group.start_soon(open_in_vain)
+            await until(lambda: len(application.handshakes(replayed=False)) == 3, "a handshake is to be stored")
+            # It takes long, and not for ever: `terminate` fails after half a minute.
+            assert await anyio.to_thread.run_sync(server.terminate) in (0, -signal.SIGTERM)
+        proxy.resume()
+        await anyio.to_thread.run_sync(server.start)
+        for client in clients:
+            assert (await whoami(client))["restores"] == 1
 
 
 async def test_connections_that_break_at_random_moments_lose_nothing_that_was_acknowledged(
