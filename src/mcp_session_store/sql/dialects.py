@@ -124,6 +124,14 @@ class Batch(ABC):
         return self.rows.c
 
     @abstractmethod
+    def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        """That a column has one of the values of the batch's column of the same name.
+
+        Said beside a join with the batch, too: a planner that knows nothing of the table yet takes an
+        index for this, where for the join alone it reads all of the table.
+        """
+
+    @abstractmethod
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
         """The statement's parameters for these rows, each with its values in the order of the columns."""
 
@@ -139,6 +147,8 @@ class Dialect(ABC):
     """Whether tables may live in a named schema."""
     single_writer: bool
     """Whether writers exclude one another, so that one connection of a process writes at a time."""
+    interruptible: bool
+    """Whether a statement that runs can be given up, so that its connection and its locks are gone."""
     migrates_when_empty: bool
     """Whether an empty database is migrated on first contact."""
 
@@ -207,8 +217,13 @@ class _ArrayBatch(Batch):
             sa.bindparam(parameter, type_=postgresql.ARRAY(type_))
             for parameter, type_ in zip(self._names, columns.values(), strict=True)
         ]
+        self._arrays = dict(zip(columns, arrays, strict=True))
         typed = [sa.column(column, type_) for column, type_ in columns.items()]
         self.rows = sa.func.unnest(*arrays).table_valued(*typed, name=name).render_derived()
+
+    @override
+    def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        return column == sa.any_(self._arrays[column.name])
 
     @override
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
@@ -224,6 +239,7 @@ class _Postgres(Dialect):
     driver = "asyncpg"
     has_schemas = True
     single_writer = False
+    interruptible = True
     migrates_when_empty = False
 
     @override
@@ -300,6 +316,10 @@ class _JsonBatch(Batch):
         ).subquery(name)
 
     @override
+    def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        return column.in_(sa.select(self.rows.c[column.name]))
+
+    @override
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
         # A text ends for SQLite's JSON functions where a NUL stands. Postgres refuses such a text too.
         if any("\0" in value for row in rows for value in row if isinstance(value, str)):
@@ -319,6 +339,9 @@ class _Sqlite(Dialect):
     driver = "aiosqlite"
     has_schemas = False
     single_writer = True
+    # A statement runs in a thread. One that is given up goes on there, and when it has a RETURNING clause then
+    # holds the lock on the file, because nobody fetches its rows, until the garbage collector finds it.
+    interruptible = False
     migrates_when_empty = True
 
     @override
@@ -382,7 +405,7 @@ class _Sqlite(Dialect):
             except OperationalError as error:
                 if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF not in _SQLITE_BUSY:
                     raise
-                # The caller's deadline bounds this.
+                # Without a bound: whoever waits for it does so no longer than he wants to.
                 await asyncio.sleep(random.uniform(0.005, 0.05))  # noqa: S311
                 continue
             if mode != "wal":

@@ -87,13 +87,13 @@ class SessionStatements:
         )
 
         self.loads = dialect.batch("loaded", _KEY)
-        self.load = sa.select(*record).where(table.c.key.in_(sa.select(self.loads.c.key)), self._live(now))
+        self.load = sa.select(*record).where(self.loads.among(table.c.key), self._live(now))
 
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
         claimed = (
             sa.select(*self.claims.c)
             .join(table, table.c.key == self.claims.c.key)
-            .where(self._live(now))
+            .where(self.claims.among(table.c.key), self._live(now))
             .order_by(table.c.key)
             .with_for_update(of=table, key_share=True)
             .cte("locked")
@@ -101,7 +101,7 @@ class SessionStatements:
         counted_already = (table.c.instance_hint == claimed.c.instance) & (table.c.restores > claimed.c.restores)
         self.claim = (
             sa.update(table)
-            .where(table.c.key == claimed.c.key)
+            .where(table.c.key == claimed.c.key, self.claims.among(table.c.key))
             .values(
                 instance_hint=claimed.c.instance,
                 restores=table.c.restores + sa.case((counted_already, 0), else_=1),
@@ -128,7 +128,7 @@ class SessionStatements:
         touched = (
             sa.select(*self.touches.c)
             .join(table, table.c.key == self.touches.c.key)
-            .where(self._live(StoreClock(-self.touches.c.first_age)))
+            .where(self.touches.among(table.c.key), self._live(StoreClock(-self.touches.c.first_age)))
             .order_by(table.c.key)
             .with_for_update(of=table, key_share=True)
             .cte("locked")
@@ -136,7 +136,7 @@ class SessionStatements:
         last = StoreClock(-touched.c.last_age)
         self.touch = (
             sa.update(table)
-            .where(table.c.key == touched.c.key)
+            .where(table.c.key == touched.c.key, self.touches.among(table.c.key))
             .values(
                 last_seen_at=sa.case((table.c.last_seen_at < last, last), else_=table.c.last_seen_at),
                 expires_at=sa.null(),
@@ -148,14 +148,14 @@ class SessionStatements:
         ended = (
             sa.select(*self.ends.c)
             .join(table, table.c.key == self.ends.c.key)
-            .where(self._live(now))
+            .where(self.ends.among(table.c.key), self._live(now))
             .order_by(table.c.key)
             .with_for_update(of=table, key_share=True)
             .cte("locked")
         )
         self.end = (
             sa.update(table)
-            .where(table.c.key == ended.c.key)
+            .where(table.c.key == ended.c.key, self.ends.among(table.c.key))
             .values(ended_at=now, end_reason=ended.c.reason)
             .returning(table.c.key)
         )
@@ -163,6 +163,7 @@ class SessionStatements:
             self.ends.rows,
             sa.and_(
                 table.c.key == self.ends.c.key,
+                self.ends.among(table.c.key),
                 table.c.namespace == self._namespace,
                 table.c.end_reason == self.ends.c.reason,
             ),
