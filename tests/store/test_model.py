@@ -126,7 +126,7 @@ def test_any_interleaving_of_calls_agrees_with_the_model(migrated_url: str) -> N
             run_state_machine_as_test(
                 machine,
                 settings=settings(
-                    max_examples=150,
+                    max_examples=80,
                     stateful_step_count=30,
                     deadline=None,
                     suppress_health_check=[HealthCheck.too_slow],

@@ -65,6 +65,7 @@ class Batcher(Generic[_Item, _Result]):
         self._max_waiting = max_waiting
         # Ordered as they came; by the future, so that one who gives up leaves no trace.
         self._waiting: dict[asyncio.Future[_Result], _Item] = {}
+        self._served: dict[asyncio.Future[_Result], _Item] = {}
         self._drain_task: asyncio.Task[None] | None = None
 
     async def submit(self, item: _Item) -> _Result:
@@ -95,22 +96,21 @@ class Batcher(Generic[_Item, _Result]):
 
     async def aclose(self) -> None:
         """Fail all who wait, and stop."""
-        for future in self._waiting:
+        for future in (*self._waiting, *self._served):
             _fail(future, StoreUnavailable("the session store was closed"))
         self._waiting.clear()
         if (task := self._drain_task) is not None:
-            task.cancel()
-            # Bounded, because a driver's thread that hangs in a system call cannot be stopped.
-            await asyncio.wait({task}, timeout=self._database.timeout)
+            await self._database.stop(task)
 
     async def _drain(self) -> None:
         try:
             while self._waiting:
                 async with self._database.lease(writes=self._writes) as lease:
                     for _ in range(BATCHES_PER_LEASE):
-                        if not (batch := self._take()):
+                        self._served = self._take()
+                        if not self._served:
                             break
-                        await self._serve(lease, batch)
+                        await self._serve(lease, self._served)
                         # Who was answered may have the next call ready: it finds the connection open.
                         await asyncio.sleep(0)
         finally:

@@ -83,6 +83,8 @@ class Database:
         self._contact: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self.returning: set[asyncio.Task[None]] = set()
+        """Connections on their way back to the pool."""
 
     def bind(self) -> None:
         """Check that a call can be served: in the event loop of the first one, and not after `aclose`.
@@ -123,12 +125,15 @@ class Database:
 
     async def first_contact(self) -> None:
         """Check the schema, once; and again after a failure. Who comes meanwhile waits for the same check."""
-        if self._contact is None or (self._contact.done() and _failed(self._contact)):
+        contact = self._contact
+        if contact is None or (contact.done() and _failed(contact)):
             # A task of its own: one caller's timeout must not stop a migration that others wait for.
-            self._contact = spawn(self._check())
-        if not self._contact.done():
-            await asyncio.wait({self._contact})
-        self._contact.result()
+            contact = self._contact = spawn(self._check())
+        if not contact.done():
+            await asyncio.wait({contact})
+        if contact.cancelled():
+            raise StoreUnavailable("the session store was closed")
+        contact.result()
 
     def forget_contact(self) -> None:
         """Check the schema again with the next call: a table was not there."""
@@ -182,13 +187,21 @@ class Database:
         """Close connections if the engine is ours. Nothing may be under way any more."""
         contact, self._contact = self._contact, None
         if contact is not None:
-            contact.cancel()
-            await asyncio.wait({contact}, timeout=self.timeout)
+            await self.stop(contact)
+        if self.returning:
+            await asyncio.wait(self.returning, timeout=self.timeout)
         self._loop = None
         if self._owned:
             await self._dispose()
         if self.dialect.single_writer:
             self.writing = asyncio.Lock()
+
+    async def stop(self, task: asyncio.Task[None]) -> None:
+        """End a task that uses the database, within the timeout whatever it does."""
+        if not self.dialect.interruptible:
+            await asyncio.wait({task}, timeout=self.timeout)
+        task.cancel()
+        await asyncio.wait({task}, timeout=self.timeout)
 
     async def _dispose(self) -> None:
         patience = self.timeout
@@ -231,12 +244,14 @@ class Lease:
             work: What to do.
 
         Raises:
-            StoreUnavailable: No connection, no answer within the timeout, or broken twice.
+            StoreUnavailable: No connection, broken twice, or no answer within the timeout. A database
+                whose driver cannot be interrupted may take longer: the caller bounds his own wait.
             SchemaError: The schema does not fit.
             BadData: The database does not take a value.
         """
         try:
-            async with asyncio.timeout(self._database.timeout):
+            interruptible = self._database.dialect.interruptible
+            async with asyncio.timeout(self._database.timeout if interruptible else None):
                 await self._database.first_contact()
                 if self._writing is not None and not self._holds_writing:
                     await self._writing.acquire()
@@ -281,7 +296,10 @@ class Lease:
         connection, self._connection = self._connection, None
         if connection is not None:
             # In a task of its own: whoever is cancelled here leaves no connection behind.
-            await asyncio.shield(spawn(_give_back(connection, broken=broken)))
+            task = spawn(_give_back(connection, broken=broken))
+            self._database.returning.add(task)
+            task.add_done_callback(self._database.returning.discard)
+            await asyncio.shield(task)
 
 
 async def _give_back(connection: AsyncConnection, *, broken: bool) -> None:

@@ -80,6 +80,7 @@ class SqlSessionStore(SessionStore):
         self._namespace = namespace
         self._database = Database(url_or_engine, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
         self._sql = SessionStatements(self._database.dialect, schema=self._database.schema, namespace=namespace)
+        self._contacts = Batcher(self._database, _make_contact, writes=False)
         self._loads = Batcher(self._database, self._load_all, writes=False)
         self._creates = Batcher(self._database, self._create_all, writes=True)
         self._claims = Batcher(self._database, self._claim_all, writes=True)
@@ -97,13 +98,12 @@ class SqlSessionStore(SessionStore):
 
     async def open(self) -> None:
         self._database.reopen()
-        self._database.bind()
-        async with self._database.lease(writes=False) as lease:
-            await lease.run(_make_contact)
+        await self._contacts.submit(None)
 
     async def aclose(self) -> None:
         self._database.close_to_calls()
-        batchers = (
+        batchers: tuple[Batcher[Any, Any], ...] = (
+            self._contacts,
             self._loads,
             self._creates,
             self._claims,
@@ -234,8 +234,9 @@ class SqlSessionStore(SessionStore):
         return [end is first[end.key] and end.key in ended for end in ends]
 
 
-async def _make_contact(attempt: Attempt) -> None:
+async def _make_contact(attempt: Attempt, openings: Sequence[None]) -> Sequence[None]:
     await attempt.connection.exec_driver_sql("SELECT 1")
+    return openings
 
 
 def _create_row(session: NewSession) -> tuple[object, ...]:
