@@ -474,6 +474,66 @@ async def test_a_replay_that_hangs_is_answered_503(store: FaultyStore, json_resp
         assert (await client.ping()).status == 200
 
 
+@pytest.mark.parametrize("what", ["the handler", "its clean-up"])
+async def test_a_replay_that_hangs_and_does_not_let_itself_be_cancelled_is_answered_503(
+    store: FaultyStore, what: str
+) -> None:
+    session_id = await open_session(store)
+    notes = Notes()
+    proceed = anyio.Event()
+
+    async def hang(ctx: RequestContext) -> None:
+        if what == "the handler":
+            # As a call that runs in a thread does.
+            with anyio.CancelScope(shield=True):
+                await proceed.wait()
+        ctx.session._connection.exit_stack.push_async_callback(proceed.wait)
+        await proceed.wait()
+
+    notes.on_initialize = hang
+    async with instance(store, notes, replay_timeout=0.05) as one:
+        exchange = one.client(session_id).open_request("ping")
+        try:
+            with anyio.fail_after(2):
+                assert (await exchange.answer()).status == 503
+        finally:
+            proceed.set()
+        await until(lambda: not one.manager._leaving)
+        one.assert_seats_match()
+        assert (await one.client(session_id).ping()).status == 200
+
+
+async def test_a_server_loop_that_ends_while_the_claim_runs_is_answered_503(
+    store: FaultyStore, json_response: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = await open_session(store)
+    genuine = streamable_http_manager.serve_loop
+    crash = anyio.Event()
+
+    async def crashing(*arguments: Any, **settings: Any) -> None:
+        async def fail() -> None:
+            await crash.wait()
+            raise RuntimeError("a bug")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fail)
+            await genuine(*arguments, **settings)
+
+    async with instance(store, json_response=json_response) as one:
+        client = one.client(session_id)
+        with monkeypatch.context() as patch:
+            patch.setattr(streamable_http_manager, "serve_loop", crashing)
+            claim = store.hold("claim")
+            exchange = client.open_request("ping")
+            await claim.wait_entered()
+            crash.set()
+            await until(lambda: one.manager._seats == 0)
+            claim.release()
+            assert (await exchange.answer()).status == 503
+        one.assert_seats_match()
+        assert (await client.ping()).status == 200
+
+
 async def test_a_server_loop_that_crashes_during_the_replay_is_answered_503(
     store: FaultyStore, json_response: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
