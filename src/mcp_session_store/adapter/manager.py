@@ -509,6 +509,8 @@ class DurableSessionManager(sdk.ManagerSeams):
                 claimed = await self._replay(session, marker, record, scope)
                 if restore.ended:
                     raise _NotFound
+                if not session.serving or session.gone.is_set():
+                    raise StoreUnavailable("the server loop of a session ended while it was being restored")
                 if claimed.revision == record.revision:
                     session.record = claimed
                     session.marker = dataclasses.replace(marker, restores=claimed.restores, replaying=False)
@@ -554,10 +556,11 @@ class DurableSessionManager(sdk.ManagerSeams):
             record, marker, scope, binding={RESIDENT_SESSION: session}, timeout=self._replay_timeout
         )
         # Twice its timeout: once for the answer to `initialize`, once for the notification's handler.
-        session.must_end_within(2 * self._replay_timeout)
         self.tasks.start_soon(self._run_session, session)
-        await replay.over.wait()
-        session.must_end_within(math.inf)
+        with anyio.move_on_after(2 * self._replay_timeout):
+            await replay.over.wait()
+        if not replay.over.is_set():
+            raise StoreUnavailable("the replay of a session's handshake took too long")
         if replay.broken:
             raise StoreUnavailable(f"a session could not be restored: {replay.failure}")
         if replay.failure is not None:

@@ -148,10 +148,6 @@ class ResidentSession:
             self.gone.set()
             on_gone(self)
 
-    def must_end_within(self, seconds: float) -> None:
-        """Have the server task cancelled unless this is called again in time; `math.inf`: not any more."""
-        self._scope.deadline = anyio.current_time() + seconds
-
     async def leave(self) -> None:
         """Close the streams of this copy and cancel its calls. The record stays.
 

@@ -9,7 +9,13 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from mcp_session_store.errors import ConfigurationError, SchemaMissing, SessionStoreError, StoreUnavailable
+from mcp_session_store.errors import (
+    ConfigurationError,
+    SchemaBehind,
+    SchemaMissing,
+    SessionStoreError,
+    StoreUnavailable,
+)
 from mcp_session_store.sql.driver_errors import Meaning, hide_parameters, meaning_of, summary_of
 from mcp_session_store.sql.engine import (
     checked_engine,
@@ -149,10 +155,10 @@ class Database:
                     await check_schema(connection, self.schema)
                     return
                 except SchemaMissing:
-                    wanted = self._auto_upgrade or (self.dialect.migrates_when_empty and await is_empty(connection))
-                    if not wanted:
+                    empty = self.dialect.migrates_when_empty and await is_empty(connection)
+                    if not (empty or self._auto_upgrade):
                         raise
-                except SessionStoreError:
+                except SchemaBehind:
                     if not self._auto_upgrade:
                         raise
             # Imported here: Alembic stays off the way of everybody who has migrated.

@@ -8,6 +8,7 @@ import logging
 import random
 from abc import ABC, abstractmethod
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
@@ -177,6 +178,14 @@ class Dialect(ABC):
         """
 
     @abstractmethod
+    def refuse_absent(self, url: URL) -> None:
+        """Refuse a database that connecting to would create.
+
+        Raises:
+            ConfigurationError: It does not exist yet.
+        """
+
+    @abstractmethod
     def engine_arguments(
         self, url: URL, *, timeout: float, command_timeout: float | None
     ) -> tuple[URL, dict[str, Any]]:
@@ -292,6 +301,10 @@ class _Postgres(Dialect):
         return
 
     @override
+    def refuse_absent(self, url: URL) -> None:
+        return
+
+    @override
     def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         return
 
@@ -366,6 +379,12 @@ class _Sqlite(Dialect):
                 "a SQLite database in memory ends with the process, and sessions are stored to outlive it; "
                 "give a file, as in sqlite:///sessions.db, or use MemorySessionStore in tests"
             )
+
+    @override
+    def refuse_absent(self, url: URL) -> None:
+        database = url.database or ""
+        if not database.startswith("file:") and not Path(database).exists():
+            raise ConfigurationError(f"there is no file {database!r}; mcp-session-store upgrade makes it")
 
     @override
     def engine_arguments(

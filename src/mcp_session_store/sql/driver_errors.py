@@ -44,6 +44,9 @@ _SQLITE: Final = {
 }
 
 
+_SQLITE_NOT_WRITABLE: Final = frozenset({8, 14})  # SQLITE_READONLY, SQLITE_CANTOPEN
+
+
 def meaning_of(error: Exception) -> Meaning | None:
     """What an error of SQLAlchemy, a driver or the network means; `None` for any other, which is a bug."""
     if isinstance(error, exc.DBAPIError):
@@ -105,4 +108,6 @@ def summary_of(error: BaseException) -> str:
     driver = error.orig if isinstance(error, exc.StatementError) and error.orig is not None else error
     driver = driver.__cause__ or driver
     text = str(driver).partition("\n")[0]
+    if getattr(driver, "sqlite_errorcode", 0) & 0xFF in _SQLITE_NOT_WRITABLE:
+        text += "; the file's folder must exist, and this process must be allowed to write there"
     return f"{type(driver).__name__}: {text}" if text else type(driver).__name__

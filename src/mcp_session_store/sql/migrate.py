@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import importlib.resources
 import io
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 __all__ = ["check", "current", "downgrade", "migrations_folder", "run_offline", "run_online", "upgrade", "upgrade_sql"]
+
+_alembic: Final = threading.Lock()
+"""Alembic keeps what it works on in globals of its modules: two migrations at once would take each other's database."""
 
 _CONNECTION: Final = "connection"
 _SCHEMA: Final = "schema"
@@ -84,7 +88,7 @@ async def current(url_or_engine: str | URL | AsyncEngine, *, schema: str | None 
         ConfigurationError: An argument cannot work.
         StoreUnavailable: The database cannot be reached.
     """
-    async with _connected(url_or_engine, schema) as connection:
+    async with _connected(url_or_engine, schema, existing=True) as connection:
         return await read_revision(connection, schema)
 
 
@@ -96,7 +100,7 @@ async def check(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = 
         ConfigurationError: An argument cannot work.
         StoreUnavailable: The database cannot be reached.
     """
-    async with _connected(url_or_engine, schema) as connection:
+    async with _connected(url_or_engine, schema, existing=True) as connection:
         await check_schema(connection, schema)
 
 
@@ -113,12 +117,19 @@ def upgrade_sql(
 
     Raises:
         ConfigurationError: An argument cannot work.
+        StoreUnavailable: Another migration runs in this process; try again when it is done.
     """
     parsed, dialect = checked_url(url)
     buffer = io.StringIO()
     config = _config({_SCHEMA: checked_schema(schema, dialect), _URL: parsed}, output=buffer)
-    with _alembic_errors():
-        command.upgrade(config, revision if from_revision is None else f"{from_revision}:{revision}", sql=True)
+    # Not waited for: who holds it may be another task of the event loop that this would block.
+    if not _alembic.acquire(blocking=False):
+        raise StoreUnavailable("another migration runs in this process; try again when it is done")
+    try:
+        with _alembic_errors():
+            command.upgrade(config, revision if from_revision is None else f"{from_revision}:{revision}", sql=True)
+    finally:
+        _alembic.release()
     return buffer.getvalue()
 
 
@@ -149,12 +160,16 @@ def _alembic_errors() -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _connected(url_or_engine: str | URL | AsyncEngine, schema: str | None) -> AsyncIterator[AsyncConnection]:
-    """A connection in autocommit, whose driver's errors become ours."""
+async def _connected(
+    url_or_engine: str | URL | AsyncEngine, schema: str | None, *, existing: bool = False
+) -> AsyncIterator[AsyncConnection]:
+    """A connection in autocommit, whose driver's errors become ours; to look only, to a database that exists."""
     engine: AsyncEngine
     if isinstance(url_or_engine, (str, tuple)):
         url, dialect = checked_url(url_or_engine)
         checked_schema(schema, dialect)
+        if existing:
+            dialect.refuse_absent(url)
         engine, owned = make_migration_engine(url, dialect), True
     else:
         checked_schema(schema, checked_engine(url_or_engine))
@@ -180,7 +195,13 @@ async def _migrate(url_or_engine: str | URL | AsyncEngine, schema: str | None, r
             run(_config({_CONNECTION: connection, _SCHEMA: schema}))
 
     async with _connected(url_or_engine, schema) as connection:
-        await connection.run_sync(migrate)
+        # Tried again and again: a blocking wait would stop the event loop in which the other one runs.
+        while not _alembic.acquire(blocking=False):  # noqa: ASYNC110 - it may be held in another loop or thread
+            await asyncio.sleep(0.01)
+        try:
+            await connection.run_sync(migrate)
+        finally:
+            _alembic.release()
 
 
 def run_online(context: ModuleType, target: sa.Connection | str | None, *, schema: str | None) -> None:
