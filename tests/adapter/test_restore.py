@@ -13,6 +13,7 @@ import mcp_types as types
 import pytest
 from mcp.server import streamable_http_manager
 from mcp.server.auth.middleware.auth_context import AuthContextMiddleware, get_access_token
+from mcp.server.runner import serve_loop
 from mcp.server.streamable_http import EventStore
 from mcp.shared.exceptions import MCPError
 
@@ -507,7 +508,7 @@ async def test_a_server_loop_that_ends_while_the_claim_runs_is_answered_503(
     store: FaultyStore, json_response: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = await open_session(store)
-    genuine = streamable_http_manager.serve_loop
+    genuine = serve_loop
     crash = anyio.Event()
 
     async def crashing(*arguments: Any, **settings: Any) -> None:
