@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 30.0
 """Seconds after which a test stops waiting for what should have happened long ago."""
+BOUND = 20.0
+"""Seconds within which a request is refused: five for a database that hangs, and much for a slow machine."""
 
 
 async def until(
@@ -65,6 +67,32 @@ async def sessions(url: str, number: int) -> AsyncIterator[list[RawClient]]:
         for client in clients:
             await client.handshake()
         yield clients
+
+
+def assert_unavailable(answer: Answer) -> None:
+    """It was refused for now: with a time to come again, and without a session id."""
+    assert answer.status == 503, answer
+    assert int(answer.headers["retry-after"]) > 0
+    assert answer.session_id is None
+    assert answer.error["code"] == -32603
+
+
+async def is_refused(request: Callable[[], Awaitable[Answer]]) -> None:
+    """Send it, and have it refused for now."""
+    assert_unavailable(await request())
+
+
+def opens(client: RawClient) -> Callable[[], Awaitable[bool]]:
+    """Whether the server opens a session for this client now; until then it is told to come again."""
+
+    async def opened() -> bool:
+        client.session_id = None
+        answer = await client.initialize()
+        if answer.status != 200:
+            assert_unavailable(answer)
+        return answer.status == 200
+
+    return opened
 
 
 class OfficialClient:

@@ -15,22 +15,18 @@ from mcp import Client
 from sqlalchemy.engine import make_url
 
 from mcp_session_store.sql import migrate
-from tests.process.clients import Load, sessions, until, whoami
+from tests.process.clients import BOUND, Load, assert_unavailable, is_refused, opens, sessions, until, whoami
 from tests.process.records import Records
 from tests.support.faults import FaultProxy
 from tests.support.http import RawClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Callable
 
     from tests.process.conftest import Application
-    from tests.support.http import Answer
     from tests.support.postgres import PostgresServer, StopMode
 
 pytestmark = pytest.mark.anyio
-
-BOUND = 20.0
-"""Seconds within which a request is refused: five for a database that hangs, and much for a slow machine."""
 
 
 @pytest.fixture
@@ -59,27 +55,6 @@ def proxied_url(postgres_url: str, proxy: FaultProxy) -> str:
     return url.render_as_string(hide_password=False)
 
 
-def opens(client: RawClient) -> Callable[[], Awaitable[bool]]:
-    """Whether the server opens a session for this client now; until then it is told to come again."""
-
-    async def opened() -> bool:
-        client.session_id = None
-        answer = await client.initialize()
-        if answer.status != 200:
-            assert_unavailable(answer)
-        return answer.status == 200
-
-    return opened
-
-
-def assert_unavailable(answer: Answer) -> None:
-    """It was refused for now: with a time to come again, and without a session id."""
-    assert answer.status == 503, answer
-    assert int(answer.headers["retry-after"]) > 0
-    assert answer.session_id is None
-    assert answer.error["code"] == -32603
-
-
 async def test_while_postgres_is_down_resident_sessions_are_served_and_all_recovers_when_it_is_back(
     application: Application, stoppable_postgres: PostgresServer, stoppable_url: str
 ) -> None:
@@ -94,7 +69,7 @@ async def test_while_postgres_is_down_resident_sessions_are_served_and_all_recov
         async with sessions(server.mcp_url, 4) as resident, Load(resident) as load:
             deleting.session_id = resident[0].session_id
             modes: list[StopMode] = ["fast", "immediate"]
-            for restores, mode in enumerate(modes, start=1):
+            for turn, mode in enumerate(modes):
                 await load.advance(2)
                 await anyio.to_thread.run_sync(stoppable_postgres.stop, mode)
 
@@ -102,7 +77,7 @@ async def test_while_postgres_is_down_resident_sessions_are_served_and_all_recov
                     for _ in range(3):
                         assert_unavailable(await new.initialize())
                         assert_unavailable(await deleting.delete())
-                        if restores == 1:
+                        if turn == 0:
                             assert_unavailable(await evicted.call_tool("whoami"))
                             assert_unavailable(await evicted.notify("notifications/initialized"))
                             assert_unavailable(await evicted.get())
@@ -162,9 +137,6 @@ async def test_a_database_that_hangs_counts_as_down_and_resident_sessions_do_not
         async with sessions(server.mcp_url, 2) as resident, Load(resident) as load:
             await load.advance(1)
             proxy.hang()
-
-            async def is_refused(request: Callable[[], Awaitable[Answer]]) -> None:
-                assert_unavailable(await request())
 
             with anyio.fail_after(BOUND):
                 async with anyio.create_task_group() as group:

@@ -22,7 +22,7 @@ async def test_a_redeploy_under_load_loses_no_session(
 ) -> None:
     # Open SSE streams never end by themselves, so a shutdown has to be bounded; FastMCP terminates all
     # transports in it.
-    server = application.serve(store_url, app, options=["--timeout-graceful-shutdown", "1"])
+    server = application.serve(store_url, app, options=["--timeout-graceful-shutdown", "10"])
     async with (
         sessions(f"{server.url}/sse/mcp", 4) as sse,
         sessions(f"{server.url}/json/mcp", 4) as plain,
