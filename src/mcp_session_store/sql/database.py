@@ -82,7 +82,9 @@ class Database:
             self._owned = False
         self.schema: Final = checked_schema(schema, self.dialect)
         self.shown_url: Final = shown_url(self.engine.url)
-        self.autocommit: Final = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self.autocommit: Final = (
+            self.engine if self._owned else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        )
         """The engine, for single statements: they need no transaction around them."""
         self.writing: asyncio.Lock | None = asyncio.Lock() if self.dialect.single_writer else None
         self._auto_upgrade = auto_upgrade

@@ -391,7 +391,7 @@ class _Sqlite(Dialect):
         self, url: URL, *, timeout: float, command_timeout: float | None
     ) -> tuple[URL, dict[str, Any]]:
         # Becomes SQLite's busy_timeout. Shorter than the whole, so that who waits is told of the lock.
-        return url, {"isolation_level": "AUTOCOMMIT", "connect_args": {"timeout": timeout * 0.8}}
+        return url, {"connect_args": {"timeout": timeout * 0.8}}
 
     @override
     def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:

@@ -117,7 +117,15 @@ def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
     """An engine of ours, in which nothing waits longer than `timeout` seconds and errors hide parameters."""
     url, arguments = dialect.engine_arguments(url, timeout=timeout, command_timeout=timeout)
     engine = create_async_engine(
-        url, poolclass=AsyncAdaptedQueuePool, pool_timeout=timeout, hide_parameters=True, **arguments
+        url,
+        poolclass=AsyncAdaptedQueuePool,
+        pool_timeout=timeout,
+        hide_parameters=True,
+        # Statements stand alone; where several belong together, a transaction is begun in SQL.
+        isolation_level="AUTOCOMMIT",
+        # A connection that goes back to the pool has nothing to undo, and a round trip to say so is not made.
+        skip_autocommit_rollback=True,
+        **arguments,
     )
     sa.event.listen(engine.sync_engine, "connect", dialect.on_connect)
     return engine
@@ -126,7 +134,7 @@ def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
 def make_migration_engine(url: URL, dialect: Dialect) -> AsyncEngine:
     """An engine of ours to migrate with: a migration may take its time, and keeps no connection afterwards."""
     url, arguments = dialect.engine_arguments(url, timeout=_MIGRATION_TIMEOUT, command_timeout=None)
-    return create_async_engine(url, poolclass=NullPool, hide_parameters=True, **arguments)
+    return create_async_engine(url, poolclass=NullPool, hide_parameters=True, isolation_level="AUTOCOMMIT", **arguments)
 
 
 def shown_url(url: URL) -> str:
