@@ -19,7 +19,7 @@ if config.cmd_opts is not None and config.config_file_name is not None:
     # Under the `alembic` command only: a program that migrates has its own logging.
     fileConfig(config.config_file_name, disable_existing_loggers=False)
 
-schema = given.get("schema") or asked.get("schema")
+schema = given["schema"] if "schema" in given else asked.get("schema", os.environ.get("MCP_SESSION_STORE_SCHEMA"))
 url = given.get("url") or asked.get("url") or os.environ.get("MCP_SESSION_STORE_URL")
 connection = given.get("connection")
 

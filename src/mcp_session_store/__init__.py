@@ -1,6 +1,6 @@
 """Durable, SQL-backed sessions for MCP servers on the official Python SDK."""
 
-from mcp_session_store.adapter.manager import DurableSessionManager
+from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
 from mcp_session_store.adapter.marker import get_restore_marker
 from mcp_session_store.app import durable_app
 from mcp_session_store.errors import (
@@ -32,6 +32,8 @@ __all__ = [
     "durable_app",
     "DurableSessionManager",
     "get_restore_marker",
+    "RestoreHook",
+    "EndHook",
     # Stores
     "SessionStore",
     "SqlSessionStore",

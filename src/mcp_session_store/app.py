@@ -59,8 +59,8 @@ def durable_app(
             `max_request_body_size` too.
 
     Raises:
-        ConfigurationError: The server, the URL, an option or a setting cannot work; the message
-            names it.
+        ConfigurationError: The server, the URL or a setting cannot work; the message names it.
+        TypeError, ValueError: From the framework's factory, for its own options.
     """
     settings = {
         "on_restore": on_restore,

@@ -316,6 +316,11 @@ def _import_target(target: str, app_dir: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and module_name.endswith(".py"):
+            module = module_name.removesuffix(".py").replace("/", ".")
+            raise ConfigurationError(
+                f"{target!r} names a file, and a module is asked for: write {module}:{attributes}"
+            ) from error
         if isinstance(error, ModuleNotFoundError) and _is_part_of(error.name, module_name):
             raise ConfigurationError(
                 f"there is no module {error.name!r} in {app_dir} or among the installed packages; "

@@ -15,7 +15,9 @@ class TestMyStore(SessionStoreConformance):
         await store.set_expiry_to_one_second_ago(key)
 ```
 
-The tests are asynchronous and run under the pytest plugin of anyio, which this package depends on.
+Write `pytest.register_assert_rewrite("mcp_session_store.testing")` into your `conftest.py`, before the import: a
+test that fails then says what it compared. The tests are asynchronous and run under the pytest plugin of anyio,
+which this package depends on.
 """
 
 from __future__ import annotations

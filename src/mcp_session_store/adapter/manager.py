@@ -49,21 +49,23 @@ from mcp_session_store.records import (
     display_text,
     session_key,
 )
+from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from uuid import UUID
 
     from anyio.abc import TaskStatus
+    from fastmcp import FastMCP
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.lowlevel.server import Server
+    from mcp.server.mcpserver import MCPServer
     from mcp.server.streamable_http import EventStore, StreamableHTTPServerTransport
     from mcp.server.transport_security import TransportSecuritySettings
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
     from mcp_session_store.adapter.handshake import InitializeParams
-    from mcp_session_store.store import SessionStore
 
 __all__ = ["DEFAULT_REPLAY_TIMEOUT", "DurableSessionManager", "EndHook", "RestoreHook"]
 
@@ -117,11 +119,12 @@ class DurableSessionManager(sdk.ManagerSeams):
     id, to the same principal, and the application finds a `SessionRestoreMarker` in its contexts.
 
     Args:
-        app: The low-level server.
+        app: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
         store: Where the sessions are kept. The manager opens it when it starts to run. A store that
             cannot be reached then stops nothing: requests that need it are answered 503.
         event_store: As for the SDK's manager.
         json_response: As for the SDK's manager.
+        stateless: Refused: a stateless server has no sessions to store.
         security_settings: As for the SDK's manager. A request is checked before a session is restored.
         retry_interval: As for the SDK's manager, in milliseconds.
         session_idle_timeout: Seconds after which a session that nobody uses leaves memory. It stays
@@ -145,7 +148,7 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     def __init__(
         self,
-        app: Server[Any],
+        app: MCPServer[Any] | Server[Any] | FastMCP[Any],
         store: SessionStore,
         *,
         event_store: EventStore | None = None,
@@ -166,15 +169,19 @@ class DurableSessionManager(sdk.ManagerSeams):
             raise ConfigurationError(
                 "a stateless server has no sessions to store; leave out stateless, or use the SDK's own manager"
             )
-        if not (math.isfinite(replay_timeout) and replay_timeout > 0):
+        if not isinstance(store, SessionStore):
+            raise ConfigurationError(
+                f"store must be a SessionStore, not a {type(store).__name__}; a URL goes to SqlSessionStore"
+            )
+        if not isinstance(replay_timeout, int | float) or not 0 < replay_timeout < math.inf:
             raise ConfigurationError(f"replay_timeout must be a positive number of seconds, not {replay_timeout!r}")
-        if max_initialize_params <= 0:
+        if not isinstance(max_initialize_params, int) or max_initialize_params <= 0:
             raise ConfigurationError(
                 f"max_initialize_params must be a positive number of bytes, not {max_initialize_params!r}"
             )
         try:
             super().__init__(
-                app,
+                sdk.underlying_server(app),
                 event_store=event_store,
                 json_response=json_response,
                 security_settings=security_settings,
@@ -186,7 +193,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
         self.store = store
-        self.instance = instance_id()
+        self.instance = ""
+        """Names the process; made when the manager starts to run, because processes fork before."""
         self._on_restore = on_restore
         self._on_end = on_end
         self._replay_timeout = replay_timeout
@@ -215,6 +223,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         Raises:
             SchemaError: The database answers, and its schema does not fit.
         """
+        self.instance = instance_id()
         middleware.install(self.app)
         async with contextlib.AsyncExitStack() as stack:
             if self._close_store:

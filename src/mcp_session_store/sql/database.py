@@ -28,7 +28,7 @@ from mcp_session_store.sql.engine import (
 from mcp_session_store.sql.schema import check_schema, is_empty
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
     from types import TracebackType
     from typing import Self
 
@@ -40,6 +40,10 @@ __all__ = ["Attempt", "BadData", "Database", "Lease", "spawn"]
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+
+MIGRATION_TIMEOUT: Final = 60.0
+"""Seconds that a migration on first contact may take."""
 
 
 class BadData(SessionStoreError):
@@ -150,7 +154,7 @@ class Database:
 
     async def _check(self) -> None:
         try:
-            async with self.autocommit.connect() as connection:
+            async with self._checking() as connection:
                 if self._owned:
                     await self.dialect.prepare(connection)
                 try:
@@ -163,17 +167,64 @@ class Database:
                 except SchemaBehind:
                     if not self._auto_upgrade:
                         raise
-            # Imported here: Alembic stays off the way of everybody who has migrated.
-            from mcp_session_store.sql import migrate
-
-            target = self.engine.url if self._owned else self.engine
-            await migrate.upgrade(target, schema=self.schema)
-            async with self.autocommit.connect() as connection:
+            await self._migrate()
+            async with self._checking() as connection:
                 await check_schema(connection, self.schema)
         except SessionStoreError:
             raise
         except Exception as error:
             raise self.ours(error) from error
+
+    @contextlib.asynccontextmanager
+    async def _checking(self) -> AsyncIterator[AsyncConnection]:
+        """A connection to look at the schema with: one that falls silent is dropped after the timeout.
+
+        A bound of its own, because whoever waits for the check gives up and does not end it.
+        """
+        connection: AsyncConnection | None = None
+        broken = True
+        try:
+            async with asyncio.timeout(self.timeout):
+                connection = await self.autocommit.connect()
+                try:
+                    yield connection
+                except SessionStoreError:
+                    broken = False
+                    raise
+            broken = False
+        except TimeoutError:
+            raise self._silent() from None
+        finally:
+            if connection is not None:
+                await self.give_back(connection, broken=broken)
+
+    async def _migrate(self) -> None:
+        # Imported here: Alembic stays off the way of everybody who has migrated.
+        from mcp_session_store.sql import migrate
+
+        target = self.engine.url if self._owned else self.engine
+        task = spawn(migrate.upgrade(target, schema=self.schema))
+        try:
+            done, _ = await asyncio.wait({task}, timeout=MIGRATION_TIMEOUT)
+        finally:
+            # Not waited for: on a connection that has fallen silent it has no end.
+            task.cancel()
+        if not done:
+            raise StoreUnavailable(
+                f"the migration of the database {self.shown_url} did not end within {MIGRATION_TIMEOUT:g} s"
+            )
+        task.result()
+
+    def _silent(self) -> StoreUnavailable:
+        return StoreUnavailable(f"the database {self.shown_url} did not answer within {self.timeout:g} s")
+
+    async def give_back(self, connection: AsyncConnection, *, broken: bool) -> None:
+        """Return a connection to the pool, or drop it when it is broken."""
+        # In a task of its own: whoever is cancelled here leaves no connection behind.
+        task = spawn(_give_back(connection, broken=broken))
+        self.returning.add(task)
+        task.add_done_callback(self.returning.discard)
+        await asyncio.shield(task)
 
     def ours(self, error: Exception) -> Exception:
         """An error of ours for a driver's, or the error itself when it is a bug. To be raised from it."""
@@ -262,7 +313,10 @@ class Lease:
             async with asyncio.timeout(self._database.timeout if interruptible else None):
                 await self._database.first_contact()
                 if self._writing is not None and not self._holds_writing:
-                    await self._writing.acquire()
+                    # Who gets it later than this would wait for the file, too, until after its caller has given
+                    # up, and commit what was refused.
+                    async with asyncio.timeout(self._database.timeout / 2):
+                        await self._writing.acquire()
                     self._holds_writing = True
                 try:
                     return await self._attempt(work, repeated=False)
@@ -303,11 +357,7 @@ class Lease:
     async def _release(self, *, broken: bool) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            # In a task of its own: whoever is cancelled here leaves no connection behind.
-            task = spawn(_give_back(connection, broken=broken))
-            self._database.returning.add(task)
-            task.add_done_callback(self._database.returning.discard)
-            await asyncio.shield(task)
+            await self._database.give_back(connection, broken=broken)
 
 
 async def _give_back(connection: AsyncConnection, *, broken: bool) -> None:

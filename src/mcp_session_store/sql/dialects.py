@@ -390,8 +390,9 @@ class _Sqlite(Dialect):
     def engine_arguments(
         self, url: URL, *, timeout: float, command_timeout: float | None
     ) -> tuple[URL, dict[str, Any]]:
-        # Becomes SQLite's busy_timeout. Shorter than the whole, so that who waits is told of the lock.
-        return url, {"connect_args": {"timeout": timeout * 0.8}}
+        # Becomes SQLite's busy_timeout. Its wait cannot be cancelled: with the wait for our other writers, half of
+        # the whole at most, it ends before its caller gives up, so that what was refused is not done afterwards.
+        return url, {"connect_args": {"timeout": timeout * 0.4}}
 
     @override
     def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:

@@ -28,7 +28,7 @@ from mcp_session_store.sql.engine import (
     make_migration_engine,
     shown_url,
 )
-from mcp_session_store.sql.schema import check_schema, read_revision
+from mcp_session_store.sql.schema import check_schema, is_newer, read_revision
 from mcp_session_store.sql.tables import VERSION_TABLE
 
 if TYPE_CHECKING:
@@ -60,9 +60,16 @@ async def upgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None 
         revision: Where to go; the newest unless given.
 
     Raises:
+        SchemaAhead: The schema is of a newer major version.
         ConfigurationError: An argument cannot work.
         StoreUnavailable: The database cannot be reached.
     """
+    async with _connected(url_or_engine, schema) as connection:
+        found = await read_revision(connection, schema)
+        if found is not None and is_newer(found):
+            # Alembic would only say that it cannot find it.
+            await check_schema(connection, schema)
+            return
     await _migrate(url_or_engine, schema, lambda config: command.upgrade(config, revision))
 
 
@@ -84,6 +91,10 @@ async def downgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | Non
 async def current(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None) -> str | None:
     """The revision that a database's schema is at; `None` where nothing has been migrated.
 
+    Args:
+        url_or_engine: The database.
+        schema: Postgres: the schema with the tables.
+
     Raises:
         ConfigurationError: An argument cannot work.
         StoreUnavailable: The database cannot be reached.
@@ -94,6 +105,10 @@ async def current(url_or_engine: str | URL | AsyncEngine, *, schema: str | None 
 
 async def check(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None) -> None:
     """Check that a database's schema fits this version of the package.
+
+    Args:
+        url_or_engine: The database.
+        schema: Postgres: the schema with the tables.
 
     Raises:
         SchemaError: It does not; the message names the command to run.

@@ -15,7 +15,7 @@ from mcp_session_store.sql.tables import VERSION_TABLE
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["HEAD", "check_revision", "check_schema", "is_empty", "read_revision"]
+__all__ = ["HEAD", "check_revision", "check_schema", "is_empty", "is_newer", "read_revision"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,13 @@ async def read_revision(connection: AsyncConnection, schema: str | None) -> str 
         return None
     version = sa.table(VERSION_TABLE, sa.column("version_num", sa.String), schema=schema)
     return (await connection.execute(sa.select(version.c.version_num))).scalar()
+
+
+def is_newer(revision: str) -> bool:
+    """Whether a revision is one that this version of the package does not know yet."""
+    found, known = _REVISION.fullmatch(revision), _REVISION.fullmatch(HEAD)
+    assert known is not None
+    return found is None or (int(found[1]), int(found[2])) > (int(known[1]), int(known[2]))
 
 
 async def is_empty(connection: AsyncConnection) -> bool:
@@ -64,7 +71,9 @@ def check_revision(revision: str | None, *, options: str) -> None:
     """
     if revision == HEAD:
         return
-    upgrade = f"run: mcp-session-store upgrade {options} (or: alembic upgrade head)"
+    # Alembic has its own way to name a schema.
+    or_alembic = "" if "--schema" in options else " (or: alembic upgrade head)"
+    upgrade = f"run: mcp-session-store upgrade {options}{or_alembic}"
     if revision is None:
         raise SchemaMissing(f"the database holds no tables of mcp-session-store; {upgrade}")
     found, needed = _REVISION.fullmatch(revision), _REVISION.fullmatch(HEAD)

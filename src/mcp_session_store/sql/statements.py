@@ -39,7 +39,7 @@ class SessionStatements:
         table = self._table = sessions_table(schema)
         self._namespace = sa.literal(namespace, sa.Text)
         now = StoreClock()
-        # In the order of the fields that `record_from_row` expects.
+        # In the order of the fields that `_record` in `session_store` expects.
         record = (
             table.c.key,
             table.c.namespace,
