@@ -23,10 +23,6 @@ MAX_BATCH: Final = 500
 """Items that share a statement at most."""
 MAX_WAITING: Final = 10_000
 """Items that may wait for a statement; beyond it the store is unavailable."""
-QUIET_TURNS: Final = 8
-"""Turns of the event loop without an arrival after which the next statement runs."""
-GATHERING: Final = 0.005
-"""Seconds for which arrivals are waited for at most."""
 BATCHES_PER_LEASE: Final = 50
 """Statements after which a busy batcher gives its connection back, so that others get their turn."""
 
@@ -115,21 +111,6 @@ class Batcher(Generic[_Item, _Result]):
                         await asyncio.sleep(0)
         finally:
             self._drain_task = None
-
-    async def _gather(self) -> None:
-        """Before another statement, let all arrive who are on their way.
-
-        Under load the event loop has work between one call's arrival and the next, and a statement is
-        over before they have come. So this goes on while they keep coming, for a few turns of the loop
-        without any, and costs a call that comes alone nothing: it finds no statement before its own.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + GATHERING
-        quiet_turns = 0
-        while quiet_turns < QUIET_TURNS and len(self._waiting) < self._max_batch and loop.time() < deadline:
-            arrived = len(self._waiting)
-            await asyncio.sleep(0)
-            quiet_turns = 0 if len(self._waiting) > arrived else quiet_turns + 1
 
     def _take(self) -> dict[asyncio.Future[_Result], _Item]:
         batch = dict(islice(self._waiting.items(), self._max_batch))
