@@ -682,7 +682,10 @@ class DurableSessionManager(sdk.ManagerSeams):
             horizon = anyio.current_time() - timeout
             for session in list(self._residents.values()):
                 if session.idle_since <= horizon and not session.busy:
-                    await self._evict(session)
+                    try:
+                        await self._evict(session)
+                    except Exception as error:
+                        self._background_failure("eviction", error)
 
     # First activity
 
@@ -732,9 +735,9 @@ class DurableSessionManager(sdk.ManagerSeams):
     def _background_failure(self, task: str, error: Exception) -> None:
         telemetry.background_failures.add(1, {"task": task})
         if isinstance(error, SessionStoreError):
-            logger.warning("%s could not be reported to the session store and will be again: %s", task, error)
+            logger.warning("the background task %s failed, and tries again: %s", task, error)
         else:
-            logger.error("%s could not be reported to the session store and will be again", task, exc_info=error)
+            logger.error("the background task %s failed, and tries again", task, exc_info=error)
 
 
 def instance_id() -> str:
