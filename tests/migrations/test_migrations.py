@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import subprocess
@@ -207,6 +208,43 @@ async def test_eight_processes_may_upgrade_at_once(database_url: str) -> None:
     await migrate.check(database_url)
     rows = await execute(database_url, f"SELECT version_num FROM {VERSION_TABLE}")
     assert [tuple(row) for row in rows] == [(HEAD,)]
+
+
+async def test_an_upgrade_waits_for_another_and_finds_it_done_on_postgres(postgres_url: str) -> None:
+    dsn = sa.make_url(postgres_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    other = await asyncpg.connect(dsn)
+    try:
+        # Where a transaction's snapshot is as old as its first statement, which is what waits.
+        name = sa.make_url(postgres_url).database
+        await other.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
+        await other.execute(migrate.upgrade_sql(postgres_url).replace("COMMIT;", ""))
+        upgrade = asyncio.ensure_future(migrate.upgrade(postgres_url))
+        while not await other.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"):
+            await asyncio.sleep(0)
+        assert not upgrade.done()
+        await other.execute("COMMIT")
+        await upgrade
+    finally:
+        await other.close()
+    await migrate.check(postgres_url)
+
+
+async def test_an_upgrade_waits_for_another_and_finds_it_done_on_sqlite(sqlite_url: str) -> None:
+    path = sa.make_url(sqlite_url).database
+    assert path is not None
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        text = migrate.upgrade_sql(sqlite_url)
+        statements = [part for part in text.split(";") if part.strip() not in ("", "BEGIN", "COMMIT")]
+        other.execute("BEGIN IMMEDIATE")
+        upgrade = asyncio.ensure_future(migrate.upgrade(sqlite_url))
+        # SQLite does not tell who waits. One that did not would have failed by now.
+        await asyncio.wait({upgrade}, timeout=0.5)
+        assert not upgrade.done()
+        for statement in statements:
+            other.execute(statement)
+        other.execute("COMMIT")
+        await upgrade
+    await migrate.check(sqlite_url)
 
 
 # As SQL

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.errors import SessionStoreError, StoreUnavailable
 from mcp_session_store.records import EndReason
+from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, BadData, Database
+from mcp_session_store.sql.tables import sessions_table
 from mcp_session_store.testing import new_session
 from tests.store.databases import connections_checked_out, engine_of, settled, sql_store
 
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from typing import Any
 
-    from mcp_session_store.sql import SqlSessionStore
 
 pytestmark = pytest.mark.anyio
 
@@ -299,3 +301,44 @@ async def test_cancelled_calls_leave_no_connection_in_use(migrated_url: str) -> 
         await settled(store)
         session = new_session()
         assert await store.create(session) == await store.load(session.key)
+
+
+async def test_a_store_that_is_closed_while_a_connection_goes_back_has_it_back(migrated_url: str) -> None:
+    for wait in range(6):
+        store = SqlSessionStore(migrated_url)
+        pool = engine_of(store).pool
+        assert isinstance(pool, QueuePool)
+        call = asyncio.ensure_future(store.load(uuid.uuid4()))
+        while not call.done():
+            await asyncio.sleep(0)
+        for _ in range(wait):
+            await asyncio.sleep(0)
+        await store.aclose()
+        assert pool.checkedout() == 0
+
+
+async def test_sessions_are_locked_in_the_order_of_their_keys(postgres_url: str) -> None:
+    async with sql_store(postgres_url) as store:
+        sessions = sorted((new_session() for _ in range(10)), key=lambda session: session.key)
+        for session in reversed(sessions):  # so that they do not lie in the table in that order anyhow
+            await store.create(session)
+        await settled(store)
+        engine = engine_of(store)
+        table = sessions_table()
+        lock = sa.select(table.c.key).with_for_update(nowait=True)
+        async with engine.connect() as holder, engine.connect() as other:
+            await holder.execution_options(isolation_level="READ COMMITTED")
+            await other.execution_options(isolation_level="READ COMMITTED")
+            await holder.execute(lock.where(table.c.key == sessions[0].key))
+            # The last first: and yet it is the first that the statement waits for, with no lock on another.
+            ends = [
+                asyncio.ensure_future(store.end(session.key, reason=EndReason.CLIENT)) for session in sessions[::-1]
+            ]
+            waiting = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+            while not (await other.execute(waiting)).scalar_one():
+                await other.rollback()
+            locked = await other.execute(lock.where(table.c.key != sessions[0].key))
+            assert len(locked.all()) == 9
+            await other.rollback()
+            await holder.rollback()
+            assert await asyncio.gather(*ends) == [True] * 10
