@@ -133,13 +133,18 @@ class MemorySessionStore(SessionStore):
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         now = self._now()
         not_live: set[UUID] = set()
+        # Of several for one session, all together count: the oldest first age and the youngest last age.
+        ages: dict[UUID, tuple[float, float]] = {}
         for activity in activities:
-            row = self._row(activity.key)
-            if row is None or not row.live_at(now - timedelta(seconds=activity.first_age)):
-                not_live.add(activity.key)
+            first, last = ages.get(activity.key, (activity.first_age, activity.last_age))
+            ages[activity.key] = max(first, activity.first_age), min(last, activity.last_age)
+        for key, (first, last) in ages.items():
+            row = self._row(key)
+            if row is None or not row.live_at(now - timedelta(seconds=first)):
+                not_live.add(key)
                 continue
-            last = now - timedelta(seconds=activity.last_age)
-            row.record = replace(row.record, last_seen_at=max(row.record.last_seen_at, last), expires_at=None)
+            seen = max(row.record.last_seen_at, now - timedelta(seconds=last))
+            row.record = replace(row.record, last_seen_at=seen, expires_at=None)
         return not_live
 
     async def end(self, key: UUID, *, reason: EndReason) -> bool:

@@ -31,6 +31,7 @@ from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS, H
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.marker import RESTORE_MARKER
 from mcp_session_store.adapter.replay import Replay
+from mcp_session_store.adapter.request_ids import RequestIds
 from mcp_session_store.adapter.session import RESIDENT_SESSION, ResidentSession
 from mcp_session_store.errors import (
     ConfigurationError,
@@ -561,6 +562,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     ) -> SessionRecord:
         """Replay the handshake into a session that nobody can reach yet, and claim it."""
         session.swallow_initialized = True
+        session.request_ids = RequestIds()
         replay = session.replay = Replay(
             record, marker, scope, binding={RESIDENT_SESSION: session}, timeout=self._replay_timeout
         )

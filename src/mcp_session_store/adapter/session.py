@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.handshake import Handshake, HandshakeRecorder
     from mcp_session_store.adapter.replay import Replay
+    from mcp_session_store.adapter.request_ids import RequestIds
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
 
 __all__ = ["RESIDENT_SESSION", "ResidentSession", "resident_session"]
@@ -69,6 +70,8 @@ class ResidentSession:
         self.marker: SessionRestoreMarker | None = None
         self.replay: Replay | None = None
         """Until it is over."""
+        self.request_ids: RequestIds | None = None
+        """Of a restored copy: keeps its own requests' ids apart from those of other copies."""
         self.handshake: Handshake | None = None
         """The genuine `initialize` that the server handles now."""
         self.first_activity_due = False
@@ -200,6 +203,8 @@ class _Inbound:
                     if session.swallow_initialized and message.method == "notifications/initialized":
                         continue
                     session.unsettled += 1
+                if session.request_ids is not None:
+                    received = session.request_ids.inbound(received)
             return received
 
     async def aclose(self) -> None:
@@ -244,6 +249,8 @@ class _Outbound:
                     await session.standalone_stream_open.wait()
         if session.handshake is not None:
             self._settle(session.handshake, message)
+        if session.request_ids is not None:
+            item = session.request_ids.outbound(item)
         await self._inner.send(item)
 
     def _settle(self, handshake: Handshake, message: JSONRPCMessage) -> None:
