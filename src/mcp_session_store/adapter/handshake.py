@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp.shared.exceptions import MCPError
 from mcp_types import INVALID_PARAMS
@@ -24,14 +24,11 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
-    from mcp_session_store.adapter.session import ResidentSession
-
 __all__ = [
     "DEFAULT_MAX_INITIALIZE_PARAMS",
     "HANDSHAKE",
     "Handshake",
     "HandshakeOutcome",
-    "HandshakeRecorder",
     "HeldResponse",
     "InitializeParams",
     "held_handshake",
@@ -88,23 +85,6 @@ def held_handshake(request: Any) -> Handshake | None:
     """The handshake that the HTTP answer to this request waits for, if it waits for one."""
     handshake = request.scope.get(HANDSHAKE)
     return handshake if isinstance(handshake, Handshake) else None
-
-
-class HandshakeRecorder(Protocol):
-    """Who stores handshakes."""
-
-    @property
-    def max_initialize_params(self) -> int:
-        """Bytes of params that are stored at most."""
-        ...
-
-    async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
-        """Commit a handshake of this session; False when the session is not live any more.
-
-        Raises:
-            SessionStoreError: It could not be stored.
-        """
-        ...
 
 
 _REFUSALS: Final[dict[HandshakeOutcome | None, Callable[[], Response]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import anyio
 from mcp.shared.message import SessionMessage
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from mcp_types import JSONRPCMessage
     from starlette.types import Scope
 
-    from mcp_session_store.adapter.handshake import Handshake, HandshakeRecorder
+    from mcp_session_store.adapter.handshake import Handshake, InitializeParams
     from mcp_session_store.adapter.replay import Replay
     from mcp_session_store.adapter.request_ids import RequestIds
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
 
-__all__ = ["RESIDENT_SESSION", "ResidentSession", "resident_session"]
+__all__ = ["RESIDENT_SESSION", "HandshakeRecorder", "ResidentSession", "resident_session"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,23 @@ STANDALONE_STREAM_WAIT: Final = 30.0
 After a restart the client's stream is gone, and the SDK drops what it cannot deliver. The official
 clients come back within seconds.
 """
+
+
+class HandshakeRecorder(Protocol):
+    """Who stores handshakes."""
+
+    @property
+    def max_initialize_params(self) -> int:
+        """Bytes of params that are stored at most."""
+        ...
+
+    async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
+        """Commit a handshake of this session; False when the session is not live any more.
+
+        Raises:
+            SessionStoreError: It could not be stored.
+        """
+        ...
 
 
 class ResidentSession:
