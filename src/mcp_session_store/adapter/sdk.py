@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ManagerSeams",
+    "is_fastmcp",
     "make_transport",
     "mcp_endpoint",
     "scope_event_store",
