@@ -5,25 +5,31 @@ from mcp_session_store.adapter.marker import get_restore_marker
 from mcp_session_store.app import durable_app
 from mcp_session_store.errors import (
     ConfigurationError,
+    JournalFull,
     RestoreRefused,
     SchemaAhead,
     SchemaBehind,
     SchemaError,
     SchemaMissing,
     SessionConflict,
+    SessionLimitReached,
     SessionStoreError,
     StoreUnavailable,
 )
 from mcp_session_store.memory import MemorySessionStore
 from mcp_session_store.records import (
     Activity,
+    Change,
+    Changes,
     EndReason,
+    JournalEntry,
     NewSession,
     Principal,
     SessionRecord,
     SessionRestoreMarker,
     session_key,
 )
+from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.store import SessionStore
 
@@ -38,9 +44,15 @@ __all__ = [
     "SessionStore",
     "SqlSessionStore",
     "MemorySessionStore",
+    # Retention
+    "RetentionPolicy",
+    "SweepReport",
     # Records
     "Activity",
+    "Change",
+    "Changes",
     "EndReason",
+    "JournalEntry",
     "NewSession",
     "Principal",
     "SessionRecord",
@@ -49,11 +61,13 @@ __all__ = [
     # Errors
     "SessionStoreError",
     "ConfigurationError",
+    "JournalFull",
     "RestoreRefused",
     "SchemaAhead",
     "SchemaBehind",
     "SchemaError",
     "SchemaMissing",
     "SessionConflict",
+    "SessionLimitReached",
     "StoreUnavailable",
 ]

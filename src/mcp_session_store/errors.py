@@ -4,12 +4,14 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigurationError",
+    "JournalFull",
     "RestoreRefused",
     "SchemaAhead",
     "SchemaBehind",
     "SchemaError",
     "SchemaMissing",
     "SessionConflict",
+    "SessionLimitReached",
     "SessionStoreError",
     "StoreUnavailable",
 ]
@@ -33,6 +35,14 @@ class StoreUnavailable(SessionStoreError):
 
 class SessionConflict(SessionStoreError):
     """A session cannot be created because another record already stands under its key."""
+
+
+class SessionLimitReached(SessionStoreError):
+    """A session cannot be created because the retention policy allows no more of its kind: 503 over HTTP."""
+
+
+class JournalFull(SessionStoreError):
+    """A call cannot be journaled because the session's journal holds as many entries as it may."""
 
 
 class SchemaError(SessionStoreError):

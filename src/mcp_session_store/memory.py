@@ -2,46 +2,73 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from mcp_session_store.errors import SessionConflict
-from mcp_session_store.records import SessionRecord
-from mcp_session_store.store import DEFAULT_NAMESPACE, NEW_SESSION_LIFETIME, SessionStore
+import anyio
+
+from mcp_session_store.errors import JournalFull, SessionConflict, SessionLimitReached
+from mcp_session_store.records import Change, Changes, EndReason, JournalEntry, SessionRecord
+from mcp_session_store.retention import MIN_TOMBSTONE, RetentionPolicy, SweepReport
+from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SWEEP_LIMIT, SessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from uuid import UUID
 
-    from mcp_session_store.records import Activity, EndReason, NewSession
+    from mcp_session_store.records import Activity, NewSession
 
 __all__ = ["MemorySessionStore"]
+
+
+_OnHint: TypeAlias = Callable[[Collection["UUID"] | None], None]
 
 
 @dataclass(slots=True)
 class _Row:
     record: SessionRecord
     ended: EndReason | None = None
+    ended_at: datetime | None = None
+    changed_at: datetime | None = None
+    journal: dict[tuple[str, str], JournalEntry] = field(default_factory=dict)
 
     def live_at(self, moment: datetime) -> bool:
+        return self.ended is None and not self.expired_at(moment)
+
+    def expired_at(self, moment: datetime) -> bool:
         expires_at = self.record.expires_at
-        return self.ended is None and (expires_at is None or moment < expires_at)
+        return expires_at is not None and expires_at <= moment
+
+
+@dataclass(slots=True)
+class _Data:
+    rows: dict[UUID, _Row] = field(default_factory=dict)
+    listeners: list[_OnHint] = field(default_factory=list)
 
 
 class MemorySessionStore(SessionStore):
     """Sessions in a dictionary.
 
-    No method awaits anything, so each call takes effect as a whole.
+    No method but `listen` awaits anything, so each call takes effect as a whole.
 
     Args:
         namespace: What keeps servers that share the sessions apart.
+        retention: See `SessionStore`.
         shared_with: A store whose sessions this one shares, as two stores on one database do.
     """
 
-    def __init__(self, *, namespace: str = DEFAULT_NAMESPACE, shared_with: MemorySessionStore | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        retention: RetentionPolicy | None = None,
+        shared_with: MemorySessionStore | None = None,
+    ) -> None:
+        super().__init__(retention=retention)
         self._namespace = namespace
-        self._rows: dict[UUID, _Row] = {} if shared_with is None else shared_with._rows
+        self._data = _Data() if shared_with is None else shared_with._data
 
     @property
     def namespace(self) -> str:
@@ -51,16 +78,27 @@ class MemorySessionStore(SessionStore):
         return datetime.now(UTC)
 
     def _row(self, key: UUID) -> _Row | None:
-        row = self._rows.get(key)
+        row = self._data.rows.get(key)
         return row if row is not None and row.record.namespace == self._namespace else None
 
     def _live(self, key: UUID) -> _Row | None:
         row = self._row(key)
         return row if row is not None and row.live_at(self._now()) else None
 
+    def _mine(self) -> Iterator[_Row]:
+        return (row for row in self._data.rows.values() if row.record.namespace == self._namespace)
+
+    def _expiry(self, record: SessionRecord, last_seen_at: datetime) -> datetime | None:
+        return self.retention.expiry(created_at=record.created_at, last_seen_at=last_seen_at)
+
+    def _changed(self, row: _Row) -> None:
+        row.changed_at = self._now()
+        for on_hint in list(self._data.listeners):
+            on_hint([row.record.key])
+
     async def create(self, session: NewSession) -> SessionRecord:
         now = self._now()
-        if (row := self._rows.get(session.key)) is not None:
+        if (row := self._data.rows.get(session.key)) is not None:
             stored = row.record
             same = (
                 self._live(session.key) is not None
@@ -72,6 +110,7 @@ class MemorySessionStore(SessionStore):
             if not same:
                 raise SessionConflict(f"another record stands under key {session.key}; create a new session id")
             return stored
+        self._make_room(session)
         record = SessionRecord(
             key=session.key,
             namespace=self._namespace,
@@ -83,12 +122,38 @@ class MemorySessionStore(SessionStore):
             instance_hint=session.instance,
             created_at=now,
             last_seen_at=now,
-            expires_at=now + NEW_SESSION_LIFETIME,
+            expires_at=now + self.retention.new_session_lifetime,
             restores=0,
             revision=0,
         )
-        self._rows[session.key] = _Row(record)
+        self._data.rows[session.key] = _Row(record)
         return record
+
+    def _make_room(self, session: NewSession) -> None:
+        """See that the policy allows one more session."""
+        policy, now = self.retention, self._now()
+        rows = [row for row in self._mine() if row.record.principal == session.principal]
+        if session.principal is None:
+            if policy.anonymous is None or len(rows) < policy.anonymous:
+                return
+            removable = [row for row in rows if row.ended_at is not None and row.ended_at <= now - MIN_TOMBSTONE]
+            if not removable or len(rows) > policy.anonymous:
+                raise SessionLimitReached(
+                    f"{policy.anonymous} sessions without a principal are stored, as many as the policy's "
+                    "anonymous allows"
+                )
+            del self._data.rows[min(removable, key=lambda row: row.ended_at or now).record.key]
+            return
+        live = [row for row in rows if row.live_at(now)]
+        if policy.per_principal is None or len(live) < policy.per_principal:
+            return
+        if policy.per_principal_excess == "refuse":
+            raise SessionLimitReached(
+                f"the principal has {len(live)} sessions, as many as the policy's per_principal allows"
+            )
+        live.sort(key=lambda row: (row.record.last_seen_at, row.record.created_at))
+        for row in live[: len(live) - policy.per_principal + 1]:
+            self._end(row, EndReason.LIMIT)
 
     async def load(self, key: UUID) -> SessionRecord | None:
         row = self._live(key)
@@ -98,13 +163,14 @@ class MemorySessionStore(SessionStore):
         row = self._live(key)
         if row is None:
             return None
+        now = self._now()
         repeated = row.record.instance_hint == instance and row.record.restores > restores
         row.record = replace(
             row.record,
             instance_hint=instance,
             restores=row.record.restores + (0 if repeated else 1),
-            last_seen_at=self._now(),
-            expires_at=None,
+            last_seen_at=now,
+            expires_at=self._expiry(row.record, now),
         )
         return row.record
 
@@ -128,7 +194,26 @@ class MemorySessionStore(SessionStore):
             client_version=client_version,
             revision=row.record.revision + 1,
         )
+        self._changed(row)
         return True
+
+    async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
+        row = self._live(key)
+        if row is None:
+            return None
+        name = (method, subject)
+        if params is not None and name not in row.journal and len(row.journal) >= MAX_JOURNAL_ENTRIES:
+            raise JournalFull(f"the session has {MAX_JOURNAL_ENTRIES} journaled calls already; undo some first")
+        row.journal.pop(name, None)
+        if params is not None:
+            row.journal[name] = JournalEntry(method=method, subject=subject, params=params)
+        row.record = replace(row.record, revision=row.record.revision + 1)
+        self._changed(row)
+        return row.record.revision
+
+    async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
+        row = self._live(key)
+        return [] if row is None else list(row.journal.values())
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         now = self._now()
@@ -140,16 +225,55 @@ class MemorySessionStore(SessionStore):
             ages[activity.key] = max(first, activity.first_age), min(last, activity.last_age)
         for key, (first, last) in ages.items():
             row = self._row(key)
-            if row is None or not row.live_at(now - timedelta(seconds=first)):
+            if row is not None and row.live_at(now - timedelta(seconds=first)):
+                seen = max(row.record.last_seen_at, now - timedelta(seconds=last))
+                row.record = replace(row.record, last_seen_at=seen, expires_at=self._expiry(row.record, seen))
+            if self._live(key) is None:
                 not_live.add(key)
-                continue
-            seen = max(row.record.last_seen_at, now - timedelta(seconds=last))
-            row.record = replace(row.record, last_seen_at=seen, expires_at=None)
         return not_live
 
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
         row = self._live(key)
         if row is None:
             return False
-        row.ended = reason
+        self._end(row, reason)
         return True
+
+    def _end(self, row: _Row, reason: EndReason) -> None:
+        row.ended = reason
+        row.ended_at = self._now()
+        row.record = replace(row.record, initialize_params="")
+        row.journal.clear()
+        if reason is not EndReason.EXPIRED:
+            self._changed(row)
+
+    async def changes(self, since: datetime | None) -> Changes:
+        changes = [
+            Change(key=row.record.key, revision=row.record.revision, ended=row.ended)
+            for row in self._mine()
+            if since is not None and row.changed_at is not None and row.changed_at >= since
+        ]
+        return Changes(changes, until=self._now())
+
+    async def listen(self, on_hint: _OnHint) -> None:
+        self._data.listeners.append(on_hint)
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self._data.listeners.remove(on_hint)
+
+    async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
+        now, policy = self._now(), self.retention
+        for row in self._mine():
+            if row.ended is None and row.record.expires_at is None:
+                row.record = replace(row.record, expires_at=self._expiry(row.record, row.record.last_seen_at))
+        expired = [row for row in self._mine() if row.ended is None and row.expired_at(now - policy.sweep_grace)]
+        for row in expired[:limit]:
+            self._end(row, EndReason.EXPIRED)
+        kept = policy.tombstone_kept
+        old = [row for row in self._mine() if kept is not None and row.ended_at and row.ended_at <= now - kept]
+        for row in old[:limit]:
+            del self._data.rows[row.record.key]
+        return SweepReport(
+            expired=len(expired[:limit]), purged=len(old[:limit]), more=len(expired) > limit or len(old) > limit
+        )

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
 __all__ = [
     "Activity",
+    "Change",
+    "Changes",
     "EndReason",
+    "JournalEntry",
     "NewSession",
     "Principal",
     "SessionRecord",
@@ -88,6 +92,10 @@ class EndReason(StrEnum):
     """The application's `on_restore` hook refused to have it back."""
     OPERATOR = "operator"
     """Somebody ended it from outside of the conversation."""
+    EXPIRED = "expired"
+    """It was idle, or had lived, for as long as the retention policy allows."""
+    LIMIT = "limit"
+    """Its principal opened more sessions than the retention policy allows, and this one was idle for longest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +150,36 @@ class Activity:
     """How long ago the first activity was that has not been reported yet, in seconds."""
     last_age: float
     """How long ago the last one was, in seconds; at most `first_age`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournalEntry:
+    """A call that set state of a session which the handshake does not hold, to be replayed in a restore."""
+
+    method: str
+    subject: str
+    """What the state is about, such as the URI of a resource; empty where a session has one such state."""
+    params: str = field(repr=False)
+    """The call's `params`, as JSON text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What copies of a session must learn: that it ended, or that there is more to replay than they know."""
+
+    key: UUID
+    revision: int
+    ended: EndReason | None
+    """Why it ended; `None`: it has not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Changes of sessions up to a moment."""
+
+    changes: Sequence[Change]
+    until: datetime
+    """By the store's clock: where the next call goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

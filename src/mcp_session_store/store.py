@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
+import anyio
+
+from mcp_session_store.retention import RetentionPolicy
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
+    from datetime import datetime
     from types import TracebackType
     from typing import Self
     from uuid import UUID
 
-    from mcp_session_store.records import Activity, EndReason, NewSession, SessionRecord
+    from mcp_session_store.records import Activity, Changes, EndReason, JournalEntry, NewSession, SessionRecord
+    from mcp_session_store.retention import SweepReport
 
-__all__ = ["DEFAULT_NAMESPACE", "NEW_SESSION_LIFETIME", "SessionStore"]
+__all__ = ["DEFAULT_NAMESPACE", "MAX_JOURNAL_ENTRIES", "SWEEP_LIMIT", "SessionStore"]
 
 DEFAULT_NAMESPACE: Final = "default"
 
-NEW_SESSION_LIFETIME: Final = timedelta(minutes=10)
-"""How long a new record lives unless a first activity, or a claim, follows.
+MAX_JOURNAL_ENTRIES: Final = 1000
+"""Entries that the journal of a session may hold."""
 
-A client that was answered goes on at once (MCP 2025-11-25, basic/lifecycle: `notifications/initialized`
-follows `initialize`), so what stays behind is a record whose commit nobody learned of.
-"""
+SWEEP_LIMIT: Final = 500
+"""Sessions that one step of a sweep handles at most, unless it is told otherwise."""
 
 
 class SessionStore(ABC):
@@ -43,7 +47,22 @@ class SessionStore(ABC):
       may not have taken effect. Each one is idempotent, so that calling it again is right.
     * Cancellation: as failure. A call that is cancelled disturbs no other call.
     * A store is used within one event loop.
+
+    Args:
+        retention: How long sessions live, and how many there may be; the default policy unless given.
     """
+
+    def __init__(self, *, retention: RetentionPolicy | None = None) -> None:
+        self._retention = RetentionPolicy() if retention is None else retention
+
+    @property
+    def retention(self) -> RetentionPolicy:
+        """How long sessions live, and how many there may be. May be set before the store is used."""
+        return self._retention
+
+    @retention.setter
+    def retention(self, policy: RetentionPolicy) -> None:
+        self._retention = policy
 
     @property
     @abstractmethod
@@ -76,11 +95,12 @@ class SessionStore(ABC):
     async def create(self, session: NewSession) -> SessionRecord:
         """Store a new session; durable when this returns.
 
-        The record lives for `NEW_SESSION_LIFETIME`. To create the same session again changes nothing
-        and returns the record.
+        The record lives for the policy's `new_session_lifetime`. To create the same session again changes
+        nothing and returns the record. Where the policy says so, another session of the principal ends by it.
 
         Raises:
             SessionConflict: Another record stands under this key, or the session has ended.
+            SessionLimitReached: The policy allows no more sessions of this principal, or without one.
         """
 
     @abstractmethod
@@ -91,8 +111,9 @@ class SessionStore(ABC):
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
         """Note that an instance restored the session, and return the record as it then is.
 
-        Sets the instance hint, counts the restore, and is an activity. When several instances claim
-        one session, each restore counts and the last one is the hint.
+        Sets the instance hint, counts the restore, and is an activity: `last_seen_at` is now, and the session
+        expires as the policy says from now on. When several instances claim one session, each restore
+        counts and the last one is the hint.
 
         Args:
             key: The session.
@@ -116,7 +137,34 @@ class SessionStore(ABC):
     ) -> bool:
         """Replace what a restore replays, because the client initialized again within its session.
 
-        Raises the revision. Returns False when the session is not live, and then nothing is changed.
+        Raises the revision, and is a change. Returns False when the session is not live, and then nothing
+        is changed.
+        """
+
+    @abstractmethod
+    async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
+        """Set or remove one entry of a session's journal.
+
+        Raises the revision, and is a change. A call that is repeated after a failure may raise it twice.
+
+        Args:
+            key: The session.
+            method: The method that is to be replayed.
+            subject: What the state is about; method and subject name the entry.
+            params: The call's `params`, as JSON text; `None` removes the entry, if there is one.
+
+        Returns:
+            The session's revision, or `None` when it is not live, and then nothing is changed.
+
+        Raises:
+            JournalFull: There are `MAX_JOURNAL_ENTRIES` already, and this would be one more.
+        """
+
+    @abstractmethod
+    async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
+        """The journal of a session, in the order in which the entries were last set; empty for an unknown one.
+
+        A session whose revision is 0 has none.
         """
 
     @abstractmethod
@@ -124,17 +172,56 @@ class SessionStore(ABC):
         """Record activity of any number of sessions in one statement.
 
         A session is extended when its first reported activity lies before its expiry, even if the
-        report comes after it; `last_seen_at` never goes back.
+        report comes after it; `last_seen_at` never goes back. It then expires as the policy says from its
+        `last_seen_at` on.
 
         Returns:
-            The keys among them of sessions that are not live: ended, expired, unknown.
+            The keys among them of sessions that are not live afterwards: ended, expired, unknown.
         """
 
     @abstractmethod
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
-        """End a session for good.
+        """End a session for good. It is a change. What is kept is a tombstone, without the params.
 
         Returns:
             True when the session was live and is now ended. False when it was not live, and then
             nothing is changed.
+        """
+
+    @abstractmethod
+    async def changes(self, since: datetime | None) -> Changes:
+        """What copies of sessions must learn: sessions that ended, and that have a new revision.
+
+        Sessions that expired are not among them: an instance knows when its own will.
+
+        Args:
+            since: `until` of the call before. No change that was committed after that call is
+                missing; one may be told again. `None` tells nothing but where to go on.
+        """
+
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:  # noqa: ARG002
+        """Pass on hints that something changed, until cancelled.
+
+        A hint may come late, twice, or never; `changes` tells the truth. A store that has no hints waits for
+        ever, as this one does.
+
+        Args:
+            on_hint: Called with the keys of sessions that changed, or with `None` for any.
+
+        Raises:
+            StoreUnavailable: Hints come no more; calling again is right.
+        """
+        await anyio.sleep_forever()
+
+    @abstractmethod
+    async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
+        """Do one short step of what is to be swept, by the policy: the caller goes on while there is `more`.
+
+        Sessions that expired end, after the policy's `sweep_grace`, within which a last activity can still
+        be reported; those that ended a `tombstone` ago are removed for good. Live sessions that have no
+        expiry, because the policy had no limit when they were last used, are given the one that they would have.
+        Any number of instances may do so at once: none waits for another, and no session is handled twice.
+
+        Args:
+            limit: Sessions that are handled at most, of each kind.
         """

@@ -33,7 +33,8 @@ import pytest
 
 from mcp_session_store.errors import SessionConflict
 from mcp_session_store.records import Activity, EndReason, NewSession, Principal
-from mcp_session_store.store import NEW_SESSION_LIFETIME, SessionStore
+from mcp_session_store.retention import NEW_SESSION_LIFETIME
+from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
     from uuid import UUID

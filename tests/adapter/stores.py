@@ -9,15 +9,29 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from mcp_session_store import MemorySessionStore, SessionStore, StoreUnavailable, session_key
+from mcp_session_store.store import SWEEP_LIMIT
 from tests.adapter.asgi import PATIENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
     from uuid import UUID
 
-    from mcp_session_store import Activity, EndReason, NewSession, SessionRecord
+    from mcp_session_store import Activity, EndReason, NewSession, RetentionPolicy, SessionRecord, SweepReport
+    from mcp_session_store.records import Changes, JournalEntry
 
-OPERATIONS = ("open", "create", "load", "claim", "replace_initialize", "touch", "end")
+OPERATIONS = (
+    "open",
+    "create",
+    "load",
+    "claim",
+    "replace_initialize",
+    "write_journal",
+    "read_journal",
+    "touch",
+    "end",
+    "changes",
+    "sweep",
+)
 
 
 class Sessions(MemorySessionStore):
@@ -60,10 +74,13 @@ class FaultyStore(SessionStore):
     """
 
     def __init__(self, inner: MemorySessionStore | None = None) -> None:
+        super().__init__()
         self.inner = inner or Sessions()
         self.calls: list[str] = []
         """The name of each call, in order."""
         self.closed = 0
+        self.hints = True
+        """Whether hints of changes arrive."""
         self._before: dict[str, Callable[[], Awaitable[None]]] = {}
         self._after: dict[str, Callable[[], Awaitable[None]]] = {}
 
@@ -112,14 +129,22 @@ class FaultyStore(SessionStore):
 
     async def ended(self, session_id: str) -> EndReason | None:
         """Why a session ended."""
-        return self.inner._rows[session_key(session_id)].ended
+        return self.inner._data.rows[session_key(session_id)].ended
 
     @property
     def records(self) -> int:
         """How many sessions were ever stored."""
-        return len(self.inner._rows)
+        return len(self.inner._data.rows)
 
     # The contract
+
+    @property
+    def retention(self) -> RetentionPolicy:
+        return self.inner.retention
+
+    @retention.setter
+    def retention(self, policy: RetentionPolicy) -> None:
+        self.inner.retention = policy
 
     @property
     def namespace(self) -> str:
@@ -182,3 +207,26 @@ class FaultyStore(SessionStore):
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
         ended: bool = await self._call("end", lambda: self.inner.end(key, reason=reason))
         return ended
+
+    async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
+        revision: int | None = await self._call(
+            "write_journal", lambda: self.inner.write_journal(key, method=method, subject=subject, params=params)
+        )
+        return revision
+
+    async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
+        entries: Sequence[JournalEntry] = await self._call("read_journal", lambda: self.inner.read_journal(key))
+        return entries
+
+    async def changes(self, since: datetime | None) -> Changes:
+        changes: Changes = await self._call("changes", lambda: self.inner.changes(since))
+        return changes
+
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        if self.hints:
+            await self.inner.listen(on_hint)
+        await super().listen(on_hint)
+
+    async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
+        report: SweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
+        return report

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.store import NEW_SESSION_LIFETIME
+from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.adapter.asgi import until
 from tests.adapter.instances import instance
 from tests.adapter.stores import FaultyStore, Sessions

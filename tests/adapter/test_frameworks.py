@@ -466,7 +466,7 @@ async def test_two_apps_of_one_server_keep_their_sessions_apart() -> None:
         await two.handshake()
         assert one.session_id != two.session_id
         assert (await Client(apps[1], second, session_id=one.session_id).ping()).status == 404
-        assert [len(store._rows) for store in stores] == [1, 1]
+        assert [len(store._data.rows) for store in stores] == [1, 1]
 
 
 # What is imported

@@ -28,7 +28,7 @@ class TestMemory(SessionStoreConformance):
 
     async def expire(self, store: SessionStore, key: UUID) -> None:
         assert isinstance(store, MemorySessionStore)
-        row = store._rows[key]
+        row = store._data.rows[key]
         row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=1))
 
 

@@ -107,7 +107,7 @@ class Interleaving(RuleBasedStateMachine):
 
     @rule(name=names)
     def expire(self, name: int) -> None:
-        row = self.models["one"]._rows.get(self.keys[name])
+        row = self.models["one"]._data.rows.get(self.keys[name])
         if row is not None:
             row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=1))
         self.runner.run(expire(self.stores["one"], self.keys[name]))

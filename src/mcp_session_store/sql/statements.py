@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
+from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from mcp_session_store.sql.dialects import StoreClock
 from mcp_session_store.sql.tables import sessions_table
-from mcp_session_store.store import NEW_SESSION_LIFETIME
 
 if TYPE_CHECKING:
     from sqlalchemy.sql.type_api import TypeEngine

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.sql.dialects import MOMENT
 
-__all__ = ["VERSION_TABLE", "make_tables", "sessions_table"]
+__all__ = ["VERSION_TABLE", "journal_table", "make_tables", "sessions_table"]
 
 VERSION_TABLE: Final = "mcp_session_version"
 """Where Alembic notes the revision: not `alembic_version`, which may be the application's."""
@@ -18,7 +18,7 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
     """All tables of this package, in a schema of the database."""
     metadata = sa.MetaData(schema=schema)
     # Tables lead with the session's key, so that they can be partitioned or distributed on it.
-    sa.Table(
+    sessions = sa.Table(
         "mcp_session",
         metadata,
         sa.Column("key", sa.Uuid, primary_key=True),
@@ -38,11 +38,46 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         sa.Column("end_reason", sa.Text),
         sa.Column("restores", sa.Integer, nullable=False),
         sa.Column("revision", sa.Integer, nullable=False),
+        # When something happened that copies in other instances must learn of: an end, a new revision.
+        sa.Column("changed_at", MOMENT),
+    )
+    c = sessions.c
+    # Live sessions have no `ended_at`: so each of these finds them in the order in which they were created, and
+    # those that ended in the order in which they did.
+    for name, looked_up_by in {
+        "ended": [],
+        "principal": [c.principal_digest],
+        "client": [c.client_name],
+        "instance": [c.instance_hint],
+    }.items():
+        sa.Index(f"ix_mcp_session_{name}", c.namespace, *looked_up_by, c.ended_at, c.created_at, c.key)
+    for name, columns, where in (
+        ("expires", [c.namespace, c.expires_at, c.key], c.ended_at.is_(None)),
+        ("changed", [c.namespace, c.changed_at], c.changed_at.is_not(None)),
+    ):
+        sa.Index(f"ix_mcp_session_{name}", *columns, postgresql_where=where, sqlite_where=where)
+    sa.Table(
+        "mcp_session_journal",
+        metadata,
+        sa.Column("key", sa.Uuid, sa.ForeignKey(c.key, ondelete="CASCADE"), primary_key=True),
+        sa.Column("method", sa.Text, primary_key=True),
+        sa.Column("subject", sa.Text, primary_key=True),
+        sa.Column("params", sa.Text, nullable=False),
+        # The session's, when the entry was last set: the order in which a restore replays.
+        sa.Column("revision", sa.Integer, nullable=False),
     )
     return metadata
 
 
 def sessions_table(schema: str | None = None) -> sa.Table:
     """The table of sessions."""
-    metadata = make_tables(schema)
-    return metadata.tables["mcp_session" if schema is None else f"{schema}.mcp_session"]
+    return _table("mcp_session", schema)
+
+
+def journal_table(schema: str | None = None) -> sa.Table:
+    """The table of the calls that a restore replays."""
+    return _table("mcp_session_journal", schema)
+
+
+def _table(name: str, schema: str | None) -> sa.Table:
+    return make_tables(schema).tables[name if schema is None else f"{schema}.{name}"]

@@ -1,0 +1,173 @@
+"""How long sessions live, how many there may be, and what a sweep did: frozen values."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mcp_session_store.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ENVIRONMENT_PREFIX", "MIN_TOMBSTONE", "NEW_SESSION_LIFETIME", "RetentionPolicy", "SweepReport"]
+
+NEW_SESSION_LIFETIME: Final = timedelta(minutes=10)
+"""How long a new record lives at most unless a first activity, or a claim, follows.
+
+A client that was answered goes on at once (MCP 2025-11-25, basic/lifecycle: `notifications/initialized`
+follows `initialize`), so what stays behind is a record whose commit nobody learned of.
+"""
+
+MIN_TOMBSTONE: Final = timedelta(minutes=1)
+"""How long an ended session is kept whatever the policy: so long may an instance take to learn of it."""
+
+MAX_SWEEP_GRACE: Final = timedelta(minutes=1)
+
+ENVIRONMENT_PREFIX: Final = "MCP_SESSION_STORE_"
+"""What the names of environment variables begin with: `MCP_SESSION_STORE_IDLE` is the policy's `idle`."""
+
+_LONGEST: Final = timedelta(days=36_500)
+_UNITS: Final = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
+_NO_LIMIT: Final = "none"
+
+
+def _duration(value: object) -> object:
+    """A duration, from a text such as `24h` too."""
+    if isinstance(value, str):
+        if value.strip().lower() == _NO_LIMIT:
+            return None
+        if (match := _DURATION.fullmatch(value)) is None:
+            raise ValueError(f"{value!r} is no duration; write a number with a unit, as in 90s, 30m, 24h, 7d, or none")
+        return timedelta(**{_UNITS[match[2]]: float(match[1])})
+    # A bare number has no unit, and pydantic would take seconds for granted.
+    if value is not None and not isinstance(value, timedelta):
+        raise ValueError(f"{value!r} is no timedelta; give timedelta(hours=24), a text such as '24h', or None")
+    return value
+
+
+def _count(value: object) -> object:
+    if isinstance(value, str) and value.strip().lower() == _NO_LIMIT:
+        return None
+    return value
+
+
+_Lifetime = Annotated[timedelta, Field(gt=timedelta(0), le=_LONGEST)]
+_Kept = Annotated[timedelta, Field(ge=timedelta(0), le=_LONGEST)]
+
+
+class RetentionPolicy(BaseModel):
+    """How long the sessions of a store live, how long their traces are kept, and how many there may be.
+
+    Durations are `timedelta`s, or texts such as `30m`, `24h`, `7d`; `None`, as a text `none`, means no limit.
+    A session keeps the expiry that its last activity gave it, so that a policy that is changed applies to a
+    session from its next activity on.
+
+    Raises:
+        pydantic.ValidationError: A value that makes no sense, by its name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    idle: Annotated[_Lifetime | None, BeforeValidator(_duration)] = timedelta(hours=24)
+    """How long a session lives after its last activity."""
+    absolute: Annotated[_Lifetime | None, BeforeValidator(_duration)] = None
+    """How long a session lives after it was opened, active or not."""
+    tombstone: Annotated[_Kept | None, BeforeValidator(_duration)] = timedelta(hours=24)
+    """How long a session that has ended is kept, so that it is told apart from an unknown one. At least
+    `MIN_TOMBSTONE`, within which all instances learn of the end."""
+    per_principal: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_count)] = None
+    """How many live sessions a principal may have."""
+    per_principal_excess: Literal["end_oldest", "refuse"] = "end_oldest"
+    """What happens when a principal opens one more: the session of his that has been idle for longest ends,
+    or the new one is refused (503). Which one is idle is told by the stored `last_seen_at`."""
+    anonymous: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_count)] = None
+    """How many sessions without a principal may be stored, ended ones that are still kept included; one more
+    is refused (503). Tombstones of such sessions make room when it is needed."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.per_principal is None and self.per_principal_excess != "end_oldest":
+            raise ValueError("per_principal_excess says nothing without per_principal; give both, or neither")
+        return self
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """The policy that environment variables ask for: `MCP_SESSION_STORE_IDLE`, and so on for each field.
+
+        Args:
+            environment: Where to look. A variable that is missing, or empty, leaves the default.
+
+        Raises:
+            ConfigurationError: A value makes no sense; the message names the variable.
+        """
+        given = {name: environment.get(_variable(name), "").strip() for name in cls.model_fields}
+        try:
+            return cls.model_validate({name: text for name, text in given.items() if text})
+        except ValidationError as error:
+            raise ConfigurationError(explain(error, name=_variable)) from None
+
+    def expiry(self, *, created_at: datetime, last_seen_at: datetime) -> datetime | None:
+        """When a session that was used expires; `None`: never."""
+        limits = []
+        if self.idle is not None:
+            limits.append(last_seen_at + self.idle)
+        if self.absolute is not None:
+            limits.append(created_at + self.absolute)
+        return min(limits, default=None)
+
+    @property
+    def new_session_lifetime(self) -> timedelta:
+        """How long a new session lives unless it is used."""
+        return min(limit for limit in (NEW_SESSION_LIFETIME, self.idle, self.absolute) if limit is not None)
+
+    @property
+    def sweep_grace(self) -> timedelta:
+        """How long a sweep leaves a session alone that has expired: its last activity may be on its way."""
+        return MAX_SWEEP_GRACE if self.idle is None else min(self.idle / 4, MAX_SWEEP_GRACE)
+
+    @property
+    def tombstone_kept(self) -> timedelta | None:
+        """How long an ended session is kept in fact; `None`: for ever."""
+        return None if self.tombstone is None else max(self.tombstone, MIN_TOMBSTONE)
+
+
+def _variable(field: str) -> str:
+    return ENVIRONMENT_PREFIX + field.upper()
+
+
+def explain(error: ValidationError, *, name: Any = str) -> str:
+    """What is wrong with a policy, in a line.
+
+    Args:
+        error: What pydantic says.
+        name: Turns the name of a field into what the reader calls it.
+    """
+    return "; ".join(
+        f"{name(str(problem['loc'][0]))}: {problem['msg'].removeprefix('Value error, ')}"
+        if problem["loc"]
+        else problem["msg"].removeprefix("Value error, ")
+        for problem in error.errors()
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepReport:
+    """What a sweep did."""
+
+    expired: int = 0
+    """Sessions that ended because they had expired."""
+    purged: int = 0
+    """Ended sessions that were removed for good."""
+    more: bool = False
+    """There is, or may be, more to do."""
+
+    def __add__(self, later: SweepReport) -> SweepReport:
+        """The report of both, in this order."""
+        return SweepReport(expired=self.expired + later.expired, purged=self.purged + later.purged, more=later.more)
