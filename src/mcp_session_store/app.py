@@ -6,17 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.adapter.frameworks import build_app
 from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS
-from mcp_session_store.adapter.manager import DEFAULT_REPLAY_TIMEOUT
+from mcp_session_store.adapter.manager import (
+    DEFAULT_END_WITHIN,
+    DEFAULT_EVICT_AFTER,
+    DEFAULT_REPLAY_TIMEOUT,
+    DEFAULT_SWEEP_INTERVAL,
+)
 from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fastmcp import FastMCP
     from mcp.server.lowlevel.server import Server
     from mcp.server.mcpserver import MCPServer
     from starlette.applications import Starlette
 
+    from mcp_session_store.adapter.journal import JournaledMethod
     from mcp_session_store.adapter.manager import EndHook, RestoreHook
 
 __all__ = ["durable_app"]
@@ -29,10 +38,16 @@ def durable_app(
     namespace: str = DEFAULT_NAMESPACE,
     schema: str | None = None,
     auto_upgrade: bool = False,
+    retention: RetentionPolicy | None = None,
     on_restore: RestoreHook | None = None,
     on_end: EndHook | None = None,
     replay_timeout: float = DEFAULT_REPLAY_TIMEOUT,
     max_initialize_params: int = DEFAULT_MAX_INITIALIZE_PARAMS,
+    evict_after: float | None = DEFAULT_EVICT_AFTER,
+    end_within: float = DEFAULT_END_WITHIN,
+    activity_interval: float | None = None,
+    sweep_interval: float | None = DEFAULT_SWEEP_INTERVAL,
+    journaled_methods: Sequence[JournaledMethod] = (),
     **options: Any,
 ) -> Starlette:
     """The ASGI app that the server's framework builds, with sessions that are kept in a database.
@@ -50,12 +65,19 @@ def durable_app(
         auto_upgrade: With a Postgres URL: run the migrations on first contact. Without it the
             database must have been migrated (`mcp-session-store upgrade`). A SQLite file that is empty
             is always migrated.
+        retention: With a URL: how long sessions live, and how many there may be. Unless given, what the
+            environment asks for: see `RetentionPolicy.from_environment`.
         on_restore: See `DurableSessionManager`.
         on_end: See `DurableSessionManager`.
         replay_timeout: See `DurableSessionManager`; seconds.
         max_initialize_params: See `DurableSessionManager`; bytes.
+        evict_after: See `DurableSessionManager`; seconds.
+        end_within: See `DurableSessionManager`; seconds.
+        activity_interval: See `DurableSessionManager`; seconds.
+        sweep_interval: See `DurableSessionManager`; seconds.
+        journaled_methods: See `DurableSessionManager`.
         **options: For the framework's own factory (`streamable_http_app`, `http_app`), by its names.
-            `session_idle_timeout` only evicts from memory here. FastMCP takes `max_sessions` and
+            `session_idle_timeout` sets the policy's idle time here, for all instances. FastMCP takes `max_sessions` and
             `max_request_body_size` too.
 
     Raises:
@@ -67,15 +89,23 @@ def durable_app(
         "on_end": on_end,
         "replay_timeout": replay_timeout,
         "max_initialize_params": max_initialize_params,
+        "evict_after": evict_after,
+        "end_within": end_within,
+        "activity_interval": activity_interval,
+        "sweep_interval": sweep_interval,
+        "journaled_methods": journaled_methods,
     }
     if isinstance(store, SessionStore):
         given = {
             "namespace": namespace != DEFAULT_NAMESPACE,
             "schema": schema is not None,
             "auto_upgrade": auto_upgrade,
+            "retention": retention is not None,
         }
         if names := [name for name, is_given in given.items() if is_given]:
             raise ConfigurationError(f"{', '.join(names)} go with a database URL; give them to the store that you made")
         return build_app(server, store, options=options, settings=settings)
-    made = SqlSessionStore(store, namespace=namespace, schema=schema, auto_upgrade=auto_upgrade)
+    if retention is None:
+        retention = RetentionPolicy.from_environment()
+    made = SqlSessionStore(store, namespace=namespace, schema=schema, auto_upgrade=auto_upgrade, retention=retention)
     return build_app(server, made, options=options, settings={**settings, "close_store": True})

@@ -146,7 +146,7 @@ class Instance:
 
     def assert_seats_match(self) -> None:
         """Nobody sits on a seat but residents."""
-        assert self.manager._seats == self.residents == len(self.manager._residents)
+        assert self.manager._residents.seats == self.residents == len(list(self.manager._residents))
 
     async def terminate(self, session_id: str) -> None:
         """Terminate a transport as FastMCP does at shutdown, past the manager."""

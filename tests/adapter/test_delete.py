@@ -235,7 +235,7 @@ async def test_a_delete_that_comes_during_a_restore_wins(store: FaultyStore, ste
         if claim is not None:
             claim.release()
         assert (await first.answer()).status == 404
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert one.residents == 0
         one.assert_seats_match()
         assert (await client.ping()).status == 404

@@ -30,7 +30,7 @@ INITIALIZE: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": "initialize",
 
 def assert_nothing_stays(one: Instance) -> None:
     assert one.residents == 0
-    assert one.manager._leaving == {}
+    assert one.manager._residents._leaving == {}
     one.assert_seats_match()
 
 
@@ -104,7 +104,7 @@ async def test_a_handshake_that_cannot_be_stored_is_answered_503_without_an_id(
         store.down("create")
         client = one.client()
         assert_unavailable(await client.initialize())
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
         assert [entry for entry in caplog.records if entry.name.startswith("mcp_session_store")], "it is not silent"
         store.up()
@@ -119,7 +119,7 @@ async def test_a_commit_whose_outcome_is_unknown_is_answered_503_without_an_id(
         store.lose_the_answer_of("create")
         assert_unavailable(await one.client().initialize())
         assert store.records == 1
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
 
 
@@ -127,7 +127,7 @@ async def test_a_bug_while_a_handshake_is_stored_is_answered_503(store: FaultySt
     async with instance(store, json_response=json_response) as one:
         store.broken("create")
         assert_unavailable(await one.client().initialize())
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
 
 
@@ -158,7 +158,7 @@ async def test_a_handshake_that_a_middleware_refuses_opens_nothing(
         assert answer.status == 200
         assert answer.error["code"] == -32001
         assert answer.session_id is None
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
         assert store.records == 0
 
@@ -184,7 +184,7 @@ async def test_params_that_cannot_be_stored_are_refused_and_open_nothing(
         assert answer.status == 200
         assert answer.error["code"] == types.INVALID_PARAMS
         assert answer.session_id is None
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
         assert store.records == 0
 
@@ -223,7 +223,7 @@ async def test_an_opening_request_that_is_refused_carries_no_id(
         answer = await one.client().open(method, message, **headers).answer()
         assert 400 <= answer.status < 500
         assert answer.session_id is None
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
         assert store.counts()["create"] == 0
 
@@ -245,7 +245,7 @@ async def test_a_client_that_leaves_before_the_commit_leaves_nothing_behind(
         opening.cancel()
         await opening.end()
         assert opening.sent == []
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
         assert store.records == 0
 
@@ -258,7 +258,7 @@ async def test_a_client_that_leaves_during_the_commit_leaves_no_copy(store: Faul
         opening.cancel()
         await opening.end()
         assert opening.sent == []
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
 
 
@@ -271,7 +271,7 @@ async def test_the_end_of_an_event_stream_during_the_commit_leaves_no_copy(store
         opening.disconnect()
         await opening.end()
         assert opening.sent == []
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
         assert store.records == 0
 
@@ -285,7 +285,7 @@ async def test_a_server_loop_that_cannot_start_is_answered_503(
     async with instance(store, json_response=json_response) as one:
         monkeypatch.setattr(streamable_http_manager, "serve_loop", broken)
         assert_unavailable(await one.client().initialize())
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert_nothing_stays(one)
 
 

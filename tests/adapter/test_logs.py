@@ -104,7 +104,7 @@ async def test_logs_hold_neither_session_ids_nor_payload(
                 await client.ping()
                 store.up()
                 for fate[0] in ("bug", "replay", "hang", "refuse", "nothing"):
-                    await until(lambda: not one.manager._leaving)
+                    await until(lambda: not one.manager._residents._leaving)
                     if ids[-1] in one.manager._server_instances:
                         await one.terminate(ids[-1])
                     await client.ping()

@@ -207,7 +207,7 @@ async def test_a_successor_waits_until_the_copy_before_it_has_cleaned_up(
         proceed.set()
         assert (await call.answer()).text == "3"
         assert one.residents == 1
-        assert one.manager._leaving == {}
+        assert one.manager._residents._leaving == {}
         one.assert_seats_match()
 
 
@@ -221,7 +221,7 @@ async def test_a_copy_that_does_not_leave_is_answered_503(store: FaultyStore, mo
         await evict(one, session_id)
         assert (await client.ping()).status == 503
         proceed.set()
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert (await client.ping()).status == 200
 
 
@@ -372,7 +372,7 @@ async def test_a_wrong_principal_and_unknown_ids_take_no_seat(store: FaultyStore
         exchanges = [one.client(f"{n:032x}").open_request("ping") for n in range(10)]
         exchanges.append(one.client(session_id, user=principal("mallory")).open_request("ping"))
         await until(lambda: load.calls == 11)
-        assert one.manager._seats == 0
+        assert one.manager._residents.seats == 0
         load.release()
         assert {(await exchange.answer()).status for exchange in exchanges} == {404}
         assert (await one.client(session_id).ping()).status == 200
@@ -457,7 +457,7 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
             # The SDK's 500 is for a request from under which a DELETE, or `terminate()`, took the session.
             if exchange.sent and not any(text in exchange.body for text in TAKEN_AWAY):
                 assert exchange.status in (200, 202, 404, 409, 503), exchange.body
-        await until(lambda: not one.manager._restores and not one.manager._leaving)
+        await until(lambda: not one.manager._restores and not one.manager._residents._leaving)
         one.assert_seats_match()
         await until(lambda: one.residents == 0 or all(s.unsettled for s in one.manager._residents.values()))
         one.assert_seats_match()

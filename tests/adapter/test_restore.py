@@ -450,7 +450,7 @@ async def test_a_handshake_that_turns_out_otherwise_is_answered_404_and_leaves_t
             answer = await deployed.client(session_id).ping()
             assert answer.status == 404
             assert answer.session_id is None
-        await until(lambda: not deployed.manager._leaving)
+        await until(lambda: not deployed.manager._residents._leaving)
         deployed.assert_seats_match()
         assert notes.initialized == []
         assert await store.record(session_id) == before
@@ -468,7 +468,7 @@ async def test_a_replay_that_hangs_is_answered_503(store: FaultyStore, json_resp
         answers = [await exchange.answer() for exchange in exchanges]
         assert {answer.status for answer in answers} == {503}
         assert all("retry-after" in answer.headers for answer in answers)
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         one.assert_seats_match()
         assert await store.record(session_id) == before
         proceed.set()
@@ -499,7 +499,7 @@ async def test_a_replay_that_hangs_and_does_not_let_itself_be_cancelled_is_answe
                 assert (await exchange.answer()).status == 503
         finally:
             proceed.set()
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         one.assert_seats_match()
         assert (await one.client(session_id).ping()).status == 200
 
@@ -528,7 +528,7 @@ async def test_a_server_loop_that_ends_while_the_claim_runs_is_answered_503(
             exchange = client.open_request("ping")
             await claim.wait_entered()
             crash.set()
-            await until(lambda: one.manager._seats == 0)
+            await until(lambda: one.manager._residents.seats == 0)
             claim.release()
             assert (await exchange.answer()).status == 503
         one.assert_seats_match()
@@ -569,7 +569,7 @@ async def test_a_store_that_fails_during_a_restore_is_answered_503(
             assert answer.status == 503
             assert int(answer.headers["retry-after"]) > 0
             assert answer.session_id is None
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert one.residents == 0
         one.assert_seats_match()
         store.up()
@@ -588,7 +588,7 @@ async def test_a_session_that_ends_elsewhere_while_it_is_restored_is_answered_40
         assert (await two.client(session_id).delete()).status == 200
         proceed.set()
         assert (await exchange.answer()).status == 404
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         assert one.residents == 0
         one.assert_seats_match()
 
@@ -608,7 +608,7 @@ async def test_a_session_that_is_initialized_again_elsewhere_while_it_is_restore
         told = json.loads((await exchange.answer()).text)
         assert told["params"]["clientInfo"]["name"] == "newer"
         assert len(notes.replayed("initialize")) == 2
-        await until(lambda: not one.manager._leaving)
+        await until(lambda: not one.manager._residents._leaving)
         one.assert_seats_match()
 
 

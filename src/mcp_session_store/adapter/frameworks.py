@@ -26,6 +26,7 @@ __all__ = ["build_app"]
 
 _NOT_IN_FASTMCP: Final = ("max_sessions", "max_request_body_size")
 """Options of the session manager that FastMCP's app factory does not pass on."""
+_ONLY_IF_GIVEN: Final = ("session_idle_timeout",)
 
 
 class _FastMCPSessionManager(DurableSessionManager):
@@ -92,13 +93,13 @@ _STATELESS: Final = (
 def _sdk_app(server: Any, options: Mapping[str, Any]) -> tuple[Starlette, dict[str, Any]]:
     app: Starlette = server.streamable_http_app(**options)
     stock = sdk.mcp_endpoint(app).session_manager
-    # What the framework made of its options, defaults and all.
+    # What the framework made of its options, defaults and all. Its default of the idle timeout is none of ours.
     return app, {
+        **{name: options[name] for name in _ONLY_IF_GIVEN if name in options},
         "event_store": stock.event_store,
         "json_response": stock.json_response,
         "security_settings": stock.security_settings,
         "retry_interval": stock.retry_interval,
-        "session_idle_timeout": stock.session_idle_timeout,
         "max_request_body_size": stock.max_request_body_size,
         "max_sessions": stock.max_sessions,
     }

@@ -13,7 +13,7 @@ from mcp_types import INVALID_PARAMS
 from pydantic import BaseModel
 
 from mcp_session_store.adapter.latch import Latch
-from mcp_session_store.adapter.responses import session_not_found, unavailable
+from mcp_session_store.adapter.responses import session_not_found, too_many_sessions, unavailable
 from mcp_session_store.records import display_text
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class HandshakeOutcome(Enum):
     """It was answered with an error, or it was none: the answer goes out as it is."""
     UNAVAILABLE = auto()
     """The record could not be written: 503."""
+    TOO_MANY = auto()
+    """The retention policy allows no more sessions: 503."""
     NOT_FOUND = auto()
     """It was a second one, in a session that has ended meanwhile: 404."""
 
@@ -89,6 +91,7 @@ def held_handshake(request: Any) -> Handshake | None:
 
 _REFUSALS: Final[dict[HandshakeOutcome | None, Callable[[], Response]]] = {
     HandshakeOutcome.UNAVAILABLE: unavailable,
+    HandshakeOutcome.TOO_MANY: too_many_sessions,
     HandshakeOutcome.NOT_FOUND: session_not_found,
 }
 
@@ -145,7 +148,7 @@ class HeldResponse:
         # it is the SDK's for a session that was closed by what befell the handshake.
         status = message["status"]
         outcome = await self._handshake.wait() if status == 200 else self._handshake.outcome
-        if self._opening and status >= 500:
+        if self._opening and status >= 500 and outcome not in _REFUSALS:
             # The SDK's, for a server loop or an event store that failed.
             outcome = HandshakeOutcome.UNAVAILABLE
         if (refusal := _REFUSALS.get(outcome)) is not None:

@@ -7,12 +7,11 @@ import dataclasses
 import logging
 import math
 import os
-import random
 import socket
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from uuid import uuid4
 
 import anyio
@@ -21,27 +20,32 @@ from mcp.server.streamable_http import SESSION_ID_PATTERN
 from mcp.server.streamable_http_manager import (
     DEFAULT_MAX_REQUEST_BODY_SIZE,
     DEFAULT_MAX_SESSIONS,
-    DEFAULT_SESSION_IDLE_TIMEOUT,
 )
 from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.requests import Request
 
 from mcp_session_store.adapter import middleware, responses, sdk, telemetry
+from mcp_session_store.adapter.activity import ActivityReporter, checked_interval
+from mcp_session_store.adapter.background import report_failure, run_again, run_every
 from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS, HANDSHAKE, Handshake, HeldResponse
+from mcp_session_store.adapter.journal import Journal
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.marker import RESTORE_MARKER
 from mcp_session_store.adapter.replay import Replay
 from mcp_session_store.adapter.request_ids import RequestIds
+from mcp_session_store.adapter.residents import MemoryFull, Residents
 from mcp_session_store.adapter.session import RESIDENT_SESSION, ResidentSession
+from mcp_session_store.adapter.watch import ChangeWatch
 from mcp_session_store.errors import (
     ConfigurationError,
+    JournalFull,
     RestoreRefused,
     SchemaError,
+    SessionLimitReached,
     SessionStoreError,
     StoreUnavailable,
 )
 from mcp_session_store.records import (
-    Activity,
     EndReason,
     NewSession,
     Principal,
@@ -50,10 +54,11 @@ from mcp_session_store.records import (
     display_text,
     session_key,
 )
+from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Collection, Iterator, Sequence
     from uuid import UUID
 
     from anyio.abc import TaskStatus
@@ -67,8 +72,18 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from mcp_session_store.adapter.handshake import InitializeParams
+    from mcp_session_store.adapter.journal import JournaledMethod, JournalWrite
+    from mcp_session_store.records import Change, JournalEntry
 
-__all__ = ["DEFAULT_REPLAY_TIMEOUT", "DurableSessionManager", "EndHook", "RestoreHook"]
+__all__ = [
+    "DEFAULT_END_WITHIN",
+    "DEFAULT_EVICT_AFTER",
+    "DEFAULT_REPLAY_TIMEOUT",
+    "DEFAULT_SWEEP_INTERVAL",
+    "DurableSessionManager",
+    "EndHook",
+    "RestoreHook",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +99,11 @@ MAX_SESSION_ID: Final = 128
 """Characters; a longer id costs no query. The SDK's own have 32."""
 LEAVE_TIMEOUT: Final = 10.0
 """Seconds that a restore waits for an earlier copy: the SDK gives a connection's `exit_stack` five."""
-ACTIVITY_DELAY: Final = 0.05
-"""Seconds in which first activities gather before they are reported together."""
-MAX_BACKOFF: Final = 30.0
-"""Seconds between two tries of a background task that keeps failing."""
+DEFAULT_EVICT_AFTER: Final = 300.0
+DEFAULT_END_WITHIN: Final = 5.0
+DEFAULT_SWEEP_INTERVAL: Final = 60.0
+SESSION_ENDED: Final = "Session ended"
+"""What calls are told that were in flight when their session ended."""
 RESTORE_ATTEMPTS: Final = 3
 """How often a restore begins anew because the record changed meanwhile."""
 
@@ -96,14 +112,11 @@ class _NotFound(Exception):
     """Unknown, ended, expired, of another namespace or principal: all the same to the client."""
 
 
-class _TooManySessions(Exception):
-    """Memory is full."""
-
-
 class _Restore:
     """One restore under way, and everybody who waits for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: UUID) -> None:
+        self.key = key
         self.over = Latch()
         self.waiters = 0
         self.session: ResidentSession | None = None
@@ -128,19 +141,29 @@ class DurableSessionManager(sdk.ManagerSeams):
         stateless: Refused: a stateless server has no sessions to store.
         security_settings: As for the SDK's manager. A request is checked before a session is restored.
         retry_interval: As for the SDK's manager, in milliseconds.
-        session_idle_timeout: Seconds after which a session that nobody uses leaves memory. It stays
-            in the store, and the next request restores it. `None`: never.
+        session_idle_timeout: Seconds after which a session that nobody uses ends, on all instances: when it is
+            given, it is the idle time of the store's retention policy. `None`: never.
         max_request_body_size: As for the SDK's manager, in bytes.
-        max_sessions: Sessions in memory at most; a request that needs one more is answered 503.
+        max_sessions: Sessions in memory at most. One more takes the place of the one that nobody has used for
+            longest, which the next request for it restores; when all are in use, it is answered 503.
         on_restore: Called with the marker and the record before the replay. It may raise
             `RestoreRefused`: the session ends, and the client gets 404. Any other error, and a hook
             that takes longer than `replay_timeout`, is answered 503.
-        on_end: Called once with the record and the reason, in the instance in which the session is
-            resident when it ends; not when a copy leaves memory.
+        on_end: Called once with the record and the reason, in each instance in which the session is
+            resident when it ends, wherever that was; not when a copy leaves memory.
         replay_timeout: Seconds that a replay may take: for the answer to `initialize`, and again for the
             handler of `notifications/initialized`, which then goes on beside the client's requests.
         max_initialize_params: Bytes of `initialize` params, as JSON, that are stored; more is
             refused with INVALID_PARAMS.
+        evict_after: Seconds after which a session that nobody uses leaves memory; the next request for it
+            restores it. `None`: when memory is full.
+        end_within: Seconds within which a session that was ended elsewhere is served no more here. Half of it
+            is the interval at which the store is asked, with one query for all sessions.
+        activity_interval: Seconds between two reports of which sessions are in use; at most a quarter of the policy's
+            idle time. 15 unless given, or that quarter.
+        sweep_interval: Seconds between two sweeps of the store; `None`: somebody else sweeps it.
+        journaled_methods: Methods of the application's own whose calls set state of their session: they are
+            stored, and replayed in a restore, as `logging/setLevel` and `resources/subscribe` are.
         close_store: Close the store when the manager stops.
 
     Raises:
@@ -157,13 +180,18 @@ class DurableSessionManager(sdk.ManagerSeams):
         stateless: bool = False,
         security_settings: TransportSecuritySettings | None = None,
         retry_interval: int | None = None,
-        session_idle_timeout: float | None = DEFAULT_SESSION_IDLE_TIMEOUT,
+        session_idle_timeout: float | Literal["policy"] | None = "policy",
         max_request_body_size: int = DEFAULT_MAX_REQUEST_BODY_SIZE,
         max_sessions: int | None = DEFAULT_MAX_SESSIONS,
         on_restore: RestoreHook | None = None,
         on_end: EndHook | None = None,
         replay_timeout: float = DEFAULT_REPLAY_TIMEOUT,
         max_initialize_params: int = DEFAULT_MAX_INITIALIZE_PARAMS,
+        evict_after: float | None = DEFAULT_EVICT_AFTER,
+        end_within: float = DEFAULT_END_WITHIN,
+        activity_interval: float | None = None,
+        sweep_interval: float | None = DEFAULT_SWEEP_INTERVAL,
+        journaled_methods: Sequence[JournaledMethod] = (),
         close_store: bool = False,
     ) -> None:
         if stateless:
@@ -174,8 +202,14 @@ class DurableSessionManager(sdk.ManagerSeams):
             raise ConfigurationError(
                 f"store must be a SessionStore, not a {type(store).__name__}; a URL goes to SqlSessionStore"
             )
-        if not isinstance(replay_timeout, int | float) or not 0 < replay_timeout < math.inf:
-            raise ConfigurationError(f"replay_timeout must be a positive number of seconds, not {replay_timeout!r}")
+        _check_seconds("replay_timeout", replay_timeout)
+        _check_seconds("end_within", end_within)
+        if evict_after is not None:
+            _check_seconds("evict_after", evict_after)
+        if sweep_interval is not None:
+            _check_seconds("sweep_interval", sweep_interval)
+        if session_idle_timeout != "policy":
+            _set_idle(store, session_idle_timeout)
         if not isinstance(max_initialize_params, int) or max_initialize_params <= 0:
             raise ConfigurationError(
                 f"max_initialize_params must be a positive number of bytes, not {max_initialize_params!r}"
@@ -187,7 +221,8 @@ class DurableSessionManager(sdk.ManagerSeams):
                 json_response=json_response,
                 security_settings=security_settings,
                 retry_interval=retry_interval,
-                session_idle_timeout=session_idle_timeout,
+                # Copies are evicted here, and sessions expire in the store.
+                session_idle_timeout=None,
                 max_request_body_size=max_request_body_size,
                 max_sessions=max_sessions,
             )
@@ -202,13 +237,13 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._max_initialize_params = max_initialize_params
         self._close_store = close_store
         self._security = TransportSecurityMiddleware(security_settings)
-        self._residents: dict[str, ResidentSession] = {}
-        self._seats = 0
-        """Sessions in memory: resident, or being opened or restored."""
-        self._leaving: dict[str, ResidentSession] = {}
+        self.journal = Journal(journaled_methods)
+        self._evict_after = math.inf if evict_after is None else evict_after
+        self._end_within = end_within
+        self._activity_interval = checked_interval(activity_interval, store.retention)
+        self._sweep_interval = sweep_interval
+        self._residents = Residents(self.transports, self.owners, max_sessions=max_sessions)
         self._restores: dict[str, _Restore] = {}
-        self._first_activities: dict[UUID, tuple[float, float]] = {}
-        self._activity = anyio.Event()
 
     @property
     def max_initialize_params(self) -> int:
@@ -234,13 +269,25 @@ class DurableSessionManager(sdk.ManagerSeams):
             except StoreUnavailable as error:
                 logger.warning("the session store cannot be reached; requests that need it get 503: %s", error)
             async with super().run():
-                self.tasks.start_soon(self._report_activity)
-                if self.session_idle_timeout is not None:
-                    self.tasks.start_soon(self._evict_idle, self.session_idle_timeout)
+                # Made here, because they need the event loop.
+                self._activity = ActivityReporter(self.store, self._residents, interval=self._activity_interval)
+                self._watch = ChangeWatch(self.store, concerns=self._concerns, learn=self._learn, verify=self._verify)
+                self._watch.wake.set()
+                self._start_background_tasks()
                 try:
                     yield
                 finally:
                     await self._shut_down()
+
+    def _start_background_tasks(self) -> None:
+        start = self.tasks.start_soon
+        poll_interval = self._end_within / 2
+        start(partial(run_every, "activity", self._activity_interval, self._report, wake=self._activity.wake))
+        start(partial(run_every, "changes", poll_interval, self._watch.poll, wake=self._watch.wake))
+        start(run_again, "hints", self._watch.listen)
+        start(run_every, "eviction", min(self._evict_after / 4, poll_interval), self._evict_unused)
+        if self._sweep_interval is not None:
+            start(run_every, "sweep", self._sweep_interval, self._sweep)
 
     async def _close(self) -> None:
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
@@ -248,13 +295,14 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def _shut_down(self) -> None:
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
+            self._activity.gather(everything=True)
             # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
-            for session in list(self._residents.values()):
-                await self._evict(session)
+            for session in self._residents:
+                await self._residents.evict(session)
             try:
-                await self._flush_activity()
+                await self._activity.report(everything=True)
             except Exception as error:
-                self._background_failure("activity", error)
+                report_failure("activity", error)
 
     # One request
 
@@ -283,25 +331,24 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def _serve(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
         """Give a request to its resident session."""
-        if session.first_activity_due:
-            session.first_activity_due = False
-            self._note_first_activity(session)
+        self._activity.note(session)
         scope[RESIDENT_SESSION] = session
         if session.marker is not None:
             scope[RESTORE_MARKER] = session.marker
         if scope["method"] == "GET":
-            send = _watch_stream(session, send)
-        else:
-            message = await receive()
-            receive = _again(message, receive)
-            # The handshake's own answer promises durability; the body is looked into for its name
-            # rather than parsed, and the middleware releases whatever else has it.
-            if b'"initialize"' in message.get("body", b""):
-                handshake = Handshake()
-                held = HeldResponse(handshake, scope, receive, send, opening=False)
-                with _held_by(session, handshake, scope):
-                    await held.answered_by(partial(session.transport.handle_request, scope, receive))
-                return
+            with session.stream():
+                await session.transport.handle_request(scope, receive, _watch_stream(session, send))
+            return
+        message = await receive()
+        receive = _again(message, receive)
+        # The handshake's own answer promises durability; the body is looked into for its name
+        # rather than parsed, and the middleware releases whatever else has it.
+        if b'"initialize"' in message.get("body", b""):
+            handshake = Handshake()
+            held = HeldResponse(handshake, scope, receive, send, opening=False)
+            with _held_by(session, handshake, scope):
+                await held.answered_by(partial(session.transport.handle_request, scope, receive))
+            return
         await session.transport.handle_request(scope, receive, send)
 
     async def _find(
@@ -322,7 +369,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             return await self._restored(session_id, requestor, scope)
         except _NotFound:
             return _refused("not found", responses.session_not_found())
-        except _TooManySessions:
+        except MemoryFull:
             return _refused("too many sessions", responses.too_many_sessions())
         except Exception as error:
             _log_unavailable(error)
@@ -334,9 +381,11 @@ class DurableSessionManager(sdk.ManagerSeams):
         """Serve a request without a session id: an `initialize` opens a session, all else is refused by the SDK."""
         try:
             session = self._admit(uuid4().hex, requestor)
-        except _TooManySessions:
+        except MemoryFull:
             await _refused("too many sessions", responses.too_many_sessions())(scope, receive, send)
             return
+        # Until it is answered it is in use.
+        session.pin()
         handshake = Handshake()
         held = HeldResponse(handshake, scope, receive, send, opening=True)
         scope[RESIDENT_SESSION] = session
@@ -349,37 +398,44 @@ class DurableSessionManager(sdk.ManagerSeams):
             with _held_by(session, handshake, scope):
                 await held.answered_by(serve)
         finally:
+            session.unpin()
             if not held.opened:
-                await self._evict(session)
+                await self._residents.evict(session)
 
     def _admit(self, session_id: str, owner: AuthorizationContext | None) -> ResidentSession:
-        """Take a seat for a session that is to become resident."""
-        if self.max_sessions is not None and self._seats >= self.max_sessions:
-            logger.warning("%d sessions are in memory, as many as max_sessions allows", self._seats)
-            raise _TooManySessions
-        session = ResidentSession(session_id, owner, sdk.make_transport(self, session_id), self)
-        self._seats += 1
-        return session
+        """Take a seat for a session that is to become resident.
+
+        Raises:
+            MemoryFull: There is none.
+        """
+        if (evicted := self._residents.take_seat()) is not None:
+            self.tasks.start_soon(self._have_leave, evicted)
+        return ResidentSession(session_id, owner, sdk.make_transport(self, session_id), self)
 
     async def _run_session(
         self, session: ResidentSession, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
-        await session.run(self, self._gone, task_status=task_status)
+        await session.run(self, self._residents.gone, task_status=task_status)
 
     async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
         """Commit a handshake; the session's first one makes it resident."""
         try:
-            if session.record is None:
-                await self._store_handshake(session, params, version)
-                return True
-            return await self._replace_handshake(session, params, version)
+            async with session.recording:
+                if session.record is None:
+                    await self._store_handshake(session, params, version)
+                    return True
+                return await self._replace_handshake(session, session.record, params, version)
+        except SessionLimitReached as error:
+            logger.warning("a new session is refused: %s", error)
+            telemetry.refused.add(1, {"reason": "too many sessions"})
+            raise
         except Exception as error:
             _log_unavailable(error)
             telemetry.refused.add(1, {"reason": "unavailable"})
             raise
 
     async def _store_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> None:
-        session.record = await self.store.create(
+        record = await self.store.create(
             NewSession(
                 key=session_key(session.session_id),
                 initialize_params=params.text,
@@ -390,14 +446,15 @@ class DurableSessionManager(sdk.ManagerSeams):
                 instance=self.instance,
             )
         )
-        session.first_activity_due = True
+        session.stored(record, self.store.retention, new=True)
         telemetry.created.add(1)
-        self._publish(session)
+        self._residents.publish(session)
 
-    async def _replace_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
-        assert session.record is not None
+    async def _replace_handshake(
+        self, session: ResidentSession, record: SessionRecord, params: InitializeParams, version: str
+    ) -> bool:
         live = await self.store.replace_initialize(
-            session.record.key,
+            record.key,
             initialize_params=params.text,
             protocol_version=version,
             client_name=params.client_name,
@@ -405,19 +462,41 @@ class DurableSessionManager(sdk.ManagerSeams):
         )
         if live:
             session.record = dataclasses.replace(
-                session.record,
+                record,
                 initialize_params=params.text,
                 protocol_version=version,
                 client_name=params.client_name,
                 client_version=params.client_version,
-                revision=session.record.revision + 1,
+                revision=record.revision + 1,
             )
             # The `notifications/initialized` that follows is not the one that was replayed.
             session.swallow_initialized = False
         else:
             self._withdraw(session)
-            self.tasks.start_soon(session.leave)
         return live
+
+    async def record_call(self, session: ResidentSession, write: JournalWrite) -> bool:
+        """Commit what a call changes in the journal of its session."""
+        async with session.recording:
+            assert session.record is not None
+            try:
+                revision = await self.store.write_journal(
+                    session.record.key, method=write.method, subject=write.subject, params=write.params
+                )
+            except JournalFull:
+                raise
+            except Exception as error:
+                _log_unavailable(error)
+                raise
+            if revision is None:
+                self._withdraw(session)
+                return False
+            if revision == session.record.revision + 1:
+                session.record = dataclasses.replace(session.record, revision=revision)
+            else:
+                # Another copy has changed something that this one does not have.
+                session.stale_since = max(session.stale_since, revision)
+            return True
 
     # A session that is not in memory
 
@@ -426,7 +505,7 @@ class DurableSessionManager(sdk.ManagerSeams):
 
         Raises:
             _NotFound: To this requestor there is no such session.
-            _TooManySessions: Memory is full.
+            MemoryFull: Memory is full, and all of it in use.
             SessionStoreError: The store did not answer.
         """
         session = self._residents.get(session_id)
@@ -453,7 +532,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         """Wait for the one restore of this session, beginning it if nobody has; whoever joins is its principal."""
         restore = self._restores.get(session_id)
         if restore is None:
-            restore = self._restores[session_id] = _Restore()
+            restore = self._restores[session_id] = _Restore(record.key)
             # A task of the manager's: the disconnect of this request fails nobody else's. It inherits
             # this request's context variables.
             self.tasks.start_soon(self._run_restore, restore, session_id, record, requestor, scope)
@@ -481,9 +560,9 @@ class DurableSessionManager(sdk.ManagerSeams):
         try:
             session = await self._restore(restore, session_id, record, requestor, scope)
             # Pinned for everybody who waits, before anything else can run: none of them meets a leaving copy.
-            session.pins += restore.waiters
+            session.pin(restore.waiters)
             restore.session = session
-        except (_NotFound, _TooManySessions, SessionStoreError) as failure:
+        except (_NotFound, MemoryFull, SessionStoreError) as failure:
             restore.failure = failure
         except Exception:
             logger.exception("a session could not be restored")
@@ -514,31 +593,32 @@ class DurableSessionManager(sdk.ManagerSeams):
                 replaying=True,
             )
             await self._ask_application(marker, record)
+            journal = await self.store.read_journal(record.key) if record.revision else ()
             session = self._admit(session_id, requestor)
             try:
-                claimed = await self._replay(session, marker, record, scope)
+                claimed = await self._replay(session, marker, record, journal, scope)
                 if restore.ended:
                     raise _NotFound
                 if not session.serving or session.gone.is_set():
                     raise StoreUnavailable("the server loop of a session ended while it was being restored")
                 if claimed.revision == record.revision:
-                    session.record = claimed
+                    session.stored(claimed, self.store.retention, new=False)
                     session.marker = dataclasses.replace(marker, restores=claimed.restores, replaying=False)
-                    self._publish(session)
+                    self._residents.publish(session)
                     telemetry.restored.add(1)
                     return session
             finally:
                 if self._residents.get(session_id) is not session:
-                    await self._evict(session)
+                    await self._residents.evict(session)
             # What was replayed has been replaced meanwhile, on another instance.
             record = claimed
         raise StoreUnavailable("the session kept changing while it was restored")
 
     async def _await_predecessor(self, session_id: str) -> None:
         """Wait until an earlier copy of this session has left, clean-up included."""
-        if (terminated := self._residents.get(session_id)) is not None:
-            await self._evict(terminated)
-        predecessor = self._leaving.get(session_id)
+        if (not_serving := self._residents.get(session_id)) is not None:
+            await self._residents.evict(not_serving)
+        predecessor = self._residents.leaving(session_id)
         if predecessor is None:
             return
         with anyio.move_on_after(LEAVE_TIMEOUT):
@@ -558,20 +638,25 @@ class DurableSessionManager(sdk.ManagerSeams):
             raise _NotFound from None
 
     async def _replay(
-        self, session: ResidentSession, marker: SessionRestoreMarker, record: SessionRecord, scope: Scope
+        self,
+        session: ResidentSession,
+        marker: SessionRestoreMarker,
+        record: SessionRecord,
+        journal: Sequence[JournalEntry],
+        scope: Scope,
     ) -> SessionRecord:
-        """Replay the handshake into a session that nobody can reach yet, and claim it."""
+        """Replay the handshake and the journal into a session that nobody can reach yet, and claim it."""
         session.swallow_initialized = True
         session.request_ids = RequestIds()
         replay = session.replay = Replay(
-            record, marker, scope, binding={RESIDENT_SESSION: session}, timeout=self._replay_timeout
+            record, journal, marker, scope, binding={RESIDENT_SESSION: session}, timeout=self._replay_timeout
         )
-        # Twice its timeout: once for the answer to `initialize`, once for the notification's handler.
+        # Its timeout for the answer to `initialize`, for the notification's handler, and for the journal.
         self.tasks.start_soon(self._run_session, session)
-        with anyio.move_on_after(2 * self._replay_timeout):
+        with anyio.move_on_after((3 if journal else 2) * self._replay_timeout):
             await replay.over.wait()
         if not replay.over.is_set():
-            raise StoreUnavailable("the replay of a session's handshake took too long")
+            raise StoreUnavailable("the replay of a session took too long")
         if replay.broken:
             raise StoreUnavailable(f"a session could not be restored: {replay.failure}")
         if replay.failure is not None:
@@ -620,12 +705,41 @@ class DurableSessionManager(sdk.ManagerSeams):
             restore.ended = True
         session = self._residents.get(session_id)
         if session is not None:
-            await self._evict(session)
+            await self._residents.evict(session, answer=SESSION_ENDED)
         if not ended:
             raise _NotFound
         telemetry.ended.add(1, {"reason": EndReason.CLIENT.value})
         if session is not None:
             await self._tell_application(session, EndReason.CLIENT)
+
+    def _concerns(self, key: UUID) -> bool:
+        """Whether a session is in memory, or about to be."""
+        return self._residents.with_key(key) is not None or any(r.key == key for r in self._restores.values())
+
+    def _learn(self, change: Change) -> None:
+        """Another instance, or an operator, ended a session, or changed what a restore of it replays."""
+        if change.ended is not None:
+            for restore in self._restores.values():
+                if restore.key == change.key:
+                    restore.ended = True
+        session = self._residents.with_key(change.key)
+        if session is None:
+            return
+        if change.ended is not None:
+            self._drop_ended(session, change.ended)
+        else:
+            session.stale_since = max(session.stale_since, change.revision)
+            self._drop_stale(session)
+
+    def _drop_ended(self, session: ResidentSession, reason: EndReason) -> None:
+        """Serve a session no more that has ended, and tell the application."""
+        self._residents.withdraw(session)
+
+        async def drop() -> None:
+            await self._have_leave(session, answer=SESSION_ENDED)
+            await self._tell_application(session, reason)
+
+        self.tasks.start_soon(drop)
 
     async def _tell_application(self, session: ResidentSession, reason: EndReason) -> None:
         if self._on_end is None or session.record is None:
@@ -638,113 +752,98 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     # Memory
 
-    def _publish(self, session: ResidentSession) -> None:
-        """Let requests find a session."""
-        self._residents[session.session_id] = session
-        self.transports[session.session_id] = session.transport
-        if session.owner is not None:
-            self.owners[session.session_id] = session.owner
+    def used(self, session: ResidentSession) -> None:
+        """A copy became busy, or ceased to be."""
+        self._residents.used(session)
+        self._drop_stale(session)
+
+    def _drop_stale(self, session: ResidentSession) -> None:
+        """Evict a copy when another one has changed what a restore replays: the next request restores all of it."""
+        if session.stale and not session.busy and not session.leaving:
+            self._withdraw(session)
 
     def _withdraw(self, session: ResidentSession) -> None:
-        """Let no request find this copy any more; a successor under the same id is left alone."""
-        if self._residents.get(session.session_id) is session:
-            del self._residents[session.session_id]
-            self.owners.pop(session.session_id, None)
-        if self.transports.get(session.session_id) is session.transport:
-            del self.transports[session.session_id]
-        if not session.leaving:
-            session.leaving = True
-            self._seats -= 1
-            if session.record is not None:
-                telemetry.evicted.add(1)
-            if session.running and not session.gone.is_set():
-                self._leaving[session.session_id] = session
+        """Let no request find a copy any more, and have it leave."""
+        self._residents.withdraw(session)
+        self.tasks.start_soon(self._have_leave, session)
 
-    async def _evict(self, session: ResidentSession) -> None:
-        """Drop a copy from memory; the record stays."""
-        self._withdraw(session)
-        await session.leave()
+    async def _have_leave(self, session: ResidentSession, *, answer: str | None = None) -> None:
+        try:
+            await session.leave(answer=answer)
+        except Exception as error:
+            report_failure("eviction", error)
 
     async def discard(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
         """Evict the session of this transport; one that was restored under the same id stays."""
         session = self._residents.get(session_id)
         if session is not None and session.transport is transport:
-            await self._evict(session)
+            await self._residents.evict(session)
 
-    def _gone(self, session: ResidentSession) -> None:
-        """The server task of a session has ended: evicted, crashed, or its transport was terminated by others."""
-        self._withdraw(session)
-        if self._leaving.get(session.session_id) is session:
-            del self._leaving[session.session_id]
+    # Beside the requests
 
-    async def _evict_idle(self, timeout: float) -> None:
-        """Evict sessions that have been idle for longer than this, in seconds."""
-        while True:
-            await anyio.sleep(min(max(timeout / 4, 0.05), 5.0))
-            horizon = anyio.current_time() - timeout
-            for session in list(self._residents.values()):
-                if session.idle_since <= horizon and not session.busy:
-                    try:
-                        await self._evict(session)
-                    except Exception as error:
-                        self._background_failure("eviction", error)
+    async def _evict_unused(self) -> None:
+        """Evict copies that nobody has used for a while, and those whose session has lived for as long as it may."""
+        for session in self._residents.idle_since(anyio.current_time() - self._evict_after):
+            self._withdraw(session)
+        for session in self._residents:
+            if session.outlived:
+                self._drop_ended(session, EndReason.EXPIRED)
+            elif session.expired:
+                # The store knows whether it was used elsewhere.
+                self._withdraw(session)
 
-    # First activity
-
-    def _note_first_activity(self, session: ResidentSession) -> None:
-        assert session.record is not None
-        now = anyio.current_time()
-        first, _ = self._first_activities.get(session.record.key, (now, now))
-        self._first_activities[session.record.key] = (first, now)
-        self._activity.set()
-
-    async def _report_activity(self) -> None:
-        """Report first activities to the store, in batches, until that succeeds."""
-        backoff = ACTIVITY_DELAY
-        while True:
-            await self._activity.wait()
-            await anyio.sleep(backoff)
-            self._activity = anyio.Event()
-            try:
-                await self._flush_activity()
-                backoff = ACTIVITY_DELAY
-            except Exception as error:
-                self._background_failure("activity", error)
-                self._activity.set()
-                backoff = min(max(backoff, 0.25) * 2, MAX_BACKOFF) * random.uniform(0.75, 1.0)  # noqa: S311 - jitter
-
-    async def _flush_activity(self) -> None:
-        reported = self._first_activities
-        if not reported:
-            return
-        self._first_activities = {}
-        now = anyio.current_time()
-        try:
-            not_live = await self.store.touch(
-                [
-                    Activity(key=key, first_age=now - first, last_age=now - last)
-                    for key, (first, last) in reported.items()
-                ]
-            )
-        except BaseException:
-            self._first_activities = {**reported, **self._first_activities}
-            raise
+    async def _report(self) -> None:
+        """Report activity, and learn which sessions are live no more."""
+        not_live = [key for key in await self._activity.report() if self._residents.with_key(key) is not None]
         if not_live:
-            for session in list(self._residents.values()):
-                if session.record is not None and session.record.key in not_live:
-                    await self._evict(session)
+            # It tells why those ended that did not expire.
+            await self._watch.poll()
+            self._drop_expired(not_live)
 
-    def _background_failure(self, task: str, error: Exception) -> None:
-        telemetry.background_failures.add(1, {"task": task})
-        if isinstance(error, SessionStoreError):
-            logger.warning("the background task %s failed, and tries again: %s", task, error)
-        else:
-            logger.error("the background task %s failed, and tries again", task, exc_info=error)
+    async def _verify(self) -> None:
+        """Learn which of all sessions in memory are live no more."""
+        self._drop_expired(await self._activity.report(everything=True))
+
+    def _drop_expired(self, keys: Collection[UUID]) -> None:
+        for key in keys:
+            if (session := self._residents.with_key(key)) is not None:
+                self._drop_ended(session, EndReason.EXPIRED)
+
+    async def _sweep(self) -> None:
+        while True:
+            began = anyio.current_time()
+            report = await self.store.sweep()
+            if report.expired:
+                telemetry.ended.add(report.expired, {"reason": EndReason.EXPIRED.value})
+            if report.purged:
+                telemetry.purged.add(report.purged)
+            if not report.more:
+                return
+            # Half of the time is for the requests.
+            await anyio.sleep(anyio.current_time() - began)
 
 
 def instance_id() -> str:
     """A name for this process: host, process id, and a random part, because the first two come again."""
     return f"{display_text(socket.gethostname(), length=80)}:{os.getpid()}:{uuid4().hex[:8]}"
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigurationError(f"{name} must be a positive number of seconds, not {value!r}")
+
+
+def _set_idle(store: SessionStore, session_idle_timeout: float | None) -> None:
+    """Make the SDK's idle timeout the idle time of a store's policy."""
+    if session_idle_timeout is not None:
+        _check_seconds("session_idle_timeout", session_idle_timeout)
+    idle = None if session_idle_timeout is None else timedelta(seconds=session_idle_timeout)
+    policy = store.retention
+    if "idle" in policy.model_fields_set and policy.idle != idle:
+        raise ConfigurationError(
+            "session_idle_timeout and the retention policy's idle say the same; leave session_idle_timeout out"
+        )
+    store.retention = RetentionPolicy.model_validate(policy.model_dump(exclude_unset=True) | {"idle": idle})
 
 
 def _principal(owner: AuthorizationContext | None) -> Principal | None:

@@ -1,8 +1,8 @@
-"""The one entry of ours in `Server.middleware`: it stores handshakes and learns when handlers have returned."""
+"""The one entry of ours in `Server.middleware`: it stores what a restore replays, and learns when handlers return."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, InitializeRequestParams
@@ -15,6 +15,7 @@ from mcp_session_store.adapter.handshake import (
     negotiated_version,
 )
 from mcp_session_store.adapter.session import resident_session
+from mcp_session_store.errors import JournalFull, SessionLimitReached
 
 if TYPE_CHECKING:
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.session import ResidentSession
 
 __all__ = ["install", "session_middleware"]
+
+_UNAVAILABLE: Final = "Session store unavailable; try again later"
+_NOT_FOUND: Final = "Session not found"
 
 
 def install(server: Server[Any]) -> None:
@@ -51,9 +55,11 @@ async def session_middleware(ctx: ServerRequestContext[Any, Any], call_next: Cal
             return await _store(ctx, call_next, session, handshake or Handshake())
         if handshake is not None:
             handshake.settle(HandshakeOutcome.NOT_OPENED)
+        if ctx.request_id is not None and session.recorder.journal.holds(ctx.method):
+            return await _journal(ctx, call_next, session)
         return await call_next(ctx)
     finally:
-        session.settled()
+        session.settled(ctx.request_id)
         if replay is not None and ctx.method == "notifications/initialized" and replay.owns(ctx.request):
             replay.handler_done()
 
@@ -75,11 +81,31 @@ async def _store(
         raise MCPError(code=INTERNAL_ERROR, message="The server answered initialize without a protocolVersion")
     try:
         live = await session.recorder.record_handshake(session, params, version)
+    except SessionLimitReached as error:
+        handshake.settle(HandshakeOutcome.TOO_MANY)
+        raise MCPError(code=INTERNAL_ERROR, message="Too many open sessions") from error
     except Exception as error:
         handshake.settle(HandshakeOutcome.UNAVAILABLE)
-        raise MCPError(code=INTERNAL_ERROR, message="Session store unavailable; try again later") from error
+        raise MCPError(code=INTERNAL_ERROR, message=_UNAVAILABLE) from error
     if not live:
         handshake.settle(HandshakeOutcome.NOT_FOUND)
-        raise MCPError(code=INVALID_REQUEST, message="Session not found")
+        raise MCPError(code=INVALID_REQUEST, message=_NOT_FOUND)
     handshake.recorded = True
+    return result
+
+
+async def _journal(ctx: ServerRequestContext[Any, Any], call_next: CallNext, session: ResidentSession) -> HandlerResult:
+    """Let a call set its state, and commit it before it is answered."""
+    write = session.recorder.journal.write(ctx.method, ctx.params)
+    result = await call_next(ctx)
+    if isinstance(result, ErrorData):
+        return result
+    try:
+        live = await session.recorder.record_call(session, write)
+    except JournalFull as error:
+        raise MCPError(code=INVALID_REQUEST, message=str(error)) from error
+    except Exception as error:
+        raise MCPError(code=INTERNAL_ERROR, message=_UNAVAILABLE) from error
+    if not live:
+        raise MCPError(code=INVALID_REQUEST, message=_NOT_FOUND)
     return result

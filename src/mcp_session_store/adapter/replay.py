@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import logging
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
@@ -16,12 +17,16 @@ from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.marker import RESTORE_MARKER
 
 if TYPE_CHECKING:
-    from mcp_types import JSONRPCMessage
+    from collections.abc import AsyncIterator, Sequence
+
+    from mcp_types import JSONRPCMessage, RequestId
     from starlette.types import Message, Scope
 
-    from mcp_session_store.records import SessionRecord, SessionRestoreMarker
+    from mcp_session_store.records import JournalEntry, SessionRecord, SessionRestoreMarker
 
 __all__ = ["Replay"]
+
+logger = logging.getLogger(__name__)
 
 _OF_THE_BODY: Final = frozenset({b"content-length", b"content-type", b"content-encoding", b"transfer-encoding"})
 
@@ -31,11 +36,13 @@ class Replay:
 
     `initialize` goes first. The server handles it inline, so when the loop reads on it is answered.
     Then goes `notifications/initialized`, whose handler may ask the client something, which can only
-    be answered once the session is published. So the replay is over when that handler has returned,
-    has sent its first request to the client, or has run for `timeout`.
+    be answered once the session is published. So what follows waits until that handler has returned,
+    has sent its first request to the client, or has run for `timeout`. Then go the journaled calls,
+    each when the one before is answered; one that is answered by an error is logged, and skipped.
 
     Args:
         record: The session as stored.
+        journal: Its journal, in order.
         marker: What the replayed messages carry.
         scope: The ASGI scope of the request that causes the restore.
         binding: What else the replayed messages' scope carries.
@@ -45,6 +52,7 @@ class Replay:
     def __init__(
         self,
         record: SessionRecord,
+        journal: Sequence[JournalEntry],
         marker: SessionRestoreMarker,
         scope: Scope,
         *,
@@ -61,38 +69,48 @@ class Replay:
         self._record = record
         self._timeout = timeout
         self._handler_done = Latch()
-        self._request_id = f"restore-{uuid4().hex}"
         self._requests: list[Request] = []
+        self._request_ids: set[RequestId] = set()
         self._answer: JSONRPCResponse | JSONRPCError | None = None
+        """To the request that was replayed last."""
+        self._answered = Latch()
         self._scope = {**scope, **binding, RESTORE_MARKER: marker, "method": "POST"}
-        self._messages = iter(
-            (
-                JSONRPCRequest(
-                    jsonrpc="2.0",
-                    id=self._request_id,
-                    method="initialize",
-                    params=json.loads(record.initialize_params),
-                ),
-                JSONRPCNotification(jsonrpc="2.0", method="notifications/initialized"),
-            )
-        )
+        self._steps = self._replay(journal)
 
     async def next(self) -> SessionMessage | None:
         """The next message to replay; `None` when the replay is over, one way or the other."""
         if self.over.is_set():
             return None
-        message = next(self._messages, None)
-        if isinstance(message, JSONRPCRequest):
-            return self._framed(message)
-        if message is not None:
-            if (failure := self._handshake_failure()) is not None:
-                self._fail(failure)
-                return None
-            return self._framed(message)
+        message = await anext(self._steps, None)
+        if self.over.is_set():
+            return None
+        if message is None:
+            self.over.set()
+            return None
+        return self._framed(message)
+
+    async def _replay(self, journal: Sequence[JournalEntry]) -> AsyncIterator[JSONRPCMessage]:
+        """What is replayed, each message when its turn has come: the server asks for one when it has taken the last."""
+        # The server handles it inline: when it reads on, it has answered.
+        yield self._request_for("initialize", self._record.initialize_params)
+        if (failure := self._handshake_failure()) is not None:
+            self._fail(failure)
+            return
+        yield JSONRPCNotification(jsonrpc="2.0", method="notifications/initialized")
         with anyio.move_on_after(self._timeout):
             await self._handler_done.wait()
-        self.over.set()
-        return None
+        for entry in journal:
+            yield self._request_for(entry.method, entry.params)
+            await self._answered.wait()
+            if isinstance(self._answer, JSONRPCError):
+                logger.warning("a journaled call of %s was answered by an error when it was replayed", entry.method)
+
+    def _request_for(self, method: str, params: str) -> JSONRPCRequest:
+        request_id = f"restore-{uuid4().hex}"
+        self._request_ids.add(request_id)
+        self._answer = None
+        self._answered = Latch()
+        return JSONRPCRequest(jsonrpc="2.0", id=request_id, method=method, params=json.loads(params))
 
     def cut_short(self, failure: str) -> None:
         """End the replay without an answer of the server's."""
@@ -116,12 +134,13 @@ class Replay:
         """Take a message off the stream that the server writes, if it answers or relates to what was replayed."""
         message = item.message
         if isinstance(message, JSONRPCResponse | JSONRPCError):
-            if message.id != self._request_id:
+            if message.id not in self._request_ids:
                 return False
             self._answer = message
+            self._answered.set()
             return True
         metadata = item.metadata
-        return isinstance(metadata, ServerMessageMetadata) and metadata.related_request_id == self._request_id
+        return isinstance(metadata, ServerMessageMetadata) and metadata.related_request_id in self._request_ids
 
     def _handshake_failure(self) -> str | None:
         answer = self._answer
@@ -134,7 +153,7 @@ class Replay:
 
     def _framed(self, message: JSONRPCMessage) -> SessionMessage:
         async def unanswered() -> None:
-            self.cut_short("the replayed initialize was cancelled")
+            self.cut_short("a replayed call was cancelled")
 
         return SessionMessage(
             message,

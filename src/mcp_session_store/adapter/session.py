@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import logging
+import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 import anyio
 from mcp.shared.message import SessionMessage
-from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
+from mcp_types import (
+    CONNECTION_CLOSED,
+    ErrorData,
+    JSONRPCError,
+    JSONRPCNotification,
+    JSONRPCRequest,
+    JSONRPCResponse,
+)
 
 from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.handshake import HandshakeOutcome
 from mcp_session_store.adapter.latch import Latch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextvars import Context
     from types import TracebackType
 
     from anyio.abc import TaskStatus
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
-    from mcp_types import JSONRPCMessage
+    from mcp_types import JSONRPCMessage, RequestId
     from starlette.types import Scope
 
     from mcp_session_store.adapter.handshake import Handshake, InitializeParams
+    from mcp_session_store.adapter.journal import Journal, JournalWrite
     from mcp_session_store.adapter.replay import Replay
     from mcp_session_store.adapter.request_ids import RequestIds
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
+    from mcp_session_store.retention import RetentionPolicy
 
-__all__ = ["RESIDENT_SESSION", "HandshakeRecorder", "ResidentSession", "resident_session"]
+__all__ = ["RESIDENT_SESSION", "ResidentSession", "SessionRecorder", "resident_session"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +55,33 @@ clients come back within seconds.
 """
 
 
-class HandshakeRecorder(Protocol):
-    """Who stores handshakes."""
+LAST_ANSWERS: Final = 1.0
+"""Seconds that the last answers of a copy may take to be read by the clients."""
+
+
+class SessionRecorder(Protocol):
+    """Who stores what a restore replays."""
 
     @property
     def max_initialize_params(self) -> int:
         """Bytes of params that are stored at most."""
+        ...
+
+    @property
+    def journal(self) -> Journal:
+        """Which calls are stored, and as what."""
+        ...
+
+    async def record_call(self, session: ResidentSession, write: JournalWrite) -> bool:
+        """Commit what a call changes in the journal of this session; False when the session is not live any more.
+
+        Raises:
+            SessionStoreError: It could not be stored.
+        """
+        ...
+
+    def used(self, session: ResidentSession) -> None:
+        """The session became busy, or ceased to be."""
         ...
 
     async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
@@ -68,7 +100,7 @@ class ResidentSession:
         session_id: Its id.
         owner: The principal that it is served to, as the SDK compares them.
         transport: The SDK's transport, not connected yet.
-        recorder: Stores its handshakes.
+        recorder: Stores what a restore of it replays.
     """
 
     def __init__(
@@ -76,7 +108,7 @@ class ResidentSession:
         session_id: str,
         owner: AuthorizationContext | None,
         transport: StreamableHTTPServerTransport,
-        recorder: HandshakeRecorder,
+        recorder: SessionRecorder,
     ) -> None:
         self.session_id = session_id
         self.recorder = recorder
@@ -91,8 +123,18 @@ class ResidentSession:
         """Of a restored copy: keeps its own requests' ids apart from those of other copies."""
         self.handshake: Handshake | None = None
         """The genuine `initialize` that the server handles now."""
-        self.first_activity_due = False
-        """The record lives on borrowed time until an activity after the handshake is reported."""
+        self.stale_since = 0
+        """The highest revision that was heard of; what this copy has is older when it is above the record's."""
+        self.recording = anyio.Lock()
+        """Held while something of this session is being stored that raises its revision."""
+        self.ends_at = math.inf
+        """When its absolute lifetime is over, by anyio's clock."""
+        self.idle_lifetime = math.inf
+        """Seconds for which it lives without being used."""
+        self.reported_at = -math.inf
+        """When its activity was last stored, by anyio's clock."""
+        self.expiry_reported = -math.inf
+        """When it expires by what was last stored, by anyio's clock."""
         self.swallow_initialized = False
         """The client's own `notifications/initialized` was replayed before it came."""
         self.held: set[Handshake] = set()
@@ -105,17 +147,33 @@ class ResidentSession:
         """Its server task has ended, clean-up included."""
         self.pins = 0
         """HTTP requests that are being served."""
+        self.streams = 0
+        """Those among them that are open GET streams."""
         self.unsettled = 0
         """Messages that were read and whose handlers have not returned."""
+        self._calls: set[RequestId] = set()
+        """The calls among them."""
+        self._answered = Latch()
         self.idle_since = anyio.current_time()
         self.standalone_stream_open = Latch()
         self._scope = anyio.CancelScope()
+        self._write: sdk.MessageWriteStream | None = None
 
     @property
     def serving(self) -> bool:
         """Whether requests may still be given to it."""
         # The transport is asked too, because others can terminate it: FastMCP does at shutdown.
-        return not self.leaving and not self.transport.is_terminated
+        return not self.leaving and not self.transport.is_terminated and not self.expired
+
+    @property
+    def expired(self) -> bool:
+        """Whether its life is over as far as this instance knows; the store knows for sure."""
+        return self.outlived or (not self.busy and anyio.current_time() >= self.idle_since + self.idle_lifetime)
+
+    @property
+    def outlived(self) -> bool:
+        """Whether its absolute lifetime is over."""
+        return anyio.current_time() >= self.ends_at
 
     @property
     def busy(self) -> bool:
@@ -123,19 +181,73 @@ class ResidentSession:
         # A call outlives its client's connection, and a 202 precedes its processing: so both counts.
         return self.pins > 0 or self.unsettled > 0
 
-    def pin(self) -> None:
-        """An HTTP request begins to be served."""
-        self.pins += 1
+    @property
+    def stale(self) -> bool:
+        """Whether another copy has changed what a restore replays."""
+        return self.record is not None and self.stale_since > self.record.revision
+
+    def stored(self, record: SessionRecord, policy: RetentionPolicy, *, new: bool) -> None:
+        """Take over the record that was just stored, and from it how long the session lives.
+
+        By anyio's clock, and from differences of the store's own times: a wall clock that is wrong changes nothing.
+        """
+        self.record = record
+        now = anyio.current_time()
+        if policy.absolute is not None:
+            self.ends_at = now + (record.created_at + policy.absolute - record.last_seen_at).total_seconds()
+        if new:
+            self.idle_lifetime = policy.new_session_lifetime.total_seconds()
+            # Until its first activity is stored it lives on borrowed time.
+            self.expiry_reported = -math.inf
+        else:
+            self.reported(now, policy)
+
+    def reported(self, moment: float, policy: RetentionPolicy) -> None:
+        """Its activity up to a moment, by anyio's clock, is stored."""
+        self.reported_at = moment
+        self.idle_lifetime = math.inf if policy.idle is None else policy.idle.total_seconds()
+        self.expiry_reported = min(moment + self.idle_lifetime, self.ends_at)
+
+    def pin(self, times: int = 1) -> None:
+        """HTTP requests begin to be served."""
+        self.pins += times
+        self.recorder.used(self)
 
     def unpin(self) -> None:
-        """It is over."""
+        """One is over."""
         self.pins -= 1
-        self.idle_since = anyio.current_time()
+        if self.pins == self.streams:
+            self._answered.set()
+        self._rest()
 
-    def settled(self) -> None:
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """While one of the requests is an open GET stream."""
+        self.streams += 1
+        try:
+            yield
+        finally:
+            self.streams -= 1
+
+    def read(self, message: JSONRPCMessage) -> None:
+        """A message was read that a handler is going to get."""
+        self.unsettled += 1
+        if isinstance(message, JSONRPCRequest):
+            self._calls.add(message.id)
+        if self.unsettled == 1:
+            self.recorder.used(self)
+
+    def settled(self, request_id: RequestId | None) -> None:
         """A handler has returned."""
         self.unsettled -= 1
+        if request_id is not None:
+            self._calls.discard(request_id)
+        self._rest()
+
+    def _rest(self) -> None:
         self.idle_since = anyio.current_time()
+        if not self.busy:
+            self.recorder.used(self)
 
     async def run(
         self,
@@ -155,6 +267,7 @@ class ResidentSession:
         try:
             with self._scope:
                 async with self.transport.connect() as (read, write):
+                    self._write = write
                     task_status.started()
                     await sdk.serve_loop(manager, _Inbound(read, self), _Outbound(write, self), self.session_id)
         except Exception:
@@ -168,16 +281,36 @@ class ResidentSession:
             self.gone.set()
             on_gone(self)
 
-    async def leave(self) -> None:
+    async def leave(self, *, answer: str | None = None) -> None:
         """Close the streams of this copy and cancel its calls. The record stays.
 
         `gone` tells when the server task, clean-up included, has ended.
+
+        Args:
+            answer: What its calls in flight are told, as the message of a JSON-RPC error; nothing unless given.
         """
         with anyio.CancelScope(shield=True):
             if not self.transport.is_terminated:
+                if answer is not None:
+                    await self._answer_calls(answer)
                 await self.transport.terminate()
         # Closed streams end the loop, unless it is parked in an inline `initialize`.
         self._scope.cancel()
+
+    async def _answer_calls(self, message: str) -> None:
+        if not self._calls or self._write is None:
+            return
+        self._answered = Latch()
+        error = ErrorData(code=CONNECTION_CLOSED, message=message)
+        # A client that does not read must not keep the copy.
+        with anyio.move_on_after(LAST_ANSWERS):
+            try:
+                for request_id in list(self._calls):
+                    await self._write.send(SessionMessage(JSONRPCError(jsonrpc="2.0", id=request_id, error=error)))
+            except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+                return
+            if self.pins > self.streams:
+                await self._answered.wait()
 
 
 class _Inbound:
@@ -204,7 +337,7 @@ class _Inbound:
             item = await session.replay.next()
             if item is not None:
                 self._context = session.replay.context
-                session.unsettled += 1
+                session.read(item.message)
                 return item
             if session.replay.failure is not None:
                 raise anyio.EndOfStream
@@ -214,12 +347,10 @@ class _Inbound:
             received = await self._inner.receive()
             if isinstance(received, SessionMessage):
                 message = received.message
-                if isinstance(message, JSONRPCRequest):
-                    session.unsettled += 1
-                elif isinstance(message, JSONRPCNotification):
+                if isinstance(message, JSONRPCRequest | JSONRPCNotification):
                     if session.swallow_initialized and message.method == "notifications/initialized":
                         continue
-                    session.unsettled += 1
+                    session.read(message)
                 if session.request_ids is not None:
                     received = session.request_ids.inbound(received)
             return received

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from opentelemetry import metrics
 
-__all__ = ["background_failures", "created", "ended", "evicted", "refused", "restored"]
+__all__ = ["background_failures", "created", "ended", "evicted", "purged", "refused", "restored"]
 
 _meter = metrics.get_meter("mcp_session_store")
 
@@ -12,6 +12,7 @@ created = _meter.create_counter("mcp_session_store.sessions.created", descriptio
 restored = _meter.create_counter("mcp_session_store.sessions.restored", description="Sessions restored by replay")
 ended = _meter.create_counter("mcp_session_store.sessions.ended", description="Sessions ended, by reason")
 evicted = _meter.create_counter("mcp_session_store.sessions.evicted", description="Copies that left memory")
+purged = _meter.create_counter("mcp_session_store.sessions.purged", description="Ended sessions removed for good")
 refused = _meter.create_counter("mcp_session_store.requests.refused", description="Requests refused, by reason")
 background_failures = _meter.create_counter(
     "mcp_session_store.background.failures", description="Failures outside of any request, by task"

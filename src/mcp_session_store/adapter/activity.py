@@ -1,0 +1,144 @@
+"""Which sessions are in use, gathered in memory and reported to the store in one statement for all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from mcp_session_store.adapter.background import Wake
+from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.records import Activity
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from uuid import UUID
+
+    from mcp_session_store.adapter.residents import Residents
+    from mcp_session_store.adapter.session import ResidentSession
+    from mcp_session_store.retention import RetentionPolicy
+    from mcp_session_store.store import SessionStore
+
+__all__ = ["ActivityReporter", "checked_interval"]
+
+DEFAULT_INTERVAL: Final = 15.0
+"""Seconds between two reports, where the idle time allows it."""
+GAP_WITHOUT_IDLE: Final = 300.0
+"""Seconds between two reports of one session, where sessions may be idle for ever."""
+
+
+def checked_interval(requested: float | None, policy: RetentionPolicy) -> float:
+    """Seconds between two reports.
+
+    Args:
+        requested: What was asked for, if anything.
+        policy: A quarter of its idle time is the most: a session that is in use must not expire unreported.
+
+    Raises:
+        ConfigurationError: It cannot work.
+    """
+    longest = math.inf if policy.idle is None else policy.idle.total_seconds() / 4
+    if requested is None:
+        return min(DEFAULT_INTERVAL, longest)
+    if isinstance(requested, bool) or not isinstance(requested, int | float) or not 0 < requested < math.inf:
+        raise ConfigurationError(f"activity_interval must be a positive number of seconds, not {requested!r}")
+    if requested > longest:
+        raise ConfigurationError(
+            f"activity_interval={requested:g} is more than a quarter of the policy's idle time, {longest:g} s: a "
+            "session in use could expire before that is reported; make it shorter, or the idle time longer"
+        )
+    return float(requested)
+
+
+@dataclass(slots=True)
+class _Unreported:
+    first: float
+    last: float
+
+
+class ActivityReporter:
+    """Gathers activity, and reports it.
+
+    A session is reported at most once in a twentieth of the idle time, unless it is about to expire, or
+    has left memory.
+
+    Args:
+        store: Where to.
+        residents: The copies that are in memory. One that is busy is active.
+        interval: Seconds between two reports.
+    """
+
+    def __init__(self, store: SessionStore, residents: Residents, *, interval: float) -> None:
+        self._store = store
+        self._residents = residents
+        self.interval: Final = interval
+        idle = store.retention.idle
+        self._gap = GAP_WITHOUT_IDLE if idle is None else idle.total_seconds() / 20
+        self._unreported: dict[UUID, _Unreported] = {}
+        self.wake: Final = Wake()
+
+    def note(self, session: ResidentSession) -> None:
+        """A session is in use now."""
+        assert session.record is not None
+        now = anyio.current_time()
+        unreported = self._unreported.get(session.record.key)
+        if unreported is None:
+            self._unreported[session.record.key] = _Unreported(now, now)
+            # A session that is new, or about to expire, is in the store's eyes on borrowed time.
+            if now > session.expiry_reported - 2 * self.interval:
+                self.wake.set()
+        else:
+            unreported.last = now
+
+    def gather(self, *, everything: bool = False) -> None:
+        """Note the copies that are in use now, or, if asked for, all with the moment in which they were last used."""
+        for session in self._residents:
+            if session.record is None:
+                continue
+            if session.busy:
+                self.note(session)
+            elif everything:
+                idle_since = session.idle_since
+                self._unreported.setdefault(session.record.key, _Unreported(idle_since, idle_since))
+
+    async def report(self, *, everything: bool = False) -> Collection[UUID]:
+        """Report what is due.
+
+        Args:
+            everything: All that is unreported, and all copies that are in memory.
+
+        Returns:
+            The keys of sessions that are not live any more.
+
+        Raises:
+            SessionStoreError: The store did not take it; it will be reported the next time.
+        """
+        self.gather(everything=everything)
+        now = anyio.current_time()
+        reported = {key: one for key, one in self._unreported.items() if everything or self._is_due(key, now)}
+        if not reported:
+            return ()
+        for key in reported:
+            del self._unreported[key]
+        try:
+            not_live = await self._store.touch(
+                [Activity(key=key, first_age=now - one.first, last_age=now - one.last) for key, one in reported.items()]
+            )
+        except BaseException:
+            for key, one in reported.items():
+                if (since := self._unreported.get(key)) is not None:
+                    one.last = since.last
+                self._unreported[key] = one
+            raise
+        for key in reported.keys() - not_live:
+            if (session := self._residents.with_key(key)) is not None:
+                session.reported(reported[key].last, self._store.retention)
+        return not_live
+
+    def _is_due(self, key: UUID, now: float) -> bool:
+        session = self._residents.with_key(key)
+        if session is None:
+            return True
+        return now >= session.reported_at + self._gap or now > session.expiry_reported - 2 * self.interval

@@ -1,0 +1,111 @@
+"""Work beside the requests, which goes on whatever fails: retried with back-off, logged, counted."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from mcp_session_store.adapter import telemetry
+from mcp_session_store.errors import SessionStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+__all__ = ["Wake", "report_failure", "run_again", "run_every"]
+
+logger = logging.getLogger(__name__)
+
+MIN_BACKOFF: Final = 0.25
+MAX_BACKOFF: Final = 30.0
+"""Seconds between two tries of what keeps failing."""
+GATHERING: Final = 0.02
+"""Seconds between being woken and running, in which others may have more to do."""
+
+
+class Wake:
+    """Wakes a task that waits for its time."""
+
+    def __init__(self) -> None:
+        self._event = anyio.Event()
+
+    def set(self) -> None:
+        """Have it run soon."""
+        self._event.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Wait until woken, no longer than this."""
+        with anyio.move_on_after(seconds):
+            await self._event.wait()
+            await anyio.sleep(GATHERING)
+        self._event = anyio.Event()
+
+
+async def run_every(
+    task: str, seconds: float, work: Callable[[], Awaitable[None]], *, wake: Wake | None = None
+) -> None:
+    """Do a task at intervals, until cancelled.
+
+    The intervals are up to a fifth shorter, at random: many instances that start at once do not stay in step.
+
+    Args:
+        task: What it is called in the log.
+        seconds: From one run's end to the next run.
+        work: The task.
+        wake: Has it run before its time.
+    """
+    wake = wake or Wake()
+    failures = 0
+    while True:
+        pause = seconds * random.uniform(0.8, 1.0)  # noqa: S311 - jitter
+        if failures:
+            # Nobody wakes what has just failed: its back-off is the answer to that.
+            await anyio.sleep(min(_backoff(failures), pause))
+        else:
+            await wake.wait(pause)
+        failures = await _failures_after(failures, task, work)
+
+
+async def run_again(task: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Do a task that is not meant to end, and again when it fails, until cancelled."""
+    failures = 0
+    while True:
+        began = anyio.current_time()
+        failures = await _failures_after(failures, task, work)
+        if not failures:
+            return
+        if anyio.current_time() - began > MAX_BACKOFF:
+            failures = 1
+        await anyio.sleep(_backoff(failures))
+
+
+def report_failure(task: str, error: Exception, *, log: bool = True) -> None:
+    """Count, and log, that something beside the requests failed."""
+    telemetry.background_failures.add(1, {"task": task})
+    if not log:
+        return
+    if isinstance(error, SessionStoreError):
+        logger.warning("the background task %s failed, and tries again: %s", task, error)
+    else:
+        logger.error("the background task %s failed, and tries again", task, exc_info=error)
+
+
+async def _failures_after(failures: int, task: str, work: Callable[[], Awaitable[None]]) -> int:
+    """How often a task has failed in a row when it has run once more."""
+    try:
+        await work()
+    except Exception as error:
+        failures += 1
+        # In a long outage the log gets shorter: the 1st, 2nd, 4th, 8th failure is told, and so on. All are counted.
+        report_failure(task, error, log=failures & (failures - 1) == 0)
+        return failures
+    if failures:
+        logger.info("the background task %s works again, after it failed %d times", task, failures)
+    return 0
+
+
+def _backoff(failures: int) -> float:
+    longest: float = min(MIN_BACKOFF * 2 ** min(failures - 1, 10), MAX_BACKOFF)
+    return longest * random.uniform(0.75, 1.0)  # noqa: S311 - jitter

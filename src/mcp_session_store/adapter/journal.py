@@ -1,0 +1,125 @@
+"""Calls that set state which the handshake does not hold: stored before they are answered, and replayed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from mcp.shared.exceptions import MCPError
+from mcp_types import INVALID_PARAMS
+
+from mcp_session_store.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["JOURNALED_METHODS", "Journal", "JournalWrite", "JournaledMethod"]
+
+MAX_SUBJECT: Final = 500
+"""Bytes of a subject that are stored as they are; of a longer one its SHA-256 is."""
+MAX_PARAMS: Final = 64 * 1024
+"""Bytes of a journaled call's params, as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JournaledMethod:
+    """A request method that sets state of its session, which a restore has to set again.
+
+    Of the calls about one subject the last one counts. A restore replays it with the params of then, in the order
+    in which they came, and the handler sees the restore marker.
+    """
+
+    method: str
+    """The method that is replayed."""
+    subject: str | None = None
+    """The parameter that tells what the state is about, such as `uri`; `None`: a session has one such state."""
+    undone_by: str | None = None
+    """The method that undoes it, with the same parameter; after it nothing is replayed."""
+
+
+JOURNALED_METHODS: Final = (
+    # MCP 2025-11-25, server/utilities/logging: the level holds for the session until it is set again.
+    JournaledMethod(method="logging/setLevel"),
+    # MCP 2025-11-25, server/resources, subscriptions.
+    JournaledMethod(method="resources/subscribe", subject="uri", undone_by="resources/unsubscribe"),
+)
+"""What the protocol has of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalWrite:
+    """What a call changes in its session's journal."""
+
+    method: str
+    subject: str
+    params: str | None
+    """JSON text; `None`: the entry goes."""
+
+
+class Journal:
+    """Tells which calls are journaled, and as what.
+
+    Args:
+        methods: In addition to the protocol's own.
+
+    Raises:
+        ConfigurationError: One cannot be journaled.
+    """
+
+    def __init__(self, methods: Iterable[JournaledMethod] = ()) -> None:
+        self._setting: dict[str, JournaledMethod] = {}
+        self._undoing: dict[str, JournaledMethod] = {}
+        for method in (*JOURNALED_METHODS, *methods):
+            if not isinstance(method, JournaledMethod):
+                raise ConfigurationError(f"journaled_methods must hold JournaledMethod objects, not {method!r}")
+            for name, table in ((method.method, self._setting), (method.undone_by, self._undoing)):
+                if name == "initialize":
+                    raise ConfigurationError("journaled_methods: initialize is stored and replayed in any case")
+                if name in self._setting or name in self._undoing:
+                    raise ConfigurationError(f"journaled_methods: {name} is journaled already; name each method once")
+                if name is not None:
+                    table[name] = method
+
+    def holds(self, method: str) -> bool:
+        """Whether calls of this method are journaled."""
+        return method in self._setting or method in self._undoing
+
+    def write(self, method: str, params: Mapping[str, Any] | None) -> JournalWrite:
+        """What a call changes.
+
+        Args:
+            method: One that is journaled.
+            params: As the client sent them.
+
+        Raises:
+            MCPError: INVALID_PARAMS; they cannot be stored.
+        """
+        rule = self._setting.get(method)
+        undoing = rule is None
+        rule = rule or self._undoing[method]
+        subject = "" if rule.subject is None else _subject((params or {}).get(rule.subject))
+        if undoing:
+            return JournalWrite(rule.method, subject, None)
+        try:
+            text = json.dumps(params, allow_nan=False, separators=(",", ":"))
+        except (ValueError, RecursionError):
+            raise MCPError(
+                code=INVALID_PARAMS,
+                message=f"The params of {method} hold a number that is not finite, or are nested too deeply, and "
+                "cannot be stored; send finite numbers in flat structures",
+            ) from None
+        if len(text) > MAX_PARAMS:
+            raise MCPError(
+                code=INVALID_PARAMS,
+                message=f"The params of {method} have {len(text)} bytes as JSON, and at most {MAX_PARAMS} are stored",
+            )
+        return JournalWrite(rule.method, subject, text)
+
+
+def _subject(value: object) -> str:
+    # As JSON: ASCII, and without NUL, whatever it holds. A text, as nearly all are, stands for itself.
+    text = json.dumps(value, sort_keys=True)
+    text = text[1:-1] if isinstance(value, str) else f"={text}"
+    return text if len(text) <= MAX_SUBJECT else f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

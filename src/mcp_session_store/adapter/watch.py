@@ -1,0 +1,71 @@
+"""Learning what other instances did to the sessions of this one: by polling, and sooner by hints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from mcp_session_store.adapter.background import Wake
+from mcp_session_store.retention import MIN_TOMBSTONE
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection
+    from datetime import datetime
+    from uuid import UUID
+
+    from mcp_session_store.records import Change
+    from mcp_session_store.store import SessionStore
+
+__all__ = ["ChangeWatch"]
+
+LONGEST_GAP: Final = MIN_TOMBSTONE.total_seconds() / 2
+"""Seconds between two polls, after which the tombstone of a session that ended meanwhile may be gone."""
+
+
+class ChangeWatch:
+    """Asks the store what has changed: one query for all sessions, however many there are.
+
+    Args:
+        store: Whom to ask.
+        concerns: Whether a session is in memory, or about to be.
+        learn: Called with each change of such a session; it may be told again.
+        verify: Called when changes may have been missed: after an outage, and at first.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore,
+        *,
+        concerns: Callable[[UUID], bool],
+        learn: Callable[[Change], None],
+        verify: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._concerns = concerns
+        self._learn = learn
+        self._verify = verify
+        self._since: datetime | None = None
+        self._polled_at = anyio.current_time()
+        self.wake: Final = Wake()
+
+    async def poll(self) -> None:
+        """Ask once."""
+        now = anyio.current_time()
+        found = await self._store.changes(self._since)
+        for change in found.changes:
+            if self._concerns(change.key):
+                self._learn(change)
+        if self._since is None or now - self._polled_at > LONGEST_GAP:
+            # If it fails, so does this: the next poll begins where this one did.
+            await self._verify()
+        self._since = found.until
+        self._polled_at = now
+
+    async def listen(self) -> None:
+        """Ask as soon as the store hints at a change that concerns this instance."""
+        await self._store.listen(self._on_hint)
+
+    def _on_hint(self, keys: Collection[UUID] | None) -> None:
+        if keys is None or any(map(self._concerns, keys)):
+            self.wake.set()
