@@ -6,11 +6,14 @@ uvicorn calls the factories by name (`--factory`), in each process of a server.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
-from dataclasses import asdict, dataclass
+import sys
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import mcp_types as types
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
     from starlette.requests import Request
 
+    from mcp_session_store import EndReason, SessionRecord
+
 _SETTINGS = "PROCESS_TEST_SETTINGS"
 
 
@@ -45,6 +50,10 @@ class Settings:
     gate: str
     """While this file exists, a replayed `initialize` waits in the application's middleware."""
     auto_upgrade: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of `durable_app`."""
+    clock_ahead: float = 0.0
+    """Seconds by which the clock of this process is wrong."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -142,7 +151,30 @@ def _fastmcp() -> FastMCP[Any]:
 
 def _app(server: MCPServer | Server[Any] | FastMCP[Any], **options: Any) -> Starlette:
     settings = _settings()
-    return durable_app(server, settings.url, auto_upgrade=settings.auto_upgrade, **options)
+    if settings.clock_ahead:
+        _put_clock_forward(settings.clock_ahead)
+    return durable_app(
+        server, settings.url, auto_upgrade=settings.auto_upgrade, on_end=_note_end, **settings.options, **options
+    )
+
+
+async def _note_end(record: SessionRecord, reason: EndReason) -> None:
+    await _note_handshake(f"end: {reason}", None)
+
+
+def _put_clock_forward(seconds: float) -> None:
+    """Have everything in this process that asks for the time of day get a wrong one."""
+    right_time = time.time
+
+    class WrongDatetime(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Self:
+            return cls.fromtimestamp(right_time() + seconds, tz)
+
+    time.time = lambda: right_time() + seconds
+    for module in list(sys.modules.values()):
+        if getattr(module, "datetime", None) is datetime.datetime:
+            setattr(module, "datetime", WrongDatetime)  # noqa: B010 - a module has no such attribute to a type checker
 
 
 def _both(build: Callable[[], MCPServer | Server[Any] | FastMCP[Any]]) -> Starlette:
@@ -159,6 +191,54 @@ def _both(build: Callable[[], MCPServer | Server[Any] | FastMCP[Any]]) -> Starle
 
 def mcpserver() -> Starlette:
     return _app(_mcpserver())
+
+
+def stateful() -> Starlette:
+    """One with a tool that waits until the gate opens, and with state that clients set for their session.
+
+    Each setting of it is noted as a handshake's message, with its params.
+    """
+    tools = ("whoami", "wait")
+
+    async def list_tools(
+        _ctx: ServerRequestContext[Any, Any], _params: types.PaginatedRequestParams | None
+    ) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=[types.Tool(name=tool, input_schema={"type": "object"}) for tool in tools])
+
+    async def call_tool(
+        ctx: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
+    ) -> types.CallToolResult:
+        if params.name == "wait":
+            await _note_handshake("waiting", ctx)
+            while Path(_settings().gate).exists():
+                await anyio.sleep(0.01)
+        text = json.dumps(_who(ctx, ctx.session.client_params))
+        return types.CallToolResult(content=[types.TextContent(type="text", text=text)])
+
+    async def set_level(ctx: ServerRequestContext[Any, Any], params: types.SetLevelRequestParams) -> types.EmptyResult:
+        await _note_handshake(f"level {params.level}", ctx)
+        return types.EmptyResult()
+
+    async def subscribe(ctx: ServerRequestContext[Any, Any], params: types.SubscribeRequestParams) -> types.EmptyResult:
+        await _note_handshake(f"subscribe {params.uri}", ctx)
+        return types.EmptyResult()
+
+    async def unsubscribe(
+        ctx: ServerRequestContext[Any, Any], params: types.UnsubscribeRequestParams
+    ) -> types.EmptyResult:
+        await _note_handshake(f"unsubscribe {params.uri}", ctx)
+        return types.EmptyResult()
+
+    server: Server[Any] = Server(
+        "process",
+        on_list_tools=list_tools,
+        on_call_tool=call_tool,
+        on_set_logging_level=set_level,
+        on_subscribe_resource=subscribe,
+        on_unsubscribe_resource=unsubscribe,
+    )
+    server.middleware.append(_server_middleware)
+    return _app(server)
 
 
 def asking() -> Starlette:

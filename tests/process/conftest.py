@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy.engine import make_url
@@ -14,7 +14,7 @@ from tests.process.apps import Settings
 from tests.process.records import Records
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from tests.conftest import ServeFunction
@@ -55,12 +55,33 @@ class Application:
         workers: int = 1,
         auto_upgrade: bool = False,
         options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        clock_ahead: float = 0.0,
+        **arguments: Any,
     ) -> ServerProcess:
-        """A server process with the app that this factory makes, on this database."""
-        settings = Settings(url=url, handshakes=str(self._handshakes), gate=str(self.gate), auto_upgrade=auto_upgrade)
+        """A server process with the app that this factory makes, on this database.
+
+        Args:
+            url: The database.
+            app: The factory.
+            workers: uvicorn's.
+            auto_upgrade: Of `durable_app`.
+            options: uvicorn's.
+            environment: More variables.
+            clock_ahead: Seconds by which the clock of the process is wrong.
+            arguments: More of `durable_app`'s.
+        """
+        settings = Settings(
+            url=url,
+            handshakes=str(self._handshakes),
+            gate=str(self.gate),
+            auto_upgrade=auto_upgrade,
+            options=arguments,
+            clock_ahead=clock_ahead,
+        )
         server = self._serve(
             f"tests.process.apps:{app}",
-            environment=settings.environment,
+            environment={**settings.environment, **(environment or {})},
             workers=workers,
             # Requests are many, and what is shown of the log with a failure is its end.
             options=["--factory", "--no-access-log", *options],
@@ -70,10 +91,16 @@ class Application:
 
     def handshakes(self, method: str = "initialize", *, replayed: bool) -> list[Handshake]:
         """What the processes saw, over all restarts: the clients' own, or the replayed ones."""
+        return [one for one in self._seen() if one.method == method and (one.replayed_in is not None) == replayed]
+
+    def noted(self, *, replayed: bool) -> list[str]:
+        """The methods of all that was noted, in order."""
+        return [one.method for one in self._seen() if (one.replayed_in is not None) == replayed]
+
+    def _seen(self) -> list[Handshake]:
         if not self._handshakes.exists():
             return []
-        seen = [Handshake(**json.loads(line)) for line in self._handshakes.read_bytes().splitlines()]
-        return [one for one in seen if one.method == method and (one.replayed_in is not None) == replayed]
+        return [Handshake(**json.loads(line)) for line in self._handshakes.read_bytes().splitlines()]
 
     def check_logs(self) -> None:
         """Whatever happened to the servers: nothing of ours broke, and their logs tell no secrets."""

@@ -298,7 +298,7 @@ class ResidentSession:
         self._scope.cancel()
 
     async def _answer_calls(self, message: str) -> None:
-        if not self._calls or self._write is None:
+        if self._write is None:
             return
         self._answered = Latch()
         error = ErrorData(code=CONNECTION_CLOSED, message=message)

@@ -1,0 +1,196 @@
+"""A session that ends anywhere ends everywhere: its other copies stop serving, within the bound that was set."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from mcp_session_store import EndReason, SqlSessionStore, session_key
+from mcp_session_store.sql import migrate
+from tests.process.clients import sessions, until, whoami
+from tests.support.http import RawClient
+
+if TYPE_CHECKING:
+    from tests.process.conftest import Application
+    from tests.process.records import Records
+    from tests.support.http import Answer
+    from tests.support.servers import ServerProcess
+
+pytestmark = pytest.mark.anyio
+
+END_WITHIN = 2.0
+"""Seconds that the servers are given."""
+SLACK = 8.0
+"""Seconds that a slow machine may take in addition."""
+
+
+@pytest.fixture
+def pair(application: Application, store_url: str) -> tuple[ServerProcess, ServerProcess]:
+    """Two processes on one database."""
+    return (
+        application.serve(store_url, "stateful", end_within=END_WITHIN),
+        application.serve(store_url, "stateful", end_within=END_WITHIN),
+    )
+
+
+async def _kill_listeners(url: str) -> int:
+    """Kill the connections that wait for hints; how many there were."""
+    engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection:
+        query = sa.text(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND query ILIKE 'listen%' AND pid <> pg_backend_pid()"
+        )
+        return int((await connection.execute(query)).scalar_one())
+
+
+async def _refused_within(client: RawClient, bound: float) -> float:
+    """Use the session until it is refused, which it must be by the bound; the seconds that it took."""
+    began = time.monotonic()
+    statuses: list[int] = []
+
+    async def refused() -> bool:
+        statuses.append((await client.call_tool("whoami")).status)
+        return statuses[-1] == 404
+
+    await until(refused, f"the session is refused; the answers were {statuses}", within=bound)
+    assert set(statuses) <= {200, 404}
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", ["DELETE", "store"])
+async def test_a_session_that_one_instance_ends_is_served_by_no_other(
+    application: Application, pair: tuple[ServerProcess, ServerProcess], store_url: str, how: str
+) -> None:
+    first, second = pair
+    async with RawClient(first.mcp_url) as here, RawClient(second.mcp_url) as there:
+        await here.handshake()
+        there.session_id = here.session_id
+        for client in (here, there):
+            await whoami(client)
+
+        if how == "DELETE":
+            assert (await here.delete()).status == 200
+            assert (await here.call_tool("whoami")).status == 404
+        else:
+            assert here.session_id is not None
+            async with SqlSessionStore(store_url) as store:
+                assert await store.end(session_key(here.session_id), reason=EndReason.OPERATOR)
+            await _refused_within(here, END_WITHIN + SLACK)
+        await _refused_within(there, END_WITHIN + SLACK)
+        reason = "client" if how == "DELETE" else "operator"
+        ends = [f"end: {reason}"] * 2
+        await until(
+            lambda: [m for m in application.noted(replayed=False) if m.startswith("end")] == ends,
+            "the application was told of the end, on both instances",
+        )
+
+
+async def test_open_streams_of_a_session_that_ended_elsewhere_are_closed_and_its_calls_answered_by_an_error(
+    application: Application, pair: tuple[ServerProcess, ServerProcess]
+) -> None:
+    first, second = pair
+    application.gate.touch()
+    async with RawClient(first.mcp_url) as here, RawClient(second.mcp_url) as there, RawClient(second.mcp_url) as calls:
+        await here.handshake()
+        there.session_id = calls.session_id = here.session_id
+        answers: list[Answer] = []
+
+        async def call() -> None:
+            answers.append(await calls.call_tool("wait"))
+
+        async with there.get_stream() as stream, anyio.create_task_group() as group:
+            assert stream.status == 200
+            group.start_soon(call)
+            await until(lambda: "waiting" in application.noted(replayed=False), "the call runs")
+            assert (await here.delete()).status == 200
+            with anyio.fail_after(END_WITHIN + SLACK):
+                with pytest.raises(StopAsyncIteration):
+                    await stream.next()
+        assert [answer.status for answer in answers] == [200]
+        assert answers[0].error["message"] == "Session ended"
+        assert (await there.call_tool("whoami")).status == 404
+
+
+async def test_a_listener_whose_connection_is_killed_loses_no_end(application: Application, postgres_url: str) -> None:
+    await migrate.upgrade(postgres_url)
+    # Polling would take longer than the test waits at the end: what is seen then is the hint.
+    first = application.serve(postgres_url, "stateful", end_within=END_WITHIN)
+    second = application.serve(postgres_url, "stateful", end_within=END_WITHIN)
+    async with sessions(first.mcp_url, 2) as clients:
+        for client in clients:
+            elsewhere = RawClient(second.mcp_url, session_id=client.session_id)
+            async with elsewhere:
+                await whoami(elsewhere)
+
+                async def listens(number: int = 2) -> bool:
+                    return await _kill_listeners(postgres_url) == number
+
+                await until(listens, "both instances listen (again)")
+                assert (await client.delete()).status == 200
+                await _refused_within(elsewhere, END_WITHIN + SLACK)
+    assert "ERROR" not in second.log()
+
+
+async def test_a_hint_is_faster_than_the_bound(application: Application, postgres_url: str) -> None:
+    await migrate.upgrade(postgres_url)
+    bound = 3600.0
+    first = application.serve(postgres_url, "stateful", end_within=bound)
+    second = application.serve(postgres_url, "stateful", end_within=bound)
+
+    async def listeners() -> bool:
+        engine = create_async_engine(postgres_url, poolclass=NullPool)
+        async with engine.connect() as connection:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query ILIKE 'listen%'"
+            return int((await connection.execute(sa.text(query))).scalar_one()) == 2
+
+    await until(listeners, "both instances listen")
+    async with RawClient(first.mcp_url) as here, RawClient(second.mcp_url) as there:
+        await here.handshake()
+        there.session_id = here.session_id
+        await whoami(there)
+        assert (await here.delete()).status == 200
+        assert await _refused_within(there, SLACK) < bound
+
+
+async def test_an_absolute_lifetime_ends_a_session_that_is_in_use(
+    application: Application, store_url: str, records: Records
+) -> None:
+    servers = [
+        application.serve(
+            store_url,
+            "stateful",
+            environment={"MCP_SESSION_STORE_ABSOLUTE": "4s"},
+            clock_ahead=ahead,
+            end_within=END_WITHIN,
+            sweep_interval=0.2,
+        )
+        # One of them has a clock that is an hour off, and behaves like the other.
+        for ahead in (0.0, 3600.0)
+    ]
+    application.gate.touch()
+    async with RawClient(servers[0].mcp_url) as here, RawClient(servers[1].mcp_url) as there:
+        await here.handshake()
+        there.session_id = here.session_id
+        began = time.monotonic()
+        for client in (here, there):
+            await whoami(client)
+        async with there.get_stream() as stream:
+            assert stream.status == 200
+            await _refused_within(here, 4 + END_WITHIN + SLACK)
+            assert time.monotonic() - began > 3
+            await _refused_within(there, END_WITHIN + SLACK)
+            with anyio.fail_after(SLACK), pytest.raises(StopAsyncIteration):
+                await stream.next()
+
+        async def swept() -> bool:
+            row = await records.row(here.session_id)
+            return bool(row["end_reason"] == "expired")
+
+        await until(swept, "a sweep has ended it in the store", within=120)
