@@ -77,6 +77,8 @@ class ActivityReporter:
         idle = store.retention.idle
         self._gap = GAP_WITHOUT_IDLE if idle is None else idle.total_seconds() / 20
         self._unreported: dict[UUID, _Unreported] = {}
+        self._urgent: set[UUID] = set()
+        self._all_due_at = -math.inf
         self.wake: Final = Wake()
 
     def note(self, session: ResidentSession) -> None:
@@ -88,6 +90,7 @@ class ActivityReporter:
             self._unreported[session.record.key] = _Unreported(now, now)
             # A session that is new, or about to expire, is in the store's eyes on borrowed time.
             if now > session.expiry_reported - 2 * self.interval:
+                self._urgent.add(session.record.key)
                 self.wake.set()
         else:
             unreported.last = now
@@ -115,13 +118,19 @@ class ActivityReporter:
         Raises:
             SessionStoreError: The store did not take it; it will be reported the next time.
         """
-        self.gather(everything=everything)
         now = anyio.current_time()
-        reported = {key: one for key, one in self._unreported.items() if everything or self._is_due(key, now)}
+        if everything or now >= self._all_due_at:
+            self.gather(everything=everything)
+            now = anyio.current_time()
+            due = {key for key in self._unreported if everything or self._is_due(key, now)}
+            # A little early is not late.
+            self._all_due_at = now + self.interval / 2
+        else:
+            due = self._urgent & self._unreported.keys()
+        self._urgent = set()
+        reported = {key: self._unreported.pop(key) for key in due}
         if not reported:
             return ()
-        for key in reported:
-            del self._unreported[key]
         try:
             not_live = await self._store.touch(
                 [Activity(key=key, first_age=now - one.first, last_age=now - one.last) for key, one in reported.items()]
@@ -131,6 +140,7 @@ class ActivityReporter:
                 if (since := self._unreported.get(key)) is not None:
                     one.last = since.last
                 self._unreported[key] = one
+            self._all_due_at = -math.inf
             raise
         for key in reported.keys() - not_live:
             if (session := self._residents.with_key(key)) is not None:
