@@ -24,7 +24,8 @@ from mcp_session_store.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sqlalchemy.engine import URL
+    import asyncpg
+    from sqlalchemy.engine import URL, AdaptedConnection
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.pool import ConnectionPoolEntry
@@ -109,6 +110,9 @@ _POSTGRES_OPTIONS: Final = frozenset(
 _INTEGER_OPTIONS: Final = frozenset(name for name in _POSTGRES_OPTIONS if name.endswith(("_size", "_lifetime")))
 # How libpq, and so most providers of databases, spell what asyncpg.connect() takes under another name.
 _LIBPQ_OPTIONS: Final = {"sslmode": "ssl"}
+# Ours, by the name that other libraries have given it: whether a pooler is between us and the database that gives a
+# server connection to a client for one transaction only.
+_BEHIND_PGBOUNCER: Final = "pgbouncer"
 
 
 class Batch(ABC):
@@ -239,6 +243,24 @@ class _ArrayBatch(Batch):
         return dict(zip(self._names, map(list, zip(*rows, strict=True)), strict=True))
 
 
+def _learn_array_types(connection: AdaptedConnection, _: ConnectionPoolEntry) -> None:
+    """Make asyncpg ask what the types of our batches are, once for each connection, within one transaction.
+
+    It turns `jit` off while it asks. Behind PgBouncer, and outside of a transaction, that would reach one server
+    connection, and the statement that turns it on again another.
+    """
+    connection.run_async(_prepare_arrays)
+
+
+async def _prepare_arrays(connection: asyncpg.Connection) -> None:
+    async with connection.transaction():
+        await connection.prepare(_ARRAYS, name="")
+
+
+_ARRAYS: Final = "SELECT $1::uuid[], $2::text[], $3::float8[], $4::int4[], $5::int8[]"
+"""Has a parameter of each type that a column of a batch may have."""
+
+
 # Held to the end of the transaction, whichever way it ends. The number is ours by nothing but being odd.
 _LOCK_MIGRATIONS: Final = "SELECT pg_advisory_xact_lock(7307198256364015989)"
 
@@ -262,7 +284,9 @@ class _Postgres(Dialect):
     @override
     def checked_url(self, url: URL) -> URL:
         query = {_LIBPQ_OPTIONS.get(name, name): value for name, value in url.query.items()}
-        if unknown := sorted(query.keys() - _POSTGRES_OPTIONS):
+        if (behind := query.get(_BEHIND_PGBOUNCER, "false")) not in ("true", "false"):
+            raise ConfigurationError(f"{_BEHIND_PGBOUNCER}={behind!r} in the database URL must be true or false")
+        if unknown := sorted(query.keys() - _POSTGRES_OPTIONS - {_BEHIND_PGBOUNCER}):
             raise ConfigurationError(
                 f"the database URL has the option {', '.join(unknown)}, which asyncpg does not take from a URL; "
                 "leave it out, or make an AsyncEngine with connect_args and give that"
@@ -279,7 +303,17 @@ class _Postgres(Dialect):
         if command_timeout is not None:
             connect["command_timeout"] = command_timeout
         connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
-        return url.set(query=query), {"connect_args": connect}
+        arguments: dict[str, Any] = {"connect_args": connect}
+        if query.pop(_BEHIND_PGBOUNCER, "false") == "true":
+            # Without its cache asyncpg sends an unnamed statement again with the values, in one message: nothing has
+            # to be on the server connection from before, and nothing stays on it.
+            connect |= {
+                "statement_cache_size": 0,
+                "prepared_statement_cache_size": 0,
+                "prepared_statement_name_func": str,
+            }
+            arguments["pool_events"] = [(_learn_array_types, "connect")]
+        return url.set(query=query), arguments
 
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
