@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from interop_tests.pgbouncer import PgBouncer
+from mcp_session_store.sql import migrate
 from tests.support import servers
 from tests.support.postgres import fresh_database
 
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
     from tests.support.postgres import PostgresServer
 
 pytest_plugins = ["tests.conftest", "tests.process.conftest"]
-pytest.register_assert_rewrite("mcp_session_store.testing")
-
-# Imported after its assertions are rewritten, which this module's import of the package's parent does not hinder.
-from mcp_session_store.sql import migrate  # noqa: E402
 
 
 @pytest.fixture(scope="session")

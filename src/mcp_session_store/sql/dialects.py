@@ -14,6 +14,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -25,10 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import asyncpg
-    from sqlalchemy.engine import URL, AdaptedConnection
+    from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.pool import ConnectionPoolEntry
     from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.type_api import TypeEngine
@@ -202,8 +202,8 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        """Set what belongs to each new connection of an engine of ours."""
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
+        """Set what belongs to each new connection of an engine of ours, which was made from a URL."""
 
     @abstractmethod
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
@@ -243,16 +243,12 @@ class _ArrayBatch(Batch):
         return dict(zip(self._names, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def _learn_array_types(connection: AdaptedConnection, _: ConnectionPoolEntry) -> None:
-    """Make asyncpg ask what the types of our batches are, once for each connection, within one transaction.
+async def _learn_array_types(connection: asyncpg.Connection) -> None:
+    """Make asyncpg ask what the types of our batches are, which it does once for each connection, in a transaction.
 
     It turns `jit` off while it asks. Behind PgBouncer, and outside of a transaction, that would reach one server
-    connection, and the statement that turns it on again another.
+    connection, and what turns it on again another.
     """
-    connection.run_async(_prepare_arrays)
-
-
-async def _prepare_arrays(connection: asyncpg.Connection) -> None:
     async with connection.transaction():
         await connection.prepare(_ARRAYS, name="")
 
@@ -303,8 +299,7 @@ class _Postgres(Dialect):
         if command_timeout is not None:
             connect["command_timeout"] = command_timeout
         connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
-        arguments: dict[str, Any] = {"connect_args": connect}
-        if query.pop(_BEHIND_PGBOUNCER, "false") == "true":
+        if query.pop(_BEHIND_PGBOUNCER, None) == "true":
             # Without its cache asyncpg sends an unnamed statement again with the values, in one message: nothing has
             # to be on the server connection from before, and nothing stays on it.
             connect |= {
@@ -312,8 +307,7 @@ class _Postgres(Dialect):
                 "prepared_statement_cache_size": 0,
                 "prepared_statement_name_func": str,
             }
-            arguments["pool_events"] = [(_learn_array_types, "connect")]
-        return url.set(query=query), arguments
+        return url.set(query=query), {"connect_args": connect}
 
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
@@ -339,8 +333,10 @@ class _Postgres(Dialect):
         return
 
     @override
-    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        return
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
+        if url.query.get(_BEHIND_PGBOUNCER) == "true":
+            assert isinstance(connection, AdaptedConnection)
+            connection.run_async(_learn_array_types)
 
     @override
     async def prepare(self, connection: AsyncConnection) -> None:
@@ -429,7 +425,7 @@ class _Sqlite(Dialect):
         return url, {"connect_args": {"timeout": timeout * 0.4}}
 
     @override
-    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
         cursor = connection.cursor()
         # A commit is durable when the process dies; when the operating system does, the last may be lost.
         cursor.execute("PRAGMA synchronous=NORMAL")
