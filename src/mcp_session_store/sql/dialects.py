@@ -249,8 +249,13 @@ async def _learn_array_types(connection: asyncpg.Connection) -> None:
     It turns `jit` off while it asks. Behind PgBouncer, and outside of a transaction, that would reach one server
     connection, and what turns it on again another.
     """
-    async with connection.transaction():
-        await connection.prepare(_ARRAYS, name="")
+    try:
+        async with connection.transaction():
+            await connection.prepare(_ARRAYS, name="")
+    except BaseException:
+        # SQLAlchemy before 2.1 leaves a connection open that it has not finished to set up.
+        connection.terminate()
+        raise
 
 
 _ARRAYS: Final = "SELECT $1::uuid[], $2::text[], $3::float8[], $4::int4[], $5::int8[]"
