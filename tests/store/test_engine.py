@@ -7,6 +7,7 @@ import uuid
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -16,6 +17,7 @@ from sqlalchemy.sql.expression import ClauseElement, Executable
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql.driver_errors import Meaning, meaning_of, summary_of
 from mcp_session_store.sql.engine import checked_url, shown_url
 from mcp_session_store.testing import new_session
 from tests.store.databases import connections_checked_out, engine_of, execute, settled, sql_store
@@ -23,7 +25,6 @@ from tests.store.databases import connections_checked_out, engine_of, execute, s
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    import asyncpg
     from sqlalchemy.sql.compiler import SQLCompiler
 
 pytestmark = pytest.mark.anyio
@@ -194,6 +195,13 @@ async def test_a_prepared_statement_that_is_gone_is_answered_with_what_to_do_beh
                 await connection.execute("DEALLOCATE ALL")
         with pytest.raises(StoreUnavailable, match=r"InvalidSQLStatementNameError: .*\?pgbouncer=true"):
             await store.load(uuid.uuid4())
+
+
+@pytest.mark.parametrize("kind", [asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError])
+def test_both_errors_of_a_pooled_prepared_statement_name_the_remedy(kind: type[asyncpg.PostgresError]) -> None:
+    error = kind('prepared statement "__asyncpg_stmt_1__" is not what it was')
+    assert meaning_of(error) is Meaning.UNAVAILABLE
+    assert "?pgbouncer=true" in summary_of(error)
 
 
 async def test_a_given_engine_is_used_and_not_disposed(database_url: str) -> None:
