@@ -14,6 +14,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -24,10 +25,10 @@ from mcp_session_store.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import asyncpg
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.pool import ConnectionPoolEntry
     from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.dml import ReturningUpdate
@@ -132,6 +133,9 @@ _POSTGRES_OPTIONS: Final = frozenset(
 _INTEGER_OPTIONS: Final = frozenset(name for name in _POSTGRES_OPTIONS if name.endswith(("_size", "_lifetime")))
 # How libpq, and so most providers of databases, spell what asyncpg.connect() takes under another name.
 _LIBPQ_OPTIONS: Final = {"sslmode": "ssl"}
+# Ours, by the name that other libraries have given it: whether a pooler is between us and the database that gives a
+# server connection to a client for one transaction only.
+_BEHIND_PGBOUNCER: Final = "pgbouncer"
 
 
 class Batch(ABC):
@@ -286,8 +290,8 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        """Set what belongs to each new connection of an engine of ours."""
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
+        """Set what belongs to each new connection of an engine of ours, which was made from a URL."""
 
     @abstractmethod
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
@@ -327,6 +331,25 @@ class _ArrayBatch(Batch):
         return dict(zip(self._names, map(list, zip(*rows, strict=True)), strict=True))
 
 
+async def _learn_array_types(connection: asyncpg.Connection) -> None:
+    """Make asyncpg ask what the types of our batches are, which it does once for each connection, in a transaction.
+
+    It turns `jit` off while it asks. Behind PgBouncer, and outside of a transaction, that would reach one server
+    connection, and what turns it on again another.
+    """
+    try:
+        async with connection.transaction():
+            await connection.prepare(_ARRAYS, name="")
+    except BaseException:
+        # SQLAlchemy before 2.1 leaves a connection open that it has not finished to set up.
+        connection.terminate()
+        raise
+
+
+_ARRAYS: Final = "SELECT $1::uuid[], $2::text[], $3::float8[], $4::int4[], $5::int8[]"
+"""Has a parameter of each type that a column of a batch may have."""
+
+
 # Held to the end of the transaction, whichever way it ends. The number is ours by nothing but being odd.
 _LOCK_MIGRATIONS: Final = "SELECT pg_advisory_xact_lock(7307198256364015989)"
 
@@ -361,7 +384,9 @@ class _Postgres(Dialect):
     @override
     def checked_url(self, url: URL) -> URL:
         query = {_LIBPQ_OPTIONS.get(name, name): value for name, value in url.query.items()}
-        if unknown := sorted(query.keys() - _POSTGRES_OPTIONS):
+        if (behind := query.get(_BEHIND_PGBOUNCER, "false")) not in ("true", "false"):
+            raise ConfigurationError(f"{_BEHIND_PGBOUNCER}={behind!r} in the database URL must be true or false")
+        if unknown := sorted(query.keys() - _POSTGRES_OPTIONS - {_BEHIND_PGBOUNCER}):
             raise ConfigurationError(
                 f"the database URL has the option {', '.join(unknown)}, which asyncpg does not take from a URL; "
                 "leave it out, or make an AsyncEngine with connect_args and give that"
@@ -378,6 +403,14 @@ class _Postgres(Dialect):
         if command_timeout is not None:
             connect["command_timeout"] = command_timeout
         connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
+        if query.pop(_BEHIND_PGBOUNCER, None) == "true":
+            # Without its cache asyncpg sends an unnamed statement again with the values, in one message: nothing has
+            # to be on the server connection from before, and nothing stays on it.
+            connect |= {
+                "statement_cache_size": 0,
+                "prepared_statement_cache_size": 0,
+                "prepared_statement_name_func": str,
+            }
         return url.set(query=query), {"connect_args": connect}
 
     @override
@@ -404,8 +437,10 @@ class _Postgres(Dialect):
         return
 
     @override
-    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        return
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
+        if url.query.get(_BEHIND_PGBOUNCER) == "true":
+            assert isinstance(connection, AdaptedConnection)
+            connection.run_async(_learn_array_types)
 
     @override
     async def prepare(self, connection: AsyncConnection) -> None:
@@ -504,7 +539,7 @@ class _Sqlite(Dialect):
         return url, {"connect_args": {"timeout": timeout * 0.4}}
 
     @override
-    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
         cursor = connection.cursor()
         # A commit is durable when the process dies; when the operating system does, the last may be lost.
         cursor.execute("PRAGMA synchronous=NORMAL")

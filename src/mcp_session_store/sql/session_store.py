@@ -76,6 +76,8 @@ class SqlSessionStore(SessionStore):
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
             `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is, and
             never disposed; no PRAGMA is set on it. It should have a pool of at least 5 connections.
+            Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
+            from PgBouncer 1.21 on, with its `max_prepared_statements`.
         namespace: Keeps servers that share a database apart.
         schema: Postgres: the schema with the tables. The first of the search path unless given.
         auto_upgrade: Run the migrations on first contact where the schema is missing or behind.

@@ -1,0 +1,51 @@
+"""Server processes that share a database by way of PgBouncer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from tests.process.clients import sessions, whoami
+from tests.support.proxy import RoundRobinProxy
+
+if TYPE_CHECKING:
+    from tests.process.conftest import Application
+    from tests.support.http import RawClient
+
+pytestmark = pytest.mark.anyio
+
+CLIENTS = 12
+
+
+async def test_sessions_are_used_on_two_processes_by_turns_and_after_a_restart(
+    application: Application, migrated_url: str
+) -> None:
+    servers = [application.serve(migrated_url) for _ in range(2)]
+    async with RoundRobinProxy([server.port for server in servers]) as proxy, sessions(proxy.mcp_url, CLIENTS) as users:
+        ids = [user.session_id for user in users]
+        seen: dict[str | None, set[int]] = {session_id: set() for session_id in ids}
+
+        async def use(user: RawClient) -> None:
+            for _ in range(8):
+                seen[user.session_id].add((await whoami(user))["pid"])
+
+        async def use_all() -> set[int]:
+            async with anyio.create_task_group() as group:
+                for user in users:
+                    # Two at a time in each session: the first ones find it resident on one process only.
+                    group.start_soon(use, user)
+                    group.start_soon(use, user)
+            return {server.pid for server in servers}
+
+        first = await use_all()
+        assert list(seen.values()) == [first] * CLIENTS
+        for server in servers:
+            server.restart()
+        second = await use_all()
+        assert list(seen.values()) == [first | second] * CLIENTS
+        assert [user.session_id for user in users] == ids
+    # Each session was opened once, and restored once in each process that did not open it.
+    assert len(application.handshakes(replayed=False)) == CLIENTS
+    assert len(application.handshakes(replayed=True)) == 3 * CLIENTS
