@@ -79,6 +79,7 @@ class ActivityReporter:
         self._unreported: dict[UUID, _Unreported] = {}
         self._urgent: set[UUID] = set()
         self._all_due_at = -math.inf
+        self._reporting = anyio.Lock()
         self.wake: Final = Wake()
 
     def note(self, session: ResidentSession) -> None:
@@ -96,15 +97,18 @@ class ActivityReporter:
             unreported.last = now
 
     def gather(self, *, everything: bool = False) -> None:
-        """Note the copies that are in use now, or, if asked for, all with the moment in which they were last used."""
+        """Note which copies are in use now; if asked for, of all others when they were last used."""
         for session in self._residents:
             if session.record is None:
                 continue
             if session.busy:
                 self.note(session)
-            elif everything:
-                idle_since = session.idle_since
-                self._unreported.setdefault(session.record.key, _Unreported(idle_since, idle_since))
+            elif (unreported := self._unreported.get(session.record.key)) is not None:
+                # It was in use until its last request was over.
+                unreported.last = max(unreported.last, session.idle_since)
+            elif everything and session.reported_at > -math.inf:
+                # Not those that are new and were never used.
+                self._unreported[session.record.key] = _Unreported(session.idle_since, session.idle_since)
 
     async def report(self, *, everything: bool = False) -> Collection[UUID]:
         """Report what is due.
@@ -118,6 +122,11 @@ class ActivityReporter:
         Raises:
             SessionStoreError: The store did not take it; it will be reported the next time.
         """
+        # One after the other: what the one before could not report is there to be reported.
+        async with self._reporting:
+            return await self._report(everything=everything)
+
+    async def _report(self, *, everything: bool) -> Collection[UUID]:
         now = anyio.current_time()
         if everything or now >= self._all_due_at:
             self.gather(everything=everything)
@@ -137,9 +146,8 @@ class ActivityReporter:
             )
         except BaseException:
             for key, one in reported.items():
-                if (since := self._unreported.get(key)) is not None:
-                    one.last = since.last
-                self._unreported[key] = one
+                since = self._unreported.get(key, one)
+                self._unreported[key] = _Unreported(one.first, since.last)
             self._all_due_at = -math.inf
             raise
         for key in reported.keys() - not_live:

@@ -266,15 +266,16 @@ class DurableSessionManager(sdk.ManagerSeams):
         async with contextlib.AsyncExitStack() as stack:
             if self._close_store:
                 stack.push_async_callback(self._close)
+            # Made here, because they need the event loop.
+            self._activity = ActivityReporter(self.store, self._residents, interval=self._activity_interval)
+            self._watch = ChangeWatch(self.store, concerns=self._concerns, learn=self._learn, verify=self._verify)
             try:
                 await self.store.open()
+                # From here on no end of a session that is served here goes by unseen.
+                await self._watch.poll()
             except StoreUnavailable as error:
                 logger.warning("the session store cannot be reached; requests that need it get 503: %s", error)
             async with super().run():
-                # Made here, because they need the event loop.
-                self._activity = ActivityReporter(self.store, self._residents, interval=self._activity_interval)
-                self._watch = ChangeWatch(self.store, concerns=self._concerns, learn=self._learn, verify=self._verify)
-                self._watch.wake.set()
                 self._start_background_tasks()
                 try:
                     yield
@@ -584,6 +585,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         scope: Scope,
     ) -> ResidentSession:
         """Make a session resident from its record."""
+        previous_instance = record.instance_hint
         for _ in range(RESTORE_ATTEMPTS):
             await self._await_predecessor(session_id)
             marker = SessionRestoreMarker(
@@ -591,7 +593,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 created_at=record.created_at,
                 restored_at=datetime.now(UTC),
                 restores=record.restores + 1,
-                previous_instance=record.instance_hint,
+                previous_instance=previous_instance,
                 replaying=True,
             )
             await self._ask_application(marker, record)
