@@ -269,6 +269,10 @@ class Dialect(ABC):
             ConfigurationError: It is one.
         """
 
+    def heard_channel(self, url: URL) -> HintChannel | None:  # noqa: ARG002 - for what overrides it
+        """The channel whose hints arrive on connections that are made with this URL, as far as that is known."""
+        return self.channel
+
     @abstractmethod
     def refuse_absent(self, url: URL) -> None:
         """Refuse a database that connecting to would create.
@@ -431,6 +435,11 @@ class _Postgres(Dialect):
     @override
     def refuse_volatile(self, url: URL) -> None:
         return
+
+    @override
+    def heard_channel(self, url: URL) -> HintChannel | None:
+        # A pooler takes LISTEN for the connection that it lends for one transaction.
+        return None if url.query.get(_BEHIND_PGBOUNCER) == "true" else self.channel
 
     @override
     def refuse_absent(self, url: URL) -> None:

@@ -86,7 +86,7 @@ class Listener:
             await self._database.stop(task)
 
     async def _listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        channel = self._database.dialect.channel
+        channel = self._database.heard_channel
         if channel is None:
             await asyncio.Event().wait()
             return
