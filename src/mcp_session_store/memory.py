@@ -68,7 +68,7 @@ class MemorySessionStore(SessionStore):
     ) -> None:
         super().__init__(retention=retention)
         self._namespace = namespace
-        self._data = _Data() if shared_with is None else shared_with._data
+        self._data: _Data = _Data() if shared_with is None else shared_with._data
 
     @property
     def namespace(self) -> str:

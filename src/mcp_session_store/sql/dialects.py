@@ -202,7 +202,8 @@ class HintChannel:
             on_payload: Called with each payload that arrives.
             on_loss: Called when the connection is lost or closed.
         """
-        driver: Any = (await connection.get_raw_connection()).driver_connection
+        pooled: Any = await connection.get_raw_connection()
+        driver = pooled.dbapi_connection.driver_connection
         driver.add_termination_listener(lambda _: on_loss())
         # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
         async with driver.transaction():
