@@ -11,9 +11,7 @@ import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
-from sqlalchemy.sql.expression import ClauseElement, Executable
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore, migrate
@@ -25,24 +23,7 @@ from tests.store.databases import connections_checked_out, engine_of, execute, s
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from sqlalchemy.sql.compiler import SQLCompiler
-
 pytestmark = pytest.mark.anyio
-
-
-class _Explain(Executable, ClauseElement):
-    """A statement with a word before it that makes the database tell how it would run it."""
-
-    inherit_cache = False
-
-    def __init__(self, word: str, statement: sa.Select[Any]) -> None:
-        self.word = word
-        self.statement = statement
-
-
-@compiles(_Explain)
-def _compile_explain(element: _Explain, compiler: SQLCompiler, **options: Any) -> str:
-    return f"{element.word} {compiler.process(element.statement, **options)}"
 
 
 @pytest.mark.parametrize(
@@ -306,19 +287,3 @@ def test_a_store_that_is_used_in_a_second_event_loop_says_so(sqlite_url: str) ->
         second.run(store.open())
         assert second.run(store.load(uuid.uuid4())) is None
         second.run(store.aclose())
-
-
-async def test_a_load_finds_its_rows_by_the_primary_key(database_url: str) -> None:
-    async with sql_store(database_url) as store:
-        sessions = [new_session() for _ in range(5000)]
-        await asyncio.gather(*map(store.create, sessions))
-        await settled(store)
-        parameters = store._sql.loads.parameters([(session.key,) for session in sessions[:12]])
-        async with engine_of(store).connect() as connection:
-            await connection.exec_driver_sql("ANALYZE mcp_session")
-            explain = "EXPLAIN" if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
-            plan = await connection.execute(_Explain(explain, store._sql.load), parameters)
-            text = "\n".join(str(row) for row in plan)
-        assert "mcp_session_pkey" in text or "sqlite_autoindex_mcp_session_1" in text
-        assert "Seq Scan on mcp_session" not in text
-        assert "SCAN mcp_session" not in text

@@ -206,8 +206,8 @@ class HintChannel:
             on_payload: Called with each payload that arrives.
             on_loss: Called when the connection is lost or closed.
         """
-        adapted: Any = (await connection.get_raw_connection()).dbapi_connection
-        driver = adapted.driver_connection
+        pooled: Any = await connection.get_raw_connection()
+        driver = pooled.dbapi_connection.driver_connection
         driver.add_termination_listener(lambda _: on_loss())
         # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
         async with driver.transaction():

@@ -69,14 +69,17 @@ class Limits:
         self._excess = sa.select(ranked.c.key).where(ranked.c.rank > sa.literal(retention.per_principal, sa.Integer))
 
         anonymous = mine & table.c.principal_digest.is_(None)
-        some = sa.select(sa.literal(1)).where(anonymous).limit(sa.bindparam("at_most", type_=sa.Integer))
+        # The order of the index, in which principals come first, be they null or not: so it is read, and no more of it.
+        by_end = table.c.principal_digest, table.c.ended_at
+        some = (
+            sa.select(table.c.key).where(anonymous).order_by(*by_end).limit(sa.bindparam("at_most", type_=sa.Integer))
+        )
         self._count_anonymous = sa.select(sa.func.count()).select_from(some.subquery("some"))
         long_ago = sa.select(StoreClock(-MIN_TOMBSTONE.total_seconds())).scalar_subquery()
         removable = (
             sa.select(table.c.key)
             .where(anonymous, table.c.ended_at <= long_ago)
-            # The order of the index, in which principals come first, be they null or not.
-            .order_by(table.c.principal_digest, table.c.ended_at)
+            .order_by(*by_end)
             .limit(sa.bindparam("at_most", type_=sa.Integer))
             .with_for_update(skip_locked=True)
         )

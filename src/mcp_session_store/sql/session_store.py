@@ -335,7 +335,8 @@ class SqlSessionStore(SessionStore):
         not_live = []
         for rows in touches:
             result = await attempt.connection.execute(self._sql.touch, self._sql.touches.parameters(rows))
-            not_live.append({key for key, _, _ in rows} - {key for key, is_live in result if is_live})
+            is_live = {key for key, expires_at, now in result if expires_at is None or now < expires_at}
+            not_live.append({key for key, _, _ in rows} - is_live)
         return not_live
 
     async def _end_all(self, attempt: Attempt, ends: Sequence[_End]) -> list[bool]:

@@ -186,7 +186,7 @@ class SessionStatements:
                 expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=seen),
             )
             # A report may come so late that the session has expired again, and none reaches beyond the absolute limit.
-            .returning(table.c.key, sa.or_(table.c.expires_at.is_(None), now < table.c.expires_at))
+            .returning(table.c.key, table.c.expires_at, now.label("now"))
         )
 
         self.ends = dialect.batch("ended", {"key": sa.Uuid(), "reason": sa.Text()})
