@@ -509,6 +509,7 @@ async def test_an_instance_whose_wall_clock_is_wrong_behaves_like_any_other(
         client, quiet = one.client(), one.client()
         session_id = await client.handshake()
         await quiet.handshake()
+        await until(lambda: not any(session.busy for session in one.manager._residents))
         await one.manager._activity.report(everything=True)
         for _ in range(2):
             clock.advance(timedelta(minutes=15))
