@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import anyio
 import pytest
 
-from tests.adapter.stores import FaultyStore
+from tests.adapter.instances import Clock
+from tests.adapter.stores import FaultyStore, Sessions
 
 
 @pytest.fixture(params=[False, True], ids=["sse", "json"])
@@ -15,12 +17,27 @@ def json_response(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def store() -> FaultyStore:
+def sessions() -> Sessions:
+    """What the stores share."""
+    return Sessions()
+
+
+@pytest.fixture
+def store(sessions: Sessions) -> FaultyStore:
     """The store of an instance."""
-    return FaultyStore()
+    return FaultyStore(sessions)
 
 
 @pytest.fixture
 def other_store(store: FaultyStore) -> FaultyStore:
     """The store of another instance, on the same sessions."""
     return FaultyStore(store.inner)
+
+
+@pytest.fixture
+def clock(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that can be put forward."""
+    real = anyio.current_time
+    clock = Clock(sessions)
+    monkeypatch.setattr(anyio, "current_time", lambda: real() + clock.ahead)
+    return clock

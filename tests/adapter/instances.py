@@ -14,16 +14,18 @@ from mcp.server.auth.provider import AccessToken
 from mcp.server.lowlevel.server import Server
 
 from mcp_session_store import DurableSessionManager, durable_app, get_restore_marker
-from tests.adapter.asgi import PATIENCE, Client
+from tests.adapter.asgi import PATIENCE, Client, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from datetime import timedelta
 
     from anyio.abc import TaskGroup
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
     from starlette.applications import Starlette
 
     from mcp_session_store import SessionRestoreMarker, SessionStore
+    from tests.adapter.stores import Sessions
 
     RequestContext = ServerRequestContext[Any, Any]
 
@@ -148,6 +150,10 @@ class Instance:
         """Nobody sits on a seat but residents."""
         assert self.manager._residents.seats == self.residents == len(list(self.manager._residents))
 
+    async def first_poll(self) -> None:
+        """Wait for the first poll of changes, which verifies what is in memory, and so is a report of activity."""
+        await until(lambda: self.manager._watch._since is not None)
+
     async def terminate(self, session_id: str) -> None:
         """Terminate a transport as FastMCP does at shutdown, past the manager."""
         await self.manager._server_instances[session_id].terminate()
@@ -195,6 +201,23 @@ def principal(client_id: str, *, subject: str | None = None, issuer: str | None 
     return AuthenticatedUser(
         AccessToken(token=f"token-of-{client_id}", client_id=client_id, scopes=[], subject=subject, claims=claims)
     )
+
+
+class Clock:
+    """The instances' monotonic clock, and that of a store, put forward by the same time.
+
+    What sleeps is not woken by it.
+    """
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.ahead = 0.0
+        self._sessions = sessions
+
+    def advance(self, passed: timedelta, *, store: bool = True) -> None:
+        """Let time pass, for the store too unless told otherwise."""
+        self.ahead += passed.total_seconds()
+        if store:
+            self._sessions.ahead += passed
 
 
 async def wait_for(event: anyio.Event) -> None:

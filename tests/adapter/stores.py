@@ -31,7 +31,10 @@ OPERATIONS = (
     "end",
     "changes",
     "sweep",
+    "listen",
 )
+BACKGROUND = ("changes", "sweep", "listen")
+"""What no request causes: kept apart, because it comes when it comes."""
 
 
 class Sessions(MemorySessionStore):
@@ -49,6 +52,7 @@ class Held:
     def __init__(self) -> None:
         self.entered = anyio.Event()
         self._released = anyio.Event()
+        self._failure: Exception | None = None
         self.calls = 0
 
     async def wait_entered(self) -> None:
@@ -60,10 +64,17 @@ class Held:
         """Let it go on, and all later ones."""
         self._released.set()
 
+    def fail(self, failure: Exception) -> None:
+        """Let it raise this, and all later ones."""
+        self._failure = failure
+        self._released.set()
+
     async def stop_here(self) -> None:
         self.calls += 1
         self.entered.set()
         await self._released.wait()
+        if self._failure is not None:
+            raise self._failure
 
 
 class FaultyStore(SessionStore):
@@ -77,7 +88,11 @@ class FaultyStore(SessionStore):
         super().__init__()
         self.inner = inner or Sessions()
         self.calls: list[str] = []
-        """The name of each call, in order."""
+        """The name of each call, in order, but for those of `BACKGROUND`."""
+        self.background: Counter[str] = Counter()
+        """How many calls of those there were, by name."""
+        self.touches: list[list[Activity]] = []
+        """What each `touch` was told."""
         self.closed = 0
         self.hints = True
         """Whether hints of changes arrive."""
@@ -85,7 +100,7 @@ class FaultyStore(SessionStore):
         self._after: dict[str, Callable[[], Awaitable[None]]] = {}
 
     def counts(self) -> Counter[str]:
-        """How many calls there were, by name."""
+        """How many calls there were, by name, but for those of `BACKGROUND`."""
         return Counter(self.calls)
 
     # What goes wrong
@@ -131,6 +146,13 @@ class FaultyStore(SessionStore):
         """Why a session ended."""
         return self.inner._data.rows[session_key(session_id)].ended
 
+    async def expiry(self, session_id: str | None) -> timedelta | None:
+        """How long a live session lives after its last activity that was stored; `None`: for ever."""
+        assert session_id is not None
+        record = await self.record(session_id)
+        assert record is not None, "the session is not live"
+        return None if record.expires_at is None else record.expires_at - record.last_seen_at
+
     @property
     def records(self) -> int:
         """How many sessions were ever stored."""
@@ -151,7 +173,10 @@ class FaultyStore(SessionStore):
         return self.inner.namespace
 
     async def _call(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
-        self.calls.append(name)
+        if name in BACKGROUND:
+            self.background[name] += 1
+        else:
+            self.calls.append(name)
         if (before := self._before.get(name)) is not None:
             await before()
         result = await call()
@@ -201,6 +226,7 @@ class FaultyStore(SessionStore):
         return live
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
+        self.touches.append(list(activities))
         not_live: set[UUID] = await self._call("touch", lambda: self.inner.touch(activities))
         return not_live
 
@@ -223,9 +249,7 @@ class FaultyStore(SessionStore):
         return changes
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        if self.hints:
-            await self.inner.listen(on_hint)
-        await super().listen(on_hint)
+        await self._call("listen", lambda: self.inner.listen(on_hint) if self.hints else anyio.sleep_forever())
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
         report: SweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))

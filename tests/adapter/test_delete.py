@@ -310,7 +310,7 @@ async def test_the_end_hook_runs_when_the_session_has_ended_and_cannot_be_reache
 
 async def test_a_session_ends_by_nothing_but_its_end(store: FaultyStore, other_store: FaultyStore) -> None:
     told, on_end = recorder()
-    async with instance(store, session_idle_timeout=0.05, on_end=on_end) as one, instance(other_store) as two:
+    async with instance(store, evict_after=0.05, on_end=on_end) as one, instance(other_store) as two:
         client = one.client()
         session_id = await client.handshake()
         await until(lambda: one.residents == 0)  # idle

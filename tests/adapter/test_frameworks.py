@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -24,6 +25,7 @@ from mcp_session_store import (
     ConfigurationError,
     DurableSessionManager,
     MemorySessionStore,
+    RetentionPolicy,
     durable_app,
 )
 from tests.adapter.asgi import Client
@@ -325,7 +327,9 @@ async def test_options_reach_the_manager(store: FaultyStore, kind: str) -> None:
     assert isinstance(manager, DurableSessionManager)
     assert manager.json_response is True
     assert manager.retry_interval == 5
-    assert manager.session_idle_timeout == 7.5
+    # The SDK is given none: copies are evicted, and sessions expire in the store.
+    assert manager.session_idle_timeout is None
+    assert store.retention.idle == timedelta(seconds=7.5)
     assert manager.max_sessions == 3
     assert manager.max_request_body_size == 1000
     assert manager.max_initialize_params == 500
@@ -337,8 +341,10 @@ async def test_without_options_the_frameworks_defaults_hold(store: FaultyStore, 
     made.app(store)
     manager = made.lowlevel.session_manager
     stock = StreamableHTTPSessionManager(made.lowlevel)
-    for name in ("json_response", "session_idle_timeout", "max_sessions", "max_request_body_size", "event_store"):
+    for name in ("json_response", "max_sessions", "max_request_body_size", "event_store"):
         assert getattr(manager, name) == getattr(stock, name), name
+    assert manager.session_idle_timeout is None
+    assert store.retention == RetentionPolicy()
     assert not manager.stateless
 
 
@@ -348,7 +354,7 @@ async def test_a_fastmcp_settings_default_holds(store: FaultyStore, monkeypatch:
     made = Made("FastMCP")
     made.app(store)
     assert made.lowlevel.session_manager.json_response is True
-    assert made.lowlevel.session_manager.session_idle_timeout == 12.0
+    assert store.retention.idle == timedelta(seconds=12)
 
 
 # Refusals

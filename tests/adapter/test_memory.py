@@ -42,7 +42,7 @@ async def several_idle_rounds() -> None:
 async def test_an_idle_session_leaves_memory_and_the_next_request_restores_it(
     store: FaultyStore, json_response: bool
 ) -> None:
-    async with instance(store, session_idle_timeout=IDLE, json_response=json_response) as one:
+    async with instance(store, evict_after=IDLE, json_response=json_response) as one:
         client = one.client()
         session_id = await client.handshake()
         for restores in (1, 2):
@@ -55,7 +55,7 @@ async def test_an_idle_session_leaves_memory_and_the_next_request_restores_it(
 
 
 async def test_a_session_in_use_stays_in_memory(store: FaultyStore) -> None:
-    async with instance(store, session_idle_timeout=IDLE) as one:
+    async with instance(store, evict_after=IDLE) as one:
         client = one.client()
         await client.handshake()
         with anyio.move_on_after(4 * IDLE):
@@ -65,15 +65,15 @@ async def test_a_session_in_use_stays_in_memory(store: FaultyStore) -> None:
         assert one.notes.replayed("initialize") == []
 
 
-async def test_without_an_idle_timeout_nothing_leaves(store: FaultyStore) -> None:
-    async with instance(store, session_idle_timeout=None) as one:
+async def test_nothing_leaves_unless_memory_is_full_or_time_is_up(store: FaultyStore) -> None:
+    async with instance(store, evict_after=None) as one:
         await one.client().handshake()
         await several_idle_rounds()
         assert one.residents == 1
 
 
 async def test_a_session_with_an_open_stream_is_busy(store: FaultyStore) -> None:
-    async with instance(store, session_idle_timeout=IDLE) as one:
+    async with instance(store, evict_after=IDLE) as one:
         client = one.client()
         await client.handshake()
         stream = await client.get_stream()
@@ -88,7 +88,7 @@ async def test_a_session_with_an_open_stream_is_busy(store: FaultyStore) -> None
 async def test_a_session_whose_call_outlives_its_clients_connection_is_busy(
     store: FaultyStore, json_response: bool, how: str
 ) -> None:
-    async with instance(store, session_idle_timeout=IDLE, json_response=json_response) as one:
+    async with instance(store, evict_after=IDLE, json_response=json_response) as one:
         client = one.client()
         await client.handshake()
         call = client.open_call("wait")
@@ -111,7 +111,7 @@ async def test_a_session_whose_notification_is_still_handled_is_busy(store: Faul
         await proceed.wait()
 
     notes.on_initialized = hold
-    async with instance(store, notes, session_idle_timeout=IDLE) as one:
+    async with instance(store, notes, evict_after=IDLE) as one:
         await one.client().handshake()
         await wait_for(handling)
         await several_idle_rounds()
@@ -123,7 +123,7 @@ async def test_a_session_whose_notification_is_still_handled_is_busy(store: Faul
 async def test_a_call_that_its_client_cancelled_does_not_keep_a_session_busy(
     store: FaultyStore, json_response: bool
 ) -> None:
-    async with instance(store, session_idle_timeout=IDLE, json_response=json_response) as one:
+    async with instance(store, evict_after=IDLE, json_response=json_response) as one:
         client = one.client()
         await client.handshake()
         for _ in range(5):
@@ -145,7 +145,7 @@ async def test_a_call_that_its_client_cancelled_does_not_keep_a_session_busy(
 
 async def test_a_request_that_pins_a_session_is_not_given_a_leaving_copy(store: FaultyStore) -> None:
     # Eviction and requests in every order that the event loop offers.
-    async with instance(store, session_idle_timeout=None) as one:
+    async with instance(store, evict_after=None) as one:
         client = one.client()
         session_id = await client.handshake()
         for turns in range(30):
@@ -154,7 +154,7 @@ async def test_a_request_that_pins_a_session_is_not_given_a_leaving_copy(store: 
                 await anyio.lowlevel.checkpoint()
             session = one.manager._residents.get(session_id)
             if session is not None and not session.busy:
-                await one.manager._evict(session)
+                await one.manager._residents.evict(session)
             assert (await call.answer()).text == "3"
         one.assert_seats_match()
 
@@ -178,7 +178,9 @@ def hold_the_exit(notes: Notes) -> tuple[anyio.Event, anyio.Event]:
 
 
 async def evict(one: Instance, session_id: str) -> None:
-    await one.manager._evict(one.manager._residents[session_id])
+    session = one.manager._residents.get(session_id)
+    assert session is not None
+    await one.manager._residents.evict(session)
 
 
 async def terminate(one: Instance, session_id: str) -> None:
@@ -243,15 +245,16 @@ async def test_a_copy_that_is_discarded_late_does_not_remove_its_successor(store
         client = one.client(user=alice)
         session_id = await client.handshake()
         old = one.manager._server_instances[session_id]
-        old_session = one.manager._residents[session_id]
+        old_session = one.manager._residents.get(session_id)
+        assert old_session is not None
         await one.terminate(session_id)
         assert (await client.ping()).status == 200
         successor = one.manager._server_instances[session_id]
         assert successor is not old
         for _ in range(2):
             await one.manager._discard_session(session_id, old)
-            await one.manager._evict(old_session)
-            one.manager._gone(old_session)
+            await one.manager._residents.evict(old_session)
+            one.manager._residents.gone(old_session)
         assert one.manager._server_instances[session_id] is successor
         assert one.manager._session_owners[session_id]["client_id"] == "alice"
         one.assert_seats_match()
@@ -277,7 +280,7 @@ async def test_the_clean_up_of_a_copy_runs_when_it_leaves(store: FaultyStore) ->
     notes = Notes()
     leaving, proceed = hold_the_exit(notes)
     proceed.set()
-    async with instance(store, notes, session_idle_timeout=IDLE) as one:
+    async with instance(store, notes, evict_after=IDLE) as one:
         await one.client().handshake()
         await wait_for(leaving)
         await until(lambda: one.residents == 0)
@@ -322,13 +325,16 @@ async def test_shutdown_does_not_depend_on_the_store(
 # Seats
 
 
-async def test_more_sessions_than_memory_may_hold_are_answered_503(store: FaultyStore, json_response: bool) -> None:
+async def test_more_sessions_in_use_than_memory_may_hold_are_answered_503(
+    store: FaultyStore, json_response: bool
+) -> None:
     async with instance(store) as gone:
         session_id = await gone.client().handshake()
     async with instance(store, max_sessions=2, json_response=json_response) as one:
         clients = [one.client() for _ in range(2)]
         for client in clients:
             await client.handshake()
+            await client.get_stream()
         for refused in (await one.client().initialize(), await one.client(session_id).ping()):
             assert refused.status == 503
             assert int(refused.headers["retry-after"]) > 0
@@ -336,7 +342,8 @@ async def test_more_sessions_than_memory_may_hold_are_answered_503(store: Faulty
         assert (await clients[0].ping()).status == 200
         # DELETE needs no seat, and gives one back.
         assert (await clients[0].delete()).status == 200
-        assert (await one.client(session_id).ping()).status == 200
+        restored = one.client(session_id)
+        assert (await restored.get_stream()).status == 200
         assert (await one.client().initialize()).status == 503
 
 
@@ -411,7 +418,7 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
         notes,
         json_response=json_response,
         max_sessions=10,
-        session_idle_timeout=IDLE,
+        evict_after=IDLE,
         replay_timeout=0.05,
         on_restore=maybe_refuse,
     ) as one:
@@ -459,6 +466,6 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
                 assert exchange.status in (200, 202, 404, 409, 503), exchange.body
         await until(lambda: not one.manager._restores and not one.manager._residents._leaving)
         one.assert_seats_match()
-        await until(lambda: one.residents == 0 or all(s.unsettled for s in one.manager._residents.values()))
+        await until(lambda: one.residents == 0 or all(s.unsettled for s in one.manager._residents))
         one.assert_seats_match()
         assert (await one.client().initialize()).status == 200

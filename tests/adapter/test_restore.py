@@ -118,7 +118,7 @@ async def test_a_restore_is_claimed_and_counted(store: FaultyStore) -> None:
             assert record is not None
             assert record.restores == restores
             assert record.instance_hint == one.manager.instance
-            assert record.expires_at is None
+            assert record.expires_at == record.last_seen_at + timedelta(hours=24)
 
 
 async def test_a_server_killed_between_initialize_and_initialized_leaves_a_session_that_goes_on(
@@ -225,7 +225,7 @@ async def test_the_disconnect_of_the_request_that_led_a_restore_fails_none_of_th
         assert [(await other.answer()).text for other in others] == [str(n) for n in range(10)]
         assert len(notes.replayed("initialize")) == 1
         await leader.end()
-        await until(lambda: next(iter(one.manager._residents.values())).pins == 0)
+        await until(lambda: next(iter(one.manager._residents)).pins == 0)
 
 
 async def test_a_restore_that_nobody_waits_for_any_more_is_carried_through(store: FaultyStore) -> None:
@@ -240,7 +240,7 @@ async def test_a_restore_that_nobody_waits_for_any_more_is_carried_through(store
         await first.end()
         proceed.set()
         await until(lambda: one.residents == 1)
-        assert not next(iter(one.manager._residents.values())).busy
+        assert not next(iter(one.manager._residents)).busy
         assert (await client.ping()).status == 200
         assert len(notes.replayed("initialize")) == 1
 
