@@ -1,4 +1,4 @@
-"""The one place where Postgres and SQLite differ: the clock, times, batches as parameters, inserts, settings."""
+"""The one place where Postgres and SQLite differ: clock, times, batches, inserts, transactions, hints, settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from typing_extensions import override
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from sqlalchemy.engine import URL
@@ -33,9 +33,20 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
     from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.sql.dml import ReturningUpdate
     from sqlalchemy.sql.type_api import TypeEngine
 
-__all__ = ["DIALECTS", "MOMENT", "Batch", "ByteLength", "Dialect", "StoreClock", "dialect_named"]
+__all__ = [
+    "DIALECTS",
+    "MOMENT",
+    "After",
+    "Batch",
+    "ByteLength",
+    "Dialect",
+    "HintChannel",
+    "StoreClock",
+    "dialect_named",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +119,28 @@ def _sqlite_byte_length(element: ByteLength, compiler: SQLCompiler, **options: A
     return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
 
 
+class After(FunctionElement[datetime]):
+    """A moment, plus a number of seconds."""
+
+    type = MOMENT
+    inherit_cache = True
+
+    def __init__(self, moment: sa.ColumnElement[datetime], seconds: float) -> None:
+        super().__init__(moment, sa.literal(seconds, sa.Double))
+
+
+@compiles(After, "postgresql")
+def _postgres_after(element: After, compiler: SQLCompiler, **options: Any) -> str:
+    moment, seconds = (compiler.process(part, **options) for part in element.clauses)
+    return f"({moment} + make_interval(secs => {seconds}))"
+
+
+@compiles(After, "sqlite")
+def _sqlite_after(element: After, compiler: SQLCompiler, **options: Any) -> str:
+    moment, seconds = (compiler.process(part, **options) for part in element.clauses)
+    return f"({moment} + CAST(1000.0 * {seconds} AS INTEGER))"
+
+
 # What asyncpg.connect() and SQLAlchemy's dialect for it take from a URL's query. An unknown one would make
 # every attempt to connect fail, and that looks like a database that is down.
 _POSTGRES_OPTIONS: Final = frozenset(
@@ -158,6 +191,55 @@ class Batch(ABC):
         """The statement's parameters for these rows, each with its values in the order of the columns."""
 
 
+class HintChannel:
+    """How clients of a database tell each other at once that something changed: LISTEN and NOTIFY of Postgres.
+
+    All of a database share it, whatever their namespace and schema.
+    """
+
+    _NAME: Final = "mcp_session_change"
+    _MAX_KEYS: Final = 200
+    """Keys that one notification tells of: a payload may have 8000 bytes ("NOTIFY" in the manual)."""
+    ANY: Final = "*"
+    """The payload that stands for more keys than one has room for."""
+
+    send: Final = sa.select(sa.func.pg_notify(_NAME, sa.bindparam("payload", type_=sa.Text)))
+    """Sends a payload."""
+
+    def sent_with(self, change: ReturningUpdate[Any]) -> sa.Select[Any]:
+        """A statement that makes a change, tells of its keys with the commit, and returns what the change returns.
+
+        One notification at most, and none when nothing changed: each takes a lock on the whole server.
+        """
+        changed = change.cte("changed")
+        keys = sa.func.string_agg(sa.cast(changed.c.key, sa.Text), ",")
+        payload = sa.case((sa.func.count() <= self._MAX_KEYS, keys), else_=self.ANY)
+        sent = (
+            sa.select(sa.func.pg_notify(self._NAME, payload).label("sent"))
+            .select_from(changed)
+            .having(sa.func.count() > 0)
+            .cte("sent")
+        )
+        # Joined, because a SELECT in WITH that nobody reads does not run.
+        return sa.select(*changed.c).select_from(changed.join(sent, sa.true()))
+
+    async def subscribe(
+        self, connection: AsyncConnection, *, on_payload: Callable[[str], None], on_loss: Callable[[], None]
+    ) -> None:
+        """Receive what is sent, on a connection that does nothing else, until it is closed.
+
+        Args:
+            connection: To a database of this kind.
+            on_payload: Called with each payload that arrives.
+            on_loss: Called when the connection is lost or closed.
+        """
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver.add_termination_listener(lambda _: on_loss())
+        # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
+        async with driver.transaction():
+            await driver.add_listener(self._NAME, lambda _connection, _pid, _channel, payload: on_payload(payload))
+
+
 class Dialect(ABC):
     """What the rest of the package does not want to know about a kind of database."""
 
@@ -173,6 +255,10 @@ class Dialect(ABC):
     """Whether a statement that runs can be given up, so that its connection and its locks are gone."""
     migrates_when_empty: bool
     """Whether an empty database is migrated on first contact."""
+    begin: str
+    """Begins a transaction that changes something, in which each statement sees what is committed by then."""
+    channel: HintChannel | None
+    """How changes are told to others at once; `None`: they are not."""
 
     @abstractmethod
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -181,6 +267,17 @@ class Dialect(ABC):
     @abstractmethod
     def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
         """Insert what is selected, without the rows whose primary key is there already."""
+
+    @abstractmethod
+    def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
+        """That a column has one of the values that are selected, once and first, so that an index is used."""
+
+    @abstractmethod
+    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+        """Wait for the locks with the numbers of a batch, in its order, and hold them to the end of the transaction.
+
+        `None` where a transaction that was begun with `begin` excludes all others.
+        """
 
     @abstractmethod
     def checked_url(self, url: URL) -> URL:
@@ -295,6 +392,8 @@ class _Postgres(Dialect):
     single_writer = False
     interruptible = True
     migrates_when_empty = False
+    begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
+    channel = HintChannel()
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -303,6 +402,15 @@ class _Postgres(Dialect):
     @override
     def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
         return postgresql.insert(table).from_select(columns, rows).on_conflict_do_nothing()
+
+    @override
+    def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
+        # An array, because a semijoin may read all of the table, or select more than once.
+        return column == sa.any_(sa.func.array(selected.scalar_subquery(), type_=postgresql.ARRAY(column.type)))
+
+    @override
+    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+        return sa.select(sa.func.pg_advisory_xact_lock(numbers.c.number)).select_from(numbers.rows)
 
     @override
     def checked_url(self, url: URL) -> URL:
@@ -329,7 +437,7 @@ class _Postgres(Dialect):
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
         # At a higher level the snapshot would be as old as the wait for the lock.
-        connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED")
+        connection.exec_driver_sql(self.begin)
         connection.exec_driver_sql(_LOCK_MIGRATIONS)
         # IF NOT EXISTS asks for the right to create a schema even where there is nothing to create.
         if schema is not None and not sa.inspect(connection).has_schema(schema):
@@ -424,6 +532,8 @@ class _Sqlite(Dialect):
     # holds the lock on the file, because nobody fetches its rows, until the garbage collector finds it.
     interruptible = False
     migrates_when_empty = True
+    begin = "BEGIN IMMEDIATE"
+    channel = None
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -433,6 +543,14 @@ class _Sqlite(Dialect):
     def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
         # Without a WHERE the parser takes ON CONFLICT for a join condition (sqlite.org/lang_upsert.html, 2.2).
         return sqlite.insert(table).from_select(columns, rows.where(sa.true())).on_conflict_do_nothing()
+
+    @override
+    def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
+        return column.in_(selected)
+
+    @override
+    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+        return None
 
     @override
     def checked_url(self, url: URL) -> URL:
@@ -472,7 +590,7 @@ class _Sqlite(Dialect):
 
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql(self.begin)
 
     @override
     def migration_preamble(self, schema: str | None) -> Sequence[str]:
