@@ -30,6 +30,7 @@ __all__ = [
     "ago",
     "cell",
     "number",
+    "plural",
     "print_json",
     "print_table",
     "progress",
@@ -176,6 +177,11 @@ def ago(moment: datetime | None, now: datetime) -> str:
 def number(count: int) -> str:
     """A number with its thousands apart."""
     return f"{count:,}".replace(",", " ")
+
+
+def plural(word: str, count: int) -> str:
+    """A word as it stands after a number."""
+    return word if count == 1 else f"{word}s"
 
 
 def size(count: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
@@ -16,6 +17,7 @@ from mcp_session_store.cli.output import (
     ago,
     cell,
     number,
+    plural,
     print_json,
     print_table,
     progress,
@@ -138,7 +140,7 @@ def _keys(names: Sequence[str]) -> list[UUID]:
     """The keys of the sessions that are named, in their order and each once."""
     given = [name for name in names if name != "-"]
     if len(given) < len(names):
-        given += click.get_text_stream("stdin").read().split()
+        given += sys.stdin.read().split()
     return list(dict.fromkeys(map(_key, given)))
 
 
@@ -385,24 +387,20 @@ def end(
     if as_json:
         print_json({"dry_run": dry_run, "ended": ended, "not_live": not_live})
     else:
-        click.echo(f"{number(ended)} {_plural('session', ended)} {'would end' if dry_run else 'ended'}")
+        click.echo(f"{number(ended)} {plural('session', ended)} {'would end' if dry_run else 'ended'}")
         for key in not_live:
             click.echo(f"not live: {key}", err=True)
     if not_live:
         raise click.exceptions.Exit(1)
 
 
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
-
-
 def _ask(count: int, place: Place) -> None:
-    if not click.get_text_stream("stdin").isatty():
+    if not sys.stdin.isatty():
         raise click.UsageError(
-            f"{number(count)} {_plural('session', count)} would end, and there is nobody to ask; "
+            f"{number(count)} {plural('session', count)} would end, and there is nobody to ask; "
             "give --yes to end them, or --dry-run"
         )
-    question = f"End {number(count)} live {_plural('session', count)} in namespace {place.namespace}?"
+    question = f"End {number(count)} live {plural('session', count)} in namespace {place.namespace}?"
     click.confirm(question, abort=True, err=True)
 
 
@@ -526,7 +524,7 @@ def _print_statistics(console: Console, statistics: Statistics, preview: SweepRe
     if statistics.mean_params_bytes is not None:
         click.echo(f"initialize params of a live session take {size(statistics.mean_params_bytes)} on average")
     click.echo(
-        f"the next sweep would end {number(preview.expired)} expired {_plural('session', preview.expired)}, "
+        f"the next sweep would end {number(preview.expired)} expired {plural('session', preview.expired)}, "
         f"and remove {number(preview.purged)} that ended long ago"
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from mcp_session_store.cli.output import number, print_json, progress
+from mcp_session_store.cli.output import number, plural, print_json, progress
 from mcp_session_store.cli.settings import json_option, place_options, retention_options, retention_policy, run
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.retention import SweepReport
@@ -79,8 +79,11 @@ def _report(report: SweepReport, *, dry_run: bool, as_json: bool) -> None:
     if as_json:
         print_json({"dry_run": dry_run, "expired": report.expired, "purged": report.purged, "more": report.more})
         return
-    would = "would have " if dry_run else ""
-    click.echo(f"{number(report.expired)} expired {would}ended, {number(report.purged)} ended {would}gone for good")
+    ended, removed = ("would end", "would be removed") if dry_run else ("ended", "were removed")
+    click.echo(
+        f"{number(report.expired)} expired {plural('session', report.expired)} {ended}, "
+        f"{number(report.purged)} that ended long ago {removed} for good"
+    )
     if report.more and not dry_run:
         click.echo("there is more to sweep", err=True)
 

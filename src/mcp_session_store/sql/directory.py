@@ -6,7 +6,7 @@ import base64
 import itertools
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
@@ -19,6 +19,8 @@ from mcp_session_store.records import JournalEntry, Principal
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.dialects import MOMENT, ByteLength, StoreClock
+from mcp_session_store.sql.statements import expiry
+from mcp_session_store.sql.sweeping import Due
 from mcp_session_store.sql.tables import journal_table, sessions_table
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
@@ -329,32 +331,27 @@ class SessionDirectory:
     async def preview(self, policy: RetentionPolicy) -> SweepReport:
         """What a sweep by a policy would do now, all of its steps together. Reads the ranges of the sessions swept."""
         table = self._table
+        due = Due(schema=self._database.schema, namespace=self._namespace, retention=policy)
+        expired = [due.expired]
+        if due.without_expiry is not None:
+            # The sweep gives them an expiry first, which may have passed.
+            given = expiry(policy, created_at=table.c.created_at, last_seen_at=table.c.last_seen_at)
+            passed = given <= StoreClock(-policy.sweep_grace.total_seconds())
+            expired.append(sa.select(table.c.key).where(table.c.key.in_(due.without_expiry.order_by(None)), passed))
+        purged = [] if due.old_tombstones is None else [due.old_tombstones]
 
-        async def read(connection: AsyncConnection, now: datetime) -> SweepReport:
-            mine = table.c.namespace == self._namespace
-            due = now - policy.sweep_grace
-            expired = [
-                sa.and_(mine, table.c.ended_at.is_(None), self._database.dialect.rarely(table.c.expires_at <= due))
-            ]
-            for limit, since in ((policy.idle, table.c.last_seen_at), (policy.absolute, table.c.created_at)):
-                if limit is not None:
-                    # They have no expiry yet, and the sweep gives them one.
-                    expired.append(
-                        sa.and_(mine, table.c.ended_at.is_(None), table.c.expires_at.is_(None), since <= due - limit)
-                    )
-            counts = [await self._count(connection, expired[0])]
-            if expired[1:]:
-                counts.append(await self._count(connection, sa.or_(*expired[1:])))
-            purged = 0
-            if (kept := policy.tombstone_kept) is not None:
-                purged = await self._count(connection, sa.and_(mine, table.c.ended_at <= now - kept))
-            return SweepReport(expired=sum(counts), purged=purged, more=bool(sum(counts) or purged))
+        async def count(connection: AsyncConnection, kind: sa.Select[Any]) -> int:
+            statement = sa.select(sa.func.count()).select_from(kind.order_by(None).subquery())
+            return (await connection.execute(statement)).scalar_one()
+
+        async def read(connection: AsyncConnection, now: datetime) -> SweepReport:  # noqa: ARG001
+            report = SweepReport(
+                expired=sum([await count(connection, kind) for kind in expired]),
+                purged=sum([await count(connection, kind) for kind in purged]),
+            )
+            return replace(report, more=report != SweepReport())
 
         return await self._read(read)
-
-    async def _count(self, connection: AsyncConnection, condition: sa.ColumnElement[bool]) -> int:
-        statement = sa.select(sa.func.count()).select_from(self._table).where(condition)
-        return (await connection.execute(statement)).scalar_one()
 
     async def _most(
         self, connection: AsyncConnection, column: sa.Column[str], live: sa.ColumnElement[bool], top: int
