@@ -88,13 +88,15 @@ _IMPORTED_WHEN_USED: Final = {
 """Where the names are that need the SDK or SQLAlchemy, which take long to import: most commands need no SDK."""
 
 
-def __getattr__(name: str) -> Any:
-    if (module := _IMPORTED_WHEN_USED.get(name)) is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    globals()[name] = value
-    return value
+# Type checkers know the names from above, and no others.
+if not TYPE_CHECKING:
 
+    def __getattr__(name: str) -> Any:
+        if (module := _IMPORTED_WHEN_USED.get(name)) is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        globals()[name] = value
+        return value
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
