@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
+import time
 from abc import ABC, abstractmethod
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,7 +25,8 @@ from typing_extensions import override
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     import asyncpg
     from sqlalchemy.engine import URL
@@ -34,7 +37,17 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.dml import ReturningUpdate
     from sqlalchemy.sql.type_api import TypeEngine
 
-__all__ = ["DIALECTS", "MOMENT", "After", "Batch", "Dialect", "HintChannel", "StoreClock", "dialect_named"]
+__all__ = [
+    "DIALECTS",
+    "MOMENT",
+    "After",
+    "Batch",
+    "ByteLength",
+    "Dialect",
+    "HintChannel",
+    "StoreClock",
+    "dialect_named",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +100,24 @@ def _sqlite_clock(element: StoreClock, compiler: SQLCompiler, **options: Any) ->
     if element.clauses.clauses:
         clock = f"{clock} + 1000.0 * {compiler.process(element.clauses, **options)}"
     return f"CAST({clock} AS INTEGER)"
+
+
+class ByteLength(FunctionElement[int]):
+    """How many bytes a text takes, encoded and not compressed."""
+
+    type = sa.BigInteger()
+    inherit_cache = True
+
+
+@compiles(ByteLength, "postgresql")
+def _postgres_byte_length(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
+    return f"octet_length({compiler.process(element.clauses, **options)})"
+
+
+@compiles(ByteLength, "sqlite")
+def _sqlite_byte_length(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
+    # octet_length() needs SQLite 3.43.
+    return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
 
 
 class After(FunctionElement[datetime]):
@@ -312,6 +343,25 @@ class Dialect(ABC):
     async def prepare(self, connection: AsyncConnection) -> None:
         """Set, on first contact with an engine of ours, what belongs to the database as a whole."""
 
+    @abstractmethod
+    def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AbstractAsyncContextManager[None]:
+        """A transaction that only reads, of what was committed when it began, on a connection in autocommit.
+
+        When it fails, the connection is of no use any more.
+
+        Args:
+            connection: Where it begins.
+            timeout: Seconds after which the database gives up a statement in it.
+        """
+
+    @abstractmethod
+    def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
+        """How many bytes tables take: their rows, and their indexes where these can be told apart."""
+
+    @abstractmethod
+    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        """A condition that few rows fulfil, so that an index for it is the one to take."""
+
 
 class _ArrayBatch(Batch):
     """One array for each column, unnested side by side."""
@@ -356,6 +406,11 @@ _ARRAYS: Final = "SELECT $1::uuid[], $2::text[], $3::float8[], $4::int4[], $5::i
 
 # Held to the end of the transaction, whichever way it ends. The number is ours by nothing but being odd.
 _LOCK_MIGRATIONS: Final = "SELECT pg_advisory_xact_lock(7307198256364015989)"
+
+
+def _quoted(table: sa.Table) -> str:
+    names = (table.name,) if table.schema is None else (table.schema, table.name)
+    return ".".join('"' + name.replace('"', '""') + '"' for name in names)
 
 
 class _Postgres(Dialect):
@@ -454,6 +509,29 @@ class _Postgres(Dialect):
     @override
     async def prepare(self, connection: AsyncConnection) -> None:
         return
+
+    @override
+    @contextlib.asynccontextmanager
+    async def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AsyncIterator[None]:
+        await connection.exec_driver_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        # The driver's own timeout abandons a statement, and the server would go on with it.
+        await connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, int(timeout * 1000))}")
+        yield
+        await connection.exec_driver_sql("COMMIT")
+
+    @override
+    def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
+        # The text is cast: the driver would send a number for a regclass.
+        names = [sa.cast(sa.literal(_quoted(table), sa.Text), postgresql.REGCLASS) for table in tables]
+        each = sa.union_all(
+            *(sa.select(sa.func.pg_table_size(n), sa.func.pg_indexes_size(n)) for n in names)
+        ).subquery()
+        rows, indexes = each.c
+        return sa.select(sa.func.sum(rows).cast(sa.BigInteger), sa.func.sum(indexes).cast(sa.BigInteger))
+
+    @override
+    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        return condition  # its statistics tell
 
 
 class _JsonBatch(Batch):
@@ -589,7 +667,33 @@ class _Sqlite(Dialect):
                 )
             return
 
+    @override
+    @contextlib.asynccontextmanager
+    async def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AsyncIterator[None]:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        deadline = time.monotonic() + timeout
+        # A statement runs in a thread and cannot be given up from outside; it asks now and then.
+        await driver.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS_BETWEEN_QUESTIONS)
+        await connection.exec_driver_sql("BEGIN")
+        yield
+        await connection.exec_driver_sql("COMMIT")
+        await driver.set_progress_handler(None, 0)
 
+    @override
+    def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
+        pages = sa.func.pragma_page_count().table_valued(sa.column("page_count", sa.BigInteger))
+        size = sa.func.pragma_page_size().table_valued(sa.column("page_size", sa.BigInteger))
+        return sa.select(pages.c.page_count * size.c.page_size, sa.null()).select_from(pages.join(size, sa.true()))
+
+    @override
+    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        # Its statistics tell only how many rows a value has on average, and NULL is a value to them. Not a Boolean:
+        # SQLAlchemy would write `= 1` after it, and then there is no range left to see.
+        hinted: sa.ColumnElement[Any] = sa.func.likelihood(condition, sa.literal_column("0.000001"), type_=sa.Integer)
+        return hinted
+
+
+_STEPS_BETWEEN_QUESTIONS: Final = 10_000
 _SQLITE_BUSY: Final = frozenset({5, 6})  # SQLITE_BUSY and SQLITE_LOCKED, without their extended bits
 
 DIALECTS: Final[Mapping[str, Dialect]] = {dialect.name: dialect for dialect in (_Postgres(), _Sqlite())}
