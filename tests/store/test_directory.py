@@ -373,7 +373,7 @@ async def _plan(directory: SessionDirectory, which: SessionFilter, *, page: int)
     """How the database reads a page of a list."""
     first = await directory.page(which, limit=3)
     position = None if page == 1 else _decode(first.next or "", which.state)
-    statement = directory.page_statement(which, first.as_of, limit=21, after=position)
+    statement = directory._page_statement(which, first.as_of, limit=21, after=position)
     async with directory._database.engine.connect() as connection:
         word = "EXPLAIN" if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
         return "\n".join(str(row[-1]) for row in await connection.execute(_Explain(word, statement)))
