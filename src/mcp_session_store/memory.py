@@ -154,6 +154,7 @@ class MemorySessionStore(SessionStore):
         live.sort(key=lambda row: (row.record.last_seen_at, row.record.created_at))
         for row in live[: len(live) - policy.per_principal + 1]:
             self._end(row, EndReason.LIMIT)
+            self._changed(row)
 
     async def load(self, key: UUID) -> SessionRecord | None:
         row = self._live(key)
@@ -237,6 +238,7 @@ class MemorySessionStore(SessionStore):
         if row is None:
             return False
         self._end(row, reason)
+        self._changed(row)
         return True
 
     def _end(self, row: _Row, reason: EndReason) -> None:
@@ -244,8 +246,6 @@ class MemorySessionStore(SessionStore):
         row.ended_at = self._now()
         row.record = replace(row.record, initialize_params="")
         row.journal.clear()
-        if reason is not EndReason.EXPIRED:
-            self._changed(row)
 
     async def changes(self, since: datetime | None) -> Changes:
         changes = [

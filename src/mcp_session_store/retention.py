@@ -85,6 +85,10 @@ class RetentionPolicy(BaseModel):
     A session keeps the expiry that its last activity gave it, so that a policy that is changed applies to a
     session from its next activity on.
 
+    Limits on how many there may be are exact, and have a price: sessions of one principal, and those without
+    one, are then opened one transaction after the other, on all instances, and each counts along an index what is
+    there. Up to a thousand that is a matter of milliseconds.
+
     Raises:
         pydantic.ValidationError: A value that makes no sense, by its name.
     """

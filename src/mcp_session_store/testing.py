@@ -589,7 +589,7 @@ class SessionStoreConformance:
         await store.end(created.key, reason=EndReason.CLIENT)
         assert (await store.changes(None)).changes == []
 
-    @pytest.mark.parametrize("reason", [EndReason.CLIENT, EndReason.OPERATOR, EndReason.LIMIT])
+    @pytest.mark.parametrize("reason", EndReason)
     async def test_the_end_of_a_session_is_a_change(self, make_store: MakeStore, reason: EndReason) -> None:
         here, there = make_store("default"), make_store("default")
         created = await there.create(new_session())

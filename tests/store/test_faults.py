@@ -9,6 +9,7 @@ import sys
 import traceback
 import uuid
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -421,6 +422,27 @@ async def test_no_payload_is_in_the_error_for_a_value_that_the_database_refuses(
         with pytest.raises(SessionStoreError, match="does not take a value") as failure:
             await store.create(new_session(initialize_params=SECRET + character))
         assert SECRET not in "".join(traceback.format_exception(failure.value))
+
+
+@pytest.mark.parametrize("character", ["\0", "\ud800"], ids=["NUL", "surrogate"])
+async def test_a_value_that_the_database_refuses_undoes_all_of_a_transaction_and_nothing_else(
+    postgres_url: str, character: str
+) -> None:
+    async with sql_store(postgres_url, retention=RetentionPolicy(per_principal=5)) as store:
+        session = new_session()
+        await store.create(session)
+        with pytest.raises(SessionStoreError, match="does not take a value"):
+            await store.write_journal(session.key, method="m", subject=f"s{character}", params="{}")
+        record = await store.load(session.key)
+        assert record is not None
+        assert record.revision == 0
+        assert await store.write_journal(session.key, method="m", subject="s", params="{}") == 1
+        texts = ["{}", character, "{}"]
+        outcomes = await asyncio.gather(
+            *(store.create(new_session(initialize_params=text)) for text in texts), return_exceptions=True
+        )
+        assert [isinstance(outcome, SessionStoreError) for outcome in outcomes] == [False, True, False]
+        assert await store.load(session.key) == replace(record, revision=1)
 
 
 async def test_no_password_is_in_an_error() -> None:

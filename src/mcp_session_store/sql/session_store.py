@@ -78,7 +78,8 @@ class SqlSessionStore(SessionStore):
     the store is made, or later, makes calls fail with `StoreUnavailable` until it is back.
 
     Calls of one kind that are made at once share a statement. A store uses at most one connection for
-    each kind, and on SQLite one at a time for all that write.
+    each kind, and on SQLite one at a time for all that write. On Postgres `listen` takes one more, which
+    does not count in the pool; behind PgBouncer in transaction mode no hints arrive, and it waits without one.
 
     Args:
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
