@@ -15,12 +15,12 @@ from mcp_session_store import memory as memory_module
 from mcp_session_store.adapter.journal import MAX_PARAMS, MAX_SUBJECT, Journal, JournaledMethod
 from tests.adapter.asgi import until
 from tests.adapter.instances import Notes, instance, wait_for
-from tests.adapter.stores import FaultyStore
 from tests.support.http import INITIALIZE_PARAMS
 
 if TYPE_CHECKING:
     from tests.adapter.asgi import Client
     from tests.adapter.instances import Instance, RequestContext
+    from tests.adapter.stores import FaultyStore
 
 pytestmark = pytest.mark.anyio
 
