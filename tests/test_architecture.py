@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -155,6 +156,28 @@ def test_fastmcp_is_never_imported_at_import_time() -> None:
 def test_importing_the_package_imports_no_fastmcp() -> None:
     code = f"import sys, {PACKAGE}, {PACKAGE}.cli; sys.exit('fastmcp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["stats"], ["show", "x"], ["end", "x"]])
+def test_a_command_that_looks_at_sessions_imports_no_sdk(arguments: list[str], tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'sessions.db'}"
+    code = (
+        f"import sys; from {PACKAGE}.cli import main\n"
+        f"main(['upgrade', '--url', {url!r}], standalone_mode=False)\n"
+        f"try: main(['sessions', *{arguments!r}, '--url', {url!r}], standalone_mode=False)\n"
+        "except Exception as error: print(error)\n"
+        "sys.exit(bool({'mcp', 'mcp_types', 'starlette', 'uvicorn'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_public_name_is_there_when_it_is_asked_for() -> None:
+    package = importlib.import_module(PACKAGE)
+    assert [name for name in package.__all__ if not hasattr(package, name)] == []
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = package.no_such_name
 
 
 def test_private_modules_and_names_of_the_sdk_are_imported_in_one_module_only() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -14,5 +16,6 @@ def test_the_test_command_of_the_readme_is_the_one_that_the_checks_run() -> None
     assert commands[0] in [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
 
 
-def test_the_checks_can_be_run() -> None:
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+@pytest.mark.parametrize("name", ["run", "interop"])
+def test_the_checks_can_be_run(name: str) -> None:
+    assert os.access(ROOT / ".ci" / name, os.X_OK)

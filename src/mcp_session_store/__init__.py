@@ -1,8 +1,8 @@
 """Durable, SQL-backed sessions for MCP servers on the official Python SDK."""
 
-from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
-from mcp_session_store.adapter.marker import get_restore_marker
-from mcp_session_store.app import durable_app
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
 from mcp_session_store.errors import (
     ConfigurationError,
     JournalFull,
@@ -30,8 +30,13 @@ from mcp_session_store.records import (
     session_key,
 )
 from mcp_session_store.retention import RetentionPolicy, SweepReport
-from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.store import SessionStore
+
+if TYPE_CHECKING:
+    from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
+    from mcp_session_store.adapter.marker import get_restore_marker
+    from mcp_session_store.app import durable_app
+    from mcp_session_store.sql import SqlSessionStore
 
 __all__ = [
     # Serve a server durably
@@ -71,3 +76,27 @@ __all__ = [
     "SessionLimitReached",
     "StoreUnavailable",
 ]
+
+_IMPORTED_WHEN_USED: Final = {
+    "DurableSessionManager": "adapter.manager",
+    "EndHook": "adapter.manager",
+    "RestoreHook": "adapter.manager",
+    "get_restore_marker": "adapter.marker",
+    "durable_app": "app",
+    "SqlSessionStore": "sql",
+}
+"""Where the names are that need the SDK or SQLAlchemy, which take long to import: most commands need no SDK."""
+
+
+# Type checkers know the names from above, and no others.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if (module := _IMPORTED_WHEN_USED.get(name)) is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -15,7 +15,15 @@ from mcp_session_store.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ENVIRONMENT_PREFIX", "MIN_TOMBSTONE", "NEW_SESSION_LIFETIME", "RetentionPolicy", "SweepReport"]
+__all__ = [
+    "ENVIRONMENT_PREFIX",
+    "MIN_TOMBSTONE",
+    "NEW_SESSION_LIFETIME",
+    "RetentionPolicy",
+    "SweepReport",
+    "duration",
+    "explain",
+]
 
 NEW_SESSION_LIFETIME: Final = timedelta(minutes=10)
 """How long a new record lives at most unless a first activity, or a claim, follows.
@@ -38,14 +46,21 @@ _DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
 _NO_LIMIT: Final = "none"
 
 
-def _duration(value: object) -> object:
-    """A duration, from a text such as `24h` too."""
+def duration(value: object) -> object:
+    """A `timedelta`, from a text such as `24h` too; `None` for none.
+
+    Raises:
+        ValueError: It is none, or too long.
+    """
     if isinstance(value, str):
         if value.strip().lower() == _NO_LIMIT:
             return None
         if (match := _DURATION.fullmatch(value)) is None:
             raise ValueError(f"{value!r} is no duration; write a number with a unit, as in 90s, 30m, 24h, 7d, or none")
-        return timedelta(**{_UNITS[match[2]]: float(match[1])})
+        try:
+            return timedelta(**{_UNITS[match[2]]: float(match[1])})
+        except OverflowError:
+            raise ValueError(f"{value!r} is too long") from None
     # A bare number has no unit, and pydantic would take seconds for granted.
     if value is not None and not isinstance(value, timedelta):
         raise ValueError(f"{value!r} is no timedelta; give timedelta(hours=24), a text such as '24h', or None")
@@ -75,11 +90,11 @@ class RetentionPolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    idle: Annotated[_Lifetime | None, BeforeValidator(_duration)] = timedelta(hours=24)
+    idle: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(hours=24)
     """How long a session lives after its last activity."""
-    absolute: Annotated[_Lifetime | None, BeforeValidator(_duration)] = None
+    absolute: Annotated[_Lifetime | None, BeforeValidator(duration)] = None
     """How long a session lives after it was opened, active or not."""
-    tombstone: Annotated[_Kept | None, BeforeValidator(_duration)] = timedelta(hours=24)
+    tombstone: Annotated[_Kept | None, BeforeValidator(duration)] = timedelta(hours=24)
     """How long a session that has ended is kept, so that it is told apart from an unknown one. At least
     `MIN_TOMBSTONE`, within which all instances learn of the end."""
     per_principal: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_count)] = None

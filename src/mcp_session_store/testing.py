@@ -13,6 +13,9 @@ class TestMyStore(SessionStoreConformance):
 
     async def expire(self, store, key):
         await store.set_expiry_to_one_second_ago(key)
+
+    async def age_tombstone(self, store, key):
+        await store.set_end_to_two_days_ago(key)
 ```
 
 Write `pytest.register_assert_rewrite("mcp_session_store.testing")` into your `conftest.py`, before the import: a
@@ -23,6 +26,7 @@ which this package depends on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import Callable
@@ -31,12 +35,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mcp_session_store.errors import SessionConflict
-from mcp_session_store.records import Activity, EndReason, NewSession, Principal
-from mcp_session_store.retention import NEW_SESSION_LIFETIME
-from mcp_session_store.store import SessionStore
+from mcp_session_store.errors import JournalFull, SessionConflict, SessionLimitReached
+from mcp_session_store.records import Activity, Change, EndReason, JournalEntry, NewSession, Principal, SessionRecord
+from mcp_session_store.retention import NEW_SESSION_LIFETIME, RetentionPolicy, SweepReport
+from mcp_session_store.store import MAX_JOURNAL_ENTRIES, SessionStore
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from uuid import UUID
 
 __all__ = ["MakeStore", "SessionStoreConformance", "new_session"]
@@ -59,9 +64,50 @@ def new_session(**changes: Any) -> NewSession:
     return NewSession(**(fields | changes))
 
 
+_UNLIMITED = RetentionPolicy(idle=None, absolute=None)
+_SHORT = RetentionPolicy(idle=timedelta(milliseconds=40))
+"""With a grace so short that a sweep takes at once what `expire` made."""
+
+POLICIES = [
+    RetentionPolicy(idle=timedelta(hours=1)),
+    RetentionPolicy(idle=timedelta(hours=2), absolute=timedelta(hours=1)),
+    RetentionPolicy(idle=timedelta(hours=1), absolute=timedelta(hours=2)),
+    RetentionPolicy(idle=None, absolute=timedelta(hours=1)),
+    _UNLIMITED,
+]
+
+
+def _with_policy(make_store: MakeStore, policy: RetentionPolicy, *, namespace: str = "default") -> SessionStore:
+    store = make_store(namespace)
+    store.retention = policy
+    return store
+
+
+def _assert_expires_by(policy: RetentionPolicy, record: SessionRecord) -> None:
+    expected = policy.expiry(created_at=record.created_at, last_seen_at=record.last_seen_at)
+    if expected is None or record.expires_at is None:
+        assert record.expires_at == expected
+    else:
+        assert abs(record.expires_at - expected) < timedelta(seconds=1)
+
+
+async def _swept(store: SessionStore, *, limit: int = 500) -> SweepReport:
+    """Sweep for as long as there is more."""
+    report = SweepReport(more=True)
+    for _ in range(100):
+        if not report.more:
+            return report
+        report += await store.sweep(limit=limit)
+    raise AssertionError("a sweep has no end")
+
+
+def _ordered(changes: Sequence[Change]) -> list[Change]:
+    return sorted(changes, key=lambda change: change.key)
+
+
 @pytest.mark.anyio
 class SessionStoreConformance:
-    """What every `SessionStore` does. Subclass it, and give the fixture `make_store` and the method `expire`."""
+    """What every `SessionStore` does. Subclass it, and give the fixture `make_store` and the two methods."""
 
     @pytest.fixture
     def anyio_backend(self) -> str:
@@ -80,6 +126,17 @@ class SessionStoreConformance:
     async def expire(self, store: SessionStore, key: UUID) -> None:
         """Make a session of the store have expired one second ago."""
         raise NotImplementedError("override the method expire")
+
+    async def age_tombstone(self, store: SessionStore, key: UUID) -> None:
+        """Make a session of the store that has ended have done so two days ago."""
+        raise NotImplementedError("override the method age_tombstone")
+
+    async def _ended_two_days_ago(self, store: SessionStore, **changes: Any) -> NewSession:
+        session = new_session(**changes)
+        await store.create(session)
+        assert await store.end(session.key, reason=EndReason.CLIENT)
+        await self.age_tombstone(store, session.key)
+        return session
 
     # Create and load
 
@@ -119,6 +176,12 @@ class SessionStoreConformance:
         slack = timedelta(seconds=1)
         assert abs(created.expires_at - created.created_at - NEW_SESSION_LIFETIME) < slack
         assert abs(created.last_seen_at - created.created_at) < slack
+
+    async def test_a_new_session_lives_no_longer_than_the_policy_allows(self, make_store: MakeStore) -> None:
+        for policy in (RetentionPolicy(idle=timedelta(minutes=2)), RetentionPolicy(absolute=timedelta(minutes=2))):
+            created = await _with_policy(make_store, policy).create(new_session())
+            assert created.expires_at is not None
+            assert abs(created.expires_at - created.created_at - timedelta(minutes=2)) < timedelta(seconds=1)
 
     @pytest.mark.parametrize(
         "text",
@@ -251,11 +314,15 @@ class SessionStoreConformance:
         assert claimed.created_at == created.created_at
         assert await store.load(created.key) == claimed
 
-    async def test_a_claimed_session_expires_no_more(self, store: SessionStore) -> None:
+    @pytest.mark.parametrize("policy", POLICIES, ids=str)
+    async def test_a_claimed_session_expires_as_the_policy_says(
+        self, make_store: MakeStore, policy: RetentionPolicy
+    ) -> None:
+        store = _with_policy(make_store, policy)
         created = await store.create(new_session())
         claimed = await store.claim(created.key, instance="instance-b", restores=0)
         assert claimed is not None
-        assert claimed.expires_at is None
+        _assert_expires_by(policy, claimed)
 
     async def test_a_claim_that_is_repeated_counts_once(self, store: SessionStore) -> None:
         created = await store.create(new_session())
@@ -327,14 +394,36 @@ class SessionStoreConformance:
 
     # Touch
 
-    async def test_activity_makes_a_session_expire_no_more(self, store: SessionStore) -> None:
+    @pytest.mark.parametrize("policy", POLICIES, ids=str)
+    async def test_after_activity_a_session_expires_as_the_policy_says(
+        self, make_store: MakeStore, policy: RetentionPolicy
+    ) -> None:
+        store = _with_policy(make_store, policy)
         created = await store.create(new_session())
         assert await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)]) == set()
         record = await store.load(created.key)
         assert record is not None
-        assert record.expires_at is None
+        _assert_expires_by(policy, record)
         assert record.last_seen_at >= created.last_seen_at
         assert record.created_at == created.created_at
+
+    async def test_a_report_that_comes_later_than_the_idle_time_extends_nothing_to_now(
+        self, make_store: MakeStore
+    ) -> None:
+        store = _with_policy(make_store, RetentionPolicy(idle=timedelta(milliseconds=40)))
+        unlimited = _with_policy(make_store, _UNLIMITED)
+        created = await unlimited.create(new_session())
+        await asyncio.sleep(0.05)
+        assert await store.touch([Activity(key=created.key, first_age=0.05, last_age=0.05)]) == {created.key}
+        assert await store.load(created.key) is None
+
+    async def test_no_activity_extends_a_session_beyond_its_absolute_lifetime(self, make_store: MakeStore) -> None:
+        unlimited = _with_policy(make_store, _UNLIMITED)
+        store = _with_policy(make_store, RetentionPolicy(idle=None, absolute=timedelta(milliseconds=20)))
+        created = await unlimited.create(new_session())
+        await asyncio.sleep(0.03)
+        assert await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)]) == {created.key}
+        assert await store.load(created.key) is None
 
     async def test_activity_before_the_expiry_counts_when_it_is_reported_after(self, store: SessionStore) -> None:
         created = await store.create(new_session())
@@ -388,7 +477,406 @@ class SessionStoreConformance:
         for key in live:
             record = await store.load(key)
             assert record is not None
-            assert record.expires_at is None
+            _assert_expires_by(store.retention, record)
+
+    # Sweep
+
+    async def test_a_sweep_ends_what_has_expired_and_nothing_else(self, make_store: MakeStore) -> None:
+        store = make_store("default")
+        live, expired = await store.create(new_session()), await store.create(new_session())
+        await self.expire(store, expired.key)
+        store.retention = _SHORT
+        assert await _swept(store) == SweepReport(expired=1)
+        assert await _swept(store) == SweepReport()
+        assert await store.load(live.key) == live
+        assert await store.load(expired.key) is None
+
+    async def test_what_a_sweep_ended_never_lives_again(self, make_store: MakeStore) -> None:
+        store = make_store("default")
+        session = new_session()
+        await store.create(session)
+        await self.expire(store, session.key)
+        store.retention = _SHORT
+        await _swept(store)
+        # Activity from before the expiry would have extended it until the sweep.
+        assert await store.touch([Activity(key=session.key, first_age=60.0, last_age=0.0)]) == {session.key}
+        assert await store.claim(session.key, instance="instance-b", restores=0) is None
+        with pytest.raises(SessionConflict):
+            await store.create(session)
+        assert await store.load(session.key) is None
+
+    async def test_a_sweep_leaves_alone_what_expired_a_moment_ago(self, make_store: MakeStore) -> None:
+        store = _with_policy(make_store, RetentionPolicy(idle=timedelta(hours=1)))
+        created = await store.create(new_session())
+        await self.expire(store, created.key)
+        assert await _swept(store) == SweepReport()
+        assert await store.touch([Activity(key=created.key, first_age=60.0, last_age=0.0)]) == set()
+        assert await store.load(created.key) is not None
+
+    async def test_a_sweep_removes_old_tombstones_for_good(self, make_store: MakeStore) -> None:
+        store = make_store("default")
+        old = await self._ended_two_days_ago(store)
+        recent = new_session()
+        await store.create(recent)
+        await store.end(recent.key, reason=EndReason.CLIENT)
+        assert await _swept(store) == SweepReport(purged=1)
+        with pytest.raises(SessionConflict):
+            await store.create(recent)
+        assert (await store.create(old)).key == old.key
+
+    async def test_tombstones_are_kept_for_ever_when_the_policy_says_so(self, make_store: MakeStore) -> None:
+        store = _with_policy(make_store, RetentionPolicy(tombstone=None))
+        old = await self._ended_two_days_ago(store)
+        assert await _swept(store) == SweepReport()
+        with pytest.raises(SessionConflict):
+            await store.create(old)
+
+    async def test_even_without_tombstones_an_end_is_kept_until_all_have_learned_of_it(
+        self, make_store: MakeStore
+    ) -> None:
+        store = _with_policy(make_store, RetentionPolicy(tombstone=timedelta(0)))
+        created = await store.create(new_session())
+        since = (await store.changes(None)).until
+        await store.end(created.key, reason=EndReason.CLIENT)
+        assert await _swept(store) == SweepReport()
+        assert [change.key for change in (await store.changes(since)).changes] == [created.key]
+
+    async def test_a_sweep_gives_sessions_without_an_expiry_the_one_that_they_would_have(
+        self, make_store: MakeStore
+    ) -> None:
+        unlimited = _with_policy(make_store, _UNLIMITED)
+        created = [await unlimited.create(new_session()) for _ in range(3)]
+        await unlimited.touch([Activity(key=record.key, first_age=0.0, last_age=0.0) for record in created])
+        before = [await unlimited.load(record.key) for record in created]
+        assert [record and record.expires_at for record in before] == [None] * 3
+        policy = RetentionPolicy(idle=timedelta(hours=2), absolute=timedelta(hours=1))
+        store = _with_policy(make_store, policy)
+        assert await _swept(store, limit=2) == SweepReport()
+        for record in created:
+            loaded = await store.load(record.key)
+            assert loaded is not None
+            _assert_expires_by(policy, loaded)
+
+    async def test_a_step_of_a_sweep_takes_no_more_than_its_limit(self, make_store: MakeStore) -> None:
+        store = make_store("default")
+        for _ in range(5):
+            await self.expire(store, (await store.create(new_session())).key)
+            await self._ended_two_days_ago(store)
+        store.retention = _SHORT
+        assert await store.sweep(limit=3) == SweepReport(expired=3, purged=3, more=True)
+        assert await store.sweep(limit=3) == SweepReport(expired=2, purged=2)
+
+    async def test_several_who_sweep_at_once_handle_each_session_once(self, make_store: MakeStore) -> None:
+        stores = [make_store("default") for _ in range(3)]
+        for _ in range(20):
+            await self.expire(stores[0], (await stores[0].create(new_session())).key)
+            await self._ended_two_days_ago(stores[0])
+        reports: list[SweepReport] = []
+        for store in stores:
+            store.retention = _SHORT
+        for _ in range(100):
+            round_of_all = await asyncio.gather(*(store.sweep(limit=4) for store in stores))
+            reports += round_of_all
+            if round_of_all == [SweepReport()] * 3:
+                break
+        assert sum(report.expired for report in reports) == 20
+        assert sum(report.purged for report in reports) == 20
+
+    # Changes
+
+    async def test_changes_begin_with_the_moment_to_go_on_from(self, store: SessionStore) -> None:
+        created = await store.create(new_session())
+        await store.end(created.key, reason=EndReason.CLIENT)
+        assert (await store.changes(None)).changes == []
+
+    @pytest.mark.parametrize("reason", [EndReason.CLIENT, EndReason.OPERATOR, EndReason.LIMIT])
+    async def test_the_end_of_a_session_is_a_change(self, make_store: MakeStore, reason: EndReason) -> None:
+        here, there = make_store("default"), make_store("default")
+        created = await there.create(new_session())
+        since = (await here.changes(None)).until
+        await there.end(created.key, reason=reason)
+        changes = await here.changes(since)
+        assert changes.changes == [Change(key=created.key, revision=0, ended=reason)]
+        assert changes.until >= since
+
+    async def test_a_new_revision_is_a_change(self, store: SessionStore) -> None:
+        replaced, journaled = await store.create(new_session()), await store.create(new_session())
+        since = (await store.changes(None)).until
+        await store.replace_initialize(
+            replaced.key, initialize_params="{}", protocol_version="2025-11-25", client_name="", client_version=""
+        )
+        for _ in range(2):
+            await store.write_journal(journaled.key, method="m", subject="", params="{}")
+        assert _ordered((await store.changes(since)).changes) == _ordered(
+            [Change(key=replaced.key, revision=1, ended=None), Change(key=journaled.key, revision=2, ended=None)]
+        )
+
+    async def test_what_copies_need_not_learn_is_no_change(self, make_store: MakeStore) -> None:
+        store = make_store("default")
+        since = (await store.changes(None)).until
+        used, expired = await store.create(new_session()), await store.create(new_session())
+        await store.claim(used.key, instance="instance-b", restores=0)
+        await store.touch([Activity(key=used.key, first_age=0.0, last_age=0.0)])
+        await self.expire(store, expired.key)
+        await store.end(expired.key, reason=EndReason.CLIENT)
+        store.retention = _SHORT
+        assert (await _swept(store)).expired == 1
+        assert (await store.changes(since)).changes == []
+
+    async def test_no_change_is_missing_however_often_it_is_asked(self, make_store: MakeStore) -> None:
+        here, there = make_store("default"), make_store("default")
+        sessions = [await there.create(new_session()) for _ in range(40)]
+        told: set[UUID] = set()
+        since = (await here.changes(None)).until
+
+        async def end_all() -> None:
+            for session in sessions:
+                await there.end(session.key, reason=EndReason.CLIENT)
+
+        ending = asyncio.ensure_future(end_all())
+        done = False
+        while not done:
+            done = ending.done()
+            await asyncio.sleep(0)
+            changes = await here.changes(since)
+            since = changes.until
+            told |= {change.key for change in changes.changes}
+        await ending
+        assert told == {session.key for session in sessions}
+
+    # Hints
+
+    async def test_who_waits_for_hints_may_be_cancelled(self, store: SessionStore) -> None:
+        hints: list[object] = []
+        created = await store.create(new_session())
+        for _ in range(3):
+            listening = asyncio.ensure_future(store.listen(hints.append))
+            await asyncio.sleep(0.01)
+            assert not listening.done()
+            listening.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await listening
+            assert listening.cancelled()
+        assert await store.end(created.key, reason=EndReason.CLIENT)
+
+    # The journal
+
+    async def test_a_new_session_has_no_journal(self, store: SessionStore) -> None:
+        created = await store.create(new_session())
+        assert await store.read_journal(created.key) == []
+        assert await store.read_journal(uuid.uuid4()) == []
+
+    async def test_the_journal_is_read_in_the_order_in_which_it_was_last_set(self, store: SessionStore) -> None:
+        key = (await store.create(new_session())).key
+        other = (await store.create(new_session())).key
+        writes = [("level", "", "1"), ("subscribe", "a", "2"), ("subscribe", "b", "3"), ("level", "", "4")]
+        for revision, (method, subject, params) in enumerate(writes, start=1):
+            assert await store.write_journal(key, method=method, subject=subject, params=params) == revision
+        await store.write_journal(other, method="level", subject="", params="5")
+        assert await store.read_journal(key) == [
+            JournalEntry(method="subscribe", subject="a", params="2"),
+            JournalEntry(method="subscribe", subject="b", params="3"),
+            JournalEntry(method="level", subject="", params="4"),
+        ]
+        record = await store.load(key)
+        assert record is not None
+        assert record.revision == 4
+
+    async def test_an_entry_is_removed_from_the_journal(self, store: SessionStore) -> None:
+        key = (await store.create(new_session())).key
+        await store.write_journal(key, method="subscribe", subject="a", params="{}")
+        await store.write_journal(key, method="subscribe", subject="b", params="{}")
+        assert await store.write_journal(key, method="subscribe", subject="a", params=None) == 3
+        assert await store.write_journal(key, method="subscribe", subject="never there", params=None) == 4
+        assert await store.read_journal(key) == [JournalEntry(method="subscribe", subject="b", params="{}")]
+
+    async def test_journaled_params_come_back_to_the_letter(self, store: SessionStore) -> None:
+        key = (await store.create(new_session())).key
+        params = json.dumps({"uri": "file:///名前 🦀", "x": "\0"}, ensure_ascii=False) + " "
+        await store.write_journal(key, method="m", subject="file:///名前 🦀", params=params)
+        assert await store.read_journal(key) == [JournalEntry(method="m", subject="file:///名前 🦀", params=params)]
+
+    async def test_a_session_that_is_not_live_has_no_journal(self, store: SessionStore) -> None:
+        ended, expired = await store.create(new_session()), await store.create(new_session())
+        for key in (ended.key, expired.key):
+            await store.write_journal(key, method="m", subject="", params="{}")
+        await store.end(ended.key, reason=EndReason.CLIENT)
+        await self.expire(store, expired.key)
+        for key in (ended.key, expired.key, uuid.uuid4()):
+            assert await store.read_journal(key) == []
+            assert await store.write_journal(key, method="m", subject="", params="{}") is None
+
+    async def test_a_journal_goes_with_its_session(self, store: SessionStore) -> None:
+        session = new_session()
+        await store.create(session)
+        await store.write_journal(session.key, method="m", subject="", params="{}")
+        await store.end(session.key, reason=EndReason.CLIENT)
+        await self.age_tombstone(store, session.key)
+        assert (await _swept(store)).purged == 1
+        await store.create(session)
+        assert await store.read_journal(session.key) == []
+
+    async def test_several_who_write_a_journal_at_once_each_raise_the_revision(self, make_store: MakeStore) -> None:
+        stores = [make_store("default") for _ in range(2)]
+        key = (await stores[0].create(new_session())).key
+        revisions = await asyncio.gather(
+            *(
+                stores[number % 2].write_journal(key, method="m", subject=str(number % 4), params=str(number))
+                for number in range(20)
+            )
+        )
+        assert sorted(revision or 0 for revision in revisions) == list(range(1, 21))
+        # The last that was written for each subject, in the order in which they were.
+        order = sorted(range(20), key=lambda number: revisions[number] or 0)
+        last = {number % 4: number for number in order}
+        expected = [str(number) for number in order if last[number % 4] == number]
+        assert [entry.params for entry in await stores[0].read_journal(key)] == expected
+
+    async def test_a_full_journal_takes_no_more_and_what_is_there_can_be_changed(self, store: SessionStore) -> None:
+        key = (await store.create(new_session())).key
+
+        def write(subject: str, params: str | None = "{}") -> Any:
+            return store.write_journal(key, method="m", subject=subject, params=params)
+
+        await asyncio.gather(*(write(str(number)) for number in range(MAX_JOURNAL_ENTRIES)))
+        with pytest.raises(JournalFull):
+            await write("one more")
+        record = await store.load(key)
+        assert record is not None
+        assert record.revision == MAX_JOURNAL_ENTRIES
+        assert await write("7", "[]") == MAX_JOURNAL_ENTRIES + 1
+        assert (await store.read_journal(key))[-1] == JournalEntry(method="m", subject="7", params="[]")
+        await write("8", None)
+        await write("one more")
+        assert len(await store.read_journal(key)) == MAX_JOURNAL_ENTRIES
+
+    # How many there may be
+
+    async def _open_in_order(self, store: SessionStore, count: int, **changes: Any) -> list[UUID]:
+        keys = []
+        for _ in range(count):
+            keys.append((await store.create(new_session(**changes))).key)
+            await asyncio.sleep(0.002)  # a clock may show whole milliseconds
+        return keys
+
+    async def _live_among(self, store: SessionStore, keys: Sequence[UUID]) -> list[UUID]:
+        return [key for key in keys if await store.load(key) is not None]
+
+    async def test_a_principals_session_too_many_ends_the_one_that_was_not_seen_for_longest(
+        self, make_store: MakeStore
+    ) -> None:
+        store = _with_policy(make_store, RetentionPolicy(per_principal=3))
+        others = await self._open_in_order(store, 3, principal=Principal.of(client_id="another"))
+        nobodys = await self._open_in_order(store, 4, principal=None)
+        keys = await self._open_in_order(store, 3)
+        await store.touch([Activity(key=keys[0], first_age=0.0, last_age=0.0)])
+        since = (await store.changes(None)).until
+        (newest,) = await self._open_in_order(store, 1)
+        assert await self._live_among(store, [*keys, newest]) == [keys[0], keys[2], newest]
+        assert (await store.changes(since)).changes == [Change(key=keys[1], revision=0, ended=EndReason.LIMIT)]
+        assert await self._live_among(store, [*others, *nobodys]) == [*others, *nobodys]
+
+    async def test_a_limit_that_was_lowered_is_kept_from_the_next_session_on(self, make_store: MakeStore) -> None:
+        keys = await self._open_in_order(make_store("default"), 5)
+        store = _with_policy(make_store, RetentionPolicy(per_principal=2))
+        (newest,) = await self._open_in_order(store, 1)
+        assert await self._live_among(store, [*keys, newest]) == [keys[4], newest]
+
+    async def test_a_principals_session_too_many_is_refused_when_the_policy_says_so(
+        self, make_store: MakeStore
+    ) -> None:
+        store = _with_policy(make_store, RetentionPolicy(per_principal=2, per_principal_excess="refuse"))
+        keys = await self._open_in_order(store, 2)
+        refused = new_session()
+        with pytest.raises(SessionLimitReached):
+            await store.create(refused)
+        assert await self._live_among(store, [*keys, refused.key]) == keys
+        await store.create(new_session(principal=Principal.of(client_id="another")))
+        await store.create(new_session(principal=None))
+        await store.end(keys[0], reason=EndReason.CLIENT)
+        await store.create(refused)
+        assert await self._live_among(store, [*keys, refused.key]) == [keys[1], refused.key]
+
+    @pytest.mark.parametrize("excess", ["end_oldest", "refuse"])
+    async def test_ended_and_expired_sessions_do_not_count_for_a_principal(
+        self, make_store: MakeStore, excess: Any
+    ) -> None:
+        store = _with_policy(make_store, RetentionPolicy(per_principal=2, per_principal_excess=excess))
+        ended, expired = await self._open_in_order(store, 2)
+        await store.end(ended, reason=EndReason.CLIENT)
+        await self.expire(store, expired)
+        keys = await self._open_in_order(store, 2)
+        assert await self._live_among(store, keys) == keys
+
+    @pytest.mark.parametrize("excess", ["end_oldest", "refuse"])
+    async def test_to_create_the_same_session_again_ends_nobody(self, make_store: MakeStore, excess: Any) -> None:
+        store = _with_policy(make_store, RetentionPolicy(per_principal=2, per_principal_excess=excess))
+        sessions = [new_session(), new_session()]
+        for session in sessions:
+            await store.create(session)
+        for _ in range(3):
+            await asyncio.gather(*map(store.create, sessions))
+        keys = [session.key for session in sessions]
+        assert await self._live_among(store, keys) == keys
+
+    async def test_of_many_sessions_that_a_principal_opens_at_once_as_many_live_as_may(
+        self, make_store: MakeStore
+    ) -> None:
+        stores = [_with_policy(make_store, RetentionPolicy(per_principal=3)) for _ in range(2)]
+        sessions = [new_session(principal=Principal.of(client_id=str(number % 2))) for number in range(20)]
+        records = await asyncio.gather(
+            *(stores[number // 2 % 2].create(session) for number, session in enumerate(sessions))
+        )
+        assert [record.key for record in records] == [session.key for session in sessions]
+        for client in range(2):
+            live = await self._live_among(stores[0], [session.key for session in sessions[client::2]])
+            assert len(live) == 3
+
+    async def test_of_many_sessions_that_are_opened_at_once_those_too_many_are_refused(
+        self, make_store: MakeStore
+    ) -> None:
+        policy = RetentionPolicy(per_principal=3, per_principal_excess="refuse", anonymous=4)
+        stores = [_with_policy(make_store, policy) for _ in range(2)]
+        sessions = [new_session(principal=Principal.of(client_id="a") if number % 2 else None) for number in range(20)]
+        outcomes = await asyncio.gather(
+            *(stores[number // 2 % 2].create(session) for number, session in enumerate(sessions)),
+            return_exceptions=True,
+        )
+        refused = [isinstance(outcome, SessionLimitReached) for outcome in outcomes]
+        assert (refused[0::2].count(False), refused[1::2].count(False)) == (4, 3)
+        live = await self._live_among(stores[0], [session.key for session in sessions])
+        assert live == [outcome.key for outcome in outcomes if isinstance(outcome, SessionRecord)]
+
+    async def test_sessions_without_a_principal_are_limited_with_their_tombstones(self, make_store: MakeStore) -> None:
+        store = _with_policy(make_store, RetentionPolicy(anonymous=3))
+        keys = await self._open_in_order(store, 3, principal=None)
+        await store.end(keys[0], reason=EndReason.CLIENT)
+        await self.expire(store, keys[1])
+        session = new_session(principal=None)
+        with pytest.raises(SessionLimitReached):
+            await store.create(session)
+        assert await self._live_among(store, [*keys, session.key]) == [keys[2]]
+        await store.create(new_session())
+        assert await store.load(keys[2]) == await store.create(new_session(key=keys[2], principal=None))
+
+    async def test_old_tombstones_make_room_for_sessions_without_a_principal(self, make_store: MakeStore) -> None:
+        store = _with_policy(make_store, RetentionPolicy(anonymous=3, tombstone=None))
+        theirs = await self._ended_two_days_ago(store)
+        for _ in range(2):
+            await self._ended_two_days_ago(store, principal=None)
+        keys = await self._open_in_order(store, 3, principal=None)
+        refused = new_session(principal=None)
+        with pytest.raises(SessionLimitReached):
+            await store.create(refused)
+        assert await self._live_among(store, [*keys, refused.key]) == keys
+        with pytest.raises(SessionConflict):
+            await store.create(theirs)
+
+    async def test_a_limit_of_no_sessions_without_a_principal_lets_none_in(self, make_store: MakeStore) -> None:
+        store = _with_policy(make_store, RetentionPolicy(anonymous=0))
+        with pytest.raises(SessionLimitReached):
+            await store.create(new_session(principal=None))
+        await store.create(new_session())
 
     # Namespaces
 
@@ -403,7 +891,23 @@ class SessionStoreConformance:
         assert not await mine.replace_initialize(
             created.key, initialize_params="{}", protocol_version="2025-11-25", client_name="", client_version=""
         )
+        assert await mine.write_journal(created.key, method="m", subject="", params="{}") is None
         assert await theirs.load(created.key) == created
+
+    async def test_what_belongs_to_another_namespace_is_not_told_read_or_swept(self, make_store: MakeStore) -> None:
+        mine, theirs = make_store("mine"), make_store("theirs")
+        ended, expired, journaled = [await theirs.create(new_session()) for _ in range(3)]
+        since = (await mine.changes(None)).until
+        await theirs.end(ended.key, reason=EndReason.CLIENT)
+        await self.age_tombstone(theirs, ended.key)
+        await self.expire(theirs, expired.key)
+        await theirs.write_journal(journaled.key, method="m", subject="", params="{}")
+        mine.retention = _SHORT
+        assert await _swept(mine) == SweepReport()
+        assert await mine.read_journal(journaled.key) == []
+        assert (await mine.changes(since)).changes == []
+        theirs.retention = _SHORT
+        assert await _swept(theirs) == SweepReport(expired=1, purged=1)
 
     async def test_a_key_that_another_namespace_has_taken_is_a_conflict(self, make_store: MakeStore) -> None:
         session = new_session()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import uuid
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,12 @@ from mcp_session_store.errors import (
     SchemaMissing,
     StoreUnavailable,
 )
+from mcp_session_store.records import Activity
+from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql.dialects import StoreClock
 from mcp_session_store.sql.schema import HEAD, check_revision
-from mcp_session_store.sql.tables import VERSION_TABLE, make_tables
+from mcp_session_store.sql.tables import VERSION_TABLE, make_tables, sessions_table
 from mcp_session_store.testing import new_session
 from tests.store.databases import execute
 
@@ -110,7 +114,7 @@ async def test_the_tables_in_a_schema_are_those_of_the_migrations(postgres_url: 
         postgres_url, "SELECT schemaname, tablename FROM pg_tables WHERE tablename LIKE 'mcp_session%'"
     )
     assert {row.schemaname for row in tables} == {"sessions"}
-    assert {row.tablename for row in tables} == {"mcp_session", "mcp_session_version"}
+    assert {row.tablename for row in tables} == {"mcp_session", "mcp_session_journal", "mcp_session_version"}
 
 
 async def test_a_database_goes_up_down_and_up_again_with_sessions_in_it(database_url: str) -> None:
@@ -130,6 +134,39 @@ async def test_a_database_goes_up_down_and_up_again_with_sessions_in_it(database
         assert await migrate.current(database_url) is None
         with pytest.raises(SchemaMissing):
             await migrate.check(database_url)
+
+
+async def test_sessions_from_before_there_was_retention_get_an_expiry(database_url: str) -> None:
+    await migrate.upgrade(database_url, revision="1_0001_sessions")
+    table, session = sessions_table(), new_session()
+    row = {
+        "key": session.key,
+        "namespace": "default",
+        "initialize_params": session.initialize_params,
+        "protocol_version": session.protocol_version,
+        "client_name": session.client_name,
+        "client_version": session.client_version,
+        "instance_hint": session.instance,
+        "created_at": StoreClock(-7200.0),
+        "last_seen_at": StoreClock(-3600.0),
+        "restores": 3,
+        "revision": 1,
+    }
+    await execute(database_url, sa.insert(table).values(row))
+    await migrate.upgrade(database_url)
+    async with SqlSessionStore(database_url, retention=RetentionPolicy(idle=timedelta(hours=2))) as store:
+        before = await store.load(session.key)
+        assert before is not None
+        assert (before.expires_at, before.restores) == (None, 3)
+        assert await store.sweep() == SweepReport()
+        after = await store.load(session.key)
+        assert after is not None
+        assert after.expires_at == after.last_seen_at + timedelta(hours=2)
+        store.retention = RetentionPolicy(idle=timedelta(minutes=30))
+        await store.touch([Activity(key=session.key, first_age=0.0, last_age=3600.0)])
+        assert await store.sweep() == SweepReport(expired=1)
+    await migrate.downgrade(database_url, revision="1_0001_sessions")
+    assert len(await execute(database_url, "SELECT key FROM mcp_session")) == 1
 
 
 async def test_other_peoples_tables_and_alembic_are_left_alone(database_url: str) -> None:

@@ -49,6 +49,8 @@ class Settings:
     """The file to which a line of JSON is appended for each `initialize` and `notifications/initialized`."""
     gate: str
     """While this file exists, a replayed `initialize` waits in the application's middleware."""
+    calls_gate: str
+    """While this file exists, calls of the tool `wait` go on."""
     auto_upgrade: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     """More arguments of `durable_app`."""
@@ -194,7 +196,7 @@ def mcpserver() -> Starlette:
 
 
 def stateful() -> Starlette:
-    """One with a tool that waits until the gate opens, and with state that clients set for their session.
+    """One with a tool that waits until its gate opens, and with state that clients set for their session.
 
     Each setting of it is noted as a handshake's message, with its params.
     """
@@ -210,7 +212,7 @@ def stateful() -> Starlette:
     ) -> types.CallToolResult:
         if params.name == "wait":
             await _note_handshake("waiting", ctx)
-            while Path(_settings().gate).exists():
+            while Path(_settings().calls_gate).exists():
                 await anyio.sleep(0.01)
         text = json.dumps(_who(ctx, ctx.session.client_params))
         return types.CallToolResult(content=[types.TextContent(type="text", text=text)])

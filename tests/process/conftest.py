@@ -42,6 +42,8 @@ class Application:
     def __init__(self, serve: ServeFunction, folder: Path) -> None:
         self.gate = folder / "gate"
         """While this file exists, a replayed `initialize` waits in the application's middleware."""
+        self.calls_gate = folder / "calls-gate"
+        """While this file exists, calls of the tool `wait` go on."""
         self._serve = serve
         self._servers: list[ServerProcess] = []
         self._passwords: set[str] = set()
@@ -75,6 +77,7 @@ class Application:
             url=url,
             handshakes=str(self._handshakes),
             gate=str(self.gate),
+            calls_gate=str(self.calls_gate),
             auto_upgrade=auto_upgrade,
             options=arguments,
             clock_ahead=clock_ahead,

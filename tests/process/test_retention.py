@@ -24,7 +24,7 @@ async def test_an_idle_session_expires_and_one_with_an_open_stream_or_a_running_
     server = application.serve(
         store_url, "stateful", environment={"MCP_SESSION_STORE_IDLE": "3s"}, sweep_interval=0.5, end_within=1.0
     )
-    application.gate.touch()
+    application.calls_gate.touch()
     async with (
         RawClient(server.mcp_url) as idle,
         RawClient(server.mcp_url) as listening,
@@ -53,7 +53,7 @@ async def test_an_idle_session_expires_and_one_with_an_open_stream_or_a_running_
             for client in (listening, calling):
                 assert (await records.row(client.session_id))["ended_at"] is None
                 assert (await whoami(client))["restores"] == 0
-        application.gate.unlink()
+        application.calls_gate.unlink()
 
 
 async def test_a_kill_between_activity_and_its_report_loses_no_session(
@@ -66,7 +66,7 @@ async def test_a_kill_between_activity_and_its_report_loses_no_session(
 
         async def first_reported() -> bool:
             rows = [await records.row(client.session_id) for client in clients]
-            return all(row["expires_at"] - row["last_seen_at"] == timedelta(hours=1) for row in rows)
+            return all(row["expires_at"] - row["last_seen_at"] > timedelta(minutes=30) for row in rows)
 
         await until(first_reported, "the first activity was reported at once")
         before = [await records.row(client.session_id) for client in clients]
@@ -88,7 +88,7 @@ async def test_activity_is_reported_when_a_process_stops(
 
         async def first_reported() -> bool:
             rows = [await records.row(client.session_id) for client in clients]
-            return all(row["expires_at"] - row["last_seen_at"] == timedelta(hours=1) for row in rows)
+            return all(row["expires_at"] - row["last_seen_at"] > timedelta(minutes=30) for row in rows)
 
         await until(first_reported, "the first activity was reported at once")
         before = [(await records.row(client.session_id))["last_seen_at"] for client in clients]

@@ -67,6 +67,15 @@ async def execute(store_or_url: SessionStore | str, statement: str | sa.Executab
         await engine.dispose()
 
 
+async def age_tombstone(store: SessionStore, key: UUID) -> None:
+    """Make an ended session have ended two days ago, by the database's clock."""
+    table = sessions_table()
+    ended = table.c.ended_at.is_not(None)
+    statement = sa.update(table).where(table.c.key == key, ended).values(ended_at=StoreClock(-2 * 86_400.0))
+    async with engine_of(store).begin() as connection:
+        await connection.execute(statement)
+
+
 async def expire(store: SessionStore, key: UUID) -> None:
     """Make a session have expired one second ago, by the database's clock."""
     table = sessions_table()

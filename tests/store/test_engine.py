@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
-from sqlalchemy.sql.expression import ClauseElement, Executable
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql.driver_errors import Meaning, meaning_of, summary_of
 from mcp_session_store.sql.engine import checked_url, shown_url
 from mcp_session_store.testing import new_session
 from tests.store.databases import connections_checked_out, engine_of, execute, settled, sql_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sqlalchemy.sql.compiler import SQLCompiler
+    from collections.abc import AsyncIterator, Callable
 
 pytestmark = pytest.mark.anyio
-
-
-class _Explain(Executable, ClauseElement):
-    """A statement with a word before it that makes the database tell how it would run it."""
-
-    inherit_cache = False
-
-    def __init__(self, word: str, statement: sa.Select[Any]) -> None:
-        self.word = word
-        self.statement = statement
-
-
-@compiles(_Explain)
-def _compile_explain(element: _Explain, compiler: SQLCompiler, **options: Any) -> str:
-    return f"{element.word} {compiler.process(element.statement, **options)}"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +33,7 @@ def _compile_explain(element: _Explain, compiler: SQLCompiler, **options: Any) -
         ("postgresql://u:p@host:5433/db", "postgresql+asyncpg://u:p@host:5433/db"),
         ("postgresql+asyncpg://host/db", "postgresql+asyncpg://host/db"),
         ("postgresql://host/db?sslmode=require", "postgresql+asyncpg://host/db?ssl=require"),
+        ("postgresql://host/db?pgbouncer=true", "postgresql+asyncpg://host/db?pgbouncer=true"),
         ("sqlite:///sessions.db", "sqlite+aiosqlite:///sessions.db"),
         ("sqlite:////var/lib/sessions.db", "sqlite+aiosqlite:////var/lib/sessions.db"),
         ("sqlite+aiosqlite:///sessions.db", "sqlite+aiosqlite:///sessions.db"),
@@ -68,6 +53,8 @@ def test_a_url_gets_the_driver_of_this_package(given: str, made: str) -> None:
         ("no url hunter2", "cannot be read"),
         ("postgresql://u:hunter2@host:hunter2/db", "cannot be read"),
         ("postgresql://u:hunter2@host/db?colour=blue", "colour"),
+        ("postgresql://u:hunter2@host/db?pgbouncer=yes", "pgbouncer='yes' .* true or false"),
+        ("postgresql://u:hunter2@host/db?pgbouncer=true&pgbouncer=false", "pgbouncer=.* true or false"),
         ("sqlite://", "MemorySessionStore"),
         ("sqlite:///", "MemorySessionStore"),
         ("sqlite:///:memory:", "MemorySessionStore"),
@@ -145,6 +132,57 @@ async def test_operators_can_tell_the_connections_of_a_store(postgres_url: str) 
         await store.load(uuid.uuid4())
         rows = await execute(postgres_url, "SELECT DISTINCT application_name FROM pg_stat_activity")
         assert ("mcp-session-store",) in [tuple(row) for row in rows]
+
+
+@asynccontextmanager
+async def _pooled_connections(store: SqlSessionStore) -> AsyncIterator[list[asyncpg.Connection]]:
+    """The driver's own connections in the store's pool."""
+    pool = engine_of(store).pool
+    assert isinstance(pool, QueuePool)
+    async with AsyncExitStack() as stack:
+        count = pool.checkedin()
+        connections = [await stack.enter_async_context(engine_of(store).connect()) for _ in range(count)]
+        yield [(await connection.get_raw_connection()).driver_connection for connection in connections]
+
+
+@pytest.mark.parametrize(("option", "prepares"), [("true", False), ("false", True), (None, True)])
+async def test_behind_pgbouncer_a_store_prepares_no_statements(
+    postgres_url: str, option: str | None, prepares: bool
+) -> None:
+    url = postgres_url if option is None else f"{postgres_url}?pgbouncer={option}"
+    async with SqlSessionStore(url, auto_upgrade=True) as store:
+        session = new_session()
+        assert await store.create(session) == await store.load(session.key)
+        await settled(store)
+        async with _pooled_connections(store) as connections:
+            rows = [
+                await connection.fetch("SELECT statement FROM pg_prepared_statements") for connection in connections
+            ]
+        prepared = ["clock_timestamp" in row["statement"] for found in rows for row in found]
+        assert any(prepared) == prepares
+
+
+async def test_a_prepared_statement_that_is_gone_is_answered_with_what_to_do_behind_pgbouncer(
+    postgres_url: str,
+) -> None:
+    async with sql_store(postgres_url) as store:
+        for _ in range(10):
+            # On each connection of the pool, of which the one that came back first is taken next.
+            await store.load(uuid.uuid4())
+            await settled(store)
+        # As when PgBouncer puts another server connection in the place of the one before.
+        async with _pooled_connections(store) as connections:
+            for connection in connections:
+                await connection.execute("DEALLOCATE ALL")
+        with pytest.raises(StoreUnavailable, match=r"InvalidSQLStatementNameError: .*\?pgbouncer=true"):
+            await store.load(uuid.uuid4())
+
+
+@pytest.mark.parametrize("kind", [asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError])
+def test_both_errors_of_a_pooled_prepared_statement_name_the_remedy(kind: type[asyncpg.PostgresError]) -> None:
+    error = kind('prepared statement "__asyncpg_stmt_1__" is not what it was')
+    assert meaning_of(error) is Meaning.UNAVAILABLE
+    assert "?pgbouncer=true" in summary_of(error)
 
 
 async def test_a_given_engine_is_used_and_not_disposed(database_url: str) -> None:
@@ -249,19 +287,3 @@ def test_a_store_that_is_used_in_a_second_event_loop_says_so(sqlite_url: str) ->
         second.run(store.open())
         assert second.run(store.load(uuid.uuid4())) is None
         second.run(store.aclose())
-
-
-async def test_a_load_finds_its_rows_by_the_primary_key(database_url: str) -> None:
-    async with sql_store(database_url) as store:
-        sessions = [new_session() for _ in range(5000)]
-        await asyncio.gather(*map(store.create, sessions))
-        await settled(store)
-        parameters = store._sql.loads.parameters([(session.key,) for session in sessions[:12]])
-        async with engine_of(store).connect() as connection:
-            await connection.exec_driver_sql("ANALYZE mcp_session")
-            explain = "EXPLAIN" if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
-            plan = await connection.execute(_Explain(explain, store._sql.load), parameters)
-            text = "\n".join(str(row) for row in plan)
-        assert "mcp_session_pkey" in text or "sqlite_autoindex_mcp_session_1" in text
-        assert "Seq Scan on mcp_session" not in text
-        assert "SCAN mcp_session" not in text

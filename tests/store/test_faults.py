@@ -9,6 +9,7 @@ import sys
 import traceback
 import uuid
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,10 +17,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from mcp_session_store.errors import SessionStoreError, StoreUnavailable
-from mcp_session_store.records import Activity, EndReason
+from mcp_session_store.records import Activity, EndReason, JournalEntry
+from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore, migrate
 from mcp_session_store.testing import new_session
-from tests.store.databases import connections_checked_out, settled, sql_store
+from tests.store.databases import connections_checked_out, expire, settled, sql_store
 from tests.support.faults import FaultProxy
 
 if TYPE_CHECKING:
@@ -82,15 +84,51 @@ async def _end(store: SqlSessionStore, key: UUID) -> None:
     assert await store.end(key, reason=EndReason.CLIENT) is True
 
 
+async def _create_within_limits(store: SqlSessionStore, key: UUID) -> None:
+    store.retention = RetentionPolicy(per_principal=1)
+    first, second = new_session(), new_session(key=key)
+    await store.create(first)
+    assert await store.create(second) == await store.load(key)
+    assert await store.load(first.key) is None
+
+
+async def _write_journal(store: SqlSessionStore, key: UUID) -> None:
+    # Twice where the first answer was lost.
+    assert await store.write_journal(key, method="m", subject="s", params="{}") in (1, 2)
+    assert await store.read_journal(key) == [JournalEntry(method="m", subject="s", params="{}")]
+
+
+async def _read_journal(store: SqlSessionStore, key: UUID) -> None:
+    assert await store.read_journal(key) == []
+
+
+async def _changes(store: SqlSessionStore, key: UUID) -> None:
+    assert (await store.changes(datetime.now(UTC))).changes is not None
+
+
+async def _sweep(store: SqlSessionStore, key: UUID) -> None:
+    store.retention = RetentionPolicy(idle=timedelta(milliseconds=40))
+    await store.sweep()
+    assert await store.load(key) is None
+
+
 # With the tag by which Postgres says that the statement is done.
 OPERATIONS = [
     pytest.param(_create, b"INSERT 0", id="create"),
     pytest.param(_load, b"SELECT 1", id="load"),
     pytest.param(_claim, b"UPDATE 1", id="claim"),
-    pytest.param(_replace_initialize, b"UPDATE 1", id="replace_initialize"),
+    pytest.param(_replace_initialize, b"SELECT 1", id="replace_initialize"),
     pytest.param(_touch, b"UPDATE 1", id="touch"),
-    pytest.param(_end, b"UPDATE 1", id="end"),
+    pytest.param(_end, b"SELECT 1", id="end"),
+    pytest.param(_create_within_limits, b"COMMIT", id="create within limits"),
+    pytest.param(_write_journal, b"COMMIT", id="write_journal"),
+    pytest.param(_read_journal, b"SELECT 0", id="read_journal"),
+    pytest.param(_changes, b"SELECT ", id="changes"),
+    pytest.param(_sweep, b"UPDATE 1", id="sweep"),
 ]
+CREATING = (_create, _create_within_limits)
+WITHOUT_KEY = (_changes, _sweep)
+"""What sends no key to the database: there any request is the one that is lost."""
 
 
 async def use_everything(store: SqlSessionStore) -> None:
@@ -118,12 +156,14 @@ async def test_a_connection_that_is_killed_in_the_middle_of_a_call_is_not_notice
     async with behind_proxy(postgres_url) as (store, proxy):
         await use_everything(store)
         key = uuid.uuid4()
-        if operation is not _create:
+        if operation not in CREATING:
             await store.create(new_session(key=key))
+        if operation is _sweep:
+            await expire(store, key)
         if lost == "the answer":
             proxy.kill_on_next_reply(tag)
         else:
-            proxy.kill_on_next_request(key.bytes)
+            proxy.kill_on_next_request(b"" if operation in WITHOUT_KEY else key.bytes)
         await operation(store, key)
         assert proxy.sprung == 1
 
@@ -135,7 +175,7 @@ async def test_a_connection_that_is_killed_again_makes_the_store_unavailable_for
     async with behind_proxy(postgres_url) as (store, proxy):
         await use_everything(store)
         key = uuid.uuid4()
-        if operation is not _create:
+        if operation not in CREATING:
             await store.create(new_session(key=key))
 
         async def kill_for_ever() -> None:
@@ -159,7 +199,7 @@ async def test_a_session_that_another_had_ended_is_not_ended_by_a_retry(postgres
         key = uuid.uuid4()
         await store.create(new_session(key=key))
         await store.end(key, reason=EndReason.OPERATOR)
-        proxy.kill_on_next_reply(b"UPDATE 0")
+        proxy.kill_on_next_reply(b"SELECT 0")
         assert await store.end(key, reason=EndReason.CLIENT) is False
         assert proxy.sprung == 1
 

@@ -77,6 +77,9 @@ class ActivityReporter:
         idle = store.retention.idle
         self._gap = GAP_WITHOUT_IDLE if idle is None else idle.total_seconds() / 20
         self._unreported: dict[UUID, _Unreported] = {}
+        self._urgent: set[UUID] = set()
+        self._all_due_at = -math.inf
+        self._reporting = anyio.Lock()
         self.wake: Final = Wake()
 
     def note(self, session: ResidentSession) -> None:
@@ -88,20 +91,24 @@ class ActivityReporter:
             self._unreported[session.record.key] = _Unreported(now, now)
             # A session that is new, or about to expire, is in the store's eyes on borrowed time.
             if now > session.expiry_reported - 2 * self.interval:
+                self._urgent.add(session.record.key)
                 self.wake.set()
         else:
             unreported.last = now
 
     def gather(self, *, everything: bool = False) -> None:
-        """Note the copies that are in use now, or, if asked for, all with the moment in which they were last used."""
+        """Note which copies are in use now; if asked for, of all others when they were last used."""
         for session in self._residents:
             if session.record is None:
                 continue
             if session.busy:
                 self.note(session)
-            elif everything:
-                idle_since = session.idle_since
-                self._unreported.setdefault(session.record.key, _Unreported(idle_since, idle_since))
+            elif (unreported := self._unreported.get(session.record.key)) is not None:
+                # It was in use until its last request was over.
+                unreported.last = max(unreported.last, session.idle_since)
+            elif everything and session.reported_at > -math.inf:
+                # Not those that are new and were never used.
+                self._unreported[session.record.key] = _Unreported(session.idle_since, session.idle_since)
 
     async def report(self, *, everything: bool = False) -> Collection[UUID]:
         """Report what is due.
@@ -115,22 +122,33 @@ class ActivityReporter:
         Raises:
             SessionStoreError: The store did not take it; it will be reported the next time.
         """
-        self.gather(everything=everything)
+        # One after the other: what the one before could not report is there to be reported.
+        async with self._reporting:
+            return await self._report(everything=everything)
+
+    async def _report(self, *, everything: bool) -> Collection[UUID]:
         now = anyio.current_time()
-        reported = {key: one for key, one in self._unreported.items() if everything or self._is_due(key, now)}
+        if everything or now >= self._all_due_at:
+            self.gather(everything=everything)
+            now = anyio.current_time()
+            due = {key for key in self._unreported if everything or self._is_due(key, now)}
+            # A little early is not late.
+            self._all_due_at = now + self.interval / 2
+        else:
+            due = self._urgent & self._unreported.keys()
+        self._urgent = set()
+        reported = {key: self._unreported.pop(key) for key in due}
         if not reported:
             return ()
-        for key in reported:
-            del self._unreported[key]
         try:
             not_live = await self._store.touch(
                 [Activity(key=key, first_age=now - one.first, last_age=now - one.last) for key, one in reported.items()]
             )
         except BaseException:
             for key, one in reported.items():
-                if (since := self._unreported.get(key)) is not None:
-                    one.last = since.last
-                self._unreported[key] = one
+                since = self._unreported.get(key, one)
+                self._unreported[key] = _Unreported(one.first, since.last)
+            self._all_due_at = -math.inf
             raise
         for key in reported.keys() - not_live:
             if (session := self._residents.with_key(key)) is not None:

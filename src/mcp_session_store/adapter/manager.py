@@ -123,6 +123,8 @@ class _Restore:
         self.failure: Exception | None = None
         self.ended = False
         """The session ended while it was being restored."""
+        self.stale_since = 0
+        """The highest revision that was heard of meanwhile."""
 
 
 class DurableSessionManager(sdk.ManagerSeams):
@@ -264,15 +266,16 @@ class DurableSessionManager(sdk.ManagerSeams):
         async with contextlib.AsyncExitStack() as stack:
             if self._close_store:
                 stack.push_async_callback(self._close)
+            # Made here, because they need the event loop.
+            self._activity = ActivityReporter(self.store, self._residents, interval=self._activity_interval)
+            self._watch = ChangeWatch(self.store, concerns=self._concerns, learn=self._learn, verify=self._verify)
             try:
                 await self.store.open()
+                # From here on no end of a session that is served here goes by unseen.
+                await self._watch.poll()
             except StoreUnavailable as error:
                 logger.warning("the session store cannot be reached; requests that need it get 503: %s", error)
             async with super().run():
-                # Made here, because they need the event loop.
-                self._activity = ActivityReporter(self.store, self._residents, interval=self._activity_interval)
-                self._watch = ChangeWatch(self.store, concerns=self._concerns, learn=self._learn, verify=self._verify)
-                self._watch.wake.set()
                 self._start_background_tasks()
                 try:
                     yield
@@ -472,7 +475,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             # The `notifications/initialized` that follows is not the one that was replayed.
             session.swallow_initialized = False
         else:
-            self._withdraw(session)
+            await self._drop_not_live([record.key])
         return live
 
     async def record_call(self, session: ResidentSession, write: JournalWrite) -> bool:
@@ -489,7 +492,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 _log_unavailable(error)
                 raise
             if revision is None:
-                self._withdraw(session)
+                await self._drop_not_live([session.record.key])
                 return False
             if revision == session.record.revision + 1:
                 session.record = dataclasses.replace(session.record, revision=revision)
@@ -582,6 +585,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         scope: Scope,
     ) -> ResidentSession:
         """Make a session resident from its record."""
+        previous_instance = record.instance_hint
         for _ in range(RESTORE_ATTEMPTS):
             await self._await_predecessor(session_id)
             marker = SessionRestoreMarker(
@@ -589,7 +593,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 created_at=record.created_at,
                 restored_at=datetime.now(UTC),
                 restores=record.restores + 1,
-                previous_instance=record.instance_hint,
+                previous_instance=previous_instance,
                 replaying=True,
             )
             await self._ask_application(marker, record)
@@ -603,6 +607,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                     raise StoreUnavailable("the server loop of a session ended while it was being restored")
                 if claimed.revision == record.revision:
                     session.stored(claimed, self.store.retention, new=False)
+                    session.stale_since = restore.stale_since
                     session.marker = dataclasses.replace(marker, restores=claimed.restores, replaying=False)
                     self._residents.publish(session)
                     telemetry.restored.add(1)
@@ -718,10 +723,10 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     def _learn(self, change: Change) -> None:
         """Another instance, or an operator, ended a session, or changed what a restore of it replays."""
-        if change.ended is not None:
-            for restore in self._restores.values():
-                if restore.key == change.key:
-                    restore.ended = True
+        for restore in self._restores.values():
+            if restore.key == change.key:
+                restore.ended = restore.ended or change.ended is not None
+                restore.stale_since = max(restore.stale_since, change.revision)
         session = self._residents.with_key(change.key)
         if session is None:
             return
@@ -794,11 +799,17 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def _report(self) -> None:
         """Report activity, and learn which sessions are live no more."""
-        not_live = [key for key in await self._activity.report() if self._residents.with_key(key) is not None]
-        if not_live:
-            # It tells why those ended that did not expire.
-            await self._watch.poll()
-            self._drop_expired(not_live)
+        await self._drop_not_live(await self._activity.report())
+
+    async def _drop_not_live(self, keys: Collection[UUID]) -> None:
+        """Serve sessions no more that turned out not to be live, for the reason for which they ended."""
+        if any(self._residents.with_key(key) for key in keys):
+            try:
+                await self._watch.poll()
+            except SessionStoreError as error:
+                report_failure("changes", error)
+            # What was not ended has expired.
+            self._drop_expired(keys)
 
     async def _verify(self) -> None:
         """Learn which of all sessions in memory are live no more."""

@@ -79,10 +79,13 @@ class Database:
         if isinstance(url_or_engine, (str, tuple)):
             url, self.dialect = checked_url(url_or_engine)
             self.engine = make_engine(url, self.dialect, timeout=self.timeout)
+            self.heard_channel = self.dialect.heard_channel(url)
+            self._given: URL | AsyncEngine = url
             self._owned = True
         else:
             self.dialect = checked_engine(url_or_engine)
-            self.engine = url_or_engine
+            self.heard_channel = self.dialect.channel
+            self.engine = self._given = url_or_engine
             self._owned = False
         self.schema: Final = checked_schema(schema, self.dialect)
         self.shown_url: Final = shown_url(self.engine.url)
@@ -202,8 +205,7 @@ class Database:
         # Imported here: Alembic stays off the way of everybody who has migrated.
         from mcp_session_store.sql import migrate
 
-        target = self.engine.url if self._owned else self.engine
-        task = spawn(migrate.upgrade(target, schema=self.schema))
+        task = spawn(migrate.upgrade(self._given, schema=self.schema))
         try:
             done, _ = await asyncio.wait({task}, timeout=MIGRATION_TIMEOUT)
         finally:
@@ -338,10 +340,10 @@ class Lease:
             return await work(Attempt(self._connection, repeated))
         except Exception as error:
             failure = self._database.ours(error)
-            meaning = meaning_of(error)
-            if meaning is not Meaning.BAD_DATA:
-                await self._release(broken=True)
-            if meaning is Meaning.BAD_SCHEMA:
+            # After bad data too: a statement whose values could not be sent is still open on the server, in a
+            # transaction that asyncpg does not end, and behind PgBouncer that keeps a server connection from others.
+            await self._release(broken=True)
+            if meaning_of(error) is Meaning.BAD_SCHEMA:
                 self._database.forget_contact()
                 # It tells what is wrong, and which command to run.
                 await self._database.first_contact()

@@ -1,11 +1,13 @@
-"""The one place where Postgres and SQLite differ: the clock, times, batches as parameters, inserts, settings."""
+"""The one place where Postgres and SQLite differ: clock, times, batches, inserts, transactions, hints, settings."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
+import time
 from abc import ABC, abstractmethod
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +16,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -22,17 +25,29 @@ from typing_extensions import override
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
+    import asyncpg
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.pool import ConnectionPoolEntry
     from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.sql.dml import ReturningUpdate
     from sqlalchemy.sql.type_api import TypeEngine
 
-__all__ = ["DIALECTS", "MOMENT", "Batch", "Dialect", "StoreClock", "dialect_named"]
+__all__ = [
+    "DIALECTS",
+    "MOMENT",
+    "After",
+    "Batch",
+    "ByteLength",
+    "Dialect",
+    "HintChannel",
+    "StoreClock",
+    "dialect_named",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +102,46 @@ def _sqlite_clock(element: StoreClock, compiler: SQLCompiler, **options: Any) ->
     return f"CAST({clock} AS INTEGER)"
 
 
+class ByteLength(FunctionElement[int]):
+    """How many bytes a text takes, encoded and not compressed."""
+
+    type = sa.BigInteger()
+    inherit_cache = True
+
+
+@compiles(ByteLength, "postgresql")
+def _postgres_byte_length(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
+    return f"octet_length({compiler.process(element.clauses, **options)})"
+
+
+@compiles(ByteLength, "sqlite")
+def _sqlite_byte_length(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
+    # octet_length() needs SQLite 3.43.
+    return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
+
+
+class After(FunctionElement[datetime]):
+    """A moment, plus a number of seconds."""
+
+    type = MOMENT
+    inherit_cache = True
+
+    def __init__(self, moment: sa.ColumnElement[datetime], seconds: float) -> None:
+        super().__init__(moment, sa.literal(seconds, sa.Double))
+
+
+@compiles(After, "postgresql")
+def _postgres_after(element: After, compiler: SQLCompiler, **options: Any) -> str:
+    moment, seconds = (compiler.process(part, **options) for part in element.clauses)
+    return f"({moment} + make_interval(secs => {seconds}))"
+
+
+@compiles(After, "sqlite")
+def _sqlite_after(element: After, compiler: SQLCompiler, **options: Any) -> str:
+    moment, seconds = (compiler.process(part, **options) for part in element.clauses)
+    return f"({moment} + CAST(1000.0 * {seconds} AS INTEGER))"
+
+
 # What asyncpg.connect() and SQLAlchemy's dialect for it take from a URL's query. An unknown one would make
 # every attempt to connect fail, and that looks like a database that is down.
 _POSTGRES_OPTIONS: Final = frozenset(
@@ -109,6 +164,9 @@ _POSTGRES_OPTIONS: Final = frozenset(
 _INTEGER_OPTIONS: Final = frozenset(name for name in _POSTGRES_OPTIONS if name.endswith(("_size", "_lifetime")))
 # How libpq, and so most providers of databases, spell what asyncpg.connect() takes under another name.
 _LIBPQ_OPTIONS: Final = {"sslmode": "ssl"}
+# Ours, by the name that other libraries have given it: whether a pooler is between us and the database that gives a
+# server connection to a client for one transaction only.
+_BEHIND_PGBOUNCER: Final = "pgbouncer"
 
 
 class Batch(ABC):
@@ -137,6 +195,56 @@ class Batch(ABC):
         """The statement's parameters for these rows, each with its values in the order of the columns."""
 
 
+class HintChannel:
+    """How clients of a database tell each other at once that something changed: LISTEN and NOTIFY of Postgres.
+
+    All of a database share it, whatever their namespace and schema.
+    """
+
+    _NAME: Final = "mcp_session_change"
+    _MAX_KEYS: Final = 200
+    """Keys that one notification tells of: a payload may have 8000 bytes ("NOTIFY" in the manual)."""
+    ANY: Final = "*"
+    """The payload that stands for more keys than one has room for."""
+
+    send: Final = sa.select(sa.func.pg_notify(_NAME, sa.bindparam("payload", type_=sa.Text)))
+    """Sends a payload."""
+
+    def sent_with(self, change: ReturningUpdate[Any]) -> sa.Select[Any]:
+        """A statement that makes a change, tells of its keys with the commit, and returns what the change returns.
+
+        One notification at most, and none when nothing changed: each takes a lock on the whole server.
+        """
+        changed = change.cte("changed")
+        keys = sa.func.string_agg(sa.cast(changed.c.key, sa.Text), ",")
+        payload = sa.case((sa.func.count() <= self._MAX_KEYS, keys), else_=self.ANY)
+        sent = (
+            sa.select(sa.func.pg_notify(self._NAME, payload).label("sent"))
+            .select_from(changed)
+            .having(sa.func.count() > 0)
+            .cte("sent")
+        )
+        # Joined, because a SELECT in WITH that nobody reads does not run.
+        return sa.select(*changed.c).select_from(changed.join(sent, sa.true()))
+
+    async def subscribe(
+        self, connection: AsyncConnection, *, on_payload: Callable[[str], None], on_loss: Callable[[], None]
+    ) -> None:
+        """Receive what is sent, on a connection that does nothing else, until it is closed.
+
+        Args:
+            connection: To a database of this kind.
+            on_payload: Called with each payload that arrives.
+            on_loss: Called when the connection is lost or closed.
+        """
+        pooled: Any = await connection.get_raw_connection()
+        driver = pooled.dbapi_connection.driver_connection
+        driver.add_termination_listener(lambda _: on_loss())
+        # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
+        async with driver.transaction():
+            await driver.add_listener(self._NAME, lambda _connection, _pid, _channel, payload: on_payload(payload))
+
+
 class Dialect(ABC):
     """What the rest of the package does not want to know about a kind of database."""
 
@@ -152,6 +260,10 @@ class Dialect(ABC):
     """Whether a statement that runs can be given up, so that its connection and its locks are gone."""
     migrates_when_empty: bool
     """Whether an empty database is migrated on first contact."""
+    begin: str
+    """Begins a transaction that changes something, in which each statement sees what is committed by then."""
+    channel: HintChannel | None
+    """How changes are told to others at once; `None`: they are not."""
 
     @abstractmethod
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -160,6 +272,17 @@ class Dialect(ABC):
     @abstractmethod
     def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
         """Insert what is selected, without the rows whose primary key is there already."""
+
+    @abstractmethod
+    def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
+        """That a column has one of the values that are selected, once and first, so that an index is used."""
+
+    @abstractmethod
+    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+        """Wait for the locks with the numbers of a batch, in its order, and hold them to the end of the transaction.
+
+        `None` where a transaction that was begun with `begin` excludes all others.
+        """
 
     @abstractmethod
     def checked_url(self, url: URL) -> URL:
@@ -176,6 +299,10 @@ class Dialect(ABC):
         Raises:
             ConfigurationError: It is one.
         """
+
+    def heard_channel(self, url: URL) -> HintChannel | None:  # noqa: ARG002 - for what overrides it
+        """The channel whose hints arrive on connections that are made with this URL, as far as that is known."""
+        return self.channel
 
     @abstractmethod
     def refuse_absent(self, url: URL) -> None:
@@ -198,8 +325,8 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        """Set what belongs to each new connection of an engine of ours."""
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
+        """Set what belongs to each new connection of an engine of ours, which was made from a URL."""
 
     @abstractmethod
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
@@ -215,6 +342,25 @@ class Dialect(ABC):
     @abstractmethod
     async def prepare(self, connection: AsyncConnection) -> None:
         """Set, on first contact with an engine of ours, what belongs to the database as a whole."""
+
+    @abstractmethod
+    def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AbstractAsyncContextManager[None]:
+        """A transaction that only reads, of what was committed when it began, on a connection in autocommit.
+
+        When it fails, the connection is of no use any more.
+
+        Args:
+            connection: Where it begins.
+            timeout: Seconds after which the database gives up a statement in it.
+        """
+
+    @abstractmethod
+    def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
+        """How many bytes tables take: their rows, and their indexes where these can be told apart."""
+
+    @abstractmethod
+    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        """A condition that few rows fulfil, so that an index for it is the one to take."""
 
 
 class _ArrayBatch(Batch):
@@ -239,8 +385,32 @@ class _ArrayBatch(Batch):
         return dict(zip(self._names, map(list, zip(*rows, strict=True)), strict=True))
 
 
+async def _learn_array_types(connection: asyncpg.Connection) -> None:
+    """Make asyncpg ask what the types of our batches are, which it does once for each connection, in a transaction.
+
+    It turns `jit` off while it asks. Behind PgBouncer, and outside of a transaction, that would reach one server
+    connection, and what turns it on again another.
+    """
+    try:
+        async with connection.transaction():
+            await connection.prepare(_ARRAYS, name="")
+    except BaseException:
+        # SQLAlchemy before 2.1 leaves a connection open that it has not finished to set up.
+        connection.terminate()
+        raise
+
+
+_ARRAYS: Final = "SELECT $1::uuid[], $2::text[], $3::float8[], $4::int4[], $5::int8[]"
+"""Has a parameter of each type that a column of a batch may have."""
+
+
 # Held to the end of the transaction, whichever way it ends. The number is ours by nothing but being odd.
 _LOCK_MIGRATIONS: Final = "SELECT pg_advisory_xact_lock(7307198256364015989)"
+
+
+def _quoted(table: sa.Table) -> str:
+    names = (table.name,) if table.schema is None else (table.schema, table.name)
+    return ".".join('"' + name.replace('"', '""') + '"' for name in names)
 
 
 class _Postgres(Dialect):
@@ -250,6 +420,8 @@ class _Postgres(Dialect):
     single_writer = False
     interruptible = True
     migrates_when_empty = False
+    begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
+    channel = HintChannel()
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -260,9 +432,20 @@ class _Postgres(Dialect):
         return postgresql.insert(table).from_select(columns, rows).on_conflict_do_nothing()
 
     @override
+    def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
+        # An array, because a semijoin may read all of the table, or select more than once.
+        return column == sa.any_(sa.func.array(selected.scalar_subquery(), type_=postgresql.ARRAY(column.type)))
+
+    @override
+    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+        return sa.select(sa.func.pg_advisory_xact_lock(numbers.c.number)).select_from(numbers.rows)
+
+    @override
     def checked_url(self, url: URL) -> URL:
         query = {_LIBPQ_OPTIONS.get(name, name): value for name, value in url.query.items()}
-        if unknown := sorted(query.keys() - _POSTGRES_OPTIONS):
+        if (behind := query.get(_BEHIND_PGBOUNCER, "false")) not in ("true", "false"):
+            raise ConfigurationError(f"{_BEHIND_PGBOUNCER}={behind!r} in the database URL must be true or false")
+        if unknown := sorted(query.keys() - _POSTGRES_OPTIONS - {_BEHIND_PGBOUNCER}):
             raise ConfigurationError(
                 f"the database URL has the option {', '.join(unknown)}, which asyncpg does not take from a URL; "
                 "leave it out, or make an AsyncEngine with connect_args and give that"
@@ -279,12 +462,20 @@ class _Postgres(Dialect):
         if command_timeout is not None:
             connect["command_timeout"] = command_timeout
         connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
+        if query.pop(_BEHIND_PGBOUNCER, None) == "true":
+            # Without its cache asyncpg sends an unnamed statement again with the values, in one message: nothing has
+            # to be on the server connection from before, and nothing stays on it.
+            connect |= {
+                "statement_cache_size": 0,
+                "prepared_statement_cache_size": 0,
+                "prepared_statement_name_func": str,
+            }
         return url.set(query=query), {"connect_args": connect}
 
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
         # At a higher level the snapshot would be as old as the wait for the lock.
-        connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED")
+        connection.exec_driver_sql(self.begin)
         connection.exec_driver_sql(_LOCK_MIGRATIONS)
         # IF NOT EXISTS asks for the right to create a schema even where there is nothing to create.
         if schema is not None and not sa.inspect(connection).has_schema(schema):
@@ -301,16 +492,46 @@ class _Postgres(Dialect):
         return
 
     @override
+    def heard_channel(self, url: URL) -> HintChannel | None:
+        # A pooler takes LISTEN for the connection that it lends for one transaction.
+        return None if url.query.get(_BEHIND_PGBOUNCER) == "true" else self.channel
+
+    @override
     def refuse_absent(self, url: URL) -> None:
         return
 
     @override
-    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        return
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
+        if url.query.get(_BEHIND_PGBOUNCER) == "true":
+            assert isinstance(connection, AdaptedConnection)
+            connection.run_async(_learn_array_types)
 
     @override
     async def prepare(self, connection: AsyncConnection) -> None:
         return
+
+    @override
+    @contextlib.asynccontextmanager
+    async def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AsyncIterator[None]:
+        await connection.exec_driver_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        # The driver's own timeout abandons a statement, and the server would go on with it.
+        await connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, int(timeout * 1000))}")
+        yield
+        await connection.exec_driver_sql("COMMIT")
+
+    @override
+    def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
+        # The text is cast: the driver would send a number for a regclass.
+        names = [sa.cast(sa.literal(_quoted(table), sa.Text), postgresql.REGCLASS) for table in tables]
+        each = sa.union_all(
+            *(sa.select(sa.func.pg_table_size(n), sa.func.pg_indexes_size(n)) for n in names)
+        ).subquery()
+        rows, indexes = each.c
+        return sa.select(sa.func.sum(rows).cast(sa.BigInteger), sa.func.sum(indexes).cast(sa.BigInteger))
+
+    @override
+    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        return condition  # its statistics tell
 
 
 class _JsonBatch(Batch):
@@ -356,6 +577,8 @@ class _Sqlite(Dialect):
     # holds the lock on the file, because nobody fetches its rows, until the garbage collector finds it.
     interruptible = False
     migrates_when_empty = True
+    begin = "BEGIN IMMEDIATE"
+    channel = None
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -365,6 +588,14 @@ class _Sqlite(Dialect):
     def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
         # Without a WHERE the parser takes ON CONFLICT for a join condition (sqlite.org/lang_upsert.html, 2.2).
         return sqlite.insert(table).from_select(columns, rows.where(sa.true())).on_conflict_do_nothing()
+
+    @override
+    def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
+        return column.in_(selected)
+
+    @override
+    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+        return None
 
     @override
     def checked_url(self, url: URL) -> URL:
@@ -395,7 +626,7 @@ class _Sqlite(Dialect):
         return url, {"connect_args": {"timeout": timeout * 0.4}}
 
     @override
-    def on_connect(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
         cursor = connection.cursor()
         # A commit is durable when the process dies; when the operating system does, the last may be lost.
         cursor.execute("PRAGMA synchronous=NORMAL")
@@ -404,7 +635,7 @@ class _Sqlite(Dialect):
 
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql(self.begin)
 
     @override
     def migration_preamble(self, schema: str | None) -> Sequence[str]:
@@ -436,7 +667,33 @@ class _Sqlite(Dialect):
                 )
             return
 
+    @override
+    @contextlib.asynccontextmanager
+    async def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AsyncIterator[None]:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        deadline = time.monotonic() + timeout
+        # A statement runs in a thread and cannot be given up from outside; it asks now and then.
+        await driver.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS_BETWEEN_QUESTIONS)
+        await connection.exec_driver_sql("BEGIN")
+        yield
+        await connection.exec_driver_sql("COMMIT")
+        await driver.set_progress_handler(None, 0)
 
+    @override
+    def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
+        pages = sa.func.pragma_page_count().table_valued(sa.column("page_count", sa.BigInteger))
+        size = sa.func.pragma_page_size().table_valued(sa.column("page_size", sa.BigInteger))
+        return sa.select(pages.c.page_count * size.c.page_size, sa.null()).select_from(pages.join(size, sa.true()))
+
+    @override
+    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        # Its statistics tell only how many rows a value has on average, and NULL is a value to them. Not a Boolean:
+        # SQLAlchemy would write `= 1` after it, and then there is no range left to see.
+        hinted: sa.ColumnElement[Any] = sa.func.likelihood(condition, sa.literal_column("0.000001"), type_=sa.Integer)
+        return hinted
+
+
+_STEPS_BETWEEN_QUESTIONS: Final = 10_000
 _SQLITE_BUSY: Final = frozenset({5, 6})  # SQLITE_BUSY and SQLITE_LOCKED, without their extended bits
 
 DIALECTS: Final[Mapping[str, Dialect]] = {dialect.name: dialect for dialect in (_Postgres(), _Sqlite())}

@@ -44,6 +44,8 @@ _SQLITE: Final = {
 }
 
 
+# A prepared statement is not there, or one of another client is: the server connection has changed in between.
+_POOLED_STATEMENT: Final = frozenset({"26000", "42P05"})
 _SQLITE_NOT_WRITABLE: Final = frozenset({8, 14})  # SQLITE_READONLY, SQLITE_CANTOPEN
 
 
@@ -110,4 +112,6 @@ def summary_of(error: BaseException) -> str:
     text = str(driver).partition("\n")[0]
     if getattr(driver, "sqlite_errorcode", 0) & 0xFF in _SQLITE_NOT_WRITABLE:
         text += "; the file's folder must exist, and this process must be allowed to write there"
+    if getattr(driver, "sqlstate", None) in _POOLED_STATEMENT:
+        text += "; behind PgBouncer in transaction mode, add ?pgbouncer=true to the database URL"
     return f"{type(driver).__name__}: {text}" if text else type(driver).__name__

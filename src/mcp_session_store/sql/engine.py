@@ -115,9 +115,9 @@ def checked_timeout(timeout: float) -> float:
 
 def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
     """An engine of ours, in which nothing waits longer than `timeout` seconds and errors hide parameters."""
-    url, arguments = dialect.engine_arguments(url, timeout=timeout, command_timeout=timeout)
+    driver_url, arguments = dialect.engine_arguments(url, timeout=timeout, command_timeout=timeout)
     engine = create_async_engine(
-        url,
+        driver_url,
         poolclass=AsyncAdaptedQueuePool,
         pool_timeout=timeout,
         hide_parameters=True,
@@ -127,7 +127,8 @@ def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
         skip_autocommit_rollback=True,
         **arguments,
     )
-    sa.event.listen(engine.sync_engine, "connect", dialect.on_connect)
+    # After SQLAlchemy's own listener, which makes asyncpg forget the types that it has learned.
+    sa.event.listen(engine.sync_engine, "connect", lambda connection, _: dialect.on_connect(connection, url))
     return engine
 
 

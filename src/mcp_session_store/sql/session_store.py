@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from mcp_session_store.errors import ConfigurationError, SessionConflict
-from mcp_session_store.records import Principal, SessionRecord
+from mcp_session_store.errors import ConfigurationError, SessionConflict, SessionStoreError
+from mcp_session_store.records import Change, Changes, EndReason, JournalEntry, Principal, SessionRecord
+from mcp_session_store.retention import SweepReport
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Database
+from mcp_session_store.sql.journal import Journal, JournalWrite
+from mcp_session_store.sql.limits import Limits
+from mcp_session_store.sql.listener import Listener
 from mcp_session_store.sql.statements import SessionStatements
-from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
+from mcp_session_store.sql.sweeping import SweepStatements
+from mcp_session_store.sql.transactions import transaction
+from mcp_session_store.store import DEFAULT_NAMESPACE, SWEEP_LIMIT, SessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from datetime import datetime
     from uuid import UUID
 
+    import sqlalchemy as sa
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store.records import Activity, EndReason, NewSession
+    from mcp_session_store.errors import JournalFull, SessionLimitReached
+    from mcp_session_store.records import Activity, NewSession
+    from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.database import Attempt
 
 __all__ = ["DEFAULT_TIMEOUT", "SqlSessionStore"]
@@ -43,6 +54,14 @@ class _End:
     reason: EndReason
 
 
+@dataclass(frozen=True, slots=True)
+class _SweepStep:
+    statement: sa.Executable
+    limit: int
+    ends: bool
+    """Whether the sessions that it handles have ended."""
+
+
 class SqlSessionStore(SessionStore):
     """Sessions in Postgres or SQLite, shared by any number of processes.
 
@@ -57,10 +76,13 @@ class SqlSessionStore(SessionStore):
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
             `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is, and
             never disposed; no PRAGMA is set on it. It should have a pool of at least 5 connections.
+            Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
+            from PgBouncer 1.21 on, with its `max_prepared_statements`.
         namespace: Keeps servers that share a database apart.
         schema: Postgres: the schema with the tables. The first of the search path unless given.
         auto_upgrade: Run the migrations on first contact where the schema is missing or behind.
-        timeout: Seconds that a call takes at most.
+        timeout: Seconds that a call takes at most. It should be the same for all instances, see `changes`.
+        retention: See `SessionStore`.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it.
@@ -74,12 +96,15 @@ class SqlSessionStore(SessionStore):
         schema: str | None = None,
         auto_upgrade: bool = False,
         timeout: float = DEFAULT_TIMEOUT,
+        retention: RetentionPolicy | None = None,
     ) -> None:
+        super().__init__(retention=retention)
         if not isinstance(namespace, str) or not namespace or "\0" in namespace:
             raise ConfigurationError(f"namespace={namespace!r} must be a text that is not empty, without NUL")
         self._namespace = namespace
         self._database = Database(url_or_engine, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
-        self._sql = SessionStatements(self._database.dialect, schema=self._database.schema, namespace=namespace)
+        self._build_statements()
+        self._listener = Listener(self._database)
         self._contacts = Batcher(self._database, _make_contact, writes=False)
         self._loads = Batcher(self._database, self._load_all, writes=False)
         self._creates = Batcher(self._database, self._create_all, writes=True)
@@ -88,6 +113,17 @@ class SqlSessionStore(SessionStore):
         # One item for each statement: a second initialize within a session is rare, and a touch is a batch.
         self._replacements = Batcher(self._database, self._replace_one, writes=True, max_batch=1)
         self._touches = Batcher(self._database, self._touch_one, writes=True, max_batch=1)
+        self._journal_writes = Batcher(self._database, self._write_journal_one, writes=True, max_batch=1)
+        self._journal_reads = Batcher(self._database, self._read_journal_each, writes=False)
+        self._polls = Batcher(self._database, self._poll_each, writes=False)
+        self._sweeps = Batcher(self._database, self._sweep_one, writes=True, max_batch=1)
+
+    def _build_statements(self) -> None:
+        dialect, schema, namespace = self._database.dialect, self._database.schema, self._namespace
+        self._sql = SessionStatements(dialect, schema=schema, namespace=namespace, retention=self.retention)
+        self._sweeping = SweepStatements(dialect, schema=schema, namespace=namespace, retention=self.retention)
+        self._limits = Limits(dialect, schema=schema, namespace=namespace, retention=self.retention)
+        self._journal = Journal(dialect, schema=schema, namespace=namespace)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"
@@ -95,6 +131,15 @@ class SqlSessionStore(SessionStore):
     @property
     def namespace(self) -> str:
         return self._namespace
+
+    @property
+    def retention(self) -> RetentionPolicy:
+        return self._retention
+
+    @retention.setter
+    def retention(self, policy: RetentionPolicy) -> None:
+        self._retention = policy
+        self._build_statements()
 
     async def open(self) -> None:
         self._database.reopen()
@@ -110,15 +155,21 @@ class SqlSessionStore(SessionStore):
             self._ends,
             self._replacements,
             self._touches,
+            self._journal_writes,
+            self._journal_reads,
+            self._polls,
+            self._sweeps,
         )
-        await asyncio.gather(*(batcher.aclose() for batcher in batchers))
+        await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
         await self._database.aclose()
 
     async def create(self, session: NewSession) -> SessionRecord:
-        record = await self._creates.submit(session)
-        if record is None:
+        outcome = await self._creates.submit(session)
+        if outcome is None:
             raise SessionConflict(f"another record stands under key {session.key}; create a new session id")
-        return record
+        if isinstance(outcome, SessionStoreError):
+            raise outcome
+        return outcome
 
     async def load(self, key: UUID) -> SessionRecord | None:
         return await self._loads.submit(key)
@@ -145,6 +196,15 @@ class SqlSessionStore(SessionStore):
             }
         )
 
+    async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
+        outcome = await self._journal_writes.submit(JournalWrite(key, method, subject, params))
+        if isinstance(outcome, SessionStoreError):
+            raise outcome
+        return outcome
+
+    async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
+        return await self._journal_reads.submit(key)
+
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         # Several activities of one session are one: a statement changes a row once.
         ages: dict[UUID, tuple[float, float]] = {}
@@ -160,6 +220,31 @@ class SqlSessionStore(SessionStore):
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
         return await self._ends.submit(_End(key, reason))
 
+    async def changes(self, since: datetime | None) -> Changes:
+        """See `SessionStore.changes`.
+
+        A change is dated when its statement runs, and can be seen when that is committed, so that one with an
+        earlier date may appear after one with a later. Between the two lies the timeout at most: within it all
+        that a call does has ended, with the locks that it waits for, or is cancelled. So what is told
+        begins twice as long before `since`; the rest is for a cancellation that takes its time, for
+        an instance with a longer timeout, and for a clock that is set.
+        """
+        return await self._polls.submit(since)
+
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        """See `SessionStore.listen`. On Postgres it takes a connection of its own, on SQLite there are no hints."""
+        await self._listener.listen(on_hint)
+
+    async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
+        sql = self._sweeping
+        given = await self._sweep_step(sql.give_expiry, limit, ends=False)
+        expired = await self._sweep_step(sql.end_expired, limit, ends=True)
+        purged = await self._sweep_step(sql.remove_tombstones, limit, ends=True)
+        return SweepReport(expired=expired, purged=purged, more=limit in (given, expired, purged))
+
+    async def _sweep_step(self, statement: sa.Executable | None, limit: int, *, ends: bool) -> int:
+        return 0 if statement is None else await self._sweeps.submit(_SweepStep(statement, limit, ends))
+
     async def _load_all(self, attempt: Attempt, keys: Sequence[UUID]) -> list[SessionRecord | None]:
         records = await self._load_live(attempt, set(keys))
         return [records.get(key) for key in keys]
@@ -169,24 +254,56 @@ class SqlSessionStore(SessionStore):
         result = await attempt.connection.execute(self._sql.load, parameters)
         return {row[0]: _record(row) for row in result}
 
-    async def _create_all(self, attempt: Attempt, sessions: Sequence[NewSession]) -> list[SessionRecord | None]:
+    async def _create_all(
+        self, attempt: Attempt, sessions: Sequence[NewSession]
+    ) -> list[SessionRecord | SessionLimitReached | None]:
         """The records; `None` where another one stands under the key."""
         # Of several for one key the first is created, and the others find it there.
         first: dict[UUID, NewSession] = {}
         for session in sessions:
             first.setdefault(session.key, session)
-        rows = [_create_row(first[key]) for key in sorted(first)]
-        result = await attempt.connection.execute(self._sql.create, self._sql.creates.parameters(rows))
-        records = {
-            key: _new_record(first[key], self._namespace, created_at, last_seen_at, expires_at)
-            for key, created_at, last_seen_at, expires_at in result
-        }
-        if present := first.keys() - records.keys():
+        wanted = [first[key] for key in sorted(first)]
+        refused: Mapping[UUID, SessionLimitReached] = {}
+        if self._limits.concern(wanted):
+            records, refused = await self._create_within_limits(attempt, wanted)
+        else:
+            records = await self._insert(attempt, wanted)
+        if present := first.keys() - records.keys() - refused.keys():
             records |= await self._load_live(attempt, present)
         return [
-            record if (record := records.get(session.key)) is not None and _same(record, session) else None
+            refused[session.key]
+            if session.key in refused
+            else record
+            if (record := records.get(session.key)) is not None and _same(record, session)
+            else None
             for session in sessions
         ]
+
+    async def _insert(self, attempt: Attempt, sessions: Sequence[NewSession]) -> dict[UUID, SessionRecord]:
+        """The records of those under whose key nothing was stored."""
+        by_key = {session.key: session for session in sessions}
+        parameters = self._sql.creates.parameters([_create_row(session) for session in sessions])
+        result = await attempt.connection.execute(self._sql.create, parameters)
+        return {
+            key: _new_record(by_key[key], self._namespace, created_at, last_seen_at, expires_at)
+            for key, created_at, last_seen_at, expires_at in result
+        }
+
+    async def _create_within_limits(
+        self, attempt: Attempt, sessions: Sequence[NewSession]
+    ) -> tuple[dict[UUID, SessionRecord], dict[UUID, SessionLimitReached]]:
+        limits = self._limits
+        async with transaction(attempt.connection, self._database.dialect):
+            await limits.lock(attempt, sessions)
+            new = await limits.new_among(attempt, sessions)
+            refused, removed = await limits.refuse(attempt, new)
+            await self._journal.forget_all(attempt, removed)
+            admitted = [session for session in new if session.key not in refused]
+            records = await self._insert(attempt, admitted) if admitted else {}
+            excess = await limits.excess(attempt, [session for session in admitted if session.key in records])
+            if excess:
+                await self._end(attempt, [(key, EndReason.LIMIT.value) for key in sorted(excess)])
+        return records, refused
 
     async def _claim_all(self, attempt: Attempt, claims: Sequence[_Claim]) -> list[SessionRecord | None]:
         results: dict[int, SessionRecord | None] = {}
@@ -218,7 +335,8 @@ class SqlSessionStore(SessionStore):
         not_live = []
         for rows in touches:
             result = await attempt.connection.execute(self._sql.touch, self._sql.touches.parameters(rows))
-            not_live.append({key for key, _, _ in rows} - set(result.scalars()))
+            is_live = {key for key, expires_at, now in result if expires_at is None or now < expires_at}
+            not_live.append({key for key, _, _ in rows} - is_live)
         return not_live
 
     async def _end_all(self, attempt: Attempt, ends: Sequence[_End]) -> list[bool]:
@@ -226,12 +344,57 @@ class SqlSessionStore(SessionStore):
         first: dict[UUID, _End] = {}
         for end in ends:
             first.setdefault(end.key, end)
-        parameters = self._sql.ends.parameters([(key, end.reason.value) for key, end in first.items()])
-        ended = set((await attempt.connection.execute(self._sql.end, parameters)).scalars())
+        rows = [(key, first[key].reason.value) for key in sorted(first)]
+        ended = await self._end(attempt, rows)
         if attempt.repeated and first.keys() - ended:
             # The first try's commit may have been what ended them, and its answer was lost.
-            ended |= set((await attempt.connection.execute(self._sql.ended_for_that_reason, parameters)).scalars())
+            parameters = self._sql.ends.parameters(rows)
+            result = await attempt.connection.execute(self._sql.ended_for_that_reason, parameters)
+            ended |= await self._forget_journals(attempt, result)
         return [end is first[end.key] and end.key in ended for end in ends]
+
+    async def _end(self, attempt: Attempt, rows: Sequence[tuple[UUID, str]]) -> set[UUID]:
+        """End live sessions, each for its reason; the keys of those that were."""
+        result = await attempt.connection.execute(self._sql.end, self._sql.ends.parameters(rows))
+        return await self._forget_journals(attempt, result)
+
+    async def _forget_journals(self, attempt: Attempt, result: Iterable[Any]) -> set[UUID]:
+        """Remove the journals of the sessions in a result of keys and revisions; their keys."""
+        ended = {row.key: row.revision for row in result}
+        await self._journal.forget_all(attempt, ended.items())
+        return set(ended)
+
+    async def _write_journal_one(
+        self, attempt: Attempt, writes: Sequence[JournalWrite]
+    ) -> list[int | JournalFull | None]:
+        return [await self._journal.write(attempt, write) for write in writes]
+
+    async def _read_journal_each(self, attempt: Attempt, keys: Sequence[UUID]) -> list[list[JournalEntry]]:
+        return [await self._journal.entries(attempt, key) for key in keys]
+
+    async def _poll_each(self, attempt: Attempt, polls: Sequence[datetime | None]) -> list[Changes]:
+        return [await self._poll(attempt, since) for since in polls]
+
+    async def _poll(self, attempt: Attempt, since: datetime | None) -> Changes:
+        if since is None:
+            return Changes([], until=(await attempt.connection.execute(self._sql.until)).scalar_one())
+        overlap = timedelta(seconds=2 * self._database.timeout)
+        rows = (await attempt.connection.execute(self._sql.changes, {"changed_since": since - overlap})).all()
+        changes = [
+            Change(key=key, revision=revision, ended=None if reason is None else EndReason(reason))
+            for _, key, revision, reason in rows
+            if key is not None
+        ]
+        return Changes(changes, until=rows[0].until)
+
+    async def _sweep_one(self, attempt: Attempt, steps: Sequence[_SweepStep]) -> list[int]:
+        counts = []
+        for step in steps:
+            result = (await attempt.connection.execute(step.statement, {"limit": step.limit})).all()
+            counts.append(len(result))
+            if step.ends:
+                await self._forget_journals(attempt, result)
+        return counts
 
 
 async def _make_contact(attempt: Attempt, openings: Sequence[None]) -> Sequence[None]:

@@ -6,18 +6,58 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.retention import NEW_SESSION_LIFETIME
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects import MOMENT, After, StoreClock
 from mcp_session_store.sql.tables import sessions_table
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy.sql.dml import ReturningUpdate
     from sqlalchemy.sql.type_api import TypeEngine
 
+    from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.dialects import Dialect
 
-__all__ = ["SessionStatements"]
+__all__ = ["SessionStatements", "ended", "expiry", "live", "told"]
 
 _KEY: Final[dict[str, TypeEngine[Any]]] = {"key": sa.Uuid()}
+
+
+def live(
+    table: sa.Table, namespace: sa.ColumnElement[str], moment: sa.ColumnElement[datetime]
+) -> sa.ColumnElement[bool]:
+    """That a session is of a namespace, has not ended, and had not expired at a moment."""
+    return sa.and_(
+        table.c.namespace == namespace,
+        table.c.ended_at.is_(None),
+        sa.or_(table.c.expires_at.is_(None), moment < table.c.expires_at),
+    )
+
+
+def expiry(
+    retention: RetentionPolicy, *, created_at: sa.ColumnElement[datetime], last_seen_at: sa.ColumnElement[datetime]
+) -> sa.ColumnElement[Any]:
+    """When a session that was used expires by a policy, as `RetentionPolicy.expiry` says it."""
+    if retention.idle is None and retention.absolute is None:
+        return sa.null()
+    if retention.idle is None or retention.absolute is None:
+        limit, moment = (retention.absolute, created_at) if retention.idle is None else (retention.idle, last_seen_at)
+        assert limit is not None
+        return After(moment, limit.total_seconds())
+    idle = After(last_seen_at, retention.idle.total_seconds())
+    absolute = After(created_at, retention.absolute.total_seconds())
+    return sa.case((idle < absolute, idle), else_=absolute)
+
+
+def ended(reason: sa.ColumnElement[str]) -> dict[str, Any]:
+    """What the end of a session sets. Its params go: a tombstone has no use for them."""
+    return {"ended_at": StoreClock(), "end_reason": reason, "initialize_params": ""}
+
+
+def told(dialect: Dialect, change: ReturningUpdate[Any]) -> sa.Select[Any] | ReturningUpdate[Any]:
+    """A change that others are told of at once where the database can do so. It returns the key first."""
+    return change if dialect.channel is None else dialect.channel.sent_with(change)
+
 
 # One object for each statement, and not one for each call: SQLAlchemy remembers with a statement what it
 # needs to find it in its cache of compiled ones.
@@ -33,9 +73,10 @@ class SessionStatements:
         dialect: The database they are for.
         schema: Where the tables are; the connection's default unless given.
         namespace: To which all statements are limited.
+        retention: By which sessions expire.
     """
 
-    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
+    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
         table = self._table = sessions_table(schema)
         self._namespace = sa.literal(namespace, sa.Text)
         now = StoreClock()
@@ -78,7 +119,7 @@ class SessionStatements:
             "namespace": self._namespace,
             "created_at": now,
             "last_seen_at": now,
-            "expires_at": StoreClock(NEW_SESSION_LIFETIME.total_seconds()),
+            "expires_at": StoreClock(retention.new_session_lifetime.total_seconds()),
             "restores": sa.literal(0, sa.Integer),
             "revision": sa.literal(0, sa.Integer),
         }
@@ -106,12 +147,13 @@ class SessionStatements:
                 instance_hint=claimed.c.instance,
                 restores=table.c.restores + sa.case((counted_already, 0), else_=1),
                 last_seen_at=now,
-                expires_at=sa.null(),
+                expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=now),
             )
             .returning(*record)
         )
 
-        self.replace_initialize = (
+        self.replace_initialize = told(
+            dialect,
             sa.update(table)
             .where(table.c.key == sa.bindparam("replaced_key", type_=sa.Uuid), self._live(now))
             .values(
@@ -120,8 +162,9 @@ class SessionStatements:
                 client_name=sa.bindparam("replaced_client_name"),
                 client_version=sa.bindparam("replaced_client_version"),
                 revision=table.c.revision + 1,
+                changed_at=now,
             )
-            .returning(table.c.key)
+            .returning(table.c.key),
         )
 
         self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
@@ -134,18 +177,20 @@ class SessionStatements:
             .cte("locked")
         )
         last = StoreClock(-touched.c.last_age)
+        seen = sa.case((table.c.last_seen_at < last, last), else_=table.c.last_seen_at)
         self.touch = (
             sa.update(table)
             .where(table.c.key == touched.c.key, self.touches.among(table.c.key))
             .values(
-                last_seen_at=sa.case((table.c.last_seen_at < last, last), else_=table.c.last_seen_at),
-                expires_at=sa.null(),
+                last_seen_at=seen,
+                expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=seen),
             )
-            .returning(table.c.key)
+            # A report may come so late that the session has expired again, and none reaches beyond the absolute limit.
+            .returning(table.c.key, table.c.expires_at, now.label("now"))
         )
 
         self.ends = dialect.batch("ended", {"key": sa.Uuid(), "reason": sa.Text()})
-        ended = (
+        ending = (
             sa.select(*self.ends.c)
             .join(table, table.c.key == self.ends.c.key)
             .where(self.ends.among(table.c.key), self._live(now))
@@ -153,13 +198,14 @@ class SessionStatements:
             .with_for_update(of=table, key_share=True)
             .cte("locked")
         )
-        self.end = (
+        self.end = told(
+            dialect,
             sa.update(table)
-            .where(table.c.key == ended.c.key, self.ends.among(table.c.key))
-            .values(ended_at=now, end_reason=ended.c.reason)
-            .returning(table.c.key)
+            .where(table.c.key == ending.c.key, self.ends.among(table.c.key))
+            .values(ended(ending.c.reason) | {"changed_at": now})
+            .returning(table.c.key, table.c.revision),
         )
-        self.ended_for_that_reason = sa.select(table.c.key).join(
+        self.ended_for_that_reason = sa.select(table.c.key, table.c.revision).join(
             self.ends.rows,
             sa.and_(
                 table.c.key == self.ends.c.key,
@@ -169,11 +215,15 @@ class SessionStatements:
             ),
         )
 
-    def _live(self, moment: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
-        """That a session is of this namespace, has not ended, and had not expired at a moment."""
-        table = self._table
-        return sa.and_(
-            table.c.namespace == self._namespace,
-            table.c.ended_at.is_(None),
-            sa.or_(table.c.expires_at.is_(None), moment < table.c.expires_at),
+        # Joined to the clock, which is then told when nothing changed, too.
+        clock = sa.select(now.label("until")).subquery("clock")
+        changed = (table.c.namespace == self._namespace) & (
+            table.c.changed_at >= sa.bindparam("changed_since", type_=MOMENT)
         )
+        self.until = sa.select(now)
+        self.changes = sa.select(clock.c.until, table.c.key, table.c.revision, table.c.end_reason).select_from(
+            clock.outerjoin(table, changed)
+        )
+
+    def _live(self, moment: sa.ColumnElement[datetime]) -> sa.ColumnElement[bool]:
+        return live(self._table, self._namespace, moment)

@@ -1,8 +1,9 @@
-"""The command line: migrations, and serving an existing server object durably. Settings are read here only."""
+"""The command that serves an existing server object durably."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import traceback
@@ -11,148 +12,32 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import override
 
-from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreUnavailable
-from mcp_session_store.store import DEFAULT_NAMESPACE
+from mcp_session_store.cli.settings import (
+    Failure,
+    namespace_option,
+    option,
+    retention_options,
+    retention_policy,
+    run,
+    schema_option,
+    url_option,
+)
+from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-    from typing import TypeVar
-
     from starlette.applications import Starlette
 
-    _T = TypeVar("_T")
+# uvicorn, the SDK and the database's drivers are imported where they are needed: other commands need none of them.
 
-# Alembic and uvicorn are imported by the commands that need them: most need one of them, `--help` none.
-
-__all__ = ["main", "worker_app"]
+__all__ = ["serve", "worker_app"]
 
 _WORKER_SETTINGS: Final = "_MCP_SESSION_STORE_SERVE"
 """Carries the settings of `serve` to its workers, which uvicorn starts with nothing but an import string."""
 
 _UVICORN_STARTUP_FAILED: Final = 3
-
-
-class _Failure(click.ClickException):
-    """A check that failed, a database that does not answer: exit code 1."""
-
-
-class _Misuse(click.ClickException):
-    """An argument or setting that cannot work: exit code 2, as click's own usage errors."""
-
-    exit_code = 2
-
-
-class _Group(click.Group):
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ConfigurationError as error:
-            raise _Misuse(str(error)) from error
-        except SessionStoreError as error:
-            raise _Failure(str(error)) from error
-
-
-def _option(name: str, **attributes: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """An option that an environment variable can set, too: `--some-name` is MCP_SESSION_STORE_SOME_NAME."""
-    variable = "MCP_SESSION_STORE_" + name.split("/")[0].removeprefix("--").replace("-", "_").upper()
-    return click.option(name, envvar=variable, show_envvar=True, **attributes)
-
-
-_url = _option(
-    "--url",
-    required=True,
-    metavar="URL",
-    help="The database: postgresql://user:password@host/database or sqlite:///path.",
-)
-_schema = _option(
-    "--schema", metavar="NAME", help="Postgres: the schema with the tables. Default: the search path's first."
-)
-
-
-def _run(coroutine: Coroutine[Any, Any, _T]) -> _T:
-    import asyncio
-
-    return asyncio.run(coroutine)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="mcp-session-store")
-def main() -> None:
-    """Durable sessions for MCP servers: migrate the database, or serve a server that exists.
-
-    Exit codes: 0 done; 1 a check or an operation failed (schema, database, start of the server);
-    2 wrong usage (arguments, settings, the thing to serve).
-    """
-
-
-@main.command()
-@click.argument("revision", default="head")
-@_url
-@_schema
-@click.option("--sql", is_flag=True, help="Print the SQL and touch no database.")
-@click.option("--from", "from_revision", metavar="REVISION", help="With --sql: the revision to start from.")
-def upgrade(revision: str, url: str, schema: str | None, sql: bool, from_revision: str | None) -> None:
-    """Bring the database's schema to REVISION (default: head).
-
-    Safe when many replicas run it at once: one migrates, the others wait and find it done.
-    """
-    from mcp_session_store.sql import migrate
-
-    if sql:
-        click.echo(migrate.upgrade_sql(url, schema=schema, revision=revision, from_revision=from_revision))
-        return
-    if from_revision is not None:
-        raise click.UsageError("--from goes with --sql: a database knows its own revision")
-
-    async def run() -> str | None:
-        await migrate.upgrade(url, schema=schema, revision=revision)
-        return await migrate.current(url, schema=schema)
-
-    click.echo(f"the schema is at {_run(run())}")
-
-
-@main.command()
-@click.argument("revision")
-@_url
-@_schema
-def downgrade(revision: str, url: str, schema: str | None) -> None:
-    """Take the database's schema back to REVISION.
-
-    `base` removes all tables, and with them all sessions.
-    """
-    from mcp_session_store.sql import migrate
-
-    async def run() -> str | None:
-        await migrate.downgrade(url, schema=schema, revision=revision)
-        return await migrate.current(url, schema=schema)
-
-    found = _run(run())
-    click.echo("the schema is removed" if found is None else f"the schema is at {found}")
-
-
-@main.command()
-@_url
-@_schema
-def current(url: str, schema: str | None) -> None:
-    """Print the revision of the database's schema, or `none`."""
-    from mcp_session_store.sql import migrate
-
-    click.echo(_run(migrate.current(url, schema=schema)) or "none")
-
-
-@main.command()
-@_url
-@_schema
-def check(url: str, schema: str | None) -> None:
-    """Check that the database's schema fits this version of the package.
-
-    Exit code 1, with the command to run, when it does not.
-    """
-    from mcp_session_store.sql import migrate
-
-    _run(migrate.check(url, schema=schema))
-    click.echo("the schema fits")
+_OUR_LOGGER: Final = "mcp_session_store"
 
 
 class _ServeSettings(BaseModel):
@@ -169,6 +54,10 @@ class _ServeSettings(BaseModel):
     host: str
     path: str | None
     json_response: bool | None
+    retention: dict[str, str]
+    """The texts of the retention options that were given."""
+    options: dict[str, float | None]
+    """Those of `durable_app` that were given."""
 
 
 def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -177,24 +66,40 @@ def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str 
     return value
 
 
-@main.command()
+class _SecondsOrNone(click.ParamType[str]):
+    """A number of seconds, or `none`. As text: click takes `None` for an option that was not given."""
+
+    name = "seconds"
+
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).strip().lower()
+        if text != _NONE:
+            try:
+                fits = 0 < float(text) < math.inf
+            except ValueError:
+                fits = False
+            if not fits:
+                self.fail(f"{value!r} is neither a number of seconds above 0 nor none", param, ctx)
+        return text
+
+
+_NONE: Final = "none"
+_SECONDS_OR_NONE: Final = _SecondsOrNone()
+
+
+@click.command()
 @click.argument("target", metavar="MODULE:ATTRIBUTE")
-@_url
-@_schema
-@_option(
-    "--namespace",
-    metavar="NAME",
-    default=DEFAULT_NAMESPACE,
-    show_default=True,
-    help="Keeps servers that share a database apart.",
-)
-@_option("--auto-upgrade", is_flag=True, help="Migrate a server database at start. A new SQLite file always is.")
-@_option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@_option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="The port to listen on.")
-@_option("--workers", default=1, show_default=True, type=click.IntRange(1), help="The number of processes.")
-@_option("--path", callback=_absolute_path, help="The MCP endpoint. Default: the framework's, /mcp.")
-@_option("--json-response/--sse", default=None, help="How calls are answered. Default: the framework's, SSE.")
-@_option(
+@url_option
+@schema_option
+@namespace_option
+@option("--auto-upgrade", is_flag=True, help="Migrate a server database at start. A new SQLite file always is.")
+@option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="The port to listen on.")
+@option("--workers", default=1, show_default=True, type=click.IntRange(1), help="The number of processes.")
+@option("--path", callback=_absolute_path, help="The MCP endpoint. Default: the framework's, /mcp.")
+@option("--json-response/--sse", default=None, help="How calls are answered. Default: the framework's, SSE.")
+@option(
     "--shutdown-timeout",
     default=10,
     show_default=True,
@@ -202,14 +107,34 @@ def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str 
     metavar="SECONDS",
     help="How long calls may go on after a signal to stop.",
 )
-@_option(
+@option(
     "--log-level",
     default="info",
     show_default=True,
     type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]),
     help="Of uvicorn's log and of this package's.",
 )
-@_option("--app-dir", default=".", show_default=True, help="Where MODULE is looked for first.")
+@retention_options
+@option(
+    "--sweep-interval",
+    type=_SECONDS_OR_NONE,
+    metavar="SECONDS|none",
+    help="How often each process sweeps; none where cron does. Default: 60.",
+)
+@option(
+    "--end-within",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="How soon a session that ended elsewhere is refused here. Default: 5.",
+)
+@option(
+    "--evict-after",
+    type=_SECONDS_OR_NONE,
+    metavar="SECONDS|none",
+    help="How long a session without a request stays in memory. Default: 300.",
+)
+@option("--max-sessions", type=click.IntRange(1), metavar="N", help="Sessions in the memory of a process.")
+@option("--app-dir", default=".", show_default=True, help="Where MODULE is looked for first.")
 def serve(
     target: str,
     url: str,
@@ -223,6 +148,11 @@ def serve(
     json_response: bool | None,
     shutdown_timeout: int,
     log_level: str,
+    retention: dict[str, str],
+    sweep_interval: str | None,
+    end_within: float | None,
+    evict_after: str | None,
+    max_sessions: int | None,
     app_dir: str,
 ) -> None:
     """Serve an MCPServer, a low-level Server or a FastMCP 4 server with durable sessions.
@@ -230,6 +160,17 @@ def serve(
     MODULE:ATTRIBUTE is where the server object is, as in `notes.server:mcp`; its code needs no change.
     A database that is down does not keep the server from starting: clients get 503 until it answers.
     """
+    retention_policy(retention)
+    options: dict[str, float | None] = {
+        name: None if text == _NONE else float(text)
+        for name, text in {"evict_after": evict_after, "sweep_interval": sweep_interval}.items()
+        if text is not None
+    }
+    options |= {
+        name: number
+        for name, number in {"end_within": end_within, "max_sessions": max_sessions}.items()
+        if number is not None
+    }
     settings = _ServeSettings(
         target=target,
         app_dir=str(Path(app_dir).resolve()),
@@ -240,17 +181,19 @@ def serve(
         host=host,
         path=path,
         json_response=json_response,
+        retention=retention,
+        options=options,
     )
     # Built here even if only workers will serve: what cannot work is told once, and before anything listens.
     app = _build(settings)
-    _run(_check_store(settings))
+    run(_check_store(settings))
 
     import uvicorn
 
     os.environ[_WORKER_SETTINGS] = settings.model_dump_json()
     try:
         uvicorn.run(
-            app if workers == 1 else f"{__package__}.cli:{worker_app.__name__}",
+            app if workers == 1 else f"{__package__}:{worker_app.__name__}",
             factory=workers > 1,
             workers=workers,
             host=host,
@@ -262,7 +205,7 @@ def serve(
         )
     except SystemExit as exit_:
         if exit_.code == _UVICORN_STARTUP_FAILED:
-            raise _Failure("the server did not start; the log above says why") from None
+            raise Failure("the server did not start; the log above says why") from None
         raise
 
 
@@ -284,7 +227,9 @@ def _build(settings: _ServeSettings) -> Starlette:
             hint = " (an app that was built from a server already, stateless or not, cannot be made durable: name the"
             hint += " server object itself)"
         raise ConfigurationError(f"{settings.target}: {error}{hint}") from error
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(settings.options)
+    if settings.retention:
+        options["retention"] = retention_policy(settings.retention)
     if settings.json_response is not None:
         options["json_response"] = settings.json_response
     if settings.path is not None:
@@ -371,8 +316,4 @@ def _log_config(level: str) -> dict[str, Any]:
 
     level_name = "DEBUG" if level == "trace" else level.upper()
     ours = {"handlers": ["default"], "level": level_name, "propagate": False}
-    return {**LOGGING_CONFIG, "loggers": {**LOGGING_CONFIG["loggers"], __package__: ours}}
-
-
-if __name__ == "__main__":
-    main()
+    return {**LOGGING_CONFIG, "loggers": {**LOGGING_CONFIG["loggers"], _OUR_LOGGER: ours}}

@@ -1,0 +1,203 @@
+"""Stores behind PgBouncer: the contract, many at once on few server connections, and what they leave behind there."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+from sqlalchemy.engine import make_url
+
+from interop_tests.pgbouncer import POOL_SIZE
+from mcp_session_store import Activity, EndReason, StoreUnavailable
+from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql.database import BadData
+from mcp_session_store.testing import MakeStore, SessionStoreConformance, new_session
+from tests.store.databases import execute, expire, settled
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from uuid import UUID
+
+    from interop_tests.pgbouncer import PgBouncer
+    from mcp_session_store.store import SessionStore
+
+pytestmark = pytest.mark.anyio
+
+STORES = 8
+
+
+class TestContract(SessionStoreConformance):
+    @pytest.fixture
+    async def make_store(self, anyio_backend: str, shared_url: str) -> AsyncIterator[MakeStore]:
+        stores: list[SqlSessionStore] = []
+
+        def make(namespace: str) -> SessionStore:
+            stores.append(SqlSessionStore(shared_url, namespace=namespace))
+            return stores[-1]
+
+        yield make
+        for store in stores:
+            await settled(store)
+            await store.aclose()
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        await expire(store, key)
+
+
+@asynccontextmanager
+async def stores_at(url: str, count: int) -> AsyncIterator[list[SqlSessionStore]]:
+    """So many stores, each with connections of its own, that no call has opened yet."""
+    stores = [SqlSessionStore(url) for _ in range(count)]
+    try:
+        yield stores
+        for store in stores:
+            await settled(store)
+    finally:
+        for store in stores:
+            await store.aclose()
+
+
+async def use(store: SqlSessionStore, *, sessions: int = 20) -> None:
+    """Every kind of call, many at a time, each with the result that it must have."""
+    created = await asyncio.gather(*(store.create(new_session()) for _ in range(sessions)))
+    keys = [record.key for record in created]
+    loaded, claimed, not_live, replaced, unknown = await asyncio.gather(
+        asyncio.gather(*map(store.load, keys)),
+        asyncio.gather(*(store.claim(key, instance="b", restores=0) for key in keys)),
+        store.touch([Activity(key=key, first_age=0.0, last_age=0.0) for key in keys]),
+        asyncio.gather(
+            *(
+                store.replace_initialize(
+                    key,
+                    initialize_params=f'{{"key": "{key}"}}',
+                    protocol_version="2025-11-25",
+                    client_name=str(key),
+                    client_version="2",
+                )
+                for key in keys
+            )
+        ),
+        store.load(uuid.uuid4()),
+    )
+    assert [record and record.key for record in loaded] == keys
+    assert [record and (record.key, record.restores, record.instance_hint) for record in claimed] == [
+        (key, 1, "b") for key in keys
+    ]
+    assert not_live == set()
+    assert replaced == [True] * sessions
+    assert unknown is None
+    ended, kept = keys[::2], keys[1::2]
+    assert await asyncio.gather(*(store.end(key, reason=EndReason.CLIENT) for key in ended)) == [True] * len(ended)
+    assert await asyncio.gather(*map(store.load, ended)) == [None] * len(ended)
+    left = await asyncio.gather(*map(store.load, kept))
+    assert [record and (record.key, record.client_name) for record in left] == [(key, str(key)) for key in kept]
+
+
+async def server_connections(database_url: str) -> int:
+    """How many connections the server has to this database, but for the one that asks."""
+    ((count,),) = await execute(
+        database_url,
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+    return int(count)
+
+
+@asynccontextmanager
+async def taken_server_connections(url: str, count: int) -> AsyncIterator[list[asyncpg.Connection]]:
+    """So many clients of PgBouncer, each in a transaction, and thereby on a server connection of its own."""
+    address = make_url(url)
+    async with AsyncExitStack() as stack:
+        clients = []
+        for _ in range(count):
+            client = await asyncpg.connect(
+                host=address.host,
+                port=address.port,
+                user=address.username,
+                database=address.database,
+                statement_cache_size=0,
+                timeout=10,
+                command_timeout=10,
+            )
+            stack.callback(client.terminate)
+            await client.execute("BEGIN")
+            clients.append(client)
+        yield clients
+        for client in clients:
+            await client.execute("ROLLBACK")
+
+
+async def test_many_stores_share_a_few_server_connections(migrated_url: str, postgres_url: str) -> None:
+    async with stores_at(migrated_url, STORES) as stores:
+        for _ in range(5):
+            await asyncio.gather(*map(use, stores))
+        assert await server_connections(postgres_url) == POOL_SIZE
+
+
+async def test_on_the_server_connections_a_store_leaves_nothing_behind(migrated_url: str) -> None:
+    # PgBouncer itself sees to it that each client has the application_name that it asked for.
+    settings = "SELECT name, setting FROM pg_settings WHERE name <> 'application_name' ORDER BY name"
+    async with taken_server_connections(migrated_url, POOL_SIZE) as clients:
+        before = [await client.fetch(settings) for client in clients]
+    for _ in range(3):
+        async with stores_at(migrated_url, STORES) as stores:
+            await asyncio.gather(*map(use, stores))
+    async with taken_server_connections(migrated_url, POOL_SIZE) as clients:
+        assert [await client.fetch(settings) for client in clients] == before
+        assert [await client.fetch("SELECT name, statement FROM pg_prepared_statements") for client in clients] == [
+            []
+        ] * POOL_SIZE
+
+
+async def test_what_asyncpg_asks_about_types_it_asks_within_a_transaction(
+    pgbouncer_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes a setting meanwhile, which must not reach one server connection, and its way back another."""
+    introspect = asyncpg.Connection._introspect_types
+    in_transaction = []
+
+    async def watched(connection: asyncpg.Connection, *arguments: object) -> object:
+        in_transaction.append(connection.is_in_transaction())
+        return await introspect(connection, *arguments)
+
+    monkeypatch.setattr(asyncpg.Connection, "_introspect_types", watched)
+    await migrate.upgrade(pgbouncer_url)
+    await migrate.check(pgbouncer_url)
+    async with stores_at(pgbouncer_url, 2) as stores:
+        await asyncio.gather(*map(use, stores))
+    assert in_transaction
+    assert all(in_transaction)
+
+
+@pytest.mark.parametrize("behind_pgbouncer", [True, False], ids=["with the option", "without the option"])
+async def test_a_server_connection_that_changes_between_two_calls_needs_the_option(
+    pgbouncer: PgBouncer, migrated_url: str, postgres_url: str, behind_pgbouncer: bool
+) -> None:
+    url = migrated_url if behind_pgbouncer else pgbouncer.url_of(postgres_url, pgbouncer=None)
+    async with stores_at(url, 1) as (store,):
+        key = (await store.create(new_session())).key
+        for _ in range(10):
+            # On each connection of its pool, of which the one that came back first is taken next.
+            assert await store.load(key) is not None
+            await settled(store)
+        known = await server_connections(postgres_url)
+        assert known < POOL_SIZE, "calls one after the other need no second server connection"
+        # All that it has spoken to are in use: it gets one that is new.
+        async with taken_server_connections(url, known):
+            if behind_pgbouncer:
+                assert await store.load(key) is not None
+            else:
+                with pytest.raises(StoreUnavailable, match=r"InvalidSQLStatementNameError.*\?pgbouncer=true"):
+                    await store.load(key)
+
+
+async def test_bad_data_keeps_no_server_connection(migrated_url: str) -> None:
+    async with stores_at(migrated_url, POOL_SIZE + 1) as stores:
+        for store in stores:
+            # Found by the driver, when the statement has been prepared and its values are to be sent.
+            with pytest.raises(BadData):
+                await store.create(new_session(client_name="\ud800"))
+        await asyncio.gather(*map(use, stores))

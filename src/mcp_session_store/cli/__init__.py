@@ -1,0 +1,27 @@
+"""The command line. Settings are read here only."""
+
+from __future__ import annotations
+
+import click
+
+from mcp_session_store.cli.migrations import check, current, downgrade, upgrade
+from mcp_session_store.cli.serve import serve, worker_app
+from mcp_session_store.cli.sessions import sessions
+from mcp_session_store.cli.settings import Group
+from mcp_session_store.cli.sweep import sweep
+
+__all__ = ["main", "worker_app"]
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mcp-session-store")
+def main() -> None:
+    """Durable sessions for MCP servers: migrate the database, serve a server that exists, look after the sessions.
+
+    Exit codes: 0 done; 1 a check or an operation failed (schema, database, start of the server, a session
+    that is not there); 2 wrong usage (arguments, settings, the thing to serve).
+    """
+
+
+for command in (upgrade, downgrade, current, check, serve, sessions, sweep):
+    main.add_command(command)

@@ -1,0 +1,136 @@
+"""The command that sweeps: for cron, or where the servers are told not to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from mcp_session_store.cli.output import number, plural, print_json, progress
+from mcp_session_store.cli.settings import json_option, place_options, retention_options, retention_policy, run
+from mcp_session_store.errors import StoreUnavailable
+from mcp_session_store.retention import SweepReport
+from mcp_session_store.store import SWEEP_LIMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from mcp_session_store.cli.settings import Place
+    from mcp_session_store.retention import RetentionPolicy
+
+__all__ = ["sweep"]
+
+_KILLED_BY: Final = 128
+"""What a shell adds to the number of the signal that ended a command."""
+
+
+@click.command()
+@place_options
+@retention_options
+@click.option("--dry-run", is_flag=True, help="Only tell what would go.")
+@click.option(
+    "--limit-per-step",
+    default=SWEEP_LIMIT,
+    show_default=True,
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    help="Sessions of each kind that one short transaction handles at most.",
+)
+@click.option("--no-pause", is_flag=True, help="Do not rest after each step for as long as it took.")
+@json_option
+def sweep(
+    place: Place,
+    *,
+    retention: Mapping[str, str],
+    dry_run: bool,
+    limit_per_step: int,
+    no_pause: bool,
+    as_json: bool,
+) -> None:
+    """End sessions that have expired, and remove those that ended long ago, until there are no more.
+
+    Give the policy that the servers have: sessions without an expiry get the one that it gives them. Any number of
+    sweeps may run at once, beside the servers' own. SIGINT and SIGTERM stop it after the step that runs; the exit code
+    is then 130 or 143, and what is left is swept the next time.
+    """
+    policy = retention_policy(retention)
+    if dry_run:
+        _report(run(_preview(place, policy)), dry_run=True, as_json=as_json)
+        return
+    sweeping = _Sweep(place, policy, limit=limit_per_step, pause=not no_pause)
+    try:
+        run(sweeping.run())
+    finally:
+        _report(sweeping.done, dry_run=False, as_json=as_json)
+    if sweeping.stopped_by is not None:
+        raise click.exceptions.Exit(_KILLED_BY + sweeping.stopped_by)
+
+
+async def _preview(place: Place, policy: RetentionPolicy) -> SweepReport:
+    async with place.directory() as directory:
+        return await directory.preview(policy)
+
+
+def _report(report: SweepReport, *, dry_run: bool, as_json: bool) -> None:
+    if as_json:
+        print_json({"dry_run": dry_run, "expired": report.expired, "purged": report.purged, "more": report.more})
+        return
+    ended, removed = ("would end", "would be removed") if dry_run else ("ended", "were removed")
+    click.echo(
+        f"{number(report.expired)} expired {plural('session', report.expired)} {ended}, "
+        f"{number(report.purged)} that ended long ago {removed} for good"
+    )
+    if report.more and not dry_run:
+        click.echo("there is more to sweep", err=True)
+
+
+class _Sweep:
+    """A sweep from its first step to its last, or until a signal."""
+
+    def __init__(self, place: Place, policy: RetentionPolicy, *, limit: int, pause: bool) -> None:
+        self._place = place
+        self._policy = policy
+        self._limit = limit
+        self._pause = pause
+        self.done = SweepReport(more=True)
+        self.stopped_by: signal.Signals | None = None
+
+    async def run(self) -> None:
+        stop = asyncio.Event()
+        with self._stopping_at_signals(stop):
+            total = None
+            # Only the bar needs it, and only a guess.
+            with contextlib.suppress(StoreUnavailable):
+                expected = await _preview(self._place, self._policy)
+                total = expected.expired + expected.purged
+            async with self._place.store(self._policy) as store:
+                with progress("sweeping", total=total) as advance:
+                    while self.done.more and not stop.is_set():
+                        begun = time.monotonic()
+                        step = await store.sweep(limit=self._limit)
+                        self.done += step
+                        advance(step.expired + step.purged)
+                        if self._pause and step.more:
+                            with contextlib.suppress(TimeoutError):
+                                await asyncio.wait_for(stop.wait(), time.monotonic() - begun)
+
+    @contextlib.contextmanager
+    def _stopping_at_signals(self, stop: asyncio.Event) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+
+        def stop_for(number: signal.Signals) -> None:
+            self.stopped_by = number
+            stop.set()
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for one in signals:
+            loop.add_signal_handler(one, stop_for, one)
+        try:
+            yield
+        finally:
+            for one in signals:
+                loop.remove_signal_handler(one)

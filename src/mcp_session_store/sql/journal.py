@@ -1,0 +1,121 @@
+"""The journal of sessions: the calls that a restore replays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from mcp_session_store.errors import JournalFull
+from mcp_session_store.records import JournalEntry
+from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.statements import live, told
+from mcp_session_store.sql.tables import journal_table, sessions_table
+from mcp_session_store.sql.transactions import transaction
+from mcp_session_store.store import MAX_JOURNAL_ENTRIES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from uuid import UUID
+
+    from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects import Dialect
+
+__all__ = ["Journal", "JournalWrite"]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalWrite:
+    """One entry that is to be set, or removed where `params` is `None`."""
+
+    key: UUID
+    method: str
+    subject: str
+    params: str | None
+
+
+class Journal:
+    """Reads and writes the journals of the sessions of one namespace.
+
+    Args:
+        dialect: The database they are in.
+        schema: Where the tables are; the connection's default unless given.
+        namespace: Whose sessions.
+    """
+
+    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
+        self._dialect = dialect
+        sessions, journal = sessions_table(schema), journal_table(schema)
+        now = StoreClock()
+        key, method, subject = (
+            sa.bindparam("journal_key", type_=sa.Uuid),
+            sa.bindparam("journal_method", type_=sa.Text),
+            sa.bindparam("journal_subject", type_=sa.Text),
+        )
+        is_live = live(sessions, sa.literal(namespace, sa.Text), now)
+
+        self.raise_revision = told(
+            dialect,
+            sa.update(sessions)
+            .where(sessions.c.key == key, is_live)
+            .values(revision=sessions.c.revision + 1, changed_at=now)
+            .returning(sessions.c.key, sessions.c.revision),
+        )
+        self.remove = sa.delete(journal).where(
+            journal.c.key == key, journal.c.method == method, journal.c.subject == subject
+        )
+        self.count = sa.select(sa.func.count()).where(journal.c.key == key)
+        self.insert = sa.insert(journal).values(
+            key=key,
+            method=method,
+            subject=subject,
+            params=sa.bindparam("journal_params", type_=sa.Text),
+            revision=sa.bindparam("journal_revision", type_=sa.Integer),
+        )
+        self.read = (
+            sa.select(journal.c.method, journal.c.subject, journal.c.params)
+            .join(sessions, sessions.c.key == journal.c.key)
+            .where(journal.c.key == key, sessions.c.key == key, is_live)
+            .order_by(journal.c.revision)
+        )
+        self.forgotten = dialect.batch("forgotten", {"key": sa.Uuid()})
+        self.forget = sa.delete(journal).where(self.forgotten.among(journal.c.key))
+
+    async def write(self, attempt: Attempt, write: JournalWrite) -> int | JournalFull | None:
+        """Set or remove an entry; the session's revision then, or `None` when it is not live."""
+        execute = attempt.connection.execute
+        name = {"journal_key": write.key, "journal_method": write.method, "journal_subject": write.subject}
+        try:
+            async with transaction(attempt.connection, self._dialect):
+                # First, because it locks the session: others who write its journal wait here.
+                row = (await execute(self.raise_revision, {"journal_key": write.key})).first()
+                if row is None:
+                    return None
+                await execute(self.remove, name)
+                if write.params is not None:
+                    if (await execute(self.count, {"journal_key": write.key})).scalar_one() >= MAX_JOURNAL_ENTRIES:
+                        raise JournalFull(
+                            f"the session has {MAX_JOURNAL_ENTRIES} journaled calls already; undo some first"
+                        )
+                    entry = {"journal_params": write.params, "journal_revision": row.revision}
+                    await execute(self.insert, name | entry)
+        except JournalFull as full:
+            return full
+        revision: int = row.revision
+        return revision
+
+    async def entries(self, attempt: Attempt, key: UUID) -> list[JournalEntry]:
+        """The entries of a live session, in the order in which they were last set."""
+        result = await attempt.connection.execute(self.read, {"journal_key": key})
+        return [JournalEntry(method=method, subject=subject, params=params) for method, subject, params in result]
+
+    async def forget_all(self, attempt: Attempt, ended: Iterable[tuple[UUID, int]]) -> None:
+        """Remove the journals of sessions that have ended.
+
+        Args:
+            attempt: Where to.
+            ended: Their keys and revisions: only where one is above 0 there can be a journal.
+        """
+        if keys := sorted(key for key, revision in ended if revision):
+            await attempt.connection.execute(self.forget, self.forgotten.parameters([(key,) for key in keys]))

@@ -1,0 +1,176 @@
+"""How many sessions there may be: what the retention policy asks of the transaction that creates some."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from mcp_session_store.errors import SessionLimitReached
+from mcp_session_store.retention import MIN_TOMBSTONE
+from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.statements import live
+from mcp_session_store.sql.tables import sessions_table
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from uuid import UUID
+
+    from mcp_session_store.records import NewSession
+    from mcp_session_store.retention import RetentionPolicy
+    from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects import Dialect
+
+__all__ = ["Limits"]
+
+
+class Limits:
+    """The policy's limits on the sessions of one namespace.
+
+    What is counted is locked first, by principal, so that two instances that create at once do not
+    both find room for the last one.
+
+    Args:
+        dialect: The database they are in.
+        schema: Where the tables are; the connection's default unless given.
+        namespace: Whose sessions.
+        retention: The policy.
+    """
+
+    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
+        self._namespace = namespace
+        self._retention = retention
+        table = sessions_table(schema)
+        mine = table.c.namespace == sa.literal(namespace, sa.Text)
+
+        self._locks = dialect.batch("locks", {"number": sa.BigInteger()})
+        self._lock = dialect.exclude_others(self._locks)
+        self._keys = dialect.batch("created_keys", {"key": sa.Uuid()})
+        self._present = sa.select(table.c.key).where(self._keys.among(table.c.key))
+
+        self._principals = dialect.batch("principals", {"principal_digest": sa.Text()})
+        theirs = (
+            self._principals.among(table.c.principal_digest),
+            live(table, sa.literal(namespace, sa.Text), StoreClock()),
+        )
+        self._count = (
+            sa.select(table.c.principal_digest, sa.func.count().label("live"))
+            .where(*theirs)
+            .group_by(table.c.principal_digest)
+        )
+        # Times may be equal to the millisecond, and then a new session is the last that was seen.
+        is_new = sa.case((self._keys.among(table.c.key), 1), else_=0)
+        rank = sa.func.row_number().over(
+            partition_by=table.c.principal_digest,
+            order_by=(table.c.last_seen_at.desc(), is_new.desc(), table.c.created_at.desc()),
+        )
+        ranked = sa.select(table.c.key, rank.label("rank")).where(*theirs).subquery("ranked")
+        self._excess = sa.select(ranked.c.key).where(ranked.c.rank > sa.literal(retention.per_principal, sa.Integer))
+
+        anonymous = mine & table.c.principal_digest.is_(None)
+        # The order of the index, in which principals come first, be they null or not: so it is read, and no more of it.
+        by_end = table.c.principal_digest, table.c.ended_at
+        some = (
+            sa.select(table.c.key).where(anonymous).order_by(*by_end).limit(sa.bindparam("at_most", type_=sa.Integer))
+        )
+        self._count_anonymous = sa.select(sa.func.count()).select_from(some.subquery("some"))
+        long_ago = sa.select(StoreClock(-MIN_TOMBSTONE.total_seconds())).scalar_subquery()
+        removable = (
+            sa.select(table.c.key)
+            .where(anonymous, table.c.ended_at <= long_ago)
+            .order_by(*by_end)
+            .limit(sa.bindparam("at_most", type_=sa.Integer))
+            .with_for_update(skip_locked=True)
+        )
+        self._remove_anonymous = (
+            sa.delete(table).where(dialect.is_one_of(table.c.key, removable)).returning(table.c.key, table.c.revision)
+        )
+
+    def concern(self, sessions: Collection[NewSession]) -> bool:
+        """Whether the policy limits any of these sessions."""
+        return any(self._limit_of(session) is not None for session in sessions)
+
+    def _limit_of(self, session: NewSession) -> int | None:
+        return self._retention.anonymous if session.principal is None else self._retention.per_principal
+
+    async def lock(self, attempt: Attempt, sessions: Collection[NewSession]) -> None:
+        """Wait for others who create sessions of the same principals, and keep them waiting until the commit."""
+        if self._lock is not None:
+            numbers = sorted({self._number(session) for session in sessions if self._limit_of(session) is not None})
+            parameters = self._locks.parameters([(number,) for number in numbers])
+            await attempt.connection.execute(self._lock, parameters)
+
+    def _number(self, session: NewSession) -> int:
+        digest = b"" if session.principal is None else session.principal.digest
+        text = hashlib.sha256(b"\0".join((b"mcp_session", self._namespace.encode(), digest)))
+        return int.from_bytes(text.digest()[:8], signed=True)
+
+    async def new_among(self, attempt: Attempt, sessions: Sequence[NewSession]) -> list[NewSession]:
+        """Those under whose key nothing is stored, anybody's: the others are not created, and need no room."""
+        keys = self._keys.parameters([(session.key,) for session in sessions])
+        present = set((await attempt.connection.execute(self._present, keys)).scalars())
+        return [session for session in sessions if session.key not in present]
+
+    async def refuse(
+        self, attempt: Attempt, new: Sequence[NewSession]
+    ) -> tuple[dict[UUID, SessionLimitReached], list[tuple[UUID, int]]]:
+        """Find those for which there is no room.
+
+        Returns:
+            The refusals, by key, and the tombstones that were removed to make room: their keys and revisions.
+        """
+        anonymous = [session for session in new if session.principal is None]
+        refused: dict[UUID, SessionLimitReached] = {}
+        removed: list[tuple[UUID, int]] = []
+        if anonymous and self._retention.anonymous is not None:
+            room, removed = await self._make_room(attempt, len(anonymous), self._retention.anonymous)
+            for session in anonymous[room:]:
+                refused[session.key] = SessionLimitReached(
+                    f"{self._retention.anonymous} sessions without a principal are stored, as many as the policy's "
+                    "anonymous allows"
+                )
+        if self._retention.per_principal is not None and self._retention.per_principal_excess == "refuse":
+            refused |= await self._refuse_principals(attempt, new, self._retention.per_principal)
+        return refused, removed
+
+    async def _make_room(self, attempt: Attempt, wanted: int, limit: int) -> tuple[int, list[tuple[UUID, int]]]:
+        execute = attempt.connection.execute
+        stored = (await execute(self._count_anonymous, {"at_most": limit + 1})).scalar_one()
+        room = limit - stored
+        if room < 0 or room >= wanted:
+            return max(0, room), []
+        result = await execute(self._remove_anonymous, {"at_most": wanted - room})
+        removed = [(row.key, row.revision) for row in result]
+        return room + len(removed), removed
+
+    async def _refuse_principals(
+        self, attempt: Attempt, new: Sequence[NewSession], limit: int
+    ) -> dict[UUID, SessionLimitReached]:
+        refused = {}
+        if digests := _digests(new):
+            result = await attempt.connection.execute(self._count, self._principals.parameters(digests))
+            live = {row.principal_digest: row.live for row in result}
+            for session in new:
+                if session.principal is None:
+                    continue
+                digest = session.principal.digest.hex()
+                live[digest] = live.get(digest, 0) + 1
+                if live[digest] > limit:
+                    refused[session.key] = SessionLimitReached(
+                        f"the principal has {limit} sessions, as many as the policy's per_principal allows"
+                    )
+        return refused
+
+    async def excess(self, attempt: Attempt, created: Sequence[NewSession]) -> list[UUID]:
+        """The sessions that must end because these were created: of each principal, those longest not seen."""
+        digests = _digests(created)
+        if not digests or self._retention.per_principal is None or self._retention.per_principal_excess != "end_oldest":
+            return []
+        keys = self._keys.parameters([(session.key,) for session in created])
+        result = await attempt.connection.execute(self._excess, self._principals.parameters(digests) | keys)
+        return list(result.scalars())
+
+
+def _digests(sessions: Sequence[NewSession]) -> list[tuple[Any, ...]]:
+    return sorted({(session.principal.digest.hex(),) for session in sessions if session.principal is not None})

@@ -1,0 +1,145 @@
+"""Every statement of the store finds its rows by an index, however many there are."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import uuid
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+
+from mcp_session_store.errors import SessionLimitReached
+from mcp_session_store.records import Activity, EndReason, Principal
+from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.sql.tables import journal_table, sessions_table
+from mcp_session_store.testing import new_session
+from tests.store.databases import engine_of, execute, settled, sql_store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mcp_session_store.sql import SqlSessionStore
+
+pytestmark = pytest.mark.anyio
+
+ROWS = 20_000
+POLICY = RetentionPolicy(absolute=timedelta(days=30), per_principal=2, anonymous=ROWS)
+
+
+async def fill(store: SqlSessionStore) -> None:
+    """Sessions of all kinds: live ones, expired ones, ones without an expiry, and tombstones; and their journals."""
+    sessions, journal = sessions_table(), journal_table()
+    now = datetime.now(UTC)
+    rows = []
+    for number in range(ROWS):
+        moment = now - timedelta(minutes=number)
+        ended = moment if number % 5 == 0 else None
+        rows.append(
+            {
+                "key": uuid.uuid4(),
+                "namespace": "default" if number % 10 else "another",
+                "initialize_params": "{}",
+                "protocol_version": "2025-11-25",
+                "client_name": f"client {number % 50}",
+                "client_version": "1",
+                "principal_digest": None if number % 15 == 0 else f"{number % 1000:064x}",
+                "principal_display": None,
+                "instance_hint": f"instance {number % 7}",
+                "created_at": moment,
+                "last_seen_at": moment,
+                "expires_at": None if number % 9 == 0 else moment + timedelta(days=7),
+                "ended_at": ended,
+                "end_reason": None if ended is None else "client",
+                "restores": 0,
+                "revision": 1,
+                "changed_at": moment if number % 4 == 0 else None,
+            }
+        )
+    entries = [{"key": row["key"], "method": "m", "subject": "", "params": "{}", "revision": 1} for row in rows]
+    async with engine_of(store).connect() as connection:
+        await connection.exec_driver_sql("BEGIN")
+        await connection.execute(sa.insert(sessions), rows)
+        await connection.execute(sa.insert(journal), entries)
+        await connection.exec_driver_sql("COMMIT")
+        await connection.exec_driver_sql("ANALYZE")
+
+
+async def use_everything(store: SqlSessionStore) -> None:
+    principal = Principal.of(client_id="a")
+    key = (await store.create(new_session())).key
+    await store.load(key)
+    await store.claim(key, instance="instance-b", restores=0)
+    await store.touch([Activity(key=key, first_age=0.0, last_age=0.0)])
+    await store.replace_initialize(
+        key, initialize_params="{}", protocol_version="2025-11-25", client_name="", client_version=""
+    )
+    since = (await store.changes(None)).until
+    await store.write_journal(key, method="m", subject="", params="{}")
+    await store.write_journal(key, method="m", subject="", params=None)
+    await store.read_journal(key)
+    await store.end(key, reason=EndReason.CLIENT)
+    assert (await store.changes(since)).changes
+    await store.sweep(limit=20)
+    # The limits, too, and what makes room.
+    store.retention = POLICY
+    for _ in range(3):
+        await store.create(new_session(principal=principal))
+    store.retention = POLICY.model_copy(update={"per_principal_excess": "refuse"})
+    await store.create(new_session())
+    store.retention = POLICY.model_copy(update={"anonymous": await _anonymous(store)})
+    with contextlib.suppress(SessionLimitReached):
+        await store.create(new_session(principal=None))
+
+
+async def _anonymous(store: SqlSessionStore) -> int:
+    (row,) = await execute(
+        store, "SELECT count(*) FROM mcp_session WHERE principal_digest IS NULL AND namespace = 'default'"
+    )
+    count: int = row[0]
+    return count
+
+
+async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[Any]) -> str:
+    """How the database would run a statement: on Postgres both for its parameters, and whatever they are."""
+    async with engine_of(store).connect() as connection:
+        if connection.dialect.name == "sqlite":
+            rows = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", tuple(parameters))
+            return "\n".join(row[3] for row in rows)
+        rows = await connection.exec_driver_sql(f"EXPLAIN {statement}", tuple(parameters))
+        plan = [row[0] for row in rows]
+        if parameters:
+            await connection.exec_driver_sql("SET plan_cache_mode = force_generic_plan")
+            await connection.exec_driver_sql(f"PREPARE explained AS {statement}")
+            nulls = ", ".join("NULL" for _ in parameters)
+            plan += [row[0] for row in await connection.exec_driver_sql(f"EXPLAIN EXECUTE explained({nulls})")]
+            await connection.exec_driver_sql("DEALLOCATE explained")
+            await connection.exec_driver_sql("RESET plan_cache_mode")
+        return "\n".join(plan)
+
+
+async def test_no_statement_reads_the_whole_table(database_url: str) -> None:
+    async with sql_store(database_url, retention=RetentionPolicy(idle=timedelta(days=1))) as store:
+        await fill(store)
+        seen: dict[str, Sequence[Any]] = {}
+
+        def remember(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+            if "mcp_session" in statement:
+                seen[statement] = parameters
+
+        sync_engine = engine_of(store).sync_engine
+        sa.event.listen(sync_engine, "before_cursor_execute", remember)
+        await use_everything(store)
+        sa.event.remove(sync_engine, "before_cursor_execute", remember)
+        await settled(store)
+        words = Counter(re.findall(r"INSERT INTO|UPDATE mcp|DELETE FROM|SELECT", "\n".join(seen)))
+        assert min(words["INSERT INTO"], words["UPDATE mcp"], words["DELETE FROM"], words["SELECT"]) > 1
+        for statement, parameters in seen.items():
+            plan = await plan_of(store, statement, parameters)
+            shown = f"{statement}\n\n{plan}"
+            assert "Seq Scan on mcp_session" not in plan, shown
+            assert not re.search(r"SCAN mcp_session", plan), shown
+            assert "mcp_session" in plan or statement.startswith("INSERT"), shown
