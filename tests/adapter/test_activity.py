@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mcp_session_store import ConfigurationError, EndReason, RetentionPolicy, session_key
+from mcp_session_store import ConfigurationError, EndReason, RetentionPolicy, StoreUnavailable, session_key
 from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.activity import checked_interval
@@ -518,18 +518,27 @@ async def test_shutdown_with_activity_waits_for_a_store_that_fails_no_longer_tha
         assert "activity" in caplog.text
 
 
-async def test_shutdown_loses_no_report_that_is_under_way(store: FaultyStore) -> None:
+async def test_shutdown_loses_no_report_that_is_under_way(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    shut_down = manager_module.DurableSessionManager._shut_down
+    touch = store.hold("touch")
+
+    async def fails_meanwhile(manager: manager_module.DurableSessionManager) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(shut_down, manager)
+            await anyio.wait_all_tasks_blocked()
+            store.up()
+            touch.fail(StoreUnavailable("the connection broke"))
+
+    monkeypatch.setattr(manager_module.DurableSessionManager, "_shut_down", fails_meanwhile)
     async with instance(store) as one:
         await one.first_poll()
         client = one.client()
         await client.initialize()
-        touch = store.hold("touch")
         await client.notify("notifications/initialized")
         await touch.wait_entered()
         # It has left memory: nothing but the report that hangs knows of its activity.
         await one.terminate(str(client.session_id))
         await until(lambda: one.residents == 0)
-        store.up()
     assert await store.expiry(client.session_id) == DAY
 
 
