@@ -33,6 +33,7 @@ from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
+    from mcp_session_store.adapter.journal import JournaledMethod
     from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
     from mcp_session_store.adapter.marker import get_restore_marker
     from mcp_session_store.app import durable_app
@@ -42,6 +43,7 @@ __all__ = [
     # Serve a server durably
     "durable_app",
     "DurableSessionManager",
+    "JournaledMethod",
     "get_restore_marker",
     "RestoreHook",
     "EndHook",
@@ -78,6 +80,7 @@ __all__ = [
 ]
 
 _IMPORTED_WHEN_USED: Final = {
+    "JournaledMethod": "adapter.journal",
     "DurableSessionManager": "adapter.manager",
     "EndHook": "adapter.manager",
     "RestoreHook": "adapter.manager",

@@ -517,7 +517,7 @@ from mcp.server import streamable_http_manager as manager
 from mcp.server.auth.middleware import bearer_auth
 from mcp.server import lowlevel
 del {where}.{name}
-import mcp_session_store
+from mcp_session_store import durable_app
 """
     finished = run_python(code)
     assert finished.returncode != 0

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import pty
+import select
 import subprocess
 import sys
+import termios
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,7 +33,7 @@ class CommandFunction(Protocol):
     """What the `command` fixture gives."""
 
     def __call__(
-        self, *arguments: str, environment: Mapping[str, str] | None = None
+        self, *arguments: str, environment: Mapping[str, str] | None = None, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]: ...
 
 
@@ -38,17 +43,24 @@ class ServeCommandFunction(Protocol):
     def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> ServerProcess: ...
 
 
+def _environment(environment: Mapping[str, str] | None) -> dict[str, str]:
+    # Nor what makes rich take a pipe for a terminal, or a terminal for another.
+    ours = ("MCP_SESSION_STORE_", "FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "TTY_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | dict(environment or {})
+
+
 @pytest.fixture
 def command() -> CommandFunction:
     """Runs the command line to its end."""
 
-    def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MCP_SESSION_STORE_")}
+    def run(
+        *arguments: str, environment: Mapping[str, str] | None = None, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*COMMAND, *arguments],
             cwd=ROOT,
-            env={**inherited, **(environment or {})},
-            stdin=subprocess.DEVNULL,
+            env=_environment(environment),
+            input=stdin or "",
             capture_output=True,
             text=True,
             timeout=120,
@@ -75,6 +87,52 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> InvokeFunction:
         # Anything else would be a traceback for the user.
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result
+
+    return run
+
+
+class TerminalFunction(Protocol):
+    """What the `terminal` fixture gives."""
+
+    def __call__(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, width: int = 80, typed: str = ""
+    ) -> tuple[int, str]: ...
+
+
+@pytest.fixture
+def terminal() -> TerminalFunction:
+    """Runs the command line on a terminal to its end: the exit code, and all that the terminal got."""
+
+    def run(
+        *arguments: str, environment: Mapping[str, str] | None = None, width: int = 80, typed: str = ""
+    ) -> tuple[int, str]:
+        ours, theirs = pty.openpty()
+        with open(ours, "r+b", buffering=0) as screen:
+            termios.tcsetwinsize(theirs, (50, width))
+            process = subprocess.Popen(
+                [*COMMAND, *arguments],
+                cwd=ROOT,
+                env={**_environment(environment), "TERM": "xterm-256color"},
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                start_new_session=True,
+            )
+            os.close(theirs)
+            try:
+                screen.write(typed.encode())
+                output = b""
+                deadline = time.monotonic() + 60
+                # Linux tells the end of a terminal by an error.
+                with contextlib.suppress(OSError):
+                    while select.select([screen], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                        if not (part := screen.read(65536)):
+                            break
+                        output += part
+                return process.wait(60), output.decode().replace("\r\n", "\n")
+            finally:
+                process.kill()
+                process.wait()
 
     return run
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
+from mcp_session_store.cli import worker_app
+from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.retention import RetentionPolicy
 from tests.support.clients import official_client
 from tests.support.http import RawClient
 from tests.support.servers import ROOT
@@ -203,3 +207,91 @@ def test_a_module_is_found_in_the_folder_that_app_dir_names(
     target = "survive_restart:server"
     assert command("serve", target, "--url", sqlite_url).returncode == 2
     assert serve_command(target, "--url", sqlite_url, "--app-dir", str(ROOT / "examples")).running
+
+
+@pytest.fixture
+def app_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `serve` makes the app with; it goes no further."""
+    arguments: dict[str, Any] = {}
+
+    def durable_app(server: object, url: str, **options: Any) -> None:
+        arguments.update(options)
+        raise ConfigurationError("this far and no further")
+
+    monkeypatch.setattr("mcp_session_store.app.durable_app", durable_app)
+    return arguments
+
+
+def test_retention_and_memory_are_what_the_options_say(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
+) -> None:
+    options = (
+        "--idle 30m --absolute none --tombstone 7d --per-principal 5 --per-principal-excess refuse --anonymous 100"
+    )
+    options += " --evict-after none --max-sessions 50 --end-within 2.5 --sweep-interval 10"
+    invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, *options.split())
+    assert app_arguments["retention"] == RetentionPolicy(
+        idle=timedelta(minutes=30),
+        tombstone=timedelta(days=7),
+        per_principal=5,
+        per_principal_excess="refuse",
+        anonymous=100,
+    )
+    assert app_arguments["evict_after"] is None
+    assert app_arguments["max_sessions"] == 50
+    assert (app_arguments["end_within"], app_arguments["sweep_interval"]) == (2.5, 10.0)
+
+
+def test_retention_and_memory_can_come_from_the_environment(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
+) -> None:
+    environment = {"MCP_SESSION_STORE_IDLE": "1h", "MCP_SESSION_STORE_SWEEP_INTERVAL": "none"}
+    invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, environment=environment)
+    assert app_arguments["retention"] == RetentionPolicy.from_environment(environment)
+    assert app_arguments["sweep_interval"] is None
+
+
+def test_what_is_not_given_is_left_to_the_app(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
+) -> None:
+    invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url)
+    left = {"retention", "evict_after", "max_sessions", "end_within", "sweep_interval"}
+    assert app_arguments
+    assert not left & app_arguments.keys()
+
+
+def test_workers_get_the_same_retention_and_memory(
+    monkeypatch: pytest.MonkeyPatch, invoke: InvokeFunction, sqlite_url: str
+) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr("mcp_session_store.app.durable_app", lambda server, url, **options: made.append(options))
+    # A worker is a process of its own, that has nothing but the environment.
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: worker_app())
+    options = "--idle 30m --tombstone none --per-principal 5 --evict-after none --max-sessions 50 --end-within 2.5"
+    done = invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, "--workers", "2", *options.split())
+    assert done.exit_code == 0, done.output
+    parent, worker = made
+    assert worker == parent
+    assert worker["retention"] == RetentionPolicy(idle=timedelta(minutes=30), tombstone=None, per_principal=5)
+    assert worker["evict_after"] is None
+    assert type(worker["max_sessions"]) is int
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--idle", "5"], "--idle (MCP_SESSION_STORE_IDLE)"),
+        (["--evict-after", "soon"], "--evict-after"),
+        (["--evict-after", "-1"], "--evict-after"),
+        (["--sweep-interval", "nan"], "--sweep-interval"),
+        (["--sweep-interval", "inf"], "--sweep-interval"),
+        (["--end-within", "0"], "--end-within"),
+        (["--max-sessions", "0"], "--max-sessions"),
+    ],
+)
+def test_nonsense_about_retention_and_memory_is_refused_by_name(
+    invoke: InvokeFunction, sqlite_url: str, options: list[str], named: str
+) -> None:
+    done = invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, *options)
+    assert done.exit_code == 2, done.output
+    assert named in done.stderr

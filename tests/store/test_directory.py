@@ -69,7 +69,7 @@ async def test_sessions_of_one_moment_are_told_apart_by_their_keys(database_url:
             assert keys == sorted((row["key"] for row in rows), reverse=True)
 
 
-def _of_age(state: SessionState, age: timedelta) -> dict[str, timedelta]:
+def _of_age(state: SessionState, age: timedelta) -> dict[str, Any]:
     """What makes a row one that was opened, expired or ended that long ago."""
     if state is SessionState.LIVE:
         return {"opened": age}

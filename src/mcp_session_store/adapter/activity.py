@@ -79,7 +79,8 @@ class ActivityReporter:
         self._unreported: dict[UUID, _Unreported] = {}
         self._urgent: set[UUID] = set()
         self._all_due_at = -math.inf
-        self._reporting = anyio.Lock()
+        self._under_way: list[dict[UUID, _Unreported]] = []
+        """What reports tell that the store has not answered yet."""
         self.wake: Final = Wake()
 
     def note(self, session: ResidentSession) -> None:
@@ -122,34 +123,32 @@ class ActivityReporter:
         Raises:
             SessionStoreError: The store did not take it; it will be reported the next time.
         """
-        # One after the other: what the one before could not report is there to be reported.
-        async with self._reporting:
-            return await self._report(everything=everything)
-
-    async def _report(self, *, everything: bool) -> Collection[UUID]:
         now = anyio.current_time()
-        if everything or now >= self._all_due_at:
+        if everything or not self._urgent or now >= self._all_due_at:
             self.gather(everything=everything)
             now = anyio.current_time()
             due = {key for key in self._unreported if everything or self._is_due(key, now)}
-            # A little early is not late.
-            self._all_due_at = now + self.interval / 2
+            self._all_due_at = now + self.interval
         else:
             due = self._urgent & self._unreported.keys()
         self._urgent = set()
         reported = {key: self._unreported.pop(key) for key in due}
+        if everything:
+            # Those that are under way may fail, and nobody may be there any more to report them again.
+            for others in self._under_way:
+                _merge(others, into=reported)
         if not reported:
             return ()
+        self._under_way.append(reported)
         try:
             not_live = await self._store.touch(
                 [Activity(key=key, first_age=now - one.first, last_age=now - one.last) for key, one in reported.items()]
             )
         except BaseException:
-            for key, one in reported.items():
-                since = self._unreported.get(key, one)
-                self._unreported[key] = _Unreported(one.first, since.last)
-            self._all_due_at = -math.inf
+            _merge(reported, into=self._unreported)
             raise
+        finally:
+            self._under_way = [others for others in self._under_way if others is not reported]
         for key in reported.keys() - not_live:
             if (session := self._residents.with_key(key)) is not None:
                 session.reported(reported[key].last, self._store.retention)
@@ -160,3 +159,9 @@ class ActivityReporter:
         if session is None:
             return True
         return now >= session.reported_at + self._gap or now > session.expiry_reported - 2 * self.interval
+
+
+def _merge(some: dict[UUID, _Unreported], *, into: dict[UUID, _Unreported]) -> None:
+    for key, one in some.items():
+        other = into.get(key, one)
+        into[key] = _Unreported(min(one.first, other.first), max(one.last, other.last))

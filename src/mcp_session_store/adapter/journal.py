@@ -121,5 +121,6 @@ class Journal:
 def _subject(value: object) -> str:
     # As JSON: ASCII, and without NUL, whatever it holds. A text, as nearly all are, stands for itself.
     text = json.dumps(value, sort_keys=True)
-    text = text[1:-1] if isinstance(value, str) else f"={text}"
+    plain = isinstance(value, str) and not value.startswith(("=", "sha256:"))
+    text = text[1:-1] if plain else f"={text}"
     return text if len(text) <= MAX_SUBJECT else f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

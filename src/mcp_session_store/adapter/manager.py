@@ -152,7 +152,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             `RestoreRefused`: the session ends, and the client gets 404. Any other error, and a hook
             that takes longer than `replay_timeout`, is answered 503.
         on_end: Called once with the record and the reason, in each instance in which the session is
-            resident when it ends, wherever that was; not when a copy leaves memory.
+            resident when it ends, wherever that was; not when a copy leaves memory. Of a session that expires
+            because nobody used it no copy is left as a rule, and none is told.
         replay_timeout: Seconds that a replay may take: for the answer to `initialize`, and again for the
             handler of `notifications/initialized`, which then goes on beside the client's requests.
         max_initialize_params: Bytes of `initialize` params, as JSON, that are stored; more is

@@ -56,7 +56,7 @@ class _ServeSettings(BaseModel):
     json_response: bool | None
     retention: dict[str, str]
     """The texts of the retention options that were given."""
-    options: dict[str, float | None]
+    options: dict[str, int | float | None]
     """Those of `durable_app` that were given."""
 
 
@@ -161,7 +161,7 @@ def serve(
     A database that is down does not keep the server from starting: clients get 503 until it answers.
     """
     retention_policy(retention)
-    options: dict[str, float | None] = {
+    options: dict[str, int | float | None] = {
         name: None if text == _NONE else float(text)
         for name, text in {"evict_after": evict_after, "sweep_interval": sweep_interval}.items()
         if text is not None
