@@ -526,7 +526,6 @@ async def test_shutdown_loses_no_report_that_is_under_way(store: FaultyStore, mo
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(shut_down, manager)
             await anyio.wait_all_tasks_blocked()
-            store.up()
             touch.fail(StoreUnavailable("the connection broke"))
 
     monkeypatch.setattr(manager_module.DurableSessionManager, "_shut_down", fails_meanwhile)
@@ -536,6 +535,7 @@ async def test_shutdown_loses_no_report_that_is_under_way(store: FaultyStore, mo
         await client.initialize()
         await client.notify("notifications/initialized")
         await touch.wait_entered()
+        store.up()
         # It has left memory: nothing but the report that hangs knows of its activity.
         await one.terminate(str(client.session_id))
         await until(lambda: one.residents == 0)

@@ -246,6 +246,8 @@ async def test_hints_that_come_together_cost_one_query(store: FaultyStore, other
     async with instance(store, end_within=LONG) as one:
         await one.first_poll()
         ids = [await one.client().handshake() for _ in range(20)]
+        # A report learns of ends, too.
+        await until(lambda: one.manager._activity._unreported == {})
         polls = store.background["changes"]
         for session_id in ids:
             await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
