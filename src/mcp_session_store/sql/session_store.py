@@ -381,7 +381,7 @@ class SqlSessionStore(SessionStore):
         overlap = timedelta(seconds=2 * self._database.timeout)
         rows = (await attempt.connection.execute(self._sql.changes, {"changed_since": since - overlap})).all()
         changes = [
-            Change(key=key, revision=revision, ended=None if reason is None else EndReason(reason))
+            Change(key=key, revision=revision, ended=None if reason is None else _end_reason(reason))
             for _, key, revision, reason in rows
             if key is not None
         ]
@@ -395,6 +395,14 @@ class SqlSessionStore(SessionStore):
             if step.ends:
                 await self._forget_journals(attempt, result)
         return counts
+
+
+def _end_reason(stored: str) -> EndReason:
+    try:
+        return EndReason(stored)
+    except ValueError:
+        # A newer version of this package, which runs beside this one during a deploy, may know more of them.
+        return EndReason.OPERATOR
 
 
 async def _make_contact(attempt: Attempt, openings: Sequence[None]) -> Sequence[None]:
