@@ -54,7 +54,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         pauses.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr(background.anyio, "sleep", no_sleep)
+    monkeypatch.setattr(anyio, "sleep", no_sleep)
     return pauses
 
 

@@ -190,7 +190,7 @@ async def test_a_client_that_reads_no_answer_does_not_keep_the_copy(
         async def stuck(_message: Any) -> None:
             await anyio.sleep_forever()
 
-        call._send = stuck  # type: ignore[method-assign]
+        monkeypatch.setattr(call, "_send", stuck)
         await until(lambda: one.notes.waiting == 1)
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0 and one.notes.waiting == 0)
