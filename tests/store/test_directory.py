@@ -10,19 +10,23 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.sql.expression import ClauseElement, Executable
 
 from mcp_session_store.errors import ConfigurationError, SchemaMissing, StoreUnavailable
 from mcp_session_store.records import Principal
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.sql.directory import SessionDirectory, SessionFilter, SessionState, _decode
 from tests.store.databases import execute, sql_store
-from tests.store.test_engine import _Explain
 from tests.support.rows import insert_rows, session_row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
+
+    import sqlalchemy as sa
+    from sqlalchemy.sql.compiler import SQLCompiler
 
 pytestmark = pytest.mark.anyio
 
@@ -361,6 +365,21 @@ def large_url(migrated_url: str) -> str:
     return migrated_url
 
 
+class _Explain(Executable, ClauseElement):
+    """A statement with a word before it that makes the database tell how it would run it."""
+
+    inherit_cache = False
+
+    def __init__(self, word: str, statement: sa.Select[Any]) -> None:
+        self.word = word
+        self.statement = statement
+
+
+@compiles(_Explain)
+def _compile_explain(element: _Explain, compiler: SQLCompiler, **options: Any) -> str:
+    return f"{element.word} {compiler.process(element.statement, **options)}"
+
+
 CHOSEN: dict[str, dict[str, Any]] = {
     "ended": {},
     "client": {"client": "client-3"},
@@ -373,7 +392,7 @@ async def _plan(directory: SessionDirectory, which: SessionFilter, *, page: int)
     """How the database reads a page of a list."""
     first = await directory.page(which, limit=3)
     position = None if page == 1 else _decode(first.next or "", which.state)
-    statement = directory.page_statement(which, first.as_of, limit=21, after=position)
+    statement = directory._page_statement(which, first.as_of, limit=21, after=position)
     async with directory._database.engine.connect() as connection:
         word = "EXPLAIN" if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
         return "\n".join(str(row[-1]) for row in await connection.execute(_Explain(word, statement)))

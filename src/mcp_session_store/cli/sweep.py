@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -103,10 +104,11 @@ class _Sweep:
         stop = asyncio.Event()
         with self._stopping_at_signals(stop):
             total = None
-            # Only the bar needs it, and only a guess.
-            with contextlib.suppress(StoreUnavailable):
-                expected = await _preview(self._place, self._policy)
-                total = expected.expired + expected.purged
+            if sys.stderr.isatty():
+                # For the bar, which does without it where the count takes too long.
+                with contextlib.suppress(StoreUnavailable):
+                    expected = await _preview(self._place, self._policy)
+                    total = expected.expired + expected.purged
             async with self._place.store(self._policy) as store:
                 with progress("sweeping", total=total) as advance:
                     while self.done.more and not stop.is_set():

@@ -241,7 +241,7 @@ class SessionDirectory:
         position = None if after is None else _decode(after, which.state)
 
         async def read(connection: AsyncConnection, now: datetime) -> SessionPage:
-            rows = (await connection.execute(self.page_statement(which, now, limit=limit + 1, after=position))).all()
+            rows = (await connection.execute(self._page_statement(which, now, limit=limit + 1, after=position))).all()
             sessions = [_stored(row, now) for row in rows]
             more = len(sessions) > limit
             cursor = _encode(which.state, sessions[limit - 1]) if more else None
@@ -360,7 +360,7 @@ class SessionDirectory:
         statement = sa.select(column, number).where(live).group_by(column).order_by(number.desc(), column).limit(top)
         return [(name, count) for name, count in await connection.execute(statement)]
 
-    def page_statement(
+    def _page_statement(
         self, which: SessionFilter, now: datetime, *, limit: int, after: Position | None
     ) -> sa.Select[Any]:
         """The statement behind a page.
