@@ -712,6 +712,27 @@ async def test_what_another_instance_journals_during_a_restore_is_not_missed(
             assert notes.set_again[-1:] == [("logging/setLevel", "debug")]
 
 
+async def test_a_restore_that_begins_anew_tells_who_had_the_session_before(
+    store: FaultyStore, other_store: FaultyStore
+) -> None:
+    async with instance(other_store, Stateful(), end_within=LONG) as two:
+        elsewhere = two.client()
+        session_id = await elsewhere.handshake()
+        notes = Stateful()
+        async with instance(store, notes, end_within=LONG) as one:
+            claim = store.hold("claim")
+            call = one.client(session_id).open_request("ping")
+            await claim.wait_entered()
+            await set_level(elsewhere, "debug")
+            claim.release()
+            assert (await call.answer()).status == 200
+            assert len(notes.replayed("initialize")) == 2
+            (ping,) = notes.genuine("ping")
+            assert ping.marker is not None
+            assert ping.marker.previous_instance == two.manager.instance
+            assert notes.set_again == [("logging/setLevel", "debug")]
+
+
 async def test_a_restore_of_a_session_that_keeps_changing_gives_up(
     store: FaultyStore, other_store: FaultyStore
 ) -> None:

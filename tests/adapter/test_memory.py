@@ -10,7 +10,7 @@ import anyio
 import pytest
 from mcp.shared.exceptions import MCPError
 
-from mcp_session_store import RestoreRefused
+from mcp_session_store import EndReason, RestoreRefused, session_key
 from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter.residents import MemoryFull
 from tests.adapter.asgi import Client, until
@@ -422,6 +422,9 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
         max_sessions=10,
         evict_after=IDLE,
         replay_timeout=0.05,
+        end_within=0.05,
+        activity_interval=0.02,
+        sweep_interval=0.02,
         on_restore=maybe_refuse,
     ) as one:
         exchanges: list[Exchange] = []
@@ -437,6 +440,9 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
                 exchanges.append(client.open("GET"))
             elif kind == 7 and chance.random() < 0.2:
                 exchanges.append(client.open("DELETE"))
+            elif kind == 7 and chance.random() < 0.2:
+                # An operator, or another instance.
+                await store.inner.end(session_key(chance.choice(known)), reason=EndReason.OPERATOR)
             elif kind == 8:
                 exchanges.append(client.open_initialize({**INITIALIZE_PARAMS, "n": number}))
             elif kind == 9 and one.manager._server_instances:
@@ -445,7 +451,9 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
                 leaver = chance.choice(exchanges)
                 (leaver.cancel if chance.random() < 0.5 else leaver.disconnect)()
             elif kind == 11:
-                operation = chance.choice(["load", "create", "claim", "touch", "end", "replace_initialize"])
+                operation = chance.choice(
+                    ["load", "create", "claim", "touch", "end", "replace_initialize", "changes", "sweep"]
+                )
                 fault: Callable[..., Any] = chance.choice([store.down, store.broken, store.lose_the_answer_of])
                 store.up()
                 if chance.random() < 0.6:
