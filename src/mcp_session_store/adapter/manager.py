@@ -345,9 +345,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             return
         message = await receive()
         receive = _again(message, receive)
-        # The handshake's own answer promises durability; the body is looked into for its name
-        # rather than parsed, and the middleware releases whatever else has it.
-        if b'"initialize"' in message.get("body", b""):
+        # The handshake's own answer promises durability.
+        if _may_initialize(message):
             handshake = Handshake()
             held = HeldResponse(handshake, scope, receive, send, opening=False)
             with _held_by(session, handshake, scope):
@@ -383,8 +382,12 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def _open(self, requestor: AuthorizationContext | None, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request without a session id: an `initialize` opens a session, all else is refused by the SDK."""
+        message = await receive()
+        receive = _again(message, receive)
+        # Nobody makes room for what opens no session.
+        opens = scope["method"] == "POST" and _may_initialize(message)
         try:
-            session = self._admit(uuid4().hex, requestor)
+            session = self._admit(uuid4().hex, requestor, may_evict=opens)
         except MemoryFull:
             await _refused("too many sessions", responses.too_many_sessions())(scope, receive, send)
             return
@@ -406,13 +409,13 @@ class DurableSessionManager(sdk.ManagerSeams):
             if not held.opened:
                 await self._residents.evict(session)
 
-    def _admit(self, session_id: str, owner: AuthorizationContext | None) -> ResidentSession:
+    def _admit(self, session_id: str, owner: AuthorizationContext | None, *, may_evict: bool = True) -> ResidentSession:
         """Take a seat for a session that is to become resident.
 
         Raises:
             MemoryFull: There is none.
         """
-        if (evicted := self._residents.take_seat()) is not None:
+        if (evicted := self._residents.take_seat(may_evict=may_evict)) is not None:
             self.tasks.start_soon(self._have_leave, evicted)
         return ResidentSession(session_id, owner, sdk.make_transport(self, session_id), self)
 
@@ -894,6 +897,12 @@ def _held_by(session: ResidentSession, handshake: Handshake, scope: Scope) -> It
         yield
     finally:
         session.held.discard(handshake)
+
+
+def _may_initialize(message: Message) -> bool:
+    """Whether the body of a request that begins so may be an `initialize`."""
+    # It is looked into for the name rather than parsed; the middleware releases whatever else has it.
+    return b'"initialize"' in message.get("body", b"")
 
 
 def _again(message: Message, receive: Receive) -> Receive:

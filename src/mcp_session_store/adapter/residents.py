@@ -67,21 +67,24 @@ class Residents:
         """The copy of this session that is on its way out of memory."""
         return self._leaving.get(session_id)
 
-    def take_seat(self) -> ResidentSession | None:
+    def take_seat(self, *, may_evict: bool) -> ResidentSession | None:
         """Have room for one more copy.
+
+        Args:
+            may_evict: Whether another one may have to make room.
 
         Returns:
             The copy that had to make room, because nobody has used it for longest: it is withdrawn, and has to leave.
 
         Raises:
-            MemoryFull: All are in use.
+            MemoryFull: There is none.
         """
         evicted: ResidentSession | None = None
         if self._max_sessions is not None and self.seats >= self._max_sessions:
-            evicted = next(iter(self._idle), None)
+            evicted = next(iter(self._idle), None) if may_evict else None
             # Copies whose clean-up hangs must not pile up.
             if evicted is None or len(self._leaving) >= self._max_sessions:
-                logger.warning("%d sessions are in memory and in use, as many as max_sessions allows", self.seats)
+                logger.warning("%d sessions are in memory, as many as max_sessions allows", self.seats)
                 raise MemoryFull
             self.withdraw(evicted)
         self.seats += 1
