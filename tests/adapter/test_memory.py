@@ -723,16 +723,35 @@ async def test_who_opens_no_session_drives_nobody_out_of_memory(store: FaultySto
         assert in_memory(one) == ids
 
 
+async def test_an_initialize_whose_body_comes_in_pieces_has_another_copy_make_room(
+    store: FaultyStore, json_response: bool
+) -> None:
+    async with instance(store, max_sessions=1, json_response=json_response) as one:
+        await one.client().handshake()
+        await rest(one)
+        message = {"jsonrpc": "2.0", "id": 1, "params": INITIALIZE_PARAMS, "method": "initialize"}
+        opening = one.client().open("POST", message)
+        (whole,) = opening._incoming
+        opening._incoming = [
+            {**whole, "body": whole["body"][60:]},
+            {**whole, "body": whole["body"][:60], "more_body": True},
+        ]
+        answer = await opening.answer()
+        assert answer.status == 200
+        assert answer.session_id is not None
+        assert in_memory(one) == {answer.session_id}
+
+
 def test_the_table_of_copies_is_in_order_whatever_happens(store: FaultyStore) -> None:
     async def run() -> None:
         manager = manager_module.DurableSessionManager(Notes().server, store, max_sessions=2)
         residents = manager._residents
-        assert residents.take_seat() is None
-        assert residents.take_seat() is None
+        assert residents.take_seat(may_evict=True) is None
+        assert residents.take_seat(may_evict=True) is None
         assert residents.seats == 2
         # Nobody is published, so nobody can make room.
         with pytest.raises(MemoryFull):
-            residents.take_seat()
+            residents.take_seat(may_evict=True)
         assert residents.seats == 2
 
     anyio.run(run)
