@@ -227,6 +227,23 @@ async def test_activity_that_was_held_back_is_reported_before_the_session_expire
         assert await store.expiry(client.session_id) == DAY
 
 
+async def test_a_session_at_the_end_of_its_absolute_lifetime_is_not_reported_over_and_over(
+    store: FaultyStore, sessions: Sessions, clock: Clock
+) -> None:
+    # No report can prolong it.
+    sessions.retention = RetentionPolicy(absolute=timedelta(hours=1))
+    async with instance(store) as one:
+        client = one.client()
+        await client.handshake()
+        await reported(one, store)
+        clock.advance(timedelta(minutes=59, seconds=45))
+        for _ in range(5):
+            await client.ping()
+            assert not one.manager._activity.wake._event.is_set()
+            await report(one)
+        assert len(store.touches) <= 1
+
+
 # What activity is
 
 
