@@ -76,9 +76,9 @@ async def age_tombstone(store: SessionStore, key: UUID) -> None:
         await connection.execute(statement)
 
 
-async def expire(store: SessionStore, key: UUID) -> None:
-    """Make a session have expired one second ago, by the database's clock."""
+async def expire(store: SessionStore, key: UUID, *, ago: float = 1.0) -> None:
+    """Make a session have expired some seconds ago, by the database's clock."""
     table = sessions_table()
-    statement = sa.update(table).where(table.c.key == key).values(expires_at=StoreClock(-1.0))
+    statement = sa.update(table).where(table.c.key == key).values(expires_at=StoreClock(-ago))
     async with engine_of(store).begin() as connection:
         await connection.execute(statement)

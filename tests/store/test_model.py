@@ -8,16 +8,19 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from mcp_session_store.errors import SessionConflict
+from mcp_session_store.errors import SessionConflict, SessionLimitReached
 from mcp_session_store.memory import MemorySessionStore
-from mcp_session_store.records import Activity, EndReason, Principal
+from mcp_session_store.records import Activity, EndReason, Principal, SessionRecord
+from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql.tables import sessions_table
 from mcp_session_store.testing import new_session
-from tests.store.databases import expire, settled
+from tests.store.databases import age_tombstone, execute, expire, settled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -32,11 +35,18 @@ principals = st.sampled_from([None, Principal.of(client_id="a"), Principal.of(cl
 params = st.sampled_from(["{}", '{"a": "\\u0000"}', '{"é": 1}'])
 namespaces = st.sampled_from(["one", "two"])
 ages = st.sampled_from([0.0, 60.0])
+methods = st.sampled_from(["level", "subscribe"])
+
+POLICIES = {
+    # A limit, and room for all but one.
+    "one": RetentionPolicy(idle=timedelta(hours=2), per_principal=1, per_principal_excess="refuse", anonymous=2),
+    "two": RetentionPolicy(idle=None, absolute=timedelta(hours=2)),
+}
 
 
 def timeless(value: Any) -> Any:
     """A result as both stores must give it: of the times, only whether there is an expiry."""
-    if value is None or isinstance(value, (bool, set, str)):
+    if not isinstance(value, SessionRecord):
         return value
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     expires_at = None if value.expires_at is None else epoch
@@ -53,19 +63,25 @@ class Interleaving(RuleBasedStateMachine):
         super().__init__()
         self.models: dict[str, MemorySessionStore] = {}
         self.keys: list[UUID] = []
+        self.began: dict[SessionStore, datetime] = {}
 
     @initialize()
     def begin(self) -> None:
         first = MemorySessionStore(namespace="one")
         self.models = {"one": first, "two": MemorySessionStore(namespace="two", shared_with=first)}
         self.keys = [uuid.uuid4() for _ in range(3)]
+        self.runner.run(execute(self.stores["one"], sa.delete(sessions_table())))
+        for stores in (self.models, self.stores):
+            for name, store in stores.items():
+                store.retention = POLICIES[name]
+                self.began[store] = self.runner.run(store.changes(None)).until
 
     def both(self, namespace: str, call: Callable[[SessionStore], Awaitable[Any]]) -> None:
         async def outcome(store: SessionStore) -> Any:
             try:
                 return timeless(await call(store))
-            except SessionConflict:
-                return "conflict"
+            except (SessionConflict, SessionLimitReached) as error:
+                return type(error)
 
         expected = self.runner.run(outcome(self.models[namespace]))
         assert self.runner.run(outcome(self.stores[namespace])) == expected
@@ -105,17 +121,55 @@ class Interleaving(RuleBasedStateMachine):
     def end(self, name: int, namespace: str, reason: EndReason) -> None:
         self.both(namespace, lambda store: store.end(self.keys[name], reason=reason))
 
-    @rule(name=names)
-    def expire(self, name: int) -> None:
+    @rule(name=names, namespace=namespaces, method=methods, text=st.none() | params)
+    def write_journal(self, name: int, namespace: str, method: str, text: str | None) -> None:
+        self.both(namespace, lambda store: store.write_journal(self.keys[name], method=method, subject="", params=text))
+
+    @rule(name=names, namespace=namespaces)
+    def read_journal(self, name: int, namespace: str) -> None:
+        self.both(namespace, lambda store: store.read_journal(self.keys[name]))
+
+    @rule(namespace=namespaces)
+    def changes(self, namespace: str) -> None:
+        async def changed(store: SessionStore) -> Any:
+            return set((await store.changes(self.began[store])).changes)
+
+        self.both(namespace, changed)
+
+    @rule(namespace=namespaces)
+    def sweep(self, namespace: str) -> None:
+        self.both(namespace, lambda store: store.sweep())
+
+    @rule(name=names, ago=st.sampled_from([1.0, 3600.0]))
+    def expire(self, name: int, ago: float) -> None:
         row = self.models["one"]._data.rows.get(self.keys[name])
         if row is not None:
-            row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=1))
-        self.runner.run(expire(self.stores["one"], self.keys[name]))
+            row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=ago))
+        self.runner.run(expire(self.stores["one"], self.keys[name], ago=ago))
+
+    @rule(name=names)
+    def lose_the_expiry(self, name: int) -> None:
+        row = self.models["one"]._data.rows.get(self.keys[name])
+        if row is not None:
+            row.record = replace(row.record, expires_at=None)
+        table = sessions_table()
+        self.runner.run(
+            execute(self.stores["one"], sa.update(table).where(table.c.key == self.keys[name]).values(expires_at=None))
+        )
+
+    @rule(name=names)
+    def age_tombstone(self, name: int) -> None:
+        row = self.models["one"]._data.rows.get(self.keys[name])
+        if row is not None and row.ended_at is not None:
+            row.ended_at = datetime.now(UTC) - timedelta(days=2)
+        self.runner.run(age_tombstone(self.stores["one"], self.keys[name]))
 
     def teardown(self) -> None:
         for name in range(len(self.keys)):
             self.load(name, "one")
             self.load(name, "two")
+        for namespace in self.models:
+            self.changes(namespace)
 
 
 def test_any_interleaving_of_calls_agrees_with_the_model(migrated_url: str) -> None:

@@ -97,9 +97,9 @@ async def use_everything(store: SqlSessionStore) -> None:
 
 async def _anonymous(store: SqlSessionStore) -> int:
     (row,) = await execute(
-        store, "SELECT count(*) FROM mcp_session WHERE principal_digest IS NULL AND namespace = 'default'"
+        store, "SELECT count(*) AS stored FROM mcp_session WHERE principal_digest IS NULL AND namespace = 'default'"
     )
-    count: int = row[0]
+    count: int = row.stored
     return count
 
 
@@ -108,7 +108,7 @@ async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[A
     async with engine_of(store).connect() as connection:
         if connection.dialect.name == "sqlite":
             rows = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", tuple(parameters))
-            return "\n".join(row[3] for row in rows)
+            return "\n".join(row.detail for row in rows)
         rows = await connection.exec_driver_sql(f"EXPLAIN {statement}", tuple(parameters))
         plan = [row[0] for row in rows]
         if parameters:

@@ -236,13 +236,21 @@ class HintChannel:
             connection: To a database of this kind.
             on_payload: Called with each payload that arrives.
             on_loss: Called when the connection is lost or closed.
+
+        Raises:
+            OSError: It is lost already.
         """
+        import asyncpg  # who uses SQLite does without
+
         pooled: Any = await connection.get_raw_connection()
         driver = pooled.dbapi_connection.driver_connection
         driver.add_termination_listener(lambda _: on_loss())
-        # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
-        async with driver.transaction():
-            await driver.add_listener(self._NAME, lambda _connection, _pid, _channel, payload: on_payload(payload))
+        try:
+            # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
+            async with driver.transaction():
+                await driver.add_listener(self._NAME, lambda _connection, _pid, _channel, payload: on_payload(payload))
+        except asyncpg.InterfaceError as error:
+            raise ConnectionResetError(str(error)) from error
 
 
 class Dialect(ABC):

@@ -331,7 +331,7 @@ class SessionDirectory:
     async def preview(self, policy: RetentionPolicy) -> SweepReport:
         """What a sweep by a policy would do now, all of its steps together. Reads the ranges of the sessions swept."""
         table = self._table
-        due = Due(schema=self._database.schema, namespace=self._namespace, retention=policy)
+        due = Due(self._database.dialect, schema=self._database.schema, namespace=self._namespace, retention=policy)
         expired = [due.expired]
         if due.without_expiry is not None:
             # The sweep gives them an expiry first, which may have passed.

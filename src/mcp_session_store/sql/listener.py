@@ -82,8 +82,10 @@ class Listener:
 
     async def aclose(self) -> None:
         """End all who listen."""
-        for task in list(self._tasks):
-            await self._database.stop(task)
+        if tasks := set(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=self._database.timeout)
 
     async def _listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
         channel = self._database.heard_channel
@@ -120,7 +122,9 @@ class Listener:
             elif not payload.startswith(_PROBE):
                 on_hint(_keys(payload, channel))
 
-        await self._database.first_contact()
+        async with self._database.lease(writes=False) as lease:
+            # It tries again where a connection of the pool is broken, and then the pool lets go of all of its age.
+            await lease.run(lambda attempt: attempt.connection.exec_driver_sql("SELECT 1"))
         async with asyncio.timeout(self._database.timeout):
             connection = await self._database.autocommit.connect()
         try:

@@ -24,12 +24,13 @@ class Due:
     """The sessions that a sweep takes, each kind as a query for their keys in the order of an index.
 
     Args:
+        dialect: The database they are in.
         schema: Where the tables are; the connection's default unless given.
         namespace: Whose sessions.
         retention: The policy that says so.
     """
 
-    def __init__(self, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
+    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
         table = sessions_table(schema)
         mine = table.c.namespace == sa.literal(namespace, sa.Text)
         not_ended = table.c.ended_at.is_(None)
@@ -37,13 +38,13 @@ class Due:
             None
             if retention.idle is None and retention.absolute is None
             else sa.select(table.c.key)
-            .where(mine, not_ended, table.c.expires_at.is_(None))
+            .where(mine, not_ended, dialect.rarely(table.c.expires_at.is_(None)))
             .order_by(table.c.expires_at, table.c.key)
         )
         """Live sessions without the expiry that the policy wants; `None` where it wants none."""
         self.expired = (
             sa.select(table.c.key)
-            .where(mine, not_ended, table.c.expires_at <= _ago(retention.sweep_grace))
+            .where(mine, not_ended, dialect.rarely(table.c.expires_at <= _ago(retention.sweep_grace)))
             .order_by(table.c.expires_at)
         )
         """Those that expired longer ago than the grace."""
@@ -76,7 +77,7 @@ class SweepStatements:
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
         table = sessions_table(schema)
-        due = Due(schema=schema, namespace=namespace, retention=retention)
+        due = Due(dialect, schema=schema, namespace=namespace, retention=retention)
         # Written into the statement: of a parameter the planner of Postgres does not know that it is small.
         limit = sa.bindparam("limit", type_=sa.Integer, literal_execute=True)
 

@@ -1,0 +1,208 @@
+"""What a sweep of very many sessions does to the requests beside it, and how long it takes.
+
+    python -m benchmarks.sweeping                            # SQLite in a temporary file
+    python -m benchmarks.sweeping postgresql://user@host/db  # and Postgres, on a database that may be filled
+
+A table of two million sessions is made, of which one million have expired. Requests come at a steady rate,
+whether those before them are answered or not: loads, touches, and a session that is created and ended.
+Half of them go to the store that sweeps, as in the instance whose turn it is, and half to another on
+the same database. First without a sweep, then while the sweep goes on as an app's background task does it:
+step by step, with a pause after each that is as long as the step took, or a multiple of it.
+
+Printed are the 50th and 99th percentile of both, the ratio of the latter, and how many sessions a second were swept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import random
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import sqlalchemy as sa
+
+from mcp_session_store.records import Activity, EndReason
+from mcp_session_store.retention import RetentionPolicy, SweepReport
+from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.store import SWEEP_LIMIT
+from mcp_session_store.testing import new_session
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from uuid import UUID
+
+CHUNK: Final = 100_000
+"""Rows that one statement makes."""
+
+PARAMS: Final = '{"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "c", "version": "1"}}'
+
+# Sessions were opened one after the other, and every other one of the older half has expired: what is swept lies
+# among what stays. 86400 seconds before now is the policy's idle time.
+FILL: Final = {
+    "postgresql": """
+        INSERT INTO mcp_session (key, namespace, initialize_params, protocol_version, client_name, client_version,
+            principal_digest, instance_hint, created_at, last_seen_at, expires_at, restores, revision)
+        SELECT gen_random_uuid(), 'default', CAST(:params AS text), '2025-11-25',
+            'client ' || number % 50, '1', lpad(to_hex(number % 1000), 64, '0'), 'instance ' || number % 20,
+            now() - interval '3 days', now() - interval '2 days',
+            now() + CASE WHEN number < :expired THEN interval '-1 days' ELSE interval '1 days' END
+                + number * interval '1 millisecond', 0, 0
+        FROM generate_series(CAST(:begin AS bigint), CAST(:end AS bigint) - 1) AS number
+        ORDER BY random()
+    """,
+    "sqlite": """
+        WITH RECURSIVE numbers (number) AS (
+            SELECT :begin UNION ALL SELECT number + 1 FROM numbers WHERE number < :end - 1
+        )
+        INSERT INTO mcp_session (key, namespace, initialize_params, protocol_version, client_name, client_version,
+            principal_digest, instance_hint, created_at, last_seen_at, expires_at, restores, revision)
+        SELECT lower(hex(randomblob(16))), 'default', CAST(:params AS text), '2025-11-25',
+            'client ' || number % 50, '1', printf('%064x', number % 1000), 'instance ' || number % 20,
+            unixepoch('now', '-3 days') * 1000, unixepoch('now', '-2 days') * 1000,
+            unixepoch('now', CASE WHEN number < :expired THEN '-1 days' ELSE '1 days' END) * 1000 + number, 0, 0
+        FROM numbers
+    """,
+}
+
+
+async def fill(store: SqlSessionStore, rows: int, expired: int) -> list[UUID]:
+    """Fill the table; the keys of some sessions that are live."""
+    async with store._database.autocommit.connect() as connection:
+        statement = sa.text(FILL[connection.dialect.name])
+        for begin in range(0, rows, CHUNK):
+            bounds = {"begin": begin, "end": min(begin + CHUNK, rows), "expired": expired, "params": PARAMS}
+            await connection.execute(statement, bounds)
+        await connection.exec_driver_sql("VACUUM ANALYZE" if connection.dialect.name == "postgresql" else "ANALYZE")
+        live = sa.text(f"SELECT key FROM mcp_session ORDER BY expires_at DESC LIMIT {min(10_000, rows - expired)}")
+        return list((await connection.execute(live.columns(key=sa.Uuid()))).scalars())
+
+
+@dataclass
+class Requests:
+    """Requests at a steady rate, and how long each took, in milliseconds."""
+
+    stores: dict[str, SqlSessionStore]
+    keys: list[UUID]
+    rate: float
+    took: dict[str, list[float]] = field(default_factory=dict)
+    failed: int = 0
+
+    async def run(self) -> None:
+        """Send requests until cancelled."""
+        self.took, self.failed = {name: [] for name in self.stores}, 0
+        began = time.perf_counter()
+        kinds = itertools.cycle([self._load, self._touch, self._create_and_end])
+        names = itertools.cycle(self.stores)
+        async with asyncio.TaskGroup() as group:
+            for number in itertools.count():
+                due = began + number / self.rate
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                # So that each kind goes to each store.
+                kind = next(kinds)
+                group.create_task(self._timed(next(names), kind, due))
+
+    async def _timed(self, name: str, kind: Callable[[SqlSessionStore], Awaitable[None]], due: float) -> None:
+        try:
+            await kind(self.stores[name])
+        except Exception as error:
+            self.failed += 1
+            print(f"  a request failed: {error}", file=sys.stderr)
+        self.took[name].append(1000 * (time.perf_counter() - due))
+
+    async def _load(self, store: SqlSessionStore) -> None:
+        await store.load(random.choice(self.keys))
+
+    async def _touch(self, store: SqlSessionStore) -> None:
+        await store.touch([Activity(key=random.choice(self.keys), first_age=0.0, last_age=0.0)])
+
+    async def _create_and_end(self, store: SqlSessionStore) -> None:
+        created = await store.create(new_session())
+        await store.end(created.key, reason=EndReason.CLIENT)
+
+    async def during(self, work: Awaitable[object]) -> None:
+        """Send requests for as long as something goes on."""
+        sending = asyncio.ensure_future(self.run())
+        await work
+        sending.cancel()
+        with suppress(asyncio.CancelledError):
+            await sending
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
+
+
+async def sweep(store: SqlSessionStore, arguments: argparse.Namespace) -> tuple[SweepReport, float, list[float]]:
+    """Sweep; what it did, how long it took, and how long each step did, in seconds."""
+    report, steps = SweepReport(more=True), []
+    began = time.perf_counter()
+    while report.more and time.perf_counter() - began < arguments.at_most:
+        step_began = time.perf_counter()
+        report += await store.sweep(limit=arguments.limit)
+        steps.append(time.perf_counter() - step_began)
+        await asyncio.sleep(arguments.pause * steps[-1])
+    return report, time.perf_counter() - began, steps
+
+
+async def measure(name: str, url: str, arguments: argparse.Namespace) -> None:
+    await migrate.upgrade(url)
+    policy = RetentionPolicy()
+    async with SqlSessionStore(url, retention=policy) as sweeping, SqlSessionStore(url, retention=policy) as other:
+        began = time.perf_counter()
+        keys = await fill(sweeping, arguments.rows, arguments.expired)
+        print(f"{name}: {arguments.rows} sessions, {arguments.expired} of them expired")
+        print(f"  filled in {time.perf_counter() - began:.0f} s", flush=True)
+        requests = Requests({"the instance that sweeps": sweeping, "another instance": other}, keys, arguments.rate)
+        await requests.during(asyncio.sleep(2))
+        await requests.during(asyncio.sleep(arguments.seconds))
+        before = requests.took
+        outcome: list[tuple[SweepReport, float, list[float]]] = []
+
+        async def sweep_all() -> None:
+            outcome.append(await sweep(sweeping, arguments))
+
+        await requests.during(sweep_all())
+        ((report, seconds, steps),) = outcome
+        for instance, quiet in before.items():
+            busy = requests.took[instance]
+            print(
+                f"  {instance:<25} p50 {percentile(quiet, 50):6.1f} -> {percentile(busy, 50):6.1f} ms   "
+                f"p99 {percentile(quiet, 99):6.1f} -> {percentile(busy, 99):6.1f} ms   "
+                f"ratio {percentile(busy, 99) / percentile(quiet, 99):.2f}"
+            )
+        print(
+            f"  {report.expired / seconds:.0f} sessions/s   {report.expired} in {seconds:.0f} s   "
+            f"a step of {arguments.limit}: p50 {1000 * percentile(steps, 50):.1f}, "
+            f"p99 {1000 * percentile(steps, 99):.1f} ms   failed requests: {requests.failed}"
+        )
+
+
+async def run(arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        await measure("SQLite", f"sqlite:///{Path(folder) / 'sessions.db'}", arguments)
+    if arguments.postgres is not None:
+        await measure("Postgres", arguments.postgres, arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("postgres", nargs="?", help="URL of a Postgres database that may be migrated and filled")
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--expired", type=int, default=1_000_000)
+    parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long requests run without a sweep")
+    parser.add_argument("--at-most", type=float, default=600.0, help="seconds that the sweep may take")
+    parser.add_argument("--limit", type=int, default=SWEEP_LIMIT, help="sessions that a step handles")
+    parser.add_argument("--pause", type=float, default=1.0, help="pause after a step, in multiples of what it took")
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
