@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mcp_session_store import EndReason, RetentionPolicy, session_key
+from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
 from mcp_session_store.adapter import background, telemetry
 from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter import session as session_module
@@ -224,6 +224,28 @@ async def test_polling_goes_on_whether_there_are_sessions_or_not(store: FaultySt
     async with instance(store, end_within=SOON, sweep_interval=None):
         await until(lambda: store.background["changes"] >= 3)
     assert store.calls == ["open"]
+
+
+async def test_each_poll_goes_on_where_the_last_one_that_worked_ended(
+    store: FaultyStore, other_store: FaultyStore
+) -> None:
+    store.hints = False
+    async with instance(store, end_within=LONG) as one:
+        await one.first_poll()
+        for _ in range(3):
+            session_id = await one.client().handshake()
+            await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
+            store.down("changes")
+            with pytest.raises(StoreUnavailable):
+                await learned(one)
+            store.up()
+            await learned(one)
+        await learned(one)
+        assert len(store.polled) == 5
+        assert store.polled[0][0] is None
+        for (_, found), (since, _) in zip(store.polled, store.polled[1:], strict=False):
+            assert since == found.until
+        assert [len(found.changes) for _, found in store.polled] == [0, 1, 1, 1, 0]
 
 
 async def test_hints_for_sessions_of_others_cost_nothing(store: FaultyStore, other_store: FaultyStore) -> None:
