@@ -33,6 +33,7 @@ LATE = 0.25
 async def reported(one: Instance, store: FaultyStore) -> None:
     """Let the new sessions' first activity be stored."""
     await one.first_poll()
+    await one.at_rest()
     await until(lambda: store.touches != [] and not one.manager._activity.wake._event.is_set())
     await one.manager._activity.report(everything=True)
     store.touches.clear()

@@ -457,8 +457,7 @@ async def test_an_idle_session_expires_on_a_copy_that_nothing_evicts(
         clients = [one.client() for _ in range(2)]
         for client in clients:
             await client.handshake()
-        await one.first_poll()
-        await until(lambda: store.touches != [])
+        await one.at_rest()
         await one.manager._activity.report(everything=True)
         clock.advance(timedelta(minutes=59))
         await one.manager._evict_unused()
@@ -482,6 +481,7 @@ async def test_a_session_that_was_used_elsewhere_meanwhile_goes_on_here(
     ):
         client = one.client()
         session_id = await client.handshake()
+        await one.at_rest()
         await one.manager._activity.report(everything=True)
         for _ in range(4):
             clock.advance(timedelta(minutes=20))
@@ -533,7 +533,7 @@ async def test_an_instance_whose_wall_clock_is_wrong_behaves_like_any_other(
         client, quiet = one.client(), one.client()
         session_id = await client.handshake()
         await quiet.handshake()
-        await until(lambda: not any(session.busy for session in one.manager._residents))
+        await one.at_rest()
         await one.manager._activity.report(everything=True)
         for _ in range(2):
             clock.advance(timedelta(minutes=15))

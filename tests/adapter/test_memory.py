@@ -484,11 +484,6 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
 # Memory as a cache
 
 
-async def rest(one: Instance) -> None:
-    """Let every copy come to rest: a 202 precedes the notification's handler."""
-    await until(lambda: not any(session.busy for session in one.manager._residents))
-
-
 def in_memory(one: Instance) -> set[str]:
     """The sessions whose copies requests find."""
     return {session.session_id for session in one.manager._residents}
@@ -528,19 +523,19 @@ async def test_the_copy_that_nobody_has_used_for_longest_makes_room(store: Fault
     async with instance(store, max_sessions=3) as one:
         clients = [one.client() for _ in range(3)]
         ids = [await client.handshake() for client in clients]
-        await rest(one)
+        await one.at_rest()
         await clients[0].ping()
         # A stream that was open until now.
         stream = await clients[1].get_stream()
         stream.disconnect()
         await stream.end()
-        await rest(one)
+        await one.at_rest()
         fourth = await one.client().handshake()
         assert in_memory(one) == {ids[0], ids[1], fourth}
-        await rest(one)
+        await one.at_rest()
         fifth = await one.client().handshake()
         assert in_memory(one) == {ids[1], fourth, fifth}
-        await rest(one)
+        await one.at_rest()
         # A restore takes a seat as well.
         assert (await clients[2].ping()).status == 200
         assert in_memory(one) == {ids[2], fourth, fifth}
@@ -570,7 +565,7 @@ async def test_a_copy_in_use_makes_no_room(store: FaultyStore, json_response: bo
             await wait_for(reached)
         else:
             await client.handshake()
-            await rest(one)
+            await one.at_rest()
             if use == "stream":
                 stream = await client.get_stream()
             else:
@@ -595,8 +590,7 @@ async def test_a_copy_in_use_makes_no_room(store: FaultyStore, json_response: bo
         elif use == "stream":
             stream.disconnect()
             await stream.end()
-        await until(lambda: in_memory(one) != set())
-        await rest(one)
+        await until(lambda: [session.busy for session in one.manager._residents] == [False])
         assert (await one.client().initialize()).status == 200
         await until(lambda: not one.manager._residents._leaving)
         assert one.residents == 1
@@ -609,7 +603,7 @@ async def test_copies_whose_clean_up_hangs_do_not_pile_up(store: FaultyStore) ->
         ids = []
         for _ in range(4):
             ids.append(await one.client().handshake())
-            await rest(one)
+            await one.at_rest()
         assert len(one.manager._residents._leaving) == 2
         refused = await one.client().initialize()
         assert refused.status == 503
@@ -628,12 +622,12 @@ async def test_a_copy_that_makes_room_is_restored_when_it_has_cleaned_up(store: 
     async with instance(store, notes, max_sessions=1) as one:
         client = one.client()
         await client.handshake()
-        await rest(one)
+        await one.at_rest()
         notes.on_initialize = None
         other = one.client()
         await other.handshake()
         await wait_for(leaving)
-        await rest(one)
+        await one.at_rest()
         call = client.open_call("add", {"a": 1, "b": 2})
         await anyio.wait_all_tasks_blocked()
         assert call.sent == []
@@ -672,7 +666,7 @@ async def test_a_copy_leaves_when_nobody_has_used_it_for_a_while(store: FaultySt
         used, quiet = one.client(), one.client()
         await used.handshake()
         await quiet.handshake()
-        await rest(one)
+        await one.at_rest()
         clock.advance(timedelta(minutes=4))
         await one.manager._evict_unused()
         assert one.residents == 2
@@ -691,7 +685,7 @@ async def test_eviction_counts_from_the_end_of_the_last_use(store: FaultyStore, 
         client = one.client()
         await client.handshake()
         stream = await client.get_stream()
-        await rest_but(one, 1)
+        await one.at_rest()
         clock.advance(timedelta(minutes=10))
         await one.manager._evict_unused()
         assert one.residents == 1
@@ -705,16 +699,11 @@ async def test_eviction_counts_from_the_end_of_the_last_use(store: FaultyStore, 
         assert one.residents == 0
 
 
-async def rest_but(one: Instance, pins: int) -> None:
-    """Let every copy come to rest but for so many requests."""
-    await until(lambda: all((s.pins, s.unsettled) == (pins, 0) for s in one.manager._residents))
-
-
 @pytest.mark.parametrize("max_sessions", [1, 3])
 async def test_who_opens_no_session_drives_nobody_out_of_memory(store: FaultyStore, max_sessions: int) -> None:
     async with instance(store, max_sessions=max_sessions) as one:
         ids = {await one.client().handshake() for _ in range(max_sessions)}
-        await rest(one)
+        await one.at_rest()
         stranger = one.client()
         assert (await stranger.ping()).session_id is None
         assert (await stranger.open("GET").answer()).status >= 400
@@ -728,7 +717,7 @@ async def test_an_initialize_whose_body_comes_in_pieces_has_another_copy_make_ro
 ) -> None:
     async with instance(store, max_sessions=1, json_response=json_response) as one:
         await one.client().handshake()
-        await rest(one)
+        await one.at_rest()
         message = {"jsonrpc": "2.0", "id": 1, "params": INITIALIZE_PARAMS, "method": "initialize"}
         opening = one.client().open("POST", message)
         (whole,) = opening._incoming
