@@ -420,8 +420,12 @@ async def test_the_absolute_lifetime_ends_copies_that_are_in_use(
         async with instance(FaultyStore(sessions)) as gone:
             session_id = await gone.client().handshake()
         clock.advance(HOUR / 2)
-    async with instance(store, json_response=json_response, end_within=SOON, on_end=ends) as one:
+    # Nothing but the eviction task learns of it: polls and reports are far away.
+    async with instance(
+        store, json_response=json_response, end_within=LONG, evict_after=0.2, activity_interval=LONG, on_end=ends
+    ) as one:
         used = await Used.of(one, session_id)
+        await until(lambda: one.manager._activity._unreported == {})
         if not restored:
             clock.advance(HOUR / 2)
         clock.advance(timedelta(minutes=29))

@@ -668,6 +668,52 @@ async def test_journaled_calls_that_run_at_once_in_one_copy_keep_it(store: Fault
         assert notes.replayed("initialize") == []
 
 
+async def test_a_journaled_call_waits_for_the_one_before_to_be_committed(store: FaultyStore) -> None:
+    notes = Stateful()
+    async with instance(store, notes, end_within=LONG) as one:
+        await one.first_poll()
+        client = one.client()
+        await client.handshake()
+        # The answer of the first is slow, that of the second is not.
+        held = store.hold("write_journal", after=True)
+        first = client.open_request("resources/subscribe", {"uri": "notes://1"})
+        await held.wait_entered()
+        store.up()
+        second = client.open_request("resources/subscribe", {"uri": "notes://2"})
+        await until(lambda: len(notes.handled) == 2)
+        await anyio.wait_all_tasks_blocked()
+        assert store.counts()["write_journal"] == 1
+        held.release()
+        for call in (first, second):
+            assert (await call.answer()).result == {}
+        await one.manager._watch.poll()
+        assert resident_revision(one) == 2
+        assert (await client.ping()).status == 200
+        assert notes.replayed("initialize") == []
+
+
+async def test_a_second_initialize_waits_for_a_journaled_call_to_be_committed(store: FaultyStore) -> None:
+    notes = Stateful()
+    async with instance(store, notes, end_within=LONG) as one:
+        await one.first_poll()
+        client = one.client()
+        await client.handshake()
+        held = store.hold("write_journal", after=True)
+        call = client.open_request("logging/setLevel", {"level": "debug"})
+        await held.wait_entered()
+        again = client.open_initialize({**INITIALIZE_PARAMS, "n": 1})
+        await until(lambda: len(notes.genuine("initialize")) == 2)
+        await anyio.wait_all_tasks_blocked()
+        assert store.counts()["replace_initialize"] == 0
+        held.release()
+        assert (await call.answer()).result == {}
+        assert (await again.answer()).status == 200
+        await one.manager._watch.poll()
+        assert resident_revision(one) == 2
+        assert (await client.ping()).status == 200
+        assert notes.replayed("initialize") == []
+
+
 async def test_a_change_that_is_told_before_the_write_that_made_it_has_returned_evicts_nothing(
     store: FaultyStore,
 ) -> None:
