@@ -361,7 +361,7 @@ async def test_params_that_cannot_be_stored_are_refused_before_the_handler_runs(
 
 
 async def test_a_journal_that_is_full_is_an_error_and_undoing_makes_room(
-    store: FaultyStore, json_response: bool, monkeypatch: pytest.MonkeyPatch
+    store: FaultyStore, json_response: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(memory_module, "MAX_JOURNAL_ENTRIES", 3)
     async with instance(store, Stateful(), json_response=json_response) as one:
@@ -372,6 +372,8 @@ async def test_a_journal_that_is_full_is_an_error_and_undoing_makes_room(
         answer = await client.request("resources/subscribe", {"uri": "notes://3"})
         assert answer.error["code"] == types.INVALID_REQUEST
         assert "3 journaled calls" in answer.error["message"]
+        # It is the client's doing, and nothing for the operator.
+        assert not [record for record in caplog.records if record.name.startswith("mcp_session_store")]
         await subscribe(client, "notes://1")
         await subscribe(client, "notes://0", un=True)
         await subscribe(client, "notes://3")
