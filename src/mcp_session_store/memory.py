@@ -266,7 +266,7 @@ class MemorySessionStore(SessionStore):
         now, policy = self._now(), self.retention
         for row in self._mine():
             if row.ended is None and row.record.expires_at is None:
-                row.record = replace(row.record, expires_at=self._expiry(row.record, row.record.last_seen_at))
+                row.record = replace(row.record, expires_at=self._expiry(row.record, now))
         expired = [row for row in self._mine() if row.ended is None and row.expired_at(now - policy.sweep_grace)]
         for row in expired[:limit]:
             self._end(row, EndReason.EXPIRED)

@@ -28,6 +28,7 @@ __all__ = [
     "session_key",
 ]
 
+_NOT_SHOWN = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
 DISPLAY_LENGTH = 200
 """Characters that are kept of a text which clients choose themselves."""
 
@@ -52,7 +53,8 @@ def session_key(session_id: str) -> UUID:
 def display_text(value: object, *, length: int = DISPLAY_LENGTH) -> str:
     """A text that a client chose, made fit for terminals and logs; empty for what is no text.
 
-    Control, format, surrogate and unassigned characters (Unicode general category C) come out.
+    Control, format, surrogate and unassigned characters (Unicode general category C) come out, and so do
+    separators of lines and paragraphs (Zl, Zp).
 
     Args:
         value: What the client sent.
@@ -60,7 +62,7 @@ def display_text(value: object, *, length: int = DISPLAY_LENGTH) -> str:
     """
     if not isinstance(value, str):
         return ""
-    return "".join(c for c in value[: 4 * length] if not unicodedata.category(c).startswith("C"))[:length]
+    return "".join(c for c in value[: 4 * length] if unicodedata.category(c) not in _NOT_SHOWN)[:length]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,6 +40,7 @@ MAX_SWEEP_GRACE: Final = timedelta(minutes=1)
 ENVIRONMENT_PREFIX: Final = "MCP_SESSION_STORE_"
 """What the names of environment variables begin with: `MCP_SESSION_STORE_IDLE` is the policy's `idle`."""
 
+_SHORTEST: Final = timedelta(milliseconds=10)
 _LONGEST: Final = timedelta(days=36_500)
 _UNITS: Final = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
@@ -73,7 +74,7 @@ def _count(value: object) -> object:
     return value
 
 
-_Lifetime = Annotated[timedelta, Field(gt=timedelta(0), le=_LONGEST)]
+_Lifetime = Annotated[timedelta, Field(ge=_SHORTEST, le=_LONGEST)]
 _Kept = Annotated[timedelta, Field(ge=timedelta(0), le=_LONGEST)]
 
 

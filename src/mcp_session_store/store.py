@@ -219,7 +219,7 @@ class SessionStore(ABC):
 
         Sessions that expired end, after the policy's `sweep_grace`, within which a last activity can still
         be reported; those that ended a `tombstone` ago are removed for good. Live sessions that have no
-        expiry, because the policy had no limit when they were last used, are given the one that they would have.
+        expiry, because the policy had no limit when they were last used, are given one as if they were used now.
         Any number of instances may do so at once: none waits for another, and no session is handled twice.
 
         Args:

@@ -87,15 +87,23 @@ class ActivityReporter:
         """A session is in use now."""
         assert session.record is not None
         now = anyio.current_time()
-        unreported = self._unreported.get(session.record.key)
+        if self._note(session.record.key, now) and self._expires_soon(session, now):
+            self._urgent.add(session.record.key)
+            self.wake.set()
+
+    def _note(self, key: UUID, now: float) -> bool:
+        """Note activity; whether it is the first that is unreported."""
+        unreported = self._unreported.get(key)
         if unreported is None:
-            self._unreported[session.record.key] = _Unreported(now, now)
-            # A session that is new, or about to expire, is in the store's eyes on borrowed time.
-            if now > session.expiry_reported - 2 * self.interval:
-                self._urgent.add(session.record.key)
-                self.wake.set()
-        else:
-            unreported.last = now
+            self._unreported[key] = _Unreported(now, now)
+            return True
+        unreported.last = now
+        return False
+
+    def _expires_soon(self, session: ResidentSession, now: float) -> bool:
+        """Whether a session will expire unless its activity is reported: it is new, or was not used for long."""
+        can_be_extended = session.expiry_reported < session.ends_at
+        return can_be_extended and now > session.expiry_reported - 2 * self.interval
 
     def gather(self, *, everything: bool = False) -> None:
         """Note which copies are in use now; if asked for, of all others when they were last used."""
@@ -103,7 +111,7 @@ class ActivityReporter:
             if session.record is None:
                 continue
             if session.busy:
-                self.note(session)
+                self._note(session.record.key, anyio.current_time())
             elif (unreported := self._unreported.get(session.record.key)) is not None:
                 # It was in use until its last request was over.
                 unreported.last = max(unreported.last, session.idle_since)
@@ -158,7 +166,7 @@ class ActivityReporter:
         session = self._residents.with_key(key)
         if session is None:
             return True
-        return now >= session.reported_at + self._gap or now > session.expiry_reported - 2 * self.interval
+        return now >= session.reported_at + self._gap or self._expires_soon(session, now)
 
 
 def _merge(some: dict[UUID, _Unreported], *, into: dict[UUID, _Unreported]) -> None:

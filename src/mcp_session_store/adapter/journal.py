@@ -19,7 +19,7 @@ __all__ = ["JOURNALED_METHODS", "Journal", "JournalWrite", "JournaledMethod"]
 
 MAX_SUBJECT: Final = 500
 """Bytes of a subject that are stored as they are; of a longer one its SHA-256 is."""
-MAX_PARAMS: Final = 64 * 1024
+MAX_PARAMS: Final = 8 * 1024
 """Bytes of a journaled call's params, as JSON."""
 
 

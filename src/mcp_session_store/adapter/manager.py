@@ -660,9 +660,9 @@ class DurableSessionManager(sdk.ManagerSeams):
         replay = session.replay = Replay(
             record, journal, marker, scope, binding={RESIDENT_SESSION: session}, timeout=self._replay_timeout
         )
-        # Its timeout for the answer to `initialize`, for the notification's handler, and for the journal.
+        # Its timeout for the answer to `initialize`, for the notification's handler, and with room for the journal.
         self.tasks.start_soon(self._run_session, session)
-        with anyio.move_on_after((3 if journal else 2) * self._replay_timeout):
+        with anyio.move_on_after((4 if journal else 2) * self._replay_timeout):
             await replay.over.wait()
         if not replay.over.is_set():
             raise StoreUnavailable("the replay of a session took too long")
@@ -712,11 +712,13 @@ class DurableSessionManager(sdk.ManagerSeams):
         ended = await self.store.end(session_key(session_id), reason=EndReason.CLIENT)
         if (restore := self._restores.get(session_id)) is not None:
             restore.ended = True
+        if not ended:
+            # Somebody else has ended it.
+            await self._drop_not_live([session_key(session_id)])
+            raise _NotFound
         session = self._residents.get(session_id)
         if session is not None:
             await self._residents.evict(session, answer=SESSION_ENDED)
-        if not ended:
-            raise _NotFound
         telemetry.ended.add(1, {"reason": EndReason.CLIENT.value})
         if session is not None:
             await self._tell_application(session, EndReason.CLIENT)

@@ -38,7 +38,8 @@ class Replay:
     Then goes `notifications/initialized`, whose handler may ask the client something, which can only
     be answered once the session is published. So what follows waits until that handler has returned,
     has sent its first request to the client, or has run for `timeout`. Then go the journaled calls,
-    each when the one before is answered; one that is answered by an error is logged, and skipped.
+    each when the one before is answered, for `timeout` in all; after that they do not wait for each other, so
+    that handlers that are slow keep no session from coming back. One that is answered by an error is logged.
 
     Args:
         record: The session as stored.
@@ -66,13 +67,17 @@ class Replay:
         """Why the session cannot be restored here, when it is over and failed."""
         self.broken = False
         """The failure is no answer of the server's: it was cut short, and trying again is right."""
+        self.unanswered = False
+        """Calls are still being handled when it is over: their answers will have to be taken off, too."""
         self._record = record
         self._timeout = timeout
         self._handler_done = Latch()
         self._requests: list[Request] = []
         self._request_ids: set[RequestId] = set()
+        self._request_id = ""
+        """Of the request that was replayed last."""
         self._answer: JSONRPCResponse | JSONRPCError | None = None
-        """To the request that was replayed last."""
+        """To that request."""
         self._answered = Latch()
         self._scope = {**scope, **binding, RESTORE_MARKER: marker, "method": "POST"}
         self._steps = self._replay(journal)
@@ -99,18 +104,23 @@ class Replay:
         yield JSONRPCNotification(jsonrpc="2.0", method="notifications/initialized")
         with anyio.move_on_after(self._timeout):
             await self._handler_done.wait()
+        deadline = anyio.current_time() + self._timeout
         for entry in journal:
             yield self._request_for(entry.method, entry.params)
-            await self._answered.wait()
-            if isinstance(self._answer, JSONRPCError):
+            with anyio.move_on_after(deadline - anyio.current_time()):
+                await self._answered.wait()
+            if self._answer is None:
+                self.unanswered = True
+                logger.warning("a journaled call of %s is slow to be answered when it is replayed", entry.method)
+            elif isinstance(self._answer, JSONRPCError):
                 logger.warning("a journaled call of %s was answered by an error when it was replayed", entry.method)
 
     def _request_for(self, method: str, params: str) -> JSONRPCRequest:
-        request_id = f"restore-{uuid4().hex}"
-        self._request_ids.add(request_id)
+        self._request_id = f"restore-{uuid4().hex}"
+        self._request_ids.add(self._request_id)
         self._answer = None
         self._answered = Latch()
-        return JSONRPCRequest(jsonrpc="2.0", id=request_id, method=method, params=json.loads(params))
+        return JSONRPCRequest(jsonrpc="2.0", id=self._request_id, method=method, params=json.loads(params))
 
     def cut_short(self, failure: str) -> None:
         """End the replay without an answer of the server's."""
@@ -136,8 +146,9 @@ class Replay:
         if isinstance(message, JSONRPCResponse | JSONRPCError):
             if message.id not in self._request_ids:
                 return False
-            self._answer = message
-            self._answered.set()
+            if message.id == self._request_id:
+                self._answer = message
+                self._answered.set()
             return True
         metadata = item.metadata
         return isinstance(metadata, ServerMessageMetadata) and metadata.related_request_id in self._request_ids

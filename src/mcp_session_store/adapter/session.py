@@ -119,6 +119,8 @@ class ResidentSession:
         self.marker: SessionRestoreMarker | None = None
         self.replay: Replay | None = None
         """Until it is over."""
+        self.late_replay: Replay | None = None
+        """One that is over, and some of whose calls have not been answered."""
         self.request_ids: RequestIds | None = None
         """Of a restored copy: keeps its own requests' ids apart from those of other copies."""
         self.handshake: Handshake | None = None
@@ -341,6 +343,8 @@ class _Inbound:
                 return item
             if session.replay.failure is not None:
                 raise anyio.EndOfStream
+            if session.replay.unanswered:
+                session.late_replay = session.replay
             session.replay = None
             self._context = None
         while True:
@@ -395,6 +399,8 @@ class _Outbound:
                 session.replay.handler_done()
                 with anyio.move_on_after(STANDALONE_STREAM_WAIT):
                     await session.standalone_stream_open.wait()
+        elif session.late_replay is not None and session.late_replay.takes(item):
+            return
         if session.handshake is not None:
             self._settle(session.handshake, message)
         if session.request_ids is not None:

@@ -105,7 +105,7 @@ def print_table(
         return
     with console.capture() as capture:
         console.print(table)
-    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    click.echo("\n".join(line.rstrip() for line in capture.get().removesuffix("\n").split("\n")))
 
 
 def _room(console: Console, columns: Sequence[Column]) -> int:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIALECTS",
+    "ArrivalClock",
     "MOMENT",
     "After",
     "Batch",
@@ -100,6 +101,17 @@ def _sqlite_clock(element: StoreClock, compiler: SQLCompiler, **options: Any) ->
     if element.clauses.clauses:
         clock = f"{clock} + 1000.0 * {compiler.process(element.clauses, **options)}"
     return f"CAST({clock} AS INTEGER)"
+
+
+class ArrivalClock(StoreClock):
+    """What the clock showed when the statement arrived, whatever lock it has waited for since."""
+
+    inherit_cache = True
+
+
+@compiles(ArrivalClock, "postgresql")
+def _postgres_arrival(element: ArrivalClock, compiler: SQLCompiler, **options: Any) -> str:
+    return _postgres_clock(element, compiler, **options).replace("clock_timestamp()", "statement_timestamp()", 1)
 
 
 class ByteLength(FunctionElement[int]):

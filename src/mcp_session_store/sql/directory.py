@@ -335,7 +335,7 @@ class SessionDirectory:
         expired = [due.expired]
         if due.without_expiry is not None:
             # The sweep gives them an expiry first, which may have passed.
-            given = expiry(policy, created_at=table.c.created_at, last_seen_at=table.c.last_seen_at)
+            given = expiry(policy, created_at=table.c.created_at, last_seen_at=StoreClock())
             passed = given <= StoreClock(-policy.sweep_grace.total_seconds())
             expired.append(sa.select(table.c.key).where(table.c.key.in_(due.without_expiry.order_by(None)), passed))
         purged = [] if due.old_tombstones is None else [due.old_tombstones]

@@ -49,6 +49,14 @@ class _Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class _Touch:
+    called_at: float
+    """By the event loop's clock: from then on the ages count back."""
+    rows: Sequence[tuple[UUID, float, float]]
+    """Keys, first and last ages."""
+
+
+@dataclass(frozen=True, slots=True)
 class _End:
     key: UUID
     reason: EndReason
@@ -206,6 +214,7 @@ class SqlSessionStore(SessionStore):
         return await self._journal_reads.submit(key)
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
+        called_at = asyncio.get_running_loop().time()
         # Several activities of one session are one: a statement changes a row once.
         ages: dict[UUID, tuple[float, float]] = {}
         for activity in activities:
@@ -214,7 +223,7 @@ class SqlSessionStore(SessionStore):
         rows = [(key, first, last) for key, (first, last) in sorted(ages.items())]
         not_live: set[UUID] = set()
         for start in range(0, len(rows), TOUCHES_PER_STATEMENT):
-            not_live |= await self._touches.submit(rows[start : start + TOUCHES_PER_STATEMENT])
+            not_live |= await self._touches.submit(_Touch(called_at, rows[start : start + TOUCHES_PER_STATEMENT]))
         return not_live
 
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
@@ -327,13 +336,12 @@ class SqlSessionStore(SessionStore):
             for replacement in replacements
         ]
 
-    async def _touch_one(
-        self,
-        attempt: Attempt,
-        touches: Sequence[Sequence[tuple[UUID, float, float]]],
-    ) -> list[set[UUID]]:
+    async def _touch_one(self, attempt: Attempt, touches: Sequence[_Touch]) -> list[set[UUID]]:
         not_live = []
-        for rows in touches:
+        for touch in touches:
+            # What was waited for since, a connection or another try, has made it all older.
+            waited = asyncio.get_running_loop().time() - touch.called_at
+            rows = [(key, first + waited, last + waited) for key, first, last in touch.rows]
             result = await attempt.connection.execute(self._sql.touch, self._sql.touches.parameters(rows))
             is_live = {key for key, expires_at, now in result if expires_at is None or now < expires_at}
             not_live.append({key for key, _, _ in rows} - is_live)

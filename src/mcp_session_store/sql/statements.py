@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects import MOMENT, After, StoreClock
+from mcp_session_store.sql.dialects import MOMENT, After, ArrivalClock, StoreClock
 from mcp_session_store.sql.tables import sessions_table
 
 if TYPE_CHECKING:
@@ -168,15 +168,16 @@ class SessionStatements:
         )
 
         self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
+        # Ages count back from when the report came: a lock that it waits for does not make a session older.
         touched = (
             sa.select(*self.touches.c)
             .join(table, table.c.key == self.touches.c.key)
-            .where(self.touches.among(table.c.key), self._live(StoreClock(-self.touches.c.first_age)))
+            .where(self.touches.among(table.c.key), self._live(ArrivalClock(-self.touches.c.first_age)))
             .order_by(table.c.key)
             .with_for_update(of=table, key_share=True)
             .cte("locked")
         )
-        last = StoreClock(-touched.c.last_age)
+        last = ArrivalClock(-touched.c.last_age)
         seen = sa.case((table.c.last_seen_at < last, last), else_=table.c.last_seen_at)
         self.touch = (
             sa.update(table)

@@ -91,7 +91,8 @@ class SweepStatements:
             if due.without_expiry is None
             else sa.update(table)
             .where(some(due.without_expiry))
-            .values(expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=table.c.last_seen_at))
+            # As if they were used now: while they had no expiry, nobody had to report when they were.
+            .values(expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=StoreClock()))
             .returning(*outcome)
         )
         self.end_expired = (
