@@ -393,6 +393,10 @@ async def test_reports_that_fail_at_once_lose_nothing(store: FaultyStore, clock:
                 clock.advance(timedelta(minutes=10))
                 if calls < 3 or used_since:
                     await client.ping()
+            if not used_since:
+                # Nobody can look up any more when it was used.
+                await one.terminate(str(client.session_id))
+                await until(lambda: one.residents == 0)
             touch.fail(RuntimeError("a bug"))
         store.up()
         clock.advance(timedelta(minutes=1))
