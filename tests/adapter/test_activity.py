@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -485,6 +486,33 @@ async def test_the_copy_of_a_session_that_turns_out_to_be_over_leaves_memory(
         assert ends == [EndReason.EXPIRED]
         assert one.residents == 0
         one.assert_seats_match()
+
+
+async def test_a_report_learns_which_sessions_have_expired(
+    store: FaultyStore, sessions: Sessions, clock: Clock
+) -> None:
+    ends: list[EndReason] = []
+
+    async def on_end(_record: Any, reason: EndReason) -> None:
+        ends.append(reason)
+
+    async with instance(store, end_within=3600, on_end=on_end) as one:
+        expired, live = one.client(), one.client()
+        await expired.handshake()
+        await live.handshake()
+        await reported(one, store)
+        clock.advance(timedelta(hours=2))
+        stream = await expired.get_stream()
+        await live.ping()
+        # What this instance does not know of, such as a policy that another one has.
+        row = sessions._data.rows[session_key(str(expired.session_id))]
+        row.record = dataclasses.replace(row.record, expires_at=row.record.created_at)
+        await report(one)
+        await stream.end()
+        assert (await expired.ping()).status == 404
+        assert (await live.ping()).status == 200
+        await until(lambda: ends != [])
+    assert ends == [EndReason.EXPIRED]
 
 
 # Shutdown

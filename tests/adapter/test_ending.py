@@ -432,7 +432,7 @@ async def test_the_absolute_lifetime_ends_copies_that_are_in_use(
         store, json_response=json_response, end_within=LONG, evict_after=0.2, activity_interval=LONG, on_end=ends
     ) as one:
         used = await Used.of(one, session_id)
-        await until(lambda: one.manager._activity._unreported == {})
+        await until(lambda: not one.manager._activity.wake._event.is_set())
         if not restored:
             clock.advance(HOUR / 2)
         clock.advance(timedelta(minutes=29))
@@ -582,6 +582,25 @@ async def test_ends_are_learned_of_whatever_the_wall_clock_says(
 
 
 # A handshake under way
+
+
+async def test_a_second_initialize_in_a_session_that_has_ended_elsewhere_ends_the_copy(
+    store: FaultyStore, other_store: FaultyStore, json_response: bool
+) -> None:
+    store.hints = False
+    ends = Ends()
+    async with instance(store, json_response=json_response, end_within=LONG, on_end=ends) as one:
+        await one.first_poll()
+        client = one.client()
+        session_id = await client.handshake()
+        stream = await client.get_stream()
+        await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
+        assert (await client.initialize({**INITIALIZE_PARAMS, "n": 1})).status == 404
+        assert (await client.ping()).status == 404
+        await stream.end()
+        await until(lambda: ends.told != [])
+        one.assert_seats_match()
+    assert ends.reasons == [EndReason.OPERATOR]
 
 
 async def test_a_session_that_ends_elsewhere_during_its_second_initialize_is_over(

@@ -506,13 +506,49 @@ async def test_a_replayed_call_that_is_answered_by_an_error_is_logged_and_skippe
         assert len(await rows(store, session_id)) == 2
 
 
-async def test_a_replayed_call_that_hangs_is_answered_503_within_the_bound(
+async def test_a_replayed_call_that_hangs_keeps_no_session_from_coming_back(
     store: FaultyStore, other_store: FaultyStore, json_response: bool
 ) -> None:
     async with instance(store, Stateful()) as one:
         client = one.client()
         session_id = await client.handshake()
         await set_level(client, "debug")
+        for uri in ("notes://1", "notes://2"):
+            await subscribe(client, uri)
+    notes = Stateful()
+    proceed = anyio.Event()
+
+    async def hang(ctx: RequestContext) -> None:
+        if ctx.method == "logging/setLevel":
+            await proceed.wait()
+            await ctx.session.send_notification(types.ToolListChangedNotification(), related_request_id=ctx.request_id)
+
+    notes.on_state = hang
+    async with instance(other_store, notes, json_response=json_response, replay_timeout=0.05) as two:
+        client = two.client(session_id)
+        stream = await client.get_stream()
+        assert (await client.call("add", {"a": 1, "b": 2})).text == "3"
+        # The others are replayed all the same.
+        assert notes.set_again == [("resources/subscribe", "notes://1"), ("resources/subscribe", "notes://2")]
+        proceed.set()
+        await until(lambda: len(notes.set_again) == 3)
+        # The late answer, and what came with it, is nothing for the client.
+        assert (await client.ping()).result == {}
+        await until(lambda: not any(session.unsettled for session in two.manager._residents))
+        assert stream.messages == []
+        # All that was replayed was known to be.
+        assert other_store.counts()["write_journal"] == 0
+        stream.disconnect()
+        await stream.end()
+        two.assert_seats_match()
+
+
+async def test_a_slow_journal_is_replayed_within_the_bound(store: FaultyStore, other_store: FaultyStore) -> None:
+    async with instance(store, Stateful()) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        for n in range(20):
+            await subscribe(client, f"notes://{n}")
     notes = Stateful()
     proceed = anyio.Event()
 
@@ -520,16 +556,37 @@ async def test_a_replayed_call_that_hangs_is_answered_503_within_the_bound(
         await proceed.wait()
 
     notes.on_state = hang
-    async with instance(other_store, notes, json_response=json_response, replay_timeout=0.05) as two:
+    async with instance(other_store, notes, replay_timeout=0.05) as two:
         client = two.client(session_id)
-        answer = await client.ping()
-        assert answer.status == 503
-        assert int(answer.headers["retry-after"]) > 0
-        await until(lambda: two.manager._residents._leaving == {})
-        assert two.residents == 0
-        two.assert_seats_match()
-        notes.on_state = None
         assert (await client.ping()).status == 200
+        await until(lambda: len(notes.began) == 20)
+        proceed.set()
+        await until(lambda: len(notes.set_again) == 20)
+        await subscribe(client, "notes://20")
+        assert resident_revision(two) == 21
+        assert other_store.counts()["write_journal"] == 1
+
+
+async def test_a_journaled_call_ends_with_its_session_though_nobody_can_tell_why_it_ended(
+    store: FaultyStore, other_store: FaultyStore, json_response: bool
+) -> None:
+    store.hints = False
+    ends: list[EndReason] = []
+
+    async def on_end(_record: Any, reason: EndReason) -> None:
+        ends.append(reason)
+
+    async with instance(store, Stateful(), json_response=json_response, end_within=LONG, on_end=on_end) as one:
+        await one.first_poll()
+        client = one.client()
+        session_id = await client.handshake()
+        await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
+        store.down("changes")
+        answer = await client.request("logging/setLevel", {"level": "debug"})
+        assert answer.error["message"] in ("Session not found", "Session ended")
+        assert (await client.ping()).status == 404
+        await until(lambda: ends != [])
+        one.assert_seats_match()
 
 
 @pytest.mark.parametrize("fault", ["down", "broken"])

@@ -706,7 +706,8 @@ async def test_who_opens_no_session_drives_nobody_out_of_memory(store: FaultySto
         await one.at_rest()
         stranger = one.client()
         assert (await stranger.ping()).session_id is None
-        assert (await stranger.open("GET").answer()).status >= 400
+        for method in ("GET", "DELETE"):
+            assert (await stranger.open(method, {"method": "initialize"}).answer()).status >= 400
         assert (await one.client("0" * 32).ping()).status == 404
         assert (await stranger.post(b"{")).status >= 400
         assert in_memory(one) == ids
