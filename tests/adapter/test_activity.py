@@ -246,6 +246,33 @@ async def test_a_session_at_the_end_of_its_absolute_lifetime_is_not_reported_ove
         assert len(store.touches) <= 1
 
 
+async def test_new_sessions_have_no_others_reported_before_their_time_nor_keep_them_from_it(
+    store: FaultyStore, clock: Clock
+) -> None:
+    async with instance(store) as one:
+        client = one.client()
+        await client.handshake()
+        await reported(one, store)
+        clock.advance(timedelta(hours=2))
+        await report(one)
+        await client.ping()
+        assert store.touches == []
+        for number in (1, 2):
+            new = one.client()
+            await new.handshake()
+            await until(lambda number=number: len(store.touches) == number)  # type: ignore[misc]
+            assert [activity.key for activity in store.touches[-1]] == [session_key(str(new.session_id))]
+        await one.at_rest()
+        await until(lambda: not one.manager._activity.wake._event.is_set())
+        # Their time has come, and new ones are opened all the while.
+        clock.advance(timedelta(seconds=20))
+        new = one.client()
+        await new.handshake()
+        await until(lambda: len(store.touches) > 2)
+        assert told(store.touches[2], client.session_id)
+        assert told(store.touches[2], new.session_id)
+
+
 # What activity is
 
 
@@ -259,7 +286,10 @@ async def test_an_open_stream_is_activity(store: FaultyStore, clock: Clock) -> N
             clock.advance(timedelta(hours=2))
             await report(one)
         assert len(store.touches) == 30
-        assert told(store.touches[-1], client.session_id).last_age < LATE
+        for touch in store.touches:
+            activity = told(touch, client.session_id)
+            assert 0 <= activity.last_age <= activity.first_age
+            assert activity.last_age < LATE
         stream.disconnect()
         await stream.end()
         clock.advance(timedelta(hours=2))

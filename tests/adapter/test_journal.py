@@ -444,6 +444,7 @@ def test_subjects_are_told_apart_and_kept_short() -> None:
     subjects = [subject(value) for value in values]
     assert len(set(subjects)) == len(values)
     assert subjects[0] == "a"
+    assert subject("n" * MAX_SUBJECT) == "n" * MAX_SUBJECT
     for text in subjects:
         assert len(text) <= MAX_SUBJECT
         assert text.isascii()
