@@ -150,6 +150,10 @@ class Instance:
         """Nobody sits on a seat but residents."""
         assert self.manager._residents.seats == self.residents == len(list(self.manager._residents))
 
+    async def at_rest(self) -> None:
+        """Wait until all notifications are handled, which their 202 precedes; calls of `wait` may still run."""
+        await until(lambda: sum(session.unsettled for session in self.manager._residents) <= self.notes.waiting)
+
     async def first_poll(self) -> None:
         """Wait for the first poll of changes, which verifies what is in memory, and so is a report of activity."""
         await until(lambda: self.manager._watch._since is not None)

@@ -93,6 +93,8 @@ class FaultyStore(SessionStore):
         """How many calls of those there were, by name."""
         self.touches: list[list[Activity]] = []
         """What each `touch` was told."""
+        self.polled: list[tuple[datetime | None, Changes]] = []
+        """Since when each `changes` asked, and what it found."""
         self.closed = 0
         self.hints = True
         """Whether hints of changes arrive."""
@@ -246,6 +248,7 @@ class FaultyStore(SessionStore):
 
     async def changes(self, since: datetime | None) -> Changes:
         changes: Changes = await self._call("changes", lambda: self.inner.changes(since))
+        self.polled.append((since, changes))
         return changes
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
-from mcp_session_store import ConfigurationError, EndReason, RetentionPolicy, session_key
+from mcp_session_store import ConfigurationError, EndReason, RetentionPolicy, StoreUnavailable, session_key
 from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.activity import checked_interval
@@ -33,6 +34,7 @@ LATE = 0.25
 async def reported(one: Instance, store: FaultyStore) -> None:
     """Let the new sessions' first activity be stored."""
     await one.first_poll()
+    await one.at_rest()
     await until(lambda: store.touches != [] and not one.manager._activity.wake._event.is_set())
     await one.manager._activity.report(everything=True)
     store.touches.clear()
@@ -227,6 +229,50 @@ async def test_activity_that_was_held_back_is_reported_before_the_session_expire
         assert await store.expiry(client.session_id) == DAY
 
 
+async def test_a_session_at_the_end_of_its_absolute_lifetime_is_not_reported_over_and_over(
+    store: FaultyStore, sessions: Sessions, clock: Clock
+) -> None:
+    # No report can prolong it.
+    sessions.retention = RetentionPolicy(absolute=timedelta(hours=1))
+    async with instance(store) as one:
+        client = one.client()
+        await client.handshake()
+        await reported(one, store)
+        clock.advance(timedelta(minutes=59, seconds=45))
+        for _ in range(5):
+            await client.ping()
+            assert not one.manager._activity.wake._event.is_set()
+            await report(one)
+        assert len(store.touches) <= 1
+
+
+async def test_new_sessions_have_no_others_reported_before_their_time_nor_keep_them_from_it(
+    store: FaultyStore, clock: Clock
+) -> None:
+    async with instance(store) as one:
+        client = one.client()
+        await client.handshake()
+        await reported(one, store)
+        clock.advance(timedelta(hours=2))
+        await report(one)
+        await client.ping()
+        assert store.touches == []
+        for number in (1, 2):
+            new = one.client()
+            await new.handshake()
+            await until(lambda number=number: len(store.touches) == number)  # type: ignore[misc]
+            assert [activity.key for activity in store.touches[-1]] == [session_key(str(new.session_id))]
+        await one.at_rest()
+        await until(lambda: not one.manager._activity.wake._event.is_set())
+        # Their time has come, and new ones are opened all the while.
+        clock.advance(timedelta(seconds=20))
+        new = one.client()
+        await new.handshake()
+        await until(lambda: len(store.touches) > 2)
+        assert told(store.touches[2], client.session_id)
+        assert told(store.touches[2], new.session_id)
+
+
 # What activity is
 
 
@@ -240,7 +286,10 @@ async def test_an_open_stream_is_activity(store: FaultyStore, clock: Clock) -> N
             clock.advance(timedelta(hours=2))
             await report(one)
         assert len(store.touches) == 30
-        assert told(store.touches[-1], client.session_id).last_age < LATE
+        for touch in store.touches:
+            activity = told(touch, client.session_id)
+            assert 0 <= activity.last_age <= activity.first_age
+            assert activity.last_age < LATE
         stream.disconnect()
         await stream.end()
         clock.advance(timedelta(hours=2))
@@ -353,7 +402,8 @@ async def test_what_a_failed_report_held_counts_from_its_first_activity_on(store
         assert 60 <= activity.last_age < 60 + LATE
 
 
-async def test_reports_that_fail_at_once_lose_nothing(store: FaultyStore, clock: Clock) -> None:
+@pytest.mark.parametrize("used_since", [True, False])
+async def test_reports_that_fail_at_once_lose_nothing(store: FaultyStore, clock: Clock, used_since: bool) -> None:
     # The background task's, and the one that the watch asks for after an outage.
     async with instance(store) as one:
         client = one.client()
@@ -372,14 +422,20 @@ async def test_reports_that_fail_at_once_lose_nothing(store: FaultyStore, clock:
                 tasks.start_soon(failing)
                 await until(lambda calls=calls: touch.calls == calls)  # type: ignore[misc]
                 clock.advance(timedelta(minutes=10))
-                await client.ping()
+                if calls < 3 or used_since:
+                    await client.ping()
+            if not used_since:
+                # Nobody can look up any more when it was used.
+                await one.terminate(str(client.session_id))
+                await until(lambda: one.residents == 0)
             touch.fail(RuntimeError("a bug"))
         store.up()
         clock.advance(timedelta(minutes=1))
         await report(one)
         activity = told(store.touches[-1], client.session_id)
         assert 1860 <= activity.first_age < 1860 + LATE
-        assert 60 <= activity.last_age < 60 + LATE
+        last = 60 if used_since else 660
+        assert last <= activity.last_age < last + LATE
 
 
 async def test_an_activity_in_time_counts_when_it_is_reported_late(store: FaultyStore, clock: Clock) -> None:
@@ -462,6 +518,33 @@ async def test_the_copy_of_a_session_that_turns_out_to_be_over_leaves_memory(
         one.assert_seats_match()
 
 
+async def test_a_report_learns_which_sessions_have_expired(
+    store: FaultyStore, sessions: Sessions, clock: Clock
+) -> None:
+    ends: list[EndReason] = []
+
+    async def on_end(_record: Any, reason: EndReason) -> None:
+        ends.append(reason)
+
+    async with instance(store, end_within=3600, on_end=on_end) as one:
+        expired, live = one.client(), one.client()
+        await expired.handshake()
+        await live.handshake()
+        await reported(one, store)
+        clock.advance(timedelta(hours=2))
+        stream = await expired.get_stream()
+        await live.ping()
+        # What this instance does not know of, such as a policy that another one has.
+        row = sessions._data.rows[session_key(str(expired.session_id))]
+        row.record = dataclasses.replace(row.record, expires_at=row.record.created_at)
+        await report(one)
+        await stream.end()
+        assert (await expired.ping()).status == 404
+        assert (await live.ping()).status == 200
+        await until(lambda: ends != [])
+    assert ends == [EndReason.EXPIRED]
+
+
 # Shutdown
 
 
@@ -518,18 +601,27 @@ async def test_shutdown_with_activity_waits_for_a_store_that_fails_no_longer_tha
         assert "activity" in caplog.text
 
 
-async def test_shutdown_loses_no_report_that_is_under_way(store: FaultyStore) -> None:
+async def test_shutdown_loses_no_report_that_is_under_way(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    shut_down = manager_module.DurableSessionManager._shut_down
+    touch = store.hold("touch")
+
+    async def fails_meanwhile(manager: manager_module.DurableSessionManager) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(shut_down, manager)
+            await anyio.wait_all_tasks_blocked()
+            touch.fail(StoreUnavailable("the connection broke"))
+
+    monkeypatch.setattr(manager_module.DurableSessionManager, "_shut_down", fails_meanwhile)
     async with instance(store) as one:
         await one.first_poll()
         client = one.client()
         await client.initialize()
-        touch = store.hold("touch")
         await client.notify("notifications/initialized")
         await touch.wait_entered()
+        store.up()
         # It has left memory: nothing but the report that hangs knows of its activity.
         await one.terminate(str(client.session_id))
         await until(lambda: one.residents == 0)
-        store.up()
     assert await store.expiry(client.session_id) == DAY
 
 

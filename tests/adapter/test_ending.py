@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mcp_session_store import EndReason, RetentionPolicy, session_key
+from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
 from mcp_session_store.adapter import background, telemetry
 from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter import session as session_module
@@ -93,8 +93,15 @@ async def learned(one: Instance) -> None:
 @pytest.mark.parametrize("how", ["hint", "polling"])
 @pytest.mark.parametrize("ended_by", ["DELETE", "operator", "sibling"])
 async def test_a_session_that_ends_anywhere_ends_everywhere(
-    store: FaultyStore, other_store: FaultyStore, json_response: bool, how: str, ended_by: str
+    store: FaultyStore,
+    other_store: FaultyStore,
+    json_response: bool,
+    how: str,
+    ended_by: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Nobody waits for clients that have been answered.
+    monkeypatch.setattr(session_module, "LAST_ANSWERS", LONG)
     store.hints = other_store.hints = how == "hint"
     if ended_by == "sibling":
         store.retention = RetentionPolicy(per_principal=1)
@@ -190,7 +197,7 @@ async def test_a_client_that_reads_no_answer_does_not_keep_the_copy(
         async def stuck(_message: Any) -> None:
             await anyio.sleep_forever()
 
-        call._send = stuck  # type: ignore[method-assign]
+        monkeypatch.setattr(call, "_send", stuck)
         await until(lambda: one.notes.waiting == 1)
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0 and one.notes.waiting == 0)
@@ -226,6 +233,28 @@ async def test_polling_goes_on_whether_there_are_sessions_or_not(store: FaultySt
     assert store.calls == ["open"]
 
 
+async def test_each_poll_goes_on_where_the_last_one_that_worked_ended(
+    store: FaultyStore, other_store: FaultyStore
+) -> None:
+    store.hints = False
+    async with instance(store, end_within=LONG) as one:
+        await one.first_poll()
+        for _ in range(3):
+            session_id = await one.client().handshake()
+            await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
+            store.down("changes")
+            with pytest.raises(StoreUnavailable):
+                await learned(one)
+            store.up()
+            await learned(one)
+        await learned(one)
+        assert len(store.polled) == 5
+        assert store.polled[0][0] is None
+        for (_, found), (since, _) in zip(store.polled, store.polled[1:], strict=False):
+            assert since == found.until
+        assert [len(found.changes) for _, found in store.polled] == [0, 1, 1, 1, 0]
+
+
 async def test_hints_for_sessions_of_others_cost_nothing(store: FaultyStore, other_store: FaultyStore) -> None:
     async with instance(store, end_within=LONG) as one, instance(other_store, end_within=LONG) as two:
         await one.first_poll()
@@ -246,6 +275,8 @@ async def test_hints_that_come_together_cost_one_query(store: FaultyStore, other
     async with instance(store, end_within=LONG) as one:
         await one.first_poll()
         ids = [await one.client().handshake() for _ in range(20)]
+        # A report learns of ends, too.
+        await until(lambda: one.manager._activity._unreported == {})
         polls = store.background["changes"]
         for session_id in ids:
             await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
@@ -396,8 +427,12 @@ async def test_the_absolute_lifetime_ends_copies_that_are_in_use(
         async with instance(FaultyStore(sessions)) as gone:
             session_id = await gone.client().handshake()
         clock.advance(HOUR / 2)
-    async with instance(store, json_response=json_response, end_within=SOON, on_end=ends) as one:
+    # Nothing but the eviction task learns of it: polls and reports are far away.
+    async with instance(
+        store, json_response=json_response, end_within=LONG, evict_after=0.2, activity_interval=LONG, on_end=ends
+    ) as one:
         used = await Used.of(one, session_id)
+        await until(lambda: not one.manager._activity.wake._event.is_set())
         if not restored:
             clock.advance(HOUR / 2)
         clock.advance(timedelta(minutes=29))
@@ -433,8 +468,7 @@ async def test_an_idle_session_expires_on_a_copy_that_nothing_evicts(
         clients = [one.client() for _ in range(2)]
         for client in clients:
             await client.handshake()
-        await one.first_poll()
-        await until(lambda: store.touches != [])
+        await one.at_rest()
         await one.manager._activity.report(everything=True)
         clock.advance(timedelta(minutes=59))
         await one.manager._evict_unused()
@@ -458,6 +492,7 @@ async def test_a_session_that_was_used_elsewhere_meanwhile_goes_on_here(
     ):
         client = one.client()
         session_id = await client.handshake()
+        await one.at_rest()
         await one.manager._activity.report(everything=True)
         for _ in range(4):
             clock.advance(timedelta(minutes=20))
@@ -509,7 +544,7 @@ async def test_an_instance_whose_wall_clock_is_wrong_behaves_like_any_other(
         client, quiet = one.client(), one.client()
         session_id = await client.handshake()
         await quiet.handshake()
-        await until(lambda: not any(session.busy for session in one.manager._residents))
+        await one.at_rest()
         await one.manager._activity.report(everything=True)
         for _ in range(2):
             clock.advance(timedelta(minutes=15))
@@ -547,6 +582,25 @@ async def test_ends_are_learned_of_whatever_the_wall_clock_says(
 
 
 # A handshake under way
+
+
+async def test_a_second_initialize_in_a_session_that_has_ended_elsewhere_ends_the_copy(
+    store: FaultyStore, other_store: FaultyStore, json_response: bool
+) -> None:
+    store.hints = False
+    ends = Ends()
+    async with instance(store, json_response=json_response, end_within=LONG, on_end=ends) as one:
+        await one.first_poll()
+        client = one.client()
+        session_id = await client.handshake()
+        stream = await client.get_stream()
+        await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
+        assert (await client.initialize({**INITIALIZE_PARAMS, "n": 1})).status == 404
+        assert (await client.ping()).status == 404
+        await stream.end()
+        await until(lambda: ends.told != [])
+        one.assert_seats_match()
+    assert ends.reasons == [EndReason.OPERATOR]
 
 
 async def test_a_session_that_ends_elsewhere_during_its_second_initialize_is_over(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 from mcp.shared.exceptions import MCPError
 
-from mcp_session_store import RestoreRefused
+from mcp_session_store import EndReason, RestoreRefused, session_key
 from mcp_session_store.adapter import manager as manager_module
+from mcp_session_store.adapter.residents import MemoryFull
 from tests.adapter.asgi import Client, until
 from tests.adapter.instances import Notes, instance, principal, wait_for
 from tests.support.http import INITIALIZE_PARAMS
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from tests.adapter.asgi import Exchange
-    from tests.adapter.instances import Instance, RequestContext
+    from tests.adapter.instances import Clock, Instance, RequestContext
     from tests.adapter.stores import FaultyStore
 
 pytestmark = pytest.mark.anyio
@@ -420,6 +422,9 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
         max_sessions=10,
         evict_after=IDLE,
         replay_timeout=0.05,
+        end_within=0.05,
+        activity_interval=0.02,
+        sweep_interval=0.02,
         on_restore=maybe_refuse,
     ) as one:
         exchanges: list[Exchange] = []
@@ -435,6 +440,9 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
                 exchanges.append(client.open("GET"))
             elif kind == 7 and chance.random() < 0.2:
                 exchanges.append(client.open("DELETE"))
+            elif kind == 7 and chance.random() < 0.2:
+                # An operator, or another instance.
+                await store.inner.end(session_key(chance.choice(known)), reason=EndReason.OPERATOR)
             elif kind == 8:
                 exchanges.append(client.open_initialize({**INITIALIZE_PARAMS, "n": number}))
             elif kind == 9 and one.manager._server_instances:
@@ -443,7 +451,9 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
                 leaver = chance.choice(exchanges)
                 (leaver.cancel if chance.random() < 0.5 else leaver.disconnect)()
             elif kind == 11:
-                operation = chance.choice(["load", "create", "claim", "touch", "end", "replace_initialize"])
+                operation = chance.choice(
+                    ["load", "create", "claim", "touch", "end", "replace_initialize", "changes", "sweep"]
+                )
                 fault: Callable[..., Any] = chance.choice([store.down, store.broken, store.lose_the_answer_of])
                 store.up()
                 if chance.random() < 0.6:
@@ -469,3 +479,269 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
         await until(lambda: one.residents == 0 or all(s.unsettled for s in one.manager._residents))
         one.assert_seats_match()
         assert (await one.client().initialize()).status == 200
+
+
+# Memory as a cache
+
+
+def in_memory(one: Instance) -> set[str]:
+    """The sessions whose copies requests find."""
+    return {session.session_id for session in one.manager._residents}
+
+
+async def test_ten_seats_serve_any_number_of_sessions_that_are_used_one_after_another(
+    store: FaultyStore, json_response: bool
+) -> None:
+    told: list[object] = []
+
+    async def on_end(*what: object) -> None:
+        told.append(what)
+
+    async with instance(store, max_sessions=10, json_response=json_response, on_end=on_end) as one:
+        clients = [one.client() for _ in range(60)]
+        for client in clients:
+            await client.handshake()
+            assert one.residents <= 10
+            assert one.manager._residents.seats <= 10
+        for turn in range(3):
+            for number, client in enumerate(clients):
+                answer = await client.call("add", {"a": number, "b": turn})
+                assert (answer.status, answer.text) == (200, str(number + turn))
+                assert one.residents <= 10
+        await until(lambda: not one.manager._residents._leaving)
+        one.assert_seats_match()
+        assert one.residents == 10
+        calls = one.notes.genuine("tools/call")
+        # Evicted and restored each time, with the marker.
+        assert [seen.marker is not None for seen in calls] == [True] * 180
+        assert max(seen.marker.restores for seen in calls if seen.marker is not None) == 3
+    assert told == []
+    assert store.counts()["end"] == 0
+
+
+async def test_the_copy_that_nobody_has_used_for_longest_makes_room(store: FaultyStore) -> None:
+    async with instance(store, max_sessions=3) as one:
+        clients = [one.client() for _ in range(3)]
+        ids = [await client.handshake() for client in clients]
+        await one.at_rest()
+        await clients[0].ping()
+        # A stream that was open until now.
+        stream = await clients[1].get_stream()
+        stream.disconnect()
+        await stream.end()
+        await one.at_rest()
+        fourth = await one.client().handshake()
+        assert in_memory(one) == {ids[0], ids[1], fourth}
+        await one.at_rest()
+        fifth = await one.client().handshake()
+        assert in_memory(one) == {ids[1], fourth, fifth}
+        await one.at_rest()
+        # A restore takes a seat as well.
+        assert (await clients[2].ping()).status == 200
+        assert in_memory(one) == {ids[2], fourth, fifth}
+        await until(lambda: not one.manager._residents._leaving)
+        one.assert_seats_match()
+
+
+@pytest.mark.parametrize("use", ["request", "stream", "abandoned call", "notification", "handshake"])
+async def test_a_copy_in_use_makes_no_room(store: FaultyStore, json_response: bool, use: str) -> None:
+    notes = Notes()
+    proceed = anyio.Event()
+    reached = anyio.Event()
+
+    async def hold(_ctx: RequestContext) -> None:
+        reached.set()
+        await proceed.wait()
+
+    async with instance(store, notes, max_sessions=1, json_response=json_response) as one:
+        client = one.client()
+        if use == "handshake":
+            notes.on_initialize = hold
+            opening = client.open_initialize()
+            await wait_for(reached)
+        elif use == "notification":
+            notes.on_initialized = hold
+            await client.handshake()
+            await wait_for(reached)
+        else:
+            await client.handshake()
+            await one.at_rest()
+            if use == "stream":
+                stream = await client.get_stream()
+            else:
+                call = client.open_call("wait")
+                await until(lambda: notes.waiting == 1)
+                if use == "abandoned call":
+                    call.cancel()
+                    await call.end()
+        before = in_memory(one)
+        refused = await one.client().initialize()
+        assert refused.status == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert refused.session_id is None
+        assert in_memory(one) == before
+        assert one.manager._residents.seats == 1
+        # It is over, and there is room.
+        notes.on_initialize = notes.on_initialized = None
+        proceed.set()
+        notes.proceed.set()
+        if use == "handshake":
+            assert (await opening.answer()).status == 200
+        elif use == "stream":
+            stream.disconnect()
+            await stream.end()
+        await until(lambda: [session.busy for session in one.manager._residents] == [False])
+        assert (await one.client().initialize()).status == 200
+        await until(lambda: not one.manager._residents._leaving)
+        assert one.residents == 1
+
+
+async def test_copies_whose_clean_up_hangs_do_not_pile_up(store: FaultyStore) -> None:
+    notes = Notes()
+    _, proceed = hold_the_exit(notes)
+    async with instance(store, notes, max_sessions=2) as one:
+        ids = []
+        for _ in range(4):
+            ids.append(await one.client().handshake())
+            await one.at_rest()
+        assert len(one.manager._residents._leaving) == 2
+        refused = await one.client().initialize()
+        assert refused.status == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert (await one.client(ids[-1]).ping()).status == 200
+        assert in_memory(one) == set(ids[2:])
+        proceed.set()
+        await until(lambda: not one.manager._residents._leaving)
+        assert (await one.client().initialize()).status == 200
+        one.assert_seats_match()
+
+
+async def test_a_copy_that_makes_room_is_restored_when_it_has_cleaned_up(store: FaultyStore) -> None:
+    notes = Notes()
+    leaving, proceed = hold_the_exit(notes)
+    async with instance(store, notes, max_sessions=1) as one:
+        client = one.client()
+        await client.handshake()
+        await one.at_rest()
+        notes.on_initialize = None
+        other = one.client()
+        await other.handshake()
+        await wait_for(leaving)
+        await one.at_rest()
+        call = client.open_call("add", {"a": 1, "b": 2})
+        await anyio.wait_all_tasks_blocked()
+        assert call.sent == []
+        # Who waits takes no seat.
+        assert in_memory(one) == {other.session_id}
+        proceed.set()
+        assert (await call.answer()).text == "3"
+        assert in_memory(one) == {client.session_id}
+
+
+async def test_requests_at_once_for_more_sessions_than_seats_are_served_or_told_to_come_back(
+    store: FaultyStore, json_response: bool
+) -> None:
+    async with instance(store) as gone:
+        ids = [await gone.client().handshake() for _ in range(40)]
+    async with instance(store, max_sessions=5, json_response=json_response) as one:
+        clients = [one.client(session_id) for session_id in ids]
+        done: set[int] = set()
+        with anyio.fail_after(10):
+            while len(done) < len(clients):
+                left = [number for number in range(len(clients)) if number not in done]
+                calls = {number: clients[number].open_call("add", {"a": number, "b": 0}) for number in left}
+                for number, call in calls.items():
+                    answer = await call.answer()
+                    assert answer.status in (200, 503)
+                    assert one.residents <= 5
+                    if answer.status == 200:
+                        assert answer.text == str(number)
+                        done.add(number)
+        await until(lambda: not one.manager._residents._leaving)
+        one.assert_seats_match()
+
+
+async def test_a_copy_leaves_when_nobody_has_used_it_for_a_while(store: FaultyStore, clock: Clock) -> None:
+    async with instance(store) as one:
+        used, quiet = one.client(), one.client()
+        await used.handshake()
+        await quiet.handshake()
+        await one.at_rest()
+        clock.advance(timedelta(minutes=4))
+        await one.manager._evict_unused()
+        assert one.residents == 2
+        assert (await used.ping()).status == 200
+        clock.advance(timedelta(minutes=2))
+        await one.manager._evict_unused()
+        assert in_memory(one) == {used.session_id}
+        await until(lambda: not one.manager._residents._leaving)
+        one.assert_seats_match()
+        assert (await quiet.ping()).status == 200
+        assert len(one.notes.replayed("initialize")) == 1
+
+
+async def test_eviction_counts_from_the_end_of_the_last_use(store: FaultyStore, clock: Clock) -> None:
+    async with instance(store) as one:
+        client = one.client()
+        await client.handshake()
+        stream = await client.get_stream()
+        await one.at_rest()
+        clock.advance(timedelta(minutes=10))
+        await one.manager._evict_unused()
+        assert one.residents == 1
+        stream.disconnect()
+        await stream.end()
+        clock.advance(timedelta(minutes=4))
+        await one.manager._evict_unused()
+        assert one.residents == 1
+        clock.advance(timedelta(minutes=2))
+        await one.manager._evict_unused()
+        assert one.residents == 0
+
+
+@pytest.mark.parametrize("max_sessions", [1, 3])
+async def test_who_opens_no_session_drives_nobody_out_of_memory(store: FaultyStore, max_sessions: int) -> None:
+    async with instance(store, max_sessions=max_sessions) as one:
+        ids = {await one.client().handshake() for _ in range(max_sessions)}
+        await one.at_rest()
+        stranger = one.client()
+        assert (await stranger.ping()).session_id is None
+        for method in ("GET", "DELETE"):
+            assert (await stranger.open(method, {"method": "initialize"}).answer()).status >= 400
+        assert (await one.client("0" * 32).ping()).status == 404
+        assert (await stranger.post(b"{")).status >= 400
+        assert in_memory(one) == ids
+
+
+async def test_an_initialize_whose_body_comes_in_pieces_has_another_copy_make_room(
+    store: FaultyStore, json_response: bool
+) -> None:
+    async with instance(store, max_sessions=1, json_response=json_response) as one:
+        await one.client().handshake()
+        await one.at_rest()
+        message = {"jsonrpc": "2.0", "id": 1, "params": INITIALIZE_PARAMS, "method": "initialize"}
+        opening = one.client().open("POST", message)
+        (whole,) = opening._incoming
+        opening._incoming = [
+            {**whole, "body": whole["body"][60:]},
+            {**whole, "body": whole["body"][:60], "more_body": True},
+        ]
+        answer = await opening.answer()
+        assert answer.status == 200
+        assert answer.session_id is not None
+        assert in_memory(one) == {answer.session_id}
+
+
+def test_the_table_of_copies_is_in_order_whatever_happens(store: FaultyStore) -> None:
+    async def run() -> None:
+        manager = manager_module.DurableSessionManager(Notes().server, store, max_sessions=2)
+        residents = manager._residents
+        assert residents.take_seat(may_evict=True) is None
+        assert residents.take_seat(may_evict=True) is None
+        assert residents.seats == 2
+        # Nobody is published, so nobody can make room.
+        with pytest.raises(MemoryFull):
+            residents.take_seat(may_evict=True)
+        assert residents.seats == 2
+
+    anyio.run(run)

@@ -1,0 +1,84 @@
+"""What is counted: each thing once, and nothing of the session or its payload."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mcp_session_store import EndReason, session_key
+from mcp_session_store.adapter import telemetry
+from tests.adapter.asgi import until
+from tests.adapter.instances import instance
+
+if TYPE_CHECKING:
+    from tests.adapter.stores import FaultyStore
+
+pytestmark = pytest.mark.anyio
+
+
+class Counted:
+    """What the counters were told, by their names."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.added: dict[str, list[tuple[int, dict[str, str]]]] = {}
+        for name in telemetry.__all__:
+            monkeypatch.setattr(telemetry, name, self._counter(name))
+
+    def _counter(self, name: str) -> object:
+        added = self.added.setdefault(name, [])
+
+        class Counter:
+            def add(self, amount: int, attributes: dict[str, str] | None = None) -> None:
+                added.append((amount, attributes or {}))
+
+        return Counter()
+
+    def take(self) -> dict[str, list[tuple[int, dict[str, str]]]]:
+        """What was counted since the last time."""
+        taken = {name: list(added) for name, added in self.added.items() if added}
+        for added in self.added.values():
+            added.clear()
+        return taken
+
+
+async def test_a_sessions_life_is_counted(
+    store: FaultyStore, other_store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    async with instance(store, max_sessions=1, sweep_interval=None) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        await one.at_rest()
+        assert counted.take() == {"created": [(1, {})]}
+        other = one.client()
+        other_id = await other.handshake()
+        await one.at_rest()
+        assert counted.take() == {"created": [(1, {})], "evicted": [(1, {})]}
+        await client.ping()
+        assert counted.take() == {"restored": [(1, {})], "evicted": [(1, {})]}
+        await client.delete()
+        assert counted.take() == {"ended": [(1, {"reason": "client"})], "evicted": [(1, {})]}
+        # Ended elsewhere, it is counted there.
+        await other.ping()
+        counted.take()
+        await other_store.end(session_key(other_id), reason=EndReason.OPERATOR)
+        await until(lambda: one.residents == 0)
+        assert counted.take() == {"evicted": [(1, {})]}
+        # What opens no session leaves no memory that it was in.
+        await one.client().ping()
+        assert counted.take() == {}
+        assert (await one.client(session_id).ping()).status == 404
+        assert counted.take() == {"refused": [(1, {"reason": "not found"})]}
+        store.down("load", "create")
+        await one.client(session_id).ping()
+        await one.client().initialize()
+        assert counted.take() == {"refused": [(1, {"reason": "unavailable"})] * 2}
+        store.up()
+        await client.initialize()
+        third = one.client()
+        await third.handshake()
+        await third.get_stream()
+        counted.take()
+        await one.client().initialize()
+        assert counted.take() == {"refused": [(1, {"reason": "too many sessions"})]}
