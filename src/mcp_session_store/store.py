@@ -26,7 +26,7 @@ DEFAULT_NAMESPACE: Final = "default"
 MAX_JOURNAL_ENTRIES: Final = 1000
 """Entries that the journal of a session may hold."""
 
-SWEEP_LIMIT: Final = 500
+SWEEP_LIMIT: Final = 100
 """Sessions that one step of a sweep handles at most, unless it is told otherwise."""
 
 

@@ -83,9 +83,9 @@ def test_the_policy_comes_from_options_and_from_the_environment(
     rows = [session_row(opened=2 * HOUR, expires=None), session_row(opened=HOUR / 4, expires=None)]
     rows += [session_row(ended=48 * HOUR)]
     environment = _seed(database_url, rows)
-    options = ["--idle", "1h", "--tombstone", "7d"]
+    options = ["--absolute", "1h", "--tombstone", "7d"]
     if how == "environment":
-        environment |= {"MCP_SESSION_STORE_IDLE": "1h", "MCP_SESSION_STORE_TOMBSTONE": "7d"}
+        environment |= {"MCP_SESSION_STORE_ABSOLUTE": "1h", "MCP_SESSION_STORE_TOMBSTONE": "7d"}
         options = []
     done = command("sweep", "--json", *options, environment=environment)
     assert done.returncode == 0, done.stderr
