@@ -106,10 +106,12 @@ class RetentionPolicy(BaseModel):
     """How many live sessions a principal may have."""
     per_principal_excess: Literal["end_oldest", "refuse"] = "end_oldest"
     """What happens when a principal opens one more: the session of his that has been idle for longest ends,
-    or the new one is refused (503). Which one is idle is told by the stored `last_seen_at`."""
+    or the new one is refused (503). Which one that is, the stored `last_seen_at` tells, which lags by up to a
+    twentieth of `idle` for one that is in use."""
     anonymous: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_count)] = None
     """How many sessions without a principal may be stored, ended ones that are still kept included; one more
-    is refused (503). Tombstones of such sessions make room when it is needed."""
+    is refused (503). Tombstones of such sessions make room when it is needed. Where there is much room
+    sessions are not counted one by one: each instance may exceed the limit by a hundredth of that room."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

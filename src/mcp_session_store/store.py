@@ -36,7 +36,8 @@ class SessionStore(ABC):
     A store sees keys (`session_key`), never session ids, and only the sessions of its own namespace:
     to every method a session of another namespace is one that does not exist. A session is *live*
     when it was created, has not ended, and has not expired. Which is decided by one clock, the
-    store's own; an ended or expired session never becomes live again.
+    store's own; an ended session never becomes live again, and an expired one only when activity from before its
+    expiry is reported.
 
     The rules for all methods:
 

@@ -48,6 +48,13 @@ JOURNALED_METHODS: Final = (
 """What the protocol has of them."""
 
 
+_UNFIT: Final = {
+    "initialize": "it is stored and replayed in any case",
+    "notifications": "because only calls are answered, and so known to be stored",
+    "tools": "because a tool call must run once at most",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class JournalWrite:
     """What a call changes in its session's journal."""
@@ -75,8 +82,8 @@ class Journal:
             if not isinstance(method, JournaledMethod):
                 raise ConfigurationError(f"journaled_methods must hold JournaledMethod objects, not {method!r}")
             for name, table in ((method.method, self._setting), (method.undone_by, self._undoing)):
-                if name == "initialize":
-                    raise ConfigurationError("journaled_methods: initialize is stored and replayed in any case")
+                if name is not None and (reason := _UNFIT.get(name.partition("/")[0])):
+                    raise ConfigurationError(f"journaled_methods: {name} cannot be journaled, {reason}")
                 if name in self._setting or name in self._undoing:
                     raise ConfigurationError(f"journaled_methods: {name} is journaled already; name each method once")
                 if name is not None:

@@ -243,7 +243,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         self.journal = Journal(journaled_methods)
         self._evict_after = math.inf if evict_after is None else evict_after
         self._end_within = end_within
-        self._activity_interval = checked_interval(activity_interval, store.retention)
+        checked_interval(activity_interval, store.retention)
+        self._activity_interval = activity_interval
         self._sweep_interval = sweep_interval
         self._residents = Residents(self.transports, self.owners, max_sessions=max_sessions)
         self._restores: dict[str, _Restore] = {}
@@ -268,7 +269,9 @@ class DurableSessionManager(sdk.ManagerSeams):
             if self._close_store:
                 stack.push_async_callback(self._close)
             # Made here, because they need the event loop.
-            self._activity = ActivityReporter(self.store, self._residents, interval=self._activity_interval)
+            # The policy as it is now: another app may share the store, and have set it.
+            interval = checked_interval(self._activity_interval, self.store.retention)
+            self._activity = ActivityReporter(self.store, self._residents, interval=interval)
             self._watch = ChangeWatch(self.store, concerns=self._concerns, learn=self._learn, verify=self._verify)
             try:
                 await self.store.open()
@@ -286,7 +289,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     def _start_background_tasks(self) -> None:
         start = self.tasks.start_soon
         poll_interval = self._end_within / 2
-        start(partial(run_every, "activity", self._activity_interval, self._report, wake=self._activity.wake))
+        start(partial(run_every, "activity", self._activity.interval, self._report, wake=self._activity.wake))
         start(partial(run_every, "changes", poll_interval, self._watch.poll, wake=self._watch.wake))
         start(run_again, "hints", self._watch.listen)
         start(run_every, "eviction", min(self._evict_after / 4, poll_interval), self._evict_unused)
@@ -300,13 +303,18 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def _shut_down(self) -> None:
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
             self._activity.gather(everything=True)
-            # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
-            for session in self._residents:
-                await self._residents.evict(session)
-            try:
-                await self._activity.report(everything=True)
-            except Exception as error:
-                report_failure("activity", error)
+            # Beside each other: a store that is slow leaves no stream open, and no client leaves activity unreported.
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._report_all)
+                # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
+                for session in self._residents:
+                    await self._residents.evict(session)
+
+    async def _report_all(self) -> None:
+        try:
+            await self._activity.report(everything=True)
+        except Exception as error:
+            report_failure("activity", error)
 
     # One request
 
@@ -827,6 +835,8 @@ class DurableSessionManager(sdk.ManagerSeams):
                 self._drop_ended(session, EndReason.EXPIRED)
 
     async def _sweep(self) -> None:
+        # What is in use here must not look unused. While that cannot be told, nothing is swept either.
+        await self._report()
         while True:
             began = anyio.current_time()
             report = await self.store.sweep()

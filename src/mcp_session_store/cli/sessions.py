@@ -429,7 +429,7 @@ async def _end_named(place: Place, keys: Sequence[UUID]) -> set[UUID]:
 
 
 async def _end_chosen(place: Place, which: SessionFilter, *, expected: int) -> int:
-    """How many ended. A session that is opened meanwhile is not among them: the list goes from new to old."""
+    """How many ended. Of those that are opened meanwhile hardly any is among them: the list goes from new to old."""
     ended = 0
     async with place.directory() as directory, place.store() as store:
         with progress("ending", total=expected) as advance:

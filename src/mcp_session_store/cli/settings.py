@@ -138,12 +138,20 @@ class Place:
         return SessionDirectory(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
 
     def store(self, retention: RetentionPolicy | None = None) -> SqlSessionStore:
-        """To change them."""
-        from mcp_session_store.sql import SqlSessionStore
+        """To change them.
+
+        Its calls take no longer than those of servers, however patient the command is: servers look for changes
+        that are no older.
+        """
+        from mcp_session_store.sql import DEFAULT_TIMEOUT, SqlSessionStore
 
         self._refuse_absent()
         return SqlSessionStore(
-            self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout, retention=retention
+            self.url,
+            namespace=self.namespace,
+            schema=self.schema,
+            timeout=min(self.timeout, DEFAULT_TIMEOUT),
+            retention=retention,
         )
 
     def _refuse_absent(self) -> None:

@@ -59,14 +59,20 @@ def sweep(
     is then 130 or 143, and what is left is swept the next time.
     """
     policy = retention_policy(retention)
+    if not {"idle", "absolute"} & policy.model_fields_set:
+        # Each session goes by the expiry that the servers gave it, and one without any is theirs to judge.
+        policy = policy.model_copy(update={"idle": None})
     if dry_run:
         _report(run(_preview(place, policy)), dry_run=True, as_json=as_json)
         return
     sweeping = _Sweep(place, policy, limit=limit_per_step, pause=not no_pause)
     try:
         run(sweeping.run())
-    finally:
-        _report(sweeping.done, dry_run=False, as_json=as_json)
+    except BaseException:
+        if sweeping.done.expired or sweeping.done.purged:
+            _report(sweeping.done, dry_run=False, as_json=as_json)
+        raise
+    _report(sweeping.done, dry_run=False, as_json=as_json)
     if sweeping.stopped_by is not None:
         raise click.exceptions.Exit(_KILLED_BY + sweeping.stopped_by)
 

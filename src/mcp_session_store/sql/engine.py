@@ -97,8 +97,9 @@ def checked_schema(schema: str | None, dialect: Dialect) -> str | None:
     if not dialect.has_schemas:
         raise ConfigurationError(f"schema={schema!r}: {dialect.name} has no schemas; leave it out")
     # 63 bytes is where Postgres cuts a name, without an error: "Identifiers and Key Words" in its manual.
-    if not isinstance(schema, str) or not schema or "\0" in schema or len(schema.encode()) > 63:
-        raise ConfigurationError(f"schema={schema!r} is no name of a schema: 1 to 63 bytes, without NUL")
+    # Alembic takes what a dot parts for two names.
+    if not isinstance(schema, str) or not schema or {"\0", "."} & set(schema) or len(schema.encode()) > 63:
+        raise ConfigurationError(f"schema={schema!r} is no name of a schema: 1 to 63 bytes, without NUL or a dot")
     return schema
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+import math
+import time
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
@@ -24,12 +26,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Limits"]
 
+SPARE_FOR: Final = 10.0
+"""Seconds after which sessions without a principal are counted again, however much room there was."""
+
 
 class Limits:
     """The policy's limits on the sessions of one namespace.
 
     What is counted is locked first, by principal, so that two instances that create at once do not
-    both find room for the last one.
+    both find room for the last one. Sessions without a principal are many, and not counted each time: as long
+    as there was much room a moment ago, an instance may take a hundredth of it unseen.
 
     Args:
         dialect: The database they are in.
@@ -41,6 +47,9 @@ class Limits:
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
         self._namespace = namespace
         self._retention = retention
+        self._spare = 0
+        """Sessions without a principal that may be created without being counted."""
+        self._spare_until = -math.inf
         table = sessions_table(schema)
         mine = table.c.namespace == sa.literal(namespace, sa.Text)
 
@@ -88,8 +97,16 @@ class Limits:
         )
 
     def concern(self, sessions: Collection[NewSession]) -> bool:
-        """Whether the policy limits any of these sessions."""
-        return any(self._limit_of(session) is not None for session in sessions)
+        """Whether the policy may refuse any of these sessions, or end others for them."""
+        if any(session.principal is not None and self._limit_of(session) is not None for session in sessions):
+            return True
+        anonymous = sum(session.principal is None for session in sessions)
+        if not anonymous or self._retention.anonymous is None:
+            return False
+        if anonymous <= self._spare and time.monotonic() < self._spare_until:
+            self._spare -= anonymous
+            return False
+        return True
 
     def _limit_of(self, session: NewSession) -> int | None:
         return self._retention.anonymous if session.principal is None else self._retention.per_principal
@@ -138,6 +155,8 @@ class Limits:
         execute = attempt.connection.execute
         stored = (await execute(self._count_anonymous, {"at_most": limit + 1})).scalar_one()
         room = limit - stored
+        self._spare = max(0, room - wanted) // 100
+        self._spare_until = time.monotonic() + SPARE_FOR
         if room < 0 or room >= wanted:
             return max(0, room), []
         result = await execute(self._remove_anonymous, {"at_most": wanted - room})
