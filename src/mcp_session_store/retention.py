@@ -42,6 +42,8 @@ ENVIRONMENT_PREFIX: Final = "MCP_SESSION_STORE_"
 
 _SHORTEST: Final = timedelta(milliseconds=10)
 _LONGEST: Final = timedelta(days=36_500)
+_TOGETHER: Final = ("per_principal_excess", "per_principal")
+"""Fields that are checked together; a longer name before one that it begins with."""
 _UNITS: Final = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
 _NO_LIMIT: Final = "none"
@@ -171,12 +173,15 @@ def explain(error: ValidationError, *, name: Any = str) -> str:
         error: What pydantic says.
         name: Turns the name of a field into what the reader calls it.
     """
-    return "; ".join(
-        f"{name(str(problem['loc'][0]))}: {problem['msg'].removeprefix('Value error, ')}"
-        if problem["loc"]
-        else problem["msg"].removeprefix("Value error, ")
-        for problem in error.errors()
-    )
+    problems = []
+    for problem in error.errors():
+        said = problem["msg"].removeprefix("Value error, ")
+        if problem["loc"]:
+            problems.append(f"{name(str(problem['loc'][0]))}: {said}")
+        else:
+            # It is about several fields, and names them.
+            problems.append(re.sub("|".join(_TOGETHER), lambda field: name(field[0]), said))
+    return "; ".join(problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,7 +46,7 @@ async def session_middleware(ctx: ServerRequestContext[Any, Any], call_next: Cal
     session = resident_session(ctx.request)
     if session is None:
         return await call_next(ctx)
-    replay = session.replay
+    replay = session.replay or session.late_replay
     try:
         if replay is not None and replay.owns(ctx.request):
             return await call_next(ctx)

@@ -110,8 +110,9 @@ class Replay:
             with anyio.move_on_after(deadline - anyio.current_time()):
                 await self._answered.wait()
             if self._answer is None:
+                if not self.unanswered:
+                    logger.warning("a journaled call of %s is slow to be answered when it is replayed", entry.method)
                 self.unanswered = True
-                logger.warning("a journaled call of %s is slow to be answered when it is replayed", entry.method)
             elif isinstance(self._answer, JSONRPCError):
                 logger.warning("a journaled call of %s was answered by an error when it was replayed", entry.method)
 

@@ -54,9 +54,9 @@ def sweep(
 ) -> None:
     """End sessions that have expired, and remove those that ended long ago, until there are no more.
 
-    Give the policy that the servers have: sessions without an expiry get the one that it gives them. Any number of
-    sweeps may run at once, beside the servers' own. SIGINT and SIGTERM stop it after the step that runs; the exit code
-    is then 130 or 143, and what is left is swept the next time.
+    Each session goes by the expiry that the servers gave it; with --idle or --absolute, one that has none gets one
+    by that, as if it were used now. Any number of sweeps may run at once, beside the servers' own. SIGINT and
+    SIGTERM stop it after the step that runs; the exit code is then 130 or 143, and what is left is swept the next time.
     """
     policy = retention_policy(retention)
     if not {"idle", "absolute"} & policy.model_fields_set:
