@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mcp_session_store import ConfigurationError, EndReason, RetentionPolicy, StoreUnavailable, session_key
+from mcp_session_store import ConfigurationError, EndReason, RetentionPolicy, StoreUnavailable, durable_app, session_key
 from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.activity import checked_interval
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.adapter.asgi import Client, until
-from tests.adapter.instances import Notes, instance, principal
+from tests.adapter.instances import Notes, instance, principal, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -653,5 +653,15 @@ def test_an_interval_that_cannot_work_is_refused_by_name(store: FaultyStore, int
 def test_an_interval_is_checked_against_the_idle_time_that_is_given_with_it(store: FaultyStore) -> None:
     with pytest.raises(ConfigurationError, match="quarter"):
         manager_module.DurableSessionManager(Notes().server, store, session_idle_timeout=8, activity_interval=2.5)
-    manager = manager_module.DurableSessionManager(Notes().server, store, session_idle_timeout=8)
-    assert manager._activity_interval == 2.0
+    manager_module.DurableSessionManager(Notes().server, store, session_idle_timeout=8)
+    assert checked_interval(None, store.retention) == 2.0
+
+
+async def test_the_interval_follows_a_policy_that_another_app_on_the_store_has_set(store: FaultyStore) -> None:
+    notes = Notes()
+    first = durable_app(notes.server, store)
+    durable_app(Notes().server, store, session_idle_timeout=8)
+    async with running(first):
+        manager = notes.server.session_manager
+        assert isinstance(manager, manager_module.DurableSessionManager)
+        assert manager._activity.interval == 2.0

@@ -136,7 +136,7 @@ def test_a_signal_stops_a_sweep_between_two_steps_and_what_was_done_is_reported(
         (["--idle", "9999999999999999999w"], {}, "--idle"),
         (["--per-principal", "0"], {}, "--per-principal (MCP_SESSION_STORE_PER_PRINCIPAL)"),
         (["--per-principal", "1", "--per-principal-excess", "explode"], {}, "--per-principal-excess"),
-        (["--per-principal-excess", "refuse"], {}, "per_principal"),
+        (["--per-principal-excess", "refuse"], {}, "--per-principal (MCP_SESSION_STORE_PER_PRINCIPAL)"),
         (["--anonymous", "many"], {}, "--anonymous"),
         (["--limit-per-step", "0"], {}, "--limit-per-step"),
         (["--url", "sqlite:///no/such/file.db"], {}, "no file"),
