@@ -373,7 +373,9 @@ def test_a_stateless_server_is_refused(store: FaultyStore, kind: str, monkeypatc
         assert made.app(store, stateless_http=False)
 
 
-@pytest.mark.parametrize("server", [None, "notes:server", object(), Starlette(), FaultyStore()], ids=repr)
+@pytest.mark.parametrize(
+    "server", [None, "notes:server", object(), Starlette(), FaultyStore()], ids=lambda server: type(server).__name__
+)
 def test_what_is_no_server_is_refused_by_its_type(store: FaultyStore, server: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"{type(server).__qualname__}.*MCPServer"):
         durable_app(server, store)

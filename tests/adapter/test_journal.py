@@ -557,7 +557,7 @@ async def test_a_slow_journal_is_replayed_within_the_bound(store: FaultyStore, o
         await proceed.wait()
 
     notes.on_state = hang
-    async with instance(other_store, notes, replay_timeout=0.05) as two:
+    async with instance(other_store, notes, replay_timeout=0.5) as two:
         client = two.client(session_id)
         assert (await client.ping()).status == 200
         await until(lambda: len(notes.began) == 20)
