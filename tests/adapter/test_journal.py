@@ -525,7 +525,7 @@ async def test_a_replayed_call_that_hangs_keeps_no_session_from_coming_back(
             await ctx.session.send_notification(types.ToolListChangedNotification(), related_request_id=ctx.request_id)
 
     notes.on_state = hang
-    async with instance(other_store, notes, json_response=json_response, replay_timeout=0.05) as two:
+    async with instance(other_store, notes, json_response=json_response, replay_timeout=0.5) as two:
         client = two.client(session_id)
         stream = await client.get_stream()
         assert (await client.call("add", {"a": 1, "b": 2})).text == "3"
