@@ -132,6 +132,8 @@ class MemorySessionStore(SessionStore):
     def _make_room(self, session: NewSession) -> None:
         """See that the policy allows one more session."""
         policy, now = self.retention, self._now()
+        if (policy.anonymous if session.principal is None else policy.per_principal) is None:
+            return
         rows = [row for row in self._mine() if row.record.principal == session.principal]
         if session.principal is None:
             if policy.anonymous is None or len(rows) < policy.anonymous:

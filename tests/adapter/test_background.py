@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from tests.adapter.stores import FaultyStore, Sessions
 
+GATHERING = 0.02
+
 pytestmark = pytest.mark.anyio
 
 FOREVER = 3600.0
@@ -81,14 +83,14 @@ async def test_a_task_runs_at_intervals_that_differ_by_up_to_a_fifth(monkeypatch
         runs += 1
 
     with pytest.raises(Stop):
-        await run_every("sweep", 10, work, wake=Waits())
+        await run_every("sweep", 10, work, wake=Waits(gathering=GATHERING))
     assert runs == 199
     assert all(8 <= pause <= 10 for pause in pauses)
     assert max(pauses) - min(pauses) > 1
 
 
 async def test_a_task_is_woken_before_its_time_and_once_for_all_who_wake_it() -> None:
-    wake = Wake()
+    wake = Wake(gathering=GATHERING)
     runs = 0
 
     async def work() -> None:
@@ -101,7 +103,7 @@ async def test_a_task_is_woken_before_its_time_and_once_for_all_who_wake_it() ->
             for _ in range(5):
                 wake.set()
             await until(lambda expected=expected: runs == expected)  # type: ignore[misc]
-        await anyio.sleep(3 * background.GATHERING)
+        await anyio.sleep(3 * GATHERING)
         assert runs == 3
         tasks.cancel_scope.cancel()
 
@@ -122,7 +124,7 @@ async def test_a_task_that_fails_is_counted_logged_ever_less_and_tried_again_wit
             raise Stop
         raise error
 
-    wake = Wake()
+    wake = Wake(gathering=GATHERING)
     wake.set()
 
     with pytest.raises(Stop):
@@ -136,7 +138,7 @@ async def test_a_task_that_fails_is_counted_logged_ever_less_and_tried_again_wit
     assert "works again, after it failed 13 times" in caplog.text
     if isinstance(error, StoreUnavailable):
         assert all(record.exc_info is None for record in caplog.records)
-    pauses = [pause for pause in slept if pause != background.GATHERING]
+    pauses = [pause for pause in slept if pause != GATHERING]
     expected = [min(background.MIN_BACKOFF * 2**n, background.MAX_BACKOFF) for n in range(13)]
     assert len(pauses) == 13
     for pause, longest in zip(pauses, expected, strict=True):
@@ -154,7 +156,7 @@ async def test_the_back_off_is_never_longer_than_the_interval(failures: Counter,
             raise Stop
         raise StoreUnavailable("it is down")
 
-    wake = Wake()
+    wake = Wake(gathering=GATHERING)
     wake.set()
     with pytest.raises(Stop):
         await run_every("changes", 2, work, wake=wake)

@@ -25,6 +25,8 @@ __all__ = ["ActivityReporter", "checked_interval"]
 
 DEFAULT_INTERVAL: Final = 15.0
 """Seconds between two reports, where the idle time allows it."""
+GATHERING: Final = 0.1
+"""Seconds in which urgent activity gathers before it is reported."""
 GAP_WITHOUT_IDLE: Final = 300.0
 """Seconds between two reports of one session, where sessions may be idle for ever."""
 
@@ -81,7 +83,7 @@ class ActivityReporter:
         self._all_due_at = -math.inf
         self._under_way: list[dict[UUID, _Unreported]] = []
         """What reports tell that the store has not answered yet."""
-        self.wake: Final = Wake()
+        self.wake: Final = Wake(gathering=GATHERING)
 
     def note(self, session: ResidentSession) -> None:
         """A session is in use now."""

@@ -21,14 +21,17 @@ logger = logging.getLogger(__name__)
 MIN_BACKOFF: Final = 0.25
 MAX_BACKOFF: Final = 30.0
 """Seconds between two tries of what keeps failing."""
-GATHERING: Final = 0.02
-"""Seconds between being woken and running, in which others may have more to do."""
 
 
 class Wake:
-    """Wakes a task that waits for its time."""
+    """Wakes a task that waits for its time.
 
-    def __init__(self) -> None:
+    Args:
+        gathering: Seconds between being woken and running, in which others may have more to do.
+    """
+
+    def __init__(self, *, gathering: float) -> None:
+        self._gathering = gathering
         self._event = anyio.Event()
 
     def set(self) -> None:
@@ -39,7 +42,7 @@ class Wake:
         """Wait until woken, no longer than this."""
         with anyio.move_on_after(seconds):
             await self._event.wait()
-            await anyio.sleep(GATHERING)
+            await anyio.sleep(self._gathering)
         self._event = anyio.Event()
 
 
@@ -56,7 +59,7 @@ async def run_every(
         work: The task.
         wake: Has it run before its time.
     """
-    wake = wake or Wake()
+    wake = wake or Wake(gathering=0)
     failures = 0
     while True:
         pause = seconds * random.uniform(0.8, 1.0)  # noqa: S311 - jitter

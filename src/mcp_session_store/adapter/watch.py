@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ChangeWatch"]
 
+GATHERING: Final = 0.02
+"""Seconds in which hints gather before the store is asked."""
 LONGEST_GAP: Final = MIN_TOMBSTONE.total_seconds() / 2
 """Seconds between two polls, after which the tombstone of a session that ended meanwhile may be gone."""
 
@@ -47,7 +49,7 @@ class ChangeWatch:
         self._verify = verify
         self._since: datetime | None = None
         self._polled_at = anyio.current_time()
-        self.wake: Final = Wake()
+        self.wake: Final = Wake(gathering=GATHERING)
 
     async def poll(self) -> None:
         """Ask once."""

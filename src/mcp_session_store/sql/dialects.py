@@ -46,6 +46,7 @@ __all__ = [
     "ByteLength",
     "Dialect",
     "HintChannel",
+    "NotLookedUp",
     "StoreClock",
     "dialect_named",
 ]
@@ -112,6 +113,32 @@ class ArrivalClock(StoreClock):
 @compiles(ArrivalClock, "postgresql")
 def _postgres_arrival(element: ArrivalClock, compiler: SQLCompiler, **options: Any) -> str:
     return _postgres_clock(element, compiler, **options).replace("clock_timestamp()", "statement_timestamp()", 1)
+
+
+class NotLookedUp(FunctionElement[Any]):
+    """A column that no index is to be used for: it only confirms what another column has found.
+
+    Planners know nothing of a table that is new, and on SQLite nothing of any, and then take one index for another.
+    """
+
+    inherit_cache = True
+
+    def __init__(self, column: sa.Column[Any]) -> None:
+        super().__init__(column)
+        self.type = column.type
+
+
+@compiles(NotLookedUp, "postgresql")
+def _postgres_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **options: Any) -> str:
+    # The column itself to everybody but the planner, which does not see through this.
+    column = compiler.process(element.clauses, **options)
+    return f"greatest({column}, {column})"
+
+
+@compiles(NotLookedUp, "sqlite")
+def _sqlite_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **options: Any) -> str:
+    # "The SQLite Query Optimizer Overview", 6.2: a unary plus takes a term away from the indexes.
+    return f"+{compiler.process(element.clauses, **options)}"
 
 
 class ByteLength(FunctionElement[int]):

@@ -61,7 +61,7 @@ class Limits:
         self._principals = dialect.batch("principals", {"principal_digest": sa.Text()})
         theirs = (
             self._principals.among(table.c.principal_digest),
-            live(table, sa.literal(namespace, sa.Text), StoreClock()),
+            live(table, sa.literal(namespace, sa.Text), StoreClock(), by_key=False),
         )
         self._count = (
             sa.select(table.c.principal_digest, sa.func.count().label("live"))

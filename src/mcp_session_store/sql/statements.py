@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects import MOMENT, After, ArrivalClock, StoreClock
+from mcp_session_store.sql.dialects import MOMENT, After, ArrivalClock, NotLookedUp, StoreClock
 from mcp_session_store.sql.tables import sessions_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
 
     from sqlalchemy.sql.dml import ReturningUpdate
@@ -24,12 +25,20 @@ _KEY: Final[dict[str, TypeEngine[Any]]] = {"key": sa.Uuid()}
 
 
 def live(
-    table: sa.Table, namespace: sa.ColumnElement[str], moment: sa.ColumnElement[datetime]
+    table: sa.Table, namespace: sa.ColumnElement[str], moment: sa.ColumnElement[datetime], *, by_key: bool = True
 ) -> sa.ColumnElement[bool]:
-    """That a session is of a namespace, has not ended, and had not expired at a moment."""
+    """That a session is of a namespace, has not ended, and had not expired at a moment.
+
+    Args:
+        table: The sessions.
+        namespace: Which one.
+        moment: By the database's clock.
+        by_key: Whether the sessions are looked up by their keys, and by nothing else.
+    """
+    column: Callable[[sa.Column[Any]], sa.ColumnElement[Any]] = NotLookedUp if by_key else lambda column: column
     return sa.and_(
-        table.c.namespace == namespace,
-        table.c.ended_at.is_(None),
+        column(table.c.namespace) == namespace,
+        column(table.c.ended_at).is_(None),
         sa.or_(table.c.expires_at.is_(None), moment < table.c.expires_at),
     )
 
@@ -211,7 +220,7 @@ class SessionStatements:
             sa.and_(
                 table.c.key == self.ends.c.key,
                 self.ends.among(table.c.key),
-                table.c.namespace == self._namespace,
+                NotLookedUp(table.c.namespace) == self._namespace,
                 table.c.end_reason == self.ends.c.reason,
             ),
         )
