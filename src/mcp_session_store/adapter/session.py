@@ -175,7 +175,7 @@ class ResidentSession:
     @property
     def outlived(self) -> bool:
         """Whether its absolute lifetime is over."""
-        return anyio.current_time() >= self.ends_at
+        return self.ends_at < math.inf and anyio.current_time() >= self.ends_at
 
     @property
     def busy(self) -> bool:
@@ -212,8 +212,10 @@ class ResidentSession:
 
     def pin(self, times: int = 1) -> None:
         """HTTP requests begin to be served."""
+        was_busy = self.busy
         self.pins += times
-        self.recorder.used(self)
+        if not was_busy:
+            self.recorder.used(self)
 
     def unpin(self) -> None:
         """One is over."""
@@ -233,10 +235,11 @@ class ResidentSession:
 
     def read(self, message: JSONRPCMessage) -> None:
         """A message was read that a handler is going to get."""
+        was_busy = self.busy
         self.unsettled += 1
         if isinstance(message, JSONRPCRequest):
             self._calls.add(message.id)
-        if self.unsettled == 1:
+        if not was_busy:
             self.recorder.used(self)
 
     def settled(self, request_id: RequestId | None) -> None:
@@ -247,8 +250,8 @@ class ResidentSession:
         self._rest()
 
     def _rest(self) -> None:
-        self.idle_since = anyio.current_time()
         if not self.busy:
+            self.idle_since = anyio.current_time()
             self.recorder.used(self)
 
     async def run(
