@@ -435,10 +435,10 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
         """Commit a handshake; the session's first one makes it resident."""
         try:
+            if session.record is None:
+                await self._store_handshake(session, params, version)
+                return True
             async with session.recording:
-                if session.record is None:
-                    await self._store_handshake(session, params, version)
-                    return True
                 return await self._replace_handshake(session, session.record, params, version)
         except SessionLimitReached as error:
             logger.warning("a new session is refused: %s", error)

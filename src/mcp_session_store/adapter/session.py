@@ -127,8 +127,7 @@ class ResidentSession:
         """The genuine `initialize` that the server handles now."""
         self.stale_since = 0
         """The highest revision that was heard of; what this copy has is older when it is above the record's."""
-        self.recording = anyio.Lock()
-        """Held while something of this session is being stored that raises its revision."""
+        self._recording: anyio.Lock | None = None
         self.ends_at = math.inf
         """When its absolute lifetime is over, by anyio's clock."""
         self.idle_lifetime = math.inf
@@ -155,11 +154,19 @@ class ResidentSession:
         """Messages that were read and whose handlers have not returned."""
         self._calls: set[RequestId] = set()
         """The calls among them."""
-        self._answered = Latch()
+        self._answered: Latch | None = None
         self.idle_since = anyio.current_time()
         self.standalone_stream_open = Latch()
         self._scope = anyio.CancelScope()
         self._write: sdk.MessageWriteStream | None = None
+
+    @property
+    def recording(self) -> anyio.Lock:
+        """Held while something of this session is being stored that raises its revision."""
+        # Made when it is needed: few sessions do, and what each one holds the garbage collector visits.
+        if self._recording is None:
+            self._recording = anyio.Lock()
+        return self._recording
 
     @property
     def serving(self) -> bool:
@@ -220,7 +227,7 @@ class ResidentSession:
     def unpin(self) -> None:
         """One is over."""
         self.pins -= 1
-        if self.pins == self.streams:
+        if self._answered is not None and self.pins == self.streams:
             self._answered.set()
         self._rest()
 
