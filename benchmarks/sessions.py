@@ -13,8 +13,8 @@ Three things are timed, with SSE and with JSON responses, 16 clients at a time:
 
 Every round times the stock SDK and each store in turn, in random order, on new apps; the ratio is taken
 round by round, so that a machine that is slower for a while is slower for all. Median, lowest and highest
-ratio are printed. Garbage is collected between what is timed, for all alike. There is no HTTP server and no client library in between: with them the
-differences are smaller.
+ratio are printed. Garbage is collected between what is timed, for all alike. There is no HTTP server and no
+client library in between: with them the differences are smaller.
 """
 
 from __future__ import annotations

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from interop_tests.pgbouncer import POOL_SIZE
 from mcp_session_store import Activity, EndReason, StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore, migrate
 from mcp_session_store.sql.database import BadData
+from mcp_session_store.sql.tables import sessions_table
 from mcp_session_store.testing import MakeStore, SessionStoreConformance, new_session
-from tests.store.databases import execute, expire, settled
+from tests.store.databases import age_tombstone, execute, expire, settled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,6 +35,7 @@ STORES = 8
 class TestContract(SessionStoreConformance):
     @pytest.fixture
     async def make_store(self, anyio_backend: str, shared_url: str) -> AsyncIterator[MakeStore]:
+        await execute(shared_url, sa.delete(sessions_table()))
         stores: list[SqlSessionStore] = []
 
         def make(namespace: str) -> SessionStore:
@@ -46,6 +49,9 @@ class TestContract(SessionStoreConformance):
 
     async def expire(self, store: SessionStore, key: UUID) -> None:
         await expire(store, key)
+
+    async def age_tombstone(self, store: SessionStore, key: UUID) -> None:
+        await age_tombstone(store, key)
 
 
 @asynccontextmanager
