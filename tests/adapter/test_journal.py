@@ -895,3 +895,15 @@ async def test_a_handler_whose_call_is_journaled_is_busy_until_the_commit(store:
         await until(lambda: one.residents == 0)
         await wait_for(held.entered)
         assert len(await rows(store, str(client.session_id))) == 1
+
+
+def test_params_that_are_nested_too_deeply_are_refused_whatever_nests_them() -> None:
+    nested: Any = "note://a"
+    for _ in range(100_000):
+        nested = [nested]
+    for params in ({"uri": nested}, {"uri": "note://a", "_meta": nested}):
+        with pytest.raises(MCPError) as refused:
+            Journal().write("resources/subscribe", params)
+        assert refused.value.error.code == types.INVALID_PARAMS
+    with pytest.raises(MCPError):
+        Journal().write("resources/unsubscribe", {"uri": nested})

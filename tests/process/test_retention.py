@@ -12,6 +12,8 @@ from tests.process.clients import sessions, until, whoami
 from tests.support.http import RawClient
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tests.process.conftest import Application
     from tests.process.records import Records
 
@@ -56,6 +58,16 @@ async def test_an_idle_session_expires_and_one_with_an_open_stream_or_a_running_
         application.calls_gate.unlink()
 
 
+async def _first_reported(clients: Sequence[RawClient], records: Records) -> None:
+    """Wait until the first activity of all is reported, which it is at once, whatever the interval."""
+
+    async def reported() -> bool:
+        rows = [await records.row(client.session_id) for client in clients]
+        return all(row["expires_at"] - row["last_seen_at"] > timedelta(minutes=30) for row in rows)
+
+    await until(reported, "the first activity was reported at once")
+
+
 async def test_a_kill_between_activity_and_its_report_loses_no_session(
     application: Application, store_url: str, records: Records
 ) -> None:
@@ -63,12 +75,7 @@ async def test_a_kill_between_activity_and_its_report_loses_no_session(
         store_url, "stateful", environment={"MCP_SESSION_STORE_IDLE": "1h"}, activity_interval=900.0
     )
     async with sessions(server.mcp_url, 5) as clients:
-
-        async def first_reported() -> bool:
-            rows = [await records.row(client.session_id) for client in clients]
-            return all(row["expires_at"] - row["last_seen_at"] > timedelta(minutes=30) for row in rows)
-
-        await until(first_reported, "the first activity was reported at once")
+        await _first_reported(clients, records)
         before = [await records.row(client.session_id) for client in clients]
         for client in clients:
             await whoami(client)
@@ -85,12 +92,7 @@ async def test_activity_is_reported_when_a_process_stops(
         store_url, "stateful", environment={"MCP_SESSION_STORE_IDLE": "1h"}, activity_interval=900.0
     )
     async with sessions(server.mcp_url, 5) as clients:
-
-        async def first_reported() -> bool:
-            rows = [await records.row(client.session_id) for client in clients]
-            return all(row["expires_at"] - row["last_seen_at"] > timedelta(minutes=30) for row in rows)
-
-        await until(first_reported, "the first activity was reported at once")
+        await _first_reported(clients, records)
         before = [(await records.row(client.session_id))["last_seen_at"] for client in clients]
         await anyio.sleep(0.05)
         for client in clients:

@@ -106,10 +106,10 @@ class Journal:
         rule = self._setting.get(method)
         undoing = rule is None
         rule = rule or self._undoing[method]
-        subject = "" if rule.subject is None else _subject((params or {}).get(rule.subject))
-        if undoing:
-            return JournalWrite(rule.method, subject, None)
         try:
+            subject = "" if rule.subject is None else _subject((params or {}).get(rule.subject))
+            if undoing:
+                return JournalWrite(rule.method, subject, None)
             text = json.dumps(params, allow_nan=False, separators=(",", ":"))
         except (ValueError, RecursionError):
             raise MCPError(
