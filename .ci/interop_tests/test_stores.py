@@ -9,49 +9,30 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
-import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from interop_tests.pgbouncer import POOL_SIZE
 from mcp_session_store import Activity, EndReason, StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore, migrate
 from mcp_session_store.sql.database import BadData
-from mcp_session_store.sql.tables import sessions_table
-from mcp_session_store.testing import MakeStore, SessionStoreConformance, new_session
-from tests.store.databases import age_tombstone, execute, expire, settled
+from mcp_session_store.testing import new_session
+from tests.store.contract import SqlStoreConformance
+from tests.store.databases import execute, settled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from uuid import UUID
 
     from interop_tests.pgbouncer import PgBouncer
-    from mcp_session_store.store import SessionStore
 
 pytestmark = pytest.mark.anyio
 
 STORES = 8
 
 
-class TestContract(SessionStoreConformance):
+class TestContract(SqlStoreConformance):
     @pytest.fixture
-    async def make_store(self, anyio_backend: str, shared_url: str) -> AsyncIterator[MakeStore]:
-        await execute(shared_url, sa.delete(sessions_table()))
-        stores: list[SqlSessionStore] = []
-
-        def make(namespace: str) -> SessionStore:
-            stores.append(SqlSessionStore(shared_url, namespace=namespace))
-            return stores[-1]
-
-        yield make
-        for store in stores:
-            await settled(store)
-            await store.aclose()
-
-    async def expire(self, store: SessionStore, key: UUID) -> None:
-        await expire(store, key)
-
-    async def age_tombstone(self, store: SessionStore, key: UUID) -> None:
-        await age_tombstone(store, key)
+    def contract_url(self, shared_url: str) -> str:
+        return shared_url
 
 
 @asynccontextmanager

@@ -7,16 +7,12 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-import sqlalchemy as sa
 
 from mcp_session_store.memory import MemorySessionStore
-from mcp_session_store.sql import SqlSessionStore
-from mcp_session_store.sql.tables import sessions_table
 from mcp_session_store.testing import MakeStore, SessionStoreConformance
-from tests.store.databases import age_tombstone, execute, expire, settled
+from tests.store.contract import SqlStoreConformance
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from uuid import UUID
 
     from mcp_session_store.store import SessionStore
@@ -40,25 +36,9 @@ class TestMemory(SessionStoreConformance):
         row.ended_at = datetime.now(UTC) - timedelta(days=2)
 
 
-class TestSql(SessionStoreConformance):
+class TestSql(SqlStoreConformance):
     """On Postgres and SQLite."""
 
     @pytest.fixture
-    async def make_store(self, anyio_backend: str, migrated_url: str) -> AsyncIterator[MakeStore]:
-        await execute(migrated_url, sa.delete(sessions_table()))
-        stores: list[SqlSessionStore] = []
-
-        def make(namespace: str) -> SessionStore:
-            stores.append(SqlSessionStore(migrated_url, namespace=namespace))
-            return stores[-1]
-
-        yield make
-        for store in stores:
-            await settled(store)
-            await store.aclose()
-
-    async def expire(self, store: SessionStore, key: UUID) -> None:
-        await expire(store, key)
-
-    async def age_tombstone(self, store: SessionStore, key: UUID) -> None:
-        await age_tombstone(store, key)
+    def contract_url(self, migrated_url: str) -> str:
+        return migrated_url
