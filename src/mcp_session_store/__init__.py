@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mcp_session_store.errors import (
     ConfigurationError,
+    EventTooLarge,
     JournalFull,
     RestoreRefused,
     SchemaAhead,
@@ -16,28 +17,32 @@ from mcp_session_store.errors import (
     SessionStoreError,
     StoreUnavailable,
 )
-from mcp_session_store.memory import MemorySessionStore
+from mcp_session_store.memory import MemoryEventLog, MemorySessionStore
 from mcp_session_store.records import (
     Activity,
     Change,
     Changes,
     EndReason,
+    EventKind,
+    EventPage,
     JournalEntry,
+    NewEvent,
     NewSession,
     Principal,
     SessionRecord,
     SessionRestoreMarker,
+    StoredEvent,
     session_key,
 )
-from mcp_session_store.retention import RetentionPolicy, SweepReport
-from mcp_session_store.store import SessionStore
+from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
+from mcp_session_store.store import EventLog, SessionStore
 
 if TYPE_CHECKING:
     from mcp_session_store.adapter.journal import JournaledMethod
     from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
     from mcp_session_store.adapter.marker import get_restore_marker
     from mcp_session_store.app import durable_app
-    from mcp_session_store.sql import SqlSessionStore
+    from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 
 __all__ = [
     # Serve a server durably
@@ -51,19 +56,29 @@ __all__ = [
     "SessionStore",
     "SqlSessionStore",
     "MemorySessionStore",
+    # Event logs
+    "EventLog",
+    "SqlEventLog",
+    "MemoryEventLog",
     # Retention
     "RetentionPolicy",
     "SweepReport",
+    "EventPolicy",
+    "EventSweepReport",
     # Records
     "Activity",
     "Change",
     "Changes",
     "EndReason",
+    "EventKind",
+    "EventPage",
     "JournalEntry",
+    "NewEvent",
     "NewSession",
     "Principal",
     "SessionRecord",
     "SessionRestoreMarker",
+    "StoredEvent",
     "session_key",
     # Errors
     "SessionStoreError",
@@ -86,6 +101,7 @@ _IMPORTED_WHEN_USED: Final = {
     "RestoreHook": "adapter.manager",
     "get_restore_marker": "adapter.marker",
     "durable_app": "app",
+    "SqlEventLog": "sql",
     "SqlSessionStore": "sql",
 }
 """Where the names are that need the SDK or SQLAlchemy, which take long to import: most commands need no SDK."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigurationError",
+    "EventTooLarge",
     "JournalFull",
     "RestoreRefused",
     "SchemaAhead",
@@ -43,6 +44,10 @@ class SessionLimitReached(SessionStoreError):
 
 class JournalFull(SessionStoreError):
     """A call cannot be journaled because the session's journal holds as many entries as it may."""
+
+
+class EventTooLarge(SessionStoreError):
+    """An event cannot be stored because it alone takes more bytes than the events of a session may."""
 
 
 class SchemaError(SessionStoreError):

@@ -9,18 +9,36 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 
-from mcp_session_store.errors import JournalFull, SessionConflict, SessionLimitReached
-from mcp_session_store.records import Change, Changes, EndReason, JournalEntry, SessionRecord
-from mcp_session_store.retention import MIN_TOMBSTONE, RetentionPolicy, SweepReport
-from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SWEEP_LIMIT, SessionStore
+from mcp_session_store.errors import EventTooLarge, JournalFull, SessionConflict, SessionLimitReached
+from mcp_session_store.records import (
+    Change,
+    Changes,
+    EndReason,
+    EventPage,
+    JournalEntry,
+    SessionRecord,
+    StoredEvent,
+    instance_name,
+    message_bytes,
+)
+from mcp_session_store.retention import MIN_TOMBSTONE, EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
+from mcp_session_store.store import (
+    DEFAULT_NAMESPACE,
+    EVENT_PAGE,
+    EVENT_SWEEP_LIMIT,
+    MAX_JOURNAL_ENTRIES,
+    SWEEP_LIMIT,
+    EventLog,
+    SessionStore,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from uuid import UUID
 
-    from mcp_session_store.records import Activity, NewSession
+    from mcp_session_store.records import Activity, NewEvent, NewSession
 
-__all__ = ["MemorySessionStore"]
+__all__ = ["MemoryEventLog", "MemorySessionStore"]
 
 
 _OnHint: TypeAlias = Callable[[Collection["UUID"] | None], None]
@@ -43,9 +61,24 @@ class _Row:
 
 
 @dataclass(slots=True)
+class _Log:
+    """The events of one session: those that are kept have consecutive sequences, of which `last` is the highest."""
+
+    events: list[tuple[str, StoredEvent, datetime]] = field(default_factory=list)
+    last: int = 0
+
+    @property
+    def first(self) -> int:
+        return self.last - len(self.events) + 1
+
+
+@dataclass(slots=True)
 class _Data:
     rows: dict[UUID, _Row] = field(default_factory=dict)
     listeners: list[_OnHint] = field(default_factory=list)
+    logs: dict[UUID, _Log] = field(default_factory=dict)
+    log_listeners: list[_OnHint] = field(default_factory=list)
+    beats: dict[str, datetime] = field(default_factory=dict)
 
 
 class MemorySessionStore(SessionStore):
@@ -248,6 +281,7 @@ class MemorySessionStore(SessionStore):
         row.ended_at = self._now()
         row.record = replace(row.record, initialize_params="")
         row.journal.clear()
+        self._data.logs.pop(row.record.key, None)
 
     async def changes(self, since: datetime | None) -> Changes:
         changes = [
@@ -279,3 +313,90 @@ class MemorySessionStore(SessionStore):
         return SweepReport(
             expired=len(expired[:limit]), purged=len(old[:limit]), more=len(expired) > limit or len(old) > limit
         )
+
+
+class MemoryEventLog(EventLog):
+    """The events of the sessions of a `MemorySessionStore`, in a dictionary.
+
+    Args:
+        store: Whose sessions.
+        policy: See `EventLog`.
+    """
+
+    def __init__(self, store: MemorySessionStore, *, policy: EventPolicy | None = None) -> None:
+        super().__init__(policy=policy)
+        self._store = store
+        self._data = store._data
+
+    @property
+    def namespace(self) -> str:
+        return self._store.namespace
+
+    def _log(self, key: UUID) -> _Log | None:
+        return self._data.logs.get(key) if self._store._row(key) is not None else None
+
+    async def append(self, key: UUID, events: Sequence[NewEvent]) -> int | None:
+        if sum(map(message_bytes, events)) > self.policy.max_bytes_per_session:
+            raise EventTooLarge(
+                f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
+            )
+        if self._store._live(key) is None:
+            return None
+        log = self._data.logs.setdefault(key, _Log())
+        first, now = log.last + 1, self._store._now()
+        for sequence, event in enumerate(events, first):
+            stored = StoredEvent(sequence=sequence, position=event.position, kind=event.kind, message=event.message)
+            log.events.append((event.stream, stored, now))
+        log.last += len(events)
+        self._make_room(log)
+        for on_hint in list(self._data.log_listeners):
+            on_hint([key])
+        return first
+
+    def _make_room(self, log: _Log) -> None:
+        policy = self.policy
+        sizes = [message_bytes(event) for _, event, _ in log.events]
+        if len(sizes) > policy.max_events_per_session or sum(sizes) > policy.max_bytes_per_session:
+            while len(sizes) > 0.9 * policy.max_events_per_session or sum(sizes) > 0.9 * policy.max_bytes_per_session:
+                if len(sizes) == 1:
+                    break
+                del log.events[0], sizes[0]
+
+    async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
+        if (log := self._log(key)) is None:
+            return None
+        events = [event for name, event, _ in log.events if name == stream and event.sequence > after]
+        return EventPage(events=events[:limit], more=len(events) > limit, first=log.first, last=log.last)
+
+    async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        return {key: log.last for key in keys if (log := self._log(key)) is not None}
+
+    async def listen(self, on_hint: _OnHint) -> None:
+        self._data.log_listeners.append(on_hint)
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self._data.log_listeners.remove(on_hint)
+
+    async def beat(self, instance: str) -> None:
+        self._data.beats[instance_name(instance)] = self._store._now()
+
+    async def retire(self, instance: str) -> None:
+        self._data.beats.pop(instance_name(instance), None)
+
+    async def running(self, names: Collection[str], *, within: timedelta) -> set[str]:
+        since = self._store._now() - within
+        return {name for name in names if (beat := self._data.beats.get(name)) is not None and beat >= since}
+
+    async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
+        if self.policy.max_age is None:
+            return EventSweepReport()
+        too_old, removed = self._store._now() - self.policy.max_age, 0
+        for key in list(self._data.logs):
+            log = self._log(key)
+            while log is not None and log.events and log.events[0][2] <= too_old:
+                if removed == limit:
+                    return EventSweepReport(removed=removed, more=True)
+                del log.events[0]
+                removed += 1
+        return EventSweepReport(removed=removed)

@@ -19,12 +19,18 @@ __all__ = [
     "Change",
     "Changes",
     "EndReason",
+    "EventKind",
+    "EventPage",
     "JournalEntry",
+    "NewEvent",
     "NewSession",
     "Principal",
     "SessionRecord",
     "SessionRestoreMarker",
+    "StoredEvent",
     "display_text",
+    "instance_name",
+    "message_bytes",
     "session_key",
 ]
 
@@ -182,6 +188,72 @@ class Changes:
     changes: Sequence[Change]
     until: datetime
     """By the store's clock: where the next call goes on."""
+
+
+class EventKind(StrEnum):
+    """What an event of a stream is."""
+
+    PRIMING = "priming"
+    """No message: it only gives the client an id to resume from."""
+    REQUEST = "request"
+    """A question of the server to the client."""
+    NOTIFICATION = "notification"
+    RESPONSE = "response"
+    """The result of the call that the stream belongs to: the last event of it."""
+    ERROR = "error"
+    """The JSON-RPC error of that call: the last event of it, too."""
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing follows it on the stream of a call."""
+        return self in (EventKind.RESPONSE, EventKind.ERROR)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewEvent:
+    """An event that is about to be stored."""
+
+    stream: str
+    """The stream of a call, by a name that no other call of the session has, or `STANDALONE_STREAM`."""
+    position: int
+    """Unique in its stream. The events of a call count up from 0, so that one that is missing is missed."""
+    kind: EventKind
+    message: str | None = field(repr=False)
+    """The JSON-RPC message, as JSON text; `None` for a priming event."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredEvent:
+    """An event of one stream, as the log holds it."""
+
+    sequence: int
+    """Its place among all events of the session."""
+    position: int
+    kind: EventKind
+    message: str | None = field(repr=False)
+
+
+def message_bytes(event: NewEvent | StoredEvent) -> int:
+    """How many bytes an event counts for: those of its message, in UTF-8."""
+    return 0 if event.message is None else len(event.message.encode())
+
+
+def instance_name(instance: str) -> str:
+    """The unique part of an instance's id: what follows its last colon."""
+    return instance.rpartition(":")[2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventPage:
+    """Some events of one stream, and between which ones the log of the session stands."""
+
+    events: Sequence[StoredEvent]
+    more: bool
+    """There are further events of the stream, which the page had no room for."""
+    first: int
+    """The sequence of the oldest event of the session, of any stream, that is kept. Where none is, that of the next."""
+    last: int
+    """The sequence of the newest event of the session, of any stream: where to go on when there is no more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
+    "EventPolicy",
+    "EventSweepReport",
     "MIN_TOMBSTONE",
     "NEW_SESSION_LIFETIME",
     "RetentionPolicy",
@@ -80,7 +82,36 @@ _Lifetime = Annotated[timedelta, Field(ge=_SHORTEST, le=_LONGEST)]
 _Kept = Annotated[timedelta, Field(ge=timedelta(0), le=_LONGEST)]
 
 
-class RetentionPolicy(BaseModel):
+class _Policy(BaseModel):
+    """Values that can be read from the environment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    prefix: ClassVar[str] = ENVIRONMENT_PREFIX
+    """What the names of the environment variables of its fields begin with."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """The policy that environment variables ask for: the prefix and the name of the field, in capitals.
+
+        Args:
+            environment: Where to look. A variable that is missing, or empty, leaves the default.
+
+        Raises:
+            ConfigurationError: A value makes no sense; the message names the variable.
+        """
+        given = {name: environment.get(cls._variable(name), "").strip() for name in cls.model_fields}
+        try:
+            return cls.model_validate({name: text for name, text in given.items() if text})
+        except ValidationError as error:
+            raise ConfigurationError(explain(error, name=cls._variable)) from None
+
+    @classmethod
+    def _variable(cls, field: str) -> str:
+        return cls.prefix + field.upper()
+
+
+class RetentionPolicy(_Policy):
     """How long the sessions of a store live, how long their traces are kept, and how many there may be.
 
     Durations are `timedelta`s, or texts such as `30m`, `24h`, `7d`; `None`, as a text `none`, means no limit.
@@ -94,8 +125,6 @@ class RetentionPolicy(BaseModel):
     Raises:
         pydantic.ValidationError: A value that makes no sense, by its name.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     idle: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(hours=24)
     """How long a session lives after its last activity."""
@@ -120,22 +149,6 @@ class RetentionPolicy(BaseModel):
         if self.per_principal is None and self.per_principal_excess != "end_oldest":
             raise ValueError("per_principal_excess says nothing without per_principal; give both, or neither")
         return self
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The policy that environment variables ask for: `MCP_SESSION_STORE_IDLE`, and so on for each field.
-
-        Args:
-            environment: Where to look. A variable that is missing, or empty, leaves the default.
-
-        Raises:
-            ConfigurationError: A value makes no sense; the message names the variable.
-        """
-        given = {name: environment.get(_variable(name), "").strip() for name in cls.model_fields}
-        try:
-            return cls.model_validate({name: text for name, text in given.items() if text})
-        except ValidationError as error:
-            raise ConfigurationError(explain(error, name=_variable)) from None
 
     def expiry(self, *, created_at: datetime, last_seen_at: datetime) -> datetime | None:
         """When a session that was used expires; `None`: never."""
@@ -162,8 +175,24 @@ class RetentionPolicy(BaseModel):
         return None if self.tombstone is None else max(self.tombstone, MIN_TOMBSTONE)
 
 
-def _variable(field: str) -> str:
-    return ENVIRONMENT_PREFIX + field.upper()
+class EventPolicy(_Policy):
+    """How long the events of streams are kept, and how many of a session: so far back can a client resume.
+
+    Whatever comes first removes the oldest events of a session. A session that ends loses all of them at once.
+
+    Raises:
+        pydantic.ValidationError: A value that makes no sense, by its name.
+    """
+
+    prefix: ClassVar[str] = f"{ENVIRONMENT_PREFIX}EVENTS_"
+
+    max_age: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(hours=1)
+    """How long an event is kept; a sweep removes what is older. `None`: as long as its session lives."""
+    max_events_per_session: Annotated[int, Field(ge=10, le=1_000_000)] = 10_000
+    """How many events of a session are kept. When there are more, a tenth goes at once."""
+    max_bytes_per_session: Annotated[int, Field(ge=1024, le=1024**3)] = 16 * 1024**2
+    """How many bytes of messages of a session are kept. When there are more, a tenth goes at once. An event that is
+    larger than all of it is not stored: it reaches only a client that is connected."""
 
 
 def explain(error: ValidationError, *, name: Any = str) -> str:
@@ -198,3 +227,17 @@ class SweepReport:
     def __add__(self, later: SweepReport) -> SweepReport:
         """The report of both, in this order."""
         return SweepReport(expired=self.expired + later.expired, purged=self.purged + later.purged, more=later.more)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventSweepReport:
+    """What a sweep of events did."""
+
+    removed: int = 0
+    """Events that were removed."""
+    more: bool = False
+    """There is, or may be, more to do."""
+
+    def __add__(self, later: EventSweepReport) -> EventSweepReport:
+        """The report of both, in this order."""
+        return EventSweepReport(removed=self.removed + later.removed, more=later.more)

@@ -18,7 +18,7 @@ from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.records import Activity, EndReason
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore, migrate
-from mcp_session_store.sql.dialects import HintChannel
+from mcp_session_store.sql.dialects import DIALECTS
 from mcp_session_store.sql.listener import Listener
 from mcp_session_store.testing import new_session
 from tests.store.databases import connections_checked_out, execute, settled, sql_store
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 NAME = "listens"
+_CHANNEL = DIALECTS["postgresql"].channel
+assert _CHANNEL is not None
+CHANNEL = _CHANNEL
 
 
 def named(url: str) -> str:
@@ -126,7 +129,7 @@ async def test_many_changes_of_one_statement_are_one_hint(postgres_url: str) -> 
 
 async def test_what_others_send_on_the_channel_is_a_hint_at_anything(postgres_url: str) -> None:
     async with sql_store(postgres_url) as store, Hints(store) as hints:
-        await execute(postgres_url, f"SELECT pg_notify('{HintChannel._NAME}', 'what is this?')")
+        await execute(postgres_url, f"SELECT pg_notify('{CHANNEL._name}', 'what is this?')")
         assert await hints.next() is None
 
 
@@ -155,7 +158,7 @@ async def test_a_listener_whose_connection_falls_silent_says_so(postgres_url: st
     async with FaultProxy(target.host, target.port) as proxy:
         there = target.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
         async with SqlSessionStore(there, timeout=0.5) as store:
-            store._listener = Listener(store._database, heartbeat=0.05)
+            store._listener = Listener(store._database, store._database.dialect.channel, heartbeat=0.05)
             async with Hints(store) as hints:
                 proxy.hang()
                 with pytest.raises(StoreUnavailable, match=r"did not answer|lost|cannot serve"):
@@ -235,8 +238,10 @@ async def test_where_hints_do_not_arrive_it_is_said_once_and_nothing_is_held(
     async with sql_store(named(postgres_url)) as store:
         with monkeypatch.context() as patch:
             # As behind PgBouncer, where LISTEN reaches one connection of the server, and who listens has another.
-            patch.setattr(HintChannel, "send", elsewhere)
-            store._listener = Listener(store._database, probe_timeout=0.01, deaf_for=(0.3, 0.3))
+            patch.setattr(CHANNEL, "send", elsewhere)
+            store._listener = Listener(
+                store._database, store._database.dialect.channel, probe_timeout=0.01, deaf_for=(0.3, 0.3)
+            )
             hints: list[object] = []
             listening = asyncio.ensure_future(store.listen(hints.append))
             async with asyncio.timeout(20):

@@ -79,12 +79,12 @@ class Database:
         if isinstance(url_or_engine, (str, tuple)):
             url, self.dialect = checked_url(url_or_engine)
             self.engine = make_engine(url, self.dialect, timeout=self.timeout)
-            self.heard_channel = self.dialect.heard_channel(url)
+            self.hears = self.dialect.hears(url)
             self._given: URL | AsyncEngine = url
             self._owned = True
         else:
             self.dialect = checked_engine(url_or_engine)
-            self.heard_channel = self.dialect.channel
+            self.hears = True
             self.engine = self._given = url_or_engine
             self._owned = False
         self.schema: Final = checked_schema(schema, self.dialect)

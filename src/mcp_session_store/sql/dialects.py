@@ -47,6 +47,7 @@ __all__ = [
     "Dialect",
     "HintChannel",
     "NotLookedUp",
+    "Statement",
     "StoreClock",
     "dialect_named",
 ]
@@ -238,31 +239,34 @@ class HintChannel:
     """How clients of a database tell each other at once that something changed: LISTEN and NOTIFY of Postgres.
 
     All of a database share it, whatever their namespace and schema.
+
+    Args:
+        name: The channel's.
     """
 
-    _NAME: Final = "mcp_session_change"
     _MAX_KEYS: Final = 200
     """Keys that one notification tells of: a payload may have 8000 bytes ("NOTIFY" in the manual)."""
     ANY: Final = "*"
     """The payload that stands for more keys than one has room for."""
 
-    send: Final = sa.select(sa.func.pg_notify(_NAME, sa.bindparam("payload", type_=sa.Text)))
-    """Sends a payload."""
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.send: Final = sa.select(sa.func.pg_notify(name, sa.bindparam("payload", type_=sa.Text)))
+        """Sends a payload."""
+
+    def notification(self, key: sa.ColumnElement[UUID]) -> sa.Select[Any]:
+        """Tells, with the commit, of the keys that the caller selects; of none, nothing is told.
+
+        One notification at most: each takes a lock on the whole server.
+        """
+        keys = sa.func.string_agg(sa.cast(key, sa.Text), ",")
+        payload = sa.case((sa.func.count() <= self._MAX_KEYS, keys), else_=self.ANY)
+        return sa.select(sa.func.pg_notify(self._name, payload).label("sent")).having(sa.func.count() > 0)
 
     def sent_with(self, change: ReturningUpdate[Any]) -> sa.Select[Any]:
-        """A statement that makes a change, tells of its keys with the commit, and returns what the change returns.
-
-        One notification at most, and none when nothing changed: each takes a lock on the whole server.
-        """
+        """A statement that makes a change, tells of its keys with the commit, and returns what the change returns."""
         changed = change.cte("changed")
-        keys = sa.func.string_agg(sa.cast(changed.c.key, sa.Text), ",")
-        payload = sa.case((sa.func.count() <= self._MAX_KEYS, keys), else_=self.ANY)
-        sent = (
-            sa.select(sa.func.pg_notify(self._NAME, payload).label("sent"))
-            .select_from(changed)
-            .having(sa.func.count() > 0)
-            .cte("sent")
-        )
+        sent = self.notification(changed.c.key).select_from(changed).cte("sent")
         # Joined, because a SELECT in WITH that nobody reads does not run.
         return sa.select(*changed.c).select_from(changed.join(sent, sa.true()))
 
@@ -287,9 +291,50 @@ class HintChannel:
         try:
             # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
             async with driver.transaction():
-                await driver.add_listener(self._NAME, lambda _connection, _pid, _channel, payload: on_payload(payload))
+                await driver.add_listener(self._name, lambda _connection, _pid, _channel, payload: on_payload(payload))
         except asyncpg.InterfaceError as error:
             raise ConnectionResetError(str(error)) from error
+
+
+class Statement:
+    """A statement that runs very often."""
+
+    def __init__(self, statement: sa.Executable) -> None:
+        self._statement = statement
+
+    async def all(self, connection: AsyncConnection, parameters: dict[str, object]) -> Sequence[Sequence[Any]]:
+        """Run it on a connection in autocommit; the rows that it returns."""
+        return (await connection.execute(self._statement, parameters)).all()
+
+
+class _DriverStatement(Statement):
+    """One that is compiled once and given to asyncpg itself: SQLAlchemy's part took half as long as the database's."""
+
+    def __init__(self, statement: sa.Executable) -> None:
+        super().__init__(statement)
+        expression: Any = statement
+        dialect: Any = postgresql.asyncpg.dialect
+        compiled = expression.compile(dialect=dialect())
+        self._text = str(compiled)
+        self._names: list[str] = compiled.positiontup
+        self._constants: dict[str, object] = {
+            name: value for name, value in compiled.construct_params(_check=False).items() if value is not None
+        }
+
+    @override
+    async def all(self, connection: AsyncConnection, parameters: dict[str, object]) -> Sequence[Sequence[Any]]:
+        import asyncpg  # who uses SQLite does without
+
+        given = self._constants | parameters
+        pooled: Any = connection.sync_connection
+        try:
+            driver = pooled.connection.driver_connection
+            rows: Sequence[Sequence[Any]] = await driver.fetch(self._text, *[given[name] for name in self._names])
+        except asyncpg.DataError as error:
+            raise ValueError(str(error)) from None  # it is both, and a value that cannot be sent breaks no connection
+        except asyncpg.InterfaceError as error:
+            raise ConnectionResetError(str(error)) from error
+        return rows
 
 
 class Dialect(ABC):
@@ -311,6 +356,10 @@ class Dialect(ABC):
     """Begins a transaction that changes something, in which each statement sees what is committed by then."""
     channel: HintChannel | None
     """How changes are told to others at once; `None`: they are not."""
+    event_channel: HintChannel | None
+    """How events are, likewise."""
+    changes_in_with: bool
+    """Whether a statement may make several changes, each after the other in its WITH clause."""
 
     @abstractmethod
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -347,9 +396,13 @@ class Dialect(ABC):
             ConfigurationError: It is one.
         """
 
-    def heard_channel(self, url: URL) -> HintChannel | None:  # noqa: ARG002 - for what overrides it
-        """The channel whose hints arrive on connections that are made with this URL, as far as that is known."""
-        return self.channel
+    def often(self, statement: sa.Executable) -> Statement:
+        """A statement without values that SQLAlchemy would have to convert, for whom its price is too high."""
+        return Statement(statement)
+
+    def hears(self, url: URL) -> bool:  # noqa: ARG002 - for what overrides it
+        """Whether hints may arrive on connections that are made with this URL."""
+        return True
 
     @abstractmethod
     def refuse_absent(self, url: URL) -> None:
@@ -468,7 +521,9 @@ class _Postgres(Dialect):
     interruptible = True
     migrates_when_empty = False
     begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
-    channel = HintChannel()
+    channel = HintChannel("mcp_session_change")
+    event_channel = HintChannel("mcp_session_event")
+    changes_in_with = True
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -539,13 +594,17 @@ class _Postgres(Dialect):
         return
 
     @override
-    def heard_channel(self, url: URL) -> HintChannel | None:
+    def hears(self, url: URL) -> bool:
         # A pooler takes LISTEN for the connection that it lends for one transaction.
-        return None if url.query.get(_BEHIND_PGBOUNCER) == "true" else self.channel
+        return url.query.get(_BEHIND_PGBOUNCER) != "true"
 
     @override
     def refuse_absent(self, url: URL) -> None:
         return
+
+    @override
+    def often(self, statement: sa.Executable) -> Statement:
+        return _DriverStatement(statement)
 
     @override
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
@@ -626,6 +685,8 @@ class _Sqlite(Dialect):
     migrates_when_empty = True
     begin = "BEGIN IMMEDIATE"
     channel = None
+    event_channel = None
+    changes_in_with = False
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:

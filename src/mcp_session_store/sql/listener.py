@@ -45,6 +45,7 @@ class Listener:
 
     Args:
         database: Where to listen.
+        channel: On which; `None`: the database has none.
         heartbeat: Seconds after which a silent connection is asked whether it lives.
         probe_timeout: Seconds within which a hint of ours must arrive.
         deaf_for: Between how many seconds to wait when none does.
@@ -53,12 +54,14 @@ class Listener:
     def __init__(
         self,
         database: Database,
+        channel: HintChannel | None,
         *,
         heartbeat: float = HEARTBEAT,
         probe_timeout: float = PROBE_TIMEOUT,
         deaf_for: tuple[float, float] = DEAF_FOR,
     ) -> None:
         self._database = database
+        self._channel = channel if database.hears else None
         self._heartbeat = heartbeat
         self._probe_timeout = probe_timeout
         self._deaf_for = deaf_for
@@ -88,7 +91,7 @@ class Listener:
             await asyncio.wait(tasks, timeout=self._database.timeout)
 
     async def _listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        channel = self._database.heard_channel
+        channel = self._channel
         if channel is None:
             await asyncio.Event().wait()
             return

@@ -19,7 +19,7 @@ __all__ = ["HEAD", "check_revision", "check_schema", "is_empty", "is_newer", "re
 
 logger = logging.getLogger(__name__)
 
-HEAD: Final = "1_0002_retention"
+HEAD: Final = "1_0003_events"
 """The newest revision, as a constant: Alembic need not be imported where nothing is migrated."""
 
 # Major version of the schema, and number of the migration. Within a major version migrations only add.

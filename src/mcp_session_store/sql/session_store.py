@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_session_store.errors import ConfigurationError, SessionConflict, SessionStoreError
@@ -12,6 +13,7 @@ from mcp_session_store.records import Change, Changes, EndReason, JournalEntry, 
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Database
+from mcp_session_store.sql.event_removal import EventRemoval
 from mcp_session_store.sql.journal import Journal, JournalWrite
 from mcp_session_store.sql.limits import Limits
 from mcp_session_store.sql.listener import Listener
@@ -21,7 +23,7 @@ from mcp_session_store.sql.transactions import transaction
 from mcp_session_store.store import DEFAULT_NAMESPACE, SWEEP_LIMIT, SessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
 
@@ -39,6 +41,8 @@ __all__ = ["DEFAULT_TIMEOUT", "SqlSessionStore"]
 DEFAULT_TIMEOUT: Final = 5.0
 
 TOUCHES_PER_STATEMENT: Final = 500
+EVENTS_PER_SWEEP: Final = 20_000
+"""Events that the sessions have together which one step of a sweep ends, unless a single one has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,8 @@ class _SweepStep:
     limit: int
     ends: bool
     """Whether the sessions that it handles have ended."""
+    candidates: sa.Executable | None = None
+    """Tells which sessions it is about to end: those with very many events are fewer at a time."""
 
 
 class SqlSessionStore(SessionStore):
@@ -114,7 +120,7 @@ class SqlSessionStore(SessionStore):
         self._namespace = namespace
         self._database = Database(url_or_engine, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
         self._build_statements()
-        self._listener = Listener(self._database)
+        self._listener = Listener(self._database, self._database.dialect.channel)
         self._contacts = Batcher(self._database, _make_contact, writes=False)
         self._loads = Batcher(self._database, self._load_all, writes=False)
         self._creates = Batcher(self._database, self._create_all, writes=True)
@@ -134,6 +140,7 @@ class SqlSessionStore(SessionStore):
         self._sweeping = SweepStatements(dialect, schema=schema, namespace=namespace, retention=self.retention)
         self._limits = Limits(dialect, schema=schema, namespace=namespace, retention=self.retention)
         self._journal = Journal(dialect, schema=schema, namespace=namespace)
+        self._removal = EventRemoval(dialect, schema=schema)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"
@@ -141,6 +148,11 @@ class SqlSessionStore(SessionStore):
     @property
     def namespace(self) -> str:
         return self._namespace
+
+    @property
+    def database(self) -> Database:
+        """Where the sessions are; the log of their events is there, too."""
+        return self._database
 
     @property
     def retention(self) -> RetentionPolicy:
@@ -248,13 +260,13 @@ class SqlSessionStore(SessionStore):
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
         sql = self._sweeping
-        given = await self._sweep_step(sql.give_expiry, limit, ends=False)
-        expired = await self._sweep_step(sql.end_expired, limit, ends=True)
-        purged = await self._sweep_step(sql.remove_tombstones, limit, ends=True)
-        return SweepReport(expired=expired, purged=purged, more=limit in (given, expired, purged))
-
-    async def _sweep_step(self, statement: sa.Executable | None, limit: int, *, ends: bool) -> int:
-        return 0 if statement is None else await self._sweeps.submit(_SweepStep(statement, limit, ends))
+        steps = [
+            None if sql.give_expiry is None else _SweepStep(sql.give_expiry, limit, ends=False),
+            _SweepStep(sql.end_expired, limit, ends=True, candidates=sql.expired),
+            None if sql.remove_tombstones is None else _SweepStep(sql.remove_tombstones, limit, ends=True),
+        ]
+        done = [(0, False) if step is None else await self._sweeps.submit(step) for step in steps]
+        return SweepReport(expired=done[1][0], purged=done[2][0], more=any(more for _, more in done))
 
     async def _load_all(self, attempt: Attempt, keys: Sequence[UUID]) -> list[SessionRecord | None]:
         records = await self._load_live(attempt, set(keys))
@@ -308,7 +320,7 @@ class SqlSessionStore(SessionStore):
             await limits.lock(attempt, sessions)
             new = await limits.new_among(attempt, sessions)
             refused, removed = await limits.refuse(attempt, new)
-            await self._journal.forget_all(attempt, removed)
+            await self._forget(attempt, removed)
             admitted = [session for session in new if session.key not in refused]
             records = await self._insert(attempt, admitted) if admitted else {}
             excess = await limits.excess(attempt, [session for session in admitted if session.key in records])
@@ -355,24 +367,30 @@ class SqlSessionStore(SessionStore):
         for end in ends:
             first.setdefault(end.key, end)
         rows = [(key, first[key].reason.value) for key in sorted(first)]
-        ended = await self._end(attempt, rows)
+        async with transaction(attempt.connection, self._database.dialect):
+            ended = await self._end(attempt, rows)
         if attempt.repeated and first.keys() - ended:
             # The first try's commit may have been what ended them, and its answer was lost.
             parameters = self._sql.ends.parameters(rows)
             result = await attempt.connection.execute(self._sql.ended_for_that_reason, parameters)
-            ended |= await self._forget_journals(attempt, result)
+            ended |= {row.key for row in result}
         return [end is first[end.key] and end.key in ended for end in ends]
 
     async def _end(self, attempt: Attempt, rows: Sequence[tuple[UUID, str]]) -> set[UUID]:
-        """End live sessions, each for its reason; the keys of those that were."""
-        result = await attempt.connection.execute(self._sql.end, self._sql.ends.parameters(rows))
-        return await self._forget_journals(attempt, result)
+        """End live sessions, each for its reason, within a transaction; the keys of those that were."""
+        result = (await attempt.connection.execute(self._sql.end, self._sql.ends.parameters(rows))).all()
+        await self._forget(attempt, [(row.key, row.revision) for row in result])
+        return {row.key for row in result}
 
-    async def _forget_journals(self, attempt: Attempt, result: Iterable[Any]) -> set[UUID]:
-        """Remove the journals of the sessions in a result of keys and revisions; their keys."""
-        ended = {row.key: row.revision for row in result}
-        await self._journal.forget_all(attempt, ended.items())
-        return set(ended)
+    async def _forget(self, attempt: Attempt, ended: Collection[tuple[UUID, int]]) -> None:
+        """Remove what sessions that ended within this transaction had.
+
+        Args:
+            attempt: Where from.
+            ended: Their keys and revisions.
+        """
+        await self._journal.forget_all(attempt, ended)
+        await self._removal.forget_all(attempt, [key for key, _ in ended])
 
     async def _write_journal_one(
         self, attempt: Attempt, writes: Sequence[JournalWrite]
@@ -397,14 +415,27 @@ class SqlSessionStore(SessionStore):
         ]
         return Changes(changes, until=rows[0].until)
 
-    async def _sweep_one(self, attempt: Attempt, steps: Sequence[_SweepStep]) -> list[int]:
-        counts = []
-        for step in steps:
-            result = (await attempt.connection.execute(step.statement, {"limit": step.limit})).all()
-            counts.append(len(result))
-            if step.ends:
-                await self._forget_journals(attempt, result)
-        return counts
+    async def _sweep_one(self, attempt: Attempt, steps: Sequence[_SweepStep]) -> list[tuple[int, bool]]:
+        return [await self._sweep_some(attempt, step) for step in steps]
+
+    async def _sweep_some(self, attempt: Attempt, step: _SweepStep) -> tuple[int, bool]:
+        """How many sessions a step has handled, and whether there may be more."""
+        execute = attempt.connection.execute
+        if not step.ends:
+            handled = len((await execute(step.statement, {"limit": step.limit})).all())
+            return handled, handled == step.limit
+        limit = step.limit
+        if step.candidates is not None:
+            keys = list((await execute(step.candidates, {"limit": limit})).scalars())
+            if not keys:
+                return 0, False
+            totals = accumulate(await self._removal.counts(attempt, keys))
+            few = sum(total <= EVENTS_PER_SWEEP for total in totals)
+            limit = limit if few == len(keys) else max(1, few)
+        async with transaction(attempt.connection, self._database.dialect):
+            result = (await execute(step.statement, {"limit": limit})).all()
+            await self._forget(attempt, [(row.key, row.revision) for row in result])
+        return len(result), len(result) == limit
 
 
 def _end_reason(stored: str) -> EndReason:

@@ -85,6 +85,9 @@ class SweepStatements:
             locked = keys.limit(limit).with_for_update(skip_locked=True, key_share=not to_delete)
             return dialect.is_one_of(table.c.key, locked)
 
+        self.expired = due.expired.limit(limit)
+        """The keys of those that `end_expired` takes, unless somebody else is faster."""
+
         outcome = table.c.key, table.c.revision
         self.give_expiry = (
             None

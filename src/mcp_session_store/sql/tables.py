@@ -8,7 +8,15 @@ import sqlalchemy as sa
 
 from mcp_session_store.sql.dialects import MOMENT
 
-__all__ = ["VERSION_TABLE", "journal_table", "make_tables", "sessions_table"]
+__all__ = [
+    "VERSION_TABLE",
+    "events_table",
+    "instances_table",
+    "journal_table",
+    "logs_table",
+    "make_tables",
+    "sessions_table",
+]
 
 VERSION_TABLE: Final = "mcp_session_version"
 """Where Alembic notes the revision: not `alembic_version`, which may be the application's."""
@@ -66,6 +74,50 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         # The session's, when the entry was last set: the order in which a restore replays.
         sa.Column("revision", sa.Integer, nullable=False),
     )
+    # No foreign keys from here on: the SDK's own sessions have no row; and to drop a partition of a table with
+    # one would lock the sessions.
+    logs = sa.Table(
+        "mcp_session_log",
+        metadata,
+        sa.Column("key", sa.Uuid, primary_key=True),
+        sa.Column("namespace", sa.Text, nullable=False),
+        # Of the newest event. Who stores one locks this row to the commit, so that events appear in their order.
+        sa.Column("sequence", sa.BigInteger, nullable=False),
+        # Of all messages that were ever stored.
+        sa.Column("total_bytes", sa.BigInteger, nullable=False),
+        # Up to which sequence events were removed, and the total at that one.
+        sa.Column("trimmed", sa.BigInteger, nullable=False),
+        sa.Column("trimmed_bytes", sa.BigInteger, nullable=False),
+        # When the oldest event that is kept was stored. Changes seldom, and so no index has to, when events are stored.
+        sa.Column("oldest_at", MOMENT),
+        # Until when another instance wants hints about it.
+        sa.Column("followed_until", MOMENT),
+    )
+    sa.Index("ix_mcp_session_log_oldest", logs.c.namespace, logs.c.oldest_at, logs.c.key)
+    # One index: what is asked for is always a range of one session's events. An event takes its place in it, and
+    # in the table, beside those of its session.
+    sa.Table(
+        "mcp_session_event",
+        metadata,
+        sa.Column("key", sa.Uuid, primary_key=True),
+        sa.Column("sequence", sa.BigInteger, primary_key=True),
+        sa.Column("stream", sa.Text, nullable=False),
+        sa.Column("position", sa.BigInteger, nullable=False),
+        sa.Column("kind", sa.Text, nullable=False),
+        sa.Column("message", sa.Text),
+        # Of the session's messages up to this one, of any stream.
+        sa.Column("total_bytes", sa.BigInteger, nullable=False),
+        sa.Column("created_at", MOMENT, nullable=False),
+    )
+    sa.Table(
+        "mcp_session_instance",
+        metadata,
+        # The unique part of the instance's id.
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("instance", sa.Text, nullable=False),
+        sa.Column("started_at", MOMENT, nullable=False),
+        sa.Column("beat_at", MOMENT, nullable=False),
+    )
     return metadata
 
 
@@ -77,6 +129,21 @@ def sessions_table(schema: str | None = None) -> sa.Table:
 def journal_table(schema: str | None = None) -> sa.Table:
     """The table of the calls that a restore replays."""
     return _table("mcp_session_journal", schema)
+
+
+def logs_table(schema: str | None = None) -> sa.Table:
+    """The table of event logs, one for each session that has events."""
+    return _table("mcp_session_log", schema)
+
+
+def events_table(schema: str | None = None) -> sa.Table:
+    """The table of events."""
+    return _table("mcp_session_event", schema)
+
+
+def instances_table(schema: str | None = None) -> sa.Table:
+    """The table of the instances that run."""
+    return _table("mcp_session_instance", schema)
 
 
 def _table(name: str, schema: str | None) -> sa.Table:

@@ -1,0 +1,63 @@
+"""What streams that resume need: the events of sessions, their logs, and the instances that run.
+
+Adds only; sessions that are there already get a log with their first event.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import postgresql
+
+revision = "1_0003_events"
+down_revision = "1_0002_retention"
+branch_labels = None
+depends_on = None
+
+# SQLite has no type for times: whole milliseconds since 1970 there.
+moment = sa.BigInteger().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")
+
+
+def upgrade() -> None:
+    schema = op.get_context().version_table_schema
+    op.create_table(
+        "mcp_session_log",
+        sa.Column("key", sa.Uuid, primary_key=True),
+        sa.Column("namespace", sa.Text, nullable=False),
+        sa.Column("sequence", sa.BigInteger, nullable=False),
+        sa.Column("total_bytes", sa.BigInteger, nullable=False),
+        sa.Column("trimmed", sa.BigInteger, nullable=False),
+        sa.Column("trimmed_bytes", sa.BigInteger, nullable=False),
+        sa.Column("oldest_at", moment),
+        sa.Column("followed_until", moment),
+        schema=schema,
+    )
+    op.create_index("ix_mcp_session_log_oldest", "mcp_session_log", ["namespace", "oldest_at", "key"], schema=schema)
+    op.create_table(
+        "mcp_session_event",
+        sa.Column("key", sa.Uuid, primary_key=True),
+        sa.Column("sequence", sa.BigInteger, primary_key=True),
+        sa.Column("stream", sa.Text, nullable=False),
+        sa.Column("position", sa.BigInteger, nullable=False),
+        sa.Column("kind", sa.Text, nullable=False),
+        sa.Column("message", sa.Text),
+        sa.Column("total_bytes", sa.BigInteger, nullable=False),
+        sa.Column("created_at", moment, nullable=False),
+        schema=schema,
+    )
+    op.create_table(
+        "mcp_session_instance",
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("instance", sa.Text, nullable=False),
+        sa.Column("started_at", moment, nullable=False),
+        sa.Column("beat_at", moment, nullable=False),
+        schema=schema,
+    )
+
+
+def downgrade() -> None:
+    schema = op.get_context().version_table_schema
+    op.drop_table("mcp_session_instance", schema=schema)
+    op.drop_table("mcp_session_event", schema=schema)
+    op.drop_index("ix_mcp_session_log_oldest", "mcp_session_log", schema=schema)
+    op.drop_table("mcp_session_log", schema=schema)

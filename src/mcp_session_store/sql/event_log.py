@@ -1,0 +1,185 @@
+"""Events in a SQL database: the contract of `EventLog` on Postgres and SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
+
+from mcp_session_store.errors import ConfigurationError, EventTooLarge
+from mcp_session_store.records import instance_name, message_bytes
+from mcp_session_store.retention import EventSweepReport
+from mcp_session_store.sql.batching import Batcher
+from mcp_session_store.sql.database import Attempt, Database
+from mcp_session_store.sql.event_removal import EventTrimming
+from mcp_session_store.sql.events import Append, Events, Read
+from mcp_session_store.sql.instances import Instances
+from mcp_session_store.sql.listener import Listener
+from mcp_session_store.sql.session_store import DEFAULT_TIMEOUT, SqlSessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE, EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from uuid import UUID
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from mcp_session_store.records import EventPage, NewEvent
+    from mcp_session_store.retention import EventPolicy
+
+__all__ = ["SqlEventLog"]
+
+_T = TypeVar("_T")
+_Call: TypeAlias = Callable[[Attempt], Awaitable[Any]]
+
+FORGET_INSTANCES: Final = timedelta(days=1)
+"""How long after its last beat an instance is remembered."""
+
+
+class SqlEventLog(EventLog):
+    """Events in Postgres or SQLite, shared by any number of processes.
+
+    Events of all sessions that are stored at once share a commit; a lone one goes at once. Storing takes one
+    connection at most, reading another, and all else a third; on Postgres `listen` takes one more.
+
+    Args:
+        where: The store of the sessions that the events belong to, or where its database is: a URL or an engine, as
+            `SqlSessionStore` takes them. Of a store, the database, namespace and schema are taken, and its
+            connections are used: it must be open for as long as this log is.
+        namespace: As for the store that the sessions are in.
+        schema: Postgres: the schema with the tables. The first of the search path unless given.
+        auto_upgrade: Run the migrations on first contact where the schema is missing or behind.
+        timeout: Seconds that a call takes at most.
+        policy: See `EventLog`.
+        standalone: There are no records of sessions, because somebody else manages them, as the SDK's own session
+            manager does: any session may have events. Age alone removes a log then.
+
+    Raises:
+        ConfigurationError: An argument cannot work; the message names it.
+    """
+
+    def __init__(
+        self,
+        where: SqlSessionStore | str | URL | AsyncEngine,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        schema: str | None = None,
+        auto_upgrade: bool = False,
+        timeout: float = DEFAULT_TIMEOUT,
+        policy: EventPolicy | None = None,
+        standalone: bool = False,
+    ) -> None:
+        super().__init__(policy=policy)
+        self._owned = not isinstance(where, SqlSessionStore)
+        if isinstance(where, SqlSessionStore):
+            given = {
+                "namespace": namespace != DEFAULT_NAMESPACE,
+                "schema": schema is not None,
+                "auto_upgrade": auto_upgrade,
+                "timeout": timeout != DEFAULT_TIMEOUT,
+                "standalone": standalone,
+            }
+            if names := [name for name, is_given in given.items() if is_given]:
+                raise ConfigurationError(f"{', '.join(names)} go with a URL or an engine; a store has its own")
+            namespace, self._database = where.namespace, where.database
+        else:
+            if not isinstance(namespace, str) or not namespace or "\0" in namespace:
+                raise ConfigurationError(f"namespace={namespace!r} must be a text that is not empty, without NUL")
+            self._database = Database(where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
+        if standalone and self.policy.max_age is None:
+            raise ConfigurationError("max_age=None cannot be with standalone: nothing would ever remove an event")
+        self._namespace = namespace
+        dialect, schema = self._database.dialect, self._database.schema
+        self._events = Events(dialect, schema=schema, namespace=namespace, standalone=standalone)
+        self._trimming = EventTrimming(
+            dialect, schema=schema, namespace=namespace, policy=self.policy, standalone=standalone
+        )
+        self._instances = Instances(dialect, schema=schema)
+        self._listener = Listener(self._database, dialect.event_channel)
+        self._appends = Batcher(self._database, self._append_all, writes=True)
+        self._reads: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False)
+        # One call for each: they change what the others need.
+        self._chores: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=True, max_batch=1)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"
+
+    @property
+    def namespace(self) -> str:
+        return self._namespace
+
+    async def open(self) -> None:
+        if self._owned:
+            self._database.reopen()
+        await self._reads.submit(_make_contact)
+
+    async def aclose(self) -> None:
+        if self._owned:
+            self._database.close_to_calls()
+        batchers: tuple[Batcher[Any, Any], ...] = (self._appends, self._reads, self._chores)
+        await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
+        if self._owned:
+            await self._database.aclose()
+
+    async def append(self, key: UUID, events: Sequence[NewEvent]) -> int | None:
+        if sum(map(message_bytes, events)) > self.policy.max_bytes_per_session:
+            raise EventTooLarge(
+                f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
+            )
+        return await self._appends.submit(Append(key, events))
+
+    async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
+        wanted = Read(key, stream, after, limit)
+        return await self._ask(lambda attempt: self._events.page(attempt, wanted))
+
+    async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        return await self._ask(lambda attempt: self._events.heads(attempt, keys)) if keys else {}
+
+    async def follow(self, keys: Collection[UUID]) -> None:
+        if keys and self._database.dialect.event_channel is not None:
+            await self._do(lambda attempt: self._events.follow(attempt, keys))
+
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        """See `EventLog.listen`. On Postgres it takes a connection of its own, on SQLite there are no hints."""
+        await self._listener.listen(on_hint)
+
+    async def beat(self, instance: str) -> None:
+        await self._do(lambda attempt: self._instances.beat(attempt, instance))
+
+    async def retire(self, instance: str) -> None:
+        await self._do(lambda attempt: self._instances.remove(attempt, instance_name(instance)))
+
+    async def running(self, names: Collection[str], *, within: timedelta) -> set[str]:
+        return await self._ask(lambda attempt: self._instances.running(attempt, names, within)) if names else set()
+
+    async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
+        await self._do(lambda attempt: self._instances.forget(attempt, FORGET_INSTANCES))
+        due = await self._ask(self._trimming.due)
+        if not due:
+            return EventSweepReport()
+        each = max(1, limit // len(due))
+        removed, more = await self._do(lambda attempt: self._trimming.trim(attempt, due, limit=each, wait=False))
+        return EventSweepReport(removed=removed, more=more or (removed > 0 and len(due) > 1))
+
+    async def _ask(self, call: Callable[[Attempt], Awaitable[_T]]) -> _T:
+        return cast("_T", await self._reads.submit(call))
+
+    async def _do(self, call: Callable[[Attempt], Awaitable[_T]]) -> _T:
+        return cast("_T", await self._chores.submit(call))
+
+    async def _append_all(self, attempt: Attempt, appends: Sequence[Append]) -> list[int | None]:
+        first, grown = await self._events.append(attempt, appends)
+        exceeded = [key for key, log in grown.items() if self._trimming.exceeded(log.kept, log.kept_bytes)]
+        if exceeded:
+            await self._trimming.trim(attempt, exceeded, limit=self.policy.max_events_per_session, wait=True)
+        return first
+
+
+async def _make_contact(attempt: Attempt) -> None:
+    await attempt.connection.exec_driver_sql("SELECT 1")
+
+
+async def _run_each(attempt: Attempt, calls: Sequence[_Call]) -> list[Any]:
+    return [await call(attempt) for call in calls]

@@ -1,0 +1,202 @@
+"""Removing events: those of sessions that end, those that are too old, and those that are too many."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+
+from mcp_session_store.sql.dialects import ByteLength, NotLookedUp, StoreClock
+from mcp_session_store.sql.tables import events_table, logs_table
+from mcp_session_store.sql.transactions import transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from uuid import UUID
+
+    from mcp_session_store.retention import EventPolicy
+    from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects import Dialect
+
+__all__ = ["EventRemoval", "EventTrimming"]
+
+LOGS_PER_STEP: Final = 100
+"""Sessions whose events one step of a sweep removes."""
+KEPT: Final = 0.9
+"""What part of a log's limit is left when it is exceeded: so it is looked at once for every tenth of the limit."""
+
+
+class EventRemoval:
+    """Removes the logs of sessions that end, with their events.
+
+    Args:
+        dialect: The database they are in.
+        schema: Where the tables are; the connection's default unless given.
+    """
+
+    def __init__(self, dialect: Dialect, *, schema: str | None) -> None:
+        logs, events = logs_table(schema), events_table(schema)
+        self._forgotten = dialect.batch("forgotten", {"key": sa.Uuid()})
+        locked = sa.select(logs.c.key).where(self._forgotten.among(logs.c.key)).order_by(logs.c.key).with_for_update()
+        self._forget_logs = (
+            sa.delete(logs)
+            .where(logs.c.key.in_(locked), self._forgotten.among(logs.c.key))
+            .returning(logs.c.key, (logs.c.sequence - logs.c.trimmed).label("kept"))
+        )
+        self._forget_events = sa.delete(events).where(self._forgotten.among(events.c.key))
+        self._count = sa.select(logs.c.key, logs.c.sequence - logs.c.trimmed).where(self._forgotten.among(logs.c.key))
+
+    async def forget_all(self, attempt: Attempt, keys: Collection[UUID]) -> None:
+        """Remove the logs of sessions that have ended within this transaction.
+
+        Whoever stores an event holds the lock of its log until the commit. So the events are removed by a statement
+        of its own: one that began before it had the locks would not see the latest.
+        """
+        if not keys:
+            return
+        execute = attempt.connection.execute
+        removed = await execute(self._forget_logs, self._parameters(keys))
+        if with_events := [row.key for row in removed if row.kept]:
+            await execute(self._forget_events, self._parameters(with_events))
+
+    async def counts(self, attempt: Attempt, keys: Sequence[UUID]) -> list[int]:
+        """How many events each session has."""
+        rows = (await attempt.connection.execute(self._count, self._parameters(keys))).all() if keys else []
+        kept = {row[0]: row[1] for row in rows}
+        return [kept.get(key, 0) for key in keys]
+
+    def _parameters(self, keys: Collection[UUID]) -> dict[str, object]:
+        return self._forgotten.parameters([(key,) for key in sorted(keys)])
+
+
+class EventTrimming:
+    """Removes the oldest events of sessions that go on.
+
+    Args:
+        dialect: The database they are in.
+        schema: Where the tables are; the connection's default unless given.
+        namespace: Whose sessions.
+        policy: Which events.
+        standalone: Whether a log without events is removed, because nobody says when its session ends.
+    """
+
+    def __init__(
+        self, dialect: Dialect, *, schema: str | None, namespace: str, policy: EventPolicy, standalone: bool
+    ) -> None:
+        self._dialect = dialect
+        self._policy = policy
+        logs, events = logs_table(schema), events_table(schema)
+        name = sa.literal(namespace, sa.Text)
+        # A subquery: Postgres compares an index with no function that may change within the statement, as a clock.
+        too_old: sa.ColumnElement[Any] = (
+            sa.null()
+            if policy.max_age is None
+            else sa.select(StoreClock(-policy.max_age.total_seconds())).scalar_subquery()
+        )
+        self._due = (
+            None
+            if policy.max_age is None
+            else sa.select(logs.c.key)
+            .where(logs.c.namespace == name, logs.c.oldest_at <= too_old)
+            .order_by(logs.c.oldest_at)
+            .limit(sa.bindparam("limit", type_=sa.Integer, literal_execute=True))
+        )
+        self._keys = dialect.batch("trimmed", {"key": sa.Uuid()})
+        self._lock = (
+            sa.select(logs.c.key, logs.c.sequence, logs.c.total_bytes, logs.c.trimmed, logs.c.trimmed_bytes)
+            .where(self._keys.among(logs.c.key), NotLookedUp(logs.c.namespace) == name)
+            .order_by(logs.c.key)
+        )
+        self._ranges = dialect.batch(
+            "range",
+            {
+                "key": sa.Uuid(),
+                "by_count": sa.BigInteger(),
+                "by_bytes": sa.BigInteger(),
+                "at_most": sa.BigInteger(),
+            },
+        )
+        range_ = self._ranges.c
+        reasons = [events.c.sequence <= range_.by_count, events.c.total_bytes <= range_.by_bytes]
+        if policy.max_age is not None:
+            reasons.append(events.c.created_at <= too_old)
+        self._find = (
+            sa.select(events.c.key, sa.func.max(events.c.sequence).label("up_to"))
+            .join_from(self._ranges.rows, events, events.c.key == range_.key)
+            .where(self._ranges.among(events.c.key), events.c.sequence <= range_.at_most, sa.or_(*reasons))
+            .group_by(events.c.key)
+        )
+        self._cuts = dialect.batch("cut", {"key": sa.Uuid(), "up_to": sa.BigInteger()})
+        cut = self._cuts.c
+        up_to = sa.select(cut.up_to).where(cut.key == events.c.key).scalar_subquery()
+        self._remove = sa.delete(events).where(self._cuts.among(events.c.key), events.c.sequence <= up_to)
+
+        def of_oldest(value: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
+            of_log = sa.select(value).where(events.c.key == logs.c.key)
+            return of_log.order_by(events.c.sequence).limit(1).scalar_subquery()
+
+        bytes_before = events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
+        # By what is there: the oldest may be gone in other ways, with a partition that was dropped.
+        self._note = (
+            sa.update(logs)
+            .where(self._keys.among(logs.c.key))
+            .values(
+                trimmed=sa.func.coalesce(of_oldest(events.c.sequence - 1), logs.c.sequence),
+                trimmed_bytes=sa.func.coalesce(of_oldest(bytes_before), logs.c.total_bytes),
+                oldest_at=of_oldest(events.c.created_at),
+            )
+        )
+        self._forget_empty = (
+            sa.delete(logs).where(self._keys.among(logs.c.key), logs.c.oldest_at.is_(None)) if standalone else None
+        )
+
+    async def due(self, attempt: Attempt) -> list[UUID]:
+        """Some sessions with events that are too old."""
+        if self._due is None:
+            return []
+        return list((await attempt.connection.execute(self._due, {"limit": LOGS_PER_STEP})).scalars())
+
+    def exceeded(self, kept: int, kept_bytes: int) -> bool:
+        """Whether a log with so many events and bytes has to be trimmed."""
+        return kept > self._policy.max_events_per_session or kept_bytes > self._policy.max_bytes_per_session
+
+    async def trim(self, attempt: Attempt, keys: Sequence[UUID], *, limit: int, wait: bool) -> tuple[int, bool]:
+        """Remove what the policy wants removed of these sessions.
+
+        Args:
+            attempt: Where from.
+            keys: The sessions.
+            limit: Events that are removed of each.
+            wait: Whether to wait for logs that others have locked, or to pass them over.
+
+        Returns:
+            How many events were removed, and whether there may be more.
+        """
+        execute = attempt.connection.execute
+        async with transaction(attempt.connection, self._dialect):
+            lock = self._lock.with_for_update(skip_locked=not wait)
+            logs = (await execute(lock, self._keys.parameters([(key,) for key in sorted(keys)]))).all()
+            if not logs:
+                return 0, False
+            at_most = {log.key: min(log.trimmed + limit, log.sequence) for log in logs}
+            ranges = [(log.key, *self._limits(log), at_most[log.key]) for log in logs]
+            cuts = (await execute(self._find, self._ranges.parameters(ranges))).all()
+            removed = 0
+            if cuts:
+                removed = (await execute(self._remove, self._cuts.parameters([tuple(cut) for cut in cuts]))).rowcount
+            locked = self._keys.parameters([(log.key,) for log in logs])
+            await execute(self._note, locked)
+            if self._forget_empty is not None:
+                await execute(self._forget_empty, locked)
+        sequences = {log.key: log.sequence for log in logs}
+        return removed, any(cut.up_to == at_most[cut.key] < sequences[cut.key] for cut in cuts)
+
+    def _limits(self, log: Any) -> tuple[int, int]:
+        """Up to which sequence, and up to which total of bytes, events are too many."""
+        policy = self._policy
+        by_count, by_bytes = log.trimmed, -1
+        if log.sequence - log.trimmed > policy.max_events_per_session:
+            by_count = log.sequence - int(KEPT * policy.max_events_per_session)
+        if log.total_bytes - log.trimmed_bytes > policy.max_bytes_per_session:
+            by_bytes = log.total_bytes - int(KEPT * policy.max_bytes_per_session)
+        return by_count, by_bytes

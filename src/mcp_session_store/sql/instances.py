@@ -1,0 +1,65 @@
+"""The instances that run, as they say themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from mcp_session_store.records import instance_name
+from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.tables import instances_table
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from datetime import timedelta
+
+    from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects import Dialect
+
+__all__ = ["Instances"]
+
+
+class Instances:
+    """Who runs, and when it was last heard of.
+
+    Args:
+        dialect: The database they are in.
+        schema: Where the table is; the connection's default unless given.
+    """
+
+    def __init__(self, dialect: Dialect, *, schema: str | None) -> None:
+        table = instances_table(schema)
+        name, instance = sa.bindparam("beat_name", type_=sa.Text), sa.bindparam("beat_instance", type_=sa.Text)
+        now = StoreClock()
+        self._beat = sa.update(table).where(table.c.name == name).values(beat_at=now).returning(table.c.name)
+        values: list[sa.ColumnElement[Any]] = [name, instance, now, now]
+        columns = ["name", "instance", "started_at", "beat_at"]
+        self._begin = dialect.insert_if_absent(table, columns, sa.select(*values))
+        self._remove = sa.delete(table).where(table.c.name == name)
+        self._names = dialect.batch("named", {"name": sa.Text()})
+        ago = sa.bindparam("beat_ago", type_=sa.Double)
+        self._running = sa.select(table.c.name).where(
+            self._names.among(table.c.name), table.c.beat_at >= StoreClock(-ago)
+        )
+        self._forget = sa.delete(table).where(table.c.beat_at < StoreClock(-ago))
+
+    async def beat(self, attempt: Attempt, instance: str) -> None:
+        """Note that an instance runs now."""
+        parameters = {"beat_name": instance_name(instance), "beat_instance": instance}
+        if (await attempt.connection.execute(self._beat, parameters)).first() is None:
+            await attempt.connection.execute(self._begin, parameters)
+
+    async def remove(self, attempt: Attempt, name: str) -> None:
+        """Note that an instance has stopped."""
+        await attempt.connection.execute(self._remove, {"beat_name": name})
+
+    async def running(self, attempt: Attempt, names: Collection[str], within: timedelta) -> set[str]:
+        """Which of these were heard of lately."""
+        parameters = self._names.parameters([(name,) for name in names])
+        result = await attempt.connection.execute(self._running, parameters | {"beat_ago": within.total_seconds()})
+        return set(result.scalars())
+
+    async def forget(self, attempt: Attempt, unheard_for: timedelta) -> None:
+        """Remove those that have not been heard of for so long."""
+        await attempt.connection.execute(self._forget, {"beat_ago": unheard_for.total_seconds()})
