@@ -39,6 +39,7 @@ def upgrade() -> None:
         sa.Column("sequence", sa.BigInteger, primary_key=True),
         sa.Column("stream", sa.Text, nullable=False),
         sa.Column("position", sa.BigInteger, nullable=False),
+        sa.Column("previous", sa.BigInteger, nullable=False),
         sa.Column("kind", sa.Text, nullable=False),
         sa.Column("message", sa.Text),
         sa.Column("total_bytes", sa.BigInteger, nullable=False),

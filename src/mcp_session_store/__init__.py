@@ -83,6 +83,7 @@ __all__ = [
     # Errors
     "SessionStoreError",
     "ConfigurationError",
+    "EventTooLarge",
     "JournalFull",
     "RestoreRefused",
     "SchemaAhead",

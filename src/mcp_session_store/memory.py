@@ -335,7 +335,7 @@ class MemoryEventLog(EventLog):
     def _log(self, key: UUID) -> _Log | None:
         return self._data.logs.get(key) if self._store._row(key) is not None else None
 
-    async def append(self, key: UUID, events: Sequence[NewEvent]) -> int | None:
+    async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
         if sum(map(message_bytes, events)) > self.policy.max_bytes_per_session:
             raise EventTooLarge(
                 f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
@@ -343,9 +343,19 @@ class MemoryEventLog(EventLog):
         if self._store._live(key) is None:
             return None
         log = self._data.logs.setdefault(key, _Log())
+        if again:
+            for stream, stored, _ in log.events:
+                if (stream, stored.position) == (events[0].stream, events[0].position):
+                    return stored.sequence
         first, now = log.last + 1, self._store._now()
         for sequence, event in enumerate(events, first):
-            stored = StoredEvent(sequence=sequence, position=event.position, kind=event.kind, message=event.message)
+            stored = StoredEvent(
+                sequence=sequence,
+                position=event.position,
+                previous=event.previous,
+                kind=event.kind,
+                message=event.message,
+            )
             log.events.append((event.stream, stored, now))
         log.last += len(events)
         self._make_room(log)

@@ -216,7 +216,9 @@ class NewEvent:
     stream: str
     """The stream of a call, by a name that no other call of the session has, or `STANDALONE_STREAM`."""
     position: int
-    """Unique in its stream. The events of a call count up from 0, so that one that is missing is missed."""
+    """Unique in its stream, and above that of the event before it."""
+    previous: int = -1
+    """The position of the last event before it that whoever reads the stream must have seen; -1: there is none."""
     kind: EventKind
     message: str | None = field(repr=False)
     """The JSON-RPC message, as JSON text; `None` for a priming event."""
@@ -229,6 +231,7 @@ class StoredEvent:
     sequence: int
     """Its place among all events of the session."""
     position: int
+    previous: int
     kind: EventKind
     message: str | None = field(repr=False)
 

@@ -285,12 +285,14 @@ class EventLog(_Store):
         return self._policy
 
     @abstractmethod
-    async def append(self, key: UUID, events: Sequence[NewEvent]) -> int | None:
+    async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
         """Store events of one session, all or none, in this order; durable when this returns.
 
         Args:
             key: The session.
             events: At least one, each of which gets a sequence one above the one before.
+            again: Whether a call before this one, with the same events, may have stored them: then they are not
+                stored twice. Stream and position of the first tell.
 
         Returns:
             The sequence of the first, or `None` when the session is not live, and then nothing is stored.

@@ -123,12 +123,12 @@ class SqlEventLog(EventLog):
         if self._owned:
             await self._database.aclose()
 
-    async def append(self, key: UUID, events: Sequence[NewEvent]) -> int | None:
+    async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
         if sum(map(message_bytes, events)) > self.policy.max_bytes_per_session:
             raise EventTooLarge(
                 f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
             )
-        return await self._appends.submit(Append(key, events))
+        return await self._appends.submit(Append(key, events, again))
 
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
         wanted = Read(key, stream, after, limit)

@@ -36,6 +36,8 @@ class Append:
 
     key: UUID
     events: Sequence[NewEvent]
+    again: bool = False
+    """Whether they may have been stored before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,7 @@ class Events:
                 "bytes_behind": sa.BigInteger(),
                 "stream": sa.Text(),
                 "position": sa.BigInteger(),
+                "previous": sa.BigInteger(),
                 "kind": sa.Text(),
                 "message": sa.Text(),
             },
@@ -164,7 +167,14 @@ class Events:
         key = sa.bindparam("read_key", type_=sa.Uuid)
         size = sa.func.coalesce(ByteLength(events.c.message), 0)
         found = (
-            sa.select(events.c.sequence, events.c.position, events.c.kind, events.c.message, size.label("size"))
+            sa.select(
+                events.c.sequence,
+                events.c.position,
+                events.c.previous,
+                events.c.kind,
+                events.c.message,
+                size.label("size"),
+            )
             .where(
                 events.c.key == key,
                 events.c.sequence > sa.bindparam("read_after", type_=sa.BigInteger),
@@ -187,6 +197,7 @@ class Events:
                 sa.func.coalesce(oldest.scalar_subquery(), logs.c.sequence + 1).label("first"),
                 page.c.sequence,
                 page.c.position,
+                page.c.previous,
                 page.c.kind,
                 page.c.message,
                 page.c.found,
@@ -215,6 +226,7 @@ class Events:
             "sequence": grown.c.sequence - added.behind,
             "stream": added.stream,
             "position": added.position,
+            "previous": added.previous,
             "kind": added.kind,
             "message": added.message,
             "total_bytes": grown.c.total_bytes - added.bytes_behind,
@@ -237,7 +249,8 @@ class Events:
         Returns:
             The sequence of the first event of each append, `None` where the session is not live; and the logs.
         """
-        there = await self._found(attempt, appends) if attempt.repeated else {}
+        repeated = [append for append in appends if append.again or attempt.repeated]
+        there = await self._found(attempt, repeated) if repeated else {}
         first = [there.get((append.key, append.events[0].stream, append.events[0].position)) for append in appends]
         wanted: dict[UUID, list[NewEvent]] = {}
         offsets: dict[int, int] = {}
@@ -284,7 +297,16 @@ class Events:
         parameters = self._growths.parameters(growths)
         if self._store is None:
             rows = [
-                (key, behind, bytes_behind, event.stream, event.position, event.kind.value, event.message)
+                (
+                    key,
+                    behind,
+                    bytes_behind,
+                    event.stream,
+                    event.position,
+                    event.previous,
+                    event.kind.value,
+                    event.message,
+                )
                 for key, behind, bytes_behind, event in added
             ]
             parameters |= self._added.parameters(rows)
@@ -300,6 +322,7 @@ class Events:
                     "sequence": grown[key].sequence - behind,
                     "stream": event.stream,
                     "position": event.position,
+                    "previous": event.previous,
                     "kind": event.kind.value,
                     "message": event.message,
                     "total_bytes": totals[key] - bytes_behind,
@@ -311,8 +334,10 @@ class Events:
         return grown
 
     async def _found(self, attempt: Attempt, appends: Sequence[Append]) -> dict[tuple[UUID, str, int], int]:
-        """What a try before this one has stored, whose answer was lost: the sequences of first events."""
-        rows = [(append.key, 0, 0, append.events[0].stream, append.events[0].position, "", None) for append in appends]
+        """What was stored before, by somebody who did not learn of it: the sequences of first events."""
+        rows = [
+            (append.key, 0, 0, append.events[0].stream, append.events[0].position, -1, "", None) for append in appends
+        ]
         result = await attempt.connection.execute(self._find, self._added.parameters(rows))
         return {(row.key, row.stream, row.position): row.sequence for row in result}
 
@@ -332,7 +357,13 @@ class Events:
         if not rows:
             return None
         events = [
-            StoredEvent(sequence=row.sequence, position=row.position, kind=EventKind(row.kind), message=row.message)
+            StoredEvent(
+                sequence=row.sequence,
+                position=row.position,
+                previous=row.previous,
+                kind=EventKind(row.kind),
+                message=row.message,
+            )
             for row in rows[: read.limit]
             if row.sequence is not None
         ]

@@ -103,6 +103,7 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         sa.Column("sequence", sa.BigInteger, primary_key=True),
         sa.Column("stream", sa.Text, nullable=False),
         sa.Column("position", sa.BigInteger, nullable=False),
+        sa.Column("previous", sa.BigInteger, nullable=False),
         sa.Column("kind", sa.Text, nullable=False),
         sa.Column("message", sa.Text),
         # Of the session's messages up to this one, of any stream.
