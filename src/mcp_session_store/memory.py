@@ -394,9 +394,9 @@ class MemoryEventLog(EventLog):
     async def retire(self, instance: str) -> None:
         self._data.beats.pop(instance_name(instance), None)
 
-    async def running(self, names: Collection[str], *, within: timedelta) -> set[str]:
-        since = self._store._now() - within
-        return {name for name in names if (beat := self._data.beats.get(name)) is not None and beat >= since}
+    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+        now = self._store._now()
+        return {name: now - beat for name in names if (beat := self._data.beats.get(name)) is not None}
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         if self.policy.max_age is None:

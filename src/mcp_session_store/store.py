@@ -350,12 +350,14 @@ class EventLog(_Store):
         """Note that an instance has stopped. May be repeated."""
 
     @abstractmethod
-    async def running(self, names: Collection[str], *, within: timedelta) -> set[str]:
-        """Which instances have noted lately that they run.
+    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+        """How long ago instances have last noted that they run, by the store's clock.
 
         Args:
             names: The parts after the last colon of their ids.
-            within: How long ago at most, by the store's clock.
+
+        Returns:
+            By name. One that has stopped, or was never heard of, is not there.
         """
 
     @abstractmethod

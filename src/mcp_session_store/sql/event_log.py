@@ -151,8 +151,8 @@ class SqlEventLog(EventLog):
     async def retire(self, instance: str) -> None:
         await self._do(lambda attempt: self._instances.remove(attempt, instance_name(instance)))
 
-    async def running(self, names: Collection[str], *, within: timedelta) -> set[str]:
-        return await self._ask(lambda attempt: self._instances.running(attempt, names, within)) if names else set()
+    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+        return await self._ask(lambda attempt: self._instances.last_beats(attempt, names)) if names else {}
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         await self._do(lambda attempt: self._instances.forget(attempt, FORGET_INSTANCES))

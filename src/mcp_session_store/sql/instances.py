@@ -39,9 +39,7 @@ class Instances:
         self._remove = sa.delete(table).where(table.c.name == name)
         self._names = dialect.batch("named", {"name": sa.Text()})
         ago = sa.bindparam("beat_ago", type_=sa.Double)
-        self._running = sa.select(table.c.name).where(
-            self._names.among(table.c.name), table.c.beat_at >= StoreClock(-ago)
-        )
+        self._last_beats = sa.select(table.c.name, table.c.beat_at, now.label("now")).where(self._names.among(table.c.name))
         self._forget = sa.delete(table).where(table.c.beat_at < StoreClock(-ago))
 
     async def beat(self, attempt: Attempt, instance: str) -> None:
@@ -54,11 +52,11 @@ class Instances:
         """Note that an instance has stopped."""
         await attempt.connection.execute(self._remove, {"beat_name": name})
 
-    async def running(self, attempt: Attempt, names: Collection[str], within: timedelta) -> set[str]:
-        """Which of these were heard of lately."""
+    async def last_beats(self, attempt: Attempt, names: Collection[str]) -> dict[str, timedelta]:
+        """How long ago each of these was heard of; without those of whom nothing is known."""
         parameters = self._names.parameters([(name,) for name in names])
-        result = await attempt.connection.execute(self._running, parameters | {"beat_ago": within.total_seconds()})
-        return set(result.scalars())
+        rows = await attempt.connection.execute(self._last_beats, parameters)
+        return {row.name: row.now - row.beat_at for row in rows}
 
     async def forget(self, attempt: Attempt, unheard_for: timedelta) -> None:
         """Remove those that have not been heard of for so long."""

@@ -1,0 +1,108 @@
+"""Event ids: opaque to clients, and to us the place in a stream from which it goes on.
+
+MCP 2025-11-25, basic/transports, resumability and redelivery: an id is unique among all streams of its session, and
+names its stream.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Self
+
+from mcp_session_store.store import STANDALONE_STREAM
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from mcp_types import RequestId
+
+__all__ = ["Cursor", "EventIds"]
+
+TAG_SIZE: Final = 6
+MAX_EVENT_ID: Final = 400
+"""Characters; ours have fewer."""
+MAX_REQUEST_ID: Final = 100
+"""Characters of a request id, as JSON, that an event id holds."""
+_FINAL: Final = "!"
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """An event that a client has, and so where its stream goes on."""
+
+    stream: str
+    sequence: int
+    """That of the event among all of the session's."""
+    position: int
+    """That of the event in its stream."""
+    request_id: RequestId | None = None
+    """Of the call that the stream belongs to: an answer can be given whatever is left of the stream."""
+    final: bool = False
+    """Nothing follows: the call is answered."""
+
+    @property
+    def standalone(self) -> bool:
+        """Whether it is the stream that belongs to no call."""
+        return self.stream == STANDALONE_STREAM
+
+    @property
+    def instance(self) -> str:
+        """The name of the instance that runs the call."""
+        return self.stream.partition(".")[0]
+
+    def at(self, *, sequence: int, position: int | None = None, final: bool = False) -> Self:
+        """Another event of the same stream."""
+        position = self.position if position is None else position
+        return replace(self, sequence=sequence, position=position, final=final)
+
+
+class EventIds:
+    """Writes and reads the event ids of one session.
+
+    They carry a tag that no other session's have, so that those of another are told from ours without a query, and
+    what is there of another session cannot be found out.
+
+    Args:
+        key: The session's.
+    """
+
+    def __init__(self, key: UUID) -> None:
+        self._key = key.bytes
+
+    def write(self, cursor: Cursor) -> str:
+        """The event id of an event."""
+        parts = [f"{cursor.sequence:x}", f"{cursor.position:x}", cursor.stream, _FINAL if cursor.final else ""]
+        if cursor.request_id is not None:
+            request_id = json.dumps(cursor.request_id, ensure_ascii=False)
+            # Who has a longer one is answered by what the log holds, or not at all.
+            parts.append(request_id if len(request_id) <= MAX_REQUEST_ID else "")
+        payload = "/".join(parts).encode(errors="surrogatepass")
+        return base64.urlsafe_b64encode(self._tag(payload) + payload).decode().rstrip("=")
+
+    def read(self, event_id: str) -> Cursor | None:
+        """The event with an id; `None` for one that this session has never given to anybody."""
+        if len(event_id) > MAX_EVENT_ID:
+            return None
+        try:
+            raw = base64.b64decode(event_id + "=" * (-len(event_id) % 4), altchars=b"-_", validate=True)
+        except (binascii.Error, ValueError):
+            return None
+        tag, payload = raw[:TAG_SIZE], raw[TAG_SIZE:]
+        if tag != self._tag(payload):
+            return None
+        # Whatever has the tag was written above.
+        sequence, position, stream, final, *request = payload.decode(errors="surrogatepass").split("/", 4)
+        return Cursor(
+            stream=stream,
+            sequence=int(sequence, 16),
+            position=int(position, 16),
+            request_id=json.loads(request[0]) if request and request[0] else None,
+            final=final == _FINAL,
+        )
+
+    def _tag(self, payload: bytes) -> bytes:
+        return hashlib.blake2b(payload, key=self._key, digest_size=TAG_SIZE).digest()

@@ -1,0 +1,202 @@
+"""Who waits for the events of which sessions: woken by what is stored here, and by what others store."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from mcp_session_store.adapter.background import Wake
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from datetime import timedelta
+    from uuid import UUID
+
+    from mcp_session_store.store import EventLog
+
+__all__ = ["POLL_INTERVAL", "Follower", "Following"]
+
+POLL_INTERVAL: Final = 0.25
+"""Seconds between two looks at whether other instances have stored anything, with one query for all who wait."""
+GATHERING: Final = 0.005
+"""Seconds in which hints gather before the log is asked."""
+ASK_AGAIN: Final = 30.0
+"""Seconds after which a log is asked again for hints; it gives them for longer."""
+LISTEN_ON: Final = 60.0
+"""Seconds for which hints are received although nobody waits: the next one comes soon."""
+MAX_OFFERED: Final = 16
+"""Messages that a client is given without an id before it has taken the first of them."""
+
+
+class Follower:
+    """One open response that follows a stream of a session."""
+
+    def __init__(self, key: UUID, stream: str) -> None:
+        self.key = key
+        self.stream = stream
+        self.head = 0
+        """The newest event of the session that is known of."""
+        self.closed = False
+        """The response is to end."""
+        self.answer: str | None = None
+        """What the call is told then, as the message of a JSON-RPC error; `None`: nothing, the client comes back."""
+        self.waiting = False
+        """The client has got everything that is stored."""
+        self.offered: deque[str] = deque()
+        """Messages that could not be stored, to be given to the client without an id."""
+        self._wake = anyio.Event()
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    def moved(self, head: int) -> None:
+        """An event was stored in the session."""
+        if head > self.head:
+            self.head = head
+            self.wake()
+
+    def offer(self, message: str) -> bool:
+        """Give the client a message that cannot be stored, if it has all that is before it."""
+        if self.closed or not self.waiting or len(self.offered) >= MAX_OFFERED:
+            return False
+        self.offered.append(message)
+        self._wake.set()
+        return True
+
+    def close(self, answer: str | None = None) -> None:
+        """Have the response end."""
+        self.closed = True
+        self.answer = answer
+        self._wake.set()
+
+    async def wait(self, seen: int, *, seconds: float) -> None:
+        """Wait until there is more than was seen, or something else to do; no longer than this."""
+        if self.head <= seen and not self.closed and not self.offered:
+            self.waiting = True
+            with anyio.move_on_after(seconds):
+                await self._wake.wait()
+            self.waiting = False
+        self._wake = anyio.Event()
+
+
+class Following:
+    """All followers of an instance.
+
+    Args:
+        log: What they follow.
+        gone_after: How long after its last heartbeat another instance counts as gone.
+    """
+
+    def __init__(self, log: EventLog, *, gone_after: timedelta) -> None:
+        self._log = log
+        self._gone_after = gone_after
+        self._followers: dict[UUID, dict[Follower, None]] = {}
+        self._watched: dict[str, int] = {}
+        """Other instances, by how many wait for calls that run there."""
+        self._running: dict[str, bool] = {}
+        self._asked_at = -math.inf
+        self._watched_at = -math.inf
+        self._hints_until = -math.inf
+        self._some = anyio.Event()
+        self.reliable_since = math.inf
+        """Since when our own heartbeats have succeeded, by anyio's clock: before, others' may have failed too."""
+        self.wake: Final = Wake(gathering=GATHERING)
+
+    def add(self, follower: Follower, *, instance: str | None) -> None:
+        """A response begins to follow.
+
+        Args:
+            follower: It.
+            instance: The name of the other instance that runs the call; `None`: there is none.
+        """
+        if follower.key not in self._followers:
+            self._asked_at = -math.inf
+        self._followers.setdefault(follower.key, {})[follower] = None
+        if instance is not None:
+            if instance not in self._watched:
+                self._watched_at = -math.inf
+            self._watched[instance] = self._watched.get(instance, 0) + 1
+        self._some.set()
+        self.wake.set()
+
+    def remove(self, follower: Follower, *, instance: str | None) -> None:
+        """It has ended."""
+        of_session = self._followers[follower.key]
+        del of_session[follower]
+        if not of_session:
+            del self._followers[follower.key]
+        if instance is not None:
+            self._watched[instance] -= 1
+            if not self._watched[instance]:
+                del self._watched[instance]
+                self._running.pop(instance, None)
+        if not self._followers:
+            self._some = anyio.Event()
+            self._hints_until = anyio.current_time() + LISTEN_ON
+
+    def of(self, key: UUID, stream: str | None = None) -> list[Follower]:
+        """Those who follow a session, or one stream of it, and are to go on."""
+        followers = self._followers.get(key, ())
+        return [f for f in followers if not f.closed and (stream is None or f.stream == stream)]
+
+    def moved(self, key: UUID, head: int) -> None:
+        """An event was stored."""
+        for follower in self._followers.get(key, ()):
+            follower.moved(head)
+
+    def gone(self, instance: str) -> bool:
+        """Whether another instance, for one of whose calls somebody waits, is known not to run any more."""
+        return self._running.get(instance) is False
+
+    async def poll(self) -> None:
+        """Look once at what others have stored, and whether they run."""
+        if not self._followers:
+            return
+        now = anyio.current_time()
+        keys = list(self._followers)
+        if now - self._asked_at > ASK_AGAIN:
+            # Before the look: what comes after it is hinted at.
+            await self._log.follow(keys)
+            self._asked_at = now
+        for key, head in (await self._log.heads(keys)).items():
+            self.moved(key, head)
+        seconds = self._gone_after.total_seconds()
+        if self._watched and now - self._watched_at > seconds / 10:
+            names = list(self._watched)
+            beats = await self._log.last_beats(names)
+            # After an outage of the database nobody's heartbeat is young, and all run. Who stopped has none.
+            certain = anyio.current_time() - self.reliable_since > seconds
+            for name in names:
+                if name in self._watched and self._running.get(name, True):
+                    silent = name not in beats or (certain and beats[name] > self._gone_after)
+                    self._running[name] = not silent
+                    if silent:
+                        self._wake_all()
+            self._watched_at = now
+
+    def _wake_all(self) -> None:
+        for followers in self._followers.values():
+            for follower in followers:
+                follower.wake()
+
+    async def listen(self) -> None:
+        """Look as soon as the log hints at events, for as long as somebody follows."""
+        while True:
+            await self._some.wait()
+            async with anyio.create_task_group() as tasks:
+
+                async def until_nobody_follows() -> None:
+                    while self._followers or anyio.current_time() < self._hints_until:
+                        await anyio.sleep(LISTEN_ON / 4)
+                    tasks.cancel_scope.cancel()
+
+                tasks.start_soon(until_nobody_follows)
+                await self._log.listen(self._on_hint)
+
+    def _on_hint(self, keys: Collection[UUID] | None) -> None:
+        if keys is None or not self._followers.keys().isdisjoint(keys):
+            self.wake.set()
