@@ -113,11 +113,15 @@ class EventTrimming:
                 "key": sa.Uuid(),
                 "by_count": sa.BigInteger(),
                 "by_bytes": sa.BigInteger(),
+                "newest": sa.BigInteger(),
                 "at_most": sa.BigInteger(),
             },
         )
         range_ = self._ranges.c
-        reasons = [events.c.sequence <= range_.by_count, events.c.total_bytes <= range_.by_bytes]
+        bytes_before = events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
+        # The newest is kept, however large it is. First, because to tell the size of an event it may have to be read.
+        by_bytes = sa.and_(events.c.sequence < range_.newest, bytes_before < range_.by_bytes)
+        reasons = [events.c.sequence <= range_.by_count, by_bytes]
         if policy.max_age is not None:
             reasons.append(events.c.created_at <= too_old)
         self._find = (
@@ -135,7 +139,6 @@ class EventTrimming:
             of_log = sa.select(value).where(events.c.key == logs.c.key)
             return of_log.order_by(events.c.sequence).limit(1).scalar_subquery()
 
-        bytes_before = events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
         # By what is there: the oldest may be gone in other ways, with a partition that was dropped.
         self._note = (
             sa.update(logs)
@@ -191,12 +194,12 @@ class EventTrimming:
         sequences = {log.key: log.sequence for log in logs}
         return removed, any(cut.up_to == at_most[cut.key] < sequences[cut.key] for cut in cuts)
 
-    def _limits(self, log: Any) -> tuple[int, int]:
-        """Up to which sequence, and up to which total of bytes, events are too many."""
+    def _limits(self, log: Any) -> tuple[int, int, int]:
+        """Up to which sequence events are too many; up to which total of bytes, and before which one, too large."""
         policy = self._policy
-        by_count, by_bytes = log.trimmed, -1
+        by_count, by_bytes, newest = log.trimmed, 0, 0
         if log.sequence - log.trimmed > policy.max_events_per_session:
             by_count = log.sequence - int(KEPT * policy.max_events_per_session)
         if log.total_bytes - log.trimmed_bytes > policy.max_bytes_per_session:
-            by_bytes = log.total_bytes - int(KEPT * policy.max_bytes_per_session)
-        return by_count, by_bytes
+            by_bytes, newest = log.total_bytes - int(KEPT * policy.max_bytes_per_session), log.sequence
+        return by_count, by_bytes, newest
