@@ -25,8 +25,6 @@ GATHERING: Final = 0.005
 """Seconds in which hints gather before the log is asked."""
 ASK_AGAIN: Final = 30.0
 """Seconds after which a log is asked again for hints; it gives them for longer."""
-LISTEN_ON: Final = 60.0
-"""Seconds for which hints are received although nobody waits: the next one comes soon."""
 MAX_OFFERED: Final = 16
 """Messages that a client is given without an id before it has taken the first of them."""
 
@@ -73,10 +71,16 @@ class Follower:
         self.answer = answer
         self._wake.set()
 
-    async def wait(self, seen: int, *, seconds: float) -> None:
-        """Wait until there is more than was seen, or something else to do; no longer than this."""
-        if self.head <= seen and not self.closed and not self.offered:
-            self.waiting = True
+    async def wait(self, seen: int, *, seconds: float, pause: bool = False) -> None:
+        """Wait until there is more than was seen, or something else to do; no longer than this.
+
+        Args:
+            seen: Up to which sequence of the session the client has got what there is.
+            seconds: How long.
+            pause: Whether to wait although there is more.
+        """
+        if pause or (self.head <= seen and not self.closed and not self.offered):
+            self.waiting = self.head <= seen
             with anyio.move_on_after(seconds):
                 await self._wake.wait()
             self.waiting = False
@@ -100,7 +104,6 @@ class Following:
         self._running: dict[str, bool] = {}
         self._asked_at = -math.inf
         self._watched_at = -math.inf
-        self._hints_until = -math.inf
         self._some = anyio.Event()
         self.reliable_since = math.inf
         """Since when our own heartbeats have succeeded, by anyio's clock: before, others' may have failed too."""
@@ -134,9 +137,6 @@ class Following:
             if not self._watched[instance]:
                 del self._watched[instance]
                 self._running.pop(instance, None)
-        if not self._followers:
-            self._some = anyio.Event()
-            self._hints_until = anyio.current_time() + LISTEN_ON
 
     def of(self, key: UUID, stream: str | None = None) -> list[Follower]:
         """Those who follow a session, or one stream of it, and are to go on."""
@@ -184,18 +184,9 @@ class Following:
                 follower.wake()
 
     async def listen(self) -> None:
-        """Look as soon as the log hints at events, for as long as somebody follows."""
-        while True:
-            await self._some.wait()
-            async with anyio.create_task_group() as tasks:
-
-                async def until_nobody_follows() -> None:
-                    while self._followers or anyio.current_time() < self._hints_until:
-                        await anyio.sleep(LISTEN_ON / 4)
-                    tasks.cancel_scope.cancel()
-
-                tasks.start_soon(until_nobody_follows)
-                await self._log.listen(self._on_hint)
+        """Look as soon as the log hints at events, from when somebody first follows."""
+        await self._some.wait()
+        await self._log.listen(self._on_hint)
 
     def _on_hint(self, keys: Collection[UUID] | None) -> None:
         if keys is None or not self._followers.keys().isdisjoint(keys):
