@@ -36,7 +36,7 @@ from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS, H
 from mcp_session_store.adapter.journal import Journal
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.marker import RESTORE_MARKER
-from mcp_session_store.adapter.recorder import EventRecorder
+from mcp_session_store.adapter.recorder import EventRecorder, sweep_events
 from mcp_session_store.adapter.replay import Replay
 from mcp_session_store.adapter.request_ids import RequestIds
 from mcp_session_store.adapter.residents import MemoryFull, Residents
@@ -347,13 +347,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             start(run_again, "event hints", following.listen)
 
     async def _retire(self, recorder: EventRecorder) -> None:
-        """Say that this instance has stopped, with all calls that it ran."""
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
-            try:
-                await recorder.recover()
-                await recorder.log.retire(recorder.instance)
-            except Exception as error:
-                report_failure("events", error)
+            await recorder.retire()
 
     async def _shut_down(self) -> None:
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
@@ -970,17 +965,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             # Half of the time is for the requests.
             await anyio.sleep(anyio.current_time() - began)
         if self.event_log is not None:
-            await self._sweep_events(self.event_log)
-
-    async def _sweep_events(self, log: EventLog) -> None:
-        while True:
-            began = anyio.current_time()
-            report = await log.sweep()
-            if report.removed:
-                telemetry.removed_events.add(report.removed)
-            if not report.more:
-                return
-            await anyio.sleep(anyio.current_time() - began)
+            await sweep_events(self.event_log)
 
 
 def instance_id() -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mcp_session_store.records import NewEvent
     from mcp_session_store.store import EventLog
 
-__all__ = ["CallStream", "EventRecorder", "Outcome", "Recorded", "error_message"]
+__all__ = ["CallStream", "EventRecorder", "Outcome", "Recorded", "error_message", "sweep_events"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,9 @@ class EventRecorder:
         """The calls of this instance whose last event is not stored yet, by the names of their streams."""
         self.wake: Final = Wake(gathering=0)
         """To be set when storing is to be tried."""
-        self._down = False
+        # Until this instance has noted that it runs: who waits for a call of it must not take it for gone.
+        self._down = True
+        self._told = False
         self._kept: dict[UUID, _Kept] = {}
         self._kept_in_all = 0
         self._streams = 0
@@ -187,8 +189,9 @@ class EventRecorder:
 
     def _went_down(self, error: Exception) -> None:
         self.following.reliable_since = math.inf
-        if not self._down:
-            self._down = True
+        self._down = True
+        if not self._told:
+            self._told = True
             logger.warning("events cannot be stored for now, and go out without ids: %s", error)
         self.wake.set()
 
@@ -203,8 +206,9 @@ class EventRecorder:
         except Exception as error:
             self._went_down(error)
             raise
-        if self._down:
-            self._down = False
+        self._down = False
+        if self._told:
+            self._told = False
             logger.info("events can be stored again; %d sessions have some that were kept", len(self._kept))
         self.following.reliable_since = min(self.following.reliable_since, anyio.current_time())
         async with anyio.create_task_group() as tasks:
@@ -212,6 +216,14 @@ class EventRecorder:
                 tasks.start_soon(self._store_kept, key)
         if self._down:
             raise StoreUnavailable("events cannot be stored")
+
+    async def retire(self) -> None:
+        """Store what is kept, if that can be done, and note that this instance has stopped with all its calls."""
+        try:
+            await self.recover()
+            await self.log.retire(self.instance)
+        except Exception as error:
+            report_failure("events", error)
 
     async def _store_kept(self, key: UUID) -> None:
         """Store what is kept of a session, in its order; whatever comes meanwhile waits behind it."""
@@ -237,6 +249,19 @@ class EventRecorder:
                 self.following.moved(key, sequence)
         if not kept.events:
             del self._kept[key]
+
+
+async def sweep_events(log: EventLog) -> None:
+    """Remove what the log's policy wants removed, step by step."""
+    while True:
+        began = anyio.current_time()
+        report = await log.sweep()
+        if report.removed:
+            telemetry.removed_events.add(report.removed)
+        if not report.more:
+            return
+        # Half of the time is for the requests.
+        await anyio.sleep(anyio.current_time() - began)
 
 
 def error_message(request_id: RequestId | None, message: str, *, code: int = INTERNAL_ERROR, reason: str) -> str:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LiveStreams",
     "ManagerSeams",
+    "StockManagerSeams",
     "is_fastmcp",
     "make_transport",
     "mcp_endpoint",
@@ -59,6 +60,7 @@ _manager_module: Any = streamable_http_manager
 def _check_sdk() -> None:
     manager = StreamableHTTPSessionManager(cast("Server[Any]", None))
     needed = (
+        "_admit_session",
         "_discard_session",
         "_handle_stateful_request",
         "_has_started",
@@ -128,6 +130,22 @@ class ManagerSeams(StreamableHTTPSessionManager):
     def lifespan_state(self) -> Any:
         """What the server's lifespan yielded, for the server loop of each session."""
         return self._lifespan_state
+
+
+class StockManagerSeams(StreamableHTTPSessionManager):
+    """The SDK's session manager as it is, but with an event store for each session."""
+
+    def new_event_store(self) -> SessionEvents:
+        """The event store of a session that begins."""
+        raise NotImplementedError
+
+    # The transport is made in there, with whatever stands in `event_store`. No session begins meanwhile.
+    def _admit_session(self, requestor: AuthorizationContext | None) -> StreamableHTTPServerTransport | None:
+        events = self.event_store = self.new_event_store()
+        transport = super()._admit_session(requestor)
+        if transport is not None:
+            events.live = LiveStreams(transport)
+        return transport
 
 
 def make_transport(

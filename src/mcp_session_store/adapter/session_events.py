@@ -61,16 +61,23 @@ class SessionEvents(EventStore):
         recorder: Stores events.
         retry_interval: As for the SDK's transport, in milliseconds.
         unmanaged: The SDK's own session manager serves the session, and tells only what it stores.
+        calls: Whether calls have streams: they have none where they are answered by JSON.
     """
 
     def __init__(
-        self, key: UUID, recorder: EventRecorder, *, retry_interval: int | None = None, unmanaged: bool = False
+        self,
+        key: UUID,
+        recorder: EventRecorder,
+        *,
+        retry_interval: int | None = None,
+        unmanaged: bool = False,
+        calls: bool = True,
     ) -> None:
         self.key = key
         self.recorder = recorder
         self.ids = EventIds(key)
         self.retry_interval = retry_interval
-        self._unmanaged = unmanaged
+        self._begins_streams = unmanaged and calls
         self.active = unmanaged
         """Whether the session has a record: its handshake leaves no events."""
         self.live: LiveStreams | None = None
@@ -126,7 +133,7 @@ class SessionEvents(EventStore):
         if stream_id != GET_STREAM_KEY:
             stream = self._calls.get(stream_id)
             if stream is None:
-                if not self._unmanaged:
+                if not self._begins_streams:
                     return ""  # the call is answered already, or nobody can resume it
                 request_id, _ = _call_of(stream_id, b"")
                 stream = self._calls[stream_id] = self.recorder.begin(request_id, resumable=message is None)
@@ -142,6 +149,8 @@ class SessionEvents(EventStore):
         cursor = self.ids.read(last_event_id)
         if cursor is None or cursor.final:
             return None
+        # The SDK lets a client have a stream only when nobody else does.
+        self.resumed(cursor)
         more = True
         while more:
             page = await self.recorder.log.read(self.key, cursor.stream, after=cursor.sequence)
