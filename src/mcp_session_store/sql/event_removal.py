@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects import ByteLength, NotLookedUp, StoreClock
+from mcp_session_store.sql.dialects import ByteLength, NotLookedUp
 from mcp_session_store.sql.tables import events_table, logs_table
 from mcp_session_store.sql.transactions import transaction
 
@@ -87,11 +87,8 @@ class EventTrimming:
         self._policy = policy
         logs, events = logs_table(schema), events_table(schema)
         name = sa.literal(namespace, sa.Text)
-        # A subquery: Postgres compares an index with no function that may change within the statement, as a clock.
         too_old: sa.ColumnElement[Any] = (
-            sa.null()
-            if policy.max_age is None
-            else sa.select(StoreClock(-policy.max_age.total_seconds())).scalar_subquery()
+            sa.null() if policy.max_age is None else dialect.kept_since(events, policy.max_age)
         )
         self._due = (
             None
