@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects import Dialect
 
-__all__ = ["EventRemoval", "EventTrimming"]
+__all__ = ["EventRemoval", "EventTrimming", "left_of"]
 
 LOGS_PER_STEP: Final = 100
 """Sessions whose events one step of a sweep removes."""
@@ -67,6 +67,24 @@ class EventRemoval:
 
     def _parameters(self, keys: Collection[UUID]) -> dict[str, object]:
         return self._forgotten.parameters([(key,) for key in sorted(keys)])
+
+
+def left_of(logs: sa.Table, events: sa.Table) -> dict[str, sa.ColumnElement[Any]]:
+    """What a log is to say about the events that were removed, by name of its columns.
+
+    By what is there: the oldest may be gone in other ways, with a partition that was dropped.
+    """
+
+    def of_oldest(value: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
+        of_log = sa.select(value).where(events.c.key == logs.c.key)
+        return of_log.order_by(events.c.sequence).limit(1).scalar_subquery()
+
+    bytes_before = events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
+    return {
+        "trimmed": sa.func.coalesce(of_oldest(events.c.sequence - 1), logs.c.sequence),
+        "trimmed_bytes": sa.func.coalesce(of_oldest(bytes_before), logs.c.total_bytes),
+        "oldest_at": of_oldest(events.c.created_at),
+    }
 
 
 class EventTrimming:
@@ -128,21 +146,7 @@ class EventTrimming:
         up_to = sa.select(cut.up_to).where(cut.key == events.c.key).scalar_subquery()
         self._remove = sa.delete(events).where(self._cuts.among(events.c.key), events.c.sequence <= up_to)
 
-        def of_oldest(value: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
-            of_log = sa.select(value).where(events.c.key == logs.c.key)
-            return of_log.order_by(events.c.sequence).limit(1).scalar_subquery()
-
-        bytes_before = events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
-        # By what is there: the oldest may be gone in other ways, with a partition that was dropped.
-        self._note = (
-            sa.update(logs)
-            .where(self._keys.among(logs.c.key))
-            .values(
-                trimmed=sa.func.coalesce(of_oldest(events.c.sequence - 1), logs.c.sequence),
-                trimmed_bytes=sa.func.coalesce(of_oldest(bytes_before), logs.c.total_bytes),
-                oldest_at=of_oldest(events.c.created_at),
-            )
-        )
+        self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(left_of(logs, events))
         self._forget_empty = (
             sa.delete(logs).where(self._keys.among(logs.c.key), logs.c.oldest_at.is_(None)) if standalone else None
         )

@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 
 AHEAD: Final = 3
 """Partitions that are made before their time, unless it is told otherwise."""
-MAX_PARTITIONS: Final = 100
+MAX_PARTITIONS: Final = 50
 """That `max_age` may extend over: whoever reads or removes events looks into each."""
 SHORTEST: Final = timedelta(minutes=1)
 """That a partition may be for."""
@@ -144,20 +144,7 @@ class EventPartitions:
             ConfigurationError: It would not pay, or is impossible; or partitions of another length are there.
             StoreUnavailable: It could not be done in time, and nothing has changed.
         """
-        if every < SHORTEST or every % timedelta(seconds=1):
-            raise ConfigurationError(f"every={every} must be whole seconds, and a minute or more")
-        if max_age is None:
-            raise ConfigurationError("without a max_age nothing is ever dropped, and partitions do not pay; give one")
-        if every > max_age:
-            raise ConfigurationError(
-                f"a partition for {every} is dropped when its latest event is older than max_age={max_age}, and that "
-                "does not pay; make partitions as short as that, or shorter"
-            )
-        if max_age / every > MAX_PARTITIONS:
-            raise ConfigurationError(
-                f"max_age={max_age} would need {max_age // every} partitions for {every}, and whoever reads or removes "
-                f"events looks into each; make them longer, so that there are {MAX_PARTITIONS} at most"
-            )
+        _check(every, max_age)
 
         async def change(connection: AsyncConnection) -> bool:
             if await self._is_partitioned(connection):
@@ -249,11 +236,11 @@ class EventPartitions:
             return await lease.run(attempt)
 
     async def _is_partitioned(self, connection: AsyncConnection) -> bool:
-        kind = await connection.execute(
-            sa.text("SELECT relkind FROM pg_class WHERE oid = to_regclass(CAST(:name AS text))"),
+        found = await connection.execute(
+            sa.text("SELECT count(*) FROM pg_partitioned_table WHERE partrelid = to_regclass(CAST(:name AS text))"),
             {"name": self._name(connection)},
         )
-        return kind.scalar_one() in (b"p", "p")
+        return bool(found.scalar_one())
 
     def _name(self, connection: AsyncConnection, suffix: str = "") -> str:
         """The table's name, or that of a table that belongs to it, as it stands in SQL."""
@@ -392,6 +379,25 @@ async def partitions_of(connection: AsyncConnection, table: sa.Table) -> list[Pa
     )
     rows = await connection.execute(statement)
     return [Partition(name=name, since=since, until=until, size=size) for name, since, until, size in rows]
+
+
+def _check(every: timedelta, max_age: timedelta | None) -> None:
+    if every < SHORTEST or every % timedelta(seconds=1):
+        raise ConfigurationError(f"--every (every=) {every} must be whole seconds, and a minute or more")
+    if max_age is None:
+        raise ConfigurationError(
+            "without --events-max-age (max_age=) nothing is ever dropped, and partitions do not pay; give one"
+        )
+    if every > max_age:
+        raise ConfigurationError(
+            f"partitions for {every} would hold events for much longer than --events-max-age (max_age=) {max_age}; "
+            "make them as short as that, or shorter"
+        )
+    if max_age / every > MAX_PARTITIONS:
+        raise ConfigurationError(
+            f"--events-max-age (max_age=) {max_age} is {max_age // every} partitions for {every}, and whoever reads or "
+            f"removes events looks into each; make them longer, so that there are {MAX_PARTITIONS} at most"
+        )
 
 
 async def _set_timeouts(connection: AsyncConnection, *, lock: float, statement: float) -> None:
