@@ -593,8 +593,8 @@ async def traffic_while(url: str, happens: Callable[[], Awaitable[None]]) -> Tra
             assert seen == sorted(traffic.stored[key])
             sequences = [sequence for sequence, _ in traffic.stored[key]]
             assert sorted(sequences) == list(range(min(sequences), min(sequences) + len(sequences)))
-        rows = await execute(url, sa.select(sa.func.count().label("count")).select_from(events_table()))
-        assert rows[0].count == sum(map(len, traffic.stored.values()))
+        rows = await execute(url, sa.select(sa.func.count().label("stored")).select_from(events_table()))
+        assert rows[0].stored == sum(map(len, traffic.stored.values()))
         return traffic
 
 
