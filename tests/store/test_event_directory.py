@@ -134,11 +134,11 @@ async def test_the_events_of_one_session_come_in_their_order(database_url: str) 
                 assert (found.log.events, found.log.first, found.log.last) == (9, 4, 12)
                 seen += found.events
                 after = found.next
-            assert [(e.sequence, e.stream, e.position, e.kind) for e in seen] == [
-                (e["sequence"], e["stream"], e["position"], e["kind"]) for e in expected
+            assert [(one.sequence, one.stream, one.position, one.kind) for one in seen] == [
+                (row["sequence"], row["stream"], row["position"], row["kind"]) for row in expected
             ]
-            for event, row in zip(seen, expected, strict=True):
-                assert abs(event.created_at - row["created_at"]) < timedelta(seconds=1)
+            for one, row in zip(seen, expected, strict=True):
+                assert abs(one.created_at - row["created_at"]) < timedelta(seconds=1)
         assert await directory.find(others[1][0]["key"]) is None
         assert await directory.find(session_row()["key"]) is None
 
