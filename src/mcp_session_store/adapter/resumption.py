@@ -155,8 +155,6 @@ class _Stream:
                         self._page = await self._read(follower)
                         continue
                     self._seen = max(self._seen, page.last)
-                while follower.offered:
-                    yield {"event": "message", "data": follower.offered.popleft()}
                 if follower.closed:
                     if follower.answer is not None and not self._cursor.standalone:
                         outcome = "ended"
@@ -173,6 +171,9 @@ class _Stream:
                     was_over = self._page is not None
                     continue
                 await follower.wait(self._seen, seconds=LOOK_AGAIN)
+                # Given while the client had all that was stored: so before whatever has been stored since.
+                while follower.offered:
+                    yield {"event": "message", "data": follower.offered.popleft()}
                 if follower.head > self._seen and not follower.closed:
                     self._page = await self._read(follower)
         finally:
