@@ -136,6 +136,8 @@ class _Stream:
                 yield first
             if self._page is not None:
                 follower.moved(self._page.last)
+            # What was stored before we followed has woken nobody.
+            unsure = True
             was_over = False
             while True:
                 if (page := self._page) is not None:
@@ -160,6 +162,10 @@ class _Stream:
                         outcome = "ended"
                         yield self._terminal(follower.answer, outcome)
                     return
+                if unsure:
+                    self._page = await self._read(follower)
+                    unsure = self._page is None
+                    continue
                 if self._over():
                     if was_over:
                         outcome = "lost"
