@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from uuid import UUID
 
+    from mcp_session_store.records import NewEvent
     from mcp_session_store.store import EventLog
 
 __all__ = ["POLL_INTERVAL", "STANDALONE_INTERVAL", "Follower", "Following"]
@@ -49,8 +50,8 @@ class Follower:
         """What the call is told then, as the message of a JSON-RPC error; `None`: nothing, the client comes back."""
         self.waiting = False
         """The client has got everything that is stored."""
-        self.offered: deque[str] = deque()
-        """Messages that could not be stored, to be given to the client without an id."""
+        self.offered: deque[NewEvent] = deque()
+        """Events that could not be stored, to be given to the client without an id."""
         self._wake = anyio.Event()
 
     def wake(self) -> None:
@@ -63,11 +64,11 @@ class Follower:
             self.head = head
             self.wake()
 
-    def offer(self, message: str) -> bool:
-        """Give the client a message that cannot be stored, if it has all that is before it."""
+    def offer(self, event: NewEvent) -> bool:
+        """Give the client an event that cannot be stored, if it has all that is before it."""
         if self.closed or not self.waiting or len(self.offered) >= MAX_OFFERED:
             return False
-        self.offered.append(message)
+        self.offered.append(event)
         self._wake.set()
         return True
 
@@ -152,10 +153,11 @@ class Following:
         followers = self._followers.get(key, ())
         return [f for f in followers if not f.closed and (stream is None or f.stream == stream)]
 
-    def moved(self, key: UUID, head: int) -> None:
-        """An event was stored."""
+    def moved(self, key: UUID, stream: str, sequence: int) -> None:
+        """An event was stored here, on a stream of a session."""
         for follower in self._followers.get(key, ()):
-            follower.moved(head)
+            if follower.stream == stream:
+                follower.moved(sequence)
 
     def gone(self, instance: str) -> bool:
         """Whether another instance, for one of whose calls somebody waits, is known not to run any more."""
@@ -174,7 +176,8 @@ class Following:
             self._standalone_at = now
         for some in _batched(keys, KEYS_AT_ONCE):
             for key, head in (await self._log.heads(some)).items():
-                self.moved(key, head)
+                for follower in self._followers.get(key, ()):
+                    follower.moved(head)
         if self._waiting and now - self._watched_at > self._gone_after.total_seconds() / 10:
             await self._watch()
             self._watched_at = now
