@@ -1,4 +1,4 @@
-"""Conformance tests of the `SessionStore` contract, for anybody who writes a store. Needs pytest.
+"""Conformance tests of the `SessionStore` and `EventLog` contracts, for anybody who writes one. Needs pytest.
 
 ```python
 from collections.abc import Iterator
@@ -16,6 +16,23 @@ class TestMyStore(SessionStoreConformance):
 
     async def age_tombstone(self, store, key):
         await store.set_end_to_two_days_ago(key)
+
+class TestMyLog(EventLogConformance):
+    @pytest.fixture
+    def make_log(self) -> MakeLog:
+        data = MyData()
+
+        def make(namespace: str = "default", *, policy: EventPolicy | None = None) -> tuple[SessionStore, EventLog]:
+            store = MyStore(data, namespace=namespace)
+            return store, MyLog(store, policy=policy)
+
+        return make
+
+    async def expire(self, store, key):
+        await store.set_expiry_to_one_second_ago(key)
+
+    async def age_events(self, log, key):
+        await log.set_times_to_two_days_ago(key)
 ```
 
 Write `pytest.register_assert_rewrite("mcp_session_store.testing")` into your `conftest.py`, before the import: a
@@ -28,23 +45,51 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from mcp_session_store.errors import JournalFull, SessionConflict, SessionLimitReached
-from mcp_session_store.records import Activity, Change, EndReason, JournalEntry, NewSession, Principal, SessionRecord
-from mcp_session_store.retention import NEW_SESSION_LIFETIME, RetentionPolicy, SweepReport
-from mcp_session_store.store import MAX_JOURNAL_ENTRIES, SessionStore
+from mcp_session_store.errors import EventTooLarge, JournalFull, SessionConflict, SessionLimitReached
+from mcp_session_store.records import (
+    Activity,
+    Change,
+    EndReason,
+    EventKind,
+    JournalEntry,
+    NewEvent,
+    NewSession,
+    Principal,
+    SessionRecord,
+    StoredEvent,
+    message_bytes,
+)
+from mcp_session_store.retention import (
+    NEW_SESSION_LIFETIME,
+    EventPolicy,
+    EventSweepReport,
+    RetentionPolicy,
+    SweepReport,
+)
+from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, STANDALONE_STREAM, EventLog, SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
-__all__ = ["MakeStore", "SessionStoreConformance", "new_session"]
+    from mcp_session_store.records import EventPage
+
+__all__ = [
+    "EventLogConformance",
+    "MakeLog",
+    "MakeStore",
+    "SessionStoreConformance",
+    "new_event",
+    "new_session",
+]
 
 MakeStore = Callable[[str], SessionStore]
 """Makes a store for a namespace. All that one function makes share their data."""
@@ -62,6 +107,18 @@ def new_session(**changes: Any) -> NewSession:
         "instance": "instance-a",
     }
     return NewSession(**(fields | changes))
+
+
+def new_event(position: int = 0, **changes: Any) -> NewEvent:
+    """An event that can be stored; with other fields where they are given."""
+    fields: dict[str, Any] = {
+        "stream": "instance.1",
+        "position": position,
+        "previous": position - 1,
+        "kind": EventKind.NOTIFICATION,
+        "message": json.dumps({"jsonrpc": "2.0", "method": "notifications/message", "params": {"data": position}}),
+    }
+    return NewEvent(**(fields | changes))
 
 
 _UNLIMITED = RetentionPolicy(idle=None, absolute=None)
@@ -942,3 +999,624 @@ class SessionStoreConformance:
         await store.open()
         await store.aclose()
         await store.aclose()
+
+
+class MakeLog(Protocol):
+    """Makes a log, and the store of its sessions, for a namespace. All that one function makes share their data."""
+
+    def __call__(
+        self, namespace: str = DEFAULT_NAMESPACE, *, policy: EventPolicy | None = None
+    ) -> tuple[SessionStore, EventLog]: ...
+
+
+def _stored(event: NewEvent, sequence: int) -> StoredEvent:
+    return StoredEvent(
+        sequence=sequence, position=event.position, previous=event.previous, kind=event.kind, message=event.message
+    )
+
+
+async def _page(log: EventLog, key: UUID, stream: str = "instance.1", *, after: int = 0, limit: int = 100) -> EventPage:
+    page = await log.read(key, stream, after=after, limit=limit)
+    assert page is not None
+    assert len(page.events) <= limit
+    return page
+
+
+async def _all_of(log: EventLog, key: UUID, stream: str = "instance.1", *, limit: int = 100) -> list[StoredEvent]:
+    """A stream from its beginning, page by page."""
+    events: list[StoredEvent] = []
+    after, more = 0, True
+    while more:
+        page = await _page(log, key, stream, after=after, limit=limit)
+        assert page.events or not page.more
+        events += page.events
+        after, more = (page.events[-1].sequence, page.more) if page.events else (page.last, False)
+    return events
+
+
+async def _events_swept(log: EventLog, *, limit: int = 500) -> int:
+    """Sweep for as long as there is more; how many events were removed."""
+    report = EventSweepReport(more=True)
+    for _ in range(200):
+        if not report.more:
+            return report.removed
+        report += await log.sweep(limit=limit)
+    raise AssertionError("a sweep has no end")
+
+
+def _sized(size: int, position: int, **changes: Any) -> NewEvent:
+    """An event whose message takes so many bytes."""
+    return new_event(position, message='"' + "x" * (size - 2) + '"', **changes)
+
+
+@pytest.mark.anyio
+class EventLogConformance:
+    """What every `EventLog` does. Subclass it, and give the fixture `make_log` and the two methods."""
+
+    @pytest.fixture
+    def anyio_backend(self) -> str:
+        """The event loop: asyncio. Override it for a log that needs another."""
+        return "asyncio"
+
+    @pytest.fixture
+    def make_log(self) -> MakeLog:
+        """A function that makes logs over data of this test's own. It may be an async fixture that cleans up."""
+        raise NotImplementedError("override the fixture make_log")
+
+    @pytest.fixture
+    def made(self, make_log: MakeLog) -> tuple[SessionStore, EventLog]:
+        return make_log()
+
+    @pytest.fixture
+    def store(self, made: tuple[SessionStore, EventLog]) -> SessionStore:
+        return made[0]
+
+    @pytest.fixture
+    def log(self, made: tuple[SessionStore, EventLog]) -> EventLog:
+        return made[1]
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        """Make a session of the store have expired one second ago."""
+        raise NotImplementedError("override the method expire")
+
+    async def age_events(self, log: EventLog, key: UUID) -> None:
+        """Make all events that a session has by now have been stored two days ago."""
+        raise NotImplementedError("override the method age_events")
+
+    async def _opened(self, store: SessionStore, **changes: Any) -> UUID:
+        return (await store.create(new_session(**changes))).key
+
+    async def _assert_gone(self, log: EventLog, *keys: UUID) -> None:
+        for key in keys:
+            assert await log.read(key, "instance.1", after=0) is None
+            assert await log.append(key, [new_event(99)]) is None
+        assert await log.heads(keys) == {}
+
+    # Append and read
+
+    async def test_an_event_is_read_as_it_was_stored(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        event = new_event(7, previous=3)
+        first = await log.append(key, [event])
+        assert first is not None
+        assert first > 0
+        page = await _page(log, key)
+        assert page.events == [_stored(event, first)]
+        assert (page.more, page.first, page.last) == (False, first, first)
+
+    @pytest.mark.parametrize("kind", EventKind)
+    async def test_events_of_every_kind_are_kept(self, store: SessionStore, log: EventLog, kind: EventKind) -> None:
+        key = await self._opened(store)
+        event = new_event(kind=kind, message=None if kind is EventKind.PRIMING else "{}")
+        first = await log.append(key, [event])
+        assert first is not None
+        assert await _all_of(log, key) == [_stored(event, first)]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            pytest.param(json.dumps({"name": "\0"}), id="escaped NUL"),
+            pytest.param(json.dumps({"name": "\ud800"}), id="escaped surrogate"),
+            pytest.param(json.dumps({"name": "名前 🦀 é"}, ensure_ascii=False), id="not ASCII"),
+            pytest.param('{"b": 1,  "a": 2, "a": 3, "n": 1.0e2, "x": [null, "\'\\"$1?:a%s"]}', id="as written"),
+            pytest.param(json.dumps({"name": "x" * 3_000_000}), id="3 MB"),
+            pytest.param("", id="nothing"),
+        ],
+    )
+    async def test_messages_come_back_to_the_letter(self, store: SessionStore, log: EventLog, text: str) -> None:
+        key = await self._opened(store)
+        await log.append(key, [new_event(message=text)])
+        assert [event.message for event in await _all_of(log, key)] == [text]
+
+    async def test_an_event_gets_the_next_sequence_of_its_session_whatever_its_stream(
+        self, store: SessionStore, log: EventLog
+    ) -> None:
+        key = await self._opened(store)
+        first = await log.append(key, [new_event(0)])
+        assert first is not None
+        assert await log.append(key, [new_event(0, stream="instance.2"), new_event(1)]) == first + 1
+        assert await log.append(key, [new_event(0, stream=STANDALONE_STREAM)]) == first + 3
+        assert await log.append(key, [new_event(2)]) == first + 4
+        streams = {
+            "instance.1": [(first, 0), (first + 2, 1), (first + 4, 2)],
+            "instance.2": [(first + 1, 0)],
+            STANDALONE_STREAM: [(first + 3, 0)],
+        }
+        for stream, expected in streams.items():
+            page = await _page(log, key, stream)
+            assert [(event.sequence, event.position) for event in page.events] == expected
+            assert (page.more, page.first, page.last) == (False, first, first + 4)
+
+    async def test_positions_are_as_large_as_they_may_be(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        large = new_event(2**62, stream="名前 🦀 \\ ' %s " + "x" * 500, previous=2**62 - 1)
+        first = await log.append(key, [large])
+        assert first is not None
+        assert await _all_of(log, key, large.stream) == [_stored(large, first)]
+
+    async def test_events_of_several_sessions_do_not_mix(self, store: SessionStore, log: EventLog) -> None:
+        keys = [await self._opened(store) for _ in range(3)]
+        for turn in range(4):
+            for number, key in enumerate(keys):
+                await log.append(key, [new_event(turn, message=f'"{number} {turn}"')])
+        for number, key in enumerate(keys):
+            events = await _all_of(log, key)
+            assert [event.message for event in events] == [f'"{number} {turn}"' for turn in range(4)]
+            assert [event.sequence for event in events] == list(range(events[0].sequence, events[0].sequence + 4))
+
+    async def test_logs_of_one_namespace_see_the_same_events(self, make_log: MakeLog) -> None:
+        (store, here), (_, there) = make_log(), make_log()
+        key = await self._opened(store)
+        first = await here.append(key, [new_event(0)])
+        assert first is not None
+        assert await there.append(key, [new_event(1)]) == first + 1
+        assert await _all_of(here, key) == await _all_of(there, key)
+        assert await here.heads([key]) == {key: first + 1}
+
+    async def test_a_session_without_events_has_no_log(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        assert await log.read(key, "instance.1", after=0) is None
+        assert await log.heads([key]) == {}
+
+    async def test_a_stream_without_events_tells_how_far_the_log_goes(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        first = await log.append(key, [new_event(0), new_event(1)])
+        assert first is not None
+        page = await _page(log, key, "another")
+        assert (page.events, page.more, page.first, page.last) == ([], False, first, first + 1)
+
+    async def test_what_is_known_is_not_read_again(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        first = await log.append(key, [new_event(0), new_event(0, stream="instance.2"), new_event(1)])
+        assert first is not None
+        for after, expected in ((first - 1, [0, 1]), (first, [1]), (first + 1, [1]), (first + 2, []), (2**62, [])):
+            page = await _page(log, key, after=after)
+            assert [event.position for event in page.events] == expected
+            assert (page.more, page.first, page.last) == (False, first, first + 2)
+
+    async def test_a_stream_is_read_page_by_page(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        events = [new_event(number, stream=f"instance.{number % 2}") for number in range(30)]
+        first = await log.append(key, events)
+        assert first is not None
+        assert await _all_of(log, key, "instance.1", limit=4) == [
+            _stored(event, first + number) for number, event in enumerate(events) if number % 2
+        ]
+        page = await _page(log, key, "instance.1", limit=14)
+        assert (len(page.events), page.more) == (14, True)
+        page = await _page(log, key, "instance.1", limit=15)
+        assert (len(page.events), page.more) == (15, False)
+
+    async def test_large_events_are_read_page_by_page_whatever_the_limit(
+        self, store: SessionStore, log: EventLog
+    ) -> None:
+        key = await self._opened(store)
+        sizes = [2_000_000, 10, 10, 900_000, 900_000, 900_000, 10, 2_000_000, 10]
+        for number, size in enumerate(sizes):
+            await log.append(key, [_sized(size, number)])
+        assert [message_bytes(event) for event in await _all_of(log, key)] == sizes
+
+    async def test_events_that_are_stored_while_others_are_read_come_with_the_next_page(
+        self, make_log: MakeLog
+    ) -> None:
+        (store, here), (_, there) = make_log(), make_log()
+        key = await self._opened(store)
+        await there.append(key, [new_event(0)])
+        after, seen = 0, []
+        for number in range(1, 6):
+            page = await _page(here, key, after=after)
+            seen += [event.position for event in page.events]
+            after = page.last
+            await there.append(key, [new_event(number), new_event(number, stream="instance.2")])
+        assert seen == list(range(5))
+
+    # Many at once
+
+    async def test_of_appends_at_once_each_keeps_its_events_together(self, make_log: MakeLog) -> None:
+        made = [make_log() for _ in range(2)]
+        key = await self._opened(made[0][0])
+        appends = [
+            [new_event(10 * number + part, stream=f"instance.{part % 2}") for part in range(number % 4 + 1)]
+            for number in range(40)
+        ]
+        firsts = await asyncio.gather(
+            *(made[number % 2][1].append(key, events) for number, events in enumerate(appends))
+        )
+        expected: dict[str, list[StoredEvent]] = {"instance.0": [], "instance.1": []}
+        for first, events in zip(firsts, appends, strict=True):
+            assert first is not None
+            for offset, event in enumerate(events):
+                expected[event.stream].append(_stored(event, first + offset))
+        for stream, stored in expected.items():
+            assert await _all_of(made[0][1], key, stream) == sorted(stored, key=lambda event: event.sequence)
+        total = sum(map(len, appends))
+        last = (await made[0][1].heads([key]))[key]
+        taken = sorted(event.sequence for stored in expected.values() for event in stored)
+        assert taken == list(range(last - total + 1, last + 1))
+
+    async def test_appends_to_many_sessions_at_once_are_stored_in_each(
+        self, store: SessionStore, log: EventLog
+    ) -> None:
+        keys = list(await asyncio.gather(*(self._opened(store) for _ in range(60))))
+        unknown = [uuid.uuid4() for _ in range(10)]
+        turns = [(key, turn) for turn in range(5) for key in [*keys, *unknown]]
+        firsts = await asyncio.gather(*(log.append(key, [new_event(turn)]) for key, turn in turns))
+        assert [first is None for first in firsts] == [key in unknown for key, _ in turns]
+        for key in keys:
+            events = await _all_of(log, key)
+            assert sorted(event.position for event in events) == list(range(5))
+        assert (await log.heads([*keys, *unknown])).keys() == set(keys)
+
+    async def test_an_append_that_is_cancelled_disturbs_no_other(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        tasks = [asyncio.ensure_future(log.append(key, [new_event(number)])) for number in range(30)]
+        await asyncio.sleep(0)
+        for task in tasks[::3]:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        by_sequence = {event.sequence: event.position for event in await _all_of(log, key)}
+        for number, outcome in enumerate(outcomes):
+            if not isinstance(outcome, BaseException):
+                assert outcome is not None
+                assert by_sequence[outcome] == number
+            else:
+                assert number % 3 == 0
+
+    # What may have been stored before
+
+    async def test_what_was_stored_before_is_not_stored_again(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        events = [new_event(0), new_event(0, stream="instance.2"), new_event(1)]
+        first = await log.append(key, events)
+        assert first is not None
+        for _ in range(2):
+            assert await log.append(key, events, again=True) == first
+        assert await log.append(key, [new_event(1)], again=True) == first + 2
+        assert await log.heads([key]) == {key: first + 2}
+
+    async def test_what_was_not_stored_before_is_stored(self, store: SessionStore, log: EventLog) -> None:
+        key, other = await self._opened(store), await self._opened(store)
+        await log.append(other, [new_event(0)])
+        first = await log.append(key, [new_event(0)], again=True)
+        assert first is not None
+        assert await log.append(key, [new_event(0, stream="instance.2")], again=True) == first + 1
+        assert await log.append(key, [new_event(1)], again=True) == first + 2
+        assert await log.append(uuid.uuid4(), [new_event(0)], again=True) is None
+
+    async def test_some_are_stored_and_others_were_before(self, store: SessionStore, log: EventLog) -> None:
+        keys = [await self._opened(store) for _ in range(2)]
+        before = {(key, number): await log.append(key, [new_event(number)]) for key in keys for number in (0, 1)}
+        calls = [(key, number) for number in range(4) for key in keys]
+        firsts = await asyncio.gather(*(log.append(key, [new_event(number)], again=number < 3) for key, number in calls))
+        told = dict(zip(calls, firsts, strict=True))
+        assert {call: told[call] for call in before} == before
+        for key in keys:
+            events = await _all_of(log, key)
+            assert sorted(event.position for event in events) == [0, 1, 2, 3]
+            assert {event.position: event.sequence for event in events} == {n: told[key, n] for n in range(4)}
+
+    # Sessions that are not live
+
+    async def test_events_of_a_session_that_is_not_live_are_not_stored(
+        self, store: SessionStore, log: EventLog
+    ) -> None:
+        ended, expired = await self._opened(store), await self._opened(store)
+        await store.end(ended, reason=EndReason.CLIENT)
+        await self.expire(store, expired)
+        await self._assert_gone(log, ended, expired, uuid.uuid4())
+
+    async def test_of_a_session_with_events_that_has_expired_no_more_are_stored(
+        self, store: SessionStore, log: EventLog
+    ) -> None:
+        key, live = await self._opened(store), await self._opened(store)
+        for session in (key, live):
+            await log.append(session, [new_event(0)])
+        before = await log.heads([key])
+        await self.expire(store, key)
+        firsts = await asyncio.gather(*(log.append(session, [new_event(1)]) for session in (key, live)))
+        assert [first is None for first in firsts] == [True, False]
+        assert await log.heads([key]) == before
+
+    async def test_a_session_that_is_extended_after_its_expiry_goes_on_with_its_log(
+        self, store: SessionStore, log: EventLog
+    ) -> None:
+        key = await self._opened(store)
+        first = await log.append(key, [new_event(0)])
+        assert first is not None
+        await self.expire(store, key)
+        assert await store.touch([Activity(key=key, first_age=60.0, last_age=0.0)]) == set()
+        assert await log.append(key, [new_event(1)]) == first + 1
+        assert [event.position for event in await _all_of(log, key)] == [0, 1]
+
+    @pytest.mark.parametrize("reason", EndReason)
+    async def test_a_session_that_ends_loses_its_log(
+        self, store: SessionStore, log: EventLog, reason: EndReason
+    ) -> None:
+        ended, other, without = [await self._opened(store) for _ in range(3)]
+        for key in (ended, other):
+            await log.append(key, [new_event(number) for number in range(20)])
+        for key in (ended, without):
+            assert await store.end(key, reason=reason)
+        await self._assert_gone(log, ended, without)
+        assert len(await _all_of(log, other)) == 20
+
+    async def test_a_session_that_a_sweep_ends_loses_its_log(self, store: SessionStore, log: EventLog) -> None:
+        expired, live = await self._opened(store), await self._opened(store)
+        for key in (expired, live):
+            await log.append(key, [new_event(0)])
+        await self.expire(store, expired)
+        store.retention = _SHORT
+        assert (await _swept(store)).expired == 1
+        await self._assert_gone(log, expired)
+        assert len(await _all_of(log, live)) == 1
+
+    async def test_a_session_that_ends_for_the_limit_loses_its_log(self, make_log: MakeLog) -> None:
+        store, log = make_log()
+        store.retention = RetentionPolicy(per_principal=1)
+        first = await self._opened(store)
+        await log.append(first, [new_event(0)])
+        second = await self._opened(store)
+        await self._assert_gone(log, first)
+        assert await log.append(second, [new_event(0)]) is not None
+
+    # How many and how large
+
+    async def test_a_log_keeps_its_newest_events(self, make_log: MakeLog) -> None:
+        store, log = make_log(policy=EventPolicy(max_events_per_session=20))
+        key, other = await self._opened(store), await self._opened(store)
+        await log.append(other, [new_event(0)])
+        start = await log.append(key, [new_event(0)])
+        assert start is not None
+        for number in range(1, 70):
+            first = await log.append(key, [new_event(number, stream=f"instance.{number % 2}")])
+            assert first == start + number
+            page = await _page(log, key)
+            assert page.last == first
+            # All that is kept is there, and no more is kept than may be, and not much less.
+            assert 18 <= page.last - page.first + 1 <= 20 or number < 20
+            kept = [*await _all_of(log, key, "instance.0"), *await _all_of(log, key, "instance.1")]
+            assert sorted(event.sequence for event in kept) == list(range(page.first, page.last + 1))
+        assert len(await _all_of(log, other)) == 1
+
+    async def test_an_append_of_more_than_a_log_keeps_leaves_its_last_ones(self, make_log: MakeLog) -> None:
+        store, log = make_log(policy=EventPolicy(max_events_per_session=10))
+        key = await self._opened(store)
+        await log.append(key, [new_event(number) for number in range(10)])
+        await log.append(key, [new_event(number) for number in range(10, 60)])
+        events = await _all_of(log, key)
+        assert 9 <= len(events) <= 10
+        assert [event.position for event in events] == list(range(60 - len(events), 60))
+
+    async def test_a_log_keeps_no_more_bytes_than_it_may(self, make_log: MakeLog) -> None:
+        limit = 2000
+        store, log = make_log(policy=EventPolicy(max_bytes_per_session=limit))
+        key = await self._opened(store)
+        sizes = random.Random(4)  # noqa: S311
+        positions = iter(range(1000))
+        for _ in range(60):
+            events = [_sized(sizes.choice([20, 100, 600, 990]), next(positions)) for _ in range(sizes.choice([1, 2]))]
+            first = await log.append(key, events)
+            assert first is not None
+            kept = await _all_of(log, key)
+            assert [event.sequence for event in kept] == list(range(kept[0].sequence, first + len(events)))
+            assert kept[-1] == _stored(events[-1], first + len(events) - 1)
+            assert sum(map(message_bytes, kept)) <= limit
+
+    async def test_bytes_are_counted_and_not_characters(self, make_log: MakeLog) -> None:
+        store, log = make_log(policy=EventPolicy(max_bytes_per_session=1024))
+        key = await self._opened(store)
+        for number in range(3):
+            assert await log.append(key, [new_event(number, message="é" * 200)]) is not None
+        assert [event.position for event in await _all_of(log, key)] == [1, 2]
+        with pytest.raises(EventTooLarge):
+            await log.append(key, [new_event(3, message="é" * 513)])
+
+    async def test_events_without_a_message_take_no_bytes(self, make_log: MakeLog) -> None:
+        store, log = make_log(policy=EventPolicy(max_bytes_per_session=1024))
+        key = await self._opened(store)
+        await log.append(key, [_sized(1024, 0)])
+        await log.append(key, [new_event(number, kind=EventKind.PRIMING, message=None) for number in range(1, 9)])
+        assert len(await _all_of(log, key)) == 9
+
+    async def test_an_event_as_large_as_all_of_a_log_is_kept_alone(self, make_log: MakeLog) -> None:
+        store, log = make_log(policy=EventPolicy(max_bytes_per_session=1024))
+        key = await self._opened(store)
+        await log.append(key, [_sized(500, number) for number in range(2)])
+        await log.append(key, [_sized(1024, 2)])
+        assert [event.position for event in await _all_of(log, key)] == [2]
+        await log.append(key, [_sized(10, 3)])
+        assert [event.position for event in await _all_of(log, key)] == [3]
+
+    async def test_events_that_are_larger_than_all_of_a_log_are_not_stored(self, make_log: MakeLog) -> None:
+        store, log = make_log(policy=EventPolicy(max_bytes_per_session=1024))
+        key = await self._opened(store)
+        first = await log.append(key, [_sized(500, 0)])
+        assert first is not None
+        for events in ([_sized(1025, 1)], [_sized(600, 1), _sized(600, 2)]):
+            with pytest.raises(EventTooLarge):
+                await log.append(key, events)
+        assert await log.append(key, [_sized(500, 1)]) == first + 1
+        assert [event.position for event in await _all_of(log, key)] == [0, 1]
+
+    # How old
+
+    async def test_a_sweep_removes_events_that_are_too_old_and_nothing_else(
+        self, store: SessionStore, log: EventLog
+    ) -> None:
+        keys = [await self._opened(store) for _ in range(3)]
+        for key in keys[:2]:
+            await log.append(key, [new_event(number) for number in range(5)])
+            await self.age_events(log, key)
+        for key in keys[1:]:
+            await log.append(key, [new_event(number) for number in range(5, 8)])
+        last = await log.heads(keys)
+        assert await _events_swept(log) == 10
+        assert await _events_swept(log) == 0
+        assert await log.heads(keys) == last
+        page = await _page(log, keys[0])
+        assert (page.events, page.first, page.last) == ([], page.last + 1, last[keys[0]])
+        for key in keys[1:]:
+            page = await _page(log, key)
+            assert [event.position for event in page.events] == [5, 6, 7]
+            assert page.first == page.events[0].sequence
+
+    async def test_a_log_that_was_swept_goes_on_where_it_was(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        first = await log.append(key, [new_event(0), new_event(1)])
+        assert first is not None
+        await self.age_events(log, key)
+        assert await _events_swept(log) == 2
+        assert await log.append(key, [new_event(2)]) == first + 2
+        page = await _page(log, key)
+        assert [event.position for event in page.events] == [2]
+        assert (page.first, page.last) == (first + 2, first + 2)
+        # And gets old again.
+        assert await _events_swept(log) == 0
+        await self.age_events(log, key)
+        assert await _events_swept(log) == 1
+
+    async def test_what_is_kept_as_long_as_its_session_is_not_swept(self, make_log: MakeLog) -> None:
+        store, log = make_log(policy=EventPolicy(max_age=None))
+        key = await self._opened(store)
+        await log.append(key, [new_event(0)])
+        await self.age_events(log, key)
+        assert await _events_swept(log) == 0
+        assert len(await _all_of(log, key)) == 1
+
+    async def test_a_sweep_goes_on_step_by_step(self, store: SessionStore, log: EventLog) -> None:
+        keys = [await self._opened(store) for _ in range(4)]
+        for number, key in enumerate(keys):
+            await log.append(key, [new_event(position) for position in range(5 * number + 2)])
+            await self.age_events(log, key)
+            await log.append(key, [new_event(100)])
+        report = await log.sweep(limit=8)
+        assert 0 < report.removed <= 16
+        assert report.more
+        assert report.removed + await _events_swept(log, limit=8) == 38
+        for key in keys:
+            assert [event.position for event in await _all_of(log, key)] == [100]
+
+    async def test_several_who_sweep_at_once_remove_each_event_once(self, make_log: MakeLog) -> None:
+        made = [make_log() for _ in range(3)]
+        keys = [await self._opened(made[0][0]) for _ in range(12)]
+        for key in keys:
+            await made[0][1].append(key, [new_event(number) for number in range(15)])
+            await self.age_events(made[0][1], key)
+        removed = 0
+        for _ in range(200):
+            reports = await asyncio.gather(*(log.sweep(limit=20) for _, log in made))
+            removed += sum(report.removed for report in reports)
+            if not any(report.removed or report.more for report in reports):
+                break
+        assert removed == 180
+
+    # Namespaces
+
+    async def test_the_events_of_another_namespace_do_not_exist(self, make_log: MakeLog) -> None:
+        (_, mine), (their_store, theirs) = make_log("mine"), make_log("theirs")
+        assert (mine.namespace, theirs.namespace) == ("mine", "theirs")
+        key = await self._opened(their_store)
+        await self._assert_gone(mine, key)
+        await theirs.append(key, [new_event(0)])
+        await self._assert_gone(mine, key)
+        await mine.follow([key])
+        assert await mine.append(key, [new_event(0)], again=True) is None
+        assert [event.position for event in await _all_of(theirs, key)] == [0]
+        await self.age_events(theirs, key)
+        assert await _events_swept(mine) == 0
+        assert await _events_swept(theirs) == 1
+
+    # Heads, and hints
+
+    async def test_heads_tell_of_all_that_have_a_log(self, store: SessionStore, log: EventLog) -> None:
+        keys = [await self._opened(store) for _ in range(3)]
+        assert await log.heads([]) == {}
+        last = {}
+        for number, key in enumerate(keys[:2], 1):
+            first = await log.append(key, [new_event(position) for position in range(number)])
+            assert first is not None
+            last[key] = first + number - 1
+        assert await log.heads([*keys, uuid.uuid4()]) == last
+        assert await log.heads(set(keys)) == last
+
+    async def test_to_follow_changes_nothing(self, store: SessionStore, log: EventLog) -> None:
+        key, without = await self._opened(store), await self._opened(store)
+        first = await log.append(key, [new_event(0)])
+        assert first is not None
+        for _ in range(2):
+            await log.follow([key, without, uuid.uuid4()])
+        await log.follow([])
+        assert await log.append(key, [new_event(1)]) == first + 1
+        assert await log.heads([key, without]) == {key: first + 1}
+
+    async def test_who_waits_for_hints_may_be_cancelled(self, store: SessionStore, log: EventLog) -> None:
+        key = await self._opened(store)
+        for number in range(3):
+            listening = asyncio.ensure_future(log.listen(lambda _: None))
+            await asyncio.sleep(0.01)
+            assert not listening.done()
+            await log.follow([key])
+            assert await log.append(key, [new_event(number)]) is not None
+            listening.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await listening
+            assert listening.cancelled()
+
+    # Instances
+
+    async def test_an_instance_that_notes_that_it_runs_is_known_until_it_stops(self, make_log: MakeLog) -> None:
+        (_, here), (_, there) = make_log(), make_log()
+        names = [uuid.uuid4().hex for _ in range(3)]
+        assert await here.last_beats(names) == {}
+        assert await here.last_beats([]) == {}
+        for name in names[:2]:
+            for _ in range(2):
+                await there.beat(f"host:1234:{name}")
+        beats = await here.last_beats(names)
+        assert beats.keys() == set(names[:2])
+        assert all(timedelta(0) <= ago < timedelta(minutes=1) for ago in beats.values())
+        for _ in range(2):
+            await there.retire(f"host:1234:{names[0]}")
+        assert (await here.last_beats(names)).keys() == {names[1]}
+        await there.beat(f"host:1234:{names[0]}")
+        assert (await here.last_beats(names)).keys() == set(names[:2])
+
+    async def test_a_beat_is_as_old_as_it_is(self, log: EventLog) -> None:
+        early, late = uuid.uuid4().hex, uuid.uuid4().hex
+        await log.beat(f"host:1:{early}")
+        await asyncio.sleep(0.05)
+        await log.beat(f"host:1:{late}")
+        beats = await log.last_beats([early, late])
+        assert beats[early] - beats[late] > timedelta(milliseconds=20)
+        await log.beat(f"host:1:{early}")
+        beats = await log.last_beats([early, late])
+        assert beats[early] <= beats[late]
+
+    # The log's own life
+
+    async def test_a_log_may_be_opened_and_closed_more_than_once(self, make_log: MakeLog) -> None:
+        _, log = make_log()
+        await log.open()
+        await log.open()
+        await log.aclose()
+        await log.aclose()

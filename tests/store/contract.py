@@ -1,4 +1,4 @@
-"""The contract on a SQL database, however it is reached."""
+"""The contracts on a SQL database, however it is reached."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 import pytest
 import sqlalchemy as sa
 
-from mcp_session_store.sql import SqlSessionStore
-from mcp_session_store.sql.tables import sessions_table
-from mcp_session_store.testing import MakeStore, SessionStoreConformance
-from tests.store.databases import age_tombstone, execute, expire, settled
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql.tables import make_tables, sessions_table
+from mcp_session_store.store import DEFAULT_NAMESPACE
+from mcp_session_store.testing import EventLogConformance, MakeLog, MakeStore, SessionStoreConformance
+from tests.store.databases import age_events, age_tombstone, execute, expire, settled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from uuid import UUID
 
-    from mcp_session_store.store import SessionStore
+    from mcp_session_store.retention import EventPolicy
+    from mcp_session_store.store import EventLog, SessionStore
 
-__all__ = ["SqlStoreConformance"]
+__all__ = ["SqlEventLogConformance", "SqlStoreConformance"]
 
 
 class SqlStoreConformance(SessionStoreConformance):
@@ -48,3 +50,37 @@ class SqlStoreConformance(SessionStoreConformance):
 
     async def age_tombstone(self, store: SessionStore, key: UUID) -> None:
         await age_tombstone(store, key)
+
+
+class SqlEventLogConformance(EventLogConformance):
+    """Subclass it, and give the fixture `contract_url`."""
+
+    @pytest.fixture
+    def contract_url(self) -> str:
+        """The URL of a migrated database, whose sessions, events and instances each test removes."""
+        raise NotImplementedError("override the fixture contract_url")
+
+    @pytest.fixture
+    async def make_log(self, anyio_backend: str, contract_url: str) -> AsyncIterator[MakeLog]:
+        for table in reversed(make_tables().sorted_tables):
+            await execute(contract_url, sa.delete(table))
+        made: list[tuple[SqlSessionStore, SqlEventLog]] = []
+
+        def make(
+            namespace: str = DEFAULT_NAMESPACE, *, policy: EventPolicy | None = None
+        ) -> tuple[SessionStore, EventLog]:
+            store = SqlSessionStore(contract_url, namespace=namespace)
+            made.append((store, SqlEventLog(store, policy=policy)))
+            return made[-1]
+
+        yield make
+        for store, log in made:
+            await settled(store, log)
+            await log.aclose()
+            await store.aclose()
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        await expire(store, key)
+
+    async def age_events(self, log: EventLog, key: UUID) -> None:
+        await age_events(log, key)

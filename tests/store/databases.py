@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.pool import QueuePool
 
-from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.dialects import StoreClock
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
-from mcp_session_store.sql.tables import sessions_table
+from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -21,29 +21,36 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store.store import SessionStore
+    from mcp_session_store.store import EventLog, SessionStore
 
 
-def engine_of(store: SessionStore) -> AsyncEngine:
-    assert isinstance(store, SqlSessionStore)
+def engine_of(store: SessionStore | EventLog) -> AsyncEngine:
+    assert isinstance(store, SqlSessionStore | SqlEventLog)
     return store._database.engine
 
 
-def connections_checked_out(store: SessionStore) -> int:
+def connections_checked_out(store: SessionStore | EventLog) -> int:
     pool = engine_of(store).pool
     assert isinstance(pool, QueuePool)
     return pool.checkedout()
 
 
-async def settled(store: SessionStore) -> None:
-    """Wait until everything that the store began for calls is over, and then find no connection in use."""
-    assert isinstance(store, SqlSessionStore)
-    batchers = [value for value in vars(store).values() if isinstance(value, Batcher)]
-    assert batchers
-    for batcher in batchers:
-        if (task := batcher._drain_task) is not None:
+async def settled(*stores: SessionStore | EventLog) -> None:
+    """Wait until everything that stores on one engine began for calls is over, and then find no connection in use.
+
+    Whoever listens must have been cancelled.
+    """
+    for store in stores:
+        assert isinstance(store, SqlSessionStore | SqlEventLog)
+        batchers = [value for value in vars(store).values() if isinstance(value, Batcher)]
+        assert batchers
+        tasks = {batcher._drain_task for batcher in batchers} | store._listener._tasks
+        for task in tasks - {None}:
             await asyncio.wait({task})
-    assert connections_checked_out(store) == 0
+        for task in set(store._database.returning):
+            await asyncio.wait({task})
+    for store in stores:
+        assert connections_checked_out(store) == 0
 
 
 @asynccontextmanager
@@ -82,3 +89,13 @@ async def expire(store: SessionStore, key: UUID, *, ago: float = 1.0) -> None:
     statement = sa.update(table).where(table.c.key == key).values(expires_at=StoreClock(-ago))
     async with engine_of(store).begin() as connection:
         await connection.execute(statement)
+
+
+async def age_events(log: EventLog, key: UUID) -> None:
+    """Make all events that a session has have been stored two days ago, by the database's clock."""
+    logs, events = logs_table(), events_table()
+    long_ago = StoreClock(-2 * 86_400.0)
+    async with engine_of(log).begin() as connection:
+        await connection.execute(sa.update(events).where(events.c.key == key).values(created_at=long_ago))
+        has_events = logs.c.oldest_at.is_not(None)
+        await connection.execute(sa.update(logs).where(logs.c.key == key, has_events).values(oldest_at=long_ago))
