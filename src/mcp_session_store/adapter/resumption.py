@@ -136,6 +136,8 @@ class _Stream:
                 yield first
             if self._page is not None:
                 follower.moved(self._page.last)
+            # What was stored before we followed has woken nobody.
+            unsure = True
             was_over = False
             while True:
                 if (page := self._page) is not None:
@@ -155,13 +157,15 @@ class _Stream:
                         self._page = await self._read(follower)
                         continue
                     self._seen = max(self._seen, page.last)
-                while follower.offered:
-                    yield {"event": "message", "data": follower.offered.popleft()}
                 if follower.closed:
                     if follower.answer is not None and not self._cursor.standalone:
                         outcome = "ended"
                         yield self._terminal(follower.answer, outcome)
                     return
+                if unsure:
+                    self._page = await self._read(follower)
+                    unsure = self._page is None
+                    continue
                 if self._over():
                     if was_over:
                         outcome = "lost"
@@ -173,6 +177,9 @@ class _Stream:
                     was_over = self._page is not None
                     continue
                 await follower.wait(self._seen, seconds=LOOK_AGAIN)
+                # Given while the client had all that was stored: so before whatever has been stored since.
+                while follower.offered:
+                    yield {"event": "message", "data": follower.offered.popleft()}
                 if follower.head > self._seen and not follower.closed:
                     self._page = await self._read(follower)
         finally:
