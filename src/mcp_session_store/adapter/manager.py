@@ -36,7 +36,7 @@ from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS, H
 from mcp_session_store.adapter.journal import Journal
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.marker import RESTORE_MARKER
-from mcp_session_store.adapter.recorder import EventRecorder, sweep_events
+from mcp_session_store.adapter.recorder import RECOVERY_INTERVAL, EventRecorder, sweep_events
 from mcp_session_store.adapter.replay import Replay
 from mcp_session_store.adapter.request_ids import RequestIds
 from mcp_session_store.adapter.residents import MemoryFull, Residents
@@ -324,6 +324,8 @@ class DurableSessionManager(sdk.ManagerSeams):
                     await self._recorder.recover()
             except StoreUnavailable as error:
                 logger.warning("the session store cannot be reached; requests that need it get 503: %s", error)
+                if self._recorder is not None:
+                    self._recorder.wake.set()
             async with super().run():
                 self._start_background_tasks()
                 try:
@@ -342,7 +344,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             start(run_every, "sweep", self._sweep_interval, self._sweep)
         if (recorder := self._recorder) is not None:
             following = recorder.following
-            start(partial(run_every, "events", self._instance_timeout / 3, recorder.recover, wake=recorder.wake))
+            start(run_every, "heartbeat", self._instance_timeout / 3, recorder.beat)
+            start(partial(run_every, "events", RECOVERY_INTERVAL, recorder.recover, wake=recorder.wake))
             start(partial(run_every, "streams", POLL_INTERVAL, following.poll, wake=following.wake))
             start(run_again, "event hints", following.listen)
 
@@ -418,7 +421,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def _serve_stream(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a GET: from the event log where there is one, as what was said elsewhere and before is there."""
         request = Request(scope, receive)
-        last_event_id = request.headers.get("last-event-id")
+        last_event_id = request.headers.get("last-event-id") or None
         version = request.headers.get(MCP_PROTOCOL_VERSION_HEADER, DEFAULT_NEGOTIATED_VERSION)
         resumable = is_version_at_least(version, RESUMABLE_SINCE)
         # What somebody else's event store replays is the SDK's business.
@@ -435,7 +438,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             return
         try:
             response = await self._stream_response(session, last_event_id, resumable=resumable)
-        except SessionStoreError as error:
+        except Exception as error:
             _log_unavailable(error)
             response = _refused("unavailable", responses.unavailable())
         if response is None:
@@ -454,7 +457,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             SessionStoreError: The event log cannot be read.
         """
         events, session_id = session.events, session.session_id
-        if not last_event_id:
+        if last_event_id is None:
             assert events is not None
             assert events.live is not None
             if events.recorder.following.of(events.key, STANDALONE_STREAM) or events.live.is_open(GET_STREAM_KEY):

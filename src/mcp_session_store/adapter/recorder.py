@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import deque
@@ -14,7 +15,7 @@ from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, RequestId
 
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import Wake, report_failure
-from mcp_session_store.errors import EventTooLarge, SchemaError, StoreUnavailable
+from mcp_session_store.errors import SchemaError, StoreUnavailable
 from mcp_session_store.records import EventKind, instance_name, message_bytes
 from mcp_session_store.store import STANDALONE_STREAM
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mcp_session_store.records import NewEvent
     from mcp_session_store.store import EventLog
 
-__all__ = ["CallStream", "EventRecorder", "Outcome", "Recorded", "error_message", "sweep_events"]
+__all__ = ["RECOVERY_INTERVAL", "CallStream", "EventRecorder", "Outcome", "Recorded", "error_message", "sweep_events"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,10 @@ MAX_KEPT_BYTES: Final = 4 * 1024**2
 """What is kept of a session while its events cannot be stored, until they can."""
 MAX_KEPT_IN_ALL: Final = 64 * 1024**2
 """Bytes that are kept of all sessions together."""
+
+
+RECOVERY_INTERVAL: Final = 5.0
+"""Seconds after which storing is tried again, at the latest."""
 
 
 class Outcome(Enum):
@@ -65,6 +70,10 @@ class CallStream:
     request_id: RequestId
     resumable: bool
     """Whether its client comes back for what it misses."""
+    identified: bool = False
+    """Whether its client may have been given an id to come back with."""
+    answer: NewEvent | None = None
+    """Its last event, once there is one; until it is known to be stored it may be, or not."""
     position: int = 0
     """Of the next event."""
     previous: int = -1
@@ -99,8 +108,12 @@ class EventRecorder:
         self.wake: Final = Wake(gathering=0)
         """To be set when storing is to be tried."""
         # Until this instance has noted that it runs: who waits for a call of it must not take it for gone.
+        self._noted = False
         self._down = True
         self._told = False
+        self._failures = 0
+        self._try_at = 0.0
+        """When the next event may try whether storing works again, by anyio's clock."""
         self._kept: dict[UUID, _Kept] = {}
         self._kept_in_all = 0
         self._streams = 0
@@ -117,32 +130,37 @@ class EventRecorder:
         self.unfinished[stream.name] = stream
         return stream
 
-    async def record(self, key: UUID, event: NewEvent, *, give: Callable[[], bool]) -> Recorded:
+    async def record(self, key: UUID, event: NewEvent, *, give: Callable[[], bool], again: bool = False) -> Recorded:
         """Store an event, if that can be done at once. Raises nothing.
 
         Args:
             key: Its session.
             event: It.
             give: Called when it cannot be stored: whether a client gets it as it is.
+            again: Whether it may have been stored before.
         """
-        recorded = await self._record(key, event, give)
+        recorded = await self._record(key, event, give, again)
         telemetry.events.add(1, {"outcome": recorded.outcome.value})
         if _ends_call(event) and recorded.outcome is not Outcome.KEPT:
             self.unfinished.pop(event.stream, None)
         return recorded
 
-    async def _record(self, key: UUID, event: NewEvent, give: Callable[[], bool]) -> Recorded:
-        if not self._down and key not in self._kept:
+    async def _record(self, key: UUID, event: NewEvent, give: Callable[[], bool], again: bool) -> Recorded:
+        if key not in self._kept and self._may_try():
             try:
-                sequence = await self.log.append(key, [event])
+                sequence = await self._append(key, event, again=again)
             except (StoreUnavailable, SchemaError) as error:
                 self._went_down(error)
             except Exception as error:
-                return await self._refused(key, event, give, error)
+                # It is this event that is not taken.
+                report_failure("events", error)
+                given = give()
+                if not _ends_call(event):
+                    return Recorded(Outcome.LIVE if given else Outcome.LOST)
+                return await self._store_instead(key, event, error)
             else:
                 if sequence is None:
                     return Recorded(Outcome.LOST)  # with its session
-                self.following.moved(key, sequence)
                 return Recorded(Outcome.STORED, sequence)
         given = give()
         # Who comes back for an answer has not got it.
@@ -150,13 +168,36 @@ class EventRecorder:
             return Recorded(Outcome.LIVE)
         return Recorded(self._keep(key, event))
 
-    async def _refused(self, key: UUID, event: NewEvent, give: Callable[[], bool], error: Exception) -> Recorded:
-        """An event that will never be stored."""
-        report_failure("events", error, log=not isinstance(error, EventTooLarge))
-        given = give()
-        if _ends_call(event):
-            await self._record(key, self._instead_of(event, str(error)), lambda: False)
-        return Recorded(Outcome.LIVE if given else Outcome.LOST)
+    def _may_try(self) -> bool:
+        if not self._down:
+            return True
+        now = anyio.current_time()
+        # What is kept is tried in the background; where nothing is, one event tries now and then.
+        if self._kept or not self._noted or now < self._try_at:
+            return False
+        self._try_at = now + RECOVERY_INTERVAL
+        return True
+
+    async def _append(self, key: UUID, event: NewEvent, *, again: bool) -> int | None:
+        trying = self._down
+        sequence = await self.log.append(key, [event], again=again)
+        if trying:
+            self._came_up()
+        if sequence is not None:
+            self.following.moved(key, event.stream, sequence)
+        return sequence
+
+    async def _store_instead(self, key: UUID, event: NewEvent, error: Exception) -> Recorded:
+        """Store an error in place of an answer that is not taken, so that nobody waits for it."""
+        instead = self._instead_of(event, f"it is not taken by the log ({type(error).__name__})")
+        try:
+            await self._append(key, instead, again=False)
+        except (StoreUnavailable, SchemaError) as failure:
+            self._went_down(failure)
+            return Recorded(self._keep(key, instead))
+        except Exception as failure:
+            report_failure("events", failure)
+        return Recorded(Outcome.LOST)
 
     def _instead_of(self, event: NewEvent, reason: str) -> NewEvent:
         """What a client gets that comes back for an answer which cannot be had any more."""
@@ -188,67 +229,88 @@ class EventRecorder:
         return Outcome.KEPT
 
     def _went_down(self, error: Exception) -> None:
-        self.following.reliable_since = math.inf
         self._down = True
+        self._failures += 1
+        self._try_at = anyio.current_time() + min(0.25 * 2 ** min(self._failures, 10), RECOVERY_INTERVAL)
         if not self._told:
             self._told = True
             logger.warning("events cannot be stored for now, and go out without ids: %s", error)
         self.wake.set()
 
-    async def recover(self) -> None:
-        """Note that this instance runs, and store what is kept.
-
-        Raises:
-            SessionStoreError: It cannot be done yet.
-        """
-        try:
-            await self.log.beat(self.instance)
-        except Exception as error:
-            self._went_down(error)
-            raise
+    def _came_up(self) -> None:
         self._down = False
+        self._failures = 0
         if self._told:
             self._told = False
             logger.info("events can be stored again; %d sessions have some that were kept", len(self._kept))
+
+    async def beat(self) -> None:
+        """Note that this instance runs.
+
+        Raises:
+            SessionStoreError: It cannot be done now.
+        """
+        try:
+            await self.log.beat(self.instance)
+        except BaseException:
+            self.following.reliable_since = math.inf
+            raise
         self.following.reliable_since = min(self.following.reliable_since, anyio.current_time())
+        if not self._noted:
+            self._noted = True
+            self._came_up()
+
+    async def recover(self) -> None:
+        """Store what is kept.
+
+        Raises:
+            SessionStoreError: It does not work yet.
+        """
+        if not self._noted:
+            await self.beat()
         async with anyio.create_task_group() as tasks:
             for key in list(self._kept):
                 tasks.start_soon(self._store_kept, key)
-        if self._down:
-            raise StoreUnavailable("events cannot be stored")
-
-    async def retire(self) -> None:
-        """Store what is kept, if that can be done, and note that this instance has stopped with all its calls."""
-        try:
-            await self.recover()
-            await self.log.retire(self.instance)
-        except Exception as error:
-            report_failure("events", error)
+        if self._down and self._kept:
+            raise StoreUnavailable("events cannot be stored yet")
 
     async def _store_kept(self, key: UUID) -> None:
         """Store what is kept of a session, in its order; whatever comes meanwhile waits behind it."""
         kept = self._kept[key]
-        while kept.events and not self._down:
+        while kept.events:
             event = kept.events[0]
+            sequence: int | None = None
             try:
                 # A try before may have stored it, and its answer was lost.
-                sequence = await self.log.append(key, [event], again=True)
+                sequence = await self._append(key, event, again=True)
             except (StoreUnavailable, SchemaError) as error:
                 self._went_down(error)
                 return
             except Exception as error:
                 report_failure("events", error)
-                sequence = None
+                if _ends_call(event):
+                    await self._store_instead_of_kept(key, event, error)
             kept.events.popleft()
             kept.size -= message_bytes(event)
             self._kept_in_all -= message_bytes(event)
             telemetry.events.add(1, {"outcome": (Outcome.LOST if sequence is None else Outcome.STORED).value})
             if _ends_call(event):
                 self.unfinished.pop(event.stream, None)
-            if sequence is not None:
-                self.following.moved(key, sequence)
-        if not kept.events:
-            del self._kept[key]
+        del self._kept[key]
+
+    async def _store_instead_of_kept(self, key: UUID, event: NewEvent, error: Exception) -> None:
+        instead = self._instead_of(event, f"it is not taken by the log ({type(error).__name__})")
+        with contextlib.suppress(Exception):
+            await self._append(key, instead, again=False)
+
+    async def retire(self) -> None:
+        """Store what is kept, if that can be done, and note that this instance has stopped with all its calls."""
+        try:
+            if self._kept:
+                await self.recover()
+            await self.log.retire(self.instance)
+        except Exception as error:
+            report_failure("events", error)
 
 
 async def sweep_events(log: EventLog) -> None:

@@ -129,17 +129,19 @@ class _Stream:
         elsewhere = None if self._cursor.standalone or here else self._cursor.instance
         follower = Follower(self._events.key, self._cursor.stream)
         following = self._recorder.following
+        # MCP 2025-11-25, basic/transports, multiple connections: no message goes to two. The latest has them.
+        for other in following.of(self._events.key, self._cursor.stream):
+            other.close()
         following.add(follower, instance=elsewhere)
         outcome = "left"
         try:
             if first is not None:
                 yield first
-            if self._page is not None:
-                follower.moved(self._page.last)
-            was_over = False
-            while True:
-                if (page := self._page) is not None:
-                    self._page = None
+            page, self._page = self._page, None
+            # What was stored before we followed has woken nobody; and a call that has ended may have stored its answer.
+            latest = was_over = False
+            while not follower.closed:
+                if page is not None:
                     if self._misses(page):
                         if not self._cursor.standalone:
                             outcome = "trimmed"
@@ -151,30 +153,30 @@ class _Stream:
                     if self._cursor.final:
                         outcome = "complete"
                         return
-                    if page.more:
-                        self._page = await self._read(follower)
-                        continue
-                    self._seen = max(self._seen, page.last)
-                while follower.offered:
-                    yield {"event": "message", "data": follower.offered.popleft()}
-                if follower.closed:
-                    if follower.answer is not None and not self._cursor.standalone:
-                        outcome = "ended"
-                        yield self._terminal(follower.answer, outcome)
-                    return
-                if self._over():
-                    if was_over:
-                        outcome = "lost"
-                        yield self._terminal(LOST, outcome)
-                        return
-                    # It may have stored its answer just before.
-                    was_over = True
-                    self._page = await self._read(follower)
-                    was_over = self._page is not None
+                    if not page.more:
+                        self._seen = max(self._seen, page.last)
+                        if was_over:
+                            outcome = "lost"
+                            yield self._terminal(LOST, outcome)
+                            return
+                is_over = self._over()
+                if latest and not is_over and (page is None or not page.more) and follower.head <= self._seen:
+                    await follower.wait(self._seen, seconds=LOOK_AGAIN)
+                    # Given while the client had all that was stored: so before whatever has been stored since.
+                    while follower.offered:
+                        event = follower.offered.popleft()
+                        yield {"event": "message", "data": event.message}
+                        if event.kind.final and not self._cursor.standalone:
+                            outcome = "complete"
+                            return
+                    page = None
                     continue
-                await follower.wait(self._seen, seconds=LOOK_AGAIN)
-                if follower.head > self._seen and not follower.closed:
-                    self._page = await self._read(follower)
+                page = await self._read(follower)
+                latest = page is not None
+                was_over = is_over and page is not None
+            if follower.answer is not None and not self._cursor.standalone:
+                outcome = "ended"
+                yield self._terminal(follower.answer, outcome)
         finally:
             following.remove(follower, instance=elsewhere)
             telemetry.resumed.add(1, {"outcome": outcome})

@@ -13,6 +13,7 @@ from mcp.server import streamable_http_manager
 from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
 from mcp.server.lowlevel.server import Server
 from mcp.server.mcpserver import MCPServer
+from mcp.server.streamable_http import StreamableHTTPServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
 from starlette.routing import Route
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectSendStream
     from fastmcp import FastMCP
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
-    from mcp.server.streamable_http import EventStore, StreamableHTTPServerTransport
+    from mcp.server.streamable_http import EventStore
     from mcp.shared._stream_protocols import ReadStream, WriteStream
     from mcp.shared.message import SessionMessage
     from mcp_types import RequestId
@@ -73,8 +74,12 @@ def _check_sdk() -> None:
     missing += [
         name for name in ("serve_loop", "StreamableHTTPServerTransport") if not hasattr(streamable_http_manager, name)
     ]
+    transport = StreamableHTTPServerTransport(mcp_session_id=None)
+    missing += [
+        name for name in ("_mint_priming_event", "_request_streams", "close_sse_stream") if not hasattr(transport, name)
+    ]
     if missing:
-        raise ImportError(f"its session manager has no {', '.join(missing)}")
+        raise ImportError(f"its session manager or transport has no {', '.join(missing)}")
 
 
 _check_sdk()
@@ -207,8 +212,11 @@ def _begin_streams(transport: StreamableHTTPServerTransport, events: SessionEven
     close = transport.close_sse_stream
 
     def close_sse_stream(request_id: RequestId) -> None:
-        close(request_id)
-        events.close_stream(str(request_id))
+        stream_id = str(request_id)
+        # A client that was given no id, because nothing could be stored, would not come back.
+        if events.can_come_back(stream_id):
+            close(request_id)
+            events.close_stream(stream_id)
 
     # Called once for each request that is answered by a stream, before it is dispatched; and its result may be that
     # there is no priming event, which an event store cannot say.

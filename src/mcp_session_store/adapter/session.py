@@ -118,6 +118,8 @@ class ResidentSession:
         self.owner = owner
         self.transport = transport
         self.events = events
+        if events is not None:
+            events.on_recorded = self._rest
         self.record: SessionRecord | None = None
         """As it was when the session was opened or restored here; `None` before."""
         self.marker: SessionRestoreMarker | None = None
@@ -191,8 +193,9 @@ class ResidentSession:
     @property
     def busy(self) -> bool:
         """Whether somebody would notice if it left memory now."""
-        # A call outlives its client's connection, and a 202 precedes its processing: so both counts.
-        return self.pins > 0 or self.unsettled > 0
+        # A call outlives its client's connection, and a 202 precedes its processing: so both count. And an answer
+        # that is to be stored outlives its handler.
+        return self.pins > 0 or self.unsettled > 0 or (self.events is not None and self.events.busy)
 
     @property
     def stale(self) -> bool:
@@ -260,6 +263,8 @@ class ResidentSession:
         self.unsettled -= 1
         if request_id is not None:
             self._calls.discard(request_id)
+            if self.events is not None:
+                self.events.returned(request_id)
         self._rest()
 
     def _rest(self) -> None:

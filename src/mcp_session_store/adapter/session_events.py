@@ -22,12 +22,13 @@ from mcp_types import (
 from mcp_types.version import is_version_at_least
 
 from mcp_session_store.adapter.background import report_failure
-from mcp_session_store.adapter.event_ids import Cursor, EventIds
+from mcp_session_store.adapter.event_ids import Cursor, EventIds, fits
 from mcp_session_store.adapter.recorder import CallStream, Outcome, error_message
 from mcp_session_store.records import EventKind, NewEvent
 from mcp_session_store.store import STANDALONE_STREAM
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from uuid import UUID
 
     from mcp.server.streamable_http import EventCallback, EventId, StreamId
@@ -83,6 +84,10 @@ class SessionEvents(EventStore):
         self.live: LiveStreams | None = None
         """The open responses of the SDK's transport."""
         self._calls: dict[str, CallStream] = {}
+        self._identified = False
+        self._returned: set[str] = set()
+        self.on_recorded: Callable[[], None] = lambda: None
+        """Called when the last answer that was still to be stored is."""
         # All copies of a session write the one stream: their positions are apart by chance.
         self._position = random.getrandbits(31) << 31
 
@@ -98,12 +103,12 @@ class SessionEvents(EventStore):
         if not self.active:
             return None
         request_id, method = _call_of(stream_id, POSTED.get(b""))
-        if method == "initialize":
+        if method == "initialize" or not fits(request_id):
             return None
         resumable = is_version_at_least(protocol_version, RESUMABLE_SINCE)
-        if (forgotten := self._calls.get(stream_id)) is not None:
+        if (forgotten := self._calls.get(stream_id)) is not None and forgotten.answer is None:
             # The client uses the id of a call that runs; the SDK answers the later one with whatever comes first.
-            self.recorder.unfinished.pop(forgotten.name, None)
+            await self._lose(forgotten)
         stream = self._calls[stream_id] = self.recorder.begin(request_id, resumable=resumable)
         if not resumable or self.recorder.down:
             return None
@@ -136,6 +141,8 @@ class SessionEvents(EventStore):
                 if not self._begins_streams:
                     return ""  # the call is answered already, or nobody can resume it
                 request_id, _ = _call_of(stream_id, b"")
+                if not fits(request_id):
+                    return ""
                 stream = self._calls[stream_id] = self.recorder.begin(request_id, resumable=message is None)
         return await self._never_raising(stream, stream_id, message)
 
@@ -168,6 +175,17 @@ class SessionEvents(EventStore):
 
     # What the session manager calls
 
+    @property
+    def busy(self) -> bool:
+        """Whether answers are on their way to the log."""
+        return bool(self._returned)
+
+    def returned(self, request_id: RequestId) -> None:
+        """A handler of a call has returned: its answer is still to be stored."""
+        stream = self._calls.get(str(request_id))
+        if stream is not None and stream.answer is None:
+            self._returned.add(stream.name)
+
     async def prime_standalone(self) -> Cursor | None:
         """Store a priming event of the standalone stream; `None` when that cannot be done now."""
         if not self.active or self.recorder.down:
@@ -187,6 +205,13 @@ class SessionEvents(EventStore):
         for follower in self.recorder.following.of(self.key, cursor.stream):
             follower.close()
 
+    def can_come_back(self, stream_id: str) -> bool:
+        """Whether the client of a stream may have got an id to come back with."""
+        if stream_id == GET_STREAM_KEY:
+            return self._identified
+        stream = self._calls.get(stream_id)
+        return stream is not None and stream.identified
+
     def close_stream(self, stream_id: str) -> None:
         """The server closes a stream, for its client to come back: also where it was resumed already."""
         name = STANDALONE_STREAM if stream_id == GET_STREAM_KEY else None
@@ -200,8 +225,15 @@ class SessionEvents(EventStore):
         """End all responses that follow streams of this session.
 
         Args:
-            answer: What the calls are told, as the message of a JSON-RPC error; nothing unless given.
+            answer: What the calls are told, as the message of a JSON-RPC error, because the session has ended, with all
+                its events; nothing unless given.
         """
+        if answer is not None:
+            self.active = False
+            for stream in self._calls.values():
+                self.recorder.unfinished.pop(stream.name, None)
+            self._calls.clear()
+            self._returned.clear()
         for follower in self.recorder.following.of(self.key):
             follower.close(answer)
 
@@ -209,9 +241,15 @@ class SessionEvents(EventStore):
         """The copy of the session has left memory: no call of it that has not been answered ever will be."""
         calls, self._calls = self._calls, {}
         for stream in calls.values():
-            text = error_message(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
-            event = _event(stream, EventKind.ERROR, text)
-            await self.recorder.record(self.key, event, give=lambda: False)
+            if stream.answer is None:
+                await self._lose(stream)
+            else:
+                # It left while this was being stored.
+                await self.recorder.record(self.key, stream.answer, give=lambda: False, again=True)
+
+    async def _lose(self, stream: CallStream) -> None:
+        text = error_message(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
+        await self.recorder.record(self.key, _event(stream, EventKind.ERROR, text), give=lambda: False)
 
     # Both
 
@@ -223,24 +261,42 @@ class SessionEvents(EventStore):
             return ""
 
     async def _store(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
-        text = None if message is None else message.model_dump_json(by_alias=True, exclude_unset=True)
         kind = _kind_of(message)
+        try:
+            text = None if message is None else message.model_dump_json(by_alias=True, exclude_unset=True)
+        except ValueError as error:
+            # Neither can the SDK send it, nor anybody else.
+            report_failure("events", error)
+            if stream is None or not kind.final:
+                return ""
+            kind, text = EventKind.ERROR, error_message(stream.request_id, NOT_JSON, reason="lost")
         if stream is None:
             self._position += 1
             event = NewEvent(stream=STANDALONE_STREAM, position=self._position, kind=kind, message=text)
         else:
             event = _event(stream, kind, text)
+            if kind.final:
+                stream.answer = event
+        recorded = await self.recorder.record(self.key, event, give=lambda: self._give(stream_id, event))
+        if stream is not None:
             if kind.final and self._calls.get(stream_id) is stream:
                 # What else comes under this id belongs to another call.
                 del self._calls[stream_id]
-        recorded = await self.recorder.record(self.key, event, give=lambda: self._give(stream_id, event))
-        if stream is not None and recorded.outcome is not Outcome.LIVE:
-            stream.previous = event.position
+            if stream.name in self._returned and kind.final:
+                self._returned.remove(stream.name)
+                if not self._returned:
+                    self.on_recorded()
+            if recorded.outcome is not Outcome.LIVE:
+                stream.previous = event.position
         if recorded.outcome is not Outcome.STORED:
             return ""
-        if self.live is not None and (stream is None or stream.resumable) and self.live.is_stuck(stream_id):
+        if stream is None:
+            self._identified = True
+        else:
+            stream.identified = True
+        if self._is_stuck(stream, stream_id):
             # Its client does not read: it gets the rest from the log, and the session's other streams go on.
-            self.live.close(stream_id)
+            self._cut(stream_id)
         return self.ids.write(
             Cursor(
                 stream=event.stream,
@@ -254,12 +310,23 @@ class SessionEvents(EventStore):
     def _give(self, stream_id: str, event: NewEvent) -> bool:
         """Whether a client gets an event that is not stored: the SDK sends it where a response is open."""
         if self.live is not None and self.live.is_open(stream_id):
-            return True
+            if not (self._is_stuck(self._calls.get(stream_id), stream_id) and self.can_come_back(stream_id)):
+                return True
+            self._cut(stream_id)
         if event.message is None:
             return False
-        return any(f.offer(event.message) for f in self.recorder.following.of(self.key, event.stream))
+        return any(f.offer(event) for f in self.recorder.following.of(self.key, event.stream))
+
+    def _is_stuck(self, stream: CallStream | None, stream_id: str) -> bool:
+        resumable = stream is None or stream.resumable
+        return resumable and self.live is not None and self.live.is_stuck(stream_id)
+
+    def _cut(self, stream_id: str) -> None:
+        if self.live is not None:
+            self.live.close(stream_id)
 
 
+NOT_JSON: Final = "The answer to the call cannot be written as JSON."
 LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
 
 
