@@ -1,12 +1,14 @@
 """What streams that resume need: the events of sessions, their logs, and the instances that run.
 
-Adds only; sessions that are there already get a log with their first event.
+Adds only; sessions that are there already get a log with their first event. The way back drops all events, and refuses
+to where their table is partitioned.
 """
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
+from alembic.util.exc import CommandError
 from sqlalchemy.dialects import postgresql
 
 revision = "1_0003_events"
@@ -58,7 +60,18 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     schema = op.get_context().version_table_schema
+    if _is_partitioned(schema):
+        raise CommandError("the events are partitioned; undo that first: mcp-session-store events unpartition")
     op.drop_table("mcp_session_instance", schema=schema)
     op.drop_table("mcp_session_event", schema=schema)
     op.drop_index("ix_mcp_session_log_oldest", "mcp_session_log", schema=schema)
     op.drop_table("mcp_session_log", schema=schema)
+
+
+def _is_partitioned(schema: str | None) -> bool:
+    context = op.get_context()
+    if context.as_sql or context.dialect.name != "postgresql":
+        return False
+    name = context.dialect.identifier_preparer.format_table(sa.table("mcp_session_event", schema=schema))
+    found = sa.text("SELECT count(*) FROM pg_partitioned_table WHERE partrelid = to_regclass(CAST(:name AS text))")
+    return bool(op.get_bind().execute(found, {"name": name}).scalar_one())

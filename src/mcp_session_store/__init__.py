@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.journal import JournaledMethod
     from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
     from mcp_session_store.adapter.marker import get_restore_marker
+    from mcp_session_store.adapter.resumable import ResumableSessionManager
     from mcp_session_store.app import durable_app
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 
@@ -48,6 +49,7 @@ __all__ = [
     # Serve a server durably
     "durable_app",
     "DurableSessionManager",
+    "ResumableSessionManager",
     "JournaledMethod",
     "get_restore_marker",
     "RestoreHook",
@@ -99,6 +101,7 @@ _IMPORTED_WHEN_USED: Final = {
     "JournaledMethod": "adapter.journal",
     "DurableSessionManager": "adapter.manager",
     "EndHook": "adapter.manager",
+    "ResumableSessionManager": "adapter.resumable",
     "RestoreHook": "adapter.manager",
     "get_restore_marker": "adapter.marker",
     "durable_app": "app",

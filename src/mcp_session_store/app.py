@@ -9,13 +9,14 @@ from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS
 from mcp_session_store.adapter.manager import (
     DEFAULT_END_WITHIN,
     DEFAULT_EVICT_AFTER,
+    DEFAULT_INSTANCE_TIMEOUT,
     DEFAULT_REPLAY_TIMEOUT,
     DEFAULT_SWEEP_INTERVAL,
 )
 from mcp_session_store.errors import ConfigurationError
-from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlSessionStore
-from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
+from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE, EventLog, SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,7 @@ def durable_app(
     schema: str | None = None,
     auto_upgrade: bool = False,
     retention: RetentionPolicy | None = None,
+    events: bool | EventPolicy | EventLog = False,
     on_restore: RestoreHook | None = None,
     on_end: EndHook | None = None,
     replay_timeout: float = DEFAULT_REPLAY_TIMEOUT,
@@ -47,6 +49,7 @@ def durable_app(
     end_within: float = DEFAULT_END_WITHIN,
     activity_interval: float | None = None,
     sweep_interval: float | None = DEFAULT_SWEEP_INTERVAL,
+    instance_timeout: float = DEFAULT_INSTANCE_TIMEOUT,
     journaled_methods: Sequence[JournaledMethod] = (),
     **options: Any,
 ) -> Starlette:
@@ -67,6 +70,10 @@ def durable_app(
             is always migrated.
         retention: With a URL: how long sessions live, and how many there may be. Unless given, what the
             environment asks for: see `RetentionPolicy.from_environment`.
+        events: Whether streams can be resumed: a client that lost its connection, or its server, comes back with
+            `Last-Event-ID` and gets what it missed. Events are kept in the database of the sessions, by the policy that
+            is given; with `True` by the one that the environment asks for: see `EventPolicy.from_environment`. With a
+            store that is not one of ours, give its `EventLog`.
         on_restore: See `DurableSessionManager`.
         on_end: See `DurableSessionManager`.
         replay_timeout: See `DurableSessionManager`; seconds.
@@ -75,6 +82,7 @@ def durable_app(
         end_within: See `DurableSessionManager`; seconds.
         activity_interval: See `DurableSessionManager`; seconds.
         sweep_interval: See `DurableSessionManager`; seconds.
+        instance_timeout: See `DurableSessionManager`; seconds.
         journaled_methods: See `DurableSessionManager`.
         **options: For the framework's own factory (`streamable_http_app`, `http_app`), by its names.
             `session_idle_timeout` sets the policy's idle time here, for all instances. FastMCP takes `max_sessions` and
@@ -93,6 +101,7 @@ def durable_app(
         "end_within": end_within,
         "activity_interval": activity_interval,
         "sweep_interval": sweep_interval,
+        "instance_timeout": instance_timeout,
         "journaled_methods": journaled_methods,
     }
     if isinstance(store, SessionStore):
@@ -104,8 +113,25 @@ def durable_app(
         }
         if names := [name for name, is_given in given.items() if is_given]:
             raise ConfigurationError(f"{', '.join(names)} go with a database URL; give them to the store that you made")
-        return build_app(server, store, options=options, settings=settings)
+        return build_app(server, store, options=options, settings=settings | _event_settings(store, events))
     if retention is None:
         retention = RetentionPolicy.from_environment()
     made = SqlSessionStore(store, namespace=namespace, schema=schema, auto_upgrade=auto_upgrade, retention=retention)
-    return build_app(server, made, options=options, settings={**settings, "close_store": True})
+    settings |= {"close_store": True, **_event_settings(made, events)}
+    return build_app(server, made, options=options, settings=settings)
+
+
+def _event_settings(store: SessionStore, events: bool | EventPolicy | EventLog) -> dict[str, Any]:
+    """What the manager is told about events."""
+    if events is False:
+        return {}
+    if isinstance(events, EventLog):
+        return {"event_log": events}
+    if not isinstance(events, EventPolicy) and events is not True:
+        raise ConfigurationError(f"events must be True, False, an EventPolicy or an EventLog, not {events!r}")
+    if not isinstance(store, SqlSessionStore):
+        raise ConfigurationError(
+            f"events of a {type(store).__name__} are not kept in a database of ours; give its EventLog as events"
+        )
+    policy = events if isinstance(events, EventPolicy) else EventPolicy.from_environment()
+    return {"event_log": SqlEventLog(store, policy=policy), "close_event_log": True}

@@ -63,7 +63,7 @@ def test_a_sweep_goes_on_until_there_is_no_more_and_reports_what_went(
     assert done.stdout == "25 expired sessions ended, 12 that ended long ago were removed for good\n"
     assert _counts(database_url) == [3, 0, 27]
     again = command("sweep", "--json", environment=environment)
-    assert json.loads(again.stdout) == {"dry_run": False, "expired": 0, "purged": 0, "more": False}
+    assert json.loads(again.stdout) == {"dry_run": False, "expired": 0, "purged": 0, "events": 0, "more": False}
 
 
 def test_a_terminal_gets_a_bar_and_the_report(terminal: TerminalFunction, database_url: str) -> None:

@@ -32,6 +32,7 @@ from mcp_session_store.records import Activity
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.sql import SqlSessionStore, migrate
 from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.partitions import EventPartitions
 from mcp_session_store.sql.schema import HEAD, check_revision
 from mcp_session_store.sql.tables import VERSION_TABLE, make_tables, sessions_table
 from mcp_session_store.testing import new_session
@@ -114,7 +115,7 @@ async def test_the_tables_in_a_schema_are_those_of_the_migrations(postgres_url: 
         postgres_url, "SELECT schemaname, tablename FROM pg_tables WHERE tablename LIKE 'mcp_session%'"
     )
     assert {row.schemaname for row in tables} == {"sessions"}
-    assert {row.tablename for row in tables} == {"mcp_session", "mcp_session_journal", "mcp_session_version"}
+    assert {row.tablename for row in tables} == {VERSION_TABLE, *(table.name for table in make_tables().sorted_tables)}
 
 
 async def test_a_database_goes_up_down_and_up_again_with_sessions_in_it(database_url: str) -> None:
@@ -169,6 +170,29 @@ async def test_sessions_from_before_there_was_retention_get_an_expiry(database_u
         assert await store.sweep() == SweepReport(expired=1)
     await migrate.downgrade(database_url, revision="1_0001_sessions")
     assert len(await execute(database_url, "SELECT key FROM mcp_session")) == 1
+
+
+@pytest.mark.parametrize("schema", [None, "My sessions"])
+async def test_a_partitioned_database_is_not_downgraded_and_is_otherwise_as_the_migrations_make_it(
+    postgres_url: str, schema: str | None
+) -> None:
+    await migrate.upgrade(postgres_url, schema=schema)
+    async with EventPartitions(postgres_url, schema=schema) as events:
+        await events.partition(timedelta(hours=1), max_age=timedelta(hours=1))
+        await migrate.check(postgres_url, schema=schema)
+        await migrate.upgrade(postgres_url, schema=schema)
+        # Partitions are tables to whoever looks.
+        differences = await _differences(postgres_url, schema)
+        assert {(kind, table.name.startswith("mcp_session_event_")) for kind, table in differences} == {
+            ("remove_table", True)
+        }
+        for revision in ("1_0002_retention", "base"):
+            with pytest.raises(ConfigurationError, match=r"events are partitioned.*events unpartition"):
+                await migrate.downgrade(postgres_url, schema=schema, revision=revision)
+        assert await migrate.current(postgres_url, schema=schema) == HEAD
+        await events.unpartition()
+    assert await _differences(postgres_url, schema) == []
+    await migrate.downgrade(postgres_url, schema=schema, revision="base")
 
 
 async def test_other_peoples_tables_and_alembic_are_left_alone(database_url: str) -> None:

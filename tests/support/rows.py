@@ -1,4 +1,4 @@
-"""Rows of sessions as no store would make them: of any age, expired or ended at any time."""
+"""Rows of sessions and events as no store would make them: of any age, expired or ended at any time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import sqlalchemy as sa
 
 from mcp_session_store.sql import migrate
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
-from mcp_session_store.sql.tables import journal_table, sessions_table
+from mcp_session_store.sql.tables import events_table, instances_table, journal_table, logs_table, sessions_table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mcp_session_store.records import Principal
 
@@ -57,6 +57,100 @@ def session_row(
         "revision": 0,
     }
     return row | changes
+
+
+def log_rows(
+    ages: Sequence[timedelta],
+    *,
+    key: uuid.UUID | None = None,
+    namespace: str = "default",
+    trimmed: int = 0,
+    message: str | None = "{}",
+    **changes: Any,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of a session's log, and those of its events.
+
+    Args:
+        ages: How long ago each was stored, the oldest first.
+        key: The session.
+        namespace: Whose session.
+        trimmed: How many events there were before, each with a message of ten bytes.
+        message: That of each event.
+        **changes: Values of other columns of each event.
+    """
+    now = datetime.now(UTC)
+    key = key or session_row()["key"]
+    size = 0 if message is None else len(message.encode())
+    events = [
+        {
+            "key": key,
+            "sequence": trimmed + number,
+            "stream": "instance.1",
+            "position": number,
+            "previous": number - 1,
+            "kind": "notification",
+            "message": message,
+            "total_bytes": 10 * trimmed + size * number,
+            "created_at": now - age,
+        }
+        | changes
+        for number, age in enumerate(ages, 1)
+    ]
+    log = {
+        "key": key,
+        "namespace": namespace,
+        "sequence": trimmed + len(ages),
+        "total_bytes": 10 * trimmed + size * len(ages),
+        "trimmed": trimmed,
+        "trimmed_bytes": 10 * trimmed,
+        "oldest_at": now - ages[0] if ages else None,
+    }
+    return log, events
+
+
+async def insert_events(
+    url: str,
+    logs: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]]],
+    *,
+    beats: Mapping[str, timedelta] | None = None,
+    analyze: bool = False,
+) -> None:
+    """Migrate a database, and put logs into it.
+
+    Args:
+        url: The database.
+        logs: As `log_rows` makes them.
+        beats: The instances that run, with how long ago they were last heard of.
+        analyze: Whether the planner is to know of them.
+    """
+    now = datetime.now(UTC)
+    await migrate.upgrade(url)
+    instances = [
+        {
+            "name": instance.rpartition(":")[2],
+            "instance": instance,
+            "started_at": now - timedelta(days=1),
+            "beat_at": now - ago,
+        }
+        for instance, ago in (beats or {}).items()
+    ]
+    of_tables = (
+        (logs_table(), [log for log, _ in logs]),
+        (events_table(), [event for _, events in logs for event in events]),
+        (instances_table(), instances),
+    )
+    engine = make_migration_engine(*checked_url(url))
+    try:
+        async with engine.connect() as connection:
+            await connection.exec_driver_sql("BEGIN")
+            for table, rows in of_tables:
+                for start in range(0, len(rows), ROWS_PER_STATEMENT):
+                    await connection.execute(sa.insert(table), rows[start : start + ROWS_PER_STATEMENT])
+            await connection.exec_driver_sql("COMMIT")
+            if analyze:
+                await connection.exec_driver_sql("ANALYZE")
+    finally:
+        await engine.dispose()
 
 
 async def insert_rows(

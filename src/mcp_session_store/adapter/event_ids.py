@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
     from mcp_types import RequestId
 
-__all__ = ["Cursor", "EventIds"]
+__all__ = ["Cursor", "EventIds", "fits"]
 
 TAG_SIZE: Final = 6
 MAX_EVENT_ID: Final = 400
 """Characters; ours have fewer."""
 MAX_REQUEST_ID: Final = 100
-"""Characters of a request id, as JSON, that an event id holds."""
+"""Bytes of a request id, as JSON, that an event id has room for."""
+_MAX_NUMBER: Final = 2**63
 _FINAL: Final = "!"
 
 
@@ -77,9 +78,7 @@ class EventIds:
         """The event id of an event."""
         parts = [f"{cursor.sequence:x}", f"{cursor.position:x}", cursor.stream, _FINAL if cursor.final else ""]
         if cursor.request_id is not None:
-            request_id = json.dumps(cursor.request_id, ensure_ascii=False)
-            # Who has a longer one is answered by what the log holds, or not at all.
-            parts.append(request_id if len(request_id) <= MAX_REQUEST_ID else "")
+            parts.append(_as_json(cursor.request_id))
         payload = "/".join(parts).encode(errors="surrogatepass")
         return base64.urlsafe_b64encode(self._tag(payload) + payload).decode().rstrip("=")
 
@@ -94,15 +93,34 @@ class EventIds:
         tag, payload = raw[:TAG_SIZE], raw[TAG_SIZE:]
         if tag != self._tag(payload):
             return None
-        # Whatever has the tag was written above.
-        sequence, position, stream, final, *request = payload.decode(errors="surrogatepass").split("/", 4)
+        # Who knows the session's id could have written it himself.
+        try:
+            sequence, position, stream, final, *request = payload.decode(errors="surrogatepass").split("/", 4)
+            numbers = int(sequence, 16), int(position, 16)
+            request_id = json.loads(request[0]) if request else None
+        except ValueError:
+            return None
+        standalone = stream == STANDALONE_STREAM
+        if not all(0 <= number < _MAX_NUMBER for number in numbers) or standalone != (request_id is None):
+            return None
+        if request_id is not None and (isinstance(request_id, bool) or not isinstance(request_id, int | str)):
+            return None
         return Cursor(
             stream=stream,
-            sequence=int(sequence, 16),
-            position=int(position, 16),
-            request_id=json.loads(request[0]) if request and request[0] else None,
+            sequence=numbers[0],
+            position=numbers[1],
+            request_id=request_id,
             final=final == _FINAL,
         )
 
     def _tag(self, payload: bytes) -> bytes:
         return hashlib.blake2b(payload, key=self._key, digest_size=TAG_SIZE).digest()
+
+
+def fits(request_id: RequestId) -> bool:
+    """Whether an event id has room for the id of a request: without it nobody could be told that his call is lost."""
+    return len(_as_json(request_id).encode(errors="surrogatepass")) <= MAX_REQUEST_ID
+
+
+def _as_json(request_id: RequestId) -> str:
+    return json.dumps(request_id, ensure_ascii=False)

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import anyio
 
 from mcp_session_store.adapter.background import Wake
+from mcp_session_store.store import STANDALONE_STREAM
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable, Iterator
     from datetime import timedelta
     from uuid import UUID
 
+    from mcp_session_store.records import NewEvent
     from mcp_session_store.store import EventLog
 
-__all__ = ["POLL_INTERVAL", "Follower", "Following"]
+__all__ = ["POLL_INTERVAL", "STANDALONE_INTERVAL", "Follower", "Following"]
 
 POLL_INTERVAL: Final = 0.25
 """Seconds between two looks at whether other instances have stored anything, with one query for all who wait."""
+STANDALONE_INTERVAL: Final = 2.0
+"""Seconds between two such looks on behalf of standalone streams."""
+KEYS_AT_ONCE: Final = 1000
+"""Sessions that one query is for."""
 GATHERING: Final = 0.005
 """Seconds in which hints gather before the log is asked."""
 ASK_AGAIN: Final = 30.0
 """Seconds after which a log is asked again for hints; it gives them for longer."""
-LISTEN_ON: Final = 60.0
-"""Seconds for which hints are received although nobody waits: the next one comes soon."""
 MAX_OFFERED: Final = 16
 """Messages that a client is given without an id before it has taken the first of them."""
 
@@ -45,8 +50,8 @@ class Follower:
         """What the call is told then, as the message of a JSON-RPC error; `None`: nothing, the client comes back."""
         self.waiting = False
         """The client has got everything that is stored."""
-        self.offered: deque[str] = deque()
-        """Messages that could not be stored, to be given to the client without an id."""
+        self.offered: deque[NewEvent] = deque()
+        """Events that could not be stored, to be given to the client without an id."""
         self._wake = anyio.Event()
 
     def wake(self) -> None:
@@ -59,11 +64,11 @@ class Follower:
             self.head = head
             self.wake()
 
-    def offer(self, message: str) -> bool:
-        """Give the client a message that cannot be stored, if it has all that is before it."""
+    def offer(self, event: NewEvent) -> bool:
+        """Give the client an event that cannot be stored, if it has all that is before it."""
         if self.closed or not self.waiting or len(self.offered) >= MAX_OFFERED:
             return False
-        self.offered.append(message)
+        self.offered.append(event)
         self._wake.set()
         return True
 
@@ -73,10 +78,16 @@ class Follower:
         self.answer = answer
         self._wake.set()
 
-    async def wait(self, seen: int, *, seconds: float) -> None:
-        """Wait until there is more than was seen, or something else to do; no longer than this."""
-        if self.head <= seen and not self.closed and not self.offered:
-            self.waiting = True
+    async def wait(self, seen: int, *, seconds: float, pause: bool = False) -> None:
+        """Wait until there is more than was seen, or something else to do; no longer than this.
+
+        Args:
+            seen: Up to which sequence of the session the client has got what there is.
+            seconds: How long.
+            pause: Whether to wait although there is more.
+        """
+        if pause or (self.head <= seen and not self.closed and not self.offered):
+            self.waiting = self.head <= seen
             with anyio.move_on_after(seconds):
                 await self._wake.wait()
             self.waiting = False
@@ -85,6 +96,10 @@ class Follower:
 
 class Following:
     """All followers of an instance.
+
+    Those who wait for a call that runs elsewhere are few, and wait for every event. Standalone streams are many, nearly
+    one for each session, and what is said on them elsewhere is seldom and can wait a little: they are looked at less
+    often, and nobody is asked for hints about them. What is stored here wakes its followers at once.
 
     Args:
         log: What they follow.
@@ -95,13 +110,13 @@ class Following:
         self._log = log
         self._gone_after = gone_after
         self._followers: dict[UUID, dict[Follower, None]] = {}
-        self._watched: dict[str, int] = {}
-        """Other instances, by how many wait for calls that run there."""
-        self._running: dict[str, bool] = {}
+        self._waiting: dict[str, dict[Follower, None]] = {}
+        """Those who wait for calls that run elsewhere, by the name of the other instance."""
+        self._gone: set[str] = set()
         self._asked_at = -math.inf
         self._watched_at = -math.inf
-        self._hints_until = -math.inf
-        self._some = anyio.Event()
+        self._standalone_at = -math.inf
+        self._some_wait = anyio.Event()
         self.reliable_since = math.inf
         """Since when our own heartbeats have succeeded, by anyio's clock: before, others' may have failed too."""
         self.wake: Final = Wake(gathering=GATHERING)
@@ -113,15 +128,12 @@ class Following:
             follower: It.
             instance: The name of the other instance that runs the call; `None`: there is none.
         """
-        if follower.key not in self._followers:
-            self._asked_at = -math.inf
         self._followers.setdefault(follower.key, {})[follower] = None
         if instance is not None:
-            if instance not in self._watched:
-                self._watched_at = -math.inf
-            self._watched[instance] = self._watched.get(instance, 0) + 1
-        self._some.set()
-        self.wake.set()
+            self._waiting.setdefault(instance, {})[follower] = None
+            self._asked_at = self._watched_at = -math.inf
+            self._some_wait.set()
+            self.wake.set()
 
     def remove(self, follower: Follower, *, instance: str | None) -> None:
         """It has ended."""
@@ -130,73 +142,70 @@ class Following:
         if not of_session:
             del self._followers[follower.key]
         if instance is not None:
-            self._watched[instance] -= 1
-            if not self._watched[instance]:
-                del self._watched[instance]
-                self._running.pop(instance, None)
-        if not self._followers:
-            self._some = anyio.Event()
-            self._hints_until = anyio.current_time() + LISTEN_ON
+            waiting = self._waiting[instance]
+            del waiting[follower]
+            if not waiting:
+                del self._waiting[instance]
+                self._gone.discard(instance)
 
     def of(self, key: UUID, stream: str | None = None) -> list[Follower]:
         """Those who follow a session, or one stream of it, and are to go on."""
         followers = self._followers.get(key, ())
         return [f for f in followers if not f.closed and (stream is None or f.stream == stream)]
 
-    def moved(self, key: UUID, head: int) -> None:
-        """An event was stored."""
+    def moved(self, key: UUID, stream: str, sequence: int) -> None:
+        """An event was stored here, on a stream of a session."""
         for follower in self._followers.get(key, ()):
-            follower.moved(head)
+            if follower.stream == stream:
+                follower.moved(sequence)
 
     def gone(self, instance: str) -> bool:
         """Whether another instance, for one of whose calls somebody waits, is known not to run any more."""
-        return self._running.get(instance) is False
+        return instance in self._gone
 
     async def poll(self) -> None:
         """Look once at what others have stored, and whether they run."""
-        if not self._followers:
-            return
         now = anyio.current_time()
-        keys = list(self._followers)
-        if now - self._asked_at > ASK_AGAIN:
+        keys = {follower.key for waiting in self._waiting.values() for follower in waiting}
+        if keys and now - self._asked_at > ASK_AGAIN:
             # Before the look: what comes after it is hinted at.
             await self._log.follow(keys)
             self._asked_at = now
-        for key, head in (await self._log.heads(keys)).items():
-            self.moved(key, head)
-        seconds = self._gone_after.total_seconds()
-        if self._watched and now - self._watched_at > seconds / 10:
-            names = list(self._watched)
-            beats = await self._log.last_beats(names)
-            # After an outage of the database nobody's heartbeat is young, and all run. Who stopped has none.
-            certain = anyio.current_time() - self.reliable_since > seconds
-            for name in names:
-                if name in self._watched and self._running.get(name, True):
-                    silent = name not in beats or (certain and beats[name] > self._gone_after)
-                    self._running[name] = not silent
-                    if silent:
-                        self._wake_all()
+        if now - self._standalone_at > STANDALONE_INTERVAL:
+            keys.update(key for key in self._followers if self.of(key, STANDALONE_STREAM))
+            self._standalone_at = now
+        for some in _batched(keys, KEYS_AT_ONCE):
+            for key, head in (await self._log.heads(some)).items():
+                for follower in self._followers.get(key, ()):
+                    follower.moved(head)
+        if self._waiting and now - self._watched_at > self._gone_after.total_seconds() / 10:
+            await self._watch()
             self._watched_at = now
 
-    def _wake_all(self) -> None:
-        for followers in self._followers.values():
-            for follower in followers:
-                follower.wake()
+    async def _watch(self) -> None:
+        """Learn which of the instances that somebody waits for have stopped."""
+        names = self._waiting.keys() - self._gone
+        beats = await self._log.last_beats(names)
+        # After an outage of the database nobody's heartbeat is young, and all run. Who stopped has none.
+        certain = anyio.current_time() - self.reliable_since > self._gone_after.total_seconds()
+        for name in names & self._waiting.keys():
+            if name not in beats or (certain and beats[name] > self._gone_after):
+                self._gone.add(name)
+                for follower in self._waiting[name]:
+                    follower.wake()
 
     async def listen(self) -> None:
-        """Look as soon as the log hints at events, for as long as somebody follows."""
-        while True:
-            await self._some.wait()
-            async with anyio.create_task_group() as tasks:
-
-                async def until_nobody_follows() -> None:
-                    while self._followers or anyio.current_time() < self._hints_until:
-                        await anyio.sleep(LISTEN_ON / 4)
-                    tasks.cancel_scope.cancel()
-
-                tasks.start_soon(until_nobody_follows)
-                await self._log.listen(self._on_hint)
+        """Look as soon as the log hints at events, from when somebody first waits for a call that runs elsewhere."""
+        await self._some_wait.wait()
+        await self._log.listen(self._on_hint)
 
     def _on_hint(self, keys: Collection[UUID] | None) -> None:
         if keys is None or not self._followers.keys().isdisjoint(keys):
             self.wake.set()
+
+
+def _batched(keys: Iterable[UUID], size: int) -> Iterator[list[UUID]]:
+    """The keys, some at a time."""
+    iterator = iter(keys)
+    while some := list(islice(iterator, size)):
+        yield some

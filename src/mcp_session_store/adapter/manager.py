@@ -16,25 +16,33 @@ from uuid import uuid4
 
 import anyio
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
-from mcp.server.streamable_http import SESSION_ID_PATTERN
+from mcp.server.streamable_http import GET_STREAM_KEY, SESSION_ID_PATTERN, check_accept_headers
 from mcp.server.streamable_http_manager import (
     DEFAULT_MAX_REQUEST_BODY_SIZE,
     DEFAULT_MAX_SESSIONS,
 )
 from mcp.server.transport_security import TransportSecurityMiddleware
+from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
+from mcp_types import DEFAULT_NEGOTIATED_VERSION
+from mcp_types.version import is_version_at_least
 from starlette.requests import Request
 
 from mcp_session_store.adapter import middleware, responses, sdk, telemetry
 from mcp_session_store.adapter.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
+from mcp_session_store.adapter.event_ids import EventIds
+from mcp_session_store.adapter.following import POLL_INTERVAL, Following
 from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS, HANDSHAKE, Handshake, HeldResponse
 from mcp_session_store.adapter.journal import Journal
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.marker import RESTORE_MARKER
+from mcp_session_store.adapter.recorder import RECOVERY_INTERVAL, EventRecorder, sweep_events
 from mcp_session_store.adapter.replay import Replay
 from mcp_session_store.adapter.request_ids import RequestIds
 from mcp_session_store.adapter.residents import MemoryFull, Residents
+from mcp_session_store.adapter.resumption import NOT_RESUMABLE, last_words, open_stream, resume_stream
 from mcp_session_store.adapter.session import RESIDENT_SESSION, ResidentSession
+from mcp_session_store.adapter.session_events import POSTED, RESUMABLE_SINCE, SessionEvents
 from mcp_session_store.adapter.watch import ChangeWatch
 from mcp_session_store.errors import (
     ConfigurationError,
@@ -55,7 +63,7 @@ from mcp_session_store.records import (
     session_key,
 )
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.store import SessionStore
+from mcp_session_store.store import STANDALONE_STREAM, EventLog, SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Iterator, Sequence
@@ -78,6 +86,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_END_WITHIN",
     "DEFAULT_EVICT_AFTER",
+    "DEFAULT_INSTANCE_TIMEOUT",
     "DEFAULT_REPLAY_TIMEOUT",
     "DEFAULT_SWEEP_INTERVAL",
     "DurableSessionManager",
@@ -102,6 +111,7 @@ LEAVE_TIMEOUT: Final = 10.0
 DEFAULT_EVICT_AFTER: Final = 300.0
 DEFAULT_END_WITHIN: Final = 5.0
 DEFAULT_SWEEP_INTERVAL: Final = 60.0
+DEFAULT_INSTANCE_TIMEOUT: Final = 30.0
 SESSION_ENDED: Final = "Session ended"
 """What calls are told that were in flight when their session ended."""
 RESTORE_ATTEMPTS: Final = 3
@@ -138,7 +148,9 @@ class DurableSessionManager(sdk.ManagerSeams):
         app: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
         store: Where the sessions are kept. The manager opens it when it starts to run. A store that
             cannot be reached then stops nothing: requests that need it are answered 503.
-        event_store: As for the SDK's manager.
+        event_store: As for the SDK's manager; not with `event_log`.
+        event_log: Where the events of streams are kept, so that a client that lost its connection gets what it missed,
+            on any instance. The manager opens it when it starts to run. Without one no stream can be resumed.
         json_response: As for the SDK's manager.
         stateless: Refused: a stateless server has no sessions to store.
         security_settings: As for the SDK's manager. A request is checked before a session is restored.
@@ -164,10 +176,14 @@ class DurableSessionManager(sdk.ManagerSeams):
             is the interval at which the store is asked, with one query for all sessions.
         activity_interval: Seconds between two reports of which sessions are in use; at most a quarter of the policy's
             idle time. 15 unless given, or that quarter.
-        sweep_interval: Seconds between two sweeps of the store; `None`: somebody else sweeps it.
+        sweep_interval: Seconds between two sweeps of the store, and of the event log; `None`: somebody else sweeps.
+        instance_timeout: Seconds after which an instance that says nothing, because it was killed, counts as gone: who
+            waits for one of its calls is then told that it was lost. Each says three times as often that it runs. It
+            should be the same for all instances.
         journaled_methods: Methods of the application's own whose calls set state of their session: they are
             stored, and replayed in a restore, as `logging/setLevel` and `resources/subscribe` are.
         close_store: Close the store when the manager stops.
+        close_event_log: Close the event log when the manager stops, before the store.
 
     Raises:
         ConfigurationError: A value that cannot work, by its name.
@@ -179,6 +195,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         store: SessionStore,
         *,
         event_store: EventStore | None = None,
+        event_log: EventLog | None = None,
         json_response: bool = False,
         stateless: bool = False,
         security_settings: TransportSecuritySettings | None = None,
@@ -194,8 +211,10 @@ class DurableSessionManager(sdk.ManagerSeams):
         end_within: float = DEFAULT_END_WITHIN,
         activity_interval: float | None = None,
         sweep_interval: float | None = DEFAULT_SWEEP_INTERVAL,
+        instance_timeout: float = DEFAULT_INSTANCE_TIMEOUT,
         journaled_methods: Sequence[JournaledMethod] = (),
         close_store: bool = False,
+        close_event_log: bool = False,
     ) -> None:
         if stateless:
             raise ConfigurationError(
@@ -205,6 +224,19 @@ class DurableSessionManager(sdk.ManagerSeams):
             raise ConfigurationError(
                 f"store must be a SessionStore, not a {type(store).__name__}; a URL goes to SqlSessionStore"
             )
+        if event_log is not None and not isinstance(event_log, EventLog):
+            raise ConfigurationError(
+                f"event_log must be an EventLog, not a {type(event_log).__name__}; an EventStore of the SDK goes to "
+                "event_store"
+            )
+        if event_log is not None and event_store is not None:
+            raise ConfigurationError("event_log and event_store are both where events go; give one of them")
+        if event_log is not None and event_log.namespace != store.namespace:
+            raise ConfigurationError(
+                f"the event log's namespace {event_log.namespace!r} is not the store's, {store.namespace!r}: events "
+                "belong to the sessions of one"
+            )
+        _check_seconds("instance_timeout", instance_timeout)
         _check_seconds("replay_timeout", replay_timeout)
         _check_seconds("end_within", end_within)
         if evict_after is not None:
@@ -232,13 +264,17 @@ class DurableSessionManager(sdk.ManagerSeams):
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
         self.store = store
+        self.event_log = event_log
         self.instance = ""
         """Names the process; made when the manager starts to run, because processes fork before."""
         self._on_restore = on_restore
         self._on_end = on_end
         self._replay_timeout = replay_timeout
         self._max_initialize_params = max_initialize_params
+        self._instance_timeout = instance_timeout
         self._close_store = close_store
+        self._close_event_log = close_event_log
+        self._recorder: EventRecorder | None = None
         self._security = TransportSecurityMiddleware(security_settings)
         self.journal = Journal(journaled_methods)
         self._evict_after = math.inf if evict_after is None else evict_after
@@ -267,7 +303,13 @@ class DurableSessionManager(sdk.ManagerSeams):
         middleware.install(self.app)
         async with contextlib.AsyncExitStack() as stack:
             if self._close_store:
-                stack.push_async_callback(self._close)
+                stack.push_async_callback(_close, self.store)
+            if self._close_event_log and self.event_log is not None:
+                stack.push_async_callback(_close, self.event_log)
+            if self.event_log is not None:
+                following = Following(self.event_log, gone_after=timedelta(seconds=self._instance_timeout))
+                self._recorder = EventRecorder(self.event_log, following, instance=self.instance)
+                stack.push_async_callback(self._retire, self._recorder)
             # Made here, because they need the event loop.
             # The policy as it is now: another app may share the store, and have set it.
             interval = checked_interval(self._activity_interval, self.store.retention)
@@ -277,8 +319,13 @@ class DurableSessionManager(sdk.ManagerSeams):
                 await self.store.open()
                 # From here on no end of a session that is served here goes by unseen.
                 await self._watch.poll()
+                if self._recorder is not None:
+                    # Before any call can be waited for that runs here.
+                    await self._recorder.recover()
             except StoreUnavailable as error:
                 logger.warning("the session store cannot be reached; requests that need it get 503: %s", error)
+                if self._recorder is not None:
+                    self._recorder.wake.set()
             async with super().run():
                 self._start_background_tasks()
                 try:
@@ -295,10 +342,16 @@ class DurableSessionManager(sdk.ManagerSeams):
         start(run_every, "eviction", min(self._evict_after / 4, poll_interval), self._evict_unused)
         if self._sweep_interval is not None:
             start(run_every, "sweep", self._sweep_interval, self._sweep)
+        if (recorder := self._recorder) is not None:
+            following = recorder.following
+            start(run_every, "heartbeat", self._instance_timeout / 3, recorder.beat)
+            start(partial(run_every, "events", RECOVERY_INTERVAL, recorder.recover, wake=recorder.wake))
+            start(partial(run_every, "streams", POLL_INTERVAL, following.poll, wake=following.wake))
+            start(run_again, "event hints", following.listen)
 
-    async def _close(self) -> None:
+    async def _retire(self, recorder: EventRecorder) -> None:
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
-            await self.store.aclose()
+            await recorder.retire()
 
     async def _shut_down(self) -> None:
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
@@ -349,9 +402,12 @@ class DurableSessionManager(sdk.ManagerSeams):
             scope[RESTORE_MARKER] = session.marker
         if scope["method"] == "GET":
             with session.stream():
-                await session.transport.handle_request(scope, receive, _watch_stream(session, send))
+                await self._serve_stream(session, scope, receive, _watch_stream(session, send))
             return
         message = await receive()
+        if session.events is not None:
+            message = await _whole(message, receive)
+            POSTED.set(message.get("body", b""))
         receive = _again(message, receive)
         # The handshake's own answer promises durability.
         if _may_initialize(message):
@@ -361,6 +417,64 @@ class DurableSessionManager(sdk.ManagerSeams):
                 await held.answered_by(partial(session.transport.handle_request, scope, receive))
             return
         await session.transport.handle_request(scope, receive, send)
+
+    async def _serve_stream(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a GET: from the event log where there is one, as what was said elsewhere and before is there."""
+        request = Request(scope, receive)
+        last_event_id = request.headers.get("last-event-id") or None
+        version = request.headers.get(MCP_PROTOCOL_VERSION_HEADER, DEFAULT_NEGOTIATED_VERSION)
+        resumable = is_version_at_least(version, RESUMABLE_SINCE)
+        # What somebody else's event store replays is the SDK's business.
+        ours = session.events is not None or (self.event_store is None and last_event_id is not None)
+        if not ours or not (last_event_id or resumable):
+            await session.transport.handle_request(scope, receive, send)
+            return
+        # As the transport, which is not asked.
+        refusal = await self._security.validate_request(request, is_post=False)
+        if refusal is None and not check_accept_headers(request)[1]:
+            refusal = responses.not_acceptable()
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        try:
+            response = await self._stream_response(session, last_event_id, resumable=resumable)
+        except Exception as error:
+            _log_unavailable(error)
+            response = _refused("unavailable", responses.unavailable())
+        if response is None:
+            headers = [(name, value) for name, value in scope["headers"] if name != b"last-event-id"]
+            scope = {**scope, "headers": headers}
+            await session.transport.handle_request(scope, receive, send)
+        else:
+            await response(scope, receive, send)
+
+    async def _stream_response(
+        self, session: ResidentSession, last_event_id: str | None, *, resumable: bool
+    ) -> Response | None:
+        """The response to a GET; `None`: a standalone stream of the transport's.
+
+        Raises:
+            SessionStoreError: The event log cannot be read.
+        """
+        events, session_id = session.events, session.session_id
+        if last_event_id is None:
+            assert events is not None
+            assert events.live is not None
+            if events.recorder.following.of(events.key, STANDALONE_STREAM) or events.live.is_open(GET_STREAM_KEY):
+                return responses.one_stream()
+            return await open_stream(events, session_id=session_id)
+        ids = EventIds(session_key(session_id)) if events is None else events.ids
+        cursor = ids.read(last_event_id)
+        if cursor is None:
+            return responses.bad_event_id()
+        if events is not None:
+            return await resume_stream(events, cursor, session_id=session_id, resumable=resumable)
+        # From a time when there was an event log.
+        if cursor.standalone:
+            return None
+        if cursor.final:
+            return responses.stream_complete()
+        return last_words(ids, cursor, NOT_RESUMABLE, reason="lost", session_id=session_id)
 
     async def _find(
         self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, receive: Receive
@@ -425,12 +539,17 @@ class DurableSessionManager(sdk.ManagerSeams):
         """
         if (evicted := self._residents.take_seat(may_evict=may_evict)) is not None:
             self.tasks.start_soon(self._have_leave, evicted)
-        return ResidentSession(session_id, owner, sdk.make_transport(self, session_id), self)
+        events: SessionEvents | None = None
+        if self._recorder is not None:
+            events = SessionEvents(session_key(session_id), self._recorder, retry_interval=self.retry_interval)
+        return ResidentSession(session_id, owner, sdk.make_transport(self, session_id, events), self, events)
 
     async def _run_session(
         self, session: ResidentSession, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
         await session.run(self, self._residents.gone, task_status=task_status)
+        if session.events is not None:
+            await session.events.abandon()
 
     async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
         """Commit a handshake; the session's first one makes it resident."""
@@ -845,14 +964,21 @@ class DurableSessionManager(sdk.ManagerSeams):
             if report.purged:
                 telemetry.purged.add(report.purged)
             if not report.more:
-                return
+                break
             # Half of the time is for the requests.
             await anyio.sleep(anyio.current_time() - began)
+        if self.event_log is not None:
+            await sweep_events(self.event_log)
 
 
 def instance_id() -> str:
     """A name for this process: host, process id, and a random part, because the first two come again."""
     return f"{display_text(socket.gethostname(), length=80)}:{os.getpid()}:{uuid4().hex[:8]}"
+
+
+async def _close(closed: SessionStore | EventLog) -> None:
+    with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
+        await closed.aclose()
 
 
 def _check_seconds(name: str, value: object) -> None:
@@ -915,6 +1041,19 @@ def _may_initialize(message: Message) -> bool:
     """Whether the body of a request that begins so may be an `initialize`."""
     # It is looked into for the name rather than parsed; the middleware releases whatever else has it.
     return b'"initialize"' in message.get("body", b"")
+
+
+async def _whole(message: Message, receive: Receive) -> Message:
+    """The first message of a request, with the rest of its body, which the SDK waits for as well."""
+    if not message.get("more_body"):
+        return message
+    parts = [message.get("body", b"")]
+    while message.get("more_body"):
+        message = await receive()
+        if message["type"] != "http.request":
+            return message  # the client has left
+        parts.append(message.get("body", b""))
+    return {"type": "http.request", "body": b"".join(parts), "more_body": False}
 
 
 def _again(message: Message, receive: Receive) -> Receive:

@@ -10,7 +10,17 @@ from starlette.responses import Response
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["method_not_allowed", "session_ended", "session_not_found", "too_many_sessions", "unavailable"]
+__all__ = [
+    "bad_event_id",
+    "method_not_allowed",
+    "not_acceptable",
+    "one_stream",
+    "session_ended",
+    "session_not_found",
+    "stream_complete",
+    "too_many_sessions",
+    "unavailable",
+]
 
 RETRY_AFTER: Final = 2
 """Seconds that `Retry-After` (RFC 9110, section 10.2.3) asks for."""
@@ -37,6 +47,33 @@ def too_many_sessions() -> Response:
 def method_not_allowed() -> Response:
     """405: the transport speaks POST, GET and DELETE."""
     return _error(405, INVALID_REQUEST, "Method Not Allowed", {"allow": "GET, POST, DELETE"})
+
+
+def bad_event_id() -> Response:
+    """400: the `Last-Event-ID` is none that this session was given, whoever else may have been.
+
+    Not 404, which ends the session (MCP 2025-11-25, basic/transports, session management). The specification names no
+    answer; every client that was tried gives up after a few, and 200 without a response makes them come back for ever.
+    """
+    return _error(400, INVALID_REQUEST, "Last-Event-ID is not an event id of this session")
+
+
+def stream_complete() -> Response:
+    """405: the client comes back for a call that it has the answer of; as where there is no stream to be had.
+
+    MCP 2025-11-25, basic/transports, listening for messages from the server. Clients take it for an end without error.
+    """
+    return _error(405, INVALID_REQUEST, "The stream is complete", {"allow": "POST, DELETE"})
+
+
+def not_acceptable() -> Response:
+    """406: a stream is had as `text/event-stream`."""
+    return _error(406, INVALID_REQUEST, "Not Acceptable: Client must accept text/event-stream")
+
+
+def one_stream() -> Response:
+    """409: the session's standalone stream is open already, as the SDK's transport answers it."""
+    return _error(409, INVALID_REQUEST, "Conflict: Only one SSE stream is allowed per session")
 
 
 def session_ended(session_id: str) -> Response:

@@ -13,6 +13,7 @@ from mcp.server import streamable_http_manager
 from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
 from mcp.server.lowlevel.server import Server
 from mcp.server.mcpserver import MCPServer
+from mcp.server.streamable_http import StreamableHTTPServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
 from starlette.routing import Route
 
@@ -20,23 +21,29 @@ from mcp_session_store.adapter import SUPPORTED_SDK
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Mapping
 
     from anyio.abc import TaskGroup
+    from anyio.streams.memory import MemoryObjectSendStream
     from fastmcp import FastMCP
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
-    from mcp.server.streamable_http import EventStore, StreamableHTTPServerTransport
+    from mcp.server.streamable_http import EventStore
     from mcp.shared._stream_protocols import ReadStream, WriteStream
     from mcp.shared.message import SessionMessage
+    from mcp_types import RequestId
     from starlette.applications import Starlette
     from starlette.types import Receive, Scope, Send
     from typing_extensions import TypeIs
+
+    from mcp_session_store.adapter.session_events import SessionEvents
 
     MessageReadStream: TypeAlias = ReadStream[SessionMessage | Exception]
     MessageWriteStream: TypeAlias = WriteStream[SessionMessage]
 
 __all__ = [
+    "LiveStreams",
     "ManagerSeams",
+    "StockManagerSeams",
     "is_fastmcp",
     "make_transport",
     "mcp_endpoint",
@@ -54,6 +61,7 @@ _manager_module: Any = streamable_http_manager
 def _check_sdk() -> None:
     manager = StreamableHTTPSessionManager(cast("Server[Any]", None))
     needed = (
+        "_admit_session",
         "_discard_session",
         "_handle_stateful_request",
         "_has_started",
@@ -66,8 +74,12 @@ def _check_sdk() -> None:
     missing += [
         name for name in ("serve_loop", "StreamableHTTPServerTransport") if not hasattr(streamable_http_manager, name)
     ]
+    transport = StreamableHTTPServerTransport(mcp_session_id=None)
+    missing += [
+        name for name in ("_mint_priming_event", "_request_streams", "close_sse_stream") if not hasattr(transport, name)
+    ]
     if missing:
-        raise ImportError(f"its session manager has no {', '.join(missing)}")
+        raise ImportError(f"its session manager or transport has no {', '.join(missing)}")
 
 
 _check_sdk()
@@ -125,20 +137,92 @@ class ManagerSeams(StreamableHTTPSessionManager):
         return self._lifespan_state
 
 
-def make_transport(manager: ManagerSeams, session_id: str) -> StreamableHTTPServerTransport:
+class StockManagerSeams(StreamableHTTPSessionManager):
+    """The SDK's session manager as it is, but with an event store for each session."""
+
+    def new_event_store(self) -> SessionEvents:
+        """The event store of a session that begins."""
+        raise NotImplementedError
+
+    # The transport is made in there, with whatever stands in `event_store`. No session begins meanwhile.
+    def _admit_session(self, requestor: AuthorizationContext | None) -> StreamableHTTPServerTransport | None:
+        events = self.event_store = self.new_event_store()
+        transport = super()._admit_session(requestor)
+        if transport is not None:
+            events.live = LiveStreams(transport)
+        return transport
+
+
+def make_transport(
+    manager: ManagerSeams, session_id: str, events: SessionEvents | None
+) -> StreamableHTTPServerTransport:
     """A transport of the SDK's for this session, configured as the manager would.
 
     Without an idle timeout: a transport whose timeout has fired answers 404, and the manager evicts.
+
+    Args:
+        manager: Whose configuration it gets.
+        session_id: The session.
+        events: Where its events go; `None`: to the manager's event store, if it has one.
     """
+    event_store = manager.event_store_for(session_id) if events is None else events
     transport: StreamableHTTPServerTransport = _manager_module.StreamableHTTPServerTransport(
         mcp_session_id=session_id,
         is_json_response_enabled=manager.json_response,
-        event_store=manager.event_store_for(session_id),
+        event_store=event_store,
         security_settings=manager.security_settings,
         retry_interval=manager.retry_interval,
         idle_timeout=None,
     )
+    if events is not None:
+        events.live = LiveStreams(transport)
+        _begin_streams(transport, events)
     return transport
+
+
+class LiveStreams:
+    """The open responses of a transport, by the SDK's names of their streams."""
+
+    def __init__(self, transport: StreamableHTTPServerTransport) -> None:
+        # What the transport's router passes messages on to; it drops those for which there is nothing.
+        self._streams: Mapping[Any, tuple[MemoryObjectSendStream[Any], Any]] = transport._request_streams
+        # Looked up before it is wrapped below.
+        self._close = transport.close_sse_stream
+
+    def is_open(self, stream_id: str) -> bool:
+        """Whether a message on this stream goes to a client."""
+        return stream_id in self._streams
+
+    def is_stuck(self, stream_id: str) -> bool:
+        """Whether the next message on this stream waits until its client reads, and all of the session with it."""
+        if (stream := self._streams.get(stream_id)) is None:
+            return False
+        # The one that was just stored is still to come.
+        statistics = stream[0].statistics()
+        return statistics.current_buffer_used >= statistics.max_buffer_size
+
+    def close(self, stream_id: str) -> None:
+        """End the response; its client comes back for the rest."""
+        self._close(stream_id)
+
+
+def _begin_streams(transport: StreamableHTTPServerTransport, events: SessionEvents) -> None:
+    """Have the session's events learn what the SDK does not tell an event store."""
+    transport_seams: Any = transport
+    close = transport.close_sse_stream
+
+    def close_sse_stream(request_id: RequestId) -> None:
+        stream_id = str(request_id)
+        # A client that was given no id, because nothing could be stored, would not come back.
+        if events.can_come_back(stream_id):
+            close(request_id)
+            events.close_stream(stream_id)
+
+    # Called once for each request that is answered by a stream, before it is dispatched; and its result may be that
+    # there is no priming event, which an event store cannot say.
+    transport_seams._mint_priming_event = events.prime
+    # A stream that was resumed is none of the transport's.
+    transport_seams.close_sse_stream = close_sse_stream
 
 
 def serve_loop(

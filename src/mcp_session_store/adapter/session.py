@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.journal import Journal, JournalWrite
     from mcp_session_store.adapter.replay import Replay
     from mcp_session_store.adapter.request_ids import RequestIds
+    from mcp_session_store.adapter.session_events import SessionEvents
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
     from mcp_session_store.retention import RetentionPolicy
 
@@ -101,6 +102,7 @@ class ResidentSession:
         owner: The principal that it is served to, as the SDK compares them.
         transport: The SDK's transport, not connected yet.
         recorder: Stores what a restore of it replays.
+        events: What its streams can be resumed from; `None`: they cannot.
     """
 
     def __init__(
@@ -109,11 +111,15 @@ class ResidentSession:
         owner: AuthorizationContext | None,
         transport: StreamableHTTPServerTransport,
         recorder: SessionRecorder,
+        events: SessionEvents | None = None,
     ) -> None:
         self.session_id = session_id
         self.recorder = recorder
         self.owner = owner
         self.transport = transport
+        self.events = events
+        if events is not None:
+            events.on_recorded = self._rest
         self.record: SessionRecord | None = None
         """As it was when the session was opened or restored here; `None` before."""
         self.marker: SessionRestoreMarker | None = None
@@ -187,8 +193,9 @@ class ResidentSession:
     @property
     def busy(self) -> bool:
         """Whether somebody would notice if it left memory now."""
-        # A call outlives its client's connection, and a 202 precedes its processing: so both counts.
-        return self.pins > 0 or self.unsettled > 0
+        # A call outlives its client's connection, and a 202 precedes its processing: so both count. And an answer
+        # that is to be stored outlives its handler.
+        return self.pins > 0 or self.unsettled > 0 or (self.events is not None and self.events.busy)
 
     @property
     def stale(self) -> bool:
@@ -201,6 +208,8 @@ class ResidentSession:
         By anyio's clock, and from differences of the store's own times: a wall clock that is wrong changes nothing.
         """
         self.record = record
+        if self.events is not None:
+            self.events.active = True
         now = anyio.current_time()
         if policy.absolute is not None:
             self.ends_at = now + (record.created_at + policy.absolute - record.last_seen_at).total_seconds()
@@ -254,6 +263,8 @@ class ResidentSession:
         self.unsettled -= 1
         if request_id is not None:
             self._calls.discard(request_id)
+            if self.events is not None:
+                self.events.returned(request_id)
         self._rest()
 
     def _rest(self) -> None:
@@ -301,6 +312,8 @@ class ResidentSession:
         Args:
             answer: What its calls in flight are told, as the message of a JSON-RPC error; nothing unless given.
         """
+        if self.events is not None:
+            self.events.close(answer)
         with anyio.CancelScope(shield=True):
             if not self.transport.is_terminated:
                 if answer is not None:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from opentelemetry import metrics
 
-__all__ = ["background_failures", "created", "ended", "evicted", "purged", "refused", "restored"]
+__all__ = [
+    "background_failures",
+    "created",
+    "ended",
+    "events",
+    "evicted",
+    "purged",
+    "refused",
+    "removed_events",
+    "restored",
+    "resumed",
+]
 
 _meter = metrics.get_meter("mcp_session_store")
 
@@ -14,6 +25,9 @@ ended = _meter.create_counter("mcp_session_store.sessions.ended", description="S
 evicted = _meter.create_counter("mcp_session_store.sessions.evicted", description="Copies that left memory")
 purged = _meter.create_counter("mcp_session_store.sessions.purged", description="Ended sessions removed for good")
 refused = _meter.create_counter("mcp_session_store.requests.refused", description="Requests refused, by reason")
+events = _meter.create_counter("mcp_session_store.events", description="Events of streams, by what became of them")
+removed_events = _meter.create_counter("mcp_session_store.events.removed", description="Events that were swept")
+resumed = _meter.create_counter("mcp_session_store.streams.resumed", description="Streams resumed, by how it ended")
 background_failures = _meter.create_counter(
     "mcp_session_store.background.failures", description="Failures outside of any request, by task"
 )

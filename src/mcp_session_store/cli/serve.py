@@ -16,6 +16,8 @@ from typing_extensions import override
 
 from mcp_session_store.cli.settings import (
     Failure,
+    event_options,
+    event_policy,
     namespace_option,
     option,
     retention_options,
@@ -56,6 +58,8 @@ class _ServeSettings(BaseModel):
     json_response: bool | None
     retention: dict[str, str]
     """The texts of the retention options that were given."""
+    events: dict[str, str] | None
+    """The texts of the options for events that were given; `None`: they are not kept."""
     options: dict[str, int | float | None]
     """Those of `durable_app` that were given."""
 
@@ -115,6 +119,8 @@ _SECONDS_OR_NONE: Final = _SecondsOrNone()
     help="Of uvicorn's log and of this package's.",
 )
 @retention_options
+@option("--events/--no-events", default=False, help="Keep the events of streams, so that they can be resumed.")
+@event_options
 @option(
     "--sweep-interval",
     type=_SECONDS_OR_NONE,
@@ -149,6 +155,8 @@ def serve(
     shutdown_timeout: int,
     log_level: str,
     retention: dict[str, str],
+    events: bool,
+    event_retention: dict[str, str],
     sweep_interval: str | None,
     end_within: float | None,
     evict_after: str | None,
@@ -161,6 +169,7 @@ def serve(
     A database that is down does not keep the server from starting: clients get 503 until it answers.
     """
     retention_policy(retention)
+    event_policy(event_retention)
     options: dict[str, int | float | None] = {
         name: None if text == _NONE else float(text)
         for name, text in {"evict_after": evict_after, "sweep_interval": sweep_interval}.items()
@@ -182,6 +191,7 @@ def serve(
         path=path,
         json_response=json_response,
         retention=retention,
+        events=event_retention if events else None,
         options=options,
     )
     # Built here even if only workers will serve: what cannot work is told once, and before anything listens.
@@ -230,6 +240,8 @@ def _build(settings: _ServeSettings) -> Starlette:
     options: dict[str, Any] = dict(settings.options)
     if settings.retention:
         options["retention"] = retention_policy(settings.retention)
+    if settings.events is not None:
+        options["events"] = event_policy(settings.events)
     if settings.json_response is not None:
         options["json_response"] = settings.json_response
     if settings.path is not None:

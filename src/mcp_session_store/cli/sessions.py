@@ -8,10 +8,10 @@ import re
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
-from uuid import UUID
 
 import click
 
+from mcp_session_store.cli.names import key_of, keys_of
 from mcp_session_store.cli.output import (
     Column,
     ago,
@@ -36,12 +36,12 @@ from mcp_session_store.cli.settings import (
     retention_policy,
     run,
 )
-from mcp_session_store.errors import ConfigurationError
-from mcp_session_store.records import EndReason, Principal, session_key
+from mcp_session_store.records import EndReason, Principal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from datetime import datetime, timedelta
+    from uuid import UUID
 
     from rich.console import Console, RenderableType
 
@@ -61,8 +61,6 @@ __all__ = ["sessions"]
 _PAGE: Final = 50
 _LARGE_PAGE: Final = 500
 
-# MCP 2025-11-25, basic/transports, session management: visible ASCII. The SDK's are 32 hexadecimal digits.
-_SESSION_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -134,31 +132,6 @@ def _digest(principal: str | None, issuer: str | None, subject: str | None) -> b
             raise click.UsageError("a digest says all of a principal; leave out --issuer and --subject")
         return bytes.fromhex(principal)
     return Principal.of(client_id=principal, issuer=issuer, subject=subject).digest
-
-
-def _keys(names: Sequence[str]) -> list[UUID]:
-    """The keys of the sessions that are named, in their order and each once."""
-    given = [name for name in names if name != "-"]
-    if len(given) < len(names):
-        given += sys.stdin.read().split()
-    return list(dict.fromkeys(map(_key, given)))
-
-
-def _key(name: str) -> UUID:
-    try:
-        key = UUID(name)
-    except ValueError:
-        key = None
-    # With dashes and of our version: a UUID that a server has for a session id is neither.
-    if key is not None and key.version == 8 and str(key) == name.lower():
-        return key
-    if not _SESSION_ID.fullmatch(name):
-        # It is not repeated: it may be most of a session id.
-        raise ConfigurationError(
-            "a name is neither a key nor a session id (up to 128 visible ASCII characters); copy the key from "
-            "mcp-session-store sessions list"
-        )
-    return session_key(name)
 
 
 @sessions.command("list")
@@ -277,10 +250,7 @@ def show(place: Place, *, names: tuple[str, ...], params: bool, as_json: bool) -
 
     Exit code 1 when there is no such session. Params are JSON texts, in --json too.
     """
-    keys = _keys(names)
-    if len(keys) != 1:
-        raise click.UsageError("show takes one session: a session id, a key, or - to read it from standard input")
-    (key,) = keys
+    key = key_of(names)
 
     async def find() -> SessionDetails | None:
         async with place.directory() as directory:
@@ -374,7 +344,7 @@ def end(
         raise click.UsageError("name sessions, or choose them with options, or give --all: one of the three")
     not_live: list[UUID] = []
     if names:
-        keys = _keys(names)
+        keys = keys_of(names)
         live = run(_live(place, keys)) if dry_run else run(_end_named(place, keys))
         ended = len(live)
         not_live = [key for key in keys if key not in live]

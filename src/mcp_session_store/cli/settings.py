@@ -12,14 +12,16 @@ from pydantic import ValidationError
 from typing_extensions import override
 
 from mcp_session_store.errors import ConfigurationError, SessionStoreError
-from mcp_session_store.retention import ENVIRONMENT_PREFIX, RetentionPolicy, duration, explain
+from mcp_session_store.retention import ENVIRONMENT_PREFIX, EventPolicy, RetentionPolicy, duration, explain
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from mcp_session_store.sql import SqlSessionStore
+    from mcp_session_store.sql import SqlEventLog, SqlSessionStore
     from mcp_session_store.sql.directory import SessionDirectory
+    from mcp_session_store.sql.event_directory import EventDirectory
+    from mcp_session_store.sql.partitions import EventPartitions
 
 # The database's drivers are imported when a command uses them: `--help` does not.
 
@@ -28,6 +30,9 @@ __all__ = [
     "Failure",
     "Group",
     "Place",
+    "event_options",
+    "event_policy",
+    "events_max_age_option",
     "json_option",
     "namespace_option",
     "option",
@@ -36,11 +41,13 @@ __all__ = [
     "retention_policy",
     "run",
     "schema_option",
+    "tables_options",
     "url_option",
 ]
 
 _T = TypeVar("_T")
 _Command = TypeVar("_Command", bound="Callable[..., None]")
+_Policy = TypeVar("_Policy", RetentionPolicy, EventPolicy)
 
 
 class Failure(click.ClickException):
@@ -137,6 +144,19 @@ class Place:
         self._refuse_absent()
         return SessionDirectory(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
 
+    def event_directory(self) -> EventDirectory:
+        """To read the events."""
+        from mcp_session_store.sql.event_directory import EventDirectory
+
+        self._refuse_absent()
+        return EventDirectory(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
+
+    def event_partitions(self) -> EventPartitions:
+        """To change how the events of all namespaces are laid out."""
+        from mcp_session_store.sql.partitions import EventPartitions
+
+        return EventPartitions(self.url, schema=self.schema, timeout=self.timeout)
+
     def store(self, retention: RetentionPolicy | None = None) -> SqlSessionStore:
         """To change them.
 
@@ -153,6 +173,12 @@ class Place:
             timeout=min(self.timeout, DEFAULT_TIMEOUT),
             retention=retention,
         )
+
+    def event_log(self, store: SqlSessionStore, policy: EventPolicy) -> SqlEventLog:
+        """To change the events of a store's sessions."""
+        from mcp_session_store.sql import SqlEventLog
+
+        return SqlEventLog(store, policy=policy)
 
     def _refuse_absent(self) -> None:
         """Make no SQLite file where the name of one was mistyped."""
@@ -176,6 +202,19 @@ def place_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_place
 
 
+def tables_options(command: Callable[..., None]) -> Callable[..., None]:
+    """As `place_options`, for what concerns the tables, which all namespaces share."""
+
+    @url_option
+    @schema_option
+    @_timeout_option
+    @functools.wraps(command)
+    def with_place(*, url: str, schema: str | None, timeout: float, **others: Any) -> None:
+        command(Place(url=url, schema=schema, namespace=DEFAULT_NAMESPACE, timeout=timeout), **others)
+
+    return with_place
+
+
 _RETENTION_OPTIONS = (
     option("--idle", metavar="DURATION", help="How long a session lives unused. Default: 24h."),
     option("--absolute", metavar="DURATION", help="How long a session lives, used or not. Default: none."),
@@ -189,6 +228,14 @@ _RETENTION_OPTIONS = (
     option("--anonymous", metavar="N", help="Sessions stored without a principal. Default: none, no limit."),
 )
 
+events_max_age_option = option("--events-max-age", metavar="DURATION", help="How long events are kept. Default: 1h.")
+_EVENT_OPTIONS = (
+    events_max_age_option,
+    option("--events-max-events-per-session", metavar="N", help="Events of a session that are kept. Default: 10000."),
+    option("--events-max-bytes-per-session", metavar="N", help="Bytes of them that are kept. Default: 16777216."),
+)
+_EVENTS_PREFIX = "events_"
+
 
 def retention_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of the retention policy; the command gets as `retention` the texts of those that are set."""
@@ -198,10 +245,26 @@ def retention_options(command: Callable[..., None]) -> Callable[..., None]:
         texts = {name: others.pop(name) for name in RetentionPolicy.model_fields}
         command(*arguments, retention={name: text for name, text in texts.items() if text is not None}, **others)
 
-    decorated: Callable[..., None] = with_retention
-    for add in reversed(_RETENTION_OPTIONS):
-        decorated = add(decorated)
-    return decorated
+    return _with_options(with_retention, _RETENTION_OPTIONS)
+
+
+def event_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of the policy for events; the command gets as `event_retention` the texts of those that are set."""
+
+    @functools.wraps(command)
+    def with_retention(*arguments: Any, **others: Any) -> None:
+        texts = {name: others.pop(_EVENTS_PREFIX + name) for name in EventPolicy.model_fields}
+        command(*arguments, event_retention={name: text for name, text in texts.items() if text is not None}, **others)
+
+    return _with_options(with_retention, _EVENT_OPTIONS)
+
+
+def _with_options(
+    command: Callable[..., None], options: Sequence[Callable[[Callable[..., None]], Callable[..., None]]]
+) -> Callable[..., None]:
+    for add in reversed(options):
+        command = add(command)
+    return command
 
 
 def retention_policy(texts: Mapping[str, str]) -> RetentionPolicy:
@@ -210,13 +273,25 @@ def retention_policy(texts: Mapping[str, str]) -> RetentionPolicy:
     Raises:
         ConfigurationError: A value makes no sense; the message names the option.
     """
+    return _policy(RetentionPolicy, texts, prefix="")
 
+
+def event_policy(texts: Mapping[str, str]) -> EventPolicy:
+    """The policy for events that options ask for.
+
+    Raises:
+        ConfigurationError: A value makes no sense; the message names the option.
+    """
+    return _policy(EventPolicy, texts, prefix=_EVENTS_PREFIX)
+
+
+def _policy(kind: type[_Policy], texts: Mapping[str, str], *, prefix: str) -> _Policy:
     def name(field_name: str) -> str:
-        option_name = "--" + field_name.replace("_", "-")
+        option_name = "--" + (prefix + field_name).replace("_", "-")
         return f"{option_name} ({_variable(option_name)})"
 
     try:
-        return RetentionPolicy.model_validate(dict(texts))
+        return kind.model_validate(dict(texts))
     except ValidationError as error:
         raise ConfigurationError(explain(error, name=name)) from None
 

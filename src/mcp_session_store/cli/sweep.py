@@ -12,16 +12,24 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from mcp_session_store.cli.output import number, plural, print_json, progress
-from mcp_session_store.cli.settings import json_option, place_options, retention_options, retention_policy, run
+from mcp_session_store.cli.settings import (
+    event_options,
+    event_policy,
+    json_option,
+    place_options,
+    retention_options,
+    retention_policy,
+    run,
+)
 from mcp_session_store.errors import StoreUnavailable
-from mcp_session_store.retention import SweepReport
+from mcp_session_store.retention import EventSweepReport, SweepReport
 from mcp_session_store.store import SWEEP_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from mcp_session_store.cli.settings import Place
-    from mcp_session_store.retention import RetentionPolicy
+    from mcp_session_store.retention import EventPolicy, RetentionPolicy
 
 __all__ = ["sweep"]
 
@@ -32,6 +40,7 @@ _KILLED_BY: Final = 128
 @click.command()
 @place_options
 @retention_options
+@event_options
 @click.option("--dry-run", is_flag=True, help="Only tell what would go.")
 @click.option(
     "--limit-per-step",
@@ -47,63 +56,77 @@ def sweep(
     place: Place,
     *,
     retention: Mapping[str, str],
+    event_retention: Mapping[str, str],
     dry_run: bool,
     limit_per_step: int,
     no_pause: bool,
     as_json: bool,
 ) -> None:
-    """End sessions that have expired, and remove those that ended long ago, until there are no more.
+    """End sessions that have expired, and remove those that ended long ago and events that are too old.
 
-    Each session goes by the expiry that the servers gave it; with --idle or --absolute, one that has none gets one
-    by that, as if it were used now. Any number of sweeps may run at once, beside the servers' own. SIGINT and
-    SIGTERM stop it after the step that runs; the exit code is then 130 or 143, and what is left is swept the next time.
+    It goes on until there are no more. Each session goes by the expiry that the servers gave it; with --idle or
+    --absolute, one that has none gets one by that, as if it were used now. Events go by the options: give those that
+    the servers have. Any number of sweeps may run at once, beside the servers' own. SIGINT and SIGTERM stop it after
+    the step that runs; the exit code is then 130 or 143, and what is left is swept the next time.
     """
     policy = retention_policy(retention)
     if not {"idle", "absolute"} & policy.model_fields_set:
         # Each session goes by the expiry that the servers gave it, and one without any is theirs to judge.
         policy = policy.model_copy(update={"idle": None})
+    for_events = event_policy(event_retention)
     if dry_run:
-        _report(run(_preview(place, policy)), dry_run=True, as_json=as_json)
+        _report(*run(_preview(place, policy, for_events)), dry_run=True, as_json=as_json)
         return
-    sweeping = _Sweep(place, policy, limit=limit_per_step, pause=not no_pause)
+    sweeping = _Sweep(place, policy, for_events, limit=limit_per_step, pause=not no_pause)
     try:
         run(sweeping.run())
     except BaseException:
-        if sweeping.done.expired or sweeping.done.purged:
-            _report(sweeping.done, dry_run=False, as_json=as_json)
+        if sweeping.done.expired or sweeping.done.purged or sweeping.events.removed:
+            _report(sweeping.done, sweeping.events, dry_run=False, as_json=as_json)
         raise
-    _report(sweeping.done, dry_run=False, as_json=as_json)
+    _report(sweeping.done, sweeping.events, dry_run=False, as_json=as_json)
     if sweeping.stopped_by is not None:
         raise click.exceptions.Exit(_KILLED_BY + sweeping.stopped_by)
 
 
-async def _preview(place: Place, policy: RetentionPolicy) -> SweepReport:
-    async with place.directory() as directory:
-        return await directory.preview(policy)
+async def _preview(
+    place: Place, policy: RetentionPolicy, for_events: EventPolicy
+) -> tuple[SweepReport, EventSweepReport]:
+    async with place.directory() as directory, place.event_directory() as event_directory:
+        events = await event_directory.preview(for_events)
+        return await directory.preview(policy), EventSweepReport(removed=events, more=events > 0)
 
 
-def _report(report: SweepReport, *, dry_run: bool, as_json: bool) -> None:
+def _report(report: SweepReport, events: EventSweepReport, *, dry_run: bool, as_json: bool) -> None:
+    more = report.more or events.more
     if as_json:
-        print_json({"dry_run": dry_run, "expired": report.expired, "purged": report.purged, "more": report.more})
+        counts = {"expired": report.expired, "purged": report.purged, "events": events.removed}
+        print_json({"dry_run": dry_run, **counts, "more": more})
         return
     ended, removed = ("would end", "would be removed") if dry_run else ("ended", "were removed")
     click.echo(
         f"{number(report.expired)} expired {plural('session', report.expired)} {ended}, "
         f"{number(report.purged)} that ended long ago {removed} for good"
     )
-    if report.more and not dry_run:
+    if events.removed:
+        click.echo(f"{number(events.removed)} old {plural('event', events.removed)} {removed}")
+    if more and not dry_run:
         click.echo("there is more to sweep", err=True)
 
 
 class _Sweep:
     """A sweep from its first step to its last, or until a signal."""
 
-    def __init__(self, place: Place, policy: RetentionPolicy, *, limit: int, pause: bool) -> None:
+    def __init__(
+        self, place: Place, policy: RetentionPolicy, for_events: EventPolicy, *, limit: int, pause: bool
+    ) -> None:
         self._place = place
         self._policy = policy
+        self._for_events = for_events
         self._limit = limit
         self._pause = pause
         self.done = SweepReport(more=True)
+        self.events = EventSweepReport(more=True)
         self.stopped_by: signal.Signals | None = None
 
     async def run(self) -> None:
@@ -113,18 +136,31 @@ class _Sweep:
             if sys.stderr.isatty():
                 # For the bar, which does without it where the count takes too long.
                 with contextlib.suppress(StoreUnavailable):
-                    expected = await _preview(self._place, self._policy)
-                    total = expected.expired + expected.purged
-            async with self._place.store(self._policy) as store:
+                    expected, events = await _preview(self._place, self._policy, self._for_events)
+                    total = expected.expired + expected.purged + events.removed
+            async with (
+                self._place.store(self._policy) as store,
+                self._place.event_log(store, self._for_events) as log,
+            ):
                 with progress("sweeping", total=total) as advance:
                     while self.done.more and not stop.is_set():
                         begun = time.monotonic()
                         step = await store.sweep(limit=self._limit)
                         self.done += step
                         advance(step.expired + step.purged)
-                        if self._pause and step.more:
-                            with contextlib.suppress(TimeoutError):
-                                await asyncio.wait_for(stop.wait(), time.monotonic() - begun)
+                        await self._rest(stop, begun, more=step.more)
+                    while self.events.more and not stop.is_set():
+                        begun = time.monotonic()
+                        of_events = await log.sweep()
+                        self.events += of_events
+                        advance(of_events.removed)
+                        await self._rest(stop, begun, more=of_events.more)
+
+    async def _rest(self, stop: asyncio.Event, begun: float, *, more: bool) -> None:
+        """Leave the database to others for as long as a step took."""
+        if self._pause and more:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), time.monotonic() - begun)
 
     @contextlib.contextmanager
     def _stopping_at_signals(self, stop: asyncio.Event) -> Iterator[None]:

@@ -52,6 +52,7 @@ __all__ = [
     "Statement",
     "Steps",
     "StoreClock",
+    "TablePartitions",
     "dialect_named",
 ]
 
@@ -368,6 +369,8 @@ class Dialect(ABC):
     """How events are, likewise."""
     changes_in_with: bool
     """Whether a statement may make several changes, each after the other in its WITH clause."""
+    has_partitions: bool
+    """Whether a table can be made of partitions, which are dropped as a whole."""
 
     @abstractmethod
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -455,6 +458,9 @@ class Dialect(ABC):
         The revision must be read after it: whoever waited here finds what the other has done.
         """
 
+    def lock_migrations(self, connection: sa.Connection) -> None:  # noqa: B027 - where one writer excludes others
+        """Keep migrations, and others who do this, out until the end of the transaction that runs."""
+
     @abstractmethod
     def migration_preamble(self, schema: str | None) -> Sequence[str]:
         """What a migration that is printed as SQL does before anything else, within its transaction."""
@@ -477,6 +483,17 @@ class Dialect(ABC):
     @abstractmethod
     def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
         """How many bytes tables take: their rows, and their indexes where these can be told apart."""
+
+    def kept_since(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:  # noqa: ARG002
+        """The moment from before which a sweep removes rows, row by row.
+
+        A subquery: Postgres compares an index with no function that may change within the statement, as a clock.
+
+        Args:
+            table: What is swept; it may be made of partitions.
+            max_age: How long a row is to be kept.
+        """
+        return sa.select(StoreClock(-max_age.total_seconds())).scalar_subquery()
 
     @abstractmethod
     def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
@@ -544,6 +561,48 @@ def _quoted(table: sa.Table) -> str:
     return ".".join('"' + name.replace('"', '""') + '"' for name in names)
 
 
+def _regclass(table: sa.Table) -> sa.ColumnElement[Any]:
+    # The text is cast: the driver would send a number for a regclass.
+    return sa.cast(sa.literal(_quoted(table), sa.Text), postgresql.REGCLASS)
+
+
+DROPPED_WITHIN: Final = 3.0
+"""How many times as old as they are to become the rows of a partition get, before a sweep no longer waits for
+somebody to drop it."""
+
+
+class TablePartitions:
+    """The partitions of a table of Postgres by a range of times, as its catalogs tell.
+
+    Args:
+        table: What they are partitions of.
+    """
+
+    def __init__(self, table: sa.Table) -> None:
+        inherits = sa.table("pg_inherits", sa.column("inhrelid"), sa.column("inhparent"), schema="pg_catalog")
+        classes = sa.table(
+            "pg_class", sa.column("oid"), sa.column("relname", sa.Text), sa.column("relpartbound"), schema="pg_catalog"
+        )
+        bound = sa.func.pg_get_expr(classes.c.relpartbound, classes.c.oid, type_=sa.Text)
+
+        def moment(pattern: str) -> sa.ColumnElement[Any]:
+            # Written and read with the settings of one connection, it is the same time whatever they are.
+            return sa.cast(sa.func.substring(bound, pattern), postgresql.TIMESTAMP(timezone=True))
+
+        self.rows: Final = inherits.join(classes, classes.c.oid == inherits.c.inhrelid)
+        """What to select from; see `among`."""
+        self.among: Final = inherits.c.inhparent == _regclass(table)
+        """Which rows there are the table's."""
+        self.oid: Final = classes.c.oid
+        self.name: Final = sa.cast(classes.c.relname, sa.Text)
+        self.is_default: Final = bound == "DEFAULT"
+        """Whether it is the one for whatever belongs to no other."""
+        self.since: Final = moment(r"FROM \('([^']+)'\)")
+        """NULL: since ever; or it is the default one."""
+        self.until: Final = moment(r"TO \('([^']+)'\)")
+        """NULL: it is the default one."""
+
+
 class _Postgres(Dialect):
     name = "postgresql"
     driver = "asyncpg"
@@ -555,6 +614,7 @@ class _Postgres(Dialect):
     channel = HintChannel("mcp_session_change")
     event_channel = HintChannel("mcp_session_event")
     changes_in_with = True
+    has_partitions = True
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -609,10 +669,14 @@ class _Postgres(Dialect):
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
         # At a higher level the snapshot would be as old as the wait for the lock.
         connection.exec_driver_sql(self.begin)
-        connection.exec_driver_sql(_LOCK_MIGRATIONS)
+        self.lock_migrations(connection)
         # IF NOT EXISTS asks for the right to create a schema even where there is nothing to create.
         if schema is not None and not sa.inspect(connection).has_schema(schema):
             connection.execute(sa.schema.CreateSchema(schema))
+
+    @override
+    def lock_migrations(self, connection: sa.Connection) -> None:
+        connection.exec_driver_sql(_LOCK_MIGRATIONS)
 
     @override
     def migration_preamble(self, schema: str | None) -> Sequence[str]:
@@ -683,13 +747,27 @@ class _Postgres(Dialect):
 
     @override
     def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
-        # The text is cast: the driver would send a number for a regclass.
-        names = [sa.cast(sa.literal(_quoted(table), sa.Text), postgresql.REGCLASS) for table in tables]
-        each = sa.union_all(
-            *(sa.select(sa.func.pg_table_size(n), sa.func.pg_indexes_size(n)) for n in names)
-        ).subquery()
+        selects = []
+        for table in tables:
+            # A table that is made of partitions takes nothing itself.
+            partitions = TablePartitions(table)
+            selects.append(sa.select(*_sizes(_regclass(table))))
+            selects.append(sa.select(*_sizes(partitions.oid)).select_from(partitions.rows).where(partitions.among))
+        each = sa.union_all(*selects).subquery()
         rows, indexes = each.c
         return sa.select(sa.func.sum(rows).cast(sa.BigInteger), sa.func.sum(indexes).cast(sa.BigInteger))
+
+    @override
+    def kept_since(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
+        """See `Dialect.kept_since`. What lies in a partition is left to be dropped with it; but not for ever."""
+        partitions = TablePartitions(table)
+        seconds = max_age.total_seconds()
+        ever = sa.cast(sa.literal("-infinity", sa.Text), postgresql.TIMESTAMP(timezone=True))
+        oldest = sa.func.min(sa.func.coalesce(partitions.since, ever))
+        # A table without partitions has no oldest one, and both functions pass over NULL.
+        kept = sa.func.greatest(StoreClock(-DROPPED_WITHIN * seconds), sa.func.least(StoreClock(-seconds), oldest))
+        rows = sa.select(kept).select_from(partitions.rows).where(partitions.among, sa.not_(partitions.is_default))
+        return rows.scalar_subquery()
 
     @override
     def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
@@ -768,6 +846,7 @@ class _Sqlite(Dialect):
     channel = None
     event_channel = None
     changes_in_with = False
+    has_partitions = False
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -899,6 +978,10 @@ class _Sqlite(Dialect):
         # SQLAlchemy would write `= 1` after it, and then there is no range left to see.
         hinted: sa.ColumnElement[Any] = sa.func.likelihood(condition, sa.literal_column("0.000001"), type_=sa.Integer)
         return hinted
+
+
+def _sizes(oid: sa.ColumnElement[Any]) -> tuple[sa.ColumnElement[int], sa.ColumnElement[int]]:
+    return sa.func.pg_table_size(oid).label("rows"), sa.func.pg_indexes_size(oid).label("indexes")
 
 
 _STEPS_BETWEEN_QUESTIONS: Final = 10_000

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
-import json
-import time
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.errors import ConfigurationError, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.records import JournalEntry, Principal
 from mcp_session_store.retention import SweepReport
-from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.dialects import MOMENT, ByteLength, StoreClock
+from mcp_session_store.sql.reading import (
+    DEFAULT_TIMEOUT,
+    EPOCH,
+    NO_CURSOR,
+    Position,
+    Reader,
+    decode_cursor,
+    encode_cursor,
+)
 from mcp_session_store.sql.statements import expiry
 from mcp_session_store.sql.sweeping import Due
 from mcp_session_store.sql.tables import journal_table, sessions_table
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-    from types import TracebackType
-    from typing import Self
+    from collections.abc import Sequence
+    from uuid import UUID
 
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from mcp_session_store.retention import RetentionPolicy
-    from mcp_session_store.sql.database import Attempt
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -46,10 +48,6 @@ __all__ = [
     "StoredSession",
 ]
 
-_T = TypeVar("_T")
-
-DEFAULT_TIMEOUT: Final = 30.0
-
 AGES: Final = (
     timedelta(minutes=1),
     timedelta(minutes=10),
@@ -60,11 +58,6 @@ AGES: Final = (
     timedelta(days=30),
 )
 """Where the classes of the statistics' ages end; one more has no end."""
-
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-Position: TypeAlias = tuple[Any, ...]
-"""Where a row stands in a list: its values of the columns that the list is ordered by."""
 
 
 class SessionState(StrEnum):
@@ -176,23 +169,10 @@ class Statistics:
     """What their indexes take beside that; `None` on SQLite, where they are in the file."""
 
 
-class SessionDirectory:
-    """The sessions of a namespace, for operators.
+class SessionDirectory(Reader):
+    """The sessions of a namespace, for operators. See `Reader`.
 
-    Changes nothing. Each call is one read-only transaction: what it returns was true at one moment, that of `as_of`
-    by the database's clock. To a list a session that has expired is no live one, swept or not.
-
-    Like a `SqlSessionStore`, it is used within one event loop, and its calls raise `StoreUnavailable` and
-    `SchemaError`.
-
-    Args:
-        url_or_engine: As for `SqlSessionStore`.
-        namespace: Which sessions.
-        schema: Postgres: the schema with the tables.
-        timeout: Seconds that a call takes at most; the database gives up after them, too.
-
-    Raises:
-        ConfigurationError: An argument cannot work; the message names it.
+    To a list a session that has expired is no live one, swept or not.
     """
 
     def __init__(
@@ -203,26 +183,9 @@ class SessionDirectory:
         schema: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
-        if not isinstance(namespace, str) or not namespace or "\0" in namespace:
-            raise ConfigurationError(f"namespace={namespace!r} must be a text that is not empty, without NUL")
-        self._database = Database(url_or_engine, schema=schema, auto_upgrade=False, timeout=timeout)
-        self._namespace = namespace
+        super().__init__(url_or_engine, namespace=namespace, schema=schema, timeout=timeout)
         self._table = sessions_table(self._database.schema)
         self._journal = journal_table(self._database.schema)
-
-    async def __aenter__(self) -> Self:
-        self._database.reopen()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Release connections. Idempotent."""
-        self._database.close_to_calls()
-        await self._database.aclose()
 
     async def page(self, which: SessionFilter, *, limit: int = 50, after: str | None = None) -> SessionPage:
         """A page of a list: live sessions newest first, those that expired or ended latest first.
@@ -445,30 +408,6 @@ class SessionDirectory:
             c.revision,
         )
 
-    async def _read(self, read: Callable[[AsyncConnection, datetime], Awaitable[_T]]) -> _T:
-        """Do something in a snapshot, with the time at which it was taken."""
-        database = self._database
-        database.bind()
-
-        async def attempt(attempt: Attempt) -> _T:
-            connection = attempt.connection
-            async with database.dialect.snapshot(connection, timeout=database.timeout):
-                now = (await connection.execute(sa.select(StoreClock()))).scalar_one()
-                return await read(connection, now)
-
-        begun = time.monotonic()
-        try:
-            async with database.lease(writes=False) as lease:
-                return await lease.run(attempt)
-        except StoreUnavailable as error:
-            # Whoever noticed first, the driver, the database or we: the reader learns what he can do about it.
-            if time.monotonic() - begun < database.timeout:
-                raise
-            raise StoreUnavailable(
-                f"the database {database.shown_url} did not answer within {database.timeout:g} s; "
-                "narrow down what is asked for, or give it more time with --timeout (timeout=)"
-            ) from error
-
 
 def _position_columns(table: sa.Table, state: SessionState) -> Sequence[sa.Column[Any]]:
     """What the list of a state is ordered by; the first is what the age is counted from."""
@@ -493,36 +432,26 @@ def _position(state: SessionState, session: StoredSession) -> Sequence[Any]:
 
 
 def _encode(state: SessionState, session: StoredSession) -> str:
-    """A cursor: the state and the position, as text that nobody is to take apart."""
-    *moments, key = _position(state, session)
-    parts = [state.value, *((moment - _EPOCH) // timedelta(microseconds=1) for moment in moments), key.hex]
-    return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":")).encode()).decode().rstrip("=")
+    return encode_cursor(state.value, tuple(_position(state, session)))
 
 
 def _decode(cursor: str, state: SessionState) -> Position:
-    remedy = "give what the page before told as the next one"
-    try:
-        parts = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
-        found, *moments, key = parts
-        position = (*(_EPOCH + timedelta(microseconds=moment) for moment in moments), UUID(hex=key))
-        found = SessionState(found)
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ConfigurationError(f"{cursor!r} is no cursor of a list of sessions; {remedy}") from None
-    if found is not state:
+    found, position = decode_cursor(cursor) or ("", ())
+    if found != state and found in [other.value for other in SessionState]:
         raise ConfigurationError(
-            f"the cursor {cursor!r} is of the list of {found} sessions, not of {state} ones; {remedy}"
+            f"the cursor {cursor!r} is of the list of {found} sessions, not of {state} ones; {NO_CURSOR}"
         )
-    if len(position) != (3 if state is SessionState.ENDED else 2):
-        raise ConfigurationError(f"{cursor!r} is no cursor of a list of sessions; {remedy}")
+    if found != state or len(position) != (3 if state is SessionState.ENDED else 2):
+        raise ConfigurationError(f"{cursor!r} is no cursor of a list of sessions; {NO_CURSOR}")
     return position
 
 
 def _before(now: datetime, age: timedelta) -> datetime:
     """A moment that long ago, or the earliest that there is."""
     try:
-        return max(now - age, _EPOCH)
+        return max(now - age, EPOCH)
     except OverflowError:
-        return _EPOCH
+        return EPOCH
 
 
 def _stored(row: Any, now: datetime) -> StoredSession:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects import ByteLength, NotLookedUp, StoreClock
+from mcp_session_store.sql.dialects import ByteLength, NotLookedUp
 from mcp_session_store.sql.tables import events_table, logs_table
 from mcp_session_store.sql.transactions import transaction
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects import Dialect
 
-__all__ = ["EventRemoval", "EventTrimming"]
+__all__ = ["EventRemoval", "EventTrimming", "left_of"]
 
 LOGS_PER_STEP: Final = 100
 """Sessions whose events one step of a sweep removes."""
@@ -69,6 +69,27 @@ class EventRemoval:
         return self._forgotten.parameters([(key,) for key in sorted(keys)])
 
 
+def left_of(logs: sa.Table, events: sa.Table) -> dict[str, sa.ColumnElement[Any]]:
+    """What a log is to say about the events that were removed, by name of its columns.
+
+    By what is there: the oldest may be gone in other ways, with a partition that was dropped.
+    """
+
+    def of_oldest(value: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
+        of_log = sa.select(value).where(events.c.key == logs.c.key)
+        return of_log.order_by(events.c.sequence).limit(1).scalar_subquery()
+
+    return {
+        "trimmed": sa.func.coalesce(of_oldest(events.c.sequence - 1), logs.c.sequence),
+        "trimmed_bytes": sa.func.coalesce(of_oldest(_bytes_before(events)), logs.c.total_bytes),
+        "oldest_at": of_oldest(events.c.created_at),
+    }
+
+
+def _bytes_before(events: sa.Table) -> sa.ColumnElement[int]:
+    return events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
+
+
 class EventTrimming:
     """Removes the oldest events of sessions that go on.
 
@@ -87,11 +108,8 @@ class EventTrimming:
         self._policy = policy
         logs, events = logs_table(schema), events_table(schema)
         name = sa.literal(namespace, sa.Text)
-        # A subquery: Postgres compares an index with no function that may change within the statement, as a clock.
         too_old: sa.ColumnElement[Any] = (
-            sa.null()
-            if policy.max_age is None
-            else sa.select(StoreClock(-policy.max_age.total_seconds())).scalar_subquery()
+            sa.null() if policy.max_age is None else dialect.kept_since(events, policy.max_age)
         )
         self._due = (
             None
@@ -118,9 +136,8 @@ class EventTrimming:
             },
         )
         range_ = self._ranges.c
-        bytes_before = events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
         # The newest is kept, however large it is. First, because to tell the size of an event it may have to be read.
-        by_bytes = sa.and_(events.c.sequence < range_.newest, bytes_before < range_.by_bytes)
+        by_bytes = sa.and_(events.c.sequence < range_.newest, _bytes_before(events) < range_.by_bytes)
         reasons = [events.c.sequence <= range_.by_count, by_bytes]
         if policy.max_age is not None:
             reasons.append(events.c.created_at <= too_old)
@@ -135,20 +152,7 @@ class EventTrimming:
         up_to = sa.select(cut.up_to).where(cut.key == events.c.key).scalar_subquery()
         self._remove = sa.delete(events).where(self._cuts.among(events.c.key), events.c.sequence <= up_to)
 
-        def of_oldest(value: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
-            of_log = sa.select(value).where(events.c.key == logs.c.key)
-            return of_log.order_by(events.c.sequence).limit(1).scalar_subquery()
-
-        # By what is there: the oldest may be gone in other ways, with a partition that was dropped.
-        self._note = (
-            sa.update(logs)
-            .where(self._keys.among(logs.c.key))
-            .values(
-                trimmed=sa.func.coalesce(of_oldest(events.c.sequence - 1), logs.c.sequence),
-                trimmed_bytes=sa.func.coalesce(of_oldest(bytes_before), logs.c.total_bytes),
-                oldest_at=of_oldest(events.c.created_at),
-            )
-        )
+        self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(left_of(logs, events))
         self._forget_empty = (
             sa.delete(logs).where(self._keys.among(logs.c.key), logs.c.oldest_at.is_(None)) if standalone else None
         )

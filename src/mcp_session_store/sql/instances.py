@@ -39,7 +39,9 @@ class Instances:
         self._remove = sa.delete(table).where(table.c.name == name)
         self._names = dialect.batch("named", {"name": sa.Text()})
         ago = sa.bindparam("beat_ago", type_=sa.Double)
-        self._last_beats = sa.select(table.c.name, table.c.beat_at, now.label("now")).where(self._names.among(table.c.name))
+        self._last_beats = sa.select(table.c.name, table.c.beat_at, now.label("now")).where(
+            self._names.among(table.c.name)
+        )
         self._forget = sa.delete(table).where(table.c.beat_at < StoreClock(-ago))
 
     async def beat(self, attempt: Attempt, instance: str) -> None:

@@ -91,7 +91,8 @@ class SqlSessionStore(SessionStore):
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
             `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is, and
             never disposed; no PRAGMA is set on it. It should have a pool of at least
-            5 connections; 12 are the most that are used, one of them for hints, for as long as an app runs.
+            5 connections; 12 are the most that are used, one of them for hints, for as long as an app runs, and 4 more
+            with an event log.
             Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
             from PgBouncer 1.21 on, with its `max_prepared_statements`.
         namespace: Keeps servers that share a database apart.

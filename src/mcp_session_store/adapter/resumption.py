@@ -1,0 +1,230 @@
+"""Streams that are read from the log: resumed ones, and the standalone stream of clients that resume.
+
+What the SDK does instead, replaying and then passing on what this process says, loses what is said between the two,
+and all that another instance says.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from mcp_types import CONNECTION_CLOSED
+from sse_starlette import EventSourceResponse
+
+from mcp_session_store.adapter import responses, telemetry
+from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.following import Follower
+from mcp_session_store.adapter.recorder import error_message
+from mcp_session_store.adapter.session_events import LOST, SessionEvents
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.responses import Response
+
+    from mcp_session_store.adapter.event_ids import Cursor, EventIds
+    from mcp_session_store.records import EventPage
+
+__all__ = ["last_words", "open_stream", "resume_stream"]
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN: Final = 1.0
+"""Seconds after which a response whose client has got everything looks whether the call still runs."""
+RETRY: Final = 1.0
+"""Seconds after which the log is read again that could not be."""
+
+TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."
+NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
+SESSION_ENDED: Final = "Session ended"
+
+
+async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: str, resumable: bool) -> Response:
+    """The response to a client that comes back for a stream: what it missed, and then the live rest.
+
+    Args:
+        events: Those of the session.
+        cursor: What the client has seen last.
+        session_id: For the response's header.
+        resumable: Whether the client understands priming events.
+
+    Raises:
+        SessionStoreError: The log cannot be read.
+    """
+    if cursor.final:
+        return responses.stream_complete()
+    page = await events.recorder.log.read(events.key, cursor.stream, after=cursor.sequence)
+    # What was said since the client left may still be on its way to a response that nobody reads.
+    events.resumed(cursor)
+    if page is None or cursor.sequence > page.last:
+        # The log was lost, or set back.
+        if not cursor.standalone:
+            telemetry.resumed.add(1, {"outcome": "trimmed"})
+            return last_words(events.ids, cursor, TRIMMED, reason="trimmed", session_id=session_id)
+        return await open_stream(events, session_id=session_id) or responses.unavailable()
+    stream = _Stream(events, cursor, page)
+    first = {"retry": events.retry_interval} if resumable and events.retry_interval is not None else None
+    return _response(stream.messages(first), session_id)
+
+
+async def open_stream(events: SessionEvents, *, session_id: str) -> Response | None:
+    """The response to a client that opens the standalone stream, with an id to resume it from.
+
+    Returns:
+        `None` when there can be none for now, because events cannot be stored.
+    """
+    cursor = await events.prime_standalone()
+    if cursor is None:
+        return None
+    return _response(_Stream(events, cursor, None).messages(events.primed(events.ids.write(cursor))), session_id)
+
+
+def last_words(ids: EventIds, cursor: Cursor, message: str, *, reason: str, session_id: str) -> Response:
+    """A response that only tells a call why it gets no answer.
+
+    With an event id of its own: a client that comes back after it is told that the stream is complete.
+    """
+
+    async def messages() -> AsyncIterator[dict[str, Any]]:
+        yield _terminal(ids, cursor, message, reason)
+
+    return _response(messages(), session_id)
+
+
+def _response(messages: AsyncIterator[dict[str, Any]], session_id: str) -> Response:
+    headers = {"Cache-Control": "no-cache, no-transform", "mcp-session-id": session_id}
+    return EventSourceResponse(messages, headers=headers)
+
+
+def _terminal(ids: EventIds, cursor: Cursor, message: str, reason: str) -> dict[str, Any]:
+    data = error_message(cursor.request_id, message, code=CONNECTION_CLOSED, reason=reason)
+    return {"event": "message", "data": data, "id": ids.write(cursor.at(sequence=cursor.sequence, final=True))}
+
+
+class _Stream:
+    """One response that reads a stream from the log.
+
+    Args:
+        events: Those of the session.
+        cursor: Where it begins.
+        page: What follows, if it was read already.
+    """
+
+    def __init__(self, events: SessionEvents, cursor: Cursor, page: EventPage | None) -> None:
+        self._events = events
+        self._recorder = events.recorder
+        self._cursor = cursor
+        self._page = page
+        self._seen = cursor.sequence
+        """Up to which sequence of the session there is nothing more for this stream."""
+
+    async def messages(self, first: dict[str, Any] | None) -> AsyncIterator[dict[str, Any]]:
+        """What the client is sent, in its order, for as long as the stream lasts.
+
+        Args:
+            first: What is sent before anything else.
+        """
+        here = self._cursor.instance == self._recorder.name
+        elsewhere = None if self._cursor.standalone or here else self._cursor.instance
+        follower = Follower(self._events.key, self._cursor.stream)
+        following = self._recorder.following
+        # MCP 2025-11-25, basic/transports, multiple connections: no message goes to two. The latest has them.
+        for other in following.of(self._events.key, self._cursor.stream):
+            other.close()
+        following.add(follower, instance=elsewhere)
+        outcome = "left"
+        try:
+            if first is not None:
+                yield first
+            page, self._page = self._page, None
+            # What was stored before we followed has woken nobody; and a call that has ended may have stored its answer.
+            latest = was_over = False
+            while not follower.closed:
+                if page is not None:
+                    if self._misses(page):
+                        if not self._cursor.standalone:
+                            outcome = "trimmed"
+                            yield self._terminal(TRIMMED, outcome)
+                            return
+                        logger.info("a client missed events of its standalone stream that are not kept any more")
+                    async for message in self._new(page):
+                        yield message
+                    if self._cursor.final:
+                        outcome = "complete"
+                        return
+                    if not page.more:
+                        self._seen = max(self._seen, page.last)
+                        if was_over:
+                            outcome = "lost"
+                            yield self._terminal(LOST, outcome)
+                            return
+                is_over = self._over()
+                if latest and not is_over and (page is None or not page.more) and follower.head <= self._seen:
+                    await follower.wait(self._seen, seconds=LOOK_AGAIN)
+                    # Given while the client had all that was stored: so before whatever has been stored since.
+                    while follower.offered:
+                        event = follower.offered.popleft()
+                        yield {"event": "message", "data": event.message}
+                        if event.kind.final and not self._cursor.standalone:
+                            outcome = "complete"
+                            return
+                    page = None
+                    continue
+                page = await self._read(follower)
+                latest = page is not None
+                was_over = is_over and page is not None
+            if follower.answer is not None and not self._cursor.standalone:
+                outcome = "ended"
+                yield self._terminal(follower.answer, outcome)
+        finally:
+            following.remove(follower, instance=elsewhere)
+            telemetry.resumed.add(1, {"outcome": outcome})
+
+    async def _new(self, page: EventPage) -> AsyncIterator[dict[str, Any]]:
+        for event in page.events:
+            repeated = not self._cursor.standalone and event.position <= self._cursor.position
+            self._seen = event.sequence
+            if repeated:
+                continue
+            final = event.kind.final and not self._cursor.standalone
+            self._cursor = self._cursor.at(sequence=event.sequence, position=event.position, final=final)
+            if event.message is not None:
+                yield {"event": "message", "data": event.message, "id": self._events.ids.write(self._cursor)}
+            if final:
+                return
+
+    def _misses(self, page: EventPage) -> bool:
+        """Whether events that the client has not seen may have been removed."""
+        if page.events and not self._cursor.standalone:
+            return page.events[0].previous > self._cursor.position
+        if page.first <= self._seen + 1:
+            return False
+        running = self._recorder.unfinished.get(self._cursor.stream)
+        return running is None or running.previous > self._cursor.position
+
+    def _over(self) -> bool:
+        """Whether the call, which has not been answered, will not be."""
+        if self._cursor.standalone:
+            return False
+        if self._cursor.instance == self._recorder.name:
+            return self._cursor.stream not in self._recorder.unfinished
+        return self._recorder.following.gone(self._cursor.instance)
+
+    async def _read(self, follower: Follower) -> EventPage | None:
+        try:
+            page = await self._recorder.log.read(self._events.key, self._cursor.stream, after=self._seen)
+        except Exception as error:
+            report_failure("streams", error)
+            # The client keeps its connection, and gets the rest when it can be read.
+            await follower.wait(self._seen, seconds=RETRY, pause=True)
+            return None
+        if page is None:
+            # It goes with its session, whose copy here is about to learn of it.
+            follower.close(SESSION_ENDED)
+        else:
+            follower.moved(page.last)
+        return page
+
+    def _terminal(self, message: str, reason: str) -> dict[str, Any]:
+        return _terminal(self._events.ids, self._cursor, message, reason)

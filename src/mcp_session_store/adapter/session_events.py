@@ -1,0 +1,365 @@
+"""The events of one session, as the SDK's transport stores them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import re
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
+
+from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage, EventStore
+from mcp_types import (
+    CONNECTION_CLOSED,
+    JSONRPCError,
+    JSONRPCNotification,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    jsonrpc_message_adapter,
+)
+from mcp_types.version import is_version_at_least
+
+from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.event_ids import Cursor, EventIds, fits
+from mcp_session_store.adapter.recorder import CallStream, Outcome, error_message
+from mcp_session_store.records import EventKind, NewEvent
+from mcp_session_store.store import STANDALONE_STREAM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from mcp.server.streamable_http import EventCallback, EventId, StreamId
+    from mcp_types import JSONRPCMessage, RequestId
+
+    from mcp_session_store.adapter.recorder import EventRecorder
+    from mcp_session_store.adapter.sdk import LiveStreams
+
+__all__ = ["POSTED", "RESUMABLE_SINCE", "SessionEvents"]
+
+logger = logging.getLogger(__name__)
+
+RESUMABLE_SINCE: Final = "2025-11-25"
+"""The protocol version from which on clients understand priming events, and come back for a stream."""
+
+POSTED: Final[ContextVar[bytes]] = ContextVar("mcp_session_store.posted")
+"""The body of the POST that is being served."""
+
+_INTEGER: Final = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
+
+
+class SessionEvents(EventStore):
+    """One session's view of the event log: what it stores and replays belongs to this session.
+
+    The SDK calls a stream by the id of its request, which clients use again. Here each call gets a stream of its own.
+
+    `store_event` never raises, because that would end the SDK's message router, and with it the session.
+
+    Args:
+        key: The session.
+        recorder: Stores events.
+        retry_interval: As for the SDK's transport, in milliseconds.
+        unmanaged: The SDK's own session manager serves the session, and tells only what it stores.
+        calls: Whether calls have streams: they have none where they are answered by JSON.
+    """
+
+    def __init__(
+        self,
+        key: UUID,
+        recorder: EventRecorder,
+        *,
+        retry_interval: int | None = None,
+        unmanaged: bool = False,
+        calls: bool = True,
+    ) -> None:
+        self.key = key
+        self.recorder = recorder
+        self.ids = EventIds(key)
+        self.retry_interval = retry_interval
+        self._begins_streams = unmanaged and calls
+        self.active = unmanaged
+        """Whether the session has a record: its handshake leaves no events."""
+        self.live: LiveStreams | None = None
+        """The open responses of the SDK's transport."""
+        self._calls: dict[str, CallStream] = {}
+        self._identified = False
+        self._returned: set[str] = set()
+        self.on_recorded: Callable[[], None] = lambda: None
+        """Called when the last answer that was still to be stored is."""
+        # All copies of a session write the one stream: their positions are apart by chance.
+        self._position = random.getrandbits(31) << 31
+
+    # What the SDK calls
+
+    async def prime(self, stream_id: str, protocol_version: str) -> dict[str, Any] | None:
+        """Begin the stream of a call, and store its priming event; that as SSE, if the client is to get one.
+
+        Args:
+            stream_id: The call's request id, as a text.
+            protocol_version: Which the client speaks.
+        """
+        if not self.active:
+            return None
+        request_id, method = _call_of(stream_id, POSTED.get(b""))
+        if method == "initialize" or not fits(request_id):
+            return None
+        resumable = is_version_at_least(protocol_version, RESUMABLE_SINCE)
+        if (forgotten := self._calls.get(stream_id)) is not None and forgotten.answer is None:
+            # The client uses the id of a call that runs; the SDK answers the later one with whatever comes first.
+            await self._lose(forgotten)
+        stream = self._calls[stream_id] = self.recorder.begin(request_id, resumable=resumable)
+        if not resumable or self.recorder.down:
+            return None
+        event_id = await self._never_raising(stream, stream_id, None)
+        return self.primed(event_id) if event_id else None
+
+    def primed(self, event_id: str) -> dict[str, Any]:
+        """A priming event, as SSE."""
+        event: dict[str, Any] = {"id": event_id, "data": ""}
+        if self.retry_interval is not None:
+            event["retry"] = self.retry_interval
+        return event
+
+    async def store_event(self, stream_id: StreamId, message: JSONRPCMessage | None) -> EventId:
+        """Store an event of a stream.
+
+        Args:
+            stream_id: The request id of the stream's call, as a text, or the SDK's name for the standalone stream.
+            message: The message; `None` for a priming event.
+
+        Returns:
+            The event's id, or an empty text, which the SDK does not send, for one that is not stored.
+        """
+        if not self.active:
+            return ""
+        stream: CallStream | None = None
+        if stream_id != GET_STREAM_KEY:
+            stream = self._calls.get(stream_id)
+            if stream is None:
+                if not self._begins_streams:
+                    return ""  # the call is answered already, or nobody can resume it
+                request_id, _ = _call_of(stream_id, b"")
+                if not fits(request_id):
+                    return ""
+                stream = self._calls[stream_id] = self.recorder.begin(request_id, resumable=message is None)
+        return await self._never_raising(stream, stream_id, message)
+
+    async def replay_events_after(self, last_event_id: EventId, send_callback: EventCallback) -> StreamId | None:
+        """Replay what follows an event, page by page; for the SDK's own session manager.
+
+        Returns:
+            The SDK's name of the stream; `None` for an id that this session has not given to anybody, and for a call
+            that is answered.
+        """
+        cursor = self.ids.read(last_event_id)
+        if cursor is None or cursor.final:
+            return None
+        # The SDK lets a client have a stream only when nobody else does.
+        self.resumed(cursor)
+        more = True
+        while more:
+            page = await self.recorder.log.read(self.key, cursor.stream, after=cursor.sequence)
+            if page is None:
+                return None
+            for event in page.events:
+                cursor = cursor.at(sequence=event.sequence, position=event.position, final=event.kind.final)
+                if event.message is not None:
+                    message = jsonrpc_message_adapter.validate_json(event.message, by_name=False)
+                    await send_callback(EventMessage(message, self.ids.write(cursor)))
+            more = page.more
+        if cursor.standalone:
+            return GET_STREAM_KEY
+        return None if cursor.final else str(cursor.request_id)
+
+    # What the session manager calls
+
+    @property
+    def busy(self) -> bool:
+        """Whether answers are on their way to the log."""
+        return bool(self._returned)
+
+    def returned(self, request_id: RequestId) -> None:
+        """A handler of a call has returned: its answer is still to be stored."""
+        stream = self._calls.get(str(request_id))
+        if stream is not None and stream.answer is None:
+            self._returned.add(stream.name)
+
+    async def prime_standalone(self) -> Cursor | None:
+        """Store a priming event of the standalone stream; `None` when that cannot be done now."""
+        if not self.active or self.recorder.down:
+            return None
+        event_id = await self._never_raising(None, GET_STREAM_KEY, None)
+        return self.ids.read(event_id) if event_id else None
+
+    def resumed(self, cursor: Cursor) -> None:
+        """A client comes back for a stream: whatever response carries it in this instance is not read any more."""
+        if self.live is not None:
+            for stream_id, stream in self._calls.items():
+                if stream.name == cursor.stream:
+                    self.live.close(stream_id)
+                    break
+            if cursor.standalone:
+                self.live.close(GET_STREAM_KEY)
+        for follower in self.recorder.following.of(self.key, cursor.stream):
+            follower.close()
+
+    def can_come_back(self, stream_id: str) -> bool:
+        """Whether the client of a stream may have got an id to come back with."""
+        if stream_id == GET_STREAM_KEY:
+            return self._identified
+        stream = self._calls.get(stream_id)
+        return stream is not None and stream.identified
+
+    def close_stream(self, stream_id: str) -> None:
+        """The server closes a stream, for its client to come back: also where it was resumed already."""
+        name = STANDALONE_STREAM if stream_id == GET_STREAM_KEY else None
+        if name is None and (stream := self._calls.get(stream_id)) is not None:
+            name = stream.name
+        if name is not None:
+            for follower in self.recorder.following.of(self.key, name):
+                follower.close()
+
+    def close(self, answer: str | None = None) -> None:
+        """End all responses that follow streams of this session.
+
+        Args:
+            answer: What the calls are told, as the message of a JSON-RPC error, because the session has ended, with all
+                its events; nothing unless given.
+        """
+        if answer is not None:
+            self.active = False
+            for stream in self._calls.values():
+                self.recorder.unfinished.pop(stream.name, None)
+            self._calls.clear()
+            self._returned.clear()
+        for follower in self.recorder.following.of(self.key):
+            follower.close(answer)
+
+    async def abandon(self) -> None:
+        """The copy of the session has left memory: no call of it that has not been answered ever will be."""
+        calls, self._calls = self._calls, {}
+        for stream in calls.values():
+            if stream.answer is None:
+                await self._lose(stream)
+            else:
+                # It left while this was being stored.
+                await self.recorder.record(self.key, stream.answer, give=lambda: False, again=True)
+
+    async def _lose(self, stream: CallStream) -> None:
+        text = error_message(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
+        await self.recorder.record(self.key, _event(stream, EventKind.ERROR, text), give=lambda: False)
+
+    # Both
+
+    async def _never_raising(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
+        try:
+            return await self._store(stream, stream_id, message)
+        except Exception as error:
+            report_failure("events", error)
+            return ""
+
+    async def _store(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
+        kind = _kind_of(message)
+        try:
+            text = None if message is None else message.model_dump_json(by_alias=True, exclude_unset=True)
+        except ValueError as error:
+            # Neither can the SDK send it, nor anybody else.
+            report_failure("events", error)
+            if stream is None or not kind.final:
+                return ""
+            kind, text = EventKind.ERROR, error_message(stream.request_id, NOT_JSON, reason="lost")
+        if stream is None:
+            self._position += 1
+            event = NewEvent(stream=STANDALONE_STREAM, position=self._position, kind=kind, message=text)
+        else:
+            event = _event(stream, kind, text)
+            if kind.final:
+                stream.answer = event
+        recorded = await self.recorder.record(self.key, event, give=lambda: self._give(stream_id, event))
+        if stream is not None:
+            if kind.final and self._calls.get(stream_id) is stream:
+                # What else comes under this id belongs to another call.
+                del self._calls[stream_id]
+            if stream.name in self._returned and kind.final:
+                self._returned.remove(stream.name)
+                if not self._returned:
+                    self.on_recorded()
+            if recorded.outcome is not Outcome.LIVE:
+                stream.previous = event.position
+        if recorded.outcome is not Outcome.STORED:
+            return ""
+        if stream is None:
+            self._identified = True
+        else:
+            stream.identified = True
+        if self._is_stuck(stream, stream_id):
+            # Its client does not read: it gets the rest from the log, and the session's other streams go on.
+            self._cut(stream_id)
+        return self.ids.write(
+            Cursor(
+                stream=event.stream,
+                sequence=recorded.sequence,
+                position=event.position,
+                request_id=None if stream is None else stream.request_id,
+                final=stream is not None and kind.final,
+            )
+        )
+
+    def _give(self, stream_id: str, event: NewEvent) -> bool:
+        """Whether a client gets an event that is not stored: the SDK sends it where a response is open."""
+        if self.live is not None and self.live.is_open(stream_id):
+            if not (self._is_stuck(self._calls.get(stream_id), stream_id) and self.can_come_back(stream_id)):
+                return True
+            self._cut(stream_id)
+        if event.message is None:
+            return False
+        return any(f.offer(event) for f in self.recorder.following.of(self.key, event.stream))
+
+    def _is_stuck(self, stream: CallStream | None, stream_id: str) -> bool:
+        resumable = stream is None or stream.resumable
+        return resumable and self.live is not None and self.live.is_stuck(stream_id)
+
+    def _cut(self, stream_id: str) -> None:
+        if self.live is not None:
+            self.live.close(stream_id)
+
+
+NOT_JSON: Final = "The answer to the call cannot be written as JSON."
+LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
+
+
+def _event(stream: CallStream, kind: EventKind, text: str | None) -> NewEvent:
+    """The next event of a call."""
+    position = stream.position
+    stream.position += 1
+    return NewEvent(stream=stream.name, position=position, previous=stream.previous, kind=kind, message=text)
+
+
+def _kind_of(message: JSONRPCMessage | None) -> EventKind:
+    match message:
+        case None:
+            return EventKind.PRIMING
+        case JSONRPCRequest():
+            return EventKind.REQUEST
+        case JSONRPCNotification():
+            return EventKind.NOTIFICATION
+        case JSONRPCResponse():
+            return EventKind.RESPONSE
+        case JSONRPCError():
+            return EventKind.ERROR
+
+
+def _call_of(stream_id: str, body: bytes) -> tuple[RequestId, str | None]:
+    """The id of a call, as the client wrote it, and its method where that matters.
+
+    The SDK tells the id as a text only. It is looked into the body for what could make a difference before the body
+    is parsed, once more.
+    """
+    integer = _INTEGER.fullmatch(stream_id) is not None
+    if b'"initialize"' in body or (integer and b'"%s"' % stream_id.encode() in body):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            message = json.loads(body)
+            return message["id"], message["method"]
+    return (int(stream_id) if integer else stream_id), None

@@ -1,0 +1,295 @@
+"""What operators see of the events of a namespace: the logs of sessions, the events of one, statistics. Reads only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+
+from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.sql.dialects import MOMENT, ByteLength
+from mcp_session_store.sql.event_removal import left_of
+from mcp_session_store.sql.partitions import Partition, partitions_of
+from mcp_session_store.sql.reading import DEFAULT_TIMEOUT, NO_CURSOR, Reader, decode_cursor, encode_cursor
+from mcp_session_store.sql.tables import events_table, instances_table, logs_table
+from mcp_session_store.store import DEFAULT_NAMESPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from mcp_session_store.retention import EventPolicy
+
+__all__ = ["EventDirectory", "EventStatistics", "LogDetails", "LogPage", "LoggedEvent", "StoredInstance", "StoredLog"]
+
+_LOGS: Final = "logs"
+"""The name of the list in its cursors."""
+_SMALL: Final = 64 * 1024
+"""Bytes of a message that is read to see what it is about, though it was not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredLog:
+    """The log of one session. Times are the database's."""
+
+    key: UUID
+    namespace: str
+    events: int
+    """How many are kept."""
+    bytes: int
+    """Of the messages that are kept."""
+    first: int
+    """The sequence of the oldest event that is kept; of the next one, where none is."""
+    last: int
+    """The sequence of the newest event."""
+    oldest_at: datetime | None
+    """When the oldest event that is kept was stored; `None`: none is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogPage:
+    """Some logs of a list, and how to go on."""
+
+    logs: Sequence[StoredLog]
+    as_of: datetime
+    """By the database's clock."""
+    next: str | None
+    """The cursor of the next page; `None`: there are no more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggedEvent:
+    """One event of a session."""
+
+    sequence: int
+    stream: str
+    position: int
+    kind: str
+    """An `EventKind`, or what a newer version of this package calls one."""
+    created_at: datetime
+    """When it was stored."""
+    bytes: int
+    """Of its message."""
+    message: str | None = field(repr=False)
+    """The JSON-RPC message, as JSON text. `None` for an event without, and, unless all were asked for, for a large one.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogDetails:
+    """The log of a session, and some of its events."""
+
+    log: StoredLog
+    events: Sequence[LoggedEvent]
+    as_of: datetime
+    """By the database's clock."""
+    next: int | None
+    """The sequence after which the next page begins; `None`: there are no more events."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredInstance:
+    """An instance that has noted that it runs."""
+
+    instance: str
+    started_at: datetime
+    beat_at: datetime
+    """When it was last heard of."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventStatistics:
+    """What is stored, counted."""
+
+    as_of: datetime
+    """By the database's clock."""
+    sessions: int
+    """That have events."""
+    events: int
+    bytes: int
+    """Of messages."""
+    oldest_at: datetime | None
+    """When the oldest event was stored; `None`: there is none."""
+    table_bytes: int
+    """What the tables take, all namespaces' events included; on SQLite, the file."""
+    index_bytes: int | None
+    """What their indexes take beside that; `None` on SQLite, where they are in the file."""
+    instances: Sequence[StoredInstance]
+    """Those that were heard of last, of all namespaces."""
+    partitions: Sequence[Partition]
+    """Of the table of events; empty where it has none."""
+
+
+class EventDirectory(Reader):
+    """The events of a namespace, for operators. See `Reader`."""
+
+    def __init__(
+        self,
+        url_or_engine: str | URL | AsyncEngine,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        schema: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__(url_or_engine, namespace=namespace, schema=schema, timeout=timeout)
+        self._logs = logs_table(self._database.schema)
+        self._events = events_table(self._database.schema)
+        self._instances = instances_table(self._database.schema)
+
+    async def page(self, *, limit: int = 50, after: str | None = None) -> LogPage:
+        """A page of the list of logs that have events: those with the oldest events first.
+
+        One range scan along an index, and a look at the oldest event of each. A log whose oldest events are removed
+        meanwhile may appear once more, on a later page; none is left out.
+
+        Args:
+            limit: Logs on the page at most.
+            after: `next` of the page before.
+
+        Raises:
+            ConfigurationError: The cursor is none of this list's.
+        """
+        position = None
+        if after is not None:
+            name, position = decode_cursor(after) or ("", ())
+            if name != _LOGS or len(position) != 2:
+                raise ConfigurationError(f"{after!r} is no cursor of a list of logs; {NO_CURSOR}")
+
+        async def read(connection: AsyncConnection, now: datetime) -> LogPage:
+            rows = (await connection.execute(self._page_statement(limit=limit + 1, after=position))).all()
+            more = len(rows) > limit
+            cursor = encode_cursor(_LOGS, (rows[limit - 1].noted_at, rows[limit - 1].key)) if more else None
+            return LogPage(logs=[self._stored(row) for row in rows[:limit]], as_of=now, next=cursor)
+
+        return await self._read(read)
+
+    def _page_statement(self, *, limit: int, after: Sequence[Any] | None) -> sa.Select[Any]:
+        c = self._logs.c
+        conditions = [c.namespace == self._namespace]
+        if after is None:
+            conditions.append(c.oldest_at.is_not(None))
+        else:
+            bounds = [sa.literal(value, column.type) for value, column in zip(after, (c.oldest_at, c.key), strict=True)]
+            conditions.append(sa.tuple_(c.oldest_at, c.key) > sa.tuple_(*bounds))
+        return self._select().where(*conditions).order_by(c.oldest_at, c.key).limit(limit)
+
+    async def find(
+        self,
+        key: UUID,
+        *,
+        stream: str | None = None,
+        limit: int = 50,
+        after: int = 0,
+        messages: bool = False,
+    ) -> LogDetails | None:
+        """The log of one session with a page of its events, in their order; `None` where there is none.
+
+        Args:
+            key: The session.
+            stream: One stream of it; all unless given.
+            limit: Events on the page at most.
+            after: `next` of the page before.
+            messages: Whether to read large messages, too.
+        """
+        c, size = self._events.c, sa.func.coalesce(ByteLength(self._events.c.message), 0)
+        message: sa.ColumnElement[Any] = c.message if messages else sa.case((size <= _SMALL, c.message))
+        statement = (
+            sa.select(
+                c.sequence, c.stream, c.position, c.kind, c.created_at, size.label("bytes"), message.label("message")
+            )
+            .where(c.key == key, c.sequence > after)
+            .order_by(c.sequence)
+            .limit(limit + 1)
+        )
+        if stream is not None:
+            statement = statement.where(c.stream == stream)
+
+        async def read(connection: AsyncConnection, now: datetime) -> LogDetails | None:
+            of_key = self._select().where(self._logs.c.key == key, self._logs.c.namespace == self._namespace)
+            log = (await connection.execute(of_key)).one_or_none()
+            if log is None:
+                return None
+            events = [LoggedEvent(**row) for row in (await connection.execute(statement)).mappings()]
+            more = len(events) > limit
+            return LogDetails(
+                log=self._stored(log),
+                events=events[:limit],
+                as_of=now,
+                next=events[limit - 1].sequence if more else None,
+            )
+
+        return await self._read(read)
+
+    async def statistics(self, *, top: int = 10) -> EventStatistics:
+        """Counts and sizes. Reads the logs of the sessions, and no event.
+
+        So they count events that were dropped with a partition until the next sweep.
+
+        Args:
+            top: Instances that are told.
+        """
+        c = self._logs.c
+        counted = sa.select(
+            sa.func.count(c.oldest_at).label("sessions"),
+            sa.cast(sa.func.coalesce(sa.func.sum(c.sequence - c.trimmed), 0), sa.BigInteger).label("events"),
+            sa.cast(sa.func.coalesce(sa.func.sum(c.total_bytes - c.trimmed_bytes), 0), sa.BigInteger).label("bytes"),
+            sa.func.min(c.oldest_at, type_=MOMENT).label("oldest_at"),
+        ).where(c.namespace == self._namespace)
+        of_instances = self._instances.c
+        latest = (
+            sa.select(of_instances.instance, of_instances.started_at, of_instances.beat_at)
+            .order_by(of_instances.beat_at.desc(), of_instances.name)
+            .limit(top)
+        )
+        dialect = self._database.dialect
+
+        async def read(connection: AsyncConnection, now: datetime) -> EventStatistics:
+            counts = (await connection.execute(counted)).mappings().one()
+            instances = (await connection.execute(latest)).mappings()
+            stored = await connection.execute(dialect.stored_bytes([self._events, self._logs]))
+            table_bytes, index_bytes = stored.one()
+            return EventStatistics(
+                as_of=now,
+                **counts,
+                table_bytes=table_bytes,
+                index_bytes=index_bytes,
+                instances=[StoredInstance(**row) for row in instances],
+                partitions=await partitions_of(connection, self._events) if dialect.has_partitions else [],
+            )
+
+        return await self._read(read)
+
+    async def preview(self, policy: EventPolicy) -> int:
+        """How many events a sweep by a policy would remove now. Reads all of the sessions whose oldest are too old."""
+        if policy.max_age is None:
+            return 0
+        logs, events = self._logs.c, self._events.c
+        too_old = self._database.dialect.kept_since(self._events, policy.max_age)
+        due = sa.select(logs.key).where(logs.namespace == self._namespace, logs.oldest_at <= too_old)
+        statement = sa.select(sa.func.count()).where(events.key.in_(due), events.created_at <= too_old)
+
+        async def read(connection: AsyncConnection, now: datetime) -> int:  # noqa: ARG001
+            return (await connection.execute(statement)).scalar_one()
+
+        return await self._read(read)
+
+    def _select(self) -> sa.Select[Any]:
+        c = self._logs.c
+        left = [value.label(f"left_{name}") for name, value in left_of(self._logs, self._events).items()]
+        return sa.select(c.key, c.sequence, c.total_bytes, c.oldest_at.label("noted_at"), *left)
+
+    def _stored(self, row: Any) -> StoredLog:
+        return StoredLog(
+            key=row.key,
+            namespace=self._namespace,
+            events=row.sequence - row.left_trimmed,
+            bytes=row.total_bytes - row.left_trimmed_bytes,
+            first=row.left_trimmed + 1,
+            last=row.sequence,
+            oldest_at=row.left_oldest_at,
+        )

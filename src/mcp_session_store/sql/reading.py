@@ -1,0 +1,130 @@
+"""What operators read with: each call sees one moment of the database, and lists are paged by cursors."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from mcp_session_store.errors import ConfigurationError, StoreUnavailable
+from mcp_session_store.sql.database import Database
+from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.store import DEFAULT_NAMESPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from types import TracebackType
+    from typing import Self
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from mcp_session_store.sql.database import Attempt
+
+__all__ = ["DEFAULT_TIMEOUT", "EPOCH", "NO_CURSOR", "Position", "Reader", "decode_cursor", "encode_cursor"]
+
+_T = TypeVar("_T")
+
+DEFAULT_TIMEOUT: Final = 30.0
+
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+NO_CURSOR: Final = "give what the page before told as the next one"
+"""What to do about a cursor that is none."""
+
+Position: TypeAlias = tuple[Any, ...]
+"""Where a row stands in a list: its values of the columns that the list is ordered by."""
+
+
+class Reader:
+    """Reads what is stored for a namespace, for operators.
+
+    Changes nothing. Each call is one read-only transaction: what it returns was true at one moment, that of `as_of`
+    by the database's clock.
+
+    Like a `SqlSessionStore`, it is used within one event loop, and its calls raise `StoreUnavailable` and
+    `SchemaError`.
+
+    Args:
+        url_or_engine: As for `SqlSessionStore`.
+        namespace: Whose sessions.
+        schema: Postgres: the schema with the tables.
+        timeout: Seconds that a call takes at most; the database gives up after them, too.
+
+    Raises:
+        ConfigurationError: An argument cannot work; the message names it.
+    """
+
+    def __init__(
+        self,
+        url_or_engine: str | URL | AsyncEngine,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        schema: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        if not isinstance(namespace, str) or not namespace or "\0" in namespace:
+            raise ConfigurationError(f"namespace={namespace!r} must be a text that is not empty, without NUL")
+        self._database = Database(url_or_engine, schema=schema, auto_upgrade=False, timeout=timeout)
+        self._namespace = namespace
+
+    async def __aenter__(self) -> Self:
+        self._database.reopen()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Release connections. Idempotent."""
+        self._database.close_to_calls()
+        await self._database.aclose()
+
+    async def _read(self, read: Callable[[AsyncConnection, datetime], Awaitable[_T]]) -> _T:
+        """Do something in a snapshot, with the time at which it was taken."""
+        database = self._database
+        database.bind()
+
+        async def attempt(attempt: Attempt) -> _T:
+            connection = attempt.connection
+            async with database.dialect.snapshot(connection, timeout=database.timeout):
+                now = (await connection.execute(sa.select(StoreClock()))).scalar_one()
+                return await read(connection, now)
+
+        begun = time.monotonic()
+        try:
+            async with database.lease(writes=False) as lease:
+                return await lease.run(attempt)
+        except StoreUnavailable as error:
+            # Whoever noticed first, the driver, the database or we: the reader learns what he can do about it.
+            if time.monotonic() - begun < database.timeout:
+                raise
+            raise StoreUnavailable(
+                f"the database {database.shown_url} did not answer within {database.timeout:g} s; "
+                "narrow down what is asked for, or give it more time with --timeout (timeout=)"
+            ) from error
+
+
+def encode_cursor(name: str, position: Position) -> str:
+    """A cursor: the name of the list and the position, times and then a key, as text that nobody is to take apart."""
+    *moments, key = position
+    parts = [name, *((moment - EPOCH) // timedelta(microseconds=1) for moment in moments), key.hex]
+    return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":")).encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str) -> tuple[str, Position] | None:
+    """The name of the list and the position; `None` for what is no cursor."""
+    try:
+        parts = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
+        name, *moments, key = parts
+        position = (*(EPOCH + timedelta(microseconds=moment) for moment in moments), UUID(hex=key))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    return (name, position) if isinstance(name, str) else None
