@@ -142,6 +142,12 @@ class Exchange:
         with anyio.fail_after(PATIENCE):
             await self.over.wait()
 
+    async def leave(self) -> str | None:
+        """The client's connection breaks, and the app notices: the last event id that the client has."""
+        self.disconnect()
+        await self.end()
+        return self.last_event_id
+
     async def next(self) -> Message:
         """The next JSON-RPC message of a stream."""
         await self.start()
