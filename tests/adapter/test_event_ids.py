@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-ODD_IDS = [
+ODD_IDS: list[str | int] = [
     0,
     -1,
     2**53,
