@@ -200,7 +200,7 @@ class OfficialClient:
         """Call the tool `talk`, which must succeed; the process that answered."""
         said = self.said[call] = []
 
-        async def note(progress: float, total: float | None, message: str | None) -> None:  # noqa: ARG001 - by name
+        async def note(progress: float, total: float | None, message: str | None) -> None:
             assert message == f"{call} {progress:.0f}"
             said.append(int(progress))
 
