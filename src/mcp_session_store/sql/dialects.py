@@ -533,6 +533,31 @@ class _ArrayBatch(Batch):
         return dict(zip(self._names, map(list, zip(*rows, strict=True)), strict=True))
 
 
+_connecting: Final[set[asyncio.Task[asyncpg.Connection]]] = set()
+
+
+async def _connect(*arguments: Any, **options: Any) -> asyncpg.Connection:
+    """Connect, in a task that goes on when whoever waits for it is cancelled, and then puts the connection away.
+
+    Cancelled while it connects, asyncpg leaves an exception that nobody asks for, and asyncio's log shows it.
+    """
+    import asyncpg  # who uses SQLite does without
+
+    task = asyncio.get_running_loop().create_task(asyncpg.connect(*arguments, **options))
+    _connecting.add(task)
+    task.add_done_callback(_connecting.discard)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_put_away)
+        raise
+
+
+def _put_away(task: asyncio.Task[asyncpg.Connection]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().terminate()
+
+
 async def _learn_array_types(connection: asyncpg.Connection) -> None:
     """Make asyncpg ask what the types of our batches are, which it does once for each connection, in a transaction.
 
@@ -651,7 +676,11 @@ class _Postgres(Dialect):
     ) -> tuple[URL, dict[str, Any]]:
         query = dict(url.query)
         name = query.pop("application_name", "mcp-session-store")
-        connect: dict[str, Any] = {"timeout": timeout, "server_settings": {"application_name": name}}
+        connect: dict[str, Any] = {
+            "timeout": timeout,
+            "server_settings": {"application_name": name},
+            "async_creator_fn": _connect,
+        }
         if command_timeout is not None:
             connect["command_timeout"] = command_timeout
         connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
