@@ -1307,7 +1307,9 @@ class EventLogConformance:
         keys = [await self._opened(store) for _ in range(2)]
         before = {(key, number): await log.append(key, [new_event(number)]) for key in keys for number in (0, 1)}
         calls = [(key, number) for number in range(4) for key in keys]
-        firsts = await asyncio.gather(*(log.append(key, [new_event(number)], again=number < 3) for key, number in calls))
+        firsts = await asyncio.gather(
+            *(log.append(key, [new_event(number)], again=number < 3) for key, number in calls)
+        )
         told = dict(zip(calls, firsts, strict=True))
         assert {call: told[call] for call in before} == before
         for key in keys:
