@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from mcp.server import streamable_http_manager
+from mcp.server.runner import serve_loop
 
 from mcp_session_store import EndReason, RetentionPolicy, session_key
 from mcp_session_store.adapter.manager import DEFAULT_INSTANCE_TIMEOUT
@@ -346,9 +348,6 @@ async def test_a_call_is_lost_with_a_server_loop_that_crashes(
             await crash.wait()
             raise RuntimeError("a bug")
 
-    from mcp.server import streamable_http_manager
-
-    serve_loop = streamable_http_manager.serve_loop
     monkeypatch.setattr(streamable_http_manager, "serve_loop", crashing)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:
