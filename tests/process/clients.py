@@ -207,7 +207,7 @@ class OfficialClient:
         """Call the tool `talk`, which must succeed; the process that answered."""
         said = self.said[call] = []
 
-        async def note(progress: float, total: float | None, message: str | None) -> None:  # noqa: ARG001
+        async def note(progress: float, total: float | None, message: str | None) -> None:
             assert message == f"{call} {progress:.0f}"
             said.append(int(progress))
 
@@ -277,7 +277,7 @@ class Load:
     async def __aenter__(self) -> Self:
         group = await self._stack.enter_async_context(anyio.create_task_group())
         for index in range(len(self._clients)):
-            group.start_soon(self.name, index)
+            group.start_soon(self._call, index)
         return self
 
     async def __aexit__(self, *error: Any) -> None:
