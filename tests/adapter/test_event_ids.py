@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-ODD_IDS = [
+ODD_IDS: list[str | int] = [
     0,
     -1,
     2**53,
@@ -39,7 +39,7 @@ ODD_IDS = [
     "9d6b3c1e-4c0e-4f6e-9d8e-1f2a3b4c5d6e",
     "_GET_stream*",
 ]
-LONG_IDS = [10**100, "x" * 99, "日" * 98, "🦜" * 60, "x" * 5000]
+LONG_IDS: list[str | int] = [10**100, "x" * 99, "日" * 98, "🦜" * 60, "x" * 5000]
 """Such as do not fit into an event id."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from mcp_session_store.cli import worker_app
 from mcp_session_store.errors import ConfigurationError
-from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from tests.support.clients import official_client
 from tests.support.http import RawClient
 from tests.support.servers import ROOT
@@ -251,11 +252,55 @@ def test_retention_and_memory_can_come_from_the_environment(
     assert app_arguments["sweep_interval"] is None
 
 
+@pytest.mark.parametrize("how", ["options", "environment"])
+def test_events_are_kept_by_a_policy_when_they_are_asked_for(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any], how: str
+) -> None:
+    options = ["--events", "--events-max-age", "2h", "--events-max-events-per-session", "50"]
+    environment = {
+        "MCP_SESSION_STORE_EVENTS": "true",
+        "MCP_SESSION_STORE_EVENTS_MAX_AGE": "2h",
+        "MCP_SESSION_STORE_EVENTS_MAX_EVENTS_PER_SESSION": "50",
+    }
+    arguments = ["serve", "tests.cli.targets:mcpserver", "--url", sqlite_url]
+    if how == "options":
+        invoke(*arguments, *options)
+    else:
+        invoke(*arguments, environment=environment)
+    assert app_arguments["events"] == EventPolicy(max_age=timedelta(hours=2), max_events_per_session=50)
+    assert app_arguments["events"] == EventPolicy.from_environment(environment)
+
+
+def test_events_that_the_environment_asks_for_can_be_declined(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
+) -> None:
+    arguments = ["serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, "--no-events"]
+    invoke(*arguments, environment={"MCP_SESSION_STORE_EVENTS": "true"})
+    assert app_arguments
+    assert "events" not in app_arguments
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.anyio
+async def test_a_server_keeps_events_that_operators_see(
+    command: CommandFunction, serve_command: ServeCommandFunction, sqlite_url: str, kept: bool
+) -> None:
+    server = serve_command("tests.cli.targets:mcpserver", "--url", sqlite_url, *(["--events"] if kept else []))
+    async with official_client(server.mcp_url) as client:
+        await client.text("whoami")
+        done = command("events", "show", client.session_ids[0], "--json", "--url", sqlite_url)
+        assert (done.returncode == 0) == kept, done.stderr
+        if kept:
+            events = json.loads(done.stdout)["events"]
+            assert "response" in {event["kind"] for event in events}
+            assert [event for event in events if event["request_id"] is not None]
+
+
 def test_what_is_not_given_is_left_to_the_app(
     invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
 ) -> None:
     invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url)
-    left = {"retention", "evict_after", "max_sessions", "end_within", "sweep_interval"}
+    left = {"retention", "events", "evict_after", "max_sessions", "end_within", "sweep_interval"}
     assert app_arguments
     assert not left & app_arguments.keys()
 
@@ -268,11 +313,13 @@ def test_workers_get_the_same_retention_and_memory(
     # A worker is a process of its own, that has nothing but the environment.
     monkeypatch.setattr("uvicorn.run", lambda app, **options: worker_app())
     options = "--idle 30m --tombstone none --per-principal 5 --evict-after none --max-sessions 50 --end-within 2.5"
+    options += " --events --events-max-age none"
     done = invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, "--workers", "2", *options.split())
     assert done.exit_code == 0, done.output
     parent, worker = made
     assert worker == parent
     assert worker["retention"] == RetentionPolicy(idle=timedelta(minutes=30), tombstone=None, per_principal=5)
+    assert worker["events"] == EventPolicy(max_age=None)
     assert worker["evict_after"] is None
     assert type(worker["max_sessions"]) is int
 
@@ -281,6 +328,7 @@ def test_workers_get_the_same_retention_and_memory(
     ("options", "named"),
     [
         (["--idle", "5"], "--idle (MCP_SESSION_STORE_IDLE)"),
+        (["--events-max-age", "5"], "--events-max-age (MCP_SESSION_STORE_EVENTS_MAX_AGE)"),
         (["--evict-after", "soon"], "--evict-after"),
         (["--evict-after", "-1"], "--evict-after"),
         (["--sweep-interval", "nan"], "--sweep-interval"),

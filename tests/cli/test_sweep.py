@@ -16,7 +16,7 @@ import pytest
 from mcp_session_store.sql.directory import SessionDirectory, SessionFilter, SessionState
 from tests.cli.conftest import COMMAND
 from tests.cli.test_sessions import CONTROL
-from tests.support.rows import insert_rows, session_row
+from tests.support.rows import insert_events, insert_rows, log_rows, session_row
 from tests.support.servers import ROOT
 
 if TYPE_CHECKING:
@@ -93,6 +93,26 @@ def test_the_policy_comes_from_options_and_from_the_environment(
     assert (report["expired"], report["purged"]) == (1, 0)
 
 
+@pytest.mark.parametrize("how", ["nothing", "options", "environment"])
+def test_events_that_are_too_old_are_swept_by_the_policy(command: CommandFunction, database_url: str, how: str) -> None:
+    asyncio.run(insert_events(database_url, [log_rows([7 * HOUR, 5 * HOUR, HOUR / 4]) for _ in range(120)]))
+    environment = {"MCP_SESSION_STORE_URL": database_url}
+    options = ["--events-max-age", "6h"] if how == "options" else []
+    if how == "environment":
+        environment["MCP_SESSION_STORE_EVENTS_MAX_AGE"] = "6h"
+    removed = 240 if how == "nothing" else 120
+    dry = command("sweep", "--dry-run", *options, environment=environment)
+    assert dry.returncode == 0, dry.stderr
+    assert dry.stdout.splitlines()[1:] == [f"{removed} old events would be removed"]
+    done = command("sweep", *options, environment=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1:] == [f"{removed} old events were removed"]
+    again = command("sweep", "--json", *options, environment=environment)
+    assert json.loads(again.stdout)["events"] == 0
+    stats = json.loads(command("events", "stats", "--json", environment=environment).stdout)
+    assert (stats["sessions"], stats["events"]) == (120, 360 - removed)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_a_sweep_between_two_steps_and_what_was_done_is_reported(
     database_url: str, number: signal.Signals, code: int
@@ -138,6 +158,9 @@ def test_a_signal_stops_a_sweep_between_two_steps_and_what_was_done_is_reported(
         (["--per-principal", "1", "--per-principal-excess", "explode"], {}, "--per-principal-excess"),
         (["--per-principal-excess", "refuse"], {}, "--per-principal (MCP_SESSION_STORE_PER_PRINCIPAL)"),
         (["--anonymous", "many"], {}, "--anonymous"),
+        (["--events-max-age", "5"], {}, "--events-max-age (MCP_SESSION_STORE_EVENTS_MAX_AGE)"),
+        ([], {"MCP_SESSION_STORE_EVENTS_MAX_EVENTS_PER_SESSION": "many"}, "--events-max-events-per-session"),
+        (["--events-max-bytes-per-session", "1"], {}, "--events-max-bytes-per-session"),
         (["--limit-per-step", "0"], {}, "--limit-per-step"),
         (["--url", "sqlite:///no/such/file.db"], {}, "no file"),
     ],

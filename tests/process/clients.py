@@ -119,8 +119,8 @@ class Talking:
         """The message that ended the call."""
         self.retry: set[int | None] = set()
         """What each response had for the time after which to come back."""
+        self.name = call
         self._client = client
-        self._call = call
         params = {"name": "talk", "arguments": {"call": call, **arguments}, "_meta": {"progressToken": call}}
         self.request = client.message("tools/call", params)
 
@@ -160,6 +160,13 @@ class Talking:
         async with self.connection(server) as stream:
             await self.take(stream, events)
 
+    def forget_answer(self) -> Message:
+        """Be as before the answer, which was the last event; what it was."""
+        answer, self.answer = self.answer, {}
+        self.event_ids.pop()
+        self.said.pop()
+        return answer
+
     def _note(self, event: Event) -> None:
         if event.id is not None:
             self.event_ids.append(event.id)
@@ -170,8 +177,8 @@ class Talking:
             progress = message["params"]
             assert message["method"] == "notifications/progress"
             assert (progress["progressToken"], progress["message"]) == (
-                self._call,
-                f"{self._call} {progress['progress']:.0f}",
+                self.name,
+                f"{self.name} {progress['progress']:.0f}",
             )
             self.said.append(int(progress["progress"]))
             return
@@ -200,7 +207,7 @@ class OfficialClient:
         """Call the tool `talk`, which must succeed; the process that answered."""
         said = self.said[call] = []
 
-        async def note(progress: float, _total: float | None, message: str | None) -> None:
+        async def note(progress: float, total: float | None, message: str | None) -> None:  # noqa: ARG001
             assert message == f"{call} {progress:.0f}"
             said.append(int(progress))
 
@@ -270,7 +277,7 @@ class Load:
     async def __aenter__(self) -> Self:
         group = await self._stack.enter_async_context(anyio.create_task_group())
         for index in range(len(self._clients)):
-            group.start_soon(self._call, index)
+            group.start_soon(self.name, index)
         return self
 
     async def __aexit__(self, *error: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
-from mcp_session_store.records import EventKind, EventPage, StoredEvent
+from mcp_session_store.records import EventKind, EventPage, StoredEvent, message_bytes
 from mcp_session_store.sql.dialects import ByteLength, NotLookedUp, StoreClock
 from mcp_session_store.sql.statements import live
 from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
@@ -17,6 +17,8 @@ from mcp_session_store.sql.tables import events_table, logs_table, sessions_tabl
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from uuid import UUID
+
+    from sqlalchemy.sql.dml import ReturningUpdate
 
     from mcp_session_store.records import NewEvent
     from mcp_session_store.sql.database import Attempt
@@ -28,6 +30,8 @@ _as_number: Final = attrgetter("int")
 
 PAGE_BYTES: Final = 1024**2
 """Bytes of messages in a page of events, give or take the last one."""
+WINDOW: Final = 4
+"""How many events of a session, of any stream, are looked through first for each that a page has room for."""
 FOLLOWED_FOR: Final = 120.0
 """Seconds for which a session that is followed is hinted at."""
 
@@ -109,23 +113,29 @@ class Events:
         growing = self._growths.found(
             lambda grown: sa.select(logs.c.key).where(logs.c.key == grown.key, may_grow).with_for_update(of=logs)
         ).cte("locked")
-        grown = (
-            sa.update(logs)
-            .where(logs.c.key == growing.c.key)
-            .values(
-                sequence=logs.c.sequence + growing.c.events,
-                total_bytes=logs.c.total_bytes + growing.c.bytes,
-                oldest_at=sa.func.coalesce(logs.c.oldest_at, now, type_=logs.c.oldest_at.type),
+
+        def grown(number: sa.ColumnElement[int], size: sa.ColumnElement[int], *which: Any) -> ReturningUpdate[Any]:
+            return (
+                sa.update(logs)
+                .where(*which)
+                .values(
+                    sequence=logs.c.sequence + number,
+                    total_bytes=logs.c.total_bytes + size,
+                    oldest_at=sa.func.coalesce(logs.c.oldest_at, now, type_=logs.c.oldest_at.type),
+                )
+                .returning(
+                    logs.c.key,
+                    logs.c.sequence,
+                    (logs.c.sequence - logs.c.trimmed).label("kept"),
+                    (logs.c.total_bytes - logs.c.trimmed_bytes).label("kept_bytes"),
+                    logs.c.total_bytes,
+                    logs.c.followed_until,
+                )
             )
-            .returning(
-                logs.c.key,
-                logs.c.sequence,
-                (logs.c.sequence - logs.c.trimmed).label("kept"),
-                (logs.c.total_bytes - logs.c.trimmed_bytes).label("kept_bytes"),
-                logs.c.total_bytes,
-                logs.c.followed_until,
-            )
-        )
+
+        many = grown(growing.c.events, growing.c.bytes, logs.c.key == growing.c.key)
+        by = [sa.bindparam(name, type_=sa.BigInteger) for name in ("grown_events", "grown_bytes")]
+        one = grown(*by, logs.c.key == sa.bindparam("grown_key", type_=sa.Uuid), may_grow)
         # Each says how far it lies behind what its log has grown to.
         self._added = dialect.batch(
             "added",
@@ -143,20 +153,12 @@ class Events:
         self._store: Statement | None = None
         """Where one statement does it all, it is `_grow`."""
         if dialect.changes_in_with:
-            changed = grown.cte("changed")
-            stored = self._stored(events, changed, now).cte("stored")
-            self._grow = dialect.often(
-                sa.select(
-                    changed.c.key,
-                    changed.c.sequence,
-                    changed.c.kept,
-                    changed.c.kept_bytes,
-                    changed.c.total_bytes,
-                    *self._told(changed),
-                ).add_cte(stored)
+            # A lone event is the most frequent case; Postgres plans a statement with arrays anew for so few.
+            self._grow, self._grow_one = (
+                dialect.often(self._all_at_once(events, change.cte("changed"), now)) for change in (many, one)
             )
         else:
-            self._grow = dialect.often(grown)
+            self._grow, self._grow_one = dialect.often(many), dialect.often(one)
             # Row by row, with the values that the log has grown to: there it is the fastest way.
             given = {column.name: sa.bindparam(f"new_{column.name}", type_=column.type) for column in events.c}
             self._store = dialect.often(sa.insert(events).values(given | {"created_at": now}))
@@ -195,6 +197,8 @@ class Events:
             .where(
                 events.c.key == key,
                 events.c.sequence > sa.bindparam("read_after", type_=sa.BigInteger),
+                # A range, or the planner of Postgres may read and sort all that follows.
+                events.c.sequence <= sa.bindparam("read_up_to", type_=sa.BigInteger),
                 events.c.stream == sa.bindparam("read_stream", type_=sa.Text),
             )
             .order_by(events.c.sequence)
@@ -233,6 +237,11 @@ class Events:
         self._follow = (
             sa.update(logs).where(logs.c.key == following.c.key).values(followed_until=StoreClock(FOLLOWED_FOR))
         )
+
+    def _all_at_once(self, events: sa.Table, changed: sa.CTE, now: StoreClock) -> sa.Select[Any]:
+        """A statement that lets logs grow, stores what they grow by, and tells of it."""
+        returned = (changed.c[name] for name in ("key", "sequence", "kept", "kept_bytes", "total_bytes"))
+        return sa.select(*returned, *self._told(changed)).add_cte(self._stored(events, changed, now).cte("stored"))
 
     def _stored(self, events: sa.Table, grown: sa.FromClause, now: StoreClock) -> sa.Insert:
         added = self._added.c
@@ -312,10 +321,14 @@ class Events:
                     kind = event.kind.value
                     place = event.stream, event.position, event.previous
                     added.append((key, behind, bytes_behind, *place, kind, event.message))
-        parameters = self._growths.parameters(growths)
+        grow, parameters = self._grow, self._growths.parameters(growths)
+        if len(growths) == 1:
+            key, behind, bytes_behind = growths[0]
+            grow = self._grow_one
+            parameters = {"grown_key": key, "grown_events": behind, "grown_bytes": bytes_behind}
         if self._store is None:
             parameters |= self._added.parameters(added)
-        rows = yield self._grow, parameters
+        rows = yield grow, parameters
         grown = {row[0]: Grown(*row[1:5]) for row in rows}
         if self._store is not None and grown:
             yield self._store, [self._new_event(log, *event) for event in added if (log := grown.get(event[0]))]
@@ -360,32 +373,29 @@ class Events:
 
     async def page(self, attempt: Attempt, read: Read) -> EventPage | None:
         """Some events of one stream; `None` where the session has no log."""
-        rows = (
-            await attempt.connection.execute(
-                self._read,
-                {
-                    "read_key": read.key,
-                    "read_stream": read.stream,
-                    "read_after": read.after,
-                    "read_limit": read.limit + 1,
-                },
-            )
-        ).all()
-        if not rows:
-            return None
-        events = [
-            StoredEvent(
-                sequence=row.sequence,
-                position=row.position,
-                previous=row.previous,
-                kind=EventKind(row.kind),
-                message=row.message,
-            )
-            for row in rows[: read.limit]
-            if row.sequence is not None
-        ]
-        more = bool(events) and rows[0].found > len(events)
-        return EventPage(events=events, more=more, first=rows[0].first, last=rows[0].last)
+        events: list[StoredEvent] = []
+        size, after, window = 0, read.after, WINDOW * read.limit
+        while True:
+            wanted = read.limit - len(events)
+            parameters = {
+                "read_key": read.key,
+                "read_stream": read.stream,
+                "read_after": after,
+                "read_up_to": after + window,
+                "read_limit": wanted + 1,
+            }
+            rows = (await attempt.connection.execute(self._read, parameters)).all()
+            if not rows:
+                return None
+            found = [_stored_event(row) for row in rows if row.sequence is not None]
+            events += found[:wanted]
+            size += sum(map(message_bytes, found))
+            more = len(found) > wanted or (bool(found) and rows[0].found > len(found))
+            over = after + window >= rows[0].last
+            if more or over or len(events) == read.limit or size >= PAGE_BYTES:
+                return EventPage(events=events, more=more or not over, first=rows[0].first, last=rows[0].last)
+            # The stream is one of many: the next of its events may be far.
+            after, window = after + window, 4 * window
 
     async def heads(self, attempt: Attempt, keys: Collection[UUID]) -> dict[UUID, int]:
         """The sequence of the newest event of each session that has a log."""
@@ -395,3 +405,13 @@ class Events:
     async def follow(self, attempt: Attempt, keys: Collection[UUID]) -> None:
         """Have the next events of these sessions hinted at."""
         await attempt.connection.execute(self._follow, self._heads.parameters([(key,) for key in sorted(keys)]))
+
+
+def _stored_event(row: Any) -> StoredEvent:
+    return StoredEvent(
+        sequence=row.sequence,
+        position=row.position,
+        previous=row.previous,
+        kind=EventKind(row.kind),
+        message=row.message,
+    )
