@@ -252,7 +252,7 @@ class EventPage:
 
     events: Sequence[StoredEvent]
     more: bool
-    """There are further events of the stream, which the page had no room for."""
+    """There may be further events of the stream, for which the page had no room."""
     first: int
     """The sequence of the oldest event of the session, of any stream, that is kept. Where none is, that of the next."""
     last: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
 
 PATIENCE: Final = 10.0
 """Seconds after which a test stops waiting for what must happen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One server-sent event: what stands in its fields, `None` where there is none."""
+
+    id: str | None
+    data: str | None
+    retry: str | None
+
+    @property
+    def message(self) -> Message:
+        """The JSON-RPC message in it."""
+        assert self.data, f"{self} holds no message"
+        message: Message = json.loads(self.data)
+        return message
 
 
 class Exchange:
@@ -43,6 +60,8 @@ class Exchange:
         self._scope = scope
         self._incoming: list[ASGIMessage] = [{"type": "http.request", "body": body, "more_body": False}]
         self._gone = anyio.Event()
+        self._reads = anyio.Event()
+        self._reads.set()
         self._cancellation = anyio.CancelScope()
         self._error: Exception | None = None
         self._taken = 0
@@ -60,6 +79,14 @@ class Exchange:
     def disconnect(self) -> None:
         """The client goes away: the app learns it if it asks, and what it still sends is lost."""
         self._gone.set()
+
+    def stop_reading(self) -> None:
+        """The client takes nothing more off its connection, and does not go away."""
+        self._reads = anyio.Event()
+
+    def read_on(self) -> None:
+        """It does again."""
+        self._reads.set()
 
     def cancel(self) -> None:
         """The server stops serving the request, as some do when the client goes away."""
@@ -87,12 +114,23 @@ class Exchange:
     def messages(self) -> list[Message]:
         """The JSON-RPC messages that have arrived."""
         if self.headers.get("content-type", "").startswith("text/event-stream"):
-            return [json.loads(data) for data in _event_data(self.body) if data]
+            return [event.message for event in self.events if event.data]
         try:
             parsed = json.loads(self.body)
         except ValueError:
             return []
         return [parsed] if isinstance(parsed, dict) else []
+
+    @property
+    def events(self) -> list[Event]:
+        """The events of a stream that have arrived whole, priming ones included, without comments."""
+        *blocks, _ = self.body.decode().replace("\r\n", "\n").split("\n\n")
+        return [event for block in blocks if (event := _event(block)) is not None]
+
+    @property
+    def last_event_id(self) -> str | None:
+        """The last id of the stream, as a client keeps it."""
+        return next((event.id for event in reversed(self.events) if event.id is not None), None)
 
     async def start(self) -> None:
         """Wait until `http.response.start` was sent."""
@@ -103,6 +141,12 @@ class Exchange:
         """Wait until the app has returned, however that came."""
         with anyio.fail_after(PATIENCE):
             await self.over.wait()
+
+    async def leave(self) -> str | None:
+        """The client's connection breaks, and the app notices: the last event id that the client has."""
+        self.disconnect()
+        await self.end()
+        return self.last_event_id
 
     async def next(self) -> Message:
         """The next JSON-RPC message of a stream."""
@@ -126,6 +170,10 @@ class Exchange:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: ASGIMessage) -> None:
+        while not (self._reads.is_set() or self._gone.is_set()):
+            async with anyio.create_task_group() as either:
+                either.start_soon(_cancel_after, self._reads, either.cancel_scope)
+                either.start_soon(_cancel_after, self._gone, either.cancel_scope)
         if self._gone.is_set():
             return
         self.sent.append(message)
@@ -206,15 +254,21 @@ class Client:
         self._tasks.start_soon(exchange.run)
         return exchange
 
-    def open_request(self, method: str, params: Message | None = None, **headers: str | None) -> Exchange:
-        """Send a JSON-RPC request, and go on while it is served."""
+    def open_request(
+        self, method: str, params: Message | None = None, *, request_id: str | int | None = None, **headers: str | None
+    ) -> Exchange:
+        """Send a JSON-RPC request, under the next id unless told otherwise, and go on while it is served."""
         self._last_id += 1
-        message: Message = {"jsonrpc": "2.0", "id": self._last_id, "method": method}
+        message: Message = {"jsonrpc": "2.0", "id": request_id, "method": method}
+        if request_id is None:
+            message["id"] = self._last_id
         return self.open("POST", message if params is None else {**message, "params": params}, **headers)
 
-    def open_call(self, name: str, arguments: Message | None = None) -> Exchange:
+    def open_call(
+        self, name: str, arguments: Message | None = None, *, request_id: str | int | None = None
+    ) -> Exchange:
         """Call a tool, and go on while it runs."""
-        return self.open_request("tools/call", {"name": name, "arguments": arguments or {}})
+        return self.open_request("tools/call", {"name": name, "arguments": arguments or {}}, request_id=request_id)
 
     def open_initialize(self, params: Message | None = None, **headers: str | None) -> Exchange:
         """Send `initialize`, and go on while it is served."""
@@ -255,6 +309,10 @@ class Client:
         await stream.start()
         return stream
 
+    def open_stream(self, last_event_id: str | None = None, **headers: str | None) -> Exchange:
+        """GET a stream, the standalone one unless it is resumed, and go on while it is open."""
+        return self.open("GET", last_event_id=last_event_id, **headers)
+
     async def initialize(self, params: Message | None = None, **headers: str | None) -> Answer:
         """Send `initialize`; outside of a session its answer's id is the session from then on."""
         answer = await self.open_initialize(params, **headers).answer()
@@ -284,8 +342,18 @@ def seen_by_a_client(answer: Answer) -> tuple[int, list[tuple[str, str]], bytes]
     return answer.status, sorted(answer.headers.multi_items()), answer.body
 
 
-def _event_data(body: bytes) -> list[str]:
-    return [
-        "\n".join(line.removeprefix("data:").strip() for line in event.splitlines() if line.startswith("data:"))
-        for event in body.decode().replace("\r\n", "\n").split("\n\n")
-    ]
+async def _cancel_after(event: anyio.Event, scope: anyio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+def _event(block: str) -> Event | None:
+    fields: dict[str, list[str]] = {}
+    for line in block.split("\n"):
+        name, _, value = line.partition(":")
+        if name:
+            fields.setdefault(name, []).append(value.removeprefix(" "))
+    if not fields:
+        return None
+    id_, data, retry = ("\n".join(fields[name]) if name in fields else None for name in ("id", "data", "retry"))
+    return Event(id=id_, data=data, retry=retry)

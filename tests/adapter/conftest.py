@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from tests.adapter.instances import Clock
-from tests.adapter.stores import FaultyStore, Sessions
+from tests.adapter.stores import FaultyLog, FaultyStore, Sessions
 
 
 @pytest.fixture(params=[False, True], ids=["sse", "json"])
@@ -32,6 +32,18 @@ def store(sessions: Sessions) -> FaultyStore:
 def other_store(store: FaultyStore) -> FaultyStore:
     """The store of another instance, on the same sessions."""
     return FaultyStore(store.inner)
+
+
+@pytest.fixture
+def log(store: FaultyStore) -> FaultyLog:
+    """The event log of an instance."""
+    return FaultyLog(store)
+
+
+@pytest.fixture
+def other_log(other_store: FaultyStore) -> FaultyLog:
+    """The event log of another instance, with the same events."""
+    return FaultyLog(other_store)
 
 
 @pytest.fixture

@@ -48,7 +48,8 @@ class Seen:
 class Notes:
     """A low-level server with a few tools, that tests look into.
 
-    The tools: `add`; `client` tells what the client declared; `wait` runs until `proceed` is set.
+    The tools: `add`; `client` tells what the client declared; `wait` runs until `proceed` is set; and those that a
+    test brings along.
     """
 
     def __init__(self, name: str = "notes") -> None:
@@ -63,6 +64,8 @@ class Notes:
         self.on_initialized: Callable[[RequestContext], Awaitable[None]] | None = None
         """What the handler of `notifications/initialized` does."""
         self.on_message: Callable[[RequestContext], None] | None = None
+        self.tools: dict[str, Callable[[RequestContext], Awaitable[str]]] = {}
+        """What a test brings along, by name: each gives the text of its result."""
         self.waiting = 0
         """Calls of `wait` that run."""
         self.waited = 0
@@ -107,7 +110,9 @@ class Notes:
 
     async def _call_tool(self, ctx: RequestContext, params: types.CallToolRequestParams) -> types.CallToolResult:
         arguments = params.arguments or {}
-        if params.name == "add":
+        if params.name in self.tools:
+            text = await self.tools[params.name](ctx)
+        elif params.name == "add":
             text = str(arguments["a"] + arguments["b"])
         elif params.name == "client":
             declared = ctx.session.client_params

@@ -1,4 +1,4 @@
-"""A store that fails on command, and tells what it was asked."""
+"""A store and an event log that fail on command, and tell what they were asked."""
 
 from __future__ import annotations
 
@@ -8,16 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from mcp_session_store import MemorySessionStore, SessionStore, StoreUnavailable, session_key
-from mcp_session_store.store import SWEEP_LIMIT
+from mcp_session_store import (
+    EventLog,
+    MemoryEventLog,
+    MemorySessionStore,
+    SessionStore,
+    StoreUnavailable,
+    session_key,
+)
+from mcp_session_store.store import EVENT_PAGE, EVENT_SWEEP_LIMIT, SWEEP_LIMIT
 from tests.adapter.asgi import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
     from uuid import UUID
 
-    from mcp_session_store import Activity, EndReason, NewSession, RetentionPolicy, SessionRecord, SweepReport
-    from mcp_session_store.records import Changes, JournalEntry
+    from mcp_session_store import (
+        Activity,
+        EndReason,
+        EventPolicy,
+        NewSession,
+        RetentionPolicy,
+        SessionRecord,
+        SweepReport,
+    )
+    from mcp_session_store.records import Changes, EventPage, JournalEntry, NewEvent, StoredEvent
+    from mcp_session_store.retention import EventSweepReport
 
 OPERATIONS = (
     "open",
@@ -35,6 +51,19 @@ OPERATIONS = (
 )
 BACKGROUND = ("changes", "sweep", "listen")
 """What no request causes: kept apart, because it comes when it comes."""
+LOG_OPERATIONS = (
+    "open",
+    "append",
+    "read",
+    "heads",
+    "follow",
+    "listen",
+    "beat",
+    "retire",
+    "last_beats",
+    "sweep",
+)
+LOG_BACKGROUND = ("open", "heads", "follow", "listen", "beat", "retire", "last_beats", "sweep")
 
 
 class Sessions(MemorySessionStore):
@@ -77,43 +106,41 @@ class Held:
             raise self._failure
 
 
-class FaultyStore(SessionStore):
-    """Passes each call on to a store, after or before something goes wrong.
+class _Faulty:
+    """Passes each call on, after or before something goes wrong.
 
     Args:
-        inner: Where the sessions are; share it between two of these for two instances on one database.
+        operations: What can be called.
+        background: Which of it no request causes.
     """
 
-    def __init__(self, inner: MemorySessionStore | None = None) -> None:
-        super().__init__()
-        self.inner = inner or Sessions()
+    def __init__(self, operations: Sequence[str], background: Sequence[str]) -> None:
         self.calls: list[str] = []
-        """The name of each call, in order, but for those of `BACKGROUND`."""
+        """The name of each call, in order, but for those of the background."""
         self.background: Counter[str] = Counter()
         """How many calls of those there were, by name."""
-        self.touches: list[list[Activity]] = []
-        """What each `touch` was told."""
-        self.polled: list[tuple[datetime | None, Changes]] = []
-        """Since when each `changes` asked, and what it found."""
-        self.closed = 0
-        self.hints = True
-        """Whether hints of changes arrive."""
+        self._operations = operations
+        self._in_background = background
         self._before: dict[str, Callable[[], Awaitable[None]]] = {}
         self._after: dict[str, Callable[[], Awaitable[None]]] = {}
 
     def counts(self) -> Counter[str]:
-        """How many calls there were, by name, but for those of `BACKGROUND`."""
+        """How many calls there were, by name, but for those of the background."""
         return Counter(self.calls)
 
     # What goes wrong
 
     def down(self, *operations: str) -> None:
         """These (or all) raise StoreUnavailable before anything happens."""
-        self._raise(StoreUnavailable("the test says it is down"), operations or OPERATIONS, self._before)
+        self.failing(StoreUnavailable("the test says it is down"), *operations)
 
     def broken(self, *operations: str) -> None:
         """These (or all) have a bug."""
-        self._raise(RuntimeError("a bug"), operations or OPERATIONS, self._before)
+        self.failing(RuntimeError("a bug"), *operations)
+
+    def failing(self, error: Exception, *operations: str) -> None:
+        """These (or all) raise this before anything happens."""
+        self._raise(error, operations or self._operations, self._before)
 
     def lose_the_answer_of(self, *operations: str) -> None:
         """These take effect, and raise StoreUnavailable then."""
@@ -137,6 +164,38 @@ class FaultyStore(SessionStore):
             raise error
 
         faults.update(dict.fromkeys(operations, fail))
+
+    async def _call(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        if name in self._in_background:
+            self.background[name] += 1
+        else:
+            self.calls.append(name)
+        if (before := self._before.get(name)) is not None:
+            await before()
+        result = await call()
+        if (after := self._after.get(name)) is not None:
+            await after()
+        return result
+
+
+class FaultyStore(_Faulty, SessionStore):
+    """A store that fails on command.
+
+    Args:
+        inner: Where the sessions are; share it between two of these for two instances on one database.
+    """
+
+    def __init__(self, inner: MemorySessionStore | None = None) -> None:
+        _Faulty.__init__(self, OPERATIONS, BACKGROUND)
+        SessionStore.__init__(self)
+        self.inner = inner or Sessions()
+        self.touches: list[list[Activity]] = []
+        """What each `touch` was told."""
+        self.polled: list[tuple[datetime | None, Changes]] = []
+        """Since when each `changes` asked, and what it found."""
+        self.closed = 0
+        self.hints = True
+        """Whether hints of changes arrive."""
 
     # What a test looks at, past all faults
 
@@ -173,18 +232,6 @@ class FaultyStore(SessionStore):
     @property
     def namespace(self) -> str:
         return self.inner.namespace
-
-    async def _call(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
-        if name in BACKGROUND:
-            self.background[name] += 1
-        else:
-            self.calls.append(name)
-        if (before := self._before.get(name)) is not None:
-            await before()
-        result = await call()
-        if (after := self._after.get(name)) is not None:
-            await after()
-        return result
 
     async def open(self) -> None:
         await self._call("open", self.inner.open)
@@ -256,4 +303,91 @@ class FaultyStore(SessionStore):
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
         report: SweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
+        return report
+
+
+class FaultyLog(_Faulty, EventLog):
+    """An event log that fails on command.
+
+    Args:
+        store: Whose sessions the events belong to; two of these on one store's sessions are one log.
+        policy: See `EventLog`.
+    """
+
+    def __init__(self, store: FaultyStore, *, policy: EventPolicy | None = None) -> None:
+        _Faulty.__init__(self, LOG_OPERATIONS, LOG_BACKGROUND)
+        self.inner = MemoryEventLog(store.inner, policy=policy)
+        EventLog.__init__(self, policy=self.inner.policy)
+        self.appended: list[tuple[str, bool]] = []
+        """The first message of each `append`, empty for a priming event, and whether it was one `again`."""
+        self.closed = 0
+        self.hints = True
+        """Whether hints of events arrive."""
+
+    # What a test looks at, past all faults
+
+    def stored(self, session_id: str | None) -> list[StoredEvent]:
+        """The events of a session, of all streams, in their order."""
+        return [event for _, event in self.streams(session_id)]
+
+    def streams(self, session_id: str | None) -> list[tuple[str, StoredEvent]]:
+        """The same, with the names of their streams."""
+        assert session_id is not None
+        log = self.inner._data.logs.get(session_key(session_id))
+        return [] if log is None else [(stream, event) for stream, event, _ in log.events]
+
+    def messages(self, session_id: str | None) -> list[str]:
+        """The messages of a session that are stored, as JSON text."""
+        return [event.message for event in self.stored(session_id) if event.message is not None]
+
+    def lose(self, session_id: str | None) -> None:
+        """What was stored of a session is gone, as after a restored backup."""
+        assert session_id is not None
+        del self.inner._data.logs[session_key(session_id)]
+
+    # The contract
+
+    @property
+    def namespace(self) -> str:
+        return self.inner.namespace
+
+    async def open(self) -> None:
+        await self._call("open", self.inner.open)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+    async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
+        self.appended.append((events[0].message or "", again))
+        sequence: int | None = await self._call("append", lambda: self.inner.append(key, events, again=again))
+        return sequence
+
+    async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
+        page: EventPage | None = await self._call(
+            "read", lambda: self.inner.read(key, stream, after=after, limit=limit)
+        )
+        return page
+
+    async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        heads: dict[UUID, int] = await self._call("heads", lambda: self.inner.heads(keys))
+        return heads
+
+    async def follow(self, keys: Collection[UUID]) -> None:
+        await self._call("follow", lambda: self.inner.follow(keys))
+
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        await self._call("listen", lambda: self.inner.listen(on_hint) if self.hints else anyio.sleep_forever())
+
+    async def beat(self, instance: str) -> None:
+        await self._call("beat", lambda: self.inner.beat(instance))
+
+    async def retire(self, instance: str) -> None:
+        await self._call("retire", lambda: self.inner.retire(instance))
+
+    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+        beats: dict[str, timedelta] = await self._call("last_beats", lambda: self.inner.last_beats(names))
+        return beats
+
+    async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
+        report: EventSweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
         return report

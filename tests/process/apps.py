@@ -26,12 +26,13 @@ from starlette.routing import Mount
 from mcp_session_store import durable_app, get_restore_marker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from fastmcp import FastMCP
     from fastmcp.server.middleware import CallNext as FastMCPCallNext
     from fastmcp.server.middleware import MiddlewareContext
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
+    from mcp.server.session import ServerSession
     from starlette.requests import Request
 
     from mcp_session_store import EndReason, SessionRecord
@@ -51,6 +52,8 @@ class Settings:
     """While this file exists, a replayed `initialize` waits in the application's middleware."""
     calls_gate: str
     """While this file exists, calls of the tool `wait` go on."""
+    said: str
+    """A folder: a call of the tool `talk` for which it has a file says no more things than the file has bytes."""
     auto_upgrade: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     """More arguments of `durable_app`."""
@@ -96,12 +99,68 @@ async def _server_middleware(ctx: ServerRequestContext[Any, Any], call_next: Cal
     return await call_next(ctx)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Talk:
+    """The arguments of the tool `talk`, which says things on the stream of its call: progress, and then its result."""
+
+    call: str
+    """A name for it."""
+    count: int
+    """How much progress it reports: 0, 1, 2 …"""
+    pause: float = 0.0
+    """Seconds between two things that it says."""
+    leaves_before: tuple[int, ...] = ()
+    """What it says only when it has closed its stream, for the client to come back."""
+
+
+async def _talk(
+    talk: Talk,
+    ctx: object,
+    report: Callable[[float, float, str], Awaitable[None]],
+    leave: Callable[[], Awaitable[None]],
+) -> str:
+    """Talk, and return the process that did."""
+    await _note_handshake(f"talk {talk.call}", ctx)
+    for number in range(talk.count):
+        await _may_say(talk.call, number)
+        if number in talk.leaves_before:
+            await leave()
+        await report(number, talk.count, f"{talk.call} {number}")
+        await anyio.sleep(talk.pause)
+    await _may_say(talk.call, talk.count)
+    return str(os.getpid())
+
+
+async def _may_say(call: str, number: int) -> None:
+    """Wait until it may say this thing."""
+    allowed = Path(_settings().said) / call
+    with contextlib.suppress(FileNotFoundError):
+        while allowed.stat().st_size <= number:
+            await anyio.sleep(0.005)
+
+
+async def _announce(session: ServerSession, text: str, count: int) -> str:
+    """Say things that belong to no call, and return the process that did."""
+    for number in range(count):
+        await session.send_resource_updated(f"said://{text}/{number}")
+    return str(os.getpid())
+
+
 def _mcpserver() -> MCPServer:
     server = MCPServer("process", log_level="WARNING", middleware=[_server_middleware])
 
     @server.tool()
     def whoami(ctx: Context) -> dict[str, Any]:
         return _who(ctx, ctx.session.client_params)
+
+    @server.tool(structured_output=False)
+    async def talk(ctx: Context, call: str, count: int, pause: float = 0.0, leaves_before: tuple[int, ...] = ()) -> str:
+        arguments = Talk(call=call, count=count, pause=pause, leaves_before=leaves_before)
+        return await _talk(arguments, ctx, ctx.report_progress, ctx.close_sse_stream)
+
+    @server.tool(structured_output=False)
+    async def announce(ctx: Context, text: str, count: int) -> str:
+        return await _announce(ctx.session, text, count)
 
     @server.custom_route("/bookkeeping", ["GET"])  # type: ignore[untyped-decorator]  # the SDK left it so
     async def bookkeeping(_request: Request) -> JSONResponse:
@@ -112,16 +171,27 @@ def _mcpserver() -> MCPServer:
     return server
 
 
+async def _stay() -> None:
+    """Leave a stream open that the SDK has no way to close."""
+
+
 def _lowlevel() -> Server[Any]:
     async def list_tools(
         _ctx: ServerRequestContext[Any, Any], _params: types.PaginatedRequestParams | None
     ) -> types.ListToolsResult:
-        return types.ListToolsResult(tools=[types.Tool(name="whoami", input_schema={"type": "object"})])
+        names = ("whoami", "talk", "announce")
+        return types.ListToolsResult(tools=[types.Tool(name=name, input_schema={"type": "object"}) for name in names])
 
     async def call_tool(
-        ctx: ServerRequestContext[Any, Any], _params: types.CallToolRequestParams
+        ctx: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
     ) -> types.CallToolResult:
-        text = json.dumps(_who(ctx, ctx.session.client_params))
+        arguments = params.arguments or {}
+        if params.name == "talk":
+            text = await _talk(Talk(**arguments), ctx, ctx.session.report_progress, ctx.close_sse_stream or _stay)
+        elif params.name == "announce":
+            text = await _announce(ctx.session, **arguments)
+        else:
+            text = json.dumps(_who(ctx, ctx.session.client_params))
         return types.CallToolResult(content=[types.TextContent(type="text", text=text)])
 
     server: Server[Any] = Server("process", on_list_tools=list_tools, on_call_tool=call_tool)
@@ -145,9 +215,19 @@ def _fastmcp() -> FastMCP[Any]:
     async def whoami(ctx: fastmcp.Context) -> dict[str, Any]:
         return _who(ctx, ctx.session.client_params)
 
-    # Postponed annotations are looked up among this module's names, where it is not.
-    whoami.__annotations__["ctx"] = fastmcp.Context
-    server.tool(whoami)
+    async def talk(
+        ctx: fastmcp.Context, call: str, count: int, pause: float = 0.0, leaves_before: tuple[int, ...] = ()
+    ) -> str:
+        arguments = Talk(call=call, count=count, pause=pause, leaves_before=leaves_before)
+        return await _talk(arguments, ctx, ctx.report_progress, ctx.close_sse_stream)
+
+    async def announce(ctx: fastmcp.Context, text: str, count: int) -> str:
+        return await _announce(ctx.session, text, count)
+
+    for tool in (whoami, talk, announce):
+        # Postponed annotations are looked up among this module's names, where it is not.
+        tool.__annotations__["ctx"] = fastmcp.Context
+        server.tool(tool)
     return server
 
 
@@ -193,6 +273,14 @@ def _both(build: Callable[[], MCPServer | Server[Any] | FastMCP[Any]]) -> Starle
 
 def mcpserver() -> Starlette:
     return _app(_mcpserver())
+
+
+def lowlevel() -> Starlette:
+    return _app(_lowlevel())
+
+
+def fastmcp() -> Starlette:
+    return _app(_fastmcp())
 
 
 def stateful() -> Starlette:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from typing import Self
 
-    from tests.support.http import Answer
+    from tests.support.http import Answer, Event, Message, Stream
+    from tests.support.servers import ServerProcess
 
 PATIENCE = 30.0
 """Seconds after which a test stops waiting for what should have happened long ago."""
@@ -95,6 +96,90 @@ def opens(client: RawClient) -> Callable[[], Awaitable[bool]]:
     return opened
 
 
+def everything(count: int) -> list[int | str]:
+    """What a call of `talk` says that reports so much progress, as `Talking.said` has it."""
+    return [*range(count), "result"]
+
+
+class Talking:
+    """A call of the tool `talk` by a client that can lose its connection at any event, and come back.
+
+    Args:
+        client: In its session; it goes to the server that was last called or come back to.
+        call: The call's name.
+        arguments: More of the tool's.
+    """
+
+    def __init__(self, client: RawClient, call: str, **arguments: Any) -> None:
+        self.said: list[int | str] = []
+        """What the client was told, in order: progress, and "result" or what an error has as its reason."""
+        self.event_ids: list[str] = []
+        """All that it got."""
+        self.answer: Message = {}
+        """The message that ended the call."""
+        self.retry: set[int | None] = set()
+        """What each response had for the time after which to come back."""
+        self._client = client
+        self._call = call
+        params = {"name": "talk", "arguments": {"call": call, **arguments}, "_meta": {"progressToken": call}}
+        self.request = client.message("tools/call", params)
+
+    @property
+    def answered(self) -> bool:
+        return bool(self.answer)
+
+    @asynccontextmanager
+    async def connection(self, server: ServerProcess) -> AsyncIterator[Stream]:
+        """Call, or come back for the rest; the response must be there to be read by `take`."""
+        self._client.url = server.mcp_url
+        if self.event_ids:
+            opened = self._client.get_stream(last_event_id=self.event_ids[-1])
+        else:
+            opened = self._client.stream("POST", self.request)
+        async with opened as stream:
+            assert stream.status == 200, await stream.read()
+            yield stream
+            self.retry.add(stream.retry)
+
+    async def take(self, stream: Stream, events: int | None = None) -> None:
+        """Read so many events, or up to the end, which comes after the answer."""
+        with anyio.fail_after(PATIENCE):
+            while events is None or events > 0:
+                try:
+                    event = await stream.next_event()
+                except StopAsyncIteration:
+                    assert events is None
+                    assert self.answered
+                    return
+                self._note(event)
+                if events is not None and (event.id or event.message):
+                    events -= 1
+
+    async def read(self, server: ServerProcess, events: int | None = None) -> None:
+        """Call, or come back for the rest; read so many events, or up to the end; and lose the connection."""
+        async with self.connection(server) as stream:
+            await self.take(stream, events)
+
+    def _note(self, event: Event) -> None:
+        if event.id is not None:
+            self.event_ids.append(event.id)
+        if (message := event.message) is None:
+            return
+        assert not self.answered
+        if "method" in message:
+            progress = message["params"]
+            assert message["method"] == "notifications/progress"
+            assert (progress["progressToken"], progress["message"]) == (
+                self._call,
+                f"{self._call} {progress['progress']:.0f}",
+            )
+            self.said.append(int(progress["progress"]))
+            return
+        assert message["id"] == self.request["id"]
+        self.answer = message
+        self.said.append("result" if "result" in message else message["error"]["data"]["reason"])
+
+
 class OfficialClient:
     """The SDK's own client in its handshake mode, and what it sends and gets on the wire."""
 
@@ -106,6 +191,24 @@ class OfficialClient:
         """The session ids that it sent and was told."""
         self.statuses: Counter[int] = Counter()
         """The HTTP statuses that it was answered."""
+        self.resumed_after: list[str] = []
+        """Each `Last-Event-ID` that it sent."""
+        self.said: dict[str, list[int | str]] = {}
+        """What it was told by each call of `talk`, in order: progress, and "result"."""
+
+    async def talk(self, call: str, **arguments: Any) -> str:
+        """Call the tool `talk`, which must succeed; the process that answered."""
+        said = self.said[call] = []
+
+        async def note(progress: float, total: float | None, message: str | None) -> None:
+            assert message == f"{call} {progress:.0f}"
+            said.append(int(progress))
+
+        result = await self.client.call_tool("talk", {"call": call, **arguments}, progress_callback=note)
+        assert not result.is_error, result
+        said.append("result")
+        assert result.content[0].type == "text"
+        return result.content[0].text
 
     async def whoami(self) -> dict[str, Any]:
         """Call the tool, which must succeed, and return what it tells."""
@@ -118,6 +221,8 @@ class OfficialClient:
     async def on_request(self, request: httpx2.Request) -> None:
         if request.method == "POST":
             self.methods.append(json.loads(request.content).get("method", "(response)"))
+        if last_event_id := request.headers.get("last-event-id"):
+            self.resumed_after.append(last_event_id)
         self._note(request.headers)
 
     async def on_response(self, response: httpx2.Response) -> None:

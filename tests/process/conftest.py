@@ -44,6 +44,8 @@ class Application:
         """While this file exists, a replayed `initialize` waits in the application's middleware."""
         self.calls_gate = folder / "calls-gate"
         """While this file exists, calls of the tool `wait` go on."""
+        self._said = folder / "said"
+        self._said.mkdir()
         self._serve = serve
         self._servers: list[ServerProcess] = []
         self._passwords: set[str] = set()
@@ -78,6 +80,7 @@ class Application:
             handshakes=str(self._handshakes),
             gate=str(self.gate),
             calls_gate=str(self.calls_gate),
+            said=str(self._said),
             auto_upgrade=auto_upgrade,
             options=arguments,
             clock_ahead=clock_ahead,
@@ -91,6 +94,23 @@ class Application:
         )
         self._servers.append(server)
         return server
+
+    def hold(self, call: str) -> None:
+        """Have the tool `talk` say nothing in a call that it is not let say."""
+        (self._said / call).touch()
+
+    def let_say(self, call: str, things: int = 1) -> None:
+        """Let it say so many more things in a call that is held; its result is one of them."""
+        with (self._said / call).open("ab") as file:
+            file.write(b"." * things)
+
+    def release(self, call: str) -> None:
+        """Let it say all the rest in a call."""
+        (self._said / call).unlink()
+
+    def runs(self, call: str) -> int:
+        """How many times a call of `talk` has begun to run, in all processes together."""
+        return self.noted(replayed=False).count(f"talk {call}")
 
     def handshakes(self, method: str = "initialize", *, replayed: bool) -> list[Handshake]:
         """What the processes saw, over all restarts: the clients' own, or the replayed ones."""

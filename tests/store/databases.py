@@ -36,18 +36,17 @@ def connections_checked_out(store: SessionStore | EventLog) -> int:
 
 
 async def settled(*stores: SessionStore | EventLog) -> None:
-    """Wait until everything that stores on one engine began for calls is over, and then find no connection in use.
-
-    Whoever listens must have been cancelled.
-    """
+    """Wait until everything that stores on one engine began for calls is over, and then find no connection in use."""
     for store in stores:
         assert isinstance(store, SqlSessionStore | SqlEventLog)
         batchers = [value for value in vars(store).values() if isinstance(value, Batcher)]
         assert batchers
-        tasks = {batcher._drain_task for batcher in batchers} | store._listener._tasks
-        for task in tasks - {None}:
+        running = [batcher._drain_task for batcher in batchers if batcher._drain_task is not None]
+        # Who listened and was cancelled does not wait until its connection is put away.
+        leaving = [task for task in store._listener._tasks if task.cancelling()]
+        for task in (*running, *leaving):
             await asyncio.wait({task})
-        for task in set(store._database.returning):
+        for task in tuple(store._database.returning):
             await asyncio.wait({task})
     for store in stores:
         assert connections_checked_out(store) == 0

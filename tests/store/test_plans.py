@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from mcp_session_store.errors import SessionLimitReached
 from mcp_session_store.records import Activity, EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.sql.dialects import Statement
 from mcp_session_store.sql.tables import journal_table, sessions_table
 from mcp_session_store.testing import new_session
 from tests.store.databases import engine_of, execute, settled, sql_store
@@ -129,16 +130,25 @@ async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[A
 async def statements_of(
     store: SqlSessionStore, use: Callable[[SqlSessionStore], Awaitable[None]]
 ) -> dict[str, Sequence[Any]]:
-    """What a store sends when it is used, with the parameters."""
+    """What a store, and the log on it, send when they are used, with the parameters."""
     seen: dict[str, Sequence[Any]] = {}
 
     def remember(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         if "mcp_session" in statement:
             seen[statement] = parameters
 
+    arguments_of = Statement.arguments
+
+    def remember_arguments(statement: Statement, parameters: dict[str, object]) -> list[object]:
+        # Those that go to the driver without SQLAlchemy.
+        arguments = seen[statement.text] = arguments_of(statement, parameters)
+        return arguments
+
     sync_engine = engine_of(store).sync_engine
     sa.event.listen(sync_engine, "before_cursor_execute", remember)
-    await use(store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Statement, "arguments", remember_arguments)
+        await use(store)
     sa.event.remove(sync_engine, "before_cursor_execute", remember)
     await settled(store)
     return seen

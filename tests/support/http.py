@@ -63,42 +63,65 @@ class Answer:
         return only
 
 
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One event of a stream."""
+
+    id: str | None
+    """`None`: it came without one."""
+    message: Message | None
+    """`None`: it primes the client's `Last-Event-ID`, or tells when to come back."""
+
+
 class Stream:
     """A response that is still open."""
 
     def __init__(self, response: httpx2.Response) -> None:
         self.status = response.status_code
         self.headers = response.headers
+        self.retry: int | None = None
+        """The milliseconds after which the client was last told to come back."""
         self._response = response
-        self._messages = self._read()
+        self._last_event_id = ""
+        self._events = self._read()
 
     @property
     def session_id(self) -> str | None:
         return self.headers.get(SESSION_ID)
 
+    async def next_event(self) -> Event:
+        """The next event, with a message or without one. Raises `StopAsyncIteration` at the end of the stream."""
+        return await anext(self._events)
+
     async def next(self) -> Message:
         """The next JSON-RPC message. Raises `StopAsyncIteration` at the end of the stream."""
-        return await anext(self._messages)
+        while (message := (await self.next_event()).message) is None:
+            pass
+        return message
 
     async def __aiter__(self) -> AsyncIterator[Message]:
-        async for message in self._messages:
-            yield message
+        async for event in self._events:
+            if event.message is not None:
+                yield event.message
 
     async def read(self) -> Answer:
         """Read to the end; the messages are those that were not taken before."""
         body = b""
         if self.headers.get("content-type", "").startswith("text/event-stream"):
-            messages = [message async for message in self._messages]
+            messages = [message async for message in self]
         else:
             body = await self._response.aread()
             messages = _messages(body)
         return Answer(status=self.status, headers=self.headers, body=body, messages=messages)
 
-    async def _read(self) -> AsyncIterator[Message]:
+    async def _read(self) -> AsyncIterator[Event]:
         async for event in EventSource(self._response):
-            # An event without data primes the client's Last-Event-ID, and carries no message.
-            if event.data:
-                yield json.loads(event.data)
+            if event.retry is not None:
+                self.retry = event.retry
+            # An event without an id has that of the one before it, as the HTML specification has it.
+            event_id = event.id if event.id != self._last_event_id else None
+            self._last_event_id = event.id
+            yield Event(id=event_id, message=json.loads(event.data) if event.data else None)
 
 
 class RawClient:

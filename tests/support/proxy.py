@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Self
 
 _BAD_GATEWAY = b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+# How an event with an id begins: `sse_starlette` sends each event as a whole.
+_EVENT_ID: Final = b"id: "
 
 
 class RoundRobinProxy:
@@ -23,16 +25,20 @@ class RoundRobinProxy:
 
     Args:
         backends: Ports on 127.0.0.1.
+        version: Of HTTP, that it speaks with them. With 1.0, as nginx by default, a response that is cut ends for
+            the client like one that is whole.
     """
 
-    def __init__(self, backends: Sequence[int]) -> None:
+    def __init__(self, backends: Sequence[int], *, version: Literal["1.0", "1.1"] = "1.1") -> None:
         self.port = free_port()
         self.served: list[int] = []
         """The backend of each request so far."""
         self._backends = list(backends)
+        self._version = version.encode()
         self._next = 0
         self._listener: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._streams: set[asyncio.Future[None]] = set()
 
     @property
     def url(self) -> str:
@@ -55,6 +61,13 @@ class RoundRobinProxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def cut_streams(self) -> int:
+        """End the open responses whose clients have an event id, so that they can come back; how many there were."""
+        streams = [cut for cut in self._streams if not cut.done()]
+        for cut in streams:
+            cut.set_result(None)
+        return len(streams)
+
     async def _serve(self, client_reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -68,7 +81,7 @@ class RoundRobinProxy:
                 return
             backend_reader, backend = connection
             try:
-                backend.write(_closing(head))
+                backend.write(_closing(head, self._version))
                 await self._forward(client_reader, client, backend_reader, backend)
             finally:
                 backend.transport.abort()
@@ -98,24 +111,37 @@ class RoundRobinProxy:
         backend_reader: asyncio.StreamReader,
         backend: asyncio.StreamWriter,
     ) -> None:
+        cut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def note(data: bytes) -> None:
+            if _EVENT_ID in data:
+                self._streams.add(cut)
+
         request = asyncio.create_task(_pump(client_reader, backend))
-        response = asyncio.create_task(_pump(backend_reader, client))
+        response = asyncio.create_task(_pump(backend_reader, client, note))
         try:
             # A client that closes its side has gone: HTTP knows no half-closed connection.
-            await asyncio.wait({request, response}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({request, response, cut}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._streams.discard(cut)
             for pump in (request, response):
                 pump.cancel()
             await asyncio.gather(request, response, return_exceptions=True)
 
 
-async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+async def _pump(
+    source: asyncio.StreamReader, sink: asyncio.StreamWriter, note: Callable[[bytes], None] | None = None
+) -> None:
     while data := await source.read(65536):
         sink.write(data)
         await sink.drain()
+        if note is not None:
+            note(data)
 
 
-def _closing(head: bytes) -> bytes:
+def _closing(head: bytes, version: bytes) -> bytes:
     """The head of a request after which the connection ends."""
-    lines = [line for line in head[:-4].split(b"\r\n") if not line.lower().startswith((b"connection:", b"keep-alive:"))]
-    return b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n"
+    first, *lines = head[:-4].split(b"\r\n")
+    kept = [line for line in lines if not line.lower().startswith((b"connection:", b"keep-alive:"))]
+    first = first.rpartition(b"/")[0] + b"/" + version
+    return b"\r\n".join([first, *kept, b"Connection: close"]) + b"\r\n\r\n"

@@ -122,5 +122,5 @@ def fits(request_id: RequestId) -> bool:
     return len(_as_json(request_id).encode(errors="surrogatepass")) <= MAX_REQUEST_ID
 
 
-def _as_json(request_id: RequestId) -> str:
-    return json.dumps(request_id, ensure_ascii=False)
+_as_json: Final = json.JSONEncoder(ensure_ascii=False).encode
+"""Made once: `json.dumps` makes an encoder for each call."""

@@ -426,7 +426,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         resumable = is_version_at_least(version, RESUMABLE_SINCE)
         # What somebody else's event store replays is the SDK's business.
         ours = session.events is not None or (self.event_store is None and last_event_id is not None)
-        if not ours or not (last_event_id or resumable):
+        if not ours or not (last_event_id or resumable or _is_followed(session)):
             await session.transport.handle_request(scope, receive, send)
             return
         # As the transport, which is not asked.
@@ -460,7 +460,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         if last_event_id is None:
             assert events is not None
             assert events.live is not None
-            if events.recorder.following.of(events.key, STANDALONE_STREAM) or events.live.is_open(GET_STREAM_KEY):
+            if _is_followed(session) or events.live.is_open(GET_STREAM_KEY):
                 return responses.one_stream()
             return await open_stream(events, session_id=session_id)
         ids = EventIds(session_key(session_id)) if events is None else events.ids
@@ -974,6 +974,12 @@ class DurableSessionManager(sdk.ManagerSeams):
 def instance_id() -> str:
     """A name for this process: host, process id, and a random part, because the first two come again."""
     return f"{display_text(socket.gethostname(), length=80)}:{os.getpid()}:{uuid4().hex[:8]}"
+
+
+def _is_followed(session: ResidentSession) -> bool:
+    """Whether the session's standalone stream is open, as one that is read from the log."""
+    events = session.events
+    return events is not None and bool(events.recorder.following.of(events.key, STANDALONE_STREAM))
 
 
 async def _close(closed: SessionStore | EventLog) -> None:

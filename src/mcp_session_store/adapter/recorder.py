@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections import deque
@@ -120,8 +119,8 @@ class EventRecorder:
 
     @property
     def down(self) -> bool:
-        """Whether events cannot be stored for now."""
-        return self._down
+        """Whether an event that nobody needs is not to be tried now, because storing does not work."""
+        return self._down and (bool(self._kept) or not self._noted or anyio.current_time() < self._try_at)
 
     def begin(self, request_id: RequestId, *, resumable: bool) -> CallStream:
         """The stream of a call that begins, under a name that no other has, on any instance."""
@@ -171,11 +170,10 @@ class EventRecorder:
     def _may_try(self) -> bool:
         if not self._down:
             return True
-        now = anyio.current_time()
         # What is kept is tried in the background; where nothing is, one event tries now and then.
-        if self._kept or not self._noted or now < self._try_at:
+        if self.down:
             return False
-        self._try_at = now + RECOVERY_INTERVAL
+        self._try_at = anyio.current_time() + RECOVERY_INTERVAL
         return True
 
     async def _append(self, key: UUID, event: NewEvent, *, again: bool) -> int | None:
@@ -223,8 +221,7 @@ class EventRecorder:
             event = self._instead_of(event, "too much was waiting to be stored")
             size = message_bytes(event)
         kept.events.append(event)
-        kept.size += size
-        self._kept_in_all += size
+        self._weigh(kept, size)
         self.wake.set()
         return Outcome.KEPT
 
@@ -288,20 +285,24 @@ class EventRecorder:
                 return
             except Exception as error:
                 report_failure("events", error)
-                if _ends_call(event):
-                    await self._store_instead_of_kept(key, event, error)
+                if _ends_call(event) and event.kind is not EventKind.ERROR:
+                    instead = self._instead_of(event, f"it is not taken by the log ({type(error).__name__})")
+                    self._replace_first(kept, instead)
+                    continue
             kept.events.popleft()
-            kept.size -= message_bytes(event)
-            self._kept_in_all -= message_bytes(event)
+            self._weigh(kept, -message_bytes(event))
             telemetry.events.add(1, {"outcome": (Outcome.LOST if sequence is None else Outcome.STORED).value})
             if _ends_call(event):
                 self.unfinished.pop(event.stream, None)
         del self._kept[key]
 
-    async def _store_instead_of_kept(self, key: UUID, event: NewEvent, error: Exception) -> None:
-        instead = self._instead_of(event, f"it is not taken by the log ({type(error).__name__})")
-        with contextlib.suppress(Exception):
-            await self._append(key, instead, again=False)
+    def _replace_first(self, kept: _Kept, event: NewEvent) -> None:
+        self._weigh(kept, message_bytes(event) - message_bytes(kept.events[0]))
+        kept.events[0] = event
+
+    def _weigh(self, kept: _Kept, size: int) -> None:
+        kept.size += size
+        self._kept_in_all += size
 
     async def retire(self) -> None:
         """Store what is kept, if that can be done, and note that this instance has stopped with all its calls."""

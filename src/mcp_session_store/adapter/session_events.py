@@ -201,6 +201,7 @@ class SessionEvents(EventStore):
                     self.live.close(stream_id)
                     break
             if cursor.standalone:
+                self._identified = True
                 self.live.close(GET_STREAM_KEY)
         for follower in self.recorder.following.of(self.key, cursor.stream):
             follower.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
@@ -63,6 +64,9 @@ class Batcher(Generic[_Item, _Result]):
         self._waiting: dict[asyncio.Future[_Result], _Item] = {}
         self._served: dict[asyncio.Future[_Result], _Item] = {}
         self._drain_task: asyncio.Task[None] | None = None
+        # As all wait equally long, the first to come is the first to give up: one timer does for all.
+        self._deadlines: deque[tuple[float, asyncio.Future[_Result]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def submit(self, item: _Item) -> _Result:
         """Have the statement run for an item, and wait for its result.
@@ -71,30 +75,50 @@ class Batcher(Generic[_Item, _Result]):
             StoreUnavailable: Too much waits already, or there is no answer within the timeout.
             SessionStoreError: What `execute` raised for this item.
         """
-        self._database.bind()
+        loop = self._database.bind()
         if len(self._waiting) >= self._max_waiting:
             raise StoreUnavailable(
                 f"{self._max_waiting} calls wait for the database {self._database.shown_url} already"
             )
-        future: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[_Result] = loop.create_future()
         self._waiting[future] = item
+        self._deadlines.append((loop.time() + self._database.timeout, future))
+        if self._timer is None:
+            self._give_up()
         if self._drain_task is None:
             self._drain_task = spawn(self._drain())
         try:
-            async with asyncio.timeout(self._database.timeout):
-                return await future
-        except TimeoutError:
-            raise StoreUnavailable(
-                f"the database {self._database.shown_url} did not answer within {self._database.timeout:g} s"
-            ) from None
+            return await future
         finally:
             self._waiting.pop(future, None)
+
+    def _give_up(self) -> None:
+        """Fail those who have waited for too long, and come again when the next one will have."""
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        while self._deadlines:
+            deadline, future = self._deadlines[0]
+            if not future.done():
+                if deadline > loop.time():
+                    self._timer = loop.call_at(deadline, self._give_up)
+                    return
+                _fail(
+                    future,
+                    StoreUnavailable(
+                        f"the database {self._database.shown_url} did not answer within {self._database.timeout:g} s"
+                    ),
+                )
+            self._deadlines.popleft()
 
     async def aclose(self) -> None:
         """Fail all who wait, and stop."""
         for future in (*self._waiting, *self._served):
             _fail(future, StoreUnavailable("the session store was closed"))
         self._waiting.clear()
+        self._deadlines.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if (task := self._drain_task) is not None:
             await self._database.stop(task)
 
@@ -107,6 +131,8 @@ class Batcher(Generic[_Item, _Result]):
                         if not self._served:
                             break
                         await self._serve(lease, self._served)
+                        while self._deadlines and self._deadlines[0][1].done():
+                            self._deadlines.popleft()
                         # Who was answered may have the next call ready: it finds the connection open.
                         await asyncio.sleep(0)
         finally:

@@ -101,8 +101,11 @@ class Database:
         self.returning: set[asyncio.Task[None]] = set()
         """Connections on their way back to the pool."""
 
-    def bind(self) -> None:
+    def bind(self) -> asyncio.AbstractEventLoop:
         """Check that a call can be served: in the event loop of the first one, and not after `aclose`.
+
+        Returns:
+            That loop.
 
         Raises:
             StoreUnavailable: The store was closed.
@@ -123,6 +126,7 @@ class Database:
                 "the SqlSessionStore is in use in another event loop; make one for each loop, "
                 "or await aclose() there and open() here"
             )
+        return loop
 
     def lease(self, *, writes: bool) -> Lease:
         """A connection for a while, opened when it is first needed.

@@ -9,9 +9,10 @@ import logging
 import random
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -25,7 +26,8 @@ from typing_extensions import override
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    import sqlite3
+    from collections.abc import AsyncIterator, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
     import asyncpg
@@ -48,12 +50,15 @@ __all__ = [
     "HintChannel",
     "NotLookedUp",
     "Statement",
+    "Steps",
     "StoreClock",
     "TablePartitions",
     "dialect_named",
 ]
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -232,6 +237,17 @@ class Batch(ABC):
         """
 
     @abstractmethod
+    def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
+        """The rows of the batch for which there is a row elsewhere, which is locked where the query for it says so.
+
+        One is looked up after the other, in the order of the batch. For a join a planner that does not know how many
+        there are may compare each with each.
+
+        Args:
+            look_up: Selects that row, by columns of the batch.
+        """
+
+    @abstractmethod
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
         """The statement's parameters for these rows, each with its values in the order of the columns."""
 
@@ -298,44 +314,36 @@ class HintChannel:
 
 
 class Statement:
-    """A statement that runs very often."""
+    """A statement that runs very often: it is compiled once, and given to the driver itself.
 
-    def __init__(self, statement: sa.Executable) -> None:
-        self._statement = statement
+    SQLAlchemy's part would take longer than the database's.
 
-    async def all(self, connection: AsyncConnection, parameters: dict[str, object]) -> Sequence[Sequence[Any]]:
-        """Run it on a connection in autocommit; the rows that it returns."""
-        return (await connection.execute(self._statement, parameters)).all()
+    Args:
+        expression: The statement.
+        dialect: SQLAlchemy's, for the driver.
+    """
 
-
-class _DriverStatement(Statement):
-    """One that is compiled once and given to asyncpg itself: SQLAlchemy's part took half as long as the database's."""
-
-    def __init__(self, statement: sa.Executable) -> None:
-        super().__init__(statement)
-        expression: Any = statement
-        dialect: Any = postgresql.asyncpg.dialect
-        compiled = expression.compile(dialect=dialect())
-        self._text = str(compiled)
+    def __init__(self, expression: sa.Executable, dialect: sa.Dialect) -> None:
+        compilable: Any = expression
+        compiled = compilable.compile(dialect=dialect)
+        self.text: Final = str(compiled)
         self._names: list[str] = compiled.positiontup
         self._constants: dict[str, object] = {
             name: value for name, value in compiled.construct_params(_check=False).items() if value is not None
         }
 
-    @override
-    async def all(self, connection: AsyncConnection, parameters: dict[str, object]) -> Sequence[Sequence[Any]]:
-        import asyncpg  # who uses SQLite does without
+    def arguments(self, parameters: dict[str, object]) -> list[object]:
+        """What the driver is given for the parameters."""
+        given = self._constants | parameters if self._constants else parameters
+        return [given[name] for name in self._names]
 
-        given = self._constants | parameters
-        pooled: Any = connection.sync_connection
-        try:
-            driver = pooled.connection.driver_connection
-            rows: Sequence[Sequence[Any]] = await driver.fetch(self._text, *[given[name] for name in self._names])
-        except asyncpg.DataError as error:
-            raise ValueError(str(error)) from None  # it is both, and a value that cannot be sent breaks no connection
-        except asyncpg.InterfaceError as error:
-            raise ConnectionResetError(str(error)) from error
-        return rows
+
+_Rows: TypeAlias = Sequence[Sequence[Any]]
+Steps: TypeAlias = Generator[tuple[Statement, dict[str, object] | list[dict[str, object]]], _Rows, _T]
+"""Statements that are run one after the other: each is yielded with its parameters, and its rows are sent back.
+
+With a list of parameters it is run for each of them, which only SQLite's driver does well, and its rows are not told.
+"""
 
 
 class Dialect(ABC):
@@ -399,9 +407,21 @@ class Dialect(ABC):
             ConfigurationError: It is one.
         """
 
+    @abstractmethod
     def often(self, statement: sa.Executable) -> Statement:
-        """A statement without values that SQLAlchemy would have to convert, for whom its price is too high."""
-        return Statement(statement)
+        """A statement that runs very often, with values and rows as the driver has them."""
+
+    @abstractmethod
+    def driver_key(self, key: UUID) -> object:
+        """A session's key as the driver takes and returns it."""
+
+    @abstractmethod
+    async def run(self, connection: AsyncConnection, steps: Steps[_T]) -> _T:
+        """Run statements on a connection in autocommit; what the steps return.
+
+        Where writers exclude one another it is a transaction, and otherwise each statement is one: whoever gives
+        the steps must be right with both.
+        """
 
     def hears(self, url: URL) -> bool:  # noqa: ARG002 - for what overrides it
         """Whether hints may arrive on connections that are made with this URL."""
@@ -490,16 +510,52 @@ class _ArrayBatch(Batch):
             for parameter, type_ in zip(self._names, columns.values(), strict=True)
         ]
         self._arrays = dict(zip(columns, arrays, strict=True))
-        typed = [sa.column(column, type_) for column, type_ in columns.items()]
-        self.rows = sa.func.unnest(*arrays).table_valued(*typed, name=name).render_derived()
+        self._columns = columns
+        self.rows = self._unnested(arrays, name)
+
+    def _unnested(self, arrays: Sequence[sa.ColumnElement[Any]], name: str | None) -> sa.FromClause:
+        typed = [sa.column(column, type_) for column, type_ in self._columns.items()]
+        return sa.func.unnest(*arrays).table_valued(*typed, name=name).render_derived()
 
     @override
     def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
         return column == sa.any_(self._arrays[column.name])
 
     @override
+    def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
+        # Subqueries: of the arrays themselves Postgres knows the length while it plans for one execution alone, finds
+        # that plan cheaper than one for any length, and so plans anew each time.
+        rows = self._unnested([sa.select(array).scalar_subquery() for array in self._arrays.values()], None)
+        return sa.select(*rows.c).join_from(rows, look_up(rows.c).lateral(), sa.true())
+
+    @override
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
         return dict(zip(self._names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+_connecting: Final[set[asyncio.Task[asyncpg.Connection]]] = set()
+
+
+async def _connect(*arguments: Any, **options: Any) -> asyncpg.Connection:
+    """Connect, in a task that goes on when whoever waits for it is cancelled, and then puts the connection away.
+
+    Cancelled while it connects, asyncpg leaves an exception that nobody asks for, and asyncio's log shows it.
+    """
+    import asyncpg  # who uses SQLite does without
+
+    task = asyncio.get_running_loop().create_task(asyncpg.connect(*arguments, **options))
+    _connecting.add(task)
+    task.add_done_callback(_connecting.discard)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_put_away)
+        raise
+
+
+def _put_away(task: asyncio.Task[asyncpg.Connection]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().terminate()
 
 
 async def _learn_array_types(connection: asyncpg.Connection) -> None:
@@ -624,7 +680,11 @@ class _Postgres(Dialect):
     ) -> tuple[URL, dict[str, Any]]:
         query = dict(url.query)
         name = query.pop("application_name", "mcp-session-store")
-        connect: dict[str, Any] = {"timeout": timeout, "server_settings": {"application_name": name}}
+        connect: dict[str, Any] = {
+            "timeout": timeout,
+            "server_settings": {"application_name": name},
+            "async_creator_fn": _connect,
+        }
         if command_timeout is not None:
             connect["command_timeout"] = command_timeout
         connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
@@ -672,7 +732,32 @@ class _Postgres(Dialect):
 
     @override
     def often(self, statement: sa.Executable) -> Statement:
-        return _DriverStatement(statement)
+        dialect: Any = postgresql.asyncpg.dialect
+        return Statement(statement, dialect())
+
+    @override
+    def driver_key(self, key: UUID) -> object:
+        return key
+
+    @override
+    async def run(self, connection: AsyncConnection, steps: Steps[_T]) -> _T:
+        import asyncpg  # who uses SQLite does without
+
+        pooled: Any = connection.sync_connection
+        try:
+            driver: asyncpg.Connection = pooled.connection.driver_connection
+            statement, parameters = next(steps)
+            while True:
+                assert isinstance(parameters, dict)
+                rows = await driver.fetch(statement.text, *statement.arguments(parameters))
+                statement, parameters = steps.send(rows)
+        except StopIteration as done:
+            result: _T = done.value
+            return result
+        except asyncpg.DataError as error:
+            raise ValueError(str(error)) from None  # it is both, and a value that cannot be sent breaks no connection
+        except asyncpg.InterfaceError as error:
+            raise ConnectionResetError(str(error)) from error
 
     @override
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
@@ -742,12 +827,37 @@ class _JsonBatch(Batch):
         return column.in_(sa.select(self.rows.c[column.name]))
 
     @override
+    def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
+        return sa.select(*self.c).where(look_up(self.c).exists())
+
+    @override
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
         # A text ends for SQLite's JSON functions where a NUL stands. Postgres refuses such a text too.
         if any("\0" in value for row in rows for value in row if isinstance(value, str)):
             raise ValueError("a text contains NUL")
         # Not ASCII alone: then a lone surrogate is found here and not in the database.
         return {self._name: json.dumps(rows, ensure_ascii=False, allow_nan=False, default=_json_value)}
+
+
+def _in_transaction(connection: sqlite3.Connection, begin: str, steps: Steps[_T]) -> _T:
+    """Run steps in the thread in which the connection is used."""
+    connection.execute(begin)
+    try:
+        statement, parameters = next(steps)
+        while True:
+            if isinstance(parameters, list):
+                connection.executemany(statement.text, map(statement.arguments, parameters))
+                rows: _Rows = ()
+            else:
+                rows = connection.execute(statement.text, statement.arguments(parameters)).fetchall()
+            statement, parameters = steps.send(rows)
+    except StopIteration as done:
+        connection.execute("COMMIT")
+        result: _T = done.value
+        return result
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
 
 
 def _json_value(value: object) -> str:
@@ -774,6 +884,25 @@ class _Sqlite(Dialect):
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
         return _JsonBatch(name, columns)
+
+    @override
+    def often(self, statement: sa.Executable) -> Statement:
+        dialect: Any = sqlite.aiosqlite.dialect
+        return Statement(statement, dialect())
+
+    @override
+    def driver_key(self, key: UUID) -> object:
+        return key.hex  # as sa.Uuid stores it where there is no such type
+
+    @override
+    async def run(self, connection: AsyncConnection, steps: Steps[_T]) -> _T:
+        pooled: Any = connection.sync_connection
+        driver = pooled.connection.driver_connection
+        # These two names are not public. The public ones ask the driver's thread for one thing each, and each time the
+        # way there and back takes longer than all of the statements; and whoever gives up in between leaves a
+        # transaction open until the connection is closed.
+        result: _T = await driver._execute(_in_transaction, driver._conn, self.begin, steps)
+        return result
 
     @override
     def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:

@@ -66,20 +66,14 @@ def meaning_of(error: Exception) -> Meaning | None:
         return Meaning.UNAVAILABLE
     if isinstance(error, (ValueError, OverflowError)):
         return Meaning.BAD_DATA  # found while a value was made ready to be sent
-    return _meaning_of_state(error)
+    return _meaning_of_state(error) or _meaning_of_code(error)
 
 
 def _meaning_of_driver(error: exc.DBAPIError, driver: Any) -> Meaning:
     if error.connection_invalidated:
         return Meaning.BROKEN
-    if meaning := _meaning_of_state(driver):
+    if meaning := _meaning_of_state(driver) or _meaning_of_code(driver):
         return meaning
-    if (code := getattr(driver, "sqlite_errorcode", None)) is not None:
-        if meaning := _SQLITE.get(code & 0xFF):
-            return meaning
-        # SQLITE_ERROR says everything that is wrong with a statement, and only its text tells what.
-        missing = ("no such table", "no such column", "has no column")
-        return Meaning.BAD_SCHEMA if any(text in str(driver) for text in missing) else Meaning.UNAVAILABLE
     cause = getattr(driver, "__cause__", None) or driver
     if isinstance(cause, (ValueError, OverflowError)):
         return Meaning.BAD_DATA  # asyncpg's DataError: a value that cannot be encoded
@@ -93,6 +87,17 @@ def _meaning_of_state(driver: Any) -> Meaning | None:
     if not isinstance(state, str):
         return None
     return next((meaning for start, meaning in _POSTGRES if state.startswith(start)), Meaning.UNAVAILABLE)
+
+
+def _meaning_of_code(driver: Any) -> Meaning | None:
+    code = getattr(driver, "sqlite_errorcode", None)
+    if code is None:
+        return None
+    if meaning := _SQLITE.get(code & 0xFF):
+        return meaning
+    # SQLITE_ERROR says everything that is wrong with a statement, and only its text tells what.
+    missing = ("no such table", "no such column", "has no column")
+    return Meaning.BAD_SCHEMA if any(text in str(driver) for text in missing) else Meaning.UNAVAILABLE
 
 
 def hide_parameters(error: BaseException | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
@@ -12,6 +13,7 @@ from mcp_session_store.records import instance_name, message_bytes
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, Database
+from mcp_session_store.sql.driver_errors import hide_parameters, summary_of
 from mcp_session_store.sql.event_removal import EventTrimming
 from mcp_session_store.sql.events import Append, Events, Read
 from mcp_session_store.sql.instances import Instances
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from mcp_session_store.retention import EventPolicy
 
 __all__ = ["SqlEventLog"]
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _Call: TypeAlias = Callable[[Attempt], Awaitable[Any]]
@@ -124,11 +128,12 @@ class SqlEventLog(EventLog):
             await self._database.aclose()
 
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
-        if sum(map(message_bytes, events)) > self.policy.max_bytes_per_session:
+        sizes = [message_bytes(event) for event in events]
+        if sum(sizes) > self.policy.max_bytes_per_session:
             raise EventTooLarge(
                 f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
             )
-        return await self._appends.submit(Append(key, events, again))
+        return await self._appends.submit(Append(key, events, sizes, again))
 
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
         wanted = Read(key, stream, after, limit)
@@ -171,10 +176,19 @@ class SqlEventLog(EventLog):
 
     async def _append_all(self, attempt: Attempt, appends: Sequence[Append]) -> list[int | None]:
         first, grown = await self._events.append(attempt, appends)
-        exceeded = [key for key, log in grown.items() if self._trimming.exceeded(log.kept, log.kept_bytes)]
-        if exceeded:
-            await self._trimming.trim(attempt, exceeded, limit=self.policy.max_events_per_session, wait=True)
+        if exceeded := [key for key, log in grown.items() if self._trimming.exceeded(log.kept, log.kept_bytes)]:
+            try:
+                await self._trim(attempt, exceeded)
+            except Exception as error:
+                # The events are stored; and the next ones find too many again.
+                hide_parameters(error)
+                logger.warning("events that are too many could not be removed: %s", summary_of(error))
         return first
+
+    async def _trim(self, attempt: Attempt, keys: Sequence[UUID]) -> None:
+        more = True
+        while more:
+            _, more = await self._trimming.trim(attempt, keys, limit=EVENT_SWEEP_LIMIT, wait=True)
 
 
 async def _make_contact(attempt: Attempt) -> None:

@@ -79,12 +79,15 @@ def left_of(logs: sa.Table, events: sa.Table) -> dict[str, sa.ColumnElement[Any]
         of_log = sa.select(value).where(events.c.key == logs.c.key)
         return of_log.order_by(events.c.sequence).limit(1).scalar_subquery()
 
-    bytes_before = events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
     return {
         "trimmed": sa.func.coalesce(of_oldest(events.c.sequence - 1), logs.c.sequence),
-        "trimmed_bytes": sa.func.coalesce(of_oldest(bytes_before), logs.c.total_bytes),
+        "trimmed_bytes": sa.func.coalesce(of_oldest(_bytes_before(events)), logs.c.total_bytes),
         "oldest_at": of_oldest(events.c.created_at),
     }
+
+
+def _bytes_before(events: sa.Table) -> sa.ColumnElement[int]:
+    return events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
 
 
 class EventTrimming:
@@ -128,11 +131,14 @@ class EventTrimming:
                 "key": sa.Uuid(),
                 "by_count": sa.BigInteger(),
                 "by_bytes": sa.BigInteger(),
+                "newest": sa.BigInteger(),
                 "at_most": sa.BigInteger(),
             },
         )
         range_ = self._ranges.c
-        reasons = [events.c.sequence <= range_.by_count, events.c.total_bytes <= range_.by_bytes]
+        # The newest is kept, however large it is. First, because to tell the size of an event it may have to be read.
+        by_bytes = sa.and_(events.c.sequence < range_.newest, _bytes_before(events) < range_.by_bytes)
+        reasons = [events.c.sequence <= range_.by_count, by_bytes]
         if policy.max_age is not None:
             reasons.append(events.c.created_at <= too_old)
         self._find = (
@@ -192,12 +198,12 @@ class EventTrimming:
         sequences = {log.key: log.sequence for log in logs}
         return removed, any(cut.up_to == at_most[cut.key] < sequences[cut.key] for cut in cuts)
 
-    def _limits(self, log: Any) -> tuple[int, int]:
-        """Up to which sequence, and up to which total of bytes, events are too many."""
+    def _limits(self, log: Any) -> tuple[int, int, int]:
+        """Up to which sequence events are too many; up to which total of bytes, and before which one, too large."""
         policy = self._policy
-        by_count, by_bytes = log.trimmed, -1
+        by_count, by_bytes, newest = log.trimmed, 0, 0
         if log.sequence - log.trimmed > policy.max_events_per_session:
             by_count = log.sequence - int(KEPT * policy.max_events_per_session)
         if log.total_bytes - log.trimmed_bytes > policy.max_bytes_per_session:
-            by_bytes = log.total_bytes - int(KEPT * policy.max_bytes_per_session)
-        return by_count, by_bytes
+            by_bytes, newest = log.total_bytes - int(KEPT * policy.max_bytes_per_session), log.sequence
+        return by_count, by_bytes, newest

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
@@ -12,20 +13,25 @@ from mcp_session_store.records import EventKind, EventPage, StoredEvent, message
 from mcp_session_store.sql.dialects import ByteLength, NotLookedUp, StoreClock
 from mcp_session_store.sql.statements import live
 from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
-from mcp_session_store.sql.transactions import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from uuid import UUID
 
+    from sqlalchemy.sql.dml import ReturningUpdate
+
     from mcp_session_store.records import NewEvent
     from mcp_session_store.sql.database import Attempt
-    from mcp_session_store.sql.dialects import Dialect
+    from mcp_session_store.sql.dialects import Dialect, Statement, Steps
 
 __all__ = ["Append", "Events", "Grown", "Read"]
 
+_as_number: Final = attrgetter("int")
+
 PAGE_BYTES: Final = 1024**2
 """Bytes of messages in a page of events, give or take the last one."""
+WINDOW: Final = 4
+"""How many events of a session, of any stream, are looked through first for each that a page has room for."""
 FOLLOWED_FOR: Final = 120.0
 """Seconds for which a session that is followed is hinted at."""
 
@@ -36,6 +42,8 @@ class Append:
 
     key: UUID
     events: Sequence[NewEvent]
+    sizes: Sequence[int]
+    """The bytes of each."""
     again: bool = False
     """Whether they may have been stored before."""
 
@@ -50,8 +58,7 @@ class Read:
     limit: int
 
 
-@dataclass(frozen=True, slots=True)
-class Grown:
+class Grown(NamedTuple):
     """A log in which events have just been stored."""
 
     sequence: int
@@ -59,6 +66,8 @@ class Grown:
     kept: int
     """How many events there are."""
     kept_bytes: int
+    total_bytes: int
+    """Of all messages that were ever stored."""
 
 
 class Events:
@@ -78,48 +87,55 @@ class Events:
         mine = NotLookedUp(logs.c.namespace) == name
         now = StoreClock()
 
+        def live_session(key: sa.ColumnElement[Any]) -> sa.Select[Any]:
+            return sa.select(sessions.c.key).where(sessions.c.key == key, live(sessions, name, now))
+
         self._started = dialect.batch("started", {"key": sa.Uuid(), "start": sa.BigInteger()})
-        started: sa.Select[Any] = sa.select(
-            self._started.c.key, name, self._started.c.start, sa.literal(0), self._started.c.start, sa.literal(0)
-        )
-        if not standalone:
+        started = (
+            sa.select(*self._started.c)
+            if standalone
             # Locked, so that a session that ends meanwhile does so before, or waits and takes its log along.
-            started = (
-                started.join(sessions, sessions.c.key == self._started.c.key)
-                .where(self._started.among(sessions.c.key), live(sessions, name, now))
-                .order_by(sessions.c.key)
-                .with_for_update(of=sessions, read=True)
-            )
-        columns = ["key", "namespace", "sequence", "total_bytes", "trimmed", "trimmed_bytes"]
-        self._start = dialect.insert_if_absent(logs, columns, started)
+            else self._started.found(lambda started: live_session(started.key).with_for_update(read=True))
+        ).subquery("found")
+        values = {
+            "key": started.c.key,
+            "namespace": name,
+            "sequence": started.c.start,
+            "total_bytes": sa.literal(0),
+            "trimmed": started.c.start,
+            "trimmed_bytes": sa.literal(0),
+        }
+        self._start = dialect.often(dialect.insert_if_absent(logs, list(values), sa.select(*values.values())))
         self._standalone = standalone
 
         self._growths = dialect.batch("grown", {"key": sa.Uuid(), "events": sa.BigInteger(), "bytes": sa.BigInteger()})
-        growing = (
-            sa.select(*self._growths.c)
-            .join(logs, logs.c.key == self._growths.c.key)
-            .where(self._growths.among(logs.c.key), mine)
-            .order_by(logs.c.key)
-            .with_for_update(of=logs)
-            .cte("locked")
-        )
-        grown = (
-            sa.update(logs)
-            .where(logs.c.key == growing.c.key, self._growths.among(logs.c.key))
-            .values(
-                sequence=logs.c.sequence + growing.c.events,
-                total_bytes=logs.c.total_bytes + growing.c.bytes,
-                oldest_at=sa.func.coalesce(logs.c.oldest_at, now, type_=logs.c.oldest_at.type),
+        may_grow = mine if standalone else mine & live_session(logs.c.key).exists()
+        growing = self._growths.found(
+            lambda grown: sa.select(logs.c.key).where(logs.c.key == grown.key, may_grow).with_for_update(of=logs)
+        ).cte("locked")
+
+        def grown(number: sa.ColumnElement[int], size: sa.ColumnElement[int], *which: Any) -> ReturningUpdate[Any]:
+            return (
+                sa.update(logs)
+                .where(*which)
+                .values(
+                    sequence=logs.c.sequence + number,
+                    total_bytes=logs.c.total_bytes + size,
+                    oldest_at=sa.func.coalesce(logs.c.oldest_at, now, type_=logs.c.oldest_at.type),
+                )
+                .returning(
+                    logs.c.key,
+                    logs.c.sequence,
+                    (logs.c.sequence - logs.c.trimmed).label("kept"),
+                    (logs.c.total_bytes - logs.c.trimmed_bytes).label("kept_bytes"),
+                    logs.c.total_bytes,
+                    logs.c.followed_until,
+                )
             )
-            .returning(
-                logs.c.key,
-                logs.c.sequence,
-                (logs.c.sequence - logs.c.trimmed).label("kept"),
-                (logs.c.total_bytes - logs.c.trimmed_bytes).label("kept_bytes"),
-                logs.c.total_bytes,
-                logs.c.followed_until,
-            )
-        )
+
+        many = grown(growing.c.events, growing.c.bytes, logs.c.key == growing.c.key)
+        by = [sa.bindparam(name, type_=sa.BigInteger) for name in ("grown_events", "grown_bytes")]
+        one = grown(*by, logs.c.key == sa.bindparam("grown_key", type_=sa.Uuid), may_grow)
         # Each says how far it lies behind what its log has grown to.
         self._added = dialect.batch(
             "added",
@@ -134,34 +150,37 @@ class Events:
                 "message": sa.Text(),
             },
         )
-        self._store: sa.Insert | None = None
+        self._store: Statement | None = None
         """Where one statement does it all, it is `_grow`."""
         if dialect.changes_in_with:
-            changed = grown.cte("changed")
-            stored = self._stored(events, changed, now).cte("stored")
-            self._grow = dialect.often(
-                sa.select(
-                    changed.c.key,
-                    changed.c.sequence,
-                    changed.c.kept,
-                    changed.c.kept_bytes,
-                    changed.c.total_bytes,
-                    *self._told(changed),
-                ).add_cte(stored)
+            # A lone event is the most frequent case; Postgres plans a statement with arrays anew for so few.
+            self._grow, self._grow_one = (
+                dialect.often(self._all_at_once(events, change.cte("changed"), now)) for change in (many, one)
             )
         else:
-            self._grow = dialect.often(grown)
+            self._grow, self._grow_one = dialect.often(many), dialect.often(one)
             # Row by row, with the values that the log has grown to: there it is the fastest way.
-            self._store = sa.insert(events).values(created_at=now)
+            given = {column.name: sa.bindparam(f"new_{column.name}", type_=column.type) for column in events.c}
+            self._store = dialect.often(sa.insert(events).values(given | {"created_at": now}))
 
-        self._find = sa.select(events.c.key, events.c.stream, events.c.position, events.c.sequence).join(
-            self._added.rows,
-            sa.and_(
-                events.c.key == self._added.c.key,
-                self._added.among(events.c.key),
-                events.c.stream == self._added.c.stream,
-                events.c.position == self._added.c.position,
-            ),
+        self._sought = dialect.batch("sought", {"key": sa.Uuid(), "stream": sa.Text(), "position": sa.BigInteger()})
+        sought = self._sought.c
+        # Nothing is changed while it is locked: whoever is about to store an event has stored it then.
+        self._await = dialect.often(
+            self._sought.found(lambda sought: sa.select(logs.c.key).where(logs.c.key == sought.key).with_for_update())
+        )
+        # From the newest on: what may have been stored was not long ago.
+        there = (
+            sa.select(events.c.sequence)
+            .where(
+                events.c.key == sought.key, events.c.stream == sought.stream, events.c.position == sought.position, mine
+            )
+            .join(logs, logs.c.key == events.c.key)
+            .order_by(events.c.sequence.desc())
+            .limit(1)
+        )
+        self._find = dialect.often(
+            sa.select(sought.key, sought.stream, sought.position, there.scalar_subquery().label("sequence"))
         )
 
         key = sa.bindparam("read_key", type_=sa.Uuid)
@@ -178,6 +197,8 @@ class Events:
             .where(
                 events.c.key == key,
                 events.c.sequence > sa.bindparam("read_after", type_=sa.BigInteger),
+                # A range, or the planner of Postgres may read and sort all that follows.
+                events.c.sequence <= sa.bindparam("read_up_to", type_=sa.BigInteger),
                 events.c.stream == sa.bindparam("read_stream", type_=sa.Text),
             )
             .order_by(events.c.sequence)
@@ -209,15 +230,18 @@ class Events:
 
         self._heads = dialect.batch("head", {"key": sa.Uuid()})
         self._head = sa.select(logs.c.key, logs.c.sequence).where(self._heads.among(logs.c.key), mine)
+        soon = sa.or_(logs.c.followed_until.is_(None), logs.c.followed_until < StoreClock(FOLLOWED_FOR / 2))
+        following = self._heads.found(
+            lambda head: sa.select(logs.c.key).where(logs.c.key == head.key, mine, soon).with_for_update()
+        ).cte("locked")
         self._follow = (
-            sa.update(logs)
-            .where(
-                self._heads.among(logs.c.key),
-                mine,
-                sa.or_(logs.c.followed_until.is_(None), logs.c.followed_until < StoreClock(FOLLOWED_FOR / 2)),
-            )
-            .values(followed_until=StoreClock(FOLLOWED_FOR))
+            sa.update(logs).where(logs.c.key == following.c.key).values(followed_until=StoreClock(FOLLOWED_FOR))
         )
+
+    def _all_at_once(self, events: sa.Table, changed: sa.CTE, now: StoreClock) -> sa.Select[Any]:
+        """A statement that lets logs grow, stores what they grow by, and tells of it."""
+        returned = (changed.c[name] for name in ("key", "sequence", "kept", "kept_bytes", "total_bytes"))
+        return sa.select(*returned, *self._told(changed)).add_cte(self._stored(events, changed, now).cte("stored"))
 
     def _stored(self, events: sa.Table, grown: sa.FromClause, now: StoreClock) -> sa.Insert:
         added = self._added.c
@@ -249,126 +273,129 @@ class Events:
         Returns:
             The sequence of the first event of each append, `None` where the session is not live; and the logs.
         """
-        repeated = [append for append in appends if append.again or attempt.repeated]
-        there = await self._found(attempt, repeated) if repeated else {}
-        first = [there.get((append.key, append.events[0].stream, append.events[0].position)) for append in appends]
-        wanted: dict[UUID, list[NewEvent]] = {}
-        offsets: dict[int, int] = {}
-        for position, append in enumerate(appends):
-            if first[position] is None:
-                events = wanted.setdefault(append.key, [])
-                offsets[position] = len(events)
-                events.extend(append.events)
-        if not wanted:
-            return first, {}
-        if self._store is None:
-            grown = await self._append_each(attempt, wanted)
-        else:
-            async with transaction(attempt.connection, self._dialect):
-                grown = await self._append_each(attempt, wanted)
-        for position, offset in offsets.items():
-            key = appends[position].key
-            if (log := grown.get(key)) is not None:
-                first[position] = log.sequence - len(wanted[key]) + offset + 1
-        return first, grown
+        return await self._dialect.run(attempt.connection, self._append(appends, repeated=attempt.repeated))
 
-    async def _append_each(self, attempt: Attempt, wanted: Mapping[UUID, Sequence[NewEvent]]) -> dict[UUID, Grown]:
-        grown = await self._append_to_logs(attempt, wanted)
-        if missing := wanted.keys() - grown.keys():
+    def _append(
+        self, appends: Sequence[Append], *, repeated: bool
+    ) -> Steps[tuple[list[int | None], dict[UUID, Grown]]]:
+        first: list[int | None] = [None] * len(appends)
+        if sought := [number for number, append in enumerate(appends) if repeated or append.again]:
+            yield from self._find_among(appends, sought, first)
+        wanted: dict[UUID, list[int]] = {}
+        for number, append in enumerate(appends):
+            if first[number] is None:
+                wanted.setdefault(append.key, []).append(number)
+        # In the order of keys: so logs are locked by all who store events.
+        logs = {
+            self._dialect.driver_key(key): [appends[number] for number in wanted[key]]
+            for key in sorted(wanted, key=_as_number)
+        }
+        grown = (yield from self._append_to_logs(logs)) if logs else {}
+        if missing := logs.keys() - grown.keys():
             # Their first events: they have no log yet.
             start = time.time_ns() // 1_000_000 if self._standalone else 0
-            rows = [(key, start) for key in sorted(missing)]
-            await attempt.connection.execute(self._start, self._started.parameters(rows))
-            grown |= await self._append_to_logs(attempt, {key: wanted[key] for key in missing})
-        return grown
+            new = {key: appends for key, appends in logs.items() if key in missing}
+            yield self._start, self._started.parameters([(key, start) for key in new])
+            grown |= yield from self._append_to_logs(new)
+        by_key = {}
+        for key, numbers in wanted.items():
+            if (log := grown.get(self._dialect.driver_key(key))) is not None:
+                by_key[key] = log
+                sequence = log.sequence + 1
+                for number in reversed(numbers):
+                    sequence -= len(appends[number].events)
+                    first[number] = sequence
+        return first, by_key
 
-    async def _append_to_logs(self, attempt: Attempt, wanted: Mapping[UUID, Sequence[NewEvent]]) -> dict[UUID, Grown]:
-        growths: list[tuple[UUID, int, int]] = []
-        added: list[tuple[UUID, int, int, NewEvent]] = []
-        for key in sorted(wanted):
-            events = wanted[key]
-            sizes = [message_bytes(event) for event in events]
-            behind, bytes_behind = len(events), sum(sizes)
+    def _append_to_logs(self, wanted: Mapping[object, Sequence[Append]]) -> Steps[dict[object, Grown]]:
+        growths: list[tuple[object, int, int]] = []
+        added: list[tuple[object, int, int, str, int, int, str, str | None]] = []
+        for key, appends in wanted.items():
+            behind = sum([len(append.events) for append in appends])
+            bytes_behind = sum([sum(append.sizes) for append in appends])
             growths.append((key, behind, bytes_behind))
-            for event, size in zip(events, sizes, strict=True):
-                behind -= 1
-                bytes_behind -= size
-                added.append((key, behind, bytes_behind, event))
-        parameters = self._growths.parameters(growths)
+            for append in appends:
+                for event, size in zip(append.events, append.sizes, strict=True):
+                    behind -= 1
+                    bytes_behind -= size
+                    kind = event.kind.value
+                    place = event.stream, event.position, event.previous
+                    added.append((key, behind, bytes_behind, *place, kind, event.message))
+        grow, parameters = self._grow, self._growths.parameters(growths)
+        if len(growths) == 1:
+            key, behind, bytes_behind = growths[0]
+            grow = self._grow_one
+            parameters = {"grown_key": key, "grown_events": behind, "grown_bytes": bytes_behind}
         if self._store is None:
-            rows = [
-                (
-                    key,
-                    behind,
-                    bytes_behind,
-                    event.stream,
-                    event.position,
-                    event.previous,
-                    event.kind.value,
-                    event.message,
-                )
-                for key, behind, bytes_behind, event in added
-            ]
-            parameters |= self._added.parameters(rows)
-        grown: dict[UUID, Grown] = {}
-        totals: dict[UUID, int] = {}
-        for key, sequence, kept, kept_bytes, total_bytes, *_ in await self._grow.all(attempt.connection, parameters):
-            grown[key] = Grown(sequence, kept, kept_bytes)
-            totals[key] = total_bytes
+            parameters |= self._added.parameters(added)
+        rows = yield grow, parameters
+        grown = {row[0]: Grown(*row[1:5]) for row in rows}
         if self._store is not None and grown:
-            values = [
-                {
-                    "key": key,
-                    "sequence": grown[key].sequence - behind,
-                    "stream": event.stream,
-                    "position": event.position,
-                    "previous": event.previous,
-                    "kind": event.kind.value,
-                    "message": event.message,
-                    "total_bytes": totals[key] - bytes_behind,
-                }
-                for key, behind, bytes_behind, event in added
-                if key in grown
-            ]
-            await attempt.connection.execute(self._store, values)
+            yield self._store, [self._new_event(log, *event) for event in added if (log := grown.get(event[0]))]
         return grown
 
-    async def _found(self, attempt: Attempt, appends: Sequence[Append]) -> dict[tuple[UUID, str, int], int]:
-        """What was stored before, by somebody who did not learn of it: the sequences of first events."""
-        rows = [
-            (append.key, 0, 0, append.events[0].stream, append.events[0].position, -1, "", None) for append in appends
-        ]
-        result = await attempt.connection.execute(self._find, self._added.parameters(rows))
-        return {(row.key, row.stream, row.position): row.sequence for row in result}
+    @staticmethod
+    def _new_event(
+        log: Grown,
+        key: object,
+        behind: int,
+        bytes_behind: int,
+        stream: str,
+        position: int,
+        previous: int,
+        kind: str,
+        message: str | None,
+    ) -> dict[str, object]:
+        return {
+            "new_key": key,
+            "new_sequence": log.sequence - behind,
+            "new_stream": stream,
+            "new_position": position,
+            "new_previous": previous,
+            "new_kind": kind,
+            "new_message": message,
+            "new_total_bytes": log.total_bytes - bytes_behind,
+        }
+
+    def _find_among(self, appends: Sequence[Append], numbers: Sequence[int], first: list[int | None]) -> Steps[None]:
+        """Note the sequences of those that were stored before, by somebody who did not learn of it."""
+        sought = {}
+        for number in numbers:
+            event = appends[number].events[0]
+            sought[number] = self._dialect.driver_key(appends[number].key), event.stream, event.position
+        # A try before this one, whose connection was lost, may still be under way on the server.
+        in_order = sorted(numbers, key=lambda number: appends[number].key.int)
+        yield self._await, self._sought.parameters([sought[number] for number in in_order])
+        rows = yield self._find, self._sought.parameters(list(sought.values()))
+        there = {(key, stream, position): sequence for key, stream, position, sequence in rows}
+        for number in numbers:
+            first[number] = there.get(sought[number])
 
     async def page(self, attempt: Attempt, read: Read) -> EventPage | None:
         """Some events of one stream; `None` where the session has no log."""
-        rows = (
-            await attempt.connection.execute(
-                self._read,
-                {
-                    "read_key": read.key,
-                    "read_stream": read.stream,
-                    "read_after": read.after,
-                    "read_limit": read.limit + 1,
-                },
-            )
-        ).all()
-        if not rows:
-            return None
-        events = [
-            StoredEvent(
-                sequence=row.sequence,
-                position=row.position,
-                previous=row.previous,
-                kind=EventKind(row.kind),
-                message=row.message,
-            )
-            for row in rows[: read.limit]
-            if row.sequence is not None
-        ]
-        more = bool(events) and rows[0].found > len(events)
-        return EventPage(events=events, more=more, first=rows[0].first, last=rows[0].last)
+        events: list[StoredEvent] = []
+        size, after, window = 0, read.after, WINDOW * read.limit
+        while True:
+            wanted = read.limit - len(events)
+            parameters = {
+                "read_key": read.key,
+                "read_stream": read.stream,
+                "read_after": after,
+                "read_up_to": after + window,
+                "read_limit": wanted + 1,
+            }
+            rows = (await attempt.connection.execute(self._read, parameters)).all()
+            if not rows:
+                return None
+            found = [_stored_event(row) for row in rows if row.sequence is not None]
+            events += found[:wanted]
+            size += sum(map(message_bytes, found))
+            more = len(found) > wanted or (bool(found) and rows[0].found > len(found))
+            over = after + window >= rows[0].last
+            if more or over or len(events) == read.limit or size >= PAGE_BYTES:
+                return EventPage(events=events, more=more or not over, first=rows[0].first, last=rows[0].last)
+            # The stream is one of many: the next of its events may be far.
+            after, window = after + window, 4 * window
 
     async def heads(self, attempt: Attempt, keys: Collection[UUID]) -> dict[UUID, int]:
         """The sequence of the newest event of each session that has a log."""
@@ -378,3 +405,13 @@ class Events:
     async def follow(self, attempt: Attempt, keys: Collection[UUID]) -> None:
         """Have the next events of these sessions hinted at."""
         await attempt.connection.execute(self._follow, self._heads.parameters([(key,) for key in sorted(keys)]))
+
+
+def _stored_event(row: Any) -> StoredEvent:
+    return StoredEvent(
+        sequence=row.sequence,
+        position=row.position,
+        previous=row.previous,
+        kind=EventKind(row.kind),
+        message=row.message,
+    )
