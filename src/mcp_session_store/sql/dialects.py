@@ -49,6 +49,7 @@ __all__ = [
     "Dialect",
     "HintChannel",
     "NotLookedUp",
+    "ONE",
     "Statement",
     "Steps",
     "StoreClock",
@@ -146,6 +147,10 @@ def _postgres_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **optio
 def _sqlite_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **options: Any) -> str:
     # "The SQLite Query Optimizer Overview", 6.2: a unary plus takes a term away from the indexes.
     return f"+{compiler.process(element.clauses, **options)}"
+
+
+ONE: Final = sa.literal_column("1", sa.Integer)
+"""To limit a query to its first row. Of a parameter a planner does not know that it is so small."""
 
 
 class ByteLength(FunctionElement[int]):
@@ -383,6 +388,10 @@ class Dialect(ABC):
     @abstractmethod
     def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
         """That a column has one of the values that are selected, once and first, so that an index is used."""
+
+    @abstractmethod
+    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        """Delete the rows of a table that fulfil conditions with a row of a batch."""
 
     @abstractmethod
     def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
@@ -659,6 +668,10 @@ class _Postgres(Dialect):
         return column == sa.any_(sa.func.array(selected.scalar_subquery(), type_=postgresql.ARRAY(column.type)))
 
     @override
+    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        return sa.delete(table).where(*conditions)
+
+    @override
     def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
         return sa.select(sa.func.pg_advisory_xact_lock(numbers.c.number)).select_from(numbers.rows)
 
@@ -912,6 +925,13 @@ class _Sqlite(Dialect):
     @override
     def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
         return column.in_(selected)
+
+    @override
+    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        # It deletes from one table, beside no other.
+        key = table.primary_key.columns
+        those = sa.select(*key).where(*conditions).correlate(None)
+        return sa.delete(table).where(sa.tuple_(*key).in_(those))
 
     @override
     def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
