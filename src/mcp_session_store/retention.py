@@ -187,7 +187,9 @@ class EventPolicy(_Policy):
     prefix: ClassVar[str] = f"{ENVIRONMENT_PREFIX}EVENTS_"
 
     max_age: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(hours=1)
-    """How long an event is kept; a sweep removes what is older. `None`: as long as its session lives."""
+    """How long an event is kept; a sweep removes what is older. `None`: as long as its session lives. Events that are
+    partitioned, on Postgres, are removed when all of a partition are that old, or else when they are three times as
+    old."""
     max_events_per_session: Annotated[int, Field(ge=10, le=1_000_000)] = 10_000
     """How many events of a session are kept. When there are more, a tenth goes at once."""
     max_bytes_per_session: Annotated[int, Field(ge=1024, le=1024**3)] = 16 * 1024**2

@@ -73,10 +73,10 @@ async def test_a_call_whose_process_is_killed_ends_with_an_error_and_is_not_run_
         following, elsewhere, restarted = half.calls
         await half.begin(running)
 
-        async with following.connection(other) as stream:
-            await following.take(stream, 1)
+        async with following.connected(other):
+            await following.take(1)
             await anyio.to_thread.run_sync(running.kill)
-            await following.take(stream)
+            await following.take()
         await elsewhere.read(other)
         await anyio.to_thread.run_sync(running.start)
         await restarted.read(running)
@@ -142,10 +142,10 @@ async def test_a_call_whose_process_is_stopped_ends_with_an_error_at_once(
         following, coming_back = half.calls
         await half.begin(running)
 
-        async with following.connection(other) as stream:
-            await following.take(stream, 1)
+        async with following.connected(other):
+            await following.take(1)
             await anyio.to_thread.run_sync(running.terminate)
-            await following.take(stream)
+            await following.take()
         await coming_back.read(other)
 
         half.check()

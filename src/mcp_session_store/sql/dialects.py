@@ -596,8 +596,13 @@ DROPPED_WITHIN: Final = 3.0
 somebody to drop it."""
 
 
+_ISO_MOMENT: Final = r"\d+-\d\d-\d\d [\d:.]+[+-][\d:]+"
+
+
 class TablePartitions:
     """The partitions of a table of Postgres by a range of times, as its catalogs tell.
+
+    Times are told where `DateStyle` is ISO, as it is unless set: other ways to write them can be ambiguous.
 
     Args:
         table: What they are partitions of.
@@ -611,7 +616,6 @@ class TablePartitions:
         bound = sa.func.pg_get_expr(classes.c.relpartbound, classes.c.oid, type_=sa.Text)
 
         def moment(pattern: str) -> sa.ColumnElement[Any]:
-            # Written and read with the settings of one connection, it is the same time whatever they are.
             return sa.cast(sa.func.substring(bound, pattern), postgresql.TIMESTAMP(timezone=True))
 
         self.rows: Final = inherits.join(classes, classes.c.oid == inherits.c.inhrelid)
@@ -622,9 +626,9 @@ class TablePartitions:
         self.name: Final = sa.cast(classes.c.relname, sa.Text)
         self.is_default: Final = bound == "DEFAULT"
         """Whether it is the one for whatever belongs to no other."""
-        self.since: Final = moment(r"FROM \('([^']+)'\)")
+        self.since: Final = moment(rf"FROM \('({_ISO_MOMENT})'\)")
         """NULL: since ever; or it is the default one."""
-        self.until: Final = moment(r"TO \('([^']+)'\)")
+        self.until: Final = moment(rf"TO \('({_ISO_MOMENT})'\)")
         """NULL: it is the default one."""
 
 

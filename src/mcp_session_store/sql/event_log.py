@@ -161,7 +161,7 @@ class SqlEventLog(EventLog):
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         await self._do(lambda attempt: self._instances.forget(attempt, FORGET_INSTANCES))
-        due = await self._ask(self._trimming.due)
+        due = await self._ask(lambda attempt: self._trimming.due(attempt, limit=limit))
         if not due:
             return EventSweepReport()
         each = max(1, limit // len(due))

@@ -157,11 +157,12 @@ class EventTrimming:
             sa.delete(logs).where(self._keys.among(logs.c.key), logs.c.oldest_at.is_(None)) if standalone else None
         )
 
-    async def due(self, attempt: Attempt) -> list[UUID]:
-        """Some sessions with events that are too old."""
+    async def due(self, attempt: Attempt, *, limit: int) -> list[UUID]:
+        """Some sessions with events that are too old, no more than that many."""
         if self._due is None:
             return []
-        return list((await attempt.connection.execute(self._due, {"limit": LOGS_PER_STEP})).scalars())
+        limit = min(limit, LOGS_PER_STEP)
+        return list((await attempt.connection.execute(self._due, {"limit": limit})).scalars())
 
     def exceeded(self, kept: int, kept_bytes: int) -> bool:
         """Whether a log with so many events and bytes has to be trimmed."""

@@ -348,7 +348,16 @@ class EventPartitions:
                 continue
             suffix, bound = _range(since, until)
             await _set_timeouts(connection, lock=_LOCK_TIMEOUT, statement=_ATTACH_TIMEOUT)
-            await self._create(connection, suffix, bound)
+            try:
+                await self._create(connection, suffix, bound)
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) != _TIMED_OUT:
+                    raise
+                raise StoreUnavailable(
+                    f"the partition {_of(suffix)} was not made, because the default one holds so many events that to "
+                    "look through them would take too long; try again when sweeps have removed them, or undo it all "
+                    "and begin anew, with mcp-session-store events unpartition"
+                ) from error
             return _of(suffix)
         return None
 
@@ -369,7 +378,8 @@ class EventPartitions:
 
 
 async def partitions_of(connection: AsyncConnection, table: sa.Table) -> list[Partition]:
-    """The partitions of a table of Postgres, the default one last; none of a table without."""
+    """The partitions of a table of Postgres, the default one last; none of a table without. Within a transaction."""
+    await connection.exec_driver_sql("SET LOCAL datestyle = 'ISO'")
     found = TablePartitions(table)
     statement = (
         sa.select(found.name, found.since, found.until, sa.func.pg_total_relation_size(found.oid))
