@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING, Any, Final
 import aiosqlite
 import asyncpg
 import sqlalchemy as sa
-from mcp.server.streamable_http import EventMessage
+from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage
 from mcp_types import JSONRPCNotification, jsonrpc_message_adapter
 
 from benchmarks.sweeping import percentile
