@@ -116,11 +116,14 @@ class Talking:
         """What the client was told, in order: progress, and "result" or what an error has as its reason."""
         self.event_ids: list[str] = []
         """All that it got."""
+        self.repeated: list[int] = []
+        """What it was told again, with an event id, after it had been told without one."""
         self.answer: Message = {}
         """The message that ended the call."""
         self.retry: set[int | None] = set()
         """What each response had for the time after which to come back."""
         self.name = call
+        self._without_id: set[int] = set()
         self._client = client
         self._connection = AsyncExitStack()
         self._stream: Stream | None = None
@@ -202,7 +205,13 @@ class Talking:
                 self.name,
                 f"{self.name} {progress['progress']:.0f}",
             )
-            self.said.append(int(progress["progress"]))
+            number = int(progress["progress"])
+            if event.id is None:
+                self._without_id.add(number)
+            elif number in self._without_id:
+                self.repeated.append(number)
+                return
+            self.said.append(number)
             return
         assert message["id"] == self.request["id"]
         self.answer = message

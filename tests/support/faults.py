@@ -81,6 +81,9 @@ class FaultProxy:
     async def __aexit__(self, *_: object) -> None:
         self.refuse()
         self._flowing.set()
+        # What was accepted a moment ago has its task only when the event loop has come round.
+        for _ in range(3):
+            await asyncio.sleep(0)
         tasks = list(self._connections)
         for task in tasks:
             task.cancel()
@@ -188,12 +191,13 @@ class FaultProxy:
 
 
 @asynccontextmanager
-async def breaking(proxy: FaultProxy, dice: random.Random) -> AsyncIterator[None]:
+async def breaking(proxy: FaultProxy, dice: random.Random, longest_pause: float = 0.05) -> AsyncIterator[None]:
     """Meanwhile connections to a Postgres server break all the time: on the way there, on the way back, or idle.
 
     Args:
         proxy: In front of the server.
         dice: Says when and how.
+        longest_pause: Seconds between two of them, at most.
     """
     ways: list[Callable[[], None]] = [
         proxy.kill_connections,
@@ -206,7 +210,7 @@ async def breaking(proxy: FaultProxy, dice: random.Random) -> AsyncIterator[None
     async def break_connections() -> None:
         while True:
             # The moment is what is random here; nobody waits for it.
-            await asyncio.sleep(dice.uniform(0, 0.05))
+            await asyncio.sleep(dice.uniform(0, longest_pause))
             dice.choice(ways)()
 
     task = asyncio.create_task(break_connections())
