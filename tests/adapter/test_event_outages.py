@@ -138,7 +138,7 @@ async def test_an_event_that_takes_too_long_to_store_goes_out_then(store: Faulty
             held.fail(StoreUnavailable("it did not answer in time"))
         await hears(exchange, "a", "b", "c")
         assert without_ids(exchange, "a", "b", "c")
-        assert held.calls == 1
+        assert len(log.appended) == 2
 
 
 @pytest.mark.parametrize("outage", OUTAGES, ids=["append", "append and beat", "all"])
@@ -160,13 +160,8 @@ async def test_while_the_log_is_down_no_event_waits_for_it(
         await other_call.say("a")
         await hears(other_exchange, "a")
         assert len(log.appended) == 1
-        # Now and then one is tried.
-        for _ in range(3):
-            still.advance(60)
-            await call.say("tried", "not tried", "not tried")
-        assert len(log.appended) == 4
         log.up()
-        still.advance(60)
+        await all_stored(one)
         await call.say("stored", "stored")
         await until(lambda: told(exchange.messages)[-1:] == ["stored"] and exchange.events[-1].id is not None)
         assert exchange.events[-2].id is not None
@@ -187,7 +182,7 @@ async def test_an_outage_is_told_once_in_the_log(
                 still.advance(60)
                 await call.say("secret")
             log.up()
-            still.advance(60)
+            await all_stored(one)
             await call.say("secret", "secret")
         await one_more_turn()
         told_of = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == recorder_module.__name__]
@@ -212,7 +207,7 @@ async def test_when_the_log_is_back_ids_are_given_from_the_first_event_on(
         await hears(exchange, "a")
         assert (await plain(client)).events == []
         log.up()
-        still.advance(60)
+        await all_stored(one)
         # Nothing has been said since: the next call and the next stream can be resumed all the same.
         _, exchange = await talking.call(other)
         await until(lambda: exchange.last_event_id is not None)

@@ -82,7 +82,7 @@ class FaultProxy:
         self.refuse()
         self._flowing.set()
         # What was accepted a moment ago has its task only when the event loop has come round.
-        for _ in range(3):
+        for _turn in range(3):
             await asyncio.sleep(0)
         tasks = list(self._connections)
         for task in tasks:

@@ -160,7 +160,7 @@ class EventRecorder:
             except Exception as error:
                 # It is this event that is not taken.
                 report_failure("events", error)
-                given = give(False)
+                given = give(key not in self._kept)
                 if not _ends_call(event):
                     return Recorded(Outcome.LIVE if given else Outcome.LOST)
                 return await self._store_instead(key, event, error)
