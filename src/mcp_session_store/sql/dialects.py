@@ -237,6 +237,10 @@ class Batch(ABC):
         """
 
     @abstractmethod
+    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        """That a column has the value of the batch's column of the same name, in a join that reads the batch first."""
+
+    @abstractmethod
     def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
         """The rows of the batch for which there is a row elsewhere, which is locked where the query for it says so.
 
@@ -385,6 +389,16 @@ class Dialect(ABC):
         """That a column has one of the values that are selected, once and first, so that an index is used."""
 
     @abstractmethod
+    def delete_found(self, table: sa.Table, batch: Batch, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        """Delete the rows of a table that fit one of a batch, which are looked up for each row of it.
+
+        Args:
+            table: Where from.
+            batch: One row of it fits a row at most.
+            conditions: When they fit.
+        """
+
+    @abstractmethod
     def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
         """Wait for the locks with the numbers of a batch, in its order, and hold them to the end of the transaction.
 
@@ -522,6 +536,10 @@ class _ArrayBatch(Batch):
         return column == sa.any_(self._arrays[column.name])
 
     @override
+    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        return sa.and_(column == self.c[column.name], self.among(column))
+
+    @override
     def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
         # Subqueries: of the arrays themselves Postgres knows the length while it plans for one execution alone, finds
         # that plan cheaper than one for any length, and so plans anew each time.
@@ -657,6 +675,10 @@ class _Postgres(Dialect):
     def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
         # An array, because a semijoin may read all of the table, or select more than once.
         return column == sa.any_(sa.func.array(selected.scalar_subquery(), type_=postgresql.ARRAY(column.type)))
+
+    @override
+    def delete_found(self, table: sa.Table, batch: Batch, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        return sa.delete(table).where(*conditions)  # it names the batch in USING
 
     @override
     def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
@@ -827,6 +849,12 @@ class _JsonBatch(Batch):
         return column.in_(sa.select(self.rows.c[column.name]))
 
     @override
+    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        # With more than that SQLite reads the table first, and all of the batch for each row of it.
+        condition: sa.ColumnElement[bool] = column == self.c[column.name]
+        return condition
+
+    @override
     def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
         return sa.select(*self.c).where(look_up(self.c).exists())
 
@@ -912,6 +940,13 @@ class _Sqlite(Dialect):
     @override
     def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
         return column.in_(selected)
+
+    @override
+    def delete_found(self, table: sa.Table, batch: Batch, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        # It has no USING.
+        rowid: sa.ColumnElement[int] = sa.literal_column(f"{table.name}.rowid", sa.Integer)
+        found = sa.select(rowid).join_from(batch.rows, table, sa.and_(*conditions)).correlate(None)
+        return sa.delete(table).where(rowid.in_(found))
 
     @override
     def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:

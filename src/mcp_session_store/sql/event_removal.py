@@ -136,6 +136,8 @@ class EventTrimming:
             },
         )
         range_ = self._ranges.c
+        # Beside the limit of each log, so that however the planner goes about it no log is read to its end.
+        highest = sa.bindparam("highest", type_=sa.BigInteger)
         # The newest is kept, however large it is. First, because to tell the size of an event it may have to be read.
         by_bytes = sa.and_(events.c.sequence < range_.newest, _bytes_before(events) < range_.by_bytes)
         reasons = [events.c.sequence <= range_.by_count, by_bytes]
@@ -143,14 +145,23 @@ class EventTrimming:
             reasons.append(events.c.created_at <= too_old)
         self._find = (
             sa.select(events.c.key, sa.func.max(events.c.sequence).label("up_to"))
-            .join_from(self._ranges.rows, events, events.c.key == range_.key)
-            .where(self._ranges.among(events.c.key), events.c.sequence <= range_.at_most, sa.or_(*reasons))
+            .join_from(self._ranges.rows, events, self._ranges.looked_up(events.c.key))
+            .where(
+                events.c.sequence <= range_.at_most,
+                events.c.sequence <= highest,
+                sa.or_(*reasons),
+            )
             .group_by(events.c.key)
         )
         self._cuts = dialect.batch("cut", {"key": sa.Uuid(), "up_to": sa.BigInteger()})
         cut = self._cuts.c
-        up_to = sa.select(cut.up_to).where(cut.key == events.c.key).scalar_subquery()
-        self._remove = sa.delete(events).where(self._cuts.among(events.c.key), events.c.sequence <= up_to)
+        self._remove = dialect.delete_found(
+            events,
+            self._cuts,
+            self._cuts.looked_up(events.c.key),
+            events.c.sequence <= cut.up_to,
+            events.c.sequence <= highest,
+        )
 
         self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(left_of(logs, events))
         self._forget_empty = (
@@ -187,10 +198,14 @@ class EventTrimming:
                 return 0, False
             at_most = {log.key: min(log.trimmed + limit, log.sequence) for log in logs}
             ranges = [(log.key, *self._limits(log), at_most[log.key]) for log in logs]
-            cuts = (await execute(self._find, self._ranges.parameters(ranges))).all()
+            parameters = self._ranges.parameters(ranges) | {"highest": max(at_most.values())}
+            cuts = (await execute(self._find, parameters)).all()
             removed = 0
             if cuts:
-                removed = (await execute(self._remove, self._cuts.parameters([tuple(cut) for cut in cuts]))).rowcount
+                parameters = self._cuts.parameters([tuple(cut) for cut in cuts])
+                removed = (
+                    await execute(self._remove, parameters | {"highest": max(cut.up_to for cut in cuts)})
+                ).rowcount
             locked = self._keys.parameters([(log.key,) for log in logs])
             await execute(self._note, locked)
             if self._forget_empty is not None:
