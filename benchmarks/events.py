@@ -394,7 +394,9 @@ async def open_ours(
 
     async def open_stream() -> Stream:
         key = (await store.create(new_session())).key
-        return StoreStream(SessionEvents(key, recorder, unmanaged=True), "1")
+        events = SessionEvents(key, recorder)
+        events.active = True
+        return StoreStream(events, GET_STREAM_KEY)
 
     async def open_in_log() -> Stream:
         return LogStream(log, (await store.create(new_session())).key)

@@ -506,6 +506,8 @@ sys.exit("fastmcp" in sys.modules)
     [
         ("manager.StreamableHTTPSessionManager", "_discard_session"),
         ("manager.StreamableHTTPSessionManager", "_handle_stateful_request"),
+        ("http.StreamableHTTPServerTransport", "_mint_priming_event"),
+        ("http.StreamableHTTPServerTransport", "close_sse_stream"),
         ("manager", "serve_loop"),
         ("manager", "StreamableHTTPServerTransport"),
         ("manager", "DEFAULT_MAX_SESSIONS"),
@@ -515,7 +517,7 @@ sys.exit("fastmcp" in sys.modules)
 )
 def test_an_sdk_that_does_not_fit_is_refused_at_import_with_the_versions_that_work(where: str, name: str) -> None:
     code = f"""
-from mcp.server import streamable_http_manager as manager
+from mcp.server import streamable_http as http, streamable_http_manager as manager
 from mcp.server.auth.middleware import bearer_auth
 from mcp.server import lowlevel
 del {where}.{name}

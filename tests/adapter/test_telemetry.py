@@ -10,9 +10,12 @@ from mcp_session_store import EndReason, session_key
 from mcp_session_store.adapter import telemetry
 from tests.adapter.asgi import until
 from tests.adapter.instances import instance
+from tests.adapter.talking import Talking
+from tests.adapter.test_event_outages import all_stored, away
+from tests.adapter.test_resumption import opened
 
 if TYPE_CHECKING:
-    from tests.adapter.stores import FaultyStore
+    from tests.adapter.stores import FaultyLog, FaultyStore
 
 pytestmark = pytest.mark.anyio
 
@@ -82,3 +85,51 @@ async def test_a_sessions_life_is_counted(
         counted.take()
         await one.client().initialize()
         assert counted.take() == {"refused": [(1, {"reason": "too many sessions"})]}
+
+
+async def test_what_becomes_of_events_and_of_resumed_streams_is_counted(
+    store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log, sweep_interval=None) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        counted.take()
+        call, exchange = await talking.call(client)
+        await call.say("a")
+        call.answer()
+        await exchange.end()
+        assert counted.take() == {"events": [(1, {"outcome": "stored"})] * 3}
+        call, last_event_id = await away(talking, client)
+        other, other_exchange = await talking.call(client)
+        counted.take()
+        log.down("append")
+        await call.say("b")
+        await until(lambda: counted.added["events"] != [])
+        await other.say("c")
+        await until(lambda: len(other_exchange.messages) == 1)
+        taken = counted.take()
+        assert taken["events"] == [(1, {"outcome": "kept"}), (1, {"outcome": "live"})]
+        log.up()
+        await all_stored(one)
+        assert counted.take()["events"] == [(1, {"outcome": "stored"})]
+        resumed = await opened(client, last_event_id)
+        await until(lambda: len(resumed.messages) == 1)
+        await resumed.leave()
+        assert counted.take() == {"resumed": [(1, {"outcome": "left"})]}
+        resumed = await opened(client, last_event_id)
+        call.answer()
+        await resumed.end()
+        assert counted.take() == {"events": [(1, {"outcome": "stored"})], "resumed": [(1, {"outcome": "complete"})]}
+        log.lose(session_id)
+        await client.open_stream(last_event_id).end()
+        assert counted.take() == {"resumed": [(1, {"outcome": "trimmed"})]}
+        await (await opened(client)).leave()
+        counted.take()
+        # What is refused is no stream, and is counted as refused where it costs the store anything.
+        assert (await client.open_stream("malformed").answer()).status == 400
+        assert counted.take() == {}
+        log.down("read")
+        assert (await client.open_stream(last_event_id).answer()).status == 503
+        assert counted.take() == {"refused": [(1, {"reason": "unavailable"})]}

@@ -128,6 +128,7 @@ async def _talk(
         await report(number, talk.count, f"{talk.call} {number}")
         await anyio.sleep(talk.pause)
     await _may_say(talk.call, talk.count)
+    await _note_handshake(f"talked {talk.call}", ctx)
     return str(os.getpid())
 
 

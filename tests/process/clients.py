@@ -17,6 +17,7 @@ from tests.support.http import RawClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
     from typing import Self
 
     from tests.support.http import Answer, Event, Message, Stream
@@ -119,8 +120,10 @@ class Talking:
         """The message that ended the call."""
         self.retry: set[int | None] = set()
         """What each response had for the time after which to come back."""
+        self.name = call
         self._client = client
-        self._call = call
+        self._connection = AsyncExitStack()
+        self._stream: Stream | None = None
         params = {"name": "talk", "arguments": {"call": call, **arguments}, "_meta": {"progressToken": call}}
         self.request = client.message("tools/call", params)
 
@@ -128,37 +131,63 @@ class Talking:
     def answered(self) -> bool:
         return bool(self.answer)
 
-    @asynccontextmanager
-    async def connection(self, server: ServerProcess) -> AsyncIterator[Stream]:
-        """Call, or come back for the rest; the response must be there to be read by `take`."""
-        self._client.url = server.mcp_url
-        if self.event_ids:
-            opened = self._client.get_stream(last_event_id=self.event_ids[-1])
-        else:
-            opened = self._client.stream("POST", self.request)
-        async with opened as stream:
-            assert stream.status == 200, await stream.read()
-            yield stream
-            self.retry.add(stream.retry)
+    async def connect(self, server: ServerProcess) -> None:
+        """Call, or come back for the rest, as often as that is refused for now."""
+        await self.leave()
+        with anyio.fail_after(PATIENCE):
+            while (stream := await self._connection.enter_async_context(self._request(server))).status == 503:
+                assert_unavailable(await stream.read())
+                await self.leave()
+                await anyio.sleep(0.05)
+        assert stream.status == 200, await stream.read()
+        self._stream = stream
 
-    async def take(self, stream: Stream, events: int | None = None) -> None:
+    async def leave(self) -> None:
+        """Lose the connection."""
+        await self._connection.aclose()
+
+    @asynccontextmanager
+    async def connected(self, server: ServerProcess) -> AsyncIterator[None]:
+        """Meanwhile be connected."""
+        await self.connect(server)
+        try:
+            yield
+        finally:
+            await self.leave()
+
+    async def take(self, events: int | None = None) -> None:
         """Read so many events, or up to the end, which comes after the answer."""
+        assert self._stream is not None
         with anyio.fail_after(PATIENCE):
             while events is None or events > 0:
                 try:
-                    event = await stream.next_event()
+                    event = await self._stream.next_event()
                 except StopAsyncIteration:
                     assert events is None
                     assert self.answered
-                    return
+                    break
                 self._note(event)
                 if events is not None and (event.id or event.message):
                     events -= 1
+        self.retry.add(self._stream.retry)
 
     async def read(self, server: ServerProcess, events: int | None = None) -> None:
         """Call, or come back for the rest; read so many events, or up to the end; and lose the connection."""
-        async with self.connection(server) as stream:
-            await self.take(stream, events)
+        async with self.connected(server):
+            await self.take(events)
+
+    def _request(self, server: ServerProcess) -> AbstractAsyncContextManager[Stream]:
+        self._client.url = server.mcp_url
+        if self.event_ids:
+            return self._client.get_stream(last_event_id=self.event_ids[-1])
+        return self._client.stream("POST", self.request)
+
+    def forget_answer(self) -> Message:
+        """Be as before the answer, which was the last event; what it was."""
+        answer, self.answer = self.answer, {}
+        self.event_ids.pop()
+        self.said.pop()
+        return answer
 
     def _note(self, event: Event) -> None:
         if event.id is not None:
@@ -170,8 +199,8 @@ class Talking:
             progress = message["params"]
             assert message["method"] == "notifications/progress"
             assert (progress["progressToken"], progress["message"]) == (
-                self._call,
-                f"{self._call} {progress['progress']:.0f}",
+                self.name,
+                f"{self.name} {progress['progress']:.0f}",
             )
             self.said.append(int(progress["progress"]))
             return

@@ -12,12 +12,14 @@ from sqlalchemy.engine import make_url
 from mcp_session_store.sql import migrate
 from tests.process.apps import Settings
 from tests.process.records import Records
+from tests.support.faults import FaultProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from tests.conftest import ServeFunction
+    from tests.support.postgres import PostgresServer
     from tests.support.servers import ServerProcess
 
 
@@ -112,6 +114,10 @@ class Application:
         """How many times a call of `talk` has begun to run, in all processes together."""
         return self.noted(replayed=False).count(f"talk {call}")
 
+    def is_over(self, call: str) -> bool:
+        """Whether a call of `talk` has said all but its result."""
+        return f"talked {call}" in self.noted(replayed=False)
+
     def handshakes(self, method: str = "initialize", *, replayed: bool) -> list[Handshake]:
         """What the processes saw, over all restarts: the clients' own, or the replayed ones."""
         return [one for one in self._seen() if one.method == method and (one.replayed_in is not None) == replayed]
@@ -154,3 +160,29 @@ async def store_url(database_url: str) -> str:
 def records(store_url: str) -> Records:
     """What that database holds."""
     return Records(store_url)
+
+
+@pytest.fixture
+async def stoppable_url(stoppable_postgres: PostgresServer) -> AsyncIterator[str]:
+    """A migrated database on the server that can be stopped."""
+    with stoppable_postgres.database() as url:
+        await migrate.upgrade(url)
+        yield url
+
+
+@pytest.fixture
+async def proxy(postgres_url: str) -> AsyncIterator[FaultProxy]:
+    """A network that fails on command, in front of a migrated database."""
+    await migrate.upgrade(postgres_url)
+    url = make_url(postgres_url)
+    assert url.host is not None
+    assert url.port is not None
+    async with FaultProxy(url.host, url.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxied_url(postgres_url: str, proxy: FaultProxy) -> str:
+    """The same database, through it."""
+    url = make_url(postgres_url).set(host="127.0.0.1", port=proxy.port)
+    return url.render_as_string(hide_password=False)

@@ -10,12 +10,13 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from mcp_session_store import session_key
-from mcp_session_store.sql.tables import sessions_table
+from mcp_session_store.sql.tables import events_table, sessions_table
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _TABLE = sessions_table()
+_EVENTS = events_table()
 
 
 class Records:
@@ -46,6 +47,12 @@ class Records:
     async def count(self) -> int:
         """How many sessions there are, live or not."""
         return int(await self._scalar(sa.select(sa.func.count()).select_from(_TABLE)))
+
+    async def events(self, session_id: str | None) -> int:
+        """How many events of a session are stored."""
+        assert session_id is not None
+        of_session = _EVENTS.c.key == session_key(session_id)
+        return int(await self._scalar(sa.select(sa.func.count()).select_from(_EVENTS).where(of_session)))
 
     async def connections(self) -> int:
         """Connections to this Postgres database, without the one that asks."""

@@ -4,56 +4,25 @@ from __future__ import annotations
 
 import random
 import signal
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
 import httpx2
 import pytest
 from mcp import Client
-from sqlalchemy.engine import make_url
 
-from mcp_session_store.sql import migrate
 from tests.process.clients import BOUND, Load, assert_unavailable, is_refused, opens, sessions, until, whoami
 from tests.process.records import Records
-from tests.support.faults import FaultProxy
+from tests.support.faults import FaultProxy, breaking
 from tests.support.http import RawClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-
     from tests.process.conftest import Application
     from tests.support.postgres import PostgresServer, StopMode
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def stoppable_url(stoppable_postgres: PostgresServer) -> AsyncIterator[str]:
-    """A migrated database on the server that can be stopped."""
-    with stoppable_postgres.database() as url:
-        await migrate.upgrade(url)
-        yield url
-
-
-@pytest.fixture
-async def proxy(postgres_url: str) -> AsyncIterator[FaultProxy]:
-    """A network that fails on command, in front of a migrated database."""
-    await migrate.upgrade(postgres_url)
-    url = make_url(postgres_url)
-    assert url.host is not None
-    assert url.port is not None
-    async with FaultProxy(url.host, url.port) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxied_url(postgres_url: str, proxy: FaultProxy) -> str:
-    """The same database, through it."""
-    url = make_url(postgres_url).set(host="127.0.0.1", port=proxy.port)
-    return url.render_as_string(hide_password=False)
 
 
 async def test_while_postgres_is_down_resident_sessions_are_served_and_all_recovers_when_it_is_back(
@@ -189,27 +158,6 @@ async def test_connections_that_break_at_random_moments_lose_nothing_that_was_ac
     ended: list[str | None] = []
     server = await anyio.to_thread.run_sync(application.serve, proxied_url)
 
-    @asynccontextmanager
-    async def breaking() -> AsyncIterator[None]:
-        """Connections to the database break all the time: on the way there, on the way back, or idle."""
-        ways: list[Callable[[], None]] = [
-            proxy.kill_connections,
-            proxy.kill_on_next_request,
-            partial(proxy.kill_on_next_reply, b"INSERT 0"),
-        ]
-        ways += [partial(proxy.kill_on_next_reply, b"UPDATE"), partial(proxy.kill_on_next_reply, b"SELECT")]
-
-        async def break_connections() -> None:
-            while True:
-                # The moment is what is random here; nobody waits for it.
-                await anyio.sleep(dice.uniform(0, 0.05))
-                dice.choice(ways)()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(break_connections)
-            yield
-            group.cancel_scope.cancel()
-
     async def open_sessions() -> None:
         for number in range(12):
             async with RawClient(server.mcp_url) as client:
@@ -240,7 +188,7 @@ async def test_connections_that_break_at_random_moments_lose_nothing_that_was_ac
         async with client:
             await until(answered, "an answer other than 503")
 
-    async with breaking(), anyio.create_task_group() as group:
+    async with breaking(proxy, dice), anyio.create_task_group() as group:
         for _ in range(6):
             group.start_soon(open_sessions)
     assert kept
@@ -255,7 +203,7 @@ async def test_connections_that_break_at_random_moments_lose_nothing_that_was_ac
     await until(all_live_on, "all sessions that were used live for as long as the policy says")
 
     await anyio.to_thread.run_sync(server.restart)
-    async with breaking(), anyio.create_task_group() as group:
+    async with breaking(proxy, dice), anyio.create_task_group() as group:
         for session_id in kept:
             group.start_soon(settled, RawClient(server.mcp_url, session_id=session_id), 200)
         for session_id in ended:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
+    import random
+    from collections.abc import AsyncIterator, Callable
     from typing import Self
 
 # Linger for zero seconds: close() then sends RST, as a crashed peer's kernel does, and no orderly FIN.
@@ -181,3 +185,33 @@ class FaultProxy:
             self._request_trap = None
         self.sprung += 1
         return True
+
+
+@asynccontextmanager
+async def breaking(proxy: FaultProxy, dice: random.Random) -> AsyncIterator[None]:
+    """Meanwhile connections to a Postgres server break all the time: on the way there, on the way back, or idle.
+
+    Args:
+        proxy: In front of the server.
+        dice: Says when and how.
+    """
+    ways: list[Callable[[], None]] = [
+        proxy.kill_connections,
+        proxy.kill_on_next_request,
+        partial(proxy.kill_on_next_reply, b"INSERT 0"),
+        partial(proxy.kill_on_next_reply, b"UPDATE"),
+        partial(proxy.kill_on_next_reply, b"SELECT"),
+    ]
+
+    async def break_connections() -> None:
+        while True:
+            # The moment is what is random here; nobody waits for it.
+            await asyncio.sleep(dice.uniform(0, 0.05))
+            dice.choice(ways)()
+
+    task = asyncio.create_task(break_connections())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

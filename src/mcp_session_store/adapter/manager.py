@@ -16,19 +16,17 @@ from uuid import uuid4
 
 import anyio
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
-from mcp.server.streamable_http import GET_STREAM_KEY, SESSION_ID_PATTERN, check_accept_headers
+from mcp.server.streamable_http import SESSION_ID_PATTERN
 from mcp.server.streamable_http_manager import (
     DEFAULT_MAX_REQUEST_BODY_SIZE,
     DEFAULT_MAX_SESSIONS,
 )
 from mcp.server.transport_security import TransportSecurityMiddleware
-from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
-from mcp_types import DEFAULT_NEGOTIATED_VERSION
-from mcp_types.version import is_version_at_least
 from starlette.requests import Request
 
 from mcp_session_store.adapter import middleware, responses, sdk, telemetry
 from mcp_session_store.adapter.activity import ActivityReporter, checked_interval
+from mcp_session_store.adapter.asgi import again, session_id_of, whole
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
 from mcp_session_store.adapter.event_ids import EventIds
 from mcp_session_store.adapter.following import POLL_INTERVAL, Following
@@ -40,9 +38,9 @@ from mcp_session_store.adapter.recorder import RECOVERY_INTERVAL, EventRecorder,
 from mcp_session_store.adapter.replay import Replay
 from mcp_session_store.adapter.request_ids import RequestIds
 from mcp_session_store.adapter.residents import MemoryFull, Residents
-from mcp_session_store.adapter.resumption import NOT_RESUMABLE, last_words, open_stream, resume_stream
+from mcp_session_store.adapter.resumption import not_resumable, serve_stream, stream_refusal
 from mcp_session_store.adapter.session import RESIDENT_SESSION, ResidentSession
-from mcp_session_store.adapter.session_events import POSTED, RESUMABLE_SINCE, SessionEvents
+from mcp_session_store.adapter.session_events import POSTED, SessionEvents
 from mcp_session_store.adapter.watch import ChangeWatch
 from mcp_session_store.errors import (
     ConfigurationError,
@@ -63,7 +61,7 @@ from mcp_session_store.records import (
     session_key,
 )
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.store import STANDALONE_STREAM, EventLog, SessionStore
+from mcp_session_store.store import EventLog, SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Iterator, Sequence
@@ -231,6 +229,10 @@ class DurableSessionManager(sdk.ManagerSeams):
             )
         if event_log is not None and event_store is not None:
             raise ConfigurationError("event_log and event_store are both where events go; give one of them")
+        if event_log is not None and event_log.standalone:
+            raise ConfigurationError(
+                "a standalone event_log does not end with its sessions; make it without standalone, of the store"
+            )
         if event_log is not None and event_log.namespace != store.namespace:
             raise ConfigurationError(
                 f"the event log's namespace {event_log.namespace!r} is not the store's, {store.namespace!r}: events "
@@ -361,7 +363,14 @@ class DurableSessionManager(sdk.ManagerSeams):
                 tasks.start_soon(self._report_all)
                 # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
                 for session in self._residents:
-                    await self._residents.evict(session)
+                    tasks.start_soon(self._put_away, session)
+
+    async def _put_away(self, session: ResidentSession) -> None:
+        await self._residents.evict(session)
+        if session.events is not None:
+            # What was about to be stored is, before this instance says that it has stopped.
+            await session.gone.wait()
+            await session.events.abandon()
 
     async def _report_all(self) -> None:
         try:
@@ -373,7 +382,7 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def serve_session_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request of the handshake era: by its resident session, after a restore, or by a new one."""
-        session_id = _session_id(scope)
+        session_id = session_id_of(scope)
         user = scope.get("user")
         requestor = authorization_context(user) if isinstance(user, AuthenticatedUser) else None
         if session_id is None:
@@ -406,9 +415,9 @@ class DurableSessionManager(sdk.ManagerSeams):
             return
         message = await receive()
         if session.events is not None:
-            message = await _whole(message, receive)
+            message = await whole(message, receive)
             POSTED.set(message.get("body", b""))
-        receive = _again(message, receive)
+        receive = again(message, receive)
         # The handshake's own answer promises durability.
         if _may_initialize(message):
             handshake = Handshake()
@@ -420,61 +429,35 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def _serve_stream(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a GET: from the event log where there is one, as what was said elsewhere and before is there."""
-        request = Request(scope, receive)
-        last_event_id = request.headers.get("last-event-id") or None
-        version = request.headers.get(MCP_PROTOCOL_VERSION_HEADER, DEFAULT_NEGOTIATED_VERSION)
-        resumable = is_version_at_least(version, RESUMABLE_SINCE)
-        # What somebody else's event store replays is the SDK's business.
-        ours = session.events is not None or (self.event_store is None and last_event_id is not None)
-        if not ours or not (last_event_id or resumable or _is_followed(session)):
-            await session.transport.handle_request(scope, receive, send)
-            return
-        # As the transport, which is not asked.
-        refusal = await self._security.validate_request(request, is_post=False)
-        if refusal is None and not check_accept_headers(request)[1]:
-            refusal = responses.not_acceptable()
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-        try:
-            response = await self._stream_response(session, last_event_id, resumable=resumable)
-        except Exception as error:
-            _log_unavailable(error)
-            response = _refused("unavailable", responses.unavailable())
-        if response is None:
-            headers = [(name, value) for name, value in scope["headers"] if name != b"last-event-id"]
-            scope = {**scope, "headers": headers}
-            await session.transport.handle_request(scope, receive, send)
+        if session.events is not None:
+            served = await serve_stream(session.events, session.session_id, self._security, scope, receive, send)
         else:
-            await response(scope, receive, send)
+            served = self.event_store is None and await self._answer_without_events(session, scope, receive, send)
+        if not served:
+            await session.transport.handle_request(scope, receive, send)
 
-    async def _stream_response(
-        self, session: ResidentSession, last_event_id: str | None, *, resumable: bool
-    ) -> Response | None:
-        """The response to a GET; `None`: a standalone stream of the transport's.
+    async def _answer_without_events(
+        self, session: ResidentSession, scope: Scope, receive: Receive, send: Send
+    ) -> bool:
+        """Answer a client that comes back with an event id, perhaps from a time when there was an event log.
 
-        Raises:
-            SessionStoreError: The event log cannot be read.
+        Returns:
+            False for what the transport answers: that of somebody who wants any standalone stream, too.
         """
-        events, session_id = session.events, session.session_id
-        if last_event_id is None:
-            assert events is not None
-            assert events.live is not None
-            if _is_followed(session) or events.live.is_open(GET_STREAM_KEY):
-                return responses.one_stream()
-            return await open_stream(events, session_id=session_id)
-        ids = EventIds(session_key(session_id)) if events is None else events.ids
-        cursor = ids.read(last_event_id)
-        if cursor is None:
-            return responses.bad_event_id()
-        if events is not None:
-            return await resume_stream(events, cursor, session_id=session_id, resumable=resumable)
-        # From a time when there was an event log.
-        if cursor.standalone:
-            return None
-        if cursor.final:
-            return responses.stream_complete()
-        return last_words(ids, cursor, NOT_RESUMABLE, reason="lost", session_id=session_id)
+        request = Request(scope, receive)
+        last_event_id = request.headers.get("last-event-id")
+        if not last_event_id:
+            return False
+        cursor = EventIds(session_key(session.session_id)).read(last_event_id)
+        if cursor is not None and cursor.standalone:
+            # The SDK sends no response at all where there is nothing to replay from.
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"last-event-id"]
+            return False
+        response = await stream_refusal(request, self._security)
+        if response is None:
+            response = responses.bad_event_id() if cursor is None else not_resumable(session.session_id, cursor)
+        await response(scope, receive, send)
+        return True
 
     async def _find(
         self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, receive: Receive
@@ -505,7 +488,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def _open(self, requestor: AuthorizationContext | None, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request without a session id: an `initialize` opens a session, all else is refused by the SDK."""
         message = await receive()
-        receive = _again(message, receive)
+        receive = again(message, receive)
         # Nobody makes room for what opens no session.
         opens = scope["method"] == "POST" and _may_initialize(message)
         try:
@@ -976,12 +959,6 @@ def instance_id() -> str:
     return f"{display_text(socket.gethostname(), length=80)}:{os.getpid()}:{uuid4().hex[:8]}"
 
 
-def _is_followed(session: ResidentSession) -> bool:
-    """Whether the session's standalone stream is open, as one that is read from the log."""
-    events = session.events
-    return events is not None and bool(events.recorder.following.of(events.key, STANDALONE_STREAM))
-
-
 async def _close(closed: SessionStore | EventLog) -> None:
     with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
         await closed.aclose()
@@ -1007,14 +984,6 @@ def _set_idle(store: SessionStore, session_idle_timeout: float | None) -> None:
 
 def _principal(owner: AuthorizationContext | None) -> Principal | None:
     return None if owner is None else Principal.of(**owner)
-
-
-def _session_id(scope: Scope) -> str | None:
-    for name, value in scope["headers"]:
-        if name == b"mcp-session-id":
-            decoded: str = value.decode("latin-1")
-            return decoded
-    return None
 
 
 def _log_unavailable(error: Exception) -> None:
@@ -1047,33 +1016,6 @@ def _may_initialize(message: Message) -> bool:
     """Whether the body of a request that begins so may be an `initialize`."""
     # It is looked into for the name rather than parsed; the middleware releases whatever else has it.
     return b'"initialize"' in message.get("body", b"")
-
-
-async def _whole(message: Message, receive: Receive) -> Message:
-    """The first message of a request, with the rest of its body, which the SDK waits for as well."""
-    if not message.get("more_body"):
-        return message
-    parts = [message.get("body", b"")]
-    while message.get("more_body"):
-        message = await receive()
-        if message["type"] != "http.request":
-            return message  # the client has left
-        parts.append(message.get("body", b""))
-    return {"type": "http.request", "body": b"".join(parts), "more_body": False}
-
-
-def _again(message: Message, receive: Receive) -> Receive:
-    """`receive`, with a message that was taken from it put back."""
-    taken: Message | None = message
-
-    async def again() -> Message:
-        nonlocal taken
-        if taken is not None:
-            message, taken = taken, None
-            return message
-        return await receive()
-
-    return again
 
 
 def _watch_stream(session: ResidentSession, send: Send) -> Send:

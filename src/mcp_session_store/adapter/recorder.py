@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from itertools import islice
+from typing import TYPE_CHECKING, Final, TypeAlias
+from uuid import UUID
 
 import anyio
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, RequestId
@@ -15,20 +18,19 @@ from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, RequestId
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import Wake, report_failure
 from mcp_session_store.errors import SchemaError, StoreUnavailable
-from mcp_session_store.records import EventKind, instance_name, message_bytes
+from mcp_session_store.records import EventKind, NewEvent, instance_name, message_bytes
 from mcp_session_store.store import STANDALONE_STREAM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from uuid import UUID
-
     from mcp_session_store.adapter.following import Following
-    from mcp_session_store.records import NewEvent
     from mcp_session_store.store import EventLog
 
 __all__ = ["RECOVERY_INTERVAL", "CallStream", "EventRecorder", "Outcome", "Recorded", "error_message", "sweep_events"]
 
 logger = logging.getLogger(__name__)
+
+Give: TypeAlias = Callable[[bool], bool]
+"""Gives a client an event that is not stored, and tells whether it could; told whether those who follow may have it."""
 
 MAX_KEPT_EVENTS: Final = 1000
 MAX_KEPT_BYTES: Final = 4 * 1024**2
@@ -37,6 +39,10 @@ MAX_KEPT_IN_ALL: Final = 64 * 1024**2
 """Bytes that are kept of all sessions together."""
 
 
+STORED_AT_ONCE: Final = 100
+"""Events of a session that are stored together when that can be done again."""
+NOBODY: Final = UUID(int=0)
+"""The key of no session."""
 RECOVERY_INTERVAL: Final = 5.0
 """Seconds after which storing is tried again, at the latest."""
 
@@ -82,6 +88,8 @@ class CallStream:
 @dataclass(slots=True)
 class _Kept:
     events: deque[NewEvent] = field(default_factory=deque)
+    tried: set[tuple[str, int]] = field(default_factory=set)
+    """Those that may be stored already, by stream and position."""
     size: int = 0
 
 
@@ -110,17 +118,14 @@ class EventRecorder:
         self._noted = False
         self._down = True
         self._told = False
-        self._failures = 0
-        self._try_at = 0.0
-        """When the next event may try whether storing works again, by anyio's clock."""
         self._kept: dict[UUID, _Kept] = {}
         self._kept_in_all = 0
         self._streams = 0
 
     @property
     def down(self) -> bool:
-        """Whether an event that nobody needs is not to be tried now, because storing does not work."""
-        return self._down and (bool(self._kept) or not self._noted or anyio.current_time() < self._try_at)
+        """Whether events cannot be stored for now."""
+        return self._down
 
     def begin(self, request_id: RequestId, *, resumable: bool) -> CallStream:
         """The stream of a call that begins, under a name that no other has, on any instance."""
@@ -129,7 +134,7 @@ class EventRecorder:
         self.unfinished[stream.name] = stream
         return stream
 
-    async def record(self, key: UUID, event: NewEvent, *, give: Callable[[], bool], again: bool = False) -> Recorded:
+    async def record(self, key: UUID, event: NewEvent, *, give: Give, again: bool = False) -> Recorded:
         """Store an event, if that can be done at once. Raises nothing.
 
         Args:
@@ -144,16 +149,18 @@ class EventRecorder:
             self.unfinished.pop(event.stream, None)
         return recorded
 
-    async def _record(self, key: UUID, event: NewEvent, give: Callable[[], bool], again: bool) -> Recorded:
-        if key not in self._kept and self._may_try():
+    async def _record(self, key: UUID, event: NewEvent, give: Give, again: bool) -> Recorded:
+        tried = False
+        if key not in self._kept and not self._down:
             try:
                 sequence = await self._append(key, event, again=again)
             except (StoreUnavailable, SchemaError) as error:
                 self._went_down(error)
+                tried = True
             except Exception as error:
                 # It is this event that is not taken.
                 report_failure("events", error)
-                given = give()
+                given = give(False)
                 if not _ends_call(event):
                     return Recorded(Outcome.LIVE if given else Outcome.LOST)
                 return await self._store_instead(key, event, error)
@@ -161,28 +168,19 @@ class EventRecorder:
                 if sequence is None:
                     return Recorded(Outcome.LOST)  # with its session
                 return Recorded(Outcome.STORED, sequence)
-        given = give()
+        # Who follows the log gets what is kept first.
+        given = give(key not in self._kept)
         # Who comes back for an answer has not got it.
         if given and not _ends_call(event):
             return Recorded(Outcome.LIVE)
-        return Recorded(self._keep(key, event))
+        return Recorded(self._keep(key, event, tried=tried or again))
 
-    def _may_try(self) -> bool:
-        if not self._down:
-            return True
-        # What is kept is tried in the background; where nothing is, one event tries now and then.
-        if self.down:
-            return False
-        self._try_at = anyio.current_time() + RECOVERY_INTERVAL
-        return True
-
-    async def _append(self, key: UUID, event: NewEvent, *, again: bool) -> int | None:
-        trying = self._down
-        sequence = await self.log.append(key, [event], again=again)
-        if trying:
-            self._came_up()
+    async def _append(self, key: UUID, *events: NewEvent, again: bool) -> int | None:
+        """Store events, and have their followers know; the sequence of the first."""
+        sequence = await self.log.append(key, events, again=again)
         if sequence is not None:
-            self.following.moved(key, event.stream, sequence)
+            for place, event in enumerate(events):
+                self.following.moved(key, event.stream, sequence + place)
         return sequence
 
     async def _store_instead(self, key: UUID, event: NewEvent, error: Exception) -> Recorded:
@@ -192,7 +190,7 @@ class EventRecorder:
             await self._append(key, instead, again=False)
         except (StoreUnavailable, SchemaError) as failure:
             self._went_down(failure)
-            return Recorded(self._keep(key, instead))
+            return Recorded(self._keep(key, instead, tried=True))
         except Exception as failure:
             report_failure("events", failure)
         return Recorded(Outcome.LOST)
@@ -204,31 +202,30 @@ class EventRecorder:
         text = error_message(request_id, f"The answer to the call could not be kept: {reason}", reason="lost")
         return replace(event, kind=EventKind.ERROR, message=text)
 
-    def _keep(self, key: UUID, event: NewEvent) -> Outcome:
+    def _keep(self, key: UUID, event: NewEvent, *, tried: bool) -> Outcome:
         if event.kind is EventKind.PRIMING:
             return Outcome.LOST  # nobody got its id
-        kept = self._kept.setdefault(key, _Kept())
-        size = message_bytes(event)
+        kept = self._kept.get(key, _Kept())
         full = (
             len(kept.events) >= MAX_KEPT_EVENTS
-            or kept.size + size > MAX_KEPT_BYTES
-            or self._kept_in_all + size > MAX_KEPT_IN_ALL
+            or kept.size + message_bytes(event) > MAX_KEPT_BYTES
+            or self._kept_in_all + message_bytes(event) > MAX_KEPT_IN_ALL
         )
         if full:
             if not _ends_call(event):
                 return Outcome.LOST
             # Small, and no more of them than there are calls.
             event = self._instead_of(event, "too much was waiting to be stored")
-            size = message_bytes(event)
+        self._kept[key] = kept
         kept.events.append(event)
-        self._weigh(kept, size)
+        if tried:
+            kept.tried.add((event.stream, event.position))
+        self._weigh(kept, message_bytes(event))
         self.wake.set()
         return Outcome.KEPT
 
     def _went_down(self, error: Exception) -> None:
         self._down = True
-        self._failures += 1
-        self._try_at = anyio.current_time() + min(0.25 * 2 ** min(self._failures, 10), RECOVERY_INTERVAL)
         if not self._told:
             self._told = True
             logger.warning("events cannot be stored for now, and go out without ids: %s", error)
@@ -236,7 +233,6 @@ class EventRecorder:
 
     def _came_up(self) -> None:
         self._down = False
-        self._failures = 0
         if self._told:
             self._told = False
             logger.info("events can be stored again; %d sessions have some that were kept", len(self._kept))
@@ -258,42 +254,58 @@ class EventRecorder:
             self._came_up()
 
     async def recover(self) -> None:
-        """Store what is kept.
+        """Find out whether events can be stored again, and store what is kept.
 
         Raises:
-            SessionStoreError: It does not work yet.
+            SessionStoreError: They cannot yet.
         """
         if not self._noted:
             await self.beat()
+        if self._down:
+            # As an event of a session that there is not: all is done as for any other, and nothing stored. A heartbeat
+            # would not tell, it has a table of its own.
+            await self.log.append(NOBODY, [NewEvent(stream="", position=0, kind=EventKind.PRIMING, message=None)])
+            self._came_up()
         async with anyio.create_task_group() as tasks:
             for key in list(self._kept):
                 tasks.start_soon(self._store_kept, key)
-        if self._down and self._kept:
+        if self._down:
             raise StoreUnavailable("events cannot be stored yet")
 
     async def _store_kept(self, key: UUID) -> None:
         """Store what is kept of a session, in its order; whatever comes meanwhile waits behind it."""
         kept = self._kept[key]
+        at_once = STORED_AT_ONCE
         while kept.events:
-            event = kept.events[0]
+            # What was tried may be stored already, and its answer was lost: each of these by itself.
+            doubtful = (kept.events[0].stream, kept.events[0].position) in kept.tried
+            events = list(islice(kept.events, 1 if doubtful else at_once))
             sequence: int | None = None
             try:
-                # A try before may have stored it, and its answer was lost.
-                sequence = await self._append(key, event, again=True)
+                sequence = await self._append(key, *events, again=doubtful)
             except (StoreUnavailable, SchemaError) as error:
+                kept.tried.update((event.stream, event.position) for event in events)
                 self._went_down(error)
                 return
             except Exception as error:
+                if len(events) > 1:
+                    # One of them is not taken.
+                    at_once = 1
+                    continue
                 report_failure("events", error)
+                event = events[0]
                 if _ends_call(event) and event.kind is not EventKind.ERROR:
                     instead = self._instead_of(event, f"it is not taken by the log ({type(error).__name__})")
                     self._replace_first(kept, instead)
                     continue
-            kept.events.popleft()
-            self._weigh(kept, -message_bytes(event))
-            telemetry.events.add(1, {"outcome": (Outcome.LOST if sequence is None else Outcome.STORED).value})
-            if _ends_call(event):
-                self.unfinished.pop(event.stream, None)
+            outcome = Outcome.LOST if sequence is None else Outcome.STORED
+            for event in events:
+                kept.events.popleft()
+                kept.tried.discard((event.stream, event.position))
+                self._weigh(kept, -message_bytes(event))
+                telemetry.events.add(1, {"outcome": outcome.value})
+                if _ends_call(event):
+                    self.unfinished.pop(event.stream, None)
         del self._kept[key]
 
     def _replace_first(self, kept: _Kept, event: NewEvent) -> None:
@@ -309,6 +321,9 @@ class EventRecorder:
         try:
             if self._kept:
                 await self.recover()
+        except Exception as error:
+            report_failure("events", error)
+        try:
             await self.log.retire(self.instance)
         except Exception as error:
             report_failure("events", error)

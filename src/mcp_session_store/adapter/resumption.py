@@ -7,37 +7,118 @@ and all that another instance says.
 from __future__ import annotations
 
 import logging
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-from mcp_types import CONNECTION_CLOSED
+from mcp.server.streamable_http import GET_STREAM_KEY, check_accept_headers
+from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
+from mcp_types import CONNECTION_CLOSED, DEFAULT_NEGOTIATED_VERSION
+from mcp_types.version import is_version_at_least
 from sse_starlette import EventSourceResponse
+from starlette.requests import Request
 
 from mcp_session_store.adapter import responses, telemetry
 from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.event_ids import EventIds
 from mcp_session_store.adapter.following import Follower
 from mcp_session_store.adapter.recorder import error_message
-from mcp_session_store.adapter.session_events import LOST, SessionEvents
+from mcp_session_store.adapter.session_events import LOST, RESUMABLE_SINCE, SessionEvents
+from mcp_session_store.errors import SessionStoreError
+from mcp_session_store.records import session_key
+from mcp_session_store.store import STANDALONE_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from mcp.server.transport_security import TransportSecurityMiddleware
     from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
 
-    from mcp_session_store.adapter.event_ids import Cursor, EventIds
+    from mcp_session_store.adapter.event_ids import Cursor
     from mcp_session_store.records import EventPage
 
-__all__ = ["last_words", "open_stream", "resume_stream"]
+__all__ = ["not_resumable", "serve_stream", "stream_refusal"]
 
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN: Final = 1.0
-"""Seconds after which a response whose client has got everything looks whether the call still runs."""
+"""Seconds after which a response whose client has got everything looks whether the call still runs here."""
+STAY: Final = 60.0
+"""Seconds for which all others wait to be woken: by an event, by the loss of an instance, by their end."""
 RETRY: Final = 1.0
 """Seconds after which the log is read again that could not be."""
 
 TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."
 NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
 SESSION_ENDED: Final = "Session ended"
+
+
+async def serve_stream(
+    events: SessionEvents,
+    session_id: str,
+    security: TransportSecurityMiddleware,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> bool:
+    """Serve a GET of a session from the event log: what was said elsewhere and before is there.
+
+    Args:
+        events: Those of the session.
+        session_id: Its id.
+        security: What a request must pass: the SDK's transport, which checks it otherwise, is not asked.
+        scope: The request's.
+        receive: The request's.
+        send: The request's.
+
+    Returns:
+        False where nothing was sent, because it is a stream of the SDK's transport: a fresh one of a client that knows
+        no priming events, or of any while events cannot be stored.
+    """
+    request = Request(scope, receive)
+    last_event_id = request.headers.get("last-event-id") or None
+    version = request.headers.get(MCP_PROTOCOL_VERSION_HEADER, DEFAULT_NEGOTIATED_VERSION)
+    resumable = is_version_at_least(version, RESUMABLE_SINCE)
+    is_followed = bool(events.recorder.following.of(events.key, STANDALONE_STREAM))
+    if last_event_id is None and not resumable and not is_followed:
+        return False
+    response = await stream_refusal(request, security)
+    if response is None:
+        try:
+            if last_event_id is None:
+                is_open = is_followed or (events.live is not None and events.live.is_open(GET_STREAM_KEY))
+                response = responses.one_stream() if is_open else await open_stream(events, session_id=session_id)
+            elif (cursor := events.ids.read(last_event_id)) is None:
+                response = responses.bad_event_id()
+            else:
+                response = await resume_stream(events, cursor, session_id=session_id, resumable=resumable)
+        except SessionStoreError as error:
+            logger.warning("a stream cannot be resumed for now: %s", error)
+            response = responses.unavailable()
+        except Exception:
+            logger.exception("a stream cannot be resumed because of an unexpected error")
+            response = responses.unavailable()
+        if response is not None and response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+            telemetry.refused.add(1, {"reason": "unavailable"})
+    if response is None:
+        return False
+    await response(scope, receive, send)
+    return True
+
+
+async def stream_refusal(request: Request, security: TransportSecurityMiddleware) -> Response | None:
+    """What a GET is answered that the SDK's transport would not serve either; `None` for any other."""
+    refusal = await security.validate_request(request, is_post=False)
+    if refusal is None and not check_accept_headers(request)[1]:
+        refusal = responses.not_acceptable()
+    return refusal
+
+
+def not_resumable(session_id: str, cursor: Cursor) -> Response:
+    """The response to a client that comes back for a call where there is no event log."""
+    if cursor.final:
+        return responses.stream_complete()
+    return last_words(EventIds(session_key(session_id)), cursor, NOT_RESUMABLE, reason="lost", session_id=session_id)
 
 
 async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: str, resumable: bool) -> Response:
@@ -161,7 +242,7 @@ class _Stream:
                             return
                 is_over = self._over()
                 if latest and not is_over and (page is None or not page.more) and follower.head <= self._seen:
-                    await follower.wait(self._seen, seconds=LOOK_AGAIN)
+                    await follower.wait(self._seen, seconds=LOOK_AGAIN if here else STAY)
                     # Given while the client had all that was stored: so before whatever has been stored since.
                     while follower.offered:
                         event = follower.offered.popleft()

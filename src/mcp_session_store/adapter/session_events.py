@@ -61,8 +61,6 @@ class SessionEvents(EventStore):
         key: The session.
         recorder: Stores events.
         retry_interval: As for the SDK's transport, in milliseconds.
-        unmanaged: The SDK's own session manager serves the session, and tells only what it stores.
-        calls: Whether calls have streams: they have none where they are answered by JSON.
     """
 
     def __init__(
@@ -71,15 +69,12 @@ class SessionEvents(EventStore):
         recorder: EventRecorder,
         *,
         retry_interval: int | None = None,
-        unmanaged: bool = False,
-        calls: bool = True,
     ) -> None:
         self.key = key
         self.recorder = recorder
         self.ids = EventIds(key)
         self.retry_interval = retry_interval
-        self._begins_streams = unmanaged and calls
-        self.active = unmanaged
+        self.active = False
         """Whether the session has a record: its handshake leaves no events."""
         self.live: LiveStreams | None = None
         """The open responses of the SDK's transport."""
@@ -138,12 +133,7 @@ class SessionEvents(EventStore):
         if stream_id != GET_STREAM_KEY:
             stream = self._calls.get(stream_id)
             if stream is None:
-                if not self._begins_streams:
-                    return ""  # the call is answered already, or nobody can resume it
-                request_id, _ = _call_of(stream_id, b"")
-                if not fits(request_id):
-                    return ""
-                stream = self._calls[stream_id] = self.recorder.begin(request_id, resumable=message is None)
+                return ""  # the call is answered already, or nobody can resume it
         return await self._never_raising(stream, stream_id, message)
 
     async def replay_events_after(self, last_event_id: EventId, send_callback: EventCallback) -> StreamId | None:
@@ -246,11 +236,11 @@ class SessionEvents(EventStore):
                 await self._lose(stream)
             else:
                 # It left while this was being stored.
-                await self.recorder.record(self.key, stream.answer, give=lambda: False, again=True)
+                await self.recorder.record(self.key, stream.answer, give=lambda _: False, again=True)
 
     async def _lose(self, stream: CallStream) -> None:
         text = error_message(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
-        await self.recorder.record(self.key, _event(stream, EventKind.ERROR, text), give=lambda: False)
+        await self.recorder.record(self.key, _event(stream, EventKind.ERROR, text), give=lambda _: False)
 
     # Both
 
@@ -278,7 +268,9 @@ class SessionEvents(EventStore):
             event = _event(stream, kind, text)
             if kind.final:
                 stream.answer = event
-        recorded = await self.recorder.record(self.key, event, give=lambda: self._give(stream_id, event))
+        recorded = await self.recorder.record(
+            self.key, event, give=lambda followers: self._give(stream_id, event, followers)
+        )
         if stream is not None:
             if kind.final and self._calls.get(stream_id) is stream:
                 # What else comes under this id belongs to another call.
@@ -308,13 +300,13 @@ class SessionEvents(EventStore):
             )
         )
 
-    def _give(self, stream_id: str, event: NewEvent) -> bool:
+    def _give(self, stream_id: str, event: NewEvent, followers: bool) -> bool:
         """Whether a client gets an event that is not stored: the SDK sends it where a response is open."""
         if self.live is not None and self.live.is_open(stream_id):
             if not (self._is_stuck(self._calls.get(stream_id), stream_id) and self.can_come_back(stream_id)):
                 return True
             self._cut(stream_id)
-        if event.message is None:
+        if event.message is None or not followers:
             return False
         return any(f.offer(event) for f in self.recorder.following.of(self.key, event.stream))
 

@@ -49,6 +49,7 @@ __all__ = [
     "Dialect",
     "HintChannel",
     "NotLookedUp",
+    "ONE",
     "Statement",
     "Steps",
     "StoreClock",
@@ -146,6 +147,10 @@ def _postgres_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **optio
 def _sqlite_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **options: Any) -> str:
     # "The SQLite Query Optimizer Overview", 6.2: a unary plus takes a term away from the indexes.
     return f"+{compiler.process(element.clauses, **options)}"
+
+
+ONE: Final = sa.literal_column("1", sa.Integer)
+"""To limit a query to its first row. Of a parameter a planner does not know that it is so small."""
 
 
 class ByteLength(FunctionElement[int]):
@@ -389,14 +394,8 @@ class Dialect(ABC):
         """That a column has one of the values that are selected, once and first, so that an index is used."""
 
     @abstractmethod
-    def delete_found(self, table: sa.Table, batch: Batch, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
-        """Delete the rows of a table that fit one of a batch, which are looked up for each row of it.
-
-        Args:
-            table: Where from.
-            batch: One row of it fits a row at most.
-            conditions: When they fit.
-        """
+    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        """Delete the rows of a table that fulfil conditions with a row of a batch."""
 
     @abstractmethod
     def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
@@ -677,8 +676,8 @@ class _Postgres(Dialect):
         return column == sa.any_(sa.func.array(selected.scalar_subquery(), type_=postgresql.ARRAY(column.type)))
 
     @override
-    def delete_found(self, table: sa.Table, batch: Batch, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
-        return sa.delete(table).where(*conditions)  # it names the batch in USING
+    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        return sa.delete(table).where(*conditions)
 
     @override
     def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
@@ -942,11 +941,11 @@ class _Sqlite(Dialect):
         return column.in_(selected)
 
     @override
-    def delete_found(self, table: sa.Table, batch: Batch, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
-        # It has no USING.
-        rowid: sa.ColumnElement[int] = sa.literal_column(f"{table.name}.rowid", sa.Integer)
-        found = sa.select(rowid).join_from(batch.rows, table, sa.and_(*conditions)).correlate(None)
-        return sa.delete(table).where(rowid.in_(found))
+    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        # It deletes from one table, beside no other.
+        key = table.primary_key.columns
+        those = sa.select(*key).where(*conditions).correlate(None)
+        return sa.delete(table).where(sa.tuple_(*key).in_(those))
 
     @override
     def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:

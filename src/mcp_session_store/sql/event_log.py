@@ -46,7 +46,7 @@ class SqlEventLog(EventLog):
     """Events in Postgres or SQLite, shared by any number of processes.
 
     Events of all sessions that are stored at once share a commit; a lone one goes at once. Storing takes one
-    connection at most, reading another, and all else a third; on Postgres `listen` takes one more.
+    connection at most, reading another, and all else two; on Postgres `listen` takes one more.
 
     Args:
         where: The store of the sessions that the events belong to, or where its database is: a URL or an engine, as
@@ -95,6 +95,7 @@ class SqlEventLog(EventLog):
         if standalone and self.policy.max_age is None:
             raise ConfigurationError("max_age=None cannot be with standalone: nothing would ever remove an event")
         self._namespace = namespace
+        self._standalone = standalone
         dialect, schema = self._database.dialect, self._database.schema
         self._events = Events(dialect, schema=schema, namespace=namespace, standalone=standalone)
         self._trimming = EventTrimming(
@@ -103,8 +104,10 @@ class SqlEventLog(EventLog):
         self._instances = Instances(dialect, schema=schema)
         self._listener = Listener(self._database, dialect.event_channel)
         self._appends = Batcher(self._database, self._append_all, writes=True)
-        self._reads: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False)
-        # One call for each: they change what the others need.
+        # One call for each: a page has its own time, and its memory is given back as soon as it is sent.
+        self._pages: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
+        # Not behind the pages: on these wait all who follow.
+        self._reads: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
         self._chores: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=True, max_batch=1)
 
     def __repr__(self) -> str:
@@ -114,6 +117,10 @@ class SqlEventLog(EventLog):
     def namespace(self) -> str:
         return self._namespace
 
+    @property
+    def standalone(self) -> bool:
+        return self._standalone
+
     async def open(self) -> None:
         if self._owned:
             self._database.reopen()
@@ -122,7 +129,7 @@ class SqlEventLog(EventLog):
     async def aclose(self) -> None:
         if self._owned:
             self._database.close_to_calls()
-        batchers: tuple[Batcher[Any, Any], ...] = (self._appends, self._reads, self._chores)
+        batchers: tuple[Batcher[Any, Any], ...] = (self._appends, self._pages, self._reads, self._chores)
         await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
         if self._owned:
             await self._database.aclose()
@@ -137,7 +144,8 @@ class SqlEventLog(EventLog):
 
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
         wanted = Read(key, stream, after, limit)
-        return await self._ask(lambda attempt: self._events.page(attempt, wanted))
+        page: EventPage | None = await self._pages.submit(lambda attempt: self._events.page(attempt, wanted))
+        return page
 
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
         return await self._ask(lambda attempt: self._events.heads(attempt, keys)) if keys else {}
@@ -161,7 +169,7 @@ class SqlEventLog(EventLog):
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         await self._do(lambda attempt: self._instances.forget(attempt, FORGET_INSTANCES))
-        due = await self._ask(self._trimming.due)
+        due = await self._ask(lambda attempt: self._trimming.due(attempt, limit=limit))
         if not due:
             return EventSweepReport()
         each = max(1, limit // len(due))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects import ByteLength, NotLookedUp
+from mcp_session_store.sql.dialects import ONE, ByteLength, NotLookedUp
 from mcp_session_store.sql.tables import events_table, logs_table
 from mcp_session_store.sql.transactions import transaction
 
@@ -77,7 +77,7 @@ def left_of(logs: sa.Table, events: sa.Table) -> dict[str, sa.ColumnElement[Any]
 
     def of_oldest(value: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
         of_log = sa.select(value).where(events.c.key == logs.c.key)
-        return of_log.order_by(events.c.sequence).limit(1).scalar_subquery()
+        return of_log.order_by(events.c.sequence).limit(ONE).scalar_subquery()
 
     return {
         "trimmed": sa.func.coalesce(of_oldest(events.c.sequence - 1), logs.c.sequence),
@@ -136,31 +136,24 @@ class EventTrimming:
             },
         )
         range_ = self._ranges.c
-        # Beside the limit of each log, so that however the planner goes about it no log is read to its end.
-        highest = sa.bindparam("highest", type_=sa.BigInteger)
         # The newest is kept, however large it is. First, because to tell the size of an event it may have to be read.
         by_bytes = sa.and_(events.c.sequence < range_.newest, _bytes_before(events) < range_.by_bytes)
         reasons = [events.c.sequence <= range_.by_count, by_bytes]
         if policy.max_age is not None:
             reasons.append(events.c.created_at <= too_old)
-        self._find = (
-            sa.select(events.c.key, sa.func.max(events.c.sequence).label("up_to"))
-            .join_from(self._ranges.rows, events, self._ranges.looked_up(events.c.key))
-            .where(
-                events.c.sequence <= range_.at_most,
-                events.c.sequence <= highest,
-                sa.or_(*reasons),
-            )
-            .group_by(events.c.key)
+        # One log after the other, here and in removing: however many there are, of each only its range is read.
+        last = sa.select(sa.func.max(events.c.sequence)).where(
+            events.c.key == range_.key, events.c.sequence <= range_.at_most, sa.or_(*reasons)
         )
+        self._find = sa.select(range_.key, last.scalar_subquery().label("up_to"))
         self._cuts = dialect.batch("cut", {"key": sa.Uuid(), "up_to": sa.BigInteger()})
         cut = self._cuts.c
-        self._remove = dialect.delete_found(
+        # The planner of Postgres would read all of the table, or all of each log, without what says the same again.
+        self._remove = dialect.delete_beside(
             events,
-            self._cuts,
             self._cuts.looked_up(events.c.key),
             events.c.sequence <= cut.up_to,
-            events.c.sequence <= highest,
+            events.c.sequence <= sa.bindparam("highest", type_=sa.BigInteger),
         )
 
         self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(left_of(logs, events))
@@ -168,11 +161,12 @@ class EventTrimming:
             sa.delete(logs).where(self._keys.among(logs.c.key), logs.c.oldest_at.is_(None)) if standalone else None
         )
 
-    async def due(self, attempt: Attempt) -> list[UUID]:
-        """Some sessions with events that are too old."""
+    async def due(self, attempt: Attempt, *, limit: int) -> list[UUID]:
+        """Some sessions with events that are too old, no more than that many."""
         if self._due is None:
             return []
-        return list((await attempt.connection.execute(self._due, {"limit": LOGS_PER_STEP})).scalars())
+        limit = min(limit, LOGS_PER_STEP)
+        return list((await attempt.connection.execute(self._due, {"limit": limit})).scalars())
 
     def exceeded(self, kept: int, kept_bytes: int) -> bool:
         """Whether a log with so many events and bytes has to be trimmed."""
@@ -198,20 +192,18 @@ class EventTrimming:
                 return 0, False
             at_most = {log.key: min(log.trimmed + limit, log.sequence) for log in logs}
             ranges = [(log.key, *self._limits(log), at_most[log.key]) for log in logs]
-            parameters = self._ranges.parameters(ranges) | {"highest": max(at_most.values())}
-            cuts = (await execute(self._find, parameters)).all()
+            found = await execute(self._find, self._ranges.parameters(ranges))
+            cuts = [(key, up_to) for key, up_to in found if up_to is not None]
             removed = 0
             if cuts:
-                parameters = self._cuts.parameters([tuple(cut) for cut in cuts])
-                removed = (
-                    await execute(self._remove, parameters | {"highest": max(cut.up_to for cut in cuts)})
-                ).rowcount
+                parameters = self._cuts.parameters(cuts) | {"highest": max(up_to for _, up_to in cuts)}
+                removed = (await execute(self._remove, parameters)).rowcount
             locked = self._keys.parameters([(log.key,) for log in logs])
             await execute(self._note, locked)
             if self._forget_empty is not None:
                 await execute(self._forget_empty, locked)
         sequences = {log.key: log.sequence for log in logs}
-        return removed, any(cut.up_to == at_most[cut.key] < sequences[cut.key] for cut in cuts)
+        return removed, any(up_to == at_most[key] < sequences[key] for key, up_to in cuts)
 
     def _limits(self, log: Any) -> tuple[int, int, int]:
         """Up to which sequence events are too many; up to which total of bytes, and before which one, too large."""

@@ -91,7 +91,7 @@ class SqlSessionStore(SessionStore):
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
             `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is, and
             never disposed; no PRAGMA is set on it. It should have a pool of at least
-            5 connections; 12 are the most that are used, one of them for hints, for as long as an app runs, and 4 more
+            5 connections; 12 are the most that are used, one of them for hints, for as long as an app runs, and 5 more
             with an event log.
             Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
             from PgBouncer 1.21 on, with its `max_prepared_statements`.
@@ -126,7 +126,8 @@ class SqlSessionStore(SessionStore):
         self._loads = Batcher(self._database, self._load_all, writes=False)
         self._creates = Batcher(self._database, self._create_all, writes=True)
         self._claims = Batcher(self._database, self._claim_all, writes=True)
-        self._ends = Batcher(self._database, self._end_all, writes=True)
+        # Fewer than of the others: each may have very many events, and all of them go with it.
+        self._ends = Batcher(self._database, self._end_all, writes=True, max_batch=50)
         # One item for each statement: a second initialize within a session is rare, and a touch is a batch.
         self._replacements = Batcher(self._database, self._replace_one, writes=True, max_batch=1)
         self._touches = Batcher(self._database, self._touch_one, writes=True, max_batch=1)
