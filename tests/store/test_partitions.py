@@ -499,12 +499,16 @@ async def test_a_default_partition_that_takes_too_long_to_look_through_stops_not
 # Plans
 
 
-async def test_what_is_done_with_one_session_takes_the_index_of_each_partition(postgres_url: str) -> None:
-    async with event_log(postgres_url) as (store, log):
+@pytest.mark.parametrize("parted", [False, True])
+async def test_what_is_done_with_a_few_sessions_takes_the_index_of_events_and_of_each_partition(
+    postgres_url: str, parted: bool
+) -> None:
+    async with event_log(postgres_url, policy=EventPolicy(max_events_per_session=10)) as (store, log):
         keys = await opened(store, 3)
         for key in keys:
-            await log.append(key, [new_event(0)])
-        await partition(postgres_url, ahead=8)
+            await log.append(key, [new_event(n) for n in range(9)])
+        if parted:
+            await partition(postgres_url, ahead=8)
         others = "gen_random_uuid(), n, 'instance.1', n, n, 'notification', 'x', n"
         for number in range(8):
             # Enough in each for the planner to think about.
@@ -516,24 +520,26 @@ async def test_what_is_done_with_one_session_takes_the_index_of_each_partition(p
         await execute(postgres_url, "ANALYZE")
 
         async def use(store: SqlSessionStore) -> None:
-            await log.append(keys[0], [new_event(1)], again=True)
+            await log.append(keys[0], [new_event(9)], again=True)
             await log.read(keys[0], "instance.1", after=0)
-            await log._chores.submit(lambda attempt: log._trimming.trim(attempt, keys[1:], limit=10, wait=True))
+            await log.append(keys[1], [new_event(n) for n in range(9, 14)])
+            assert await positions(log, keys[1]) == list(range(5, 14))
             await store.end(keys[0], reason=EndReason.CLIENT)
 
         seen = {
             statement: parameters
             for statement, parameters in (await statements_of(store, use)).items()
-            if re.search(r"(FROM|JOIN) mcp_session_event", statement)
+            if re.search(r"(FROM|JOIN) mcp_session_event", statement) and "INSERT INTO" not in statement
         }
+        assert len([statement for statement in seen if "DELETE" in statement]) == 2
         assert len(seen) >= 5
+        index = r"mcp_session_event_\d+_\d+_pkey" if parted else "mcp_session_event_pkey"
         for statement, parameters in seen.items():
             plan = await plan_of(store, statement, parameters)
             # What it knows to be empty costs nothing, however it is read.
             read = [line for line in plan.splitlines() if "cost=0.00..0.00 " not in line]
             assert "Seq Scan on mcp_session_event" not in "\n".join(read), f"{statement}\n\n{plan}"
-            looks_up = "INSERT INTO" not in statement
-            assert looks_up == bool(re.search(r"mcp_session_event_\d+_\d+_pkey", plan)), f"{statement}\n\n{plan}"
+            assert re.search(index, plan), f"{statement}\n\n{plan}"
 
 
 # Beside running servers

@@ -242,6 +242,10 @@ class Batch(ABC):
         """
 
     @abstractmethod
+    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        """That a column has the value of the batch's column of the same name, in a join that reads the batch first."""
+
+    @abstractmethod
     def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
         """The rows of the batch for which there is a row elsewhere, which is locked where the query for it says so.
 
@@ -529,6 +533,10 @@ class _ArrayBatch(Batch):
     @override
     def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
         return column == sa.any_(self._arrays[column.name])
+
+    @override
+    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        return sa.and_(column == self.c[column.name], self.among(column))
 
     @override
     def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
@@ -838,6 +846,12 @@ class _JsonBatch(Batch):
     @override
     def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
         return column.in_(sa.select(self.rows.c[column.name]))
+
+    @override
+    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        # With more than that SQLite reads the table first, and all of the batch for each row of it.
+        condition: sa.ColumnElement[bool] = column == self.c[column.name]
+        return condition
 
     @override
     def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:

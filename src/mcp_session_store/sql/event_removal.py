@@ -148,7 +148,13 @@ class EventTrimming:
         self._find = sa.select(range_.key, last.scalar_subquery().label("up_to"))
         self._cuts = dialect.batch("cut", {"key": sa.Uuid(), "up_to": sa.BigInteger()})
         cut = self._cuts.c
-        self._remove = dialect.delete_beside(events, events.c.key == cut.key, events.c.sequence <= cut.up_to)
+        # The planner of Postgres would read all of the table, or all of each log, without what says the same again.
+        self._remove = dialect.delete_beside(
+            events,
+            self._cuts.looked_up(events.c.key),
+            events.c.sequence <= cut.up_to,
+            events.c.sequence <= sa.bindparam("highest", type_=sa.BigInteger),
+        )
 
         self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(left_of(logs, events))
         self._forget_empty = (
@@ -190,7 +196,8 @@ class EventTrimming:
             cuts = [(key, up_to) for key, up_to in found if up_to is not None]
             removed = 0
             if cuts:
-                removed = (await execute(self._remove, self._cuts.parameters(cuts))).rowcount
+                parameters = self._cuts.parameters(cuts) | {"highest": max(up_to for _, up_to in cuts)}
+                removed = (await execute(self._remove, parameters)).rowcount
             locked = self._keys.parameters([(log.key,) for log in logs])
             await execute(self._note, locked)
             if self._forget_empty is not None:
