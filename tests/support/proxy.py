@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 _BAD_GATEWAY = b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-# How an event with an id begins: `sse_starlette` sends each event as a whole.
-_EVENT_ID: Final = b"id: "
+# The field of an event that has an id, and no header whose name ends like it.
+_EVENT_ID: Final = b"\nid: "
 
 
 class RoundRobinProxy:
@@ -114,7 +114,7 @@ class RoundRobinProxy:
         cut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def note(data: bytes) -> None:
-            if _EVENT_ID in data:
+            if _EVENT_ID in b"\n" + data:
                 self._streams.add(cut)
 
         request = asyncio.create_task(_pump(client_reader, backend))
