@@ -11,7 +11,7 @@ import anyio
 import httpx2
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
-from mcp_types import Implementation
+from mcp_types import Implementation, ResourceUpdatedNotification
 
 from tests.support.http import RawClient
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
     from typing import Self
+
+    from mcp.client._transport import TransportStreams
+    from mcp.client.session import IncomingMessage
 
     from tests.support.http import Answer, Event, Message, Stream
     from tests.support.servers import ServerProcess
@@ -159,7 +162,7 @@ class Talking:
             await self.leave()
 
     async def take(self, events: int | None = None) -> None:
-        """Read so many events, or up to the end, which comes after the answer."""
+        """Read so many events, or up to the end."""
         assert self._stream is not None
         with anyio.fail_after(PATIENCE):
             while events is None or events > 0:
@@ -167,7 +170,6 @@ class Talking:
                     event = await self._stream.next_event()
                 except StopAsyncIteration:
                     assert events is None
-                    assert self.answered
                     break
                 self._note(event)
                 if events is not None and (event.id or event.message):
@@ -219,10 +221,19 @@ class Talking:
 
 
 class OfficialClient:
-    """The SDK's own client in its handshake mode, and what it sends and gets on the wire."""
+    """The SDK's own client in its handshake mode, and what it sends and gets on the wire.
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
+    Args:
+        transport: On which it speaks.
+    """
+
+    def __init__(self, transport: AbstractAsyncContextManager[TransportStreams]) -> None:
+        self.client = Client(
+            transport,
+            mode="legacy",
+            client_info=Implementation(name="official", version="1"),
+            message_handler=self.on_message,
+        )
         self.methods: list[str] = []
         """The JSON-RPC methods that it sent, in order."""
         self.session_ids: set[str] = set()
@@ -233,6 +244,8 @@ class OfficialClient:
         """Each `Last-Event-ID` that it sent."""
         self.said: dict[str, list[int | str]] = {}
         """What it was told by each call of `talk`, in order: progress, and "result"."""
+        self.announced: list[str] = []
+        """What it was told by calls of `announce`, in order."""
 
     async def talk(self, call: str, **arguments: Any) -> str:
         """Call the tool `talk`, which must succeed; the process that answered."""
@@ -248,6 +261,11 @@ class OfficialClient:
         assert result.content[0].type == "text"
         return result.content[0].text
 
+    async def announce(self, text: str, count: int) -> None:
+        """Call the tool, which must succeed."""
+        result = await self.client.call_tool("announce", {"text": text, "count": count})
+        assert not result.is_error, result
+
     async def whoami(self) -> dict[str, Any]:
         """Call the tool, which must succeed, and return what it tells."""
         result = await self.client.call_tool("whoami", {})
@@ -255,6 +273,10 @@ class OfficialClient:
         assert result.content[0].type == "text"
         told: dict[str, Any] = json.loads(result.content[0].text)
         return told
+
+    async def on_message(self, message: IncomingMessage) -> None:
+        if isinstance(message, ResourceUpdatedNotification):
+            self.announced.append(message.params.uri)
 
     async def on_request(self, request: httpx2.Request) -> None:
         if request.method == "POST":
@@ -276,11 +298,9 @@ class OfficialClient:
 async def official_client(url: str) -> AsyncIterator[OfficialClient]:
     """The SDK's client, connected; it ends its session at exit."""
     async with httpx2.AsyncClient(timeout=60, trust_env=False) as http:
-        transport = streamable_http_client(url, http_client=http)
-        client = Client(transport, mode="legacy", client_info=Implementation(name="official", version="1"))
-        watched = OfficialClient(client)
+        watched = OfficialClient(streamable_http_client(url, http_client=http))
         http.event_hooks = {"request": [watched.on_request], "response": [watched.on_response]}
-        async with client:
+        async with watched.client:
             yield watched
 
 

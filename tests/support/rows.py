@@ -154,10 +154,15 @@ async def insert_events(
 
 
 async def insert_rows(
-    url: str, rows: Sequence[dict[str, Any]], journal: Sequence[dict[str, Any]] = (), *, analyze: bool = False
+    url: str,
+    rows: Sequence[dict[str, Any]],
+    journal: Sequence[dict[str, Any]] = (),
+    *,
+    analyze: bool = False,
+    revision: str = "head",
 ) -> None:
     """Migrate a database, and put rows into its tables."""
-    await migrate.upgrade(url)
+    await migrate.upgrade(url, revision=revision)
     engine = make_migration_engine(*checked_url(url))
     try:
         async with engine.connect() as connection:
