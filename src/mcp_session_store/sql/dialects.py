@@ -777,7 +777,7 @@ class _Postgres(Dialect):
             return result
         except asyncpg.DataError as error:
             raise ValueError(str(error)) from None  # it is both, and a value that cannot be sent breaks no connection
-        except asyncpg.InterfaceError as error:
+        except (asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
             raise ConnectionResetError(str(error)) from error
 
     @override
