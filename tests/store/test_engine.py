@@ -185,6 +185,23 @@ def test_both_errors_of_a_pooled_prepared_statement_name_the_remedy(kind: type[a
     assert "?pgbouncer=true" in summary_of(error)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.InterfaceError("connection is closed"),
+        asyncpg.InternalClientError("got result for unknown protocol state"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_connection_that_the_driver_itself_finds_in_a_wrong_state_is_broken(error: Exception) -> None:
+    """As it is raised where SQLAlchemy makes a new connection ready, and where statements go to the driver."""
+    assert meaning_of(error) is Meaning.BROKEN
+
+
+def test_a_value_that_the_driver_cannot_send_is_bad_data() -> None:
+    assert meaning_of(asyncpg.DataError("invalid input for query argument $1")) is Meaning.BAD_DATA
+
+
 async def test_a_given_engine_is_used_and_not_disposed(database_url: str) -> None:
     await migrate.upgrade(database_url)
     engine = create_async_engine(database_url)

@@ -17,10 +17,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.records import Activity, EndReason
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
 from mcp_session_store.sql.dialects import DIALECTS
 from mcp_session_store.sql.listener import Listener
-from mcp_session_store.testing import new_session
+from mcp_session_store.testing import new_event, new_session
 from tests.store.databases import connections_checked_out, execute, settled, sql_store
 from tests.support.faults import FaultProxy
 
@@ -55,7 +55,7 @@ async def backends_are(url: str, count: int) -> None:
 class Hints:
     """What a store hints at, while the context lasts."""
 
-    def __init__(self, store: SqlSessionStore) -> None:
+    def __init__(self, store: SqlSessionStore | SqlEventLog) -> None:
         self._store = store
         self._queue: asyncio.Queue[Collection[UUID] | None] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
@@ -84,7 +84,7 @@ class Hints:
         await left(self._store)
 
 
-async def left(store: SqlSessionStore) -> None:
+async def left(store: SqlSessionStore | SqlEventLog) -> None:
     """Wait until a listener that ended has put everything away."""
     for task in [*store._listener._tasks, *store._database.returning]:
         await asyncio.wait({task})
@@ -118,11 +118,26 @@ async def test_what_copies_must_learn_is_hinted_at_and_nothing_else(postgres_url
         assert set(told) == {replaced.key, journaled.key}
 
 
-async def test_many_changes_of_one_statement_are_one_hint(postgres_url: str) -> None:
+async def test_changes_of_one_transaction_are_one_hint(postgres_url: str) -> None:
     async with two_stores(postgres_url) as (here, there), Hints(here) as hints:
-        for count in (200, 300):
+        keys = {(await there.create(new_session())).key for _ in range(50)}
+        await asyncio.gather(*(there.end(key, reason=EndReason.CLIENT) for key in keys))
+        assert set(await hints.next() or ()) == keys
+
+
+@pytest.mark.parametrize("count", [200, 201])
+async def test_events_of_one_statement_are_one_hint_and_many_a_hint_at_anything(postgres_url: str, count: int) -> None:
+    async with two_stores(postgres_url) as (here, there):
+        one, other = SqlEventLog(here), SqlEventLog(there)
+        async with one, other, Hints(one) as hints:
             keys = [(await there.create(new_session())).key for _ in range(count)]
-            await asyncio.gather(*(there.end(key, reason=EndReason.CLIENT) for key in keys))
+            quiet = (await there.create(new_session())).key
+            for key in (*keys, quiet):
+                await other.append(key, [new_event(0)])
+            await one.follow(keys)
+            # Of one that nobody follows, nobody is told.
+            await other.append(quiet, [new_event(1)])
+            await asyncio.gather(*(other.append(key, [new_event(1)]) for key in keys))
             told = await hints.next()
             assert told is None if count > 200 else set(told or ()) == set(keys)
 

@@ -554,6 +554,8 @@ class Traffic:
         self.stored: dict[UUID, list[tuple[int, int]]] = {key: [] for key in keys}
         """Sequences and positions, as they were told."""
         self.over = False
+        self.all_stored = False
+        """Whether nobody writes any more."""
 
     async def write(self, log: SqlEventLog, writer: int) -> None:
         count = 0
@@ -580,7 +582,7 @@ class Traffic:
         seen: list[tuple[int, int]] = []
         after = 0
         while True:
-            last_look = self.over
+            last_look = self.all_stored
             page = await log.read(key, "instance.1", after=after, limit=50)
             if page is not None and page.events:
                 seen += [(event.sequence, event.position) for event in page.events]
@@ -603,9 +605,11 @@ async def traffic_while(url: str, happens: Callable[[], Awaitable[None]]) -> Tra
             await happens()
         finally:
             traffic.over = True
-            done = await asyncio.gather(*followers, *writers, *others, return_exceptions=True)
-        assert [outcome for outcome in done if isinstance(outcome, BaseException)] == []
-        for key, seen in zip([*traffic.keys, *traffic.keys], done[: len(followers)], strict=True):
+            done = await asyncio.gather(*writers, *others, return_exceptions=True)
+            traffic.all_stored = True
+            read = await asyncio.gather(*followers, return_exceptions=True)
+        assert [outcome for outcome in [*done, *read] if isinstance(outcome, BaseException)] == []
+        for key, seen in zip([*traffic.keys, *traffic.keys], read, strict=True):
             assert seen == sorted(traffic.stored[key])
             sequences = [sequence for sequence, _ in traffic.stored[key]]
             assert sorted(sequences) == list(range(min(sequences), min(sequences) + len(sequences)))

@@ -197,7 +197,8 @@ async def breaking(proxy: FaultProxy, dice: random.Random, longest_pause: float 
     Args:
         proxy: In front of the server.
         dice: Says when and how.
-        longest_pause: Seconds between two of them, at most.
+        longest_pause: Seconds between the first two of them, at most. It grows, so that at last all succeeds on a
+            machine, too, that is so slow that nothing fits into a pause.
     """
     ways: list[Callable[[], None]] = [
         proxy.kill_connections,
@@ -208,9 +209,11 @@ async def breaking(proxy: FaultProxy, dice: random.Random, longest_pause: float 
     ]
 
     async def break_connections() -> None:
+        longest = longest_pause
         while True:
             # The moment is what is random here; nobody waits for it.
-            await asyncio.sleep(dice.uniform(0, longest_pause))
+            await asyncio.sleep(dice.uniform(0, longest))
+            longest *= 1.01
             dice.choice(ways)()
 
     task = asyncio.create_task(break_connections())

@@ -305,21 +305,13 @@ class HintChannel:
             connection: To a database of this kind.
             on_payload: Called with each payload that arrives.
             on_loss: Called when the connection is lost or closed.
-
-        Raises:
-            OSError: It is lost already.
         """
-        import asyncpg  # who uses SQLite does without
-
         pooled: Any = await connection.get_raw_connection()
         driver = pooled.dbapi_connection.driver_connection
         driver.add_termination_listener(lambda _: on_loss())
-        try:
-            # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
-            async with driver.transaction():
-                await driver.add_listener(self._name, lambda _connection, _pid, _channel, payload: on_payload(payload))
-        except asyncpg.InterfaceError as error:
-            raise ConnectionResetError(str(error)) from error
+        # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
+        async with driver.transaction():
+            await driver.add_listener(self._name, lambda _connection, _pid, _channel, payload: on_payload(payload))
 
 
 class Statement:
@@ -762,8 +754,6 @@ class _Postgres(Dialect):
 
     @override
     async def run(self, connection: AsyncConnection, steps: Steps[_T]) -> _T:
-        import asyncpg  # who uses SQLite does without
-
         pooled: Any = connection.sync_connection
         try:
             driver: asyncpg.Connection = pooled.connection.driver_connection
@@ -775,10 +765,6 @@ class _Postgres(Dialect):
         except StopIteration as done:
             result: _T = done.value
             return result
-        except asyncpg.DataError as error:
-            raise ValueError(str(error)) from None  # it is both, and a value that cannot be sent breaks no connection
-        except (asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-            raise ConnectionResetError(str(error)) from error
 
     @override
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:

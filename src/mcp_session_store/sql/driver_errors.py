@@ -66,7 +66,15 @@ def meaning_of(error: Exception) -> Meaning | None:
         return Meaning.UNAVAILABLE
     if isinstance(error, (ValueError, OverflowError)):
         return Meaning.BAD_DATA  # found while a value was made ready to be sent
-    return _meaning_of_state(error) or _meaning_of_code(error)
+    return _meaning_of_state(error) or _meaning_of_code(error) or _meaning_of_connection(error)
+
+
+def _meaning_of_connection(error: Exception) -> Meaning | None:
+    # asyncpg's own, which SQLAlchemy lets pass while it makes a connection ready, and which we meet as we call it.
+    import asyncpg  # who uses SQLite does without
+
+    wrong_state = isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError))
+    return Meaning.BROKEN if wrong_state else None
 
 
 def _meaning_of_driver(error: exc.DBAPIError, driver: Any) -> Meaning:
