@@ -50,7 +50,7 @@ SWEEP_LIMIT: Final = 100
 STANDALONE_STREAM: Final = "*"
 """The stream of a session that belongs to no call: what a client gets by GET. All instances share it."""
 
-EVENT_PAGE: Final = 100
+EVENT_PAGE: Final = 500
 """Events that are read at once, unless it is told otherwise."""
 
 EVENT_SWEEP_LIMIT: Final = 5000

@@ -421,11 +421,11 @@ class Dialect(ABC):
         """A session's key as the driver takes and returns it."""
 
     @abstractmethod
-    async def run(self, connection: AsyncConnection, steps: Steps[_T]) -> _T:
+    async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> _T:
         """Run statements on a connection in autocommit; what the steps return.
 
-        Where writers exclude one another it is a transaction, and otherwise each statement is one: whoever gives
-        the steps must be right with both.
+        Where writers exclude one another, those that write are a transaction, and otherwise each statement is one:
+        whoever gives the steps must be right with both.
         """
 
     def hears(self, url: URL) -> bool:  # noqa: ARG002 - for what overrides it
@@ -753,7 +753,7 @@ class _Postgres(Dialect):
         return key
 
     @override
-    async def run(self, connection: AsyncConnection, steps: Steps[_T]) -> _T:
+    async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> _T:
         pooled: Any = connection.sync_connection
         try:
             driver: asyncpg.Connection = pooled.connection.driver_connection
@@ -852,9 +852,19 @@ class _JsonBatch(Batch):
         return {self._name: json.dumps(rows, ensure_ascii=False, allow_nan=False, default=_json_value)}
 
 
-def _in_transaction(connection: sqlite3.Connection, begin: str, steps: Steps[_T]) -> _T:
-    """Run steps in the thread in which the connection is used."""
-    connection.execute(begin)
+def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
+    """Run steps that write, in the thread in which the connection is used."""
+    connection.execute(_Sqlite.begin)
+    try:
+        result = _one_after_the_other(connection, steps)
+        connection.execute("COMMIT")
+        return result
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _one_after_the_other(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
     try:
         statement, parameters = next(steps)
         while True:
@@ -865,12 +875,8 @@ def _in_transaction(connection: sqlite3.Connection, begin: str, steps: Steps[_T]
                 rows = connection.execute(statement.text, statement.arguments(parameters)).fetchall()
             statement, parameters = steps.send(rows)
     except StopIteration as done:
-        connection.execute("COMMIT")
         result: _T = done.value
         return result
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
 
 
 def _json_value(value: object) -> str:
@@ -908,13 +914,14 @@ class _Sqlite(Dialect):
         return key.hex  # as sa.Uuid stores it where there is no such type
 
     @override
-    async def run(self, connection: AsyncConnection, steps: Steps[_T]) -> _T:
+    async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> _T:
         pooled: Any = connection.sync_connection
         driver = pooled.connection.driver_connection
         # These two names are not public. The public ones ask the driver's thread for one thing each, and each time the
         # way there and back takes longer than all of the statements; and whoever gives up in between leaves a
         # transaction open until the connection is closed.
-        result: _T = await driver._execute(_in_transaction, driver._conn, self.begin, steps)
+        do = _in_transaction if writes else _one_after_the_other
+        result: _T = await driver._execute(do, driver._conn, steps)
         return result
 
     @override

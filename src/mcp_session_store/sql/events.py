@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
-from mcp_session_store.records import EventKind, EventPage, StoredEvent, message_bytes
-from mcp_session_store.sql.dialects import ByteLength, NotLookedUp, StoreClock
+from mcp_session_store.records import EventKind, EventPage, StoredEvent
+from mcp_session_store.sql.dialects import ONE, NotLookedUp, StoreClock
 from mcp_session_store.sql.statements import live
 from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
 
@@ -29,7 +29,7 @@ __all__ = ["Append", "Events", "Grown", "Read"]
 _as_number: Final = attrgetter("int")
 
 PAGE_BYTES: Final = 1024**2
-"""Bytes of messages in a page of events, give or take the last one."""
+"""Bytes of messages, of all streams, between the first event of a page and the last."""
 WINDOW: Final = 4
 """How many events of a session, of any stream, are looked through first for each that a page has room for."""
 FOLLOWED_FOR: Final = 120.0
@@ -183,48 +183,44 @@ class Events:
             sa.select(sought.key, sought.stream, sought.position, there.scalar_subquery().label("sequence"))
         )
 
-        key = sa.bindparam("read_key", type_=sa.Uuid)
-        size = sa.func.coalesce(ByteLength(events.c.message), 0)
-        found = (
+        wanted = (
+            events.c.key == sa.bindparam("read_key", type_=sa.Uuid),
+            events.c.sequence > sa.bindparam("read_after", type_=sa.BigInteger),
+            # A range, or the planner of Postgres may read and sort all that follows.
+            events.c.sequence <= sa.bindparam("read_up_to", type_=sa.BigInteger),
+            events.c.stream == sa.bindparam("read_stream", type_=sa.Text),
+        )
+        # Where room ends, known before any message is read: those of other streams count, too.
+        filled = sa.select(events.c.total_bytes + PAGE_BYTES).where(*wanted).order_by(events.c.sequence).limit(ONE)
+        page = (
             sa.select(
                 events.c.sequence,
                 events.c.position,
                 events.c.previous,
                 events.c.kind,
                 events.c.message,
-                size.label("size"),
             )
-            .where(
-                events.c.key == key,
-                events.c.sequence > sa.bindparam("read_after", type_=sa.BigInteger),
-                # A range, or the planner of Postgres may read and sort all that follows.
-                events.c.sequence <= sa.bindparam("read_up_to", type_=sa.BigInteger),
-                events.c.stream == sa.bindparam("read_stream", type_=sa.Text),
-            )
+            .where(*wanted, events.c.total_bytes <= filled.scalar_subquery())
             .order_by(events.c.sequence)
-            .limit(sa.bindparam("read_limit", type_=sa.Integer, literal_execute=True))
-            .subquery("found")
+            .limit(sa.bindparam("read_limit", type_=sa.Integer))
+            .subquery("page")
         )
-        page = sa.select(
-            *found.c,
-            (sa.func.sum(found.c.size).over(order_by=found.c.sequence) - found.c.size).label("before"),
-            sa.func.count().over().label("found"),
-        ).subquery("page")
-        oldest = sa.select(events.c.sequence).where(events.c.key == key).order_by(events.c.sequence).limit(1)
+        oldest = (
+            sa.select(events.c.sequence)
+            .where(events.c.key == sa.bindparam("read_key", type_=sa.Uuid))
+            .order_by(events.c.sequence)
+            .limit(ONE)
+        )
         # One statement: what it tells of the log is as old as the events.
-        self._read = (
+        self._read = dialect.often(
             sa.select(
                 logs.c.sequence.label("last"),
                 sa.func.coalesce(oldest.scalar_subquery(), logs.c.sequence + 1).label("first"),
-                page.c.sequence,
-                page.c.position,
-                page.c.previous,
-                page.c.kind,
-                page.c.message,
-                page.c.found,
+                (logs.c.total_bytes > filled.scalar_subquery()).label("is_full"),
+                *page.c,
             )
-            .select_from(logs.outerjoin(page, page.c.before < PAGE_BYTES))
-            .where(logs.c.key == key, mine)
+            .select_from(logs.outerjoin(page, sa.true()))
+            .where(logs.c.key == sa.bindparam("read_key", type_=sa.Uuid), mine)
             .order_by(page.c.sequence)
         )
 
@@ -273,7 +269,8 @@ class Events:
         Returns:
             The sequence of the first event of each append, `None` where the session is not live; and the logs.
         """
-        return await self._dialect.run(attempt.connection, self._append(appends, repeated=attempt.repeated))
+        steps = self._append(appends, repeated=attempt.repeated)
+        return await self._dialect.run(attempt.connection, steps, writes=True)
 
     def _append(
         self, appends: Sequence[Append], *, repeated: bool
@@ -373,27 +370,32 @@ class Events:
 
     async def page(self, attempt: Attempt, read: Read) -> EventPage | None:
         """Some events of one stream; `None` where the session has no log."""
+        return await self._dialect.run(attempt.connection, self._page(read), writes=False)
+
+    def _page(self, read: Read) -> Steps[EventPage | None]:
         events: list[StoredEvent] = []
-        size, after, window = 0, read.after, WINDOW * read.limit
+        after, window = read.after, WINDOW * read.limit
         while True:
             wanted = read.limit - len(events)
-            parameters = {
-                "read_key": read.key,
-                "read_stream": read.stream,
-                "read_after": after,
-                "read_up_to": after + window,
-                "read_limit": wanted + 1,
-            }
-            rows = (await attempt.connection.execute(self._read, parameters)).all()
+            rows = yield (
+                self._read,
+                {
+                    "read_key": self._dialect.driver_key(read.key),
+                    "read_stream": read.stream,
+                    "read_after": after,
+                    "read_up_to": after + window,
+                    "read_limit": wanted + 1,
+                },
+            )
             if not rows:
                 return None
-            found = [_stored_event(row) for row in rows if row.sequence is not None]
+            last, first, is_full = rows[0][:3]
+            found = [_stored_event(*row[3:]) for row in rows if row[3] is not None]
             events += found[:wanted]
-            size += sum(map(message_bytes, found))
-            more = len(found) > wanted or (bool(found) and rows[0].found > len(found))
-            over = after + window >= rows[0].last
-            if more or over or len(events) == read.limit or size >= PAGE_BYTES:
-                return EventPage(events=events, more=more or not over, first=rows[0].first, last=rows[0].last)
+            more = is_full or len(found) > wanted
+            over = after + window >= last
+            if more or over or len(events) == read.limit:
+                return EventPage(events=events, more=more or not over, first=first, last=last)
             # The stream is one of many: the next of its events may be far.
             after, window = after + window, 4 * window
 
@@ -407,11 +409,5 @@ class Events:
         await attempt.connection.execute(self._follow, self._heads.parameters([(key,) for key in sorted(keys)]))
 
 
-def _stored_event(row: Any) -> StoredEvent:
-    return StoredEvent(
-        sequence=row.sequence,
-        position=row.position,
-        previous=row.previous,
-        kind=EventKind(row.kind),
-        message=row.message,
-    )
+def _stored_event(sequence: int, position: int, previous: int, kind: str, message: str | None) -> StoredEvent:
+    return StoredEvent(sequence=sequence, position=position, previous=previous, kind=EventKind(kind), message=message)
