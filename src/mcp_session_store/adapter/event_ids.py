@@ -10,8 +10,7 @@ import base64
 import binascii
 import hashlib
 import json
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mcp_session_store.store import STANDALONE_STREAM
 
@@ -31,8 +30,7 @@ _MAX_NUMBER: Final = 2**63
 _FINAL: Final = "!"
 
 
-@dataclass(frozen=True, slots=True)
-class Cursor:
+class Cursor(NamedTuple):
     """An event that a client has, and so where its stream goes on."""
 
     stream: str
@@ -55,10 +53,10 @@ class Cursor:
         """The name of the instance that runs the call."""
         return self.stream.partition(".")[0]
 
-    def at(self, *, sequence: int, position: int | None = None, final: bool = False) -> Self:
+    def at(self, *, sequence: int, position: int | None = None, final: bool = False) -> Cursor:
         """Another event of the same stream."""
         position = self.position if position is None else position
-        return replace(self, sequence=sequence, position=position, final=final)
+        return Cursor(self.stream, sequence, position, self.request_id, final)
 
 
 class EventIds:
@@ -72,7 +70,7 @@ class EventIds:
     """
 
     def __init__(self, key: UUID) -> None:
-        self._key = key.bytes
+        self._empty_tag = hashlib.blake2b(key=key.bytes, digest_size=TAG_SIZE)
 
     def write(self, cursor: Cursor) -> str:
         """The event id of an event."""
@@ -114,7 +112,9 @@ class EventIds:
         )
 
     def _tag(self, payload: bytes) -> bytes:
-        return hashlib.blake2b(payload, key=self._key, digest_size=TAG_SIZE).digest()
+        tag = self._empty_tag.copy()
+        tag.update(payload)
+        return tag.digest()
 
 
 def fits(request_id: RequestId) -> bool:
