@@ -338,7 +338,10 @@ class SqlSessionStore(SessionStore):
             turn: dict[UUID, int] = {}
             for position, claim in remaining.items():
                 turn.setdefault(claim.key, position)
-            rows = [(key, remaining[position].instance, remaining[position].restores) for key, position in turn.items()]
+            rows = [
+                (key, remaining[position].instance, remaining[position].restores)
+                for key, position in sorted(turn.items())
+            ]
             result = await attempt.connection.execute(self._sql.claim, self._sql.claims.parameters(rows))
             records = {row[0]: _record(row) for row in result}
             for key, position in turn.items():

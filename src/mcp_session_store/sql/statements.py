@@ -75,8 +75,8 @@ def told(dialect: Dialect, change: ReturningUpdate[Any]) -> sa.Select[Any] | Ret
 class SessionStatements:
     """The statements on the table of sessions of one namespace.
 
-    Those that change several rows lock them in the order of their keys first: two instances that
-    change the same sessions then wait for each other, and never in a circle.
+    Those that change several rows lock them first, one after the other in the order of their batch, which is that of
+    their keys: two instances that change the same sessions then wait for each other, and never in a circle.
 
     Args:
         dialect: The database they are for.
@@ -140,14 +140,7 @@ class SessionStatements:
         self.load = sa.select(*record).where(self.loads.among(table.c.key), self._live(now))
 
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
-        claimed = (
-            sa.select(*self.claims.c)
-            .join(table, table.c.key == self.claims.c.key)
-            .where(self.claims.among(table.c.key), self._live(now))
-            .order_by(table.c.key)
-            .with_for_update(of=table, key_share=True)
-            .cte("locked")
-        )
+        claimed = self.claims.found(lambda claimed: self._locked(claimed.key, self._live(now))).cte("locked")
         counted_already = (table.c.instance_hint == claimed.c.instance) & (table.c.restores > claimed.c.restores)
         self.claim = (
             sa.update(table)
@@ -178,14 +171,9 @@ class SessionStatements:
 
         self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
         # Ages count back from when the report came: a lock that it waits for does not make a session older.
-        touched = (
-            sa.select(*self.touches.c)
-            .join(table, table.c.key == self.touches.c.key)
-            .where(self.touches.among(table.c.key), self._live(ArrivalClock(-self.touches.c.first_age)))
-            .order_by(table.c.key)
-            .with_for_update(of=table, key_share=True)
-            .cte("locked")
-        )
+        touched = self.touches.found(
+            lambda touched: self._locked(touched.key, self._live(ArrivalClock(-touched.first_age)))
+        ).cte("locked")
         last = ArrivalClock(-touched.c.last_age)
         seen = sa.case((table.c.last_seen_at < last, last), else_=table.c.last_seen_at)
         self.touch = (
@@ -200,14 +188,7 @@ class SessionStatements:
         )
 
         self.ends = dialect.batch("ended", {"key": sa.Uuid(), "reason": sa.Text()})
-        ending = (
-            sa.select(*self.ends.c)
-            .join(table, table.c.key == self.ends.c.key)
-            .where(self.ends.among(table.c.key), self._live(now))
-            .order_by(table.c.key)
-            .with_for_update(of=table, key_share=True)
-            .cte("locked")
-        )
+        ending = self.ends.found(lambda ended: self._locked(ended.key, self._live(now))).cte("locked")
         self.end = told(
             dialect,
             sa.update(table)
@@ -234,6 +215,11 @@ class SessionStatements:
         self.changes = sa.select(clock.c.until, table.c.key, table.c.revision, table.c.end_reason).select_from(
             clock.outerjoin(table, changed)
         )
+
+    def _locked(self, key: sa.ColumnElement[Any], condition: sa.ColumnElement[bool]) -> sa.Select[Any]:
+        """One session, if it fulfils a condition, that nobody else changes until the end of the transaction."""
+        table = self._table
+        return sa.select(table.c.key).where(table.c.key == key, condition).with_for_update(of=table, key_share=True)
 
     def _live(self, moment: sa.ColumnElement[datetime]) -> sa.ColumnElement[bool]:
         return live(self._table, self._namespace, moment)
