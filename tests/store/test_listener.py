@@ -120,7 +120,7 @@ async def test_what_copies_must_learn_is_hinted_at_and_nothing_else(postgres_url
 
 async def test_changes_of_one_transaction_are_one_hint(postgres_url: str) -> None:
     async with two_stores(postgres_url) as (here, there), Hints(here) as hints:
-        keys = {(await there.create(new_session())).key for _ in range(50)}
+        keys = {(await there.create(new_session())).key for _ in range(20)}
         await asyncio.gather(*(there.end(key, reason=EndReason.CLIENT) for key in keys))
         assert set(await hints.next() or ()) == keys
 

@@ -127,7 +127,7 @@ class SqlSessionStore(SessionStore):
         self._creates = Batcher(self._database, self._create_all, writes=True)
         self._claims = Batcher(self._database, self._claim_all, writes=True)
         # Fewer than of the others: each may have very many events, and all of them go with it.
-        self._ends = Batcher(self._database, self._end_all, writes=True, max_batch=50)
+        self._ends = Batcher(self._database, self._end_all, writes=True, max_batch=20)
         # One item for each statement: a second initialize within a session is rare, and a touch is a batch.
         self._replacements = Batcher(self._database, self._replace_one, writes=True, max_batch=1)
         self._touches = Batcher(self._database, self._touch_one, writes=True, max_batch=1)
