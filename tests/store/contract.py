@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import sqlalchemy as sa
 
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.sql.tables import make_tables, sessions_table
 from mcp_session_store.store import DEFAULT_NAMESPACE
 from mcp_session_store.testing import EventLogConformance, MakeLog, MakeStore, SessionStoreConformance
-from tests.store.databases import age_events, age_tombstone, execute, expire, settled
+from tests.store.databases import age_events, age_tombstone, empty, expire, settled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,12 +26,12 @@ class SqlStoreConformance(SessionStoreConformance):
 
     @pytest.fixture
     def contract_url(self) -> str:
-        """The URL of a migrated database, whose sessions each test removes."""
+        """The URL of a migrated database, which each test empties."""
         raise NotImplementedError("override the fixture contract_url")
 
     @pytest.fixture
     async def make_store(self, anyio_backend: str, contract_url: str) -> AsyncIterator[MakeStore]:
-        await execute(contract_url, sa.delete(sessions_table()))
+        await empty(contract_url)
         stores: list[SqlSessionStore] = []
 
         def make(namespace: str) -> SessionStore:
@@ -57,13 +55,12 @@ class SqlEventLogConformance(EventLogConformance):
 
     @pytest.fixture
     def contract_url(self) -> str:
-        """The URL of a migrated database, whose sessions, events and instances each test removes."""
+        """The URL of a migrated database, which each test empties."""
         raise NotImplementedError("override the fixture contract_url")
 
     @pytest.fixture
     async def make_log(self, anyio_backend: str, contract_url: str) -> AsyncIterator[MakeLog]:
-        for table in reversed(make_tables().sorted_tables):
-            await execute(contract_url, sa.delete(table))
+        await empty(contract_url)
         made: list[tuple[SqlSessionStore, SqlEventLog]] = []
 
         def make(

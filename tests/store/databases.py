@@ -13,7 +13,7 @@ from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.dialects import StoreClock
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
-from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
+from mcp_session_store.sql.tables import events_table, logs_table, make_tables, sessions_table
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -69,6 +69,17 @@ async def execute(store_or_url: SessionStore | str, statement: str | sa.Executab
         async with engine.begin() as connection:
             result = await connection.execute(sa.text(statement) if isinstance(statement, str) else statement)
             return result.all() if result.returns_rows else []
+    finally:
+        await engine.dispose()
+
+
+async def empty(url: str) -> None:
+    """Remove all that is stored in a database."""
+    engine = make_migration_engine(*checked_url(url))
+    try:
+        async with engine.begin() as connection:
+            for table in reversed(make_tables().sorted_tables):
+                await connection.execute(sa.delete(table))
     finally:
         await engine.dispose()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 import sqlalchemy as sa
@@ -22,6 +23,7 @@ VERSION_TABLE: Final = "mcp_session_version"
 """Where Alembic notes the revision: not `alembic_version`, which may be the application's."""
 
 
+@functools.cache
 def make_tables(schema: str | None = None) -> sa.MetaData:
     """All tables of this package, in a schema of the database."""
     metadata = sa.MetaData(schema=schema)
