@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -161,7 +162,8 @@ class _Faulty:
         self, error: Exception, operations: Sequence[str], faults: dict[str, Callable[[], Awaitable[None]]]
     ) -> None:
         async def fail() -> None:
-            raise error
+            # One for each: what is raised again gathers the tracebacks of all times.
+            raise copy.copy(error)
 
         faults.update(dict.fromkeys(operations, fail))
 

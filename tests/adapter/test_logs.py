@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
-from mcp_session_store import RestoreRefused, SessionRecord, SessionRestoreMarker
+from mcp_session_store import (
+    EventTooLarge,
+    RestoreRefused,
+    SessionRecord,
+    SessionRestoreMarker,
+    StoreUnavailable,
+)
 from tests.adapter.asgi import until
 from tests.adapter.instances import Notes, instance, principal
+from tests.adapter.talking import Talking
+from tests.adapter.test_event_outages import all_stored
+from tests.adapter.test_resumption import opened
 from tests.support.http import INITIALIZE_PARAMS
 
 if TYPE_CHECKING:
     from tests.adapter.instances import RequestContext
-    from tests.adapter.stores import FaultyStore
+    from tests.adapter.stores import FaultyLog, FaultyStore
 
 pytestmark = pytest.mark.anyio
 
@@ -124,6 +134,46 @@ async def test_logs_hold_neither_session_ids_nor_payload(
         assert PAYLOAD not in text
         for session_id in ids:
             assert session_id not in text
+
+
+async def test_logs_of_events_hold_neither_session_ids_nor_event_ids_nor_payload(
+    store: FaultyStore, log: FaultyLog, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcp_session_store.adapter.resumption.RETRY", 0.01)
+    caplog.set_level(logging.DEBUG, logger="mcp_session_store")
+    secrets = [PAYLOAD]
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        for error in (StoreUnavailable("it is down"), EventTooLarge("it is too large"), RuntimeError("a bug")):
+            for operation in ("append", "read", "heads", "beat", "sweep"):
+                client = one.client()
+                secrets.append(await client.handshake(PARAMS))
+                call, exchange = await talking.call(client, request_id=f"{PAYLOAD}-{operation}")
+                stream = await opened(client)
+                await until(lambda exchange=exchange: exchange.last_event_id is not None)  # type: ignore[misc]
+                resumed = await opened(client, await exchange.leave())
+                log.failing(error, operation)
+                with contextlib.suppress(type(error)):
+                    await one.manager._recorder.beat()  # type: ignore[union-attr]
+                    await one.manager._sweep()
+                await call.say(PAYLOAD, PAYLOAD)
+                await call.tell(PAYLOAD, "\ud800")
+                call.answer("\ud800" if operation == "read" else PAYLOAD)
+                await client.open_stream(exchange.last_event_id).start()
+                log.lose(client.session_id)
+                await client.open_stream(stream.last_event_id).start()
+                log.up()
+                await all_stored(one)
+                await one.terminate(str(client.session_id))
+                secrets += [str(event.id) for some in (exchange, stream, resumed) for event in some.events if event.id]
+                await client.delete()
+    ours = [record for record in caplog.records if record.name.startswith("mcp_session_store")]
+    assert len({record.getMessage() for record in ours}) >= 4, "the scenario reaches most of what is logged"
+    formatter = logging.Formatter("%(message)s")
+    for record in ours:
+        text = formatter.format(record)
+        for secret in secrets:
+            assert secret not in text
 
 
 async def test_nobody_configures_the_root_logger(store: FaultyStore) -> None:

@@ -517,6 +517,9 @@ async def test_the_end_of_a_session_is_told_though_the_log_hangs(store: FaultySt
         await resumed.end()
         assert told(connected.messages) == ["Session ended"]
         assert told(resumed.messages) == ["ended"]
+        await until(lambda: not one.manager._residents._leaving)
+        await one_more_turn()
+        # Its events are gone with it: none is asked for, and none is stored.
         assert held.calls == 0
 
 

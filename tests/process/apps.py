@@ -112,6 +112,8 @@ class Talk:
     """Seconds between two things that it says."""
     leaves_before: tuple[int, ...] = ()
     """What it says only when it has closed its stream, for the client to come back."""
+    padding: int = 0
+    """Dots at the end of each thing that it says."""
 
 
 async def _talk(
@@ -126,7 +128,7 @@ async def _talk(
         await _may_say(talk.call, number)
         if number in talk.leaves_before:
             await leave()
-        await report(number, talk.count, f"{talk.call} {number}")
+        await report(number, talk.count, f"{talk.call} {number}{'.' * talk.padding}")
         await anyio.sleep(talk.pause)
     await _may_say(talk.call, talk.count)
     await _note_handshake(f"talked {talk.call}", ctx)
@@ -156,8 +158,10 @@ def _mcpserver() -> MCPServer:
         return _who(ctx, ctx.session.client_params)
 
     @server.tool(structured_output=False)
-    async def talk(ctx: Context, call: str, count: int, pause: float = 0.0, leaves_before: tuple[int, ...] = ()) -> str:
-        arguments = Talk(call=call, count=count, pause=pause, leaves_before=leaves_before)
+    async def talk(
+        ctx: Context, call: str, count: int, pause: float = 0.0, leaves_before: tuple[int, ...] = (), padding: int = 0
+    ) -> str:
+        arguments = Talk(call=call, count=count, pause=pause, leaves_before=leaves_before, padding=padding)
         return await _talk(arguments, ctx, ctx.report_progress, ctx.close_sse_stream)
 
     @server.tool(structured_output=False)

@@ -203,7 +203,7 @@ class Talking:
         if "method" in message:
             progress = message["params"]
             assert message["method"] == "notifications/progress"
-            assert (progress["progressToken"], progress["message"]) == (
+            assert (progress["progressToken"], progress["message"].rstrip(".")) == (
                 self.name,
                 f"{self.name} {progress['progress']:.0f}",
             )

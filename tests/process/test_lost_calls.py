@@ -12,13 +12,13 @@ from mcp_types import CONNECTION_CLOSED
 from tests.process.clients import PATIENCE, Talking, official_client, until
 from tests.support.http import RawClient
 from tests.support.proxy import RoundRobinProxy
+from tests.support.servers import ServerProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tests.process.conftest import Application
     from tests.process.records import Records
-    from tests.support.servers import ServerProcess
 
 pytestmark = pytest.mark.anyio
 
@@ -93,11 +93,23 @@ async def test_a_call_whose_process_is_killed_ends_with_an_error_and_is_not_run_
         assert (await client.call_tool("whoami")).status == 200
 
 
-async def test_a_call_of_the_official_client_whose_process_is_killed_ends_with_an_error(
-    application: Application, store_url: str
+@pytest.mark.parametrize(
+    ("stop", "instance_timeout"),
+    [(ServerProcess.kill, INSTANCE_TIMEOUT), (ServerProcess.terminate, FOR_EVER)],
+    ids=["killed", "stopped"],
+)
+async def test_a_call_of_the_official_client_whose_process_goes_away_ends_with_an_error(
+    application: Application, store_url: str, stop: Callable[[ServerProcess], object], instance_timeout: float
 ) -> None:
+    # Whoever is stopped tells it himself.
     servers = [
-        application.serve(store_url, events=True, instance_timeout=INSTANCE_TIMEOUT, retry_interval=50)
+        application.serve(
+            store_url,
+            events=True,
+            instance_timeout=instance_timeout,
+            retry_interval=50,
+            options=["--timeout-graceful-shutdown", "1"],
+        )
         for _ in range(2)
     ]
     application.hold("lost")
@@ -107,15 +119,15 @@ async def test_a_call_of_the_official_client_whose_process_is_killed_ends_with_a
         official_client(proxy.mcp_url) as official,
     ):
 
-        async def kill() -> None:
+        async def go_away() -> None:
             await until(lambda: official.said.get("lost") == [*range(HALF)], "the call has said half")
             (run,) = application.handshakes("talk lost", replayed=False)
             (running,) = (server for server in servers if server.pid == run.pid)
-            await anyio.to_thread.run_sync(running.kill)
+            await anyio.to_thread.run_sync(stop, running)
 
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as group:
-                group.start_soon(kill)
+                group.start_soon(go_away)
                 with pytest.raises(MCPError) as failure:
                     await official.talk("lost", count=COUNT)
 
@@ -132,7 +144,7 @@ async def test_a_call_whose_process_is_stopped_ends_with_an_error_at_once(
     # What a killed process would leave unsaid for so long, one that is stopped says itself.
     running, other = (
         application.serve(
-            store_url, events=True, instance_timeout=FOR_EVER, options=["--timeout-graceful-shutdown", "5"]
+            store_url, events=True, instance_timeout=FOR_EVER, options=["--timeout-graceful-shutdown", "1"]
         )
         for _ in range(2)
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -14,6 +15,8 @@ from tests.support.http import RawClient
 from tests.support.proxy import RoundRobinProxy
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from tests.process.clients import OfficialClient
     from tests.process.conftest import Application
     from tests.support.servers import ServerProcess
@@ -76,11 +79,27 @@ async def test_a_reader_that_is_killed_at_each_event_follows_a_call_that_goes_on
         assert application.runs("live") == 1
 
 
-async def _talk_at_once(official: OfficialClient, calls: int, *, count: int, pause: float) -> None:
-    """Have so many calls run beside each other, which must all end well; the client has all that they said."""
+async def _talk_at_once(official: OfficialClient, calls: int, **arguments: Any) -> None:
+    """Have so many calls run beside each other, which must all end well."""
     async with anyio.create_task_group() as group:
         for number in range(calls):
-            group.start_soon(partial(official.talk, f"call-{number}", count=count, pause=pause))
+            group.start_soon(partial(official.talk, f"call-{number}", **arguments))
+
+
+@asynccontextmanager
+async def _cutting(proxy: RoundRobinProxy) -> AsyncIterator[None]:
+    """Meanwhile all streams that can be resumed are cut again and again."""
+
+    async def cut() -> None:
+        while True:
+            # The moment matters to nobody.
+            await anyio.sleep(0.2)
+            proxy.cut_streams()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(cut)
+        yield
+        group.cancel_scope.cancel()
 
 
 async def test_the_official_client_whose_connections_are_cut_again_and_again_misses_nothing(
@@ -134,3 +153,76 @@ async def test_the_official_client_whose_connections_are_reset_comes_back_for_th
     assert official.said == {name: everything(count) for name in names}
     assert [application.runs(name) for name in names] == [1] * calls
     assert len(official.resumed_after) >= calls
+
+
+async def test_a_server_that_closes_a_stream_has_its_client_come_back_to_any_process(
+    application: Application, pair: tuple[ServerProcess, ServerProcess]
+) -> None:
+    running, other = pair
+    application.hold("poll")
+    application.let_say("poll", 3)
+    async with RawClient(running.mcp_url) as client:
+        await client.handshake()
+        call = Talking(client, "poll", count=9, leaves_before=[3, 6])
+        async with call.connected(running):
+            await call.take(1 + 3)
+            application.let_say("poll")
+            # The stream is closed, without a word.
+            await call.take()
+        assert call.said == [*range(3)]
+        async with call.connected(running):
+            await call.take(1)
+            application.let_say("poll", 2)
+            await call.take(2)
+            application.let_say("poll")
+            # A stream that was resumed is closed as well.
+            await call.take()
+        assert call.said == [*range(6)]
+        application.release("poll")
+        await call.read(other)
+
+        assert call.said == everything(9)
+        assert len(set(call.event_ids)) == len(call.event_ids) == 1 + 9 + 1
+        assert call.retry == {RETRY}
+        assert application.runs("poll") == 1
+
+
+async def test_the_official_client_polls_a_call_that_closes_its_stream(
+    application: Application, pair: tuple[ServerProcess, ServerProcess]
+) -> None:
+    calls, leaves = 4, (0, 5, 6, 19)
+    async with RoundRobinProxy([server.port for server in pair]) as proxy, official_client(proxy.mcp_url) as official:
+        with anyio.fail_after(PATIENCE):
+            await _talk_at_once(official, calls, count=20, pause=0.05, leaves_before=leaves)
+        assert official.said == {f"call-{number}": everything(20) for number in range(calls)}
+        assert len(official.resumed_after) >= calls
+        assert official.statuses.keys() <= {200, 202}
+        assert [application.runs(call) for call in official.said] == [1] * calls
+
+
+# What differs between the databases does so for all frameworks alike.
+@pytest.mark.parametrize(
+    ("app", "database_url"),
+    [("mcpserver", "postgres"), ("mcpserver", "sqlite"), ("lowlevel", "postgres"), ("fastmcp", "sqlite")],
+    indirect=["database_url"],
+)
+async def test_workers_of_one_server_go_on_with_the_streams_of_each_other(
+    application: Application, store_url: str, app: str
+) -> None:
+    server = application.serve(store_url, app, workers=4, events=True, retry_interval=RETRY)
+    await until(lambda: server.log().count("Application startup complete") == 4, "all workers have started")
+    calls = 6
+    async with (
+        RoundRobinProxy([server.port], version="1.0") as proxy,
+        official_client(proxy.mcp_url) as official,
+        _cutting(proxy),
+    ):
+        with anyio.fail_after(2 * PATIENCE):
+            await _talk_at_once(official, calls, count=20, pause=0.05, leaves_before=(10,))
+
+    assert official.said == {f"call-{number}": everything(20) for number in range(calls)}
+    assert [application.runs(call) for call in official.said] == [1] * calls
+    assert len(official.resumed_after) > calls
+    assert official.statuses.keys() <= {200, 202}
+    # More than one of them had something of the session.
+    assert application.handshakes(replayed=True)
