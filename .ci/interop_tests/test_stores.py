@@ -12,15 +12,17 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from interop_tests.pgbouncer import POOL_SIZE
-from mcp_session_store import Activity, EndReason, StoreUnavailable
-from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store import Activity, EndReason, EventPolicy, StoreUnavailable
+from mcp_session_store.retention import EventSweepReport
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
 from mcp_session_store.sql.database import BadData
-from mcp_session_store.testing import new_session
-from tests.store.contract import SqlStoreConformance
+from mcp_session_store.testing import new_event, new_session
+from tests.store.contract import SqlEventLogConformance, SqlStoreConformance
 from tests.store.databases import execute, settled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
+    from uuid import UUID
 
     from interop_tests.pgbouncer import PgBouncer
 
@@ -30,6 +32,12 @@ STORES = 8
 
 
 class TestContract(SqlStoreConformance):
+    @pytest.fixture
+    def contract_url(self, shared_url: str) -> str:
+        return shared_url
+
+
+class TestEventContract(SqlEventLogConformance):
     @pytest.fixture
     def contract_url(self, shared_url: str) -> str:
         return shared_url
@@ -77,11 +85,31 @@ async def use(store: SqlSessionStore, *, sessions: int = 20) -> None:
     assert not_live == set()
     assert replaced == [True] * sessions
     assert unknown is None
+    await use_events(store, keys)
     ended, kept = keys[::2], keys[1::2]
     assert await asyncio.gather(*(store.end(key, reason=EndReason.CLIENT) for key in ended)) == [True] * len(ended)
     assert await asyncio.gather(*map(store.load, ended)) == [None] * len(ended)
     left = await asyncio.gather(*map(store.load, kept))
     assert [record and (record.key, record.client_name) for record in left] == [(key, str(key)) for key in kept]
+
+
+async def use_events(store: SqlSessionStore, keys: Sequence[UUID]) -> None:
+    """Every kind of call for events, of sessions that have none yet."""
+    log = SqlEventLog(store, policy=EventPolicy(max_events_per_session=10))
+    for again in (False, True):
+        appends = (log.append(key, [new_event(n) for n in range(3)], again=again) for key in keys)
+        assert await asyncio.gather(*appends) == [1] * len(keys)
+    many = [new_event(n) for n in range(3, 12)]
+    alone, *_ = await asyncio.gather(log.append(keys[0], many), log.follow(keys), log.heads(keys), log.beat("instance"))
+    assert alone == 4
+    pages = await asyncio.gather(*(log.read(key, "instance.1", after=0) for key in keys))
+    found = [[event.position for event in page.events] for page in pages if page is not None]
+    # The most that a log may have, less a tenth, are left of one that had more.
+    assert found == [list(range(3, 12)), *([[0, 1, 2]] * (len(keys) - 1))]
+    assert await log.heads(keys) == dict.fromkeys(keys, 3) | {keys[0]: 12}
+    assert await log.sweep() == EventSweepReport()
+    await log.aclose()
+    await settled(store, log)
 
 
 async def server_connections(database_url: str) -> int:
@@ -187,4 +215,9 @@ async def test_bad_data_keeps_no_server_connection(migrated_url: str) -> None:
             # Found by the driver, when the statement has been prepared and its values are to be sent.
             with pytest.raises(BadData):
                 await store.create(new_session(client_name="\ud800"))
+            log = SqlEventLog(store)
+            key = (await store.create(new_session())).key
+            with pytest.raises(BadData):
+                await log.append(key, [new_event(message="\ud800")])
+            await log.aclose()
         await asyncio.gather(*map(use, stores))

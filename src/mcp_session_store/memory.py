@@ -336,6 +336,9 @@ class MemoryEventLog(EventLog):
         return self._data.logs.get(key) if self._store._row(key) is not None else None
 
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
+        for event in events:
+            # A lone surrogate is taken here no more than by a database.
+            (event.message or "").encode()
         if sum(map(message_bytes, events)) > self.policy.max_bytes_per_session:
             raise EventTooLarge(
                 f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"

@@ -237,8 +237,11 @@ class StoredEvent:
 
 
 def message_bytes(event: NewEvent | StoredEvent) -> int:
-    """How many bytes an event counts for: those of its message, in UTF-8."""
-    return 0 if event.message is None else len(event.message.encode())
+    """How many bytes an event counts for: those of its message, in UTF-8.
+
+    Of one that cannot be encoded, too: to refuse it is up to the log.
+    """
+    return 0 if event.message is None else len(event.message.encode(errors="surrogatepass"))
 
 
 def instance_name(instance: str) -> str:

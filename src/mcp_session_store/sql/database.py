@@ -9,6 +9,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from mcp_session_store.errors import (
     ConfigurationError,
     SchemaBehind,
@@ -344,6 +346,8 @@ class Lease:
             return await work(Attempt(self._connection, repeated))
         except Exception as error:
             failure = self._database.ours(error)
+            if meaning_of(error) is Meaning.BROKEN and not isinstance(error, SQLAlchemyError):
+                await self._show_that_it_is_broken()
             # After bad data too: a statement whose values could not be sent is still open on the server, in a
             # transaction that asyncpg does not end, and behind PgBouncer that keeps a server connection from others.
             await self._release(broken=True)
@@ -359,6 +363,12 @@ class Lease:
             await self._release(broken=True)
             raise
         raise failure
+
+    async def _show_that_it_is_broken(self) -> None:
+        """Let SQLAlchemy see what was met beside it: then it takes no other connection from its pool that is as old."""
+        if self._connection is not None:
+            with contextlib.suppress(Exception):
+                await self._connection.exec_driver_sql("SELECT 1")
 
     async def _release(self, *, broken: bool) -> None:
         connection, self._connection = self._connection, None
