@@ -134,50 +134,6 @@ async def test_a_call_that_has_said_nothing_since_goes_on_though_the_log_was_tri
         assert told(resumed.messages) == ["z", "done"]
 
 
-async def test_a_call_that_has_said_nothing_for_long_goes_on_on_another_instance_too(
-    store: FaultyStore, clock: Clock
-) -> None:
-    log = FaultyLog(store, policy=EventPolicy(max_age=timedelta(minutes=5)))
-    talking = Talking()
-    async with (
-        instance(store, talking.notes, events=log) as one,
-        instance(store, events=log) as two,
-    ):
-        client = one.client()
-        session_id = await client.handshake()
-        silent, exchange = await talking.call(client, request_id="silent")
-        await silent.say("a")
-        await hears(exchange, "a")
-        last_event_id = await exchange.leave()
-        missed, exchange = await talking.call(client, request_id="eight")
-        await missed.say("b")
-        await hears(exchange, "b")
-        missed_event_id = str(exchange.events[0].id)
-        await exchange.leave()
-        await Ids.of(client, talking, "c")
-        recorder = one.manager._recorder
-        assert recorder is not None
-        count = len(log.stored(session_id))
-        clock.advance(timedelta(minutes=2))
-        await recorder.beat()
-        assert len(log.stored(session_id)) == count
-        clock.advance(timedelta(minutes=4))
-        for _ in range(2):
-            await recorder.beat()
-            assert len(log.stored(session_id)) == count + 2
-        await one.manager._sweep()
-        assert len(log.stored(session_id)) == 2
-        resumed = await opened(two.client(session_id), last_event_id)
-        await silent.say("z")
-        silent.answer()
-        await resumed.end()
-        assert told(resumed.messages) == ["z", "done"]
-        back = two.client(session_id).open_stream(missed_event_id)
-        await back.end()
-        assert told(back.messages) == ["trimmed"]
-        missed.answer()
-
-
 async def test_a_call_that_is_trimmed_while_its_client_does_not_read_ends_with_an_error(store: FaultyStore) -> None:
     log = FaultyLog(store, policy=FEW)
     talking = Talking()

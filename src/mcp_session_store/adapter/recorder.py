@@ -71,14 +71,10 @@ class Recorded:
 class CallStream:
     """The stream of one call that runs in this instance."""
 
-    key: UUID
-    """Its session."""
     name: str
     request_id: RequestId
     resumable: bool
     """Whether its client comes back for what it misses."""
-    stored_at: float
-    """When its last event was stored, or it began, by anyio's clock."""
     identified: bool = False
     """Whether its client may have been given an id to come back with."""
     answer: NewEvent | None = None
@@ -87,12 +83,6 @@ class CallStream:
     """Of the next event."""
     previous: int = -1
     """Of the last one that a reader must have seen."""
-
-    def next_event(self, kind: EventKind, message: str | None) -> NewEvent:
-        """An event that follows all others of the call."""
-        position = self.position
-        self.position += 1
-        return NewEvent(stream=self.name, position=position, previous=self.previous, kind=kind, message=message)
 
 
 @dataclass(slots=True)
@@ -137,10 +127,10 @@ class EventRecorder:
         """Whether events cannot be stored for now."""
         return self._down
 
-    def begin(self, key: UUID, request_id: RequestId, *, resumable: bool) -> CallStream:
-        """The stream of a call of a session that begins, under a name that no other has, on any instance."""
+    def begin(self, request_id: RequestId, *, resumable: bool) -> CallStream:
+        """The stream of a call that begins, under a name that no other has, on any instance."""
         self._streams += 1
-        stream = CallStream(key, f"{self.name}.{self._streams:x}", request_id, resumable, anyio.current_time())
+        stream = CallStream(f"{self.name}.{self._streams:x}", request_id, resumable)
         self.unfinished[stream.name] = stream
         return stream
 
@@ -191,8 +181,6 @@ class EventRecorder:
         if sequence is not None:
             for place, event in enumerate(events):
                 self.following.moved(key, event.stream, sequence + place)
-                if (stream := self.unfinished.get(event.stream)) is not None:
-                    stream.stored_at = anyio.current_time()
         return sequence
 
     async def _store_instead(self, key: UUID, event: NewEvent, error: Exception) -> Recorded:
@@ -250,7 +238,7 @@ class EventRecorder:
             logger.info("events can be stored again; %d sessions have some that were kept", len(self._kept))
 
     async def beat(self) -> None:
-        """Note that this instance runs, and with it its calls, also those that say nothing.
+        """Note that this instance runs.
 
         Raises:
             SessionStoreError: It cannot be done now.
@@ -264,21 +252,6 @@ class EventRecorder:
         if not self._noted:
             self._noted = True
             self._came_up()
-        await self._keep_places()
-
-    async def _keep_places(self) -> None:
-        """Store an empty event of each call that has said nothing for long.
-
-        Where all that its client has an id of is removed, it tells other instances that nothing was missed.
-        """
-        max_age = self.log.policy.max_age
-        if max_age is None or self._down:
-            return
-        before = anyio.current_time() - max_age.total_seconds() / 2
-        for stream in list(self.unfinished.values()):
-            if stream.identified and stream.answer is None and stream.stored_at < before:
-                event = stream.next_event(EventKind.PRIMING, None)
-                await self.record(stream.key, event, give=lambda _: False)
 
     async def recover(self) -> None:
         """Find out whether events can be stored again, and store what is kept.

@@ -104,7 +104,7 @@ class SessionEvents(EventStore):
         if (forgotten := self._calls.get(stream_id)) is not None and forgotten.answer is None:
             # The client uses the id of a call that runs; the SDK answers the later one with whatever comes first.
             await self._lose(forgotten)
-        stream = self._calls[stream_id] = self.recorder.begin(self.key, request_id, resumable=resumable)
+        stream = self._calls[stream_id] = self.recorder.begin(request_id, resumable=resumable)
         if not resumable or self.recorder.down:
             return None
         event_id = await self._never_raising(stream, stream_id, None)
@@ -240,7 +240,7 @@ class SessionEvents(EventStore):
 
     async def _lose(self, stream: CallStream) -> None:
         text = error_message(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
-        await self.recorder.record(self.key, stream.next_event(EventKind.ERROR, text), give=lambda _: False)
+        await self.recorder.record(self.key, _event(stream, EventKind.ERROR, text), give=lambda _: False)
 
     # Both
 
@@ -265,7 +265,7 @@ class SessionEvents(EventStore):
             self._position += 1
             event = NewEvent(stream=STANDALONE_STREAM, position=self._position, kind=kind, message=text)
         else:
-            event = stream.next_event(kind, text)
+            event = _event(stream, kind, text)
             if kind.final:
                 stream.answer = event
         recorded = await self.recorder.record(
@@ -321,6 +321,13 @@ class SessionEvents(EventStore):
 
 NOT_JSON: Final = "The answer to the call cannot be written as JSON."
 LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
+
+
+def _event(stream: CallStream, kind: EventKind, text: str | None) -> NewEvent:
+    """The next event of a call."""
+    position = stream.position
+    stream.position += 1
+    return NewEvent(stream=stream.name, position=position, previous=stream.previous, kind=kind, message=text)
 
 
 def _kind_of(message: JSONRPCMessage | None) -> EventKind:
