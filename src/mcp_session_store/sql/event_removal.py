@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from mcp_session_store.sql.dialects import ONE, ByteLength, NotLookedUp
-from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
+from mcp_session_store.sql.tables import events_table, logs_table
 from mcp_session_store.sql.transactions import transaction
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class EventTrimming:
         schema: Where the tables are; the connection's default unless given.
         namespace: Whose sessions.
         policy: Which events.
-        standalone: Whether any log without events is removed, because nobody says when its session ends.
+        standalone: Whether a log without events is removed, because nobody says when its session ends.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class EventTrimming:
     ) -> None:
         self._dialect = dialect
         self._policy = policy
-        logs, events, sessions = logs_table(schema), events_table(schema), sessions_table(schema)
+        logs, events = logs_table(schema), events_table(schema)
         name = sa.literal(namespace, sa.Text)
         too_old: sa.ColumnElement[Any] = (
             sa.null() if policy.max_age is None else dialect.kept_since(events, policy.max_age)
@@ -157,11 +157,8 @@ class EventTrimming:
         )
 
         self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(left_of(logs, events))
-        # Without a record there is nobody who ends the session: none is kept, or it was removed by a version of this
-        # package that knows of no events.
-        is_known = sa.select(sessions.c.key).where(sessions.c.key == logs.c.key).exists()
-        self._forget_empty = sa.delete(logs).where(
-            self._keys.among(logs.c.key), logs.c.oldest_at.is_(None), sa.true() if standalone else ~is_known
+        self._forget_empty = (
+            sa.delete(logs).where(self._keys.among(logs.c.key), logs.c.oldest_at.is_(None)) if standalone else None
         )
 
     async def due(self, attempt: Attempt, *, limit: int) -> list[UUID]:
@@ -203,7 +200,8 @@ class EventTrimming:
                 removed = (await execute(self._remove, parameters)).rowcount
             locked = self._keys.parameters([(log.key,) for log in logs])
             await execute(self._note, locked)
-            await execute(self._forget_empty, locked)
+            if self._forget_empty is not None:
+                await execute(self._forget_empty, locked)
         sequences = {log.key: log.sequence for log in logs}
         return removed, any(up_to == at_most[key] < sequences[key] for key, up_to in cuts)
 
