@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
+from uuid import UUID
 
 import anyio
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
     from types import TracebackType
     from typing import Self
-    from uuid import UUID
 
     from mcp_session_store.records import (
         Activity,
@@ -33,6 +33,7 @@ __all__ = [
     "EVENT_PAGE",
     "EVENT_SWEEP_LIMIT",
     "MAX_JOURNAL_ENTRIES",
+    "NO_SESSION",
     "STANDALONE_STREAM",
     "SWEEP_LIMIT",
     "EventLog",
@@ -49,6 +50,9 @@ SWEEP_LIMIT: Final = 100
 
 STANDALONE_STREAM: Final = "*"
 """The stream of a session that belongs to no call: what a client gets by GET. All instances share it."""
+
+NO_SESSION: Final = UUID(int=0)
+"""The key of no session: an event of it is never stored, and trying to tells whether others would be."""
 
 EVENT_PAGE: Final = 500
 """Events that are read at once, unless it is told otherwise."""

@@ -325,7 +325,7 @@ async def test_an_empty_id_is_none(store: FaultyStore, log: FaultyLog) -> None:
 def test_an_id_that_was_written_is_read_as_it_was(request_id: str | int | None, final: bool) -> None:
     ids = EventIds(session_key("a session"))
     stream = STANDALONE_STREAM if request_id is None else "01234567.ffffffff"
-    cursor = Cursor(stream=stream, sequence=2**63 - 1, position=2**62, request_id=request_id, final=final)
+    cursor = Cursor(stream=stream, sequence=2**62 - 1, position=2**63 - 1, request_id=request_id, final=final)
     written = ids.write(cursor)
     read = ids.read(written)
     assert read == cursor
@@ -333,6 +333,12 @@ def test_an_id_that_was_written_is_read_as_it_was(request_id: str | int | None, 
     assert len(written) < 400
     assert EventIds(session_key("another session")).read(written) is None
     assert request_id is None or fits(request_id)
+
+
+@pytest.mark.parametrize(("sequence", "position"), [(2**62, 0), (-1, 0), (0, 2**63), (0, -1)])
+def test_an_id_of_a_place_that_no_event_can_have_is_not_read(sequence: int, position: int) -> None:
+    ids = EventIds(session_key("a session"))
+    assert ids.read(ids.write(Cursor(stream="01234567.1", sequence=sequence, position=position, request_id=1))) is None
 
 
 @pytest.mark.parametrize("request_id", LONG_IDS, ids=range(len(LONG_IDS)))

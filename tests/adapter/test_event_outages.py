@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 from mcp_session_store import EventPolicy, EventTooLarge, SchemaBehind, StoreUnavailable
 from mcp_session_store.adapter import recorder as recorder_module
 from mcp_session_store.records import EventKind
+from mcp_session_store.store import STANDALONE_STREAM
 from tests.adapter.asgi import PATIENCE, until
 from tests.adapter.instances import instance
 from tests.adapter.stores import FaultyLog
@@ -121,6 +123,28 @@ async def ids_come_back(client: Client, talking: Talking) -> None:
             if [event.id is None for event in exchange.events] == [False] * 3:
                 return
             await anyio.sleep(0.05)
+
+
+async def test_what_was_kept_is_stored_once_though_storing_it_is_cut_short_by_the_end_of_its_instance(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        call, _ = await talking.call(client)
+        log.down("append")
+        await call.tell("a", "b", "c")
+        log.up()
+        # First it is tried whether anything can be stored.
+        probing = log.hold("append", after=True)
+        await probing.wait_entered()
+        storing = log.hold("append", after=True)
+        probing.release()
+        await storing.wait_entered()
+        log.up()
+    assert told([json.loads(message) for message in log.messages(session_id)][:3]) == ["a", "b", "c"]
+    assert len([stream for stream, _ in log.streams(session_id) if stream == STANDALONE_STREAM]) == 3
 
 
 async def test_an_event_that_takes_too_long_to_store_goes_out_then(store: FaultyStore, log: FaultyLog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -570,6 +571,72 @@ async def test_an_instance_that_stops_closes_its_streams_and_says_so(
         call.answer()
         await resumed.end()
         assert told(resumed.messages) == ["done"]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+async def test_answers_on_their_way_to_the_log_are_stored_before_their_instance_stops(
+    store: FaultyStore, log: FaultyLog, after: bool
+) -> None:
+    talking = Talking()
+    async with anyio.create_task_group() as tasks:
+        async with instance(store, talking.notes, events=log) as one:
+            client = one.client()
+            session_id = await client.handshake()
+            first, first_id = await away(talking, client)
+            second, second_id = await away(talking, client)
+            running, running_id = await away(talking, client)
+            held = log.hold("append", after=after)
+            first.answer("one")
+            await held.wait_entered()
+            # It waits for the one before.
+            second.answer("two")
+            await one_more_turn()
+
+            async def release() -> None:
+                await anyio.sleep(0.2)
+                log.up()
+                held.release()
+
+            tasks.start_soon(release)
+        assert running.cancelled
+        assert log.background["retire"] == 1
+    assert told([json.loads(message) for message in log.messages(session_id)][:2]) == ["one", "two"]
+    async with instance(store, events=log) as two:
+        for last_event_id, answer in ((first_id, "one"), (second_id, "two"), (running_id, "lost")):
+            resumed = two.client(session_id).open_stream(last_event_id)
+            await resumed.end()
+            assert told(resumed.messages) == [answer]
+
+
+async def test_an_answer_whose_copy_is_leaving_is_stored_before_its_instance_stops(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with anyio.create_task_group() as tasks, instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        call, last_event_id = await away(talking, client)
+        held = log.hold("append")
+        call.answer("precious")
+        await held.wait_entered()
+        # Storing it is cancelled, and begun again.
+        again = log.hold("append")
+        session = one.manager._residents.get(session_id)
+        assert session is not None
+        await one.manager._residents.evict(session)
+        await again.wait_entered()
+
+        async def release() -> None:
+            await until(lambda: again.calls > 1)
+            log.up()
+            again.release()
+
+        tasks.start_soon(release)
+    async with instance(store, events=log) as two:
+        resumed = two.client(session_id).open_stream(last_event_id)
+        await resumed.end()
+        assert told(resumed.messages) == ["precious"]
+    assert len(log.messages(session_id)) == 1
 
 
 async def test_a_call_that_went_out_live_is_over(store: FaultyStore, log: FaultyLog) -> None:

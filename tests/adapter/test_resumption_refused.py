@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from mcp.server.streamable_http import EventMessage, EventStore
 from mcp.server.transport_security import TransportSecuritySettings
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http import EventCallback
     from mcp_types import JSONRPCMessage
 
+    from mcp_session_store.records import EventPage
     from tests.adapter.asgi import Exchange
     from tests.adapter.instances import Clock
     from tests.adapter.stores import FaultyStore
@@ -132,6 +135,110 @@ async def test_a_call_that_has_said_nothing_since_goes_on_though_the_log_was_tri
         call.answer()
         await resumed.end()
         assert told(resumed.messages) == ["z", "done"]
+
+
+async def test_a_call_with_a_gap_in_what_is_read_ends_with_an_error(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, exchange = await talking.call(client, request_id="seven")
+        await call.say("a", "b", "c")
+        await hears(exchange, "a", "b", "c")
+        last_event_id = str(exchange.events[0].id)
+        await exchange.leave()
+        read = log.inner.read
+
+        async def with_gap(*args: Any, **kwargs: Any) -> EventPage | None:
+            page = await read(*args, **kwargs)
+            return page and replace(page, events=[event for event in page.events if event.position != 2])
+
+        log.inner.read = with_gap  # type: ignore[method-assign]
+        await ends_a_call(client, last_event_id, "trimmed", "a")
+        call.answer()
+
+
+async def test_a_call_that_has_said_nothing_for_long_goes_on_on_another_instance_too(
+    store: FaultyStore, clock: Clock
+) -> None:
+    log = FaultyLog(store, policy=EventPolicy(max_age=timedelta(minutes=5)))
+    talking = Talking()
+    async with (
+        instance(store, talking.notes, events=log) as one,
+        instance(store, events=log) as two,
+    ):
+        client = one.client()
+        session_id = await client.handshake()
+        silent, exchange = await talking.call(client, request_id="silent")
+        await silent.say("a")
+        await hears(exchange, "a")
+        last_event_id = await exchange.leave()
+        missed, exchange = await talking.call(client, request_id="missed")
+        await missed.say("b")
+        await hears(exchange, "b")
+        missed_event_id = str(exchange.events[0].id)
+        await exchange.leave()
+        await Ids.of(client, talking, "c")
+        recorder = one.manager._recorder
+        assert recorder is not None
+        count = len(log.stored(session_id))
+        # What has been said since it was last looked is not old.
+        await recorder.refresh()
+        assert len(log.stored(session_id)) == count
+        clock.advance(timedelta(minutes=6))
+        for refreshed in (2, 2, 4):
+            await recorder.refresh()
+            assert len(log.stored(session_id)) == count + refreshed
+        await one.manager._sweep()
+        assert len(log.stored(session_id)) == 4
+        resumed = await opened(two.client(session_id), last_event_id)
+        await silent.say("z")
+        silent.answer()
+        await resumed.end()
+        assert told(resumed.messages) == ["z", "done"]
+        back = two.client(session_id).open_stream(missed_event_id)
+        await back.end()
+        assert told(back.messages) == ["trimmed"]
+        missed.answer()
+
+
+async def test_silent_calls_are_looked_at_by_age(store: FaultyStore) -> None:
+    log = FaultyLog(store, policy=EventPolicy(max_age=timedelta(seconds=1)))
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        call, exchange = await talking.call(client)
+        await until(lambda: len(log.stored(session_id)) > 2)
+        call.answer()
+        await exchange.end()
+        assert told(exchange.messages) == ["done"]
+
+
+async def test_a_call_whose_event_is_on_its_way_is_not_silent(store: FaultyStore) -> None:
+    log = FaultyLog(store, policy=EventPolicy(max_age=timedelta(minutes=5)))
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        call, exchange = await talking.call(client)
+        await until(lambda: exchange.last_event_id is not None)
+        recorder = one.manager._recorder
+        assert recorder is not None
+        held = log.hold("append")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call.say, "a")
+            await held.wait_entered()
+            for _ in range(3):
+                await recorder.refresh()
+            held.release()
+        await hears(exchange, "a")
+        assert [event.position for event in log.stored(session_id)] == [0, 1]
+        log.failing(StoreUnavailable("it is down"), "append")
+        await call.say("b")
+        for _ in range(3):
+            await recorder.refresh()
+        assert len(log.stored(session_id)) == 2
 
 
 async def test_a_call_that_is_trimmed_while_its_client_does_not_read_ends_with_an_error(store: FaultyStore) -> None:

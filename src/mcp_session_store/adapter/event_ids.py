@@ -26,7 +26,9 @@ MAX_EVENT_ID: Final = 400
 """Characters; ours have fewer."""
 MAX_REQUEST_ID: Final = 100
 """Bytes of a request id, as JSON, that an event id has room for."""
-_MAX_NUMBER: Final = 2**63
+_MAX_SEQUENCE: Final = 2**62
+"""Far beyond what there is, and with room to count on from it in 64 bits."""
+_MAX_POSITION: Final = 2**63
 _FINAL: Final = "!"
 
 
@@ -94,22 +96,17 @@ class EventIds:
         # Who knows the session's id could have written it himself.
         try:
             sequence, position, stream, final, *request = payload.decode(errors="surrogatepass").split("/", 4)
-            numbers = int(sequence, 16), int(position, 16)
+            cursor = Cursor(stream, int(sequence, 16), int(position, 16), final=final == _FINAL)
             request_id = json.loads(request[0]) if request else None
         except ValueError:
             return None
-        standalone = stream == STANDALONE_STREAM
-        if not all(0 <= number < _MAX_NUMBER for number in numbers) or standalone != (request_id is None):
+        if not (0 <= cursor.sequence < _MAX_SEQUENCE and 0 <= cursor.position < _MAX_POSITION):
+            return None
+        if cursor.standalone != (request_id is None):
             return None
         if request_id is not None and (isinstance(request_id, bool) or not isinstance(request_id, int | str)):
             return None
-        return Cursor(
-            stream=stream,
-            sequence=numbers[0],
-            position=numbers[1],
-            request_id=request_id,
-            final=final == _FINAL,
-        )
+        return cursor._replace(request_id=request_id)
 
     def _tag(self, payload: bytes) -> bytes:
         tag = self._empty_tag.copy()

@@ -34,7 +34,7 @@ from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS, H
 from mcp_session_store.adapter.journal import Journal
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.marker import RESTORE_MARKER
-from mcp_session_store.adapter.recorder import RECOVERY_INTERVAL, EventRecorder, sweep_events
+from mcp_session_store.adapter.recorder import EventRecorder, sweep_events
 from mcp_session_store.adapter.replay import Replay
 from mcp_session_store.adapter.request_ids import RequestIds
 from mcp_session_store.adapter.residents import MemoryFull, Residents
@@ -346,8 +346,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             start(run_every, "sweep", self._sweep_interval, self._sweep)
         if (recorder := self._recorder) is not None:
             following = recorder.following
-            start(run_every, "heartbeat", self._instance_timeout / 3, recorder.beat)
-            start(partial(run_every, "events", RECOVERY_INTERVAL, recorder.recover, wake=recorder.wake))
+            start(partial(recorder.run, beat_interval=self._instance_timeout / 3))
             start(partial(run_every, "streams", POLL_INTERVAL, following.poll, wake=following.wake))
             start(run_again, "event hints", following.listen)
 
@@ -366,11 +365,11 @@ class DurableSessionManager(sdk.ManagerSeams):
                     tasks.start_soon(self._put_away, session)
 
     async def _put_away(self, session: ResidentSession) -> None:
-        await self._residents.evict(session)
         if session.events is not None:
-            # What was about to be stored is, before this instance says that it has stopped.
-            await session.gone.wait()
-            await session.events.abandon()
+            # A call that has been answered is, also when its answer waits behind others.
+            with anyio.move_on_after(SHUTDOWN_TIMEOUT / 2):
+                await session.events.recorded()
+        await self._residents.evict(session)
 
     async def _report_all(self) -> None:
         try:

@@ -8,24 +8,26 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import islice
+from functools import partial
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Final, TypeAlias
-from uuid import UUID
 
 import anyio
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, RequestId
 
 from mcp_session_store.adapter import telemetry
-from mcp_session_store.adapter.background import Wake, report_failure
+from mcp_session_store.adapter.background import Wake, report_failure, run_every
 from mcp_session_store.errors import SchemaError, StoreUnavailable
 from mcp_session_store.records import EventKind, NewEvent, instance_name, message_bytes
-from mcp_session_store.store import STANDALONE_STREAM
+from mcp_session_store.store import NO_SESSION, STANDALONE_STREAM
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from mcp_session_store.adapter.following import Following
     from mcp_session_store.store import EventLog
 
-__all__ = ["RECOVERY_INTERVAL", "CallStream", "EventRecorder", "Outcome", "Recorded", "error_message", "sweep_events"]
+__all__ = ["CallStream", "EventRecorder", "Outcome", "Recorded", "error_message", "sweep_events"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +43,11 @@ MAX_KEPT_IN_ALL: Final = 64 * 1024**2
 
 STORED_AT_ONCE: Final = 100
 """Events of a session that are stored together when that can be done again."""
-NOBODY: Final = UUID(int=0)
-"""The key of no session."""
 RECOVERY_INTERVAL: Final = 5.0
 """Seconds after which storing is tried again, at the latest."""
+ROUNDS: Final = 4
+"""How often within the time for which events are kept it is looked which calls say nothing."""
+REFRESHED_AT_ONCE: Final = 100
 
 
 class Outcome(Enum):
@@ -71,6 +74,8 @@ class Recorded:
 class CallStream:
     """The stream of one call that runs in this instance."""
 
+    key: UUID
+    """Its session."""
     name: str
     request_id: RequestId
     resumable: bool
@@ -83,6 +88,16 @@ class CallStream:
     """Of the next event."""
     previous: int = -1
     """Of the last one that a reader must have seen."""
+    under_way: int = 0
+    """How many of its events are on their way to the log."""
+    quiet: bool = False
+    """Whether nothing of it was stored since it was last looked."""
+
+    def next_event(self, kind: EventKind, message: str | None) -> NewEvent:
+        """An event that follows all others of the call."""
+        position = self.position
+        self.position += 1
+        return NewEvent(stream=self.name, position=position, previous=self.previous, kind=kind, message=message)
 
 
 @dataclass(slots=True)
@@ -127,10 +142,10 @@ class EventRecorder:
         """Whether events cannot be stored for now."""
         return self._down
 
-    def begin(self, request_id: RequestId, *, resumable: bool) -> CallStream:
-        """The stream of a call that begins, under a name that no other has, on any instance."""
+    def begin(self, key: UUID, request_id: RequestId, *, resumable: bool) -> CallStream:
+        """The stream of a call of a session that begins, under a name that no other has, on any instance."""
         self._streams += 1
-        stream = CallStream(f"{self.name}.{self._streams:x}", request_id, resumable)
+        stream = CallStream(key, f"{self.name}.{self._streams:x}", request_id, resumable)
         self.unfinished[stream.name] = stream
         return stream
 
@@ -143,11 +158,26 @@ class EventRecorder:
             give: Called when it cannot be stored: whether a client gets it as it is.
             again: Whether it may have been stored before.
         """
-        recorded = await self._record(key, event, give, again)
+        stream = self.unfinished.get(event.stream)
+        if stream is None:
+            recorded = await self._record(key, event, give, again)
+        else:
+            stream.under_way += 1
+            try:
+                recorded = await self._record(key, event, give, again)
+            finally:
+                stream.under_way -= 1
+            if recorded.outcome is Outcome.STORED:
+                stream.quiet = False
         telemetry.events.add(1, {"outcome": recorded.outcome.value})
         if _ends_call(event) and recorded.outcome is not Outcome.KEPT:
             self.unfinished.pop(event.stream, None)
         return recorded
+
+    async def record_again(self, stream: CallStream) -> None:
+        """Store the answer of a call, if it is not stored already."""
+        if stream.answer is not None:
+            await self.record(stream.key, stream.answer, give=lambda _: False, again=True)
 
     async def _record(self, key: UUID, event: NewEvent, give: Give, again: bool) -> Recorded:
         tried = False
@@ -219,7 +249,7 @@ class EventRecorder:
         self._kept[key] = kept
         kept.events.append(event)
         if tried:
-            kept.tried.add((event.stream, event.position))
+            kept.tried.add(_place(event))
         self._weigh(kept, message_bytes(event))
         self.wake.set()
         return Outcome.KEPT
@@ -237,6 +267,19 @@ class EventRecorder:
             self._told = False
             logger.info("events can be stored again; %d sessions have some that were kept", len(self._kept))
 
+    async def run(self, *, beat_interval: float) -> None:
+        """Do what is to be done beside the requests, until cancelled.
+
+        Args:
+            beat_interval: Seconds between two notes that this instance runs.
+        """
+        max_age = self.log.policy.max_age
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run_every, "heartbeat", beat_interval, self.beat)
+            tasks.start_soon(partial(run_every, "events", RECOVERY_INTERVAL, self.recover, wake=self.wake))
+            if max_age is not None:
+                tasks.start_soon(run_every, "silent calls", max_age.total_seconds() / ROUNDS, self.refresh)
+
     async def beat(self) -> None:
         """Note that this instance runs.
 
@@ -253,6 +296,28 @@ class EventRecorder:
             self._noted = True
             self._came_up()
 
+    async def refresh(self) -> None:
+        """Store an event without a message of each call that has said nothing for a while.
+
+        When all that its client has an id of is too old to be kept, it tells other instances that nothing was missed.
+        """
+        if self._down:
+            return
+        silent: list[CallStream] = []
+        for stream in self.unfinished.values():
+            # One that is on its way would seem to be seen already, by who has read ours.
+            if stream.identified and stream.answer is None and not stream.under_way:
+                if stream.quiet:
+                    silent.append(stream)
+                stream.quiet = True
+        while silent:
+            some, silent = silent[:REFRESHED_AT_ONCE], silent[REFRESHED_AT_ONCE:]
+            async with anyio.create_task_group() as tasks:
+                for stream in some:
+                    if stream.answer is None and not stream.under_way:
+                        event = stream.next_event(EventKind.PRIMING, None)
+                        tasks.start_soon(partial(self.record, stream.key, event, give=lambda _: False))
+
     async def recover(self) -> None:
         """Find out whether events can be stored again, and store what is kept.
 
@@ -264,7 +329,7 @@ class EventRecorder:
         if self._down:
             # As an event of a session that there is not: all is done as for any other, and nothing stored. A heartbeat
             # would not tell, it has a table of its own.
-            await self.log.append(NOBODY, [NewEvent(stream="", position=0, kind=EventKind.PRIMING, message=None)])
+            await self.log.append(NO_SESSION, [NewEvent(stream="", position=0, kind=EventKind.PRIMING, message=None)])
             self._came_up()
         async with anyio.create_task_group() as tasks:
             for key in list(self._kept):
@@ -278,18 +343,22 @@ class EventRecorder:
         at_once = STORED_AT_ONCE
         while kept.events:
             # What was tried may be stored already, and its answer was lost: each of these by itself.
-            doubtful = (kept.events[0].stream, kept.events[0].position) in kept.tried
-            events = list(islice(kept.events, 1 if doubtful else at_once))
+            certain = takewhile(lambda event: _place(event) not in kept.tried, kept.events)
+            events = list(islice(certain, at_once)) or [kept.events[0]]
+            places = [_place(event) for event in events]
+            doubtful = places[0] in kept.tried
+            # Before it is: who cancels it does not learn whether it was.
+            kept.tried.update(places)
             sequence: int | None = None
             try:
                 sequence = await self._append(key, *events, again=doubtful)
             except (StoreUnavailable, SchemaError) as error:
-                kept.tried.update((event.stream, event.position) for event in events)
                 self._went_down(error)
                 return
             except Exception as error:
                 if len(events) > 1:
                     # One of them is not taken.
+                    kept.tried.difference_update(places)
                     at_once = 1
                     continue
                 report_failure("events", error)
@@ -299,9 +368,9 @@ class EventRecorder:
                     self._replace_first(kept, instead)
                     continue
             outcome = Outcome.LOST if sequence is None else Outcome.STORED
+            kept.tried.difference_update(places)
             for event in events:
                 kept.events.popleft()
-                kept.tried.discard((event.stream, event.position))
                 self._weigh(kept, -message_bytes(event))
                 telemetry.events.add(1, {"outcome": outcome.value})
                 if _ends_call(event):
@@ -319,8 +388,12 @@ class EventRecorder:
     async def retire(self) -> None:
         """Store what is kept, if that can be done, and note that this instance has stopped with all its calls."""
         try:
-            if self._kept:
+            # Whoever was storing an answer was cancelled. Who waits for others learns that nobody runs them any more.
+            if self._kept or any(stream.answer for stream in self.unfinished.values()):
                 await self.recover()
+                async with anyio.create_task_group() as tasks:
+                    for stream in list(self.unfinished.values()):
+                        tasks.start_soon(self.record_again, stream)
         except Exception as error:
             report_failure("events", error)
         try:
@@ -353,6 +426,10 @@ def error_message(request_id: RequestId | None, message: str, *, code: int = INT
     """
     error = ErrorData(code=code, message=message, data={"reason": reason})
     return JSONRPCError(jsonrpc="2.0", id=request_id, error=error).model_dump_json(by_alias=True, exclude_unset=True)
+
+
+def _place(event: NewEvent) -> tuple[str, int]:
+    return event.stream, event.position
 
 
 def _ends_call(event: NewEvent) -> bool:

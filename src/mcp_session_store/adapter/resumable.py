@@ -21,7 +21,7 @@ from mcp_session_store.adapter.manager import (
     SHUTDOWN_TIMEOUT,
     instance_id,
 )
-from mcp_session_store.adapter.recorder import RECOVERY_INTERVAL, EventRecorder, sweep_events
+from mcp_session_store.adapter.recorder import EventRecorder, sweep_events
 from mcp_session_store.adapter.resumption import serve_stream
 from mcp_session_store.adapter.session_events import SessionEvents
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
@@ -105,8 +105,7 @@ class ResumableSessionManager(sdk.StockManagerSeams):
             logger.warning("the event log cannot be reached; events go out without ids: %s", error)
             recorder.wake.set()
         async with super().run(), anyio.create_task_group() as tasks:
-            tasks.start_soon(run_every, "heartbeat", DEFAULT_INSTANCE_TIMEOUT / 3, recorder.beat)
-            tasks.start_soon(partial(run_every, "events", RECOVERY_INTERVAL, recorder.recover, wake=recorder.wake))
+            tasks.start_soon(partial(recorder.run, beat_interval=DEFAULT_INSTANCE_TIMEOUT / 3))
             if self._sweep_interval is not None:
                 tasks.start_soon(run_every, "sweep", self._sweep_interval, partial(sweep_events, recorder.log))
             try:

@@ -22,7 +22,7 @@ from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.event_ids import EventIds
 from mcp_session_store.adapter.following import Follower
 from mcp_session_store.adapter.recorder import error_message
-from mcp_session_store.adapter.session_events import LOST, RESUMABLE_SINCE, SessionEvents
+from mcp_session_store.adapter.session_events import LOST, RESUMABLE_SINCE, TRIMMED, SessionEvents
 from mcp_session_store.errors import SessionStoreError
 from mcp_session_store.records import session_key
 from mcp_session_store.store import STANDALONE_STREAM
@@ -48,7 +48,6 @@ STAY: Final = 60.0
 RETRY: Final = 1.0
 """Seconds after which the log is read again that could not be."""
 
-TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."
 NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
 SESSION_ENDED: Final = "Session ended"
 
@@ -199,6 +198,8 @@ class _Stream:
         self._page = page
         self._seen = cursor.sequence
         """Up to which sequence of the session there is nothing more for this stream."""
+        self._misses = False
+        """Whether events of the call are not kept any more that its client has not seen."""
 
     async def messages(self, first: dict[str, Any] | None) -> AsyncIterator[dict[str, Any]]:
         """What the client is sent, in its order, for as long as the stream lasts.
@@ -223,14 +224,13 @@ class _Stream:
             latest = was_over = False
             while not follower.closed:
                 if page is not None:
-                    if self._misses(page):
-                        if not self._cursor.standalone:
-                            outcome = "trimmed"
-                            yield self._terminal(TRIMMED, outcome)
-                            return
-                        logger.info("a client missed events of its standalone stream that are not kept any more")
+                    self._look_for_gap(page)
                     async for message in self._new(page):
                         yield message
+                    if self._misses:
+                        outcome = "trimmed"
+                        yield self._terminal(TRIMMED, outcome)
+                        return
                     if self._cursor.final:
                         outcome = "complete"
                         return
@@ -268,6 +268,9 @@ class _Stream:
             self._seen = event.sequence
             if repeated:
                 continue
+            if not self._cursor.standalone and event.previous > self._cursor.position:
+                self._misses = True
+                return
             final = event.kind.final and not self._cursor.standalone
             self._cursor = self._cursor.at(sequence=event.sequence, position=event.position, final=final)
             if event.message is not None:
@@ -275,14 +278,16 @@ class _Stream:
             if final:
                 return
 
-    def _misses(self, page: EventPage) -> bool:
-        """Whether events that the client has not seen may have been removed."""
-        if page.events and not self._cursor.standalone:
-            return page.events[0].previous > self._cursor.position
+    def _look_for_gap(self, page: EventPage) -> None:
+        """Find out whether events that the client has not seen may have been removed before those of a page."""
         if page.first <= self._seen + 1:
-            return False
-        running = self._recorder.unfinished.get(self._cursor.stream)
-        return running is None or running.previous > self._cursor.position
+            return
+        if self._cursor.standalone:
+            logger.info("a client missed events of its standalone stream that are not kept any more")
+        elif not page.events:
+            # Those of a call say themselves what they follow.
+            running = self._recorder.unfinished.get(self._cursor.stream)
+            self._misses = running is None or running.previous > self._cursor.position
 
     def _over(self) -> bool:
         """Whether the call, which has not been answered, will not be."""

@@ -10,6 +10,7 @@ import re
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
 from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage, EventStore
 from mcp_types import (
     CONNECTION_CLOSED,
@@ -23,6 +24,7 @@ from mcp_types.version import is_version_at_least
 
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.event_ids import Cursor, EventIds, fits
+from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.recorder import CallStream, Outcome, error_message
 from mcp_session_store.records import EventKind, NewEvent
 from mcp_session_store.store import STANDALONE_STREAM
@@ -83,6 +85,7 @@ class SessionEvents(EventStore):
         self._returned: set[str] = set()
         self.on_recorded: Callable[[], None] = lambda: None
         """Called when the last answer that was still to be stored is."""
+        self._recorded: Latch | None = None
         # All copies of a session write the one stream: their positions are apart by chance.
         self._position = random.getrandbits(31) << 31
 
@@ -104,7 +107,7 @@ class SessionEvents(EventStore):
         if (forgotten := self._calls.get(stream_id)) is not None and forgotten.answer is None:
             # The client uses the id of a call that runs; the SDK answers the later one with whatever comes first.
             await self._lose(forgotten)
-        stream = self._calls[stream_id] = self.recorder.begin(request_id, resumable=resumable)
+        stream = self._calls[stream_id] = self.recorder.begin(self.key, request_id, resumable=resumable)
         if not resumable or self.recorder.down:
             return None
         event_id = await self._never_raising(stream, stream_id, None)
@@ -154,6 +157,12 @@ class SessionEvents(EventStore):
             if page is None:
                 return None
             for event in page.events:
+                if not cursor.standalone and event.previous > cursor.position:
+                    text = error_message(cursor.request_id, TRIMMED, code=CONNECTION_CLOSED, reason="trimmed")
+                    message = jsonrpc_message_adapter.validate_json(text, by_name=False)
+                    last_id = self.ids.write(cursor.at(sequence=cursor.sequence, final=True))
+                    await send_callback(EventMessage(message, last_id))
+                    return None
                 cursor = cursor.at(sequence=event.sequence, position=event.position, final=event.kind.final)
                 if event.message is not None:
                     message = jsonrpc_message_adapter.validate_json(event.message, by_name=False)
@@ -175,6 +184,12 @@ class SessionEvents(EventStore):
         stream = self._calls.get(str(request_id))
         if stream is not None and stream.answer is None:
             self._returned.add(stream.name)
+
+    async def recorded(self) -> None:
+        """Wait until the answers of all handlers that have returned are stored, or kept for want of a database."""
+        while self._returned:
+            self._recorded = self._recorded or Latch()
+            await self._recorded.wait()
 
     async def prime_standalone(self) -> Cursor | None:
         """Store a priming event of the standalone stream; `None` when that cannot be done now."""
@@ -225,22 +240,26 @@ class SessionEvents(EventStore):
                 self.recorder.unfinished.pop(stream.name, None)
             self._calls.clear()
             self._returned.clear()
+            self._all_recorded()
         for follower in self.recorder.following.of(self.key):
             follower.close(answer)
 
     async def abandon(self) -> None:
         """The copy of the session has left memory: no call of it that has not been answered ever will be."""
         calls, self._calls = self._calls, {}
-        for stream in calls.values():
-            if stream.answer is None:
-                await self._lose(stream)
-            else:
-                # It left while this was being stored.
-                await self.recorder.record(self.key, stream.answer, give=lambda _: False, again=True)
+        async with anyio.create_task_group() as tasks:
+            for stream in calls.values():
+                # It may have left while an answer was being stored.
+                tasks.start_soon(self._lose if stream.answer is None else self.recorder.record_again, stream)
 
     async def _lose(self, stream: CallStream) -> None:
         text = error_message(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
-        await self.recorder.record(self.key, _event(stream, EventKind.ERROR, text), give=lambda _: False)
+        await self.recorder.record(self.key, stream.next_event(EventKind.ERROR, text), give=lambda _: False)
+
+    def _all_recorded(self) -> None:
+        if self._recorded is not None:
+            self._recorded.set()
+            self._recorded = None
 
     # Both
 
@@ -265,7 +284,7 @@ class SessionEvents(EventStore):
             self._position += 1
             event = NewEvent(stream=STANDALONE_STREAM, position=self._position, kind=kind, message=text)
         else:
-            event = _event(stream, kind, text)
+            event = stream.next_event(kind, text)
             if kind.final:
                 stream.answer = event
         recorded = await self.recorder.record(
@@ -278,6 +297,7 @@ class SessionEvents(EventStore):
             if stream.name in self._returned and kind.final:
                 self._returned.remove(stream.name)
                 if not self._returned:
+                    self._all_recorded()
                     self.on_recorded()
             if recorded.outcome is not Outcome.LIVE:
                 stream.previous = event.position
@@ -320,14 +340,8 @@ class SessionEvents(EventStore):
 
 
 NOT_JSON: Final = "The answer to the call cannot be written as JSON."
+TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."
 LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
-
-
-def _event(stream: CallStream, kind: EventKind, text: str | None) -> NewEvent:
-    """The next event of a call."""
-    position = stream.position
-    stream.position += 1
-    return NewEvent(stream=stream.name, position=position, previous=stream.previous, kind=kind, message=text)
 
 
 def _kind_of(message: JSONRPCMessage | None) -> EventKind:

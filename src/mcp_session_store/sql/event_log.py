@@ -173,8 +173,8 @@ class SqlEventLog(EventLog):
         if not due:
             return EventSweepReport()
         each = max(1, limit // len(due))
-        removed, more = await self._do(lambda attempt: self._trimming.trim(attempt, due, limit=each, wait=False))
-        return EventSweepReport(removed=removed, more=more or (removed > 0 and len(due) > 1))
+        trimmed = await self._do(lambda attempt: self._trimming.trim(attempt, due, limit=each, wait=False))
+        return EventSweepReport(removed=trimmed.removed, more=trimmed.logs > 0)
 
     async def _ask(self, call: Callable[[Attempt], Awaitable[_T]]) -> _T:
         return cast("_T", await self._reads.submit(call))
@@ -196,7 +196,7 @@ class SqlEventLog(EventLog):
     async def _trim(self, attempt: Attempt, keys: Sequence[UUID]) -> None:
         more = True
         while more:
-            _, more = await self._trimming.trim(attempt, keys, limit=EVENT_SWEEP_LIMIT, wait=True)
+            more = (await self._trimming.trim(attempt, keys, limit=EVENT_SWEEP_LIMIT, wait=True)).more
 
 
 async def _make_contact(attempt: Attempt) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
 from mcp_session_store.sql.dialects import ONE, ByteLength, NotLookedUp
-from mcp_session_store.sql.tables import events_table, logs_table
+from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.transactions import transaction
 
 if TYPE_CHECKING:
@@ -90,6 +90,17 @@ def _bytes_before(events: sa.Table) -> sa.ColumnElement[int]:
     return events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
 
 
+class Trimmed(NamedTuple):
+    """What was removed of some logs."""
+
+    logs: int
+    """Those that nobody else had locked."""
+    removed: int
+    """Events."""
+    more: bool
+    """Whether they have more that is to be removed."""
+
+
 class EventTrimming:
     """Removes the oldest events of sessions that go on.
 
@@ -98,7 +109,7 @@ class EventTrimming:
         schema: Where the tables are; the connection's default unless given.
         namespace: Whose sessions.
         policy: Which events.
-        standalone: Whether a log without events is removed, because nobody says when its session ends.
+        standalone: Whether any log without events is removed, because nobody says when its session ends.
     """
 
     def __init__(
@@ -106,7 +117,7 @@ class EventTrimming:
     ) -> None:
         self._dialect = dialect
         self._policy = policy
-        logs, events = logs_table(schema), events_table(schema)
+        logs, events, sessions = logs_table(schema), events_table(schema), sessions_table(schema)
         name = sa.literal(namespace, sa.Text)
         too_old: sa.ColumnElement[Any] = (
             sa.null() if policy.max_age is None else dialect.kept_since(events, policy.max_age)
@@ -157,8 +168,13 @@ class EventTrimming:
         )
 
         self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(left_of(logs, events))
-        self._forget_empty = (
-            sa.delete(logs).where(self._keys.among(logs.c.key), logs.c.oldest_at.is_(None)) if standalone else None
+        # Without a record there is nobody who ends the session: none is kept, or it was removed by a version of this
+        # package that knows of no events. As a subquery of each log: the planner would join with all sessions.
+        record = sa.select(sessions.c.key).where(sessions.c.key == logs.c.key).limit(ONE)
+        self._forget_empty = sa.delete(logs).where(
+            self._keys.among(logs.c.key),
+            NotLookedUp(logs.c.oldest_at).is_(None),
+            sa.true() if standalone else record.scalar_subquery().is_(None),
         )
 
     async def due(self, attempt: Attempt, *, limit: int) -> list[UUID]:
@@ -172,7 +188,7 @@ class EventTrimming:
         """Whether a log with so many events and bytes has to be trimmed."""
         return kept > self._policy.max_events_per_session or kept_bytes > self._policy.max_bytes_per_session
 
-    async def trim(self, attempt: Attempt, keys: Sequence[UUID], *, limit: int, wait: bool) -> tuple[int, bool]:
+    async def trim(self, attempt: Attempt, keys: Sequence[UUID], *, limit: int, wait: bool) -> Trimmed:
         """Remove what the policy wants removed of these sessions.
 
         Args:
@@ -181,15 +197,13 @@ class EventTrimming:
             limit: Events that are removed of each.
             wait: Whether to wait for logs that others have locked, or to pass them over.
 
-        Returns:
-            How many events were removed, and whether there may be more.
         """
         execute = attempt.connection.execute
         async with transaction(attempt.connection, self._dialect):
             lock = self._lock.with_for_update(skip_locked=not wait)
             logs = (await execute(lock, self._keys.parameters([(key,) for key in sorted(keys)]))).all()
             if not logs:
-                return 0, False
+                return Trimmed(logs=0, removed=0, more=False)
             at_most = {log.key: min(log.trimmed + limit, log.sequence) for log in logs}
             ranges = [(log.key, *self._limits(log), at_most[log.key]) for log in logs]
             found = await execute(self._find, self._ranges.parameters(ranges))
@@ -200,10 +214,10 @@ class EventTrimming:
                 removed = (await execute(self._remove, parameters)).rowcount
             locked = self._keys.parameters([(log.key,) for log in logs])
             await execute(self._note, locked)
-            if self._forget_empty is not None:
-                await execute(self._forget_empty, locked)
+            await execute(self._forget_empty, locked)
         sequences = {log.key: log.sequence for log in logs}
-        return removed, any(up_to == at_most[key] < sequences[key] for key, up_to in cuts)
+        more = any(up_to == at_most[key] < sequences[key] for key, up_to in cuts)
+        return Trimmed(logs=len(logs), removed=removed, more=more)
 
     def _limits(self, log: Any) -> tuple[int, int, int]:
         """Up to which sequence events are too many; up to which total of bytes, and before which one, too large."""

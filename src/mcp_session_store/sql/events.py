@@ -13,6 +13,7 @@ from mcp_session_store.records import EventKind, EventPage, StoredEvent
 from mcp_session_store.sql.dialects import ONE, NotLookedUp, StoreClock
 from mcp_session_store.sql.statements import live
 from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
+from mcp_session_store.store import NO_SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -288,7 +289,7 @@ class Events:
             for key in sorted(wanted, key=_as_number)
         }
         grown = (yield from self._append_to_logs(logs)) if logs else {}
-        if missing := logs.keys() - grown.keys():
+        if missing := logs.keys() - grown.keys() - {self._dialect.driver_key(NO_SESSION)}:
             # Their first events: they have no log yet.
             start = time.time_ns() // 1_000_000 if self._standalone else 0
             new = {key: appends for key, appends in logs.items() if key in missing}
@@ -374,6 +375,7 @@ class Events:
 
     def _page(self, read: Read) -> Steps[EventPage | None]:
         events: list[StoredEvent] = []
+        first = 0
         after, window = read.after, WINDOW * read.limit
         while True:
             wanted = read.limit - len(events)
@@ -389,7 +391,11 @@ class Events:
             )
             if not rows:
                 return None
-            last, first, is_full = rows[0][:3]
+            last, oldest, is_full = rows[0][:3]
+            if events and oldest > after + 1:
+                # Removed between the two reads. The next page shows it.
+                return EventPage(events=events, more=True, first=first, last=last)
+            first = oldest
             found = [_stored_event(*row[3:]) for row in rows if row[3] is not None]
             events += found[:wanted]
             more = is_full or len(found) > wanted

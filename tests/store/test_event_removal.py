@@ -1,0 +1,159 @@
+"""What is left of a log when its events are gone."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+
+from mcp_session_store.retention import EventPolicy
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
+from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.event_removal import LOGS_PER_STEP
+from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
+from mcp_session_store.store import NO_SESSION
+from mcp_session_store.testing import new_event, new_session
+from tests.store.databases import age_events, execute, settled, sql_store
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+pytestmark = pytest.mark.anyio
+
+
+async def logs_of(url: str) -> set[UUID]:
+    return {row.key for row in await execute(url, sa.select(logs_table().c.key))}
+
+
+async def all_swept(log: SqlEventLog) -> int:
+    removed = 0
+    for _ in range(20):
+        report = await log.sweep()
+        removed += report.removed
+        if not report.more:
+            return removed
+    raise AssertionError("a sweep has no end")
+
+
+def _only(step: Any) -> Any:
+    """The steps that are only this one, and return what it gives."""
+    return (yield step)
+
+
+async def test_the_log_of_a_session_goes_on_when_its_events_are_too_old_and_without_a_session_goes_too(
+    database_url: str,
+) -> None:
+    async with sql_store(database_url) as store, SqlEventLog(store) as log:
+        known, unknown = [(await store.create(new_session())).key for _ in range(2)]
+        for key in (known, unknown):
+            assert await log.append(key, [new_event(n) for n in range(3)]) == 1
+            await age_events(log, key)
+        # As a version of this package does it that knows of no events.
+        sessions = sessions_table()
+        await execute(database_url, sa.delete(sessions).where(sessions.c.key == unknown))
+        assert await all_swept(log) == 6
+        assert await logs_of(database_url) == {known}
+        assert await log.append(known, [new_event(3)]) == 4
+        assert await log.append(unknown, [new_event(3)]) is None
+        await settled(store, log)
+
+
+async def test_without_records_of_sessions_any_has_a_log_until_its_events_are_too_old(database_url: str) -> None:
+    await migrate.upgrade(database_url)
+    policy = EventPolicy(max_age=timedelta(hours=1))
+    async with (
+        SqlEventLog(database_url, standalone=True, policy=policy) as one,
+        SqlEventLog(database_url, standalone=True, policy=policy) as other,
+    ):
+        old, young = new_session().key, new_session().key
+        first = await one.append(old, [new_event(0), new_event(1)])
+        assert first is not None
+        assert await other.append(old, [new_event(2)]) == first + 2
+        page = await other.read(old, "instance.1", after=first)
+        assert page is not None
+        assert [event.position for event in page.events] == [1, 2]
+        await age_events(one, old)
+        assert await other.append(young, [new_event(0)]) is not None
+        assert await all_swept(one) == 3
+        assert await logs_of(database_url) == {young}
+        assert await one.read(old, "instance.1", after=first) is None
+        # Its sequences are higher than any before: ids that a client has from then are not those of other events.
+        again = await one.append(old, [new_event(3)])
+        assert again is not None
+        assert again > first + 2
+        assert await one.append(old, [new_event(3)], again=True) == again
+        assert len(await execute(database_url, sa.select(events_table().c.sequence))) == 2
+        await settled(one, other)
+
+
+async def test_records_of_sessions_are_asked_for_where_there_are_any(database_url: str) -> None:
+    async with SqlSessionStore(database_url, auto_upgrade=True) as store, SqlEventLog(store) as log:
+        assert await log.append(new_session().key, [new_event(0)]) is None
+        assert await logs_of(database_url) == set()
+
+
+@pytest.mark.parametrize("standalone", [False, True], ids=["sessions", "standalone"])
+async def test_an_event_of_no_session_is_not_stored(database_url: str, standalone: bool) -> None:
+    await migrate.upgrade(database_url)
+    async with SqlEventLog(database_url, standalone=standalone) as log:
+        assert await log.append(NO_SESSION, [new_event(0)]) is None
+        assert await logs_of(database_url) == set()
+
+
+async def test_a_sweep_goes_on_past_logs_whose_events_are_gone_already(database_url: str) -> None:
+    await migrate.upgrade(database_url)
+    async with SqlEventLog(database_url, standalone=True) as log:
+        keys = [new_session().key for _ in range(2 * LOGS_PER_STEP + 20)]
+        await asyncio.gather(*(log.append(key, [new_event(0)]) for key in keys))
+        # As when a partition is dropped.
+        await execute(database_url, sa.update(logs_table()).values(oldest_at=StoreClock(-86400.0)))
+        await execute(database_url, sa.delete(events_table()))
+        assert await all_swept(log) == 0
+        assert await logs_of(database_url) == set()
+
+
+async def test_a_page_has_no_gap_though_events_are_removed_while_it_is_read(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await migrate.upgrade(database_url)
+    async with SqlEventLog(database_url, standalone=True) as log:
+        key = new_session().key
+        first = await log.append(key, [new_event(0), new_event(1)])
+        assert first is not None
+        others = [new_event(n, stream="another") for n in range(30)]
+        missed = await log.append(key, [*others, new_event(2), *others, new_event(3, previous=2), *others])
+        assert missed is not None
+        removed = False
+
+        async def run(connection: Any, steps: Any, *, writes: bool) -> Any:
+            """Remove what is not in the first window of the page after it was read."""
+            nonlocal removed
+            run_one = partial(dialect_run, connection, writes=writes)
+            try:
+                step = next(steps)
+                while True:
+                    rows = await run_one(_only(step))
+                    if not writes and not removed:
+                        removed = True
+                        old = events_table().c.sequence <= missed + 30
+                        await execute(database_url, sa.delete(events_table()).where(old))
+                    step = steps.send(rows)
+            except StopIteration as done:
+                return done.value
+
+        dialect_run = log._events._dialect.run
+        monkeypatch.setattr(log._events._dialect, "run", run)
+        page = await log.read(key, "instance.1", after=first - 1, limit=3)
+        assert page is not None
+        assert removed
+        assert [event.position for event in page.events] == [0, 1]
+        assert page.more
+        page = await log.read(key, "instance.1", after=first + 1, limit=3)
+        assert page is not None
+        assert [event.position for event in page.events] == [3]
+        assert page.first == missed + 31
+        assert not page.more
