@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.pool import QueuePool
 
+from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.dialects import StoreClock
@@ -71,6 +72,16 @@ async def execute(store_or_url: SessionStore | str, statement: str | sa.Executab
             return result.all() if result.returns_rows else []
     finally:
         await engine.dispose()
+
+
+async def events_swept(log: EventLog) -> int:
+    """Sweep for as long as there is more; how many events were removed."""
+    report = EventSweepReport(more=True)
+    for _ in range(50):
+        if not report.more:
+            return report.removed
+        report += await log.sweep()
+    raise AssertionError("a sweep has no end")
 
 
 async def empty(url: str) -> None:

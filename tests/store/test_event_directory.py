@@ -10,13 +10,13 @@ import pytest
 import sqlalchemy as sa
 
 from mcp_session_store.errors import ConfigurationError, SchemaMissing
-from mcp_session_store.retention import EventPolicy, EventSweepReport
+from mcp_session_store.retention import EventPolicy
 from mcp_session_store.sql import SqlEventLog
 from mcp_session_store.sql.directory import SessionDirectory, SessionFilter
 from mcp_session_store.sql.event_directory import EventDirectory
 from mcp_session_store.sql.reading import decode_cursor
 from mcp_session_store.sql.tables import logs_table
-from tests.store.databases import execute
+from tests.store.databases import events_swept, execute
 from tests.store.test_directory import _cursor, _Explain
 from tests.support.rows import insert_events, insert_rows, log_rows, session_row
 
@@ -202,10 +202,7 @@ async def test_a_preview_tells_what_the_next_sweep_removes(database_url: str, ma
     policy = EventPolicy(max_age=max_age)
     async with EventDirectory(database_url) as directory, SqlEventLog(database_url, policy=policy) as log:
         expected = await directory.preview(policy)
-        done = EventSweepReport(more=True)
-        while done.more:
-            done += await log.sweep()
-        assert done.removed == expected
+        assert await events_swept(log) == expected
         assert (expected == 0) == (max_age is None)
         assert await directory.preview(policy) == 0
 

@@ -17,7 +17,7 @@ from mcp_session_store.sql.event_removal import LOGS_PER_STEP
 from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
 from mcp_session_store.store import NO_SESSION
 from mcp_session_store.testing import new_event, new_session
-from tests.store.databases import age_events, execute, settled, sql_store
+from tests.store.databases import age_events, events_swept, execute, settled, sql_store
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -27,16 +27,6 @@ pytestmark = pytest.mark.anyio
 
 async def logs_of(url: str) -> set[UUID]:
     return {row.key for row in await execute(url, sa.select(logs_table().c.key))}
-
-
-async def all_swept(log: SqlEventLog) -> int:
-    removed = 0
-    for _ in range(20):
-        report = await log.sweep()
-        removed += report.removed
-        if not report.more:
-            return removed
-    raise AssertionError("a sweep has no end")
 
 
 def _only(step: Any) -> Any:
@@ -55,7 +45,7 @@ async def test_the_log_of_a_session_goes_on_when_its_events_are_too_old_and_with
         # As a version of this package does it that knows of no events.
         sessions = sessions_table()
         await execute(database_url, sa.delete(sessions).where(sessions.c.key == unknown))
-        assert await all_swept(log) == 6
+        assert await events_swept(log) == 6
         assert await logs_of(database_url) == {known}
         assert await log.append(known, [new_event(3)]) == 4
         assert await log.append(unknown, [new_event(3)]) is None
@@ -78,7 +68,7 @@ async def test_without_records_of_sessions_any_has_a_log_until_its_events_are_to
         assert [event.position for event in page.events] == [1, 2]
         await age_events(one, old)
         assert await other.append(young, [new_event(0)]) is not None
-        assert await all_swept(one) == 3
+        assert await events_swept(one) == 3
         assert await logs_of(database_url) == {young}
         assert await one.read(old, "instance.1", after=first) is None
         # Its sequences are higher than any before: ids that a client has from then are not those of other events.
@@ -112,7 +102,7 @@ async def test_a_sweep_goes_on_past_logs_whose_events_are_gone_already(database_
         # As when a partition is dropped.
         await execute(database_url, sa.update(logs_table()).values(oldest_at=StoreClock(-86400.0)))
         await execute(database_url, sa.delete(events_table()))
-        assert await all_swept(log) == 0
+        assert await events_swept(log) == 0
         assert await logs_of(database_url) == set()
 
 

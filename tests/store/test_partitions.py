@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.errors import ConfigurationError, SchemaMissing, StoreUnavailable
 from mcp_session_store.records import EndReason
-from mcp_session_store.retention import EventPolicy, EventSweepReport
+from mcp_session_store.retention import EventPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate, partitions
 from mcp_session_store.sql.event_directory import EventDirectory
 from mcp_session_store.sql.partitions import EventPartitions, Partition
@@ -25,7 +25,7 @@ from mcp_session_store.sql.schema import HEAD
 from mcp_session_store.sql.tables import events_table
 from mcp_session_store.testing import new_event, new_session
 from tests.store.contract import SqlEventLogConformance
-from tests.store.databases import execute, settled
+from tests.store.databases import events_swept, execute, settled
 from tests.store.test_plans import plan_of, statements_of
 from tests.support.postgres import fresh_database
 
@@ -244,7 +244,7 @@ async def test_rights_and_owners_stay_what_they_were(postgres_url: str) -> None:
                 keys.extend(await opened(store, 1))
             assert await log.append(keys[0], [new_event(position)]) is not None
             assert await positions(log, keys[0]) == list(range(position + 1))
-            assert await log.sweep() == EventSweepReport()
+            assert await events_swept(log) == 0
             async with EventDirectory(urls[user], schema="sessions") as directory:
                 assert (await directory.statistics()).events == position + 1
 
@@ -315,10 +315,10 @@ async def test_what_is_read_and_noted_after_a_drop_is_right(postgres_url: str) -
         assert (listed[keys[2]].events, listed[keys[2]].bytes, listed[keys[2]].oldest_at) == (0, 0, None)
         # and with the next sweep for the logs.
         assert (await directory.statistics()).events == 8
-        assert await log.sweep() == EventSweepReport()
+        assert await events_swept(log) == 0
         statistics = await directory.statistics()
         assert (statistics.sessions, statistics.events, statistics.bytes) == (2, 2, 6)
-        assert await log.sweep() == EventSweepReport()
+        assert await events_swept(log) == 0
         assert {one.key for one in (await directory.page()).logs} == set(keys[:2])
         for key in keys:
             assert await log.append(key, [new_event(9, message="1")]) is not None
@@ -348,12 +348,12 @@ async def test_a_sweep_leaves_to_be_dropped_what_lies_in_a_partition(postgres_ur
         await partition(postgres_url)
         await let_time_pass(postgres_url, 3 * LONG)
         assert await directory.preview(log.policy) == 0
-        assert await log.sweep() == EventSweepReport()
+        assert await events_swept(log) == 0
         assert await positions(log, key) == [0]
         # But not for ever: somebody may have forgotten to drop it.
         await let_time_pass(postgres_url, 3 * LONG)
         assert await directory.preview(log.policy) == 1
-        assert await log.sweep() == EventSweepReport(removed=1)
+        assert await events_swept(log) == 1
         assert await positions(log, key) == []
 
 
@@ -371,16 +371,16 @@ async def test_events_of_a_time_without_a_partition_are_kept_and_swept(postgres_
         assert len(done.created) == 2
         await log.append(key, [new_event(2)])
         assert await positions(log, key) == [1, 2]
-        assert await log.sweep() == EventSweepReport()
+        assert await events_swept(log) == 0
         assert await positions(log, key) == [1, 2]
         # It is older than all that is in a partition, once these have been dropped.
         await let_time_pass(postgres_url, 4 * LONG)
         await log.append(key, [new_event(3)])
         done = await maintain(postgres_url)
         assert done.astray
-        assert await log.sweep() == EventSweepReport(removed=2)
+        assert await events_swept(log) == 2
         assert await positions(log, key) == [3]
-        assert await log.sweep() == EventSweepReport()
+        assert await events_swept(log) == 0
 
 
 @pytest.mark.parametrize("settings", [[], ["timezone = 'Asia/Kolkata'", "datestyle = 'SQL, DMY'"]])

@@ -230,7 +230,8 @@ class EventRecorder:
         stream = self.unfinished.get(event.stream)
         request_id = None if stream is None else stream.request_id
         text = error_message(request_id, f"The answer to the call could not be kept: {reason}", reason="lost")
-        return replace(event, kind=EventKind.ERROR, message=text)
+        # Whoever missed others before it is told this all the same.
+        return replace(event, previous=-1, kind=EventKind.ERROR, message=text)
 
     def _keep(self, key: UUID, event: NewEvent, *, tried: bool) -> Outcome:
         if event.kind is EventKind.PRIMING:
@@ -305,8 +306,7 @@ class EventRecorder:
             return
         silent: list[CallStream] = []
         for stream in self.unfinished.values():
-            # One that is on its way would seem to be seen already, by who has read ours.
-            if stream.identified and stream.answer is None and not stream.under_way:
+            if stream.identified and stream.answer is None:
                 if stream.quiet:
                     silent.append(stream)
                 stream.quiet = True
@@ -314,6 +314,7 @@ class EventRecorder:
             some, silent = silent[:REFRESHED_AT_ONCE], silent[REFRESHED_AT_ONCE:]
             async with anyio.create_task_group() as tasks:
                 for stream in some:
+                    # One that is on its way, and comes after ours, would be taken for one that was seen before.
                     if stream.answer is None and not stream.under_way:
                         event = stream.next_event(EventKind.PRIMING, None)
                         tasks.start_soon(partial(self.record, stream.key, event, give=lambda _: False))
