@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 DAY = timedelta(hours=24)
-LATE = 0.25
+LATE = 30.0
 """Seconds by which a test may be late to look at an age."""
 
 

@@ -136,7 +136,7 @@ async def test_what_was_kept_is_stored_once_though_storing_it_is_cut_short_by_th
         log.down("append")
         await call.tell("a", "b", "c")
         log.up()
-        # First it is tried whether anything can be stored; then the first, which may be stored already; then the others.
+        # First it is tried whether anything can be; then the first is, which may be stored already; then the others.
         storing = log.hold("append", after=True)
         for _ in range(2):
             await storing.wait_entered()
