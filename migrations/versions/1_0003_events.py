@@ -43,9 +43,9 @@ def upgrade() -> None:
         sa.Column("position", sa.BigInteger, nullable=False),
         sa.Column("previous", sa.BigInteger, nullable=False),
         sa.Column("kind", sa.Text, nullable=False),
-        sa.Column("message", sa.Text),
         sa.Column("total_bytes", sa.BigInteger, nullable=False),
         sa.Column("created_at", moment, nullable=False),
+        sa.Column("message", sa.Text),
         schema=schema,
     )
     op.create_table(

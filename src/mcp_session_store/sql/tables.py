@@ -107,10 +107,11 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         sa.Column("position", sa.BigInteger, nullable=False),
         sa.Column("previous", sa.BigInteger, nullable=False),
         sa.Column("kind", sa.Text, nullable=False),
-        sa.Column("message", sa.Text),
         # Of the session's messages up to this one, of any stream.
         sa.Column("total_bytes", sa.BigInteger, nullable=False),
         sa.Column("created_at", MOMENT, nullable=False),
+        # The last: to what comes after a long text, SQLite reads all of it.
+        sa.Column("message", sa.Text),
     )
     sa.Table(
         "mcp_session_instance",
