@@ -222,7 +222,7 @@ async def look(place: Place, number: int) -> None:
         hours = max(1, number - 2)
         await place.run(
             "INSERT INTO mcp_session_event SELECT key, number, 'instance.1', number, number - 1, 'notification', "
-            "repeat('x', :size), number, now() + number * CAST(:hours AS int) * interval '1 hour' / 500 "
+            "number, now() + number * CAST(:hours AS int) * interval '1 hour' / 500, repeat('x', :size) "
             "FROM mcp_session_log, generate_series(2, 500) AS number",
             size=MESSAGE_BYTES,
             hours=hours,

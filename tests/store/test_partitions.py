@@ -481,7 +481,7 @@ async def test_a_default_partition_that_takes_too_long_to_look_through_stops_not
         await let_time_pass(postgres_url, 5 * LONG)
         await execute(
             postgres_url,
-            "INSERT INTO mcp_session_event SELECT gen_random_uuid(), n, '', n, n, '', NULL, 0, clock_timestamp() "
+            "INSERT INTO mcp_session_event SELECT gen_random_uuid(), n, '', n, n, '', 0, clock_timestamp() "
             "FROM generate_series(1, 100000) AS n",
         )
         monkeypatch.setattr(partitions, "_ATTACH_TIMEOUT", 0.001)
@@ -510,11 +510,11 @@ async def test_what_is_done_with_a_few_sessions_takes_the_index_of_events_and_of
         if parted:
             await partition(postgres_url, ahead=7)
         # Many of each of some other sessions: enough to make a planner think that it is best to read all of them.
-        others = "md5(CAST(number AS text))::uuid, n, 'instance.1', n, n, 'notification', 'x', n, clock_timestamp()"
+        others = "md5(CAST(number AS text))::uuid, n, 'instance.1', n, n, 'notification', n, clock_timestamp()"
         for age in range(8):
             await execute(
                 postgres_url,
-                f"INSERT INTO mcp_session_event SELECT {others} + interval '{100 * age} days' FROM "
+                f"INSERT INTO mcp_session_event SELECT {others} + interval '{100 * age} days', 'x' FROM "
                 f"generate_series(1, 50) AS number, generate_series({500 * age}, {500 * age + 499}) AS n",
             )
         await execute(postgres_url, "ANALYZE")
