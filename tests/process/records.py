@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from mcp_session_store import session_key
 from mcp_session_store.sql.tables import events_table, sessions_table
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _TABLE = sessions_table()
@@ -53,6 +56,20 @@ class Records:
         assert session_id is not None
         of_session = _EVENTS.c.key == session_key(session_id)
         return int(await self._scalar(sa.select(sa.func.count()).select_from(_EVENTS).where(of_session)))
+
+    @asynccontextmanager
+    async def locked(self) -> AsyncIterator[None]:
+        """While open, nobody can store events."""
+        async with self._engine.connect() as connection:
+            if connection.dialect.name == "sqlite":
+                await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                await connection.exec_driver_sql("BEGIN")
+                await connection.exec_driver_sql("LOCK TABLE mcp_session_log IN EXCLUSIVE MODE")
+            try:
+                yield
+            finally:
+                await connection.exec_driver_sql("ROLLBACK")
 
     async def connections(self) -> int:
         """Connections to this Postgres database, without the one that asks."""

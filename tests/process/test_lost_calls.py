@@ -9,7 +9,7 @@ import pytest
 from mcp import MCPError
 from mcp_types import CONNECTION_CLOSED
 
-from tests.process.clients import PATIENCE, Talking, official_client, until
+from tests.process.clients import PATIENCE, Talking, everything, official_client, until
 from tests.support.http import RawClient
 from tests.support.proxy import RoundRobinProxy
 from tests.support.servers import ServerProcess
@@ -91,6 +91,42 @@ async def test_a_call_whose_process_is_killed_ends_with_an_error_and_is_not_run_
         half.check()
         # The session goes on.
         assert (await client.call_tool("whoami")).status == 200
+
+
+async def test_answers_that_wait_for_the_database_when_their_process_is_stopped_are_not_lost(
+    application: Application, store_url: str, records: Records
+) -> None:
+    stopping, other = (
+        application.serve(
+            store_url, events=True, instance_timeout=FOR_EVER, options=["--timeout-graceful-shutdown", "1"]
+        )
+        for _ in range(2)
+    )
+    async with RawClient(stopping.mcp_url) as client:
+        await client.handshake()
+        calls = [Talking(client, name, count=COUNT) for name in ("first", "second", "running")]
+        for call in calls:
+            application.hold(call.name)
+            application.let_say(call.name, COUNT)
+            await call.read(stopping, events=HALF)
+
+        async def said() -> bool:
+            return await records.events(client.session_id) == len(calls) * (1 + COUNT)
+
+        await until(said, "everything but the answers is stored")
+        first, second, running = calls
+        async with anyio.create_task_group() as group, records.locked():
+            for call in (first, second):
+                application.release(call.name)
+            await until(lambda: application.is_over("first") and application.is_over("second"), "two calls are over")
+            group.start_soon(anyio.to_thread.run_sync, stopping.terminate)
+            # It stops meanwhile; seconds.
+            await anyio.sleep(1)
+        for call in (first, second):
+            await call.read(other)
+            assert call.said == everything(COUNT)
+        await running.read(other)
+        assert running.said == [*range(COUNT), "lost"]
 
 
 @pytest.mark.parametrize(
