@@ -16,6 +16,7 @@ from mcp_session_store import (
     SessionRestoreMarker,
     StoreUnavailable,
 )
+from mcp_session_store.adapter.recorder import sweep_events
 from tests.adapter.asgi import until
 from tests.adapter.instances import Notes, instance, principal
 from tests.adapter.talking import Talking
@@ -155,7 +156,7 @@ async def test_logs_of_events_hold_neither_session_ids_nor_event_ids_nor_payload
                 log.failing(error, operation)
                 with contextlib.suppress(type(error)):
                     await one.manager._recorder.beat()  # type: ignore[union-attr]
-                    await one.manager._sweep()
+                    await sweep_events(log)
                 await call.say(PAYLOAD, PAYLOAD)
                 await call.tell(PAYLOAD, "\ud800")
                 call.answer("\ud800" if operation == "read" else PAYLOAD)

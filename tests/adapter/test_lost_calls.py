@@ -12,7 +12,7 @@ import pytest
 from mcp.server import streamable_http_manager
 from mcp.server.runner import serve_loop
 
-from mcp_session_store import EndReason, RetentionPolicy, session_key
+from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
 from mcp_session_store.adapter.manager import DEFAULT_INSTANCE_TIMEOUT
 from mcp_session_store.records import EventKind
 from tests.adapter.asgi import until
@@ -574,8 +574,9 @@ async def test_an_instance_that_stops_closes_its_streams_and_says_so(
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("fails", [False, True], ids=["slow", "failing"])
 async def test_answers_on_their_way_to_the_log_are_stored_before_their_instance_stops(
-    store: FaultyStore, log: FaultyLog, after: bool
+    store: FaultyStore, log: FaultyLog, after: bool, fails: bool
 ) -> None:
     talking = Talking()
     async with anyio.create_task_group() as tasks:
@@ -595,6 +596,8 @@ async def test_answers_on_their_way_to_the_log_are_stored_before_their_instance_
             async def release() -> None:
                 await anyio.sleep(0.2)
                 log.up()
+                if fails:
+                    held.fail(StoreUnavailable("it did not answer in time"))
                 held.release()
 
             tasks.start_soon(release)

@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from mcp.server.streamable_http import EventMessage, EventStore
+from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage, EventStore
 from mcp.server.transport_security import TransportSecuritySettings
-from mcp_types import jsonrpc_message_adapter
+from mcp_types import JSONRPCNotification, JSONRPCResponse, jsonrpc_message_adapter
 
 from mcp_session_store import EventPolicy, StoreUnavailable
+from mcp_session_store.adapter.following import Following
+from mcp_session_store.adapter.recorder import EventRecorder, sweep_events
+from mcp_session_store.adapter.session_events import SessionEvents
+from mcp_session_store.testing import new_session
 from tests.adapter.asgi import Client, seen_by_a_client, until
 from tests.adapter.instances import instance, principal
 from tests.adapter.stores import FaultyLog
 from tests.adapter.talking import Talking, hears, told
-from tests.adapter.test_resumption import OLD, opened
+from tests.adapter.test_resumption import OLD, one_more_turn, opened
 
 if TYPE_CHECKING:
     from mcp.server.streamable_http import EventCallback
@@ -189,7 +193,7 @@ async def test_a_call_that_has_said_nothing_for_long_goes_on_on_another_instance
         for refreshed in (2, 2, 4):
             await recorder.refresh()
             assert len(log.stored(session_id)) == count + refreshed
-        await one.manager._sweep()
+        await sweep_events(log)
         assert len(log.stored(session_id)) == 4
         resumed = await opened(two.client(session_id), last_event_id)
         await silent.say("z")
@@ -267,7 +271,7 @@ async def test_events_that_are_too_old_are_gone(store: FaultyStore, clock: Clock
         await client.handshake()
         ids = await Ids.of(client, talking, "a")
         clock.advance(timedelta(minutes=6))
-        await one.manager._sweep()
+        await sweep_events(log)
         assert log.stored(client.session_id) == []
         await ends_a_call(client, ids.call[0], "trimmed")
         await opened(client, ids.standalone[0])
@@ -629,3 +633,80 @@ async def test_a_server_with_neither_leaves_streams_to_the_sdk(store: FaultyStor
         await stream.start()
         assert stream.events == []
         assert (await client.open_stream().answer()).status == 409
+
+
+# A view alone
+
+
+async def view(store: FaultyStore, log: FaultyLog) -> SessionEvents:
+    """That of a session on a log, with nothing around it."""
+    record = await store.inner.create(new_session())
+    recorder = EventRecorder(log, Following(log, gone_after=timedelta(minutes=1)), instance="one:1:0123abcd")
+    await recorder.recover()
+    events = SessionEvents(record.key, recorder)
+    events.active = True
+    return events
+
+
+async def test_the_view_of_a_session_alone_replays_what_follows_and_tells_what_is_missing(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    events = await view(store, log)
+    sent: list[EventMessage] = []
+
+    async def send(event: EventMessage) -> None:
+        sent.append(event)
+
+    async def say(*texts: str) -> None:
+        for text in texts:
+            params = {"level": "info", "data": text}
+            await events.store_event(
+                "5", JSONRPCNotification(jsonrpc="2.0", method="notifications/message", params=params)
+            )
+
+    async def replayed(event_id: str) -> tuple[str | None, list[object]]:
+        sent.clear()
+        stream = await events.replay_events_after(event_id, send)
+        return stream, told([event.message.model_dump(by_alias=True, exclude_unset=True) for event in sent])
+
+    priming = await events.prime("5", "2025-11-25")
+    assert priming is not None
+    assert await replayed(priming["id"]) == ("5", [])
+    await say("a", "b", "c")
+    assert await replayed(priming["id"]) == ("5", ["a", "b", "c"])
+    assert await replayed(str(sent[1].event_id)) == ("5", ["c"])
+    stored = log.inner._data.logs[events.key].events
+    (missing,) = [event for event in stored if event[1].position == 2]
+    stored.remove(missing)
+    assert await replayed(priming["id"]) == (None, ["a", "trimmed"])
+    assert await replayed(str(sent[-1].event_id)) == (None, [])
+    # The call runs, and has said nothing since.
+    await say("d")
+    stored.clear()
+    assert await replayed(priming["id"]) == (None, ["trimmed"])
+    result = {"content": [{"type": "text", "text": "done"}]}
+    await events.store_event("5", JSONRPCResponse(jsonrpc="2.0", id=5, result=result))
+    stored.clear()
+    assert await replayed(priming["id"]) == (None, ["trimmed"])
+    standalone = await events.prime_standalone()
+    assert standalone is not None
+    assert await replayed(events.ids.write(standalone)) == (GET_STREAM_KEY, [])
+
+
+async def test_a_call_whose_id_is_used_again_before_its_answer_is_stored_keeps_nobody(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    events = await view(store, log)
+    await events.prime("1", "2025-11-25")
+    events.returned(1)
+    assert events.busy
+    await events.prime("1", "2025-11-25")
+    assert not events.busy
+    # Neither does one whose copy leaves.
+    events.returned(1)
+    assert events.busy
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(events.recorded)
+        await one_more_turn()
+        await events.abandon()
+    assert not events.busy

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
-from mcp_session_store.retention import EventPolicy
+from mcp_session_store.retention import EventPolicy, EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
 from mcp_session_store.sql.dialects import StoreClock
 from mcp_session_store.sql.event_removal import LOGS_PER_STEP
@@ -147,3 +147,14 @@ async def test_a_page_has_no_gap_though_events_are_removed_while_it_is_read(
         assert [event.position for event in page.events] == [3]
         assert page.first == missed + 31
         assert not page.more
+
+
+async def test_a_sweep_that_has_removed_all_that_was_too_old_is_over(database_url: str) -> None:
+    await migrate.upgrade(database_url)
+    async with SqlEventLog(database_url, standalone=True) as log:
+        for _ in range(3):
+            key = new_session().key
+            await log.append(key, [new_event(0)])
+            await age_events(log, key)
+        # What becomes too old meanwhile is for the next one, or it would never end.
+        assert await log.sweep() == EventSweepReport(removed=3, more=False)

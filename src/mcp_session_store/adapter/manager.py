@@ -100,6 +100,8 @@ EndHook: TypeAlias = Callable[[SessionRecord, EndReason], Awaitable[None]]
 DEFAULT_REPLAY_TIMEOUT: Final = 5.0
 SHUTDOWN_TIMEOUT: Final = 5.0
 """Seconds for what is still to be written when the manager stops."""
+ANSWERS_TIMEOUT: Final = 6.0
+"""Seconds that a stop waits for answers on their way to the event log: by default longer than a log tries to store."""
 END_HOOK_TIMEOUT: Final = 5.0
 """Seconds that an `on_end` hook may hold up the answer to a DELETE."""
 MAX_SESSION_ID: Final = 128
@@ -344,6 +346,9 @@ class DurableSessionManager(sdk.ManagerSeams):
         start(run_every, "eviction", min(self._evict_after / 4, poll_interval), self._evict_unused)
         if self._sweep_interval is not None:
             start(run_every, "sweep", self._sweep_interval, self._sweep)
+            if self.event_log is not None:
+                # Beside it: where many are stored there may always be more that are too old.
+                start(run_every, "event sweep", self._sweep_interval, partial(sweep_events, self.event_log))
         if (recorder := self._recorder) is not None:
             following = recorder.following
             start(partial(recorder.run, beat_interval=self._instance_timeout / 3))
@@ -355,7 +360,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             await recorder.retire()
 
     async def _shut_down(self) -> None:
-        with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
+        with anyio.move_on_after(ANSWERS_TIMEOUT + SHUTDOWN_TIMEOUT, shield=True):
             self._activity.gather(everything=True)
             # Beside each other: a store that is slow leaves no stream open, and no client leaves activity unreported.
             async with anyio.create_task_group() as tasks:
@@ -366,14 +371,16 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def _put_away(self, session: ResidentSession) -> None:
         if session.events is not None:
-            # A call that has been answered is, also when its answer waits behind others.
-            with anyio.move_on_after(SHUTDOWN_TIMEOUT / 2):
+            # Also an answer that waits behind others, of a call that is over.
+            with anyio.move_on_after(ANSWERS_TIMEOUT):
                 await session.events.recorded()
-        await self._residents.evict(session)
+        with anyio.move_on_after(SHUTDOWN_TIMEOUT):
+            await self._residents.evict(session)
 
     async def _report_all(self) -> None:
         try:
-            await self._activity.report(everything=True)
+            with anyio.move_on_after(SHUTDOWN_TIMEOUT):
+                await self._activity.report(everything=True)
         except Exception as error:
             report_failure("activity", error)
 
@@ -949,8 +956,6 @@ class DurableSessionManager(sdk.ManagerSeams):
                 break
             # Half of the time is for the requests.
             await anyio.sleep(anyio.current_time() - began)
-        if self.event_log is not None:
-            await sweep_events(self.event_log)
 
 
 def instance_id() -> str:

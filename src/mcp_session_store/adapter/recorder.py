@@ -39,8 +39,6 @@ MAX_KEPT_BYTES: Final = 4 * 1024**2
 """What is kept of a session while its events cannot be stored, until they can."""
 MAX_KEPT_IN_ALL: Final = 64 * 1024**2
 """Bytes that are kept of all sessions together."""
-
-
 STORED_AT_ONCE: Final = 100
 """Events of a session that are stored together when that can be done again."""
 RECOVERY_INTERVAL: Final = 5.0
@@ -48,6 +46,9 @@ RECOVERY_INTERVAL: Final = 5.0
 ROUNDS: Final = 4
 """How often within the time for which events are kept it is looked which calls say nothing."""
 REFRESHED_AT_ONCE: Final = 100
+"""Calls for which an event is stored at the same time, because they say nothing."""
+LAST_EVENTS: Final = 4.0
+"""Seconds for storing what is left when an instance stops; some more are for saying that it has."""
 
 
 class Outcome(Enum):
@@ -391,10 +392,11 @@ class EventRecorder:
         try:
             # Whoever was storing an answer was cancelled. Who waits for others learns that nobody runs them any more.
             if self._kept or any(stream.answer for stream in self.unfinished.values()):
-                await self.recover()
-                async with anyio.create_task_group() as tasks:
-                    for stream in list(self.unfinished.values()):
-                        tasks.start_soon(self.record_again, stream)
+                with anyio.move_on_after(LAST_EVENTS):
+                    await self.recover()
+                    async with anyio.create_task_group() as tasks:
+                        for stream in list(self.unfinished.values()):
+                            tasks.start_soon(self.record_again, stream)
         except Exception as error:
             report_failure("events", error)
         try:

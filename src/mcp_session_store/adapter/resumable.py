@@ -104,7 +104,11 @@ class ResumableSessionManager(sdk.StockManagerSeams):
         except StoreUnavailable as error:
             logger.warning("the event log cannot be reached; events go out without ids: %s", error)
             recorder.wake.set()
-        async with super().run(), anyio.create_task_group() as tasks:
+        async with contextlib.AsyncExitStack() as stack:
+            # When no session stores anything any more.
+            stack.push_async_callback(self._retire)
+            await stack.enter_async_context(super().run())
+            tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(partial(recorder.run, beat_interval=DEFAULT_INSTANCE_TIMEOUT / 3))
             if self._sweep_interval is not None:
                 tasks.start_soon(run_every, "sweep", self._sweep_interval, partial(sweep_events, recorder.log))
@@ -112,5 +116,7 @@ class ResumableSessionManager(sdk.StockManagerSeams):
                 yield
             finally:
                 tasks.cancel_scope.cancel()
-                with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
-                    await recorder.retire()
+
+    async def _retire(self) -> None:
+        with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
+            await self._recorder.retire()

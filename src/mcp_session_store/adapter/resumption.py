@@ -284,10 +284,8 @@ class _Stream:
             return
         if self._cursor.standalone:
             logger.info("a client missed events of its standalone stream that are not kept any more")
-        elif not page.events:
-            # Those of a call say themselves what they follow.
-            running = self._recorder.unfinished.get(self._cursor.stream)
-            self._misses = running is None or running.previous > self._cursor.position
+        else:
+            self._misses = self._events.misses(self._cursor, page, self._seen)
 
     def _over(self) -> bool:
         """Whether the call, which has not been answered, will not be."""

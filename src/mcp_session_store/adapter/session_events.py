@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.recorder import EventRecorder
     from mcp_session_store.adapter.sdk import LiveStreams
+    from mcp_session_store.records import EventPage
 
 __all__ = ["POSTED", "RESUMABLE_SINCE", "SessionEvents"]
 
@@ -152,21 +153,33 @@ class SessionEvents(EventStore):
         # The SDK lets a client have a stream only when nobody else does.
         self.resumed(cursor)
         more = True
-        while more:
+        while more and not cursor.final:
             page = await self.recorder.log.read(self.key, cursor.stream, after=cursor.sequence)
             if page is None:
                 return None
+            misses = False
+            if not cursor.standalone:
+                misses = cursor.sequence > page.last or self.misses(cursor, page, cursor.sequence)
             for event in page.events:
-                if not cursor.standalone and event.previous > cursor.position:
-                    text = error_message(cursor.request_id, TRIMMED, code=CONNECTION_CLOSED, reason="trimmed")
-                    message = jsonrpc_message_adapter.validate_json(text, by_name=False)
-                    last_id = self.ids.write(cursor.at(sequence=cursor.sequence, final=True))
-                    await send_callback(EventMessage(message, last_id))
-                    return None
-                cursor = cursor.at(sequence=event.sequence, position=event.position, final=event.kind.final)
+                if not cursor.standalone:
+                    if event.position <= cursor.position:
+                        cursor = cursor.at(sequence=event.sequence)
+                        continue
+                    if misses := event.previous > cursor.position:
+                        break
+                cursor = cursor.at(
+                    sequence=event.sequence,
+                    position=event.position,
+                    final=event.kind.final and not cursor.standalone,
+                )
                 if event.message is not None:
                     message = jsonrpc_message_adapter.validate_json(event.message, by_name=False)
                     await send_callback(EventMessage(message, self.ids.write(cursor)))
+            if misses:
+                text = error_message(cursor.request_id, TRIMMED, code=CONNECTION_CLOSED, reason="trimmed")
+                message = jsonrpc_message_adapter.validate_json(text, by_name=False)
+                cursor = cursor.at(sequence=cursor.sequence, final=True)
+                await send_callback(EventMessage(message, self.ids.write(cursor)))
             more = page.more
         if cursor.standalone:
             return GET_STREAM_KEY
@@ -185,8 +198,22 @@ class SessionEvents(EventStore):
         if stream is not None and stream.answer is None:
             self._returned.add(stream.name)
 
+    def misses(self, cursor: Cursor, page: EventPage, seen: int) -> bool:
+        """Whether events of a call may have been removed that a client has not seen.
+
+        Args:
+            cursor: What it has seen of the call.
+            page: What follows.
+            seen: After which sequence the page begins.
+        """
+        if page.events or page.first <= seen + 1:
+            # Events say themselves what they follow.
+            return False
+        running = self.recorder.unfinished.get(cursor.stream)
+        return running is None or running.previous > cursor.position
+
     async def recorded(self) -> None:
-        """Wait until the answers of all handlers that have returned are stored, or kept for want of a database."""
+        """Wait until the answers of all handlers that have returned are stored, or kept because that has failed."""
         while self._returned:
             self._recorded = self._recorded or Latch()
             await self._recorded.wait()
@@ -251,10 +278,21 @@ class SessionEvents(EventStore):
             for stream in calls.values():
                 # It may have left while an answer was being stored.
                 tasks.start_soon(self._lose if stream.answer is None else self.recorder.record_again, stream)
+        self._returned.clear()
+        self._all_recorded()
 
     async def _lose(self, stream: CallStream) -> None:
         text = error_message(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
         await self.recorder.record(self.key, stream.next_event(EventKind.ERROR, text), give=lambda _: False)
+        self._is_recorded(stream)
+
+    def _is_recorded(self, stream: CallStream) -> None:
+        """Nobody waits for the answer of a call any more."""
+        if stream.name in self._returned:
+            self._returned.remove(stream.name)
+            if not self._returned:
+                self._all_recorded()
+                self.on_recorded()
 
     def _all_recorded(self) -> None:
         if self._recorded is not None:
@@ -294,11 +332,8 @@ class SessionEvents(EventStore):
             if kind.final and self._calls.get(stream_id) is stream:
                 # What else comes under this id belongs to another call.
                 del self._calls[stream_id]
-            if stream.name in self._returned and kind.final:
-                self._returned.remove(stream.name)
-                if not self._returned:
-                    self._all_recorded()
-                    self.on_recorded()
+            if kind.final:
+                self._is_recorded(stream)
             if recorded.outcome is not Outcome.LIVE:
                 stream.previous = event.position
         if recorded.outcome is not Outcome.STORED:

@@ -14,7 +14,7 @@ from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, Database
 from mcp_session_store.sql.driver_errors import hide_parameters, summary_of
-from mcp_session_store.sql.event_removal import EventTrimming
+from mcp_session_store.sql.event_removal import LOGS_PER_STEP, EventTrimming
 from mcp_session_store.sql.events import Append, Events, Read
 from mcp_session_store.sql.instances import Instances
 from mcp_session_store.sql.listener import Listener
@@ -174,7 +174,10 @@ class SqlEventLog(EventLog):
             return EventSweepReport()
         each = max(1, limit // len(due))
         trimmed = await self._do(lambda attempt: self._trimming.trim(attempt, due, limit=each, wait=False))
-        return EventSweepReport(removed=trimmed.removed, more=trimmed.logs > 0)
+        # Those whose events went with a partition are only noted; and what becomes too old meanwhile is for the next.
+        full = len(due) >= min(limit, LOGS_PER_STEP)
+        more = trimmed.more or (trimmed.logs > 0 and (full or not trimmed.removed))
+        return EventSweepReport(removed=trimmed.removed, more=more)
 
     async def _ask(self, call: Callable[[Attempt], Awaitable[_T]]) -> _T:
         return cast("_T", await self._reads.submit(call))

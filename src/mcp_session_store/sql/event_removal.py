@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects import Dialect
 
-__all__ = ["EventRemoval", "EventTrimming", "left_of"]
+__all__ = ["LOGS_PER_STEP", "EventRemoval", "EventTrimming", "left_of"]
 
 LOGS_PER_STEP: Final = 100
 """Sessions whose events one step of a sweep removes."""
@@ -196,7 +196,6 @@ class EventTrimming:
             keys: The sessions.
             limit: Events that are removed of each.
             wait: Whether to wait for logs that others have locked, or to pass them over.
-
         """
         execute = attempt.connection.execute
         async with transaction(attempt.connection, self._dialect):
