@@ -158,7 +158,7 @@ async def test_an_app_can_be_started_again(kind: str, store: FaultyStore, json_r
             if session_id is None:
                 session_id = await client.handshake()
             assert (await client.call("add", {"a": start, "b": 0})).text == str(start)
-            managers.add(id(made.lowlevel.session_manager))
+            managers.add(made.lowlevel.session_manager)
             assert sum(1 for entry in made.lowlevel.middleware if "session_middleware" in repr(entry)) == 1
     assert len(managers) == 3
     assert store.counts()["open"] == 3
