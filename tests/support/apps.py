@@ -17,6 +17,12 @@ def pid() -> int:
 
 
 @server.tool()
+def environment(name: str) -> str:
+    """The value of a variable of the process that answers."""
+    return os.environ.get(name, "not set")
+
+
+@server.tool()
 async def count(ctx: Context, to: int) -> int:
     """Tell each step as it is done."""
     for step in range(to):

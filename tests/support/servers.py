@@ -6,13 +6,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
+from tests.support.forking import ForkedProcess
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
@@ -26,6 +26,18 @@ _STOP_TIMEOUT = 30.0
 
 started: list[ServerProcess] = []
 """The servers of the test that runs; when it fails, the ends of their logs are reported with it."""
+
+
+class _Process(Protocol):
+    """What `subprocess.Popen` and `ForkedProcess` have in common."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
 
 
 class ServerProcess:
@@ -54,7 +66,7 @@ class ServerProcess:
         # What somebody has set in the shell for a database of his own must not reach the tests.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("MCP_SESSION_STORE_")}
         self._environment = {**inherited, "PYTHONUNBUFFERED": "1", **(environment or {})}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: _Process | None = None
 
     def __enter__(self) -> Self:
         started.append(self)
@@ -104,16 +116,7 @@ class ServerProcess:
     def spawn(self) -> None:
         """Start it without waiting."""
         assert not self.running, "the server is running already"
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env=self._environment,
-                start_new_session=True,
-            )
+        self._process = self._launch()
 
     def wait_until_ready(self) -> None:
         """Wait until the port takes connections."""
@@ -139,6 +142,8 @@ class ServerProcess:
         if self._process is None:
             return
         group = self._process.pid
+        # One that was forked a moment ago has no group yet.
+        self._process.send_signal(signal.SIGKILL)
         _signal_group(group, signal.SIGKILL)
         self._process.wait()
         self._process = None
@@ -162,12 +167,35 @@ class ServerProcess:
         self.kill()
         self.start()
 
+    def _launch(self) -> _Process:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=self._environment,
+                start_new_session=True,
+            )
+
     def _answers(self) -> bool:
         try:
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:
             return False
         return True
+
+
+class ForkedServerProcess(ServerProcess):
+    """A server that `python -m` runs, with a start that is fast.
+
+    Its command is the name of the module, and arguments.
+    """
+
+    def _launch(self) -> _Process:
+        module, *arguments = self._command
+        return ForkedProcess(module, arguments, log=self._log, cwd=ROOT, env=self._environment)
 
 
 def _signal_group(group: int, number: int) -> bool:
@@ -201,7 +229,7 @@ def uvicorn_server(
         workers: uvicorn's `--workers`.
         options: More options for uvicorn.
     """
-    command = [sys.executable, "-m", "uvicorn", app, "--host", "127.0.0.1", "--port", "{port}"]
+    command = ["uvicorn", app, "--host", "127.0.0.1", "--port", "{port}"]
     if workers > 1:
         command += ["--workers", str(workers)]
-    return ServerProcess([*command, *options], log=log, environment=environment, port=port)
+    return ForkedServerProcess([*command, *options], log=log, environment=environment, port=port)

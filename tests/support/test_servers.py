@@ -124,12 +124,14 @@ async def test_the_load_balancer_passes_over_a_server_that_is_down(serve: ServeF
             assert (await client.call_tool("pid")).status == 502
 
 
-def test_the_environment_reaches_the_server_and_settings_of_the_shell_do_not(
+@pytest.mark.anyio
+async def test_the_environment_reaches_the_server_and_settings_of_the_shell_do_not(
     serve: ServeFunction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MCP_SESSION_STORE_URL", "sqlite:///somebody-elses.db")
     server = serve(SSE, environment={"GIVEN": "yes"})
-    environment = psutil.Process(server.pid).environ()
-    assert environment["GIVEN"] == "yes"
-    assert "MCP_SESSION_STORE_URL" not in environment
+    async with RawClient(server.mcp_url) as client:
+        await client.handshake()
+        assert (await client.call_tool("environment", {"name": "GIVEN"})).text == "yes"
+        assert (await client.call_tool("environment", {"name": "MCP_SESSION_STORE_URL"})).text == "not set"
     assert os.environ["MCP_SESSION_STORE_URL"]
