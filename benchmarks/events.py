@@ -52,12 +52,13 @@ from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage
 from mcp_types import JSONRPCNotification, jsonrpc_message_adapter
 
 from benchmarks.sweeping import percentile
-from mcp_session_store.adapter.following import Following
-from mcp_session_store.adapter.recorder import EventRecorder
-from mcp_session_store.adapter.session_events import SessionEvents
+from mcp_session_store.adapter.streams.event_store import SessionEvents
+from mcp_session_store.adapter.streams.followers import Following
+from mcp_session_store.adapter.streams.recorder import EventRecorder
 from mcp_session_store.records import EventKind, NewEvent
 from mcp_session_store.retention import EventPolicy
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 
 try:

@@ -26,9 +26,10 @@ import sqlalchemy as sa
 from benchmarks.sweeping import percentile
 from mcp_session_store.records import EndReason
 from mcp_session_store.retention import EventPolicy, EventSweepReport
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql.admin.partitions import EventPartitions
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
-from mcp_session_store.sql.partitions import EventPartitions
+from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
 
 if TYPE_CHECKING:

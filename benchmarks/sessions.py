@@ -40,7 +40,7 @@ from mcp.server.mcpserver import MCPServer
 from starlette.applications import Starlette
 
 from mcp_session_store import durable_app
-from mcp_session_store.sql import migrate
+from mcp_session_store.sql.schema import migrate
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message

@@ -30,8 +30,9 @@ import sqlalchemy as sa
 
 from mcp_session_store.records import Activity, EndReason
 from mcp_session_store.retention import RetentionPolicy, SweepReport
-from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
+from mcp_session_store.sql.schema import migrate
 from mcp_session_store.store import SWEEP_LIMIT
 from mcp_session_store.testing import new_session
 

@@ -9,10 +9,10 @@ from alembic import context
 from alembic.util.exc import CommandError
 
 from mcp_session_store.errors import SessionStoreError
-from mcp_session_store.sql.migrate import run_offline, run_online
+from mcp_session_store.sql.schema.migrate import run_offline, run_online
 
 config = context.config
-given = config.attributes  # by `mcp_session_store.sql.migrate`
+given = config.attributes  # by `mcp_session_store.sql.schema.migrate`
 asked = context.get_x_argument(as_dictionary=True)
 
 if config.cmd_opts is not None and config.config_file_name is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from interop_tests.pgbouncer import PgBouncer
-from mcp_session_store.sql import migrate
+from mcp_session_store.sql.schema import migrate
 from tests.support import servers
 from tests.support.postgres import fresh_database
 

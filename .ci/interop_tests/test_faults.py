@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mcp_session_store import StoreUnavailable
-from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 from tests.process.clients import until
 from tests.store.databases import settled

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from mcp_session_store.errors import SchemaMissing
-from mcp_session_store.sql import SqlSessionStore, migrate
-from mcp_session_store.sql.schema import HEAD
+from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.testing import new_session
 from tests.support.servers import ROOT
 

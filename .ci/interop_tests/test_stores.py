@@ -14,8 +14,9 @@ from sqlalchemy.engine import make_url
 from interop_tests.pgbouncer import POOL_SIZE
 from mcp_session_store import Activity, EndReason, EventPolicy, StoreUnavailable
 from mcp_session_store.retention import EventSweepReport
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.database import BadData
+from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
 from tests.store.contract import SqlEventLogConformance, SqlStoreConformance
 from tests.store.databases import execute, settled

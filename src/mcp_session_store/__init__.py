@@ -38,9 +38,9 @@ from mcp_session_store.retention import EventPolicy, EventSweepReport, Retention
 from mcp_session_store.store import EventLog, SessionStore
 
 if TYPE_CHECKING:
-    from mcp_session_store.adapter.journal import JournaledMethod
     from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
-    from mcp_session_store.adapter.marker import get_restore_marker
+    from mcp_session_store.adapter.replay.journal import JournaledMethod
+    from mcp_session_store.adapter.replay.marker import get_restore_marker
     from mcp_session_store.adapter.resumable import ResumableSessionManager
     from mcp_session_store.app import durable_app
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
@@ -98,12 +98,12 @@ __all__ = [
 ]
 
 _IMPORTED_WHEN_USED: Final = {
-    "JournaledMethod": "adapter.journal",
+    "JournaledMethod": "adapter.replay.journal",
     "DurableSessionManager": "adapter.manager",
     "EndHook": "adapter.manager",
     "ResumableSessionManager": "adapter.resumable",
     "RestoreHook": "adapter.manager",
-    "get_restore_marker": "adapter.marker",
+    "get_restore_marker": "adapter.replay.marker",
     "durable_app": "app",
     "SqlEventLog": "sql",
     "SqlSessionStore": "sql",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.adapter.frameworks import build_app
-from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS
 from mcp_session_store.adapter.manager import (
     DEFAULT_END_WITHIN,
     DEFAULT_EVICT_AFTER,
@@ -13,6 +12,7 @@ from mcp_session_store.adapter.manager import (
     DEFAULT_REPLAY_TIMEOUT,
     DEFAULT_SWEEP_INTERVAL,
 )
+from mcp_session_store.adapter.sessions.handshake import DEFAULT_MAX_INITIALIZE_PARAMS
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer
     from starlette.applications import Starlette
 
-    from mcp_session_store.adapter.journal import JournaledMethod
     from mcp_session_store.adapter.manager import EndHook, RestoreHook
+    from mcp_session_store.adapter.replay.journal import JournaledMethod
 
 __all__ = ["durable_app"]
 

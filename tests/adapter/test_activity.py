@@ -12,7 +12,7 @@ import pytest
 from mcp_session_store import ConfigurationError, EndReason, RetentionPolicy, StoreUnavailable, durable_app, session_key
 from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter import telemetry
-from mcp_session_store.adapter.activity import checked_interval
+from mcp_session_store.adapter.sessions.activity import checked_interval
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.adapter.asgi import Client, until
 from tests.adapter.instances import Notes, instance, principal, running

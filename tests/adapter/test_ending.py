@@ -13,7 +13,7 @@ import pytest
 from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
 from mcp_session_store.adapter import background, telemetry
 from mcp_session_store.adapter import manager as manager_module
-from mcp_session_store.adapter import session as session_module
+from mcp_session_store.adapter.sessions import resident as session_module
 from mcp_session_store.retention import MIN_TOMBSTONE
 from tests.adapter.asgi import Client, until
 from tests.adapter.instances import Notes, instance, principal, wait_for

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from mcp_session_store import EventPolicy, EventTooLarge, SchemaBehind, StoreUnavailable
-from mcp_session_store.adapter import recorder as recorder_module
+from mcp_session_store.adapter.streams import recorder as recorder_module
 from mcp_session_store.records import EventKind
 from mcp_session_store.store import STANDALONE_STREAM
 from tests.adapter.asgi import PATIENCE, until

@@ -12,7 +12,7 @@ from mcp.shared.exceptions import MCPError
 
 from mcp_session_store import ConfigurationError, DurableSessionManager, EndReason, get_restore_marker, session_key
 from mcp_session_store import memory as memory_module
-from mcp_session_store.adapter.journal import MAX_PARAMS, MAX_SUBJECT, Journal, JournaledMethod
+from mcp_session_store.adapter.replay.journal import MAX_PARAMS, MAX_SUBJECT, Journal, JournaledMethod
 from tests.adapter.asgi import until
 from tests.adapter.instances import Notes, instance, wait_for
 from tests.support.http import INITIALIZE_PARAMS

@@ -16,7 +16,7 @@ from mcp_session_store import (
     SessionRestoreMarker,
     StoreUnavailable,
 )
-from mcp_session_store.adapter.recorder import sweep_events
+from mcp_session_store.adapter.streams.recorder import sweep_events
 from tests.adapter.asgi import until
 from tests.adapter.instances import Notes, instance, principal
 from tests.adapter.talking import Talking
@@ -140,7 +140,7 @@ async def test_logs_hold_neither_session_ids_nor_payload(
 async def test_logs_of_events_hold_neither_session_ids_nor_event_ids_nor_payload(
     store: FaultyStore, log: FaultyLog, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcp_session_store.adapter.resumption.RETRY", 0.01)
+    monkeypatch.setattr("mcp_session_store.adapter.streams.resumption.RETRY", 0.01)
     caplog.set_level(logging.DEBUG, logger="mcp_session_store")
     secrets = [PAYLOAD]
     talking = Talking()

@@ -12,7 +12,7 @@ from mcp.shared.exceptions import MCPError
 
 from mcp_session_store import EndReason, RestoreRefused, session_key
 from mcp_session_store.adapter import manager as manager_module
-from mcp_session_store.adapter.residents import MemoryFull
+from mcp_session_store.adapter.sessions.registry import MemoryFull
 from tests.adapter.asgi import Client, until
 from tests.adapter.instances import Notes, instance, principal, wait_for
 from tests.support.http import INITIALIZE_PARAMS

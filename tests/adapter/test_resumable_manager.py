@@ -25,7 +25,7 @@ from mcp_session_store import (
     session_key,
 )
 from mcp_session_store.records import EventKind, instance_name
-from mcp_session_store.sql import migrate
+from mcp_session_store.sql.schema import migrate
 from tests.adapter.asgi import Client, seen_by_a_client, until
 from tests.adapter.instances import Notes, principal, running
 from tests.adapter.talking import Talking, hears, told
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
-    from mcp_session_store.adapter.recorder import EventRecorder
+    from mcp_session_store.adapter.streams.recorder import EventRecorder
 
 pytestmark = pytest.mark.anyio
 

@@ -13,9 +13,9 @@ from mcp.server.transport_security import TransportSecuritySettings
 from mcp_types import JSONRPCNotification, JSONRPCResponse, jsonrpc_message_adapter
 
 from mcp_session_store import EventPolicy, StoreUnavailable
-from mcp_session_store.adapter.following import Following
-from mcp_session_store.adapter.recorder import EventRecorder, sweep_events
-from mcp_session_store.adapter.session_events import SessionEvents
+from mcp_session_store.adapter.streams.event_store import SessionEvents
+from mcp_session_store.adapter.streams.followers import Following
+from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
 from mcp_session_store.testing import new_session
 from tests.adapter.asgi import Client, seen_by_a_client, until
 from tests.adapter.instances import instance, principal
@@ -405,7 +405,7 @@ async def test_a_stream_that_is_followed_stays_open_while_the_log_is_down(
     elsewhere: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mcp_session_store.adapter.resumption.RETRY", 0.02)
+    monkeypatch.setattr("mcp_session_store.adapter.streams.resumption.RETRY", 0.02)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
         client = one.client()
@@ -439,7 +439,7 @@ async def test_a_stream_that_is_followed_stays_open_while_the_log_is_down(
 async def test_a_long_replay_is_not_cut_by_a_log_that_fails_now_and_then(
     store: FaultyStore, log: FaultyLog, failing: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcp_session_store.adapter.resumption.RETRY", 0.01)
+    monkeypatch.setattr("mcp_session_store.adapter.streams.resumption.RETRY", 0.01)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:
         client = one.client()

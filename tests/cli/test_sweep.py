@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mcp_session_store.sql.directory import SessionDirectory, SessionFilter, SessionState
+from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionFilter, SessionState
 from tests.cli.conftest import COMMAND
 from tests.cli.test_sessions import CONTROL
 from tests.support.rows import insert_events, insert_rows, log_rows, session_row

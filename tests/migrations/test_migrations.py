@@ -30,11 +30,12 @@ from mcp_session_store.errors import (
 )
 from mcp_session_store.records import Activity
 from mcp_session_store.retention import RetentionPolicy, SweepReport
-from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql.admin.partitions import EventPartitions
 from mcp_session_store.sql.dialects import StoreClock
-from mcp_session_store.sql.partitions import EventPartitions
-from mcp_session_store.sql.schema import HEAD, check_revision
-from mcp_session_store.sql.tables import VERSION_TABLE, make_tables, sessions_table
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.sql.schema.tables import VERSION_TABLE, make_tables, sessions_table
+from mcp_session_store.sql.schema.version import HEAD, check_revision
 from mcp_session_store.testing import new_session
 from tests.store.databases import execute
 
@@ -245,7 +246,7 @@ def _in_processes(count: int, code: str, *arguments: str) -> None:
             [
                 sys.executable,
                 "-c",
-                "import asyncio\nfrom mcp_session_store.sql import migrate\n" + start + code,
+                "import asyncio\nfrom mcp_session_store.sql.schema import migrate\n" + start + code,
                 *arguments,
             ],
             stdin=subprocess.PIPE,

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from mcp_session_store import ConfigurationError, SqlSessionStore
-from mcp_session_store.sql import migrate
+from mcp_session_store.sql.schema import migrate
 
 if TYPE_CHECKING:
     from pathlib import Path

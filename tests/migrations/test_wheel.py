@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.sql.schema import HEAD
+from mcp_session_store.sql.schema.version import HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +80,7 @@ def test_the_installed_wheel_migrates_a_database(installed: Path, tmp_path: Path
 import asyncio, sys
 from pathlib import Path
 import mcp_session_store
-from mcp_session_store.sql import migrate
+from mcp_session_store.sql.schema import migrate
 
 package = Path(mcp_session_store.__file__).parent
 assert package.is_relative_to(sys.prefix), package

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy.engine import make_url
 
-from mcp_session_store.sql import migrate
+from mcp_session_store.sql.schema import migrate
 from tests.process.apps import Settings
 from tests.process.records import Records
 from tests.support.faults import FaultProxy

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from mcp_session_store import session_key
-from mcp_session_store.sql.tables import events_table, sessions_table
+from mcp_session_store.sql.schema.tables import events_table, sessions_table
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from mcp_session_store import EndReason, SqlSessionStore, session_key
-from mcp_session_store.sql import migrate
+from mcp_session_store.sql.schema import migrate
 from tests.process.clients import sessions, until, whoami
 from tests.support.http import RawClient
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy.engine import make_url
 
-from mcp_session_store.sql import migrate
-from mcp_session_store.sql.schema import HEAD
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.sql.schema.version import HEAD
 from tests.process.clients import whoami
 from tests.support.http import RawClient
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from mcp_session_store.sql import migrate
-from mcp_session_store.sql.schema import HEAD
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.sql.schema.version import HEAD
 from tests.process.clients import official_client, pid_of, sessions, until, whoami
 from tests.support.http import RawClient
 from tests.support.proxy import RoundRobinProxy

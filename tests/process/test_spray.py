@@ -11,7 +11,7 @@ import anyio
 import httpx2
 import pytest
 
-from mcp_session_store.sql import migrate
+from mcp_session_store.sql.schema import migrate
 from tests.process.clients import sessions, until, whoami
 from tests.process.records import Records
 from tests.support.http import RawClient

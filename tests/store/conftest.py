@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.sql import migrate
+from mcp_session_store.sql.schema import migrate
 from tests.support.postgres import fresh_database
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from mcp_session_store.records import EndReason
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, BadData, Database
-from mcp_session_store.sql.tables import sessions_table
+from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.testing import new_session
 from tests.store.databases import connections_checked_out, engine_of, settled, sql_store
 

@@ -17,7 +17,7 @@ from sqlalchemy.sql.expression import ClauseElement, Executable
 from mcp_session_store.errors import ConfigurationError, SchemaMissing, StoreUnavailable
 from mcp_session_store.records import Principal
 from mcp_session_store.retention import RetentionPolicy, SweepReport
-from mcp_session_store.sql.directory import SessionDirectory, SessionFilter, SessionState, _decode
+from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionFilter, SessionState, _decode
 from tests.store.databases import execute, sql_store
 from tests.support.rows import insert_rows, session_row
 

@@ -14,9 +14,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
-from mcp_session_store.sql import SqlSessionStore, migrate
-from mcp_session_store.sql.driver_errors import Meaning, meaning_of, summary_of
+from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.engine import checked_url, shown_url
+from mcp_session_store.sql.failures import Meaning, meaning_of, summary_of
+from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 from tests.store.databases import connections_checked_out, engine_of, execute, settled, sql_store
 

@@ -12,10 +12,10 @@ import sqlalchemy as sa
 from mcp_session_store.errors import ConfigurationError, SchemaMissing
 from mcp_session_store.retention import EventPolicy
 from mcp_session_store.sql import SqlEventLog
-from mcp_session_store.sql.directory import SessionDirectory, SessionFilter
-from mcp_session_store.sql.event_directory import EventDirectory
-from mcp_session_store.sql.reading import decode_cursor
-from mcp_session_store.sql.tables import logs_table
+from mcp_session_store.sql.admin.events import EventDirectory
+from mcp_session_store.sql.admin.reader import decode_cursor
+from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionFilter
+from mcp_session_store.sql.schema.tables import logs_table
 from tests.store.databases import events_swept, execute
 from tests.store.test_directory import _cursor, _Explain
 from tests.support.rows import insert_events, insert_rows, log_rows, session_row
@@ -23,7 +23,7 @@ from tests.support.rows import insert_events, insert_rows, log_rows, session_row
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from mcp_session_store.sql.event_directory import LoggedEvent
+    from mcp_session_store.sql.admin.events import LoggedEvent
 
 pytestmark = pytest.mark.anyio
 

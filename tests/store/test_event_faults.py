@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.errors import SessionStoreError, StoreUnavailable
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.sql.tables import events_table, logs_table
+from mcp_session_store.sql.schema.tables import events_table, logs_table
 from mcp_session_store.testing import new_event, new_session
 from tests.store.databases import engine_of, execute, settled, sql_store
 from tests.store.test_faults import behind_proxy

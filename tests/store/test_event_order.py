@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 import sqlalchemy as sa
 
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.dialects import StoreClock
-from mcp_session_store.sql.tables import events_table, logs_table
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.sql.schema.tables import events_table, logs_table
 from mcp_session_store.testing import new_event, new_session
 from tests.store.databases import engine_of, execute, settled, sql_store
 

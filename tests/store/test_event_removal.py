@@ -11,10 +11,11 @@ import pytest
 import sqlalchemy as sa
 
 from mcp_session_store.retention import EventPolicy, EventSweepReport
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.dialects import StoreClock
-from mcp_session_store.sql.event_removal import LOGS_PER_STEP
-from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
+from mcp_session_store.sql.events.trim import LOGS_PER_STEP
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.store import NO_SESSION
 from mcp_session_store.testing import new_event, new_session
 from tests.store.databases import age_events, events_swept, execute, settled, sql_store

@@ -20,7 +20,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from mcp_session_store.errors import SessionStoreError, StoreUnavailable
 from mcp_session_store.records import Activity, EndReason, JournalEntry
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlSessionStore, migrate
+from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 from tests.store.databases import connections_checked_out, expire, settled, sql_store
 from tests.support.faults import FaultProxy

@@ -13,8 +13,9 @@ import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from mcp_session_store.errors import SchemaAhead, SchemaBehind, SchemaMissing, StoreUnavailable
-from mcp_session_store.sql import SqlSessionStore, migrate
-from mcp_session_store.sql.schema import HEAD
+from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.testing import new_session
 from tests.store.databases import execute
 

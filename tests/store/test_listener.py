@@ -17,9 +17,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.records import Activity, EndReason
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.dialects import DIALECTS
-from mcp_session_store.sql.listener import Listener
+from mcp_session_store.sql.notifications import Listener
+from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
 from tests.store.databases import connections_checked_out, execute, settled, sql_store
 from tests.support.faults import FaultProxy

@@ -18,7 +18,7 @@ from mcp_session_store.memory import MemorySessionStore
 from mcp_session_store.records import Activity, EndReason, Principal, SessionRecord
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
-from mcp_session_store.sql.tables import sessions_table
+from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.testing import new_session
 from tests.store.databases import age_tombstone, execute, expire, settled
 

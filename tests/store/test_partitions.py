@@ -18,11 +18,13 @@ import sqlalchemy as sa
 from mcp_session_store.errors import ConfigurationError, SchemaMissing, StoreUnavailable
 from mcp_session_store.records import EndReason
 from mcp_session_store.retention import EventPolicy
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore, migrate, partitions
-from mcp_session_store.sql.event_directory import EventDirectory
-from mcp_session_store.sql.partitions import EventPartitions, Partition
-from mcp_session_store.sql.schema import HEAD
-from mcp_session_store.sql.tables import events_table
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql.admin import partitions
+from mcp_session_store.sql.admin.events import EventDirectory
+from mcp_session_store.sql.admin.partitions import EventPartitions, Partition
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.sql.schema.tables import events_table
+from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.testing import new_event, new_session
 from tests.store.contract import SqlEventLogConformance
 from tests.store.databases import events_swept, execute, settled

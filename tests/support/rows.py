@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql import migrate
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
-from mcp_session_store.sql.tables import events_table, instances_table, journal_table, logs_table, sessions_table
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.sql.schema.tables import events_table, instances_table, journal_table, logs_table, sessions_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

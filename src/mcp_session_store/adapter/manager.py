@@ -24,24 +24,30 @@ from mcp.server.streamable_http_manager import (
 from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.requests import Request
 
-from mcp_session_store.adapter import middleware, responses, sdk, telemetry
-from mcp_session_store.adapter.activity import ActivityReporter, checked_interval
-from mcp_session_store.adapter.asgi import again, session_id_of, whole
+from mcp_session_store.adapter import responses, sdk, telemetry
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
-from mcp_session_store.adapter.event_ids import EventIds
-from mcp_session_store.adapter.following import POLL_INTERVAL, Following
-from mcp_session_store.adapter.handshake import DEFAULT_MAX_INITIALIZE_PARAMS, HANDSHAKE, Handshake, HeldResponse
-from mcp_session_store.adapter.journal import Journal
 from mcp_session_store.adapter.latch import Latch
-from mcp_session_store.adapter.marker import RESTORE_MARKER
-from mcp_session_store.adapter.recorder import EventRecorder, sweep_events
-from mcp_session_store.adapter.replay import Replay
-from mcp_session_store.adapter.request_ids import RequestIds
-from mcp_session_store.adapter.residents import MemoryFull, Residents
-from mcp_session_store.adapter.resumption import not_resumable, serve_stream, stream_refusal
-from mcp_session_store.adapter.session import RESIDENT_SESSION, ResidentSession
-from mcp_session_store.adapter.session_events import POSTED, SessionEvents
-from mcp_session_store.adapter.watch import ChangeWatch
+from mcp_session_store.adapter.replay.journal import Journal
+from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
+from mcp_session_store.adapter.replay.replay import Replay
+from mcp_session_store.adapter.replay.request_ids import RequestIds
+from mcp_session_store.adapter.requests import again, session_id_of, whole
+from mcp_session_store.adapter.sessions import middleware
+from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
+from mcp_session_store.adapter.sessions.changes import ChangeWatch
+from mcp_session_store.adapter.sessions.handshake import (
+    DEFAULT_MAX_INITIALIZE_PARAMS,
+    HANDSHAKE,
+    Handshake,
+    HeldResponse,
+)
+from mcp_session_store.adapter.sessions.registry import MemoryFull, Residents
+from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
+from mcp_session_store.adapter.streams.event_ids import EventIds
+from mcp_session_store.adapter.streams.event_store import POSTED, SessionEvents
+from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Following
+from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
+from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream, stream_refusal
 from mcp_session_store.errors import (
     ConfigurationError,
     JournalFull,
@@ -77,8 +83,8 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
-    from mcp_session_store.adapter.handshake import InitializeParams
-    from mcp_session_store.adapter.journal import JournaledMethod, JournalWrite
+    from mcp_session_store.adapter.replay.journal import JournaledMethod, JournalWrite
+    from mcp_session_store.adapter.sessions.handshake import InitializeParams
     from mcp_session_store.records import Change, JournalEntry
 
 __all__ = [

@@ -12,18 +12,18 @@ import anyio
 from mcp.server.transport_security import TransportSecurityMiddleware
 
 from mcp_session_store.adapter import sdk
-from mcp_session_store.adapter.asgi import session_id_of
 from mcp_session_store.adapter.background import run_every
-from mcp_session_store.adapter.following import Following
 from mcp_session_store.adapter.manager import (
     DEFAULT_INSTANCE_TIMEOUT,
     DEFAULT_SWEEP_INTERVAL,
     SHUTDOWN_TIMEOUT,
     instance_id,
 )
-from mcp_session_store.adapter.recorder import EventRecorder, sweep_events
-from mcp_session_store.adapter.resumption import serve_stream
-from mcp_session_store.adapter.session_events import SessionEvents
+from mcp_session_store.adapter.requests import session_id_of
+from mcp_session_store.adapter.streams.event_store import SessionEvents
+from mcp_session_store.adapter.streams.followers import Following
+from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
+from mcp_session_store.adapter.streams.resumption import serve_stream
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.records import session_key
 from mcp_session_store.store import EventLog

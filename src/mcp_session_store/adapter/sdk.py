@@ -18,8 +18,8 @@ from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, Streamable
 from starlette.routing import Route
 
 from mcp_session_store.adapter import SUPPORTED_SDK
-from mcp_session_store.adapter.asgi import again, session_id_of, whole
-from mcp_session_store.adapter.session_events import POSTED
+from mcp_session_store.adapter.requests import again, session_id_of, whole
+from mcp_session_store.adapter.streams.event_store import POSTED
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
     from typing_extensions import TypeIs
 
-    from mcp_session_store.adapter.session_events import SessionEvents
+    from mcp_session_store.adapter.streams.event_store import SessionEvents
 
     MessageReadStream: TypeAlias = ReadStream[SessionMessage | Exception]
     MessageWriteStream: TypeAlias = WriteStream[SessionMessage]

@@ -6,9 +6,9 @@ import click
 
 from mcp_session_store.cli.events import events
 from mcp_session_store.cli.migrations import check, current, downgrade, upgrade
+from mcp_session_store.cli.options import Group
 from mcp_session_store.cli.serve import serve, worker_app
 from mcp_session_store.cli.sessions import sessions
-from mcp_session_store.cli.settings import Group
 from mcp_session_store.cli.sweep import sweep
 
 __all__ = ["main", "worker_app"]

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from mcp_session_store.cli.names import key_of
+from mcp_session_store.cli.options import (
+    DURATION,
+    Failure,
+    Group,
+    event_policy,
+    events_max_age_option,
+    json_option,
+    place_options,
+    run,
+    tables_options,
+)
 from mcp_session_store.cli.output import (
     Column,
     ago,
@@ -20,17 +30,7 @@ from mcp_session_store.cli.output import (
     size,
     stdout,
 )
-from mcp_session_store.cli.settings import (
-    DURATION,
-    Failure,
-    Group,
-    event_policy,
-    events_max_age_option,
-    json_option,
-    place_options,
-    run,
-    tables_options,
-)
+from mcp_session_store.cli.session_names import key_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-    from mcp_session_store.cli.settings import Place
-    from mcp_session_store.sql.event_directory import (
+    from mcp_session_store.cli.options import Place
+    from mcp_session_store.sql.admin.events import (
         EventDirectory,
         EventStatistics,
         LogDetails,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         LogPage,
         StoredLog,
     )
-    from mcp_session_store.sql.partitions import Maintenance, Partition
+    from mcp_session_store.sql.admin.partitions import Maintenance, Partition
 
 __all__ = ["events"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mcp_session_store.cli.settings import run, schema_option, url_option
+from mcp_session_store.cli.options import run, schema_option, url_option
 
 # Alembic is imported by the commands that need it.
 
@@ -22,7 +22,7 @@ def upgrade(revision: str, url: str, schema: str | None, sql: bool, from_revisio
 
     Safe when many replicas run it at once: one migrates, the others wait and find it done.
     """
-    from mcp_session_store.sql import migrate
+    from mcp_session_store.sql.schema import migrate
 
     if sql:
         click.echo(migrate.upgrade_sql(url, schema=schema, revision=revision, from_revision=from_revision))
@@ -46,7 +46,7 @@ def downgrade(revision: str, url: str, schema: str | None) -> None:
 
     `base` removes all tables, and with them all sessions.
     """
-    from mcp_session_store.sql import migrate
+    from mcp_session_store.sql.schema import migrate
 
     async def go() -> str | None:
         await migrate.downgrade(url, schema=schema, revision=revision)
@@ -61,7 +61,7 @@ def downgrade(revision: str, url: str, schema: str | None) -> None:
 @schema_option
 def current(url: str, schema: str | None) -> None:
     """Print the revision of the database's schema, or `none`."""
-    from mcp_session_store.sql import migrate
+    from mcp_session_store.sql.schema import migrate
 
     click.echo(run(migrate.current(url, schema=schema)) or "none")
 
@@ -74,7 +74,7 @@ def check(url: str, schema: str | None) -> None:
 
     Exit code 1, with the command to run, when it does not.
     """
-    from mcp_session_store.sql import migrate
+    from mcp_session_store.sql.schema import migrate
 
     run(migrate.check(url, schema=schema))
     click.echo("the schema fits")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from mcp_session_store.sql.directory import StoredSession
+    from mcp_session_store.sql.admin.sessions import StoredSession
 
 __all__ = [
     "Column",

@@ -14,7 +14,7 @@ import click
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import override
 
-from mcp_session_store.cli.settings import (
+from mcp_session_store.cli.options import (
     Failure,
     event_options,
     event_policy,

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from mcp_session_store.cli.names import key_of, keys_of
+from mcp_session_store.cli.options import (
+    DURATION,
+    Failure,
+    Group,
+    json_option,
+    place_options,
+    retention_options,
+    retention_policy,
+    run,
+)
 from mcp_session_store.cli.output import (
     Column,
     ago,
@@ -26,16 +35,7 @@ from mcp_session_store.cli.output import (
     span,
     stdout,
 )
-from mcp_session_store.cli.settings import (
-    DURATION,
-    Failure,
-    Group,
-    json_option,
-    place_options,
-    retention_options,
-    retention_policy,
-    run,
-)
+from mcp_session_store.cli.session_names import key_of, keys_of
 from mcp_session_store.records import EndReason, Principal
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-    from mcp_session_store.cli.settings import Place
+    from mcp_session_store.cli.options import Place
     from mcp_session_store.retention import SweepReport
-    from mcp_session_store.sql.directory import (
+    from mcp_session_store.sql.admin.sessions import (
         SessionDetails,
         SessionDirectory,
         SessionFilter,
@@ -103,7 +103,7 @@ def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
         newer_than: timedelta | None,
         **others: Any,
     ) -> None:
-        from mcp_session_store.sql.directory import SessionFilter
+        from mcp_session_store.sql.admin.sessions import SessionFilter
 
         if no_principal and principal is not None:
             raise click.UsageError("--principal and --no-principal exclude each other; give one of them")
@@ -163,7 +163,7 @@ def list_(
     Ages are by the database's clock. --json prints one document: as_of, sessions, and next, which is the cursor for
     --after or null. With --all it prints one line of JSON for each session.
     """
-    from mcp_session_store.sql.directory import SessionState
+    from mcp_session_store.sql.admin.sessions import SessionState
 
     which = replace(which, state=SessionState(state))
     page_size = limit or (_LARGE_PAGE if all_pages else _PAGE)
@@ -337,7 +337,7 @@ def end(
 
     Exit code 1 when a session that was named was not live.
     """
-    from mcp_session_store.sql.directory import SessionFilter
+    from mcp_session_store.sql.admin.sessions import SessionFilter
 
     filtered = which != SessionFilter()
     if bool(names) + filtered + all_sessions != 1:
@@ -380,7 +380,7 @@ async def _count(place: Place, which: SessionFilter) -> int:
 
 
 async def _live(place: Place, keys: Sequence[UUID]) -> set[UUID]:
-    from mcp_session_store.sql.directory import SessionState
+    from mcp_session_store.sql.admin.sessions import SessionState
 
     async with place.directory() as directory:
         found = [await directory.find(key) for key in keys]

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from mcp_session_store.cli.output import number, plural, print_json, progress
-from mcp_session_store.cli.settings import (
+from mcp_session_store.cli.options import (
     event_options,
     event_policy,
     json_option,
@@ -21,6 +20,7 @@ from mcp_session_store.cli.settings import (
     retention_policy,
     run,
 )
+from mcp_session_store.cli.output import number, plural, print_json, progress
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.retention import EventSweepReport, SweepReport
 from mcp_session_store.store import SWEEP_LIMIT
@@ -28,7 +28,7 @@ from mcp_session_store.store import SWEEP_LIMIT
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from mcp_session_store.cli.settings import Place
+    from mcp_session_store.cli.options import Place
     from mcp_session_store.retention import EventPolicy, RetentionPolicy
 
 __all__ = ["sweep"]

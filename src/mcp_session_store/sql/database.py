@@ -18,7 +18,6 @@ from mcp_session_store.errors import (
     SessionStoreError,
     StoreUnavailable,
 )
-from mcp_session_store.sql.driver_errors import Meaning, hide_parameters, meaning_of, summary_of
 from mcp_session_store.sql.engine import (
     checked_engine,
     checked_schema,
@@ -27,7 +26,8 @@ from mcp_session_store.sql.engine import (
     make_engine,
     shown_url,
 )
-from mcp_session_store.sql.schema import check_schema, is_empty
+from mcp_session_store.sql.failures import Meaning, hide_parameters, meaning_of, summary_of
+from mcp_session_store.sql.schema.version import check_schema, is_empty
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -209,7 +209,7 @@ class Database:
 
     async def _migrate(self) -> None:
         # Imported here: Alembic stays off the way of everybody who has migrated.
-        from mcp_session_store.sql import migrate
+        from mcp_session_store.sql.schema import migrate
 
         task = spawn(migrate.upgrade(self._given, schema=self.schema))
         try:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from uuid import UUID
 
-    from mcp_session_store.adapter.residents import Residents
-    from mcp_session_store.adapter.session import ResidentSession
+    from mcp_session_store.adapter.sessions.registry import Residents
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.store import SessionStore
 

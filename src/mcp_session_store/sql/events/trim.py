@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import sqlalchemy as sa
 
 from mcp_session_store.sql.dialects import ONE, ByteLength, NotLookedUp
-from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
+from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.transactions import transaction
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
+from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT, EPOCH
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.dialects import MOMENT, StoreClock, TablePartitions
-from mcp_session_store.sql.reading import DEFAULT_TIMEOUT, EPOCH
-from mcp_session_store.sql.tables import events_table
+from mcp_session_store.sql.schema.tables import events_table
 from mcp_session_store.sql.transactions import transaction
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from alembic.util.exc import CommandError
 
 from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreUnavailable
 from mcp_session_store.sql.dialects import dialect_named
-from mcp_session_store.sql.driver_errors import hide_parameters, meaning_of, summary_of
 from mcp_session_store.sql.engine import (
     checked_engine,
     checked_schema,
@@ -28,8 +27,9 @@ from mcp_session_store.sql.engine import (
     make_migration_engine,
     shown_url,
 )
-from mcp_session_store.sql.schema import check_schema, is_newer, read_revision
-from mcp_session_store.sql.tables import VERSION_TABLE
+from mcp_session_store.sql.failures import hide_parameters, meaning_of, summary_of
+from mcp_session_store.sql.schema.tables import VERSION_TABLE
+from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -152,7 +152,7 @@ def migrations_folder() -> Path:
     """Where the migrations are: in the installed package, or at the root of the checkout it runs from."""
     for folder in (
         Path(str(importlib.resources.files("mcp_session_store"))) / "migrations",
-        Path(__file__).resolve().parents[3] / "migrations",
+        Path(__file__).resolve().parents[4] / "migrations",
     ):
         if (folder / "env.py").is_file():
             return folder

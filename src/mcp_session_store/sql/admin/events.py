@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.sql.admin.partitions import Partition, partitions_of
+from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT, NO_CURSOR, Reader, decode_cursor, encode_cursor
 from mcp_session_store.sql.dialects import MOMENT, ByteLength
-from mcp_session_store.sql.event_removal import left_of
-from mcp_session_store.sql.partitions import Partition, partitions_of
-from mcp_session_store.sql.reading import DEFAULT_TIMEOUT, NO_CURSOR, Reader, decode_cursor, encode_cursor
-from mcp_session_store.sql.tables import events_table, instances_table, logs_table
+from mcp_session_store.sql.events.trim import left_of
+from mcp_session_store.sql.schema.tables import events_table, instances_table, logs_table
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from mcp_session_store.errors import SessionLimitReached
 from mcp_session_store.retention import MIN_TOMBSTONE
 from mcp_session_store.sql.dialects import StoreClock
-from mcp_session_store.sql.statements import live
-from mcp_session_store.sql.tables import sessions_table
+from mcp_session_store.sql.schema.tables import sessions_table
+from mcp_session_store.sql.sessions.statements import live
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

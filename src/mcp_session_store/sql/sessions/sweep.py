@@ -8,8 +8,8 @@ import sqlalchemy as sa
 
 from mcp_session_store.records import EndReason
 from mcp_session_store.sql.dialects import StoreClock
-from mcp_session_store.sql.statements import ended, expiry
-from mcp_session_store.sql.tables import sessions_table
+from mcp_session_store.sql.schema.tables import sessions_table
+from mcp_session_store.sql.sessions.statements import ended, expiry
 
 if TYPE_CHECKING:
     from datetime import timedelta

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-    from mcp_session_store.sql.directory import SessionDirectory
-    from mcp_session_store.sql.event_directory import EventDirectory
-    from mcp_session_store.sql.partitions import EventPartitions
+    from mcp_session_store.sql.admin.events import EventDirectory
+    from mcp_session_store.sql.admin.partitions import EventPartitions
+    from mcp_session_store.sql.admin.sessions import SessionDirectory
 
 # The database's drivers are imported when a command uses them: `--help` does not.
 
@@ -139,21 +139,21 @@ class Place:
 
     def directory(self) -> SessionDirectory:
         """To read them."""
-        from mcp_session_store.sql.directory import SessionDirectory
+        from mcp_session_store.sql.admin.sessions import SessionDirectory
 
         self._refuse_absent()
         return SessionDirectory(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
 
     def event_directory(self) -> EventDirectory:
         """To read the events."""
-        from mcp_session_store.sql.event_directory import EventDirectory
+        from mcp_session_store.sql.admin.events import EventDirectory
 
         self._refuse_absent()
         return EventDirectory(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
 
     def event_partitions(self) -> EventPartitions:
         """To change how the events of all namespaces are laid out."""
-        from mcp_session_store.sql.partitions import EventPartitions
+        from mcp_session_store.sql.admin.partitions import EventPartitions
 
         return EventPartitions(self.url, schema=self.schema, timeout=self.timeout)
 

@@ -19,10 +19,10 @@ from starlette.requests import Request
 
 from mcp_session_store.adapter import responses, telemetry
 from mcp_session_store.adapter.background import report_failure
-from mcp_session_store.adapter.event_ids import EventIds
-from mcp_session_store.adapter.following import Follower
-from mcp_session_store.adapter.recorder import error_message
-from mcp_session_store.adapter.session_events import LOST, RESUMABLE_SINCE, TRIMMED, SessionEvents
+from mcp_session_store.adapter.streams.event_ids import EventIds
+from mcp_session_store.adapter.streams.event_store import LOST, RESUMABLE_SINCE, TRIMMED, SessionEvents
+from mcp_session_store.adapter.streams.followers import Follower
+from mcp_session_store.adapter.streams.recorder import error_message
 from mcp_session_store.errors import SessionStoreError
 from mcp_session_store.records import session_key
 from mcp_session_store.store import STANDALONE_STREAM
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-    from mcp_session_store.adapter.event_ids import Cursor
+    from mcp_session_store.adapter.streams.event_ids import Cursor
     from mcp_session_store.records import EventPage
 
 __all__ = ["not_resumable", "serve_stream", "stream_refusal"]

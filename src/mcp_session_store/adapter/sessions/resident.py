@@ -19,8 +19,8 @@ from mcp_types import (
 )
 
 from mcp_session_store.adapter import sdk
-from mcp_session_store.adapter.handshake import HandshakeOutcome
 from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.sessions.handshake import HandshakeOutcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from mcp_types import JSONRPCMessage, RequestId
     from starlette.types import Scope
 
-    from mcp_session_store.adapter.handshake import Handshake, InitializeParams
-    from mcp_session_store.adapter.journal import Journal, JournalWrite
-    from mcp_session_store.adapter.replay import Replay
-    from mcp_session_store.adapter.request_ids import RequestIds
-    from mcp_session_store.adapter.session_events import SessionEvents
+    from mcp_session_store.adapter.replay.journal import Journal, JournalWrite
+    from mcp_session_store.adapter.replay.replay import Replay
+    from mcp_session_store.adapter.replay.request_ids import RequestIds
+    from mcp_session_store.adapter.sessions.handshake import Handshake, InitializeParams
+    from mcp_session_store.adapter.streams.event_store import SessionEvents
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
     from mcp_session_store.retention import RetentionPolicy
 

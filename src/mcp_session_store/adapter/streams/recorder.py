@@ -24,7 +24,7 @@ from mcp_session_store.store import NO_SESSION, STANDALONE_STREAM
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from mcp_session_store.adapter.following import Following
+    from mcp_session_store.adapter.streams.followers import Following
     from mcp_session_store.store import EventLog
 
 __all__ = ["CallStream", "EventRecorder", "Outcome", "Recorded", "error_message", "sweep_events"]

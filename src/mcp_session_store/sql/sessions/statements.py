@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from mcp_session_store.sql.dialects import MOMENT, After, ArrivalClock, NotLookedUp, StoreClock
-from mcp_session_store.sql.tables import sessions_table
+from mcp_session_store.sql.schema.tables import sessions_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable

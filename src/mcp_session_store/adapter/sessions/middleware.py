@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, InitializeRequestParams
 
-from mcp_session_store.adapter.handshake import (
+from mcp_session_store.adapter.sessions.handshake import (
     Handshake,
     HandshakeOutcome,
     InitializeParams,
     held_handshake,
     negotiated_version,
 )
-from mcp_session_store.adapter.session import resident_session
+from mcp_session_store.adapter.sessions.resident import resident_session
 from mcp_session_store.errors import JournalFull, SessionLimitReached
 
 if TYPE_CHECKING:
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
     from mcp.server.lowlevel.server import Server
 
-    from mcp_session_store.adapter.session import ResidentSession
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = ["install", "session_middleware"]
 

@@ -13,12 +13,12 @@ from mcp_session_store.records import instance_name, message_bytes
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, Database
-from mcp_session_store.sql.driver_errors import hide_parameters, summary_of
-from mcp_session_store.sql.event_removal import LOGS_PER_STEP, EventTrimming
-from mcp_session_store.sql.events import Append, Events, Read
-from mcp_session_store.sql.instances import Instances
-from mcp_session_store.sql.listener import Listener
-from mcp_session_store.sql.session_store import DEFAULT_TIMEOUT, SqlSessionStore
+from mcp_session_store.sql.events.append import Append, Events, Read
+from mcp_session_store.sql.events.instances import Instances
+from mcp_session_store.sql.events.trim import LOGS_PER_STEP, EventTrimming
+from mcp_session_store.sql.failures import hide_parameters, summary_of
+from mcp_session_store.sql.notifications import Listener
+from mcp_session_store.sql.sessions.store import DEFAULT_TIMEOUT, SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
 
 if TYPE_CHECKING:

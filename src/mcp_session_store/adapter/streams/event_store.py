@@ -23,9 +23,9 @@ from mcp_types import (
 from mcp_types.version import is_version_at_least
 
 from mcp_session_store.adapter.background import report_failure
-from mcp_session_store.adapter.event_ids import Cursor, EventIds, fits
 from mcp_session_store.adapter.latch import Latch
-from mcp_session_store.adapter.recorder import CallStream, Outcome, error_message
+from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
+from mcp_session_store.adapter.streams.recorder import CallStream, Outcome, error_message
 from mcp_session_store.records import EventKind, NewEvent
 from mcp_session_store.store import STANDALONE_STREAM
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http import EventCallback, EventId, StreamId
     from mcp_types import JSONRPCMessage, RequestId
 
-    from mcp_session_store.adapter.recorder import EventRecorder
     from mcp_session_store.adapter.sdk import LiveStreams
+    from mcp_session_store.adapter.streams.recorder import EventRecorder
     from mcp_session_store.records import EventPage
 
 __all__ = ["POSTED", "RESUMABLE_SINCE", "SessionEvents"]

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.errors import SchemaAhead, SchemaBehind, SchemaMissing
 from mcp_session_store.sql.engine import shown_options
-from mcp_session_store.sql.tables import VERSION_TABLE
+from mcp_session_store.sql.schema.tables import VERSION_TABLE
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.records import instance_name
 from mcp_session_store.sql.dialects import StoreClock
-from mcp_session_store.sql.tables import instances_table
+from mcp_session_store.sql.schema.tables import instances_table
 
 if TYPE_CHECKING:
     from collections.abc import Collection

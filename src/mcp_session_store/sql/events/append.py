@@ -11,8 +11,8 @@ import sqlalchemy as sa
 
 from mcp_session_store.records import EventKind, EventPage, StoredEvent
 from mcp_session_store.sql.dialects import ONE, NotLookedUp, StoreClock
-from mcp_session_store.sql.statements import live
-from mcp_session_store.sql.tables import events_table, logs_table, sessions_table
+from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
+from mcp_session_store.sql.sessions.statements import live
 from mcp_session_store.store import NO_SESSION
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPC
 from starlette.requests import Request
 
 from mcp_session_store.adapter.latch import Latch
-from mcp_session_store.adapter.marker import RESTORE_MARKER
+from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -13,8 +13,7 @@ import sqlalchemy as sa
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.records import JournalEntry, Principal
 from mcp_session_store.retention import SweepReport
-from mcp_session_store.sql.dialects import MOMENT, ByteLength, StoreClock
-from mcp_session_store.sql.reading import (
+from mcp_session_store.sql.admin.reader import (
     DEFAULT_TIMEOUT,
     EPOCH,
     NO_CURSOR,
@@ -23,9 +22,10 @@ from mcp_session_store.sql.reading import (
     decode_cursor,
     encode_cursor,
 )
-from mcp_session_store.sql.statements import expiry
-from mcp_session_store.sql.sweeping import Due
-from mcp_session_store.sql.tables import journal_table, sessions_table
+from mcp_session_store.sql.dialects import MOMENT, ByteLength, StoreClock
+from mcp_session_store.sql.schema.tables import journal_table, sessions_table
+from mcp_session_store.sql.sessions.statements import expiry
+from mcp_session_store.sql.sessions.sweep import Due
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
 
-    from mcp_session_store.adapter.session import ResidentSession
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = ["MemoryFull", "Residents"]
 

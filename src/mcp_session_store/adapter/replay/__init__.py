@@ -1,0 +1,1 @@
+"""Restore by replay: what is replayed, and how the application learns of it."""

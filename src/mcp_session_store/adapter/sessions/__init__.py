@@ -1,0 +1,1 @@
+"""Sessions in this process's memory: opened, restored, kept busy, evicted, ended."""

@@ -1,0 +1,1 @@
+"""Sessions in SQL: records, journal, limits, ends, and their sweep."""
