@@ -1,4 +1,4 @@
-"""Imports point one way: records, retention, errors, then store, then memory, sql and adapter, then app, then cli."""
+"""Imports point one way: errors, records, retention, store, event log; memory, sql and adapter; app; cli."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ MAY_IMPORT = {
     "records": {"errors"},
     "retention": {"errors", "records"},
     "store": _FOUNDATION,
+    "event_log": {*_FOUNDATION, "store"},
     # Three that do not know of each other.
-    "memory": {*_FOUNDATION, "store"},
-    "sql": {*_FOUNDATION, "store"},
-    "adapter": {*_FOUNDATION, "store"},
+    "memory": {*_FOUNDATION, "store", "event_log"},
+    "sql": {*_FOUNDATION, "store", "event_log"},
+    "adapter": {*_FOUNDATION, "store", "event_log"},
     # Somebody who writes a store runs it without a database and without a server.
-    "testing": {*_FOUNDATION, "store"},
-    "app": {*_FOUNDATION, "store", "sql", "adapter"},
-    "cli": {*_FOUNDATION, "store", "sql", "adapter", "app", ""},
+    "testing": {*_FOUNDATION, "store", "event_log"},
+    "app": {*_FOUNDATION, "store", "event_log", "sql", "adapter"},
+    "cli": {*_FOUNDATION, "store", "event_log", "sql", "adapter", "app", ""},
     # The public names, re-exported.
-    "": {*_FOUNDATION, "store", "memory", "sql", "adapter", "app"},
+    "": {*_FOUNDATION, "store", "event_log", "memory", "sql", "adapter", "app"},
 }
 """What each module or package at the top may import of the others; "" is the package itself."""
 
 _SDK = {"mcp", "mcp_types", "fastmcp", "starlette", "uvicorn"}
 _SQL = {"sqlalchemy", "alembic", "asyncpg", "aiosqlite", "sqlite3"}
 MUST_NOT_KNOW = {
-    **dict.fromkeys(["errors", "records", "retention", "store", "memory", "testing"], _SDK | _SQL),
+    **dict.fromkeys(["errors", "records", "retention", "store", "event_log", "memory", "testing"], _SDK | _SQL),
     "sql": _SDK,
     "adapter": _SQL,
     "app": _SQL,

@@ -17,6 +17,7 @@ from mcp_session_store.errors import (
     SessionStoreError,
     StoreUnavailable,
 )
+from mcp_session_store.event_log import EventLog
 from mcp_session_store.memory import MemoryEventLog, MemorySessionStore
 from mcp_session_store.records import (
     Activity,
@@ -35,7 +36,7 @@ from mcp_session_store.records import (
     session_key,
 )
 from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
-from mcp_session_store.store import EventLog, SessionStore
+from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
     from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook

@@ -14,9 +14,10 @@ from mcp_session_store.adapter.manager import (
 )
 from mcp_session_store.adapter.sessions.handshake import DEFAULT_MAX_INITIALIZE_PARAMS
 from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.event_log import EventLog
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.store import DEFAULT_NAMESPACE, EventLog, SessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import anyio
 
 from mcp_session_store.errors import EventTooLarge, JournalFull, SessionConflict, SessionLimitReached
+from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
 from mcp_session_store.records import (
     Change,
     Changes,
@@ -22,15 +23,7 @@ from mcp_session_store.records import (
     message_bytes,
 )
 from mcp_session_store.retention import MIN_TOMBSTONE, EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
-from mcp_session_store.store import (
-    DEFAULT_NAMESPACE,
-    EVENT_PAGE,
-    EVENT_SWEEP_LIMIT,
-    MAX_JOURNAL_ENTRIES,
-    SWEEP_LIMIT,
-    EventLog,
-    SessionStore,
-)
+from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SWEEP_LIMIT, SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

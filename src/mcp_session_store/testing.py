@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 from mcp_session_store.errors import EventTooLarge, JournalFull, SessionConflict, SessionLimitReached
+from mcp_session_store.event_log import STANDALONE_STREAM, EventLog
 from mcp_session_store.records import (
     Activity,
     Change,
@@ -74,7 +75,7 @@ from mcp_session_store.retention import (
     RetentionPolicy,
     SweepReport,
 )
-from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, STANDALONE_STREAM, EventLog, SessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

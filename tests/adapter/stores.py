@@ -17,7 +17,8 @@ from mcp_session_store import (
     StoreUnavailable,
     session_key,
 )
-from mcp_session_store.store import EVENT_PAGE, EVENT_SWEEP_LIMIT, SWEEP_LIMIT
+from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT
+from mcp_session_store.store import SWEEP_LIMIT
 from tests.adapter.asgi import PATIENCE
 
 if TYPE_CHECKING:

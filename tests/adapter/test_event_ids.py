@@ -9,7 +9,7 @@ import pytest
 
 from mcp_session_store import session_key
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
-from mcp_session_store.store import STANDALONE_STREAM
+from mcp_session_store.event_log import STANDALONE_STREAM
 from tests.adapter.asgi import seen_by_a_client, until
 from tests.adapter.instances import instance, principal
 from tests.adapter.stores import FaultyLog

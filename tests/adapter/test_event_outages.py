@@ -11,8 +11,8 @@ import pytest
 
 from mcp_session_store import EventPolicy, EventTooLarge, SchemaBehind, StoreUnavailable
 from mcp_session_store.adapter.streams import recorder as recorder_module
+from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind
-from mcp_session_store.store import STANDALONE_STREAM
 from tests.adapter.asgi import PATIENCE, until
 from tests.adapter.instances import instance
 from tests.adapter.stores import FaultyLog

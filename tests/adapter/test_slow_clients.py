@@ -10,8 +10,8 @@ import anyio
 import pytest
 
 from mcp_session_store import EventPolicy, session_key
+from mcp_session_store.event_log import EVENT_PAGE
 from mcp_session_store.records import EventKind, NewEvent
-from mcp_session_store.store import EVENT_PAGE
 from tests.adapter.asgi import PATIENCE, until
 from tests.adapter.instances import instance
 from tests.adapter.stores import FaultyLog

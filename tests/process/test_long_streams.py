@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from mcp_session_store.store import EVENT_PAGE
+from mcp_session_store.event_log import EVENT_PAGE
 from tests.process.clients import Talking, everything, until, whoami
 from tests.support.http import RawClient
 

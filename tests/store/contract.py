@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from uuid import UUID
 
+    from mcp_session_store.event_log import EventLog
     from mcp_session_store.retention import EventPolicy
-    from mcp_session_store.store import EventLog, SessionStore
+    from mcp_session_store.store import SessionStore
 
 __all__ = ["SqlEventLogConformance", "SqlStoreConformance"]
 

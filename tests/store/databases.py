@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store.store import EventLog, SessionStore
+    from mcp_session_store.event_log import EventLog
+    from mcp_session_store.store import SessionStore
 
 
 def engine_of(store: SessionStore | EventLog) -> AsyncEngine:

@@ -16,8 +16,9 @@ from tests.store.contract import SqlEventLogConformance, SqlStoreConformance
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from mcp_session_store.event_log import EventLog
     from mcp_session_store.retention import EventPolicy
-    from mcp_session_store.store import EventLog, SessionStore
+    from mcp_session_store.store import SessionStore
 
 
 def expire(store: SessionStore, key: UUID) -> None:

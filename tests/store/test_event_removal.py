@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
+from mcp_session_store.event_log import NO_SESSION
 from mcp_session_store.retention import EventPolicy, EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.dialects import StoreClock
 from mcp_session_store.sql.events.trim import LOGS_PER_STEP
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
-from mcp_session_store.store import NO_SESSION
 from mcp_session_store.testing import new_event, new_session
 from tests.store.databases import age_events, events_swept, execute, settled, sql_store
 

@@ -57,6 +57,7 @@ from mcp_session_store.errors import (
     SessionStoreError,
     StoreUnavailable,
 )
+from mcp_session_store.event_log import EventLog
 from mcp_session_store.records import (
     EndReason,
     NewSession,
@@ -67,7 +68,7 @@ from mcp_session_store.records import (
     session_key,
 )
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.store import EventLog, SessionStore
+from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Iterator, Sequence

@@ -25,8 +25,8 @@ from mcp_session_store.adapter.streams.followers import Following
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
 from mcp_session_store.adapter.streams.resumption import serve_stream
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
+from mcp_session_store.event_log import EventLog
 from mcp_session_store.records import session_key
-from mcp_session_store.store import EventLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

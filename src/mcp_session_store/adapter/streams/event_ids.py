@@ -12,7 +12,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mcp_session_store.store import STANDALONE_STREAM
+from mcp_session_store.event_log import STANDALONE_STREAM
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -26,8 +26,8 @@ from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
 from mcp_session_store.adapter.streams.recorder import CallStream, Outcome, error_message
+from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
-from mcp_session_store.store import STANDALONE_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from mcp_session_store.adapter.background import Wake
-from mcp_session_store.store import STANDALONE_STREAM
+from mcp_session_store.event_log import STANDALONE_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
     from datetime import timedelta
     from uuid import UUID
 
+    from mcp_session_store.event_log import EventLog
     from mcp_session_store.records import NewEvent
-    from mcp_session_store.store import EventLog
 
 __all__ = ["POLL_INTERVAL", "STANDALONE_INTERVAL", "Follower", "Following"]
 

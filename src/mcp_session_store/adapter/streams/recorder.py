@@ -18,14 +18,14 @@ from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, RequestId
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import Wake, report_failure, run_every
 from mcp_session_store.errors import SchemaError, StoreUnavailable
+from mcp_session_store.event_log import NO_SESSION, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent, instance_name, message_bytes
-from mcp_session_store.store import NO_SESSION, STANDALONE_STREAM
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store.adapter.streams.followers import Following
-    from mcp_session_store.store import EventLog
+    from mcp_session_store.event_log import EventLog
 
 __all__ = ["CallStream", "EventRecorder", "Outcome", "Recorded", "error_message", "sweep_events"]
 

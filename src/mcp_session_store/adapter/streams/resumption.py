@@ -24,8 +24,8 @@ from mcp_session_store.adapter.streams.event_store import LOST, RESUMABLE_SINCE,
 from mcp_session_store.adapter.streams.followers import Follower
 from mcp_session_store.adapter.streams.recorder import error_message
 from mcp_session_store.errors import SessionStoreError
+from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import session_key
-from mcp_session_store.store import STANDALONE_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
+from mcp_session_store.event_log import NO_SESSION
 from mcp_session_store.records import EventKind, EventPage, StoredEvent
 from mcp_session_store.sql.dialects import ONE, NotLookedUp, StoreClock
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.sessions.statements import live
-from mcp_session_store.store import NO_SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

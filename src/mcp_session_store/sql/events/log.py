@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
 from mcp_session_store.errors import ConfigurationError, EventTooLarge
+from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
 from mcp_session_store.records import instance_name, message_bytes
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql.batching import Batcher
@@ -19,7 +20,7 @@ from mcp_session_store.sql.events.trim import LOGS_PER_STEP, EventTrimming
 from mcp_session_store.sql.failures import hide_parameters, summary_of
 from mcp_session_store.sql.notifications import Listener
 from mcp_session_store.sql.sessions.store import DEFAULT_TIMEOUT, SqlSessionStore
-from mcp_session_store.store import DEFAULT_NAMESPACE, EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
+from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
