@@ -32,7 +32,7 @@ from mcp_session_store.records import Activity
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.admin.partitions import EventPartitions
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import VERSION_TABLE, make_tables, sessions_table
 from mcp_session_store.sql.schema.version import HEAD, check_revision

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table
 from mcp_session_store.testing import new_event, new_session

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from mcp_session_store.records import EndReason
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.events.trim import KEPT
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table

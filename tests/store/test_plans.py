@@ -16,7 +16,7 @@ from mcp_session_store.errors import SessionLimitReached
 from mcp_session_store.records import Activity, EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog
-from mcp_session_store.sql.dialects import Statement
+from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
 from mcp_session_store.testing import new_event, new_session
 from tests.store.databases import engine_of, execute, settled, sql_store

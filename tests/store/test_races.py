@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from mcp_session_store.records import Activity, EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.testing import new_session

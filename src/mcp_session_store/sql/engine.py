@@ -13,10 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from mcp_session_store.errors import ConfigurationError
-from mcp_session_store.sql.dialects import Dialect, dialect_named
+from mcp_session_store.sql.dialects import dialect_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = [
     "checked_engine",

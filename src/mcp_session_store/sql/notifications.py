@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store.sql.database import Database
-    from mcp_session_store.sql.dialects import HintChannel
+    from mcp_session_store.sql.dialects.channel import HintChannel
 
 __all__ = ["Listener"]
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.admin.partitions import Partition, partitions_of
 from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT, NO_CURSOR, Reader, decode_cursor, encode_cursor
-from mcp_session_store.sql.dialects import MOMENT, ByteLength
+from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength
 from mcp_session_store.sql.events.trim import left_of
 from mcp_session_store.sql.schema.tables import events_table, instances_table, logs_table
 from mcp_session_store.store import DEFAULT_NAMESPACE

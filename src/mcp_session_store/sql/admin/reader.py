@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.sql.database import Database
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:

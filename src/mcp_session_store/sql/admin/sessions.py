@@ -22,7 +22,7 @@ from mcp_session_store.sql.admin.reader import (
     decode_cursor,
     encode_cursor,
 )
-from mcp_session_store.sql.dialects import MOMENT, ByteLength, StoreClock
+from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength, StoreClock
 from mcp_session_store.sql.schema.tables import journal_table, sessions_table
 from mcp_session_store.sql.sessions.statements import expiry
 from mcp_session_store.sql.sessions.sweep import Due

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.event_log import NO_SESSION
 from mcp_session_store.records import EventKind, EventPage, StoredEvent
-from mcp_session_store.sql.dialects import ONE, NotLookedUp, StoreClock
+from mcp_session_store.sql.dialects.functions import ONE, NotLookedUp, StoreClock
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.sessions.statements import live
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import NewEvent
     from mcp_session_store.sql.database import Attempt
-    from mcp_session_store.sql.dialects import Dialect, Statement, Steps
+    from mcp_session_store.sql.dialects.compiled import Statement, Steps
+    from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["Append", "Events", "Grown", "Read"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from mcp_session_store.records import instance_name
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import instances_table
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from mcp_session_store.sql.database import Attempt
-    from mcp_session_store.sql.dialects import Dialect
+    from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["Instances"]
 

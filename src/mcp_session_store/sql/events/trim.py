@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects import ONE, ByteLength, NotLookedUp
+from mcp_session_store.sql.dialects.functions import ONE, ByteLength, NotLookedUp
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.transactions import transaction
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.retention import EventPolicy
     from mcp_session_store.sql.database import Attempt
-    from mcp_session_store.sql.dialects import Dialect
+    from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["LOGS_PER_STEP", "EventRemoval", "EventTrimming", "left_of"]
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects import MOMENT
+from mcp_session_store.sql.dialects.functions import MOMENT
 
 __all__ = [
     "VERSION_TABLE",

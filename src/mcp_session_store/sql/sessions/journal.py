@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.errors import JournalFull
 from mcp_session_store.records import JournalEntry
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import journal_table, sessions_table
 from mcp_session_store.sql.sessions.statements import live, told
 from mcp_session_store.sql.transactions import transaction
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store.sql.database import Attempt
-    from mcp_session_store.sql.dialects import Dialect
+    from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["Journal", "JournalWrite"]
 

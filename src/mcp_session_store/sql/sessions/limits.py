@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.errors import SessionLimitReached
 from mcp_session_store.retention import MIN_TOMBSTONE
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.sql.sessions.statements import live
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mcp_session_store.records import NewSession
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.database import Attempt
-    from mcp_session_store.sql.dialects import Dialect
+    from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["Limits"]
 

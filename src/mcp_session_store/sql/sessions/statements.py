@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects import MOMENT, After, ArrivalClock, NotLookedUp, StoreClock
+from mcp_session_store.sql.dialects.functions import MOMENT, After, ArrivalClock, NotLookedUp, StoreClock
 from mcp_session_store.sql.schema.tables import sessions_table
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.type_api import TypeEngine
 
     from mcp_session_store.retention import RetentionPolicy
-    from mcp_session_store.sql.dialects import Dialect
+    from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["SessionStatements", "ended", "expiry", "live", "told"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from mcp_session_store.records import EndReason
-from mcp_session_store.sql.dialects import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.sql.sessions.statements import ended, expiry
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from mcp_session_store.retention import RetentionPolicy
-    from mcp_session_store.sql.dialects import Dialect
+    from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["Due", "SweepStatements"]
 

@@ -1,0 +1,46 @@
+"""Statements that are compiled once and given to the driver itself."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+__all__ = ["Rows", "Statement", "Steps"]
+
+_T = TypeVar("_T")
+
+
+class Statement:
+    """A statement that runs very often: it is compiled once, and given to the driver itself.
+
+    SQLAlchemy's part would take longer than the database's.
+
+    Args:
+        expression: The statement.
+        dialect: SQLAlchemy's, for the driver.
+    """
+
+    def __init__(self, expression: sa.Executable, dialect: sa.Dialect) -> None:
+        compilable: Any = expression
+        compiled = compilable.compile(dialect=dialect)
+        self.text: Final = str(compiled)
+        self._names: list[str] = compiled.positiontup
+        self._constants: dict[str, object] = {
+            name: value for name, value in compiled.construct_params(_check=False).items() if value is not None
+        }
+
+    def arguments(self, parameters: dict[str, object]) -> list[object]:
+        """What the driver is given for the parameters."""
+        given = self._constants | parameters if self._constants else parameters
+        return [given[name] for name in self._names]
+
+
+Rows: TypeAlias = Sequence[Sequence[Any]]
+Steps: TypeAlias = Generator[tuple[Statement, dict[str, object] | list[dict[str, object]]], Rows, _T]
+"""Statements that are run one after the other: each is yielded with its parameters, and its rows are sent back.
+
+With a list of parameters it is run for each of them, which only SQLite's driver does well, and its rows are not told.
+"""

@@ -1,0 +1,149 @@
+"""SQL functions that Postgres and SQLite write differently: clocks, times, the length of a text, hints to planners."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.sql.type_api import TypeEngine
+
+__all__ = ["MOMENT", "ONE", "After", "ArrivalClock", "ByteLength", "NotLookedUp", "StoreClock"]
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class _Milliseconds(sa.types.TypeDecorator[datetime]):
+    """A time as whole milliseconds since 1970, where the database has no type of its own for times."""
+
+    impl = sa.BigInteger
+    cache_ok = True
+
+    @override
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> int | None:
+        return None if value is None else (value - _EPOCH) // timedelta(milliseconds=1)
+
+    @override
+    def process_result_value(self, value: int | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else _EPOCH + timedelta(milliseconds=value)
+
+
+MOMENT: Final[TypeEngine[datetime]] = _Milliseconds().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")
+"""A point in time on the database's clock; an aware `datetime` in Python."""
+
+
+class StoreClock(FunctionElement[datetime]):
+    """What the database's clock shows, plus a number of seconds."""
+
+    type = MOMENT
+    inherit_cache = True
+
+    def __init__(self, plus: sa.ColumnElement[float] | float | None = None) -> None:
+        if isinstance(plus, float):
+            plus = sa.literal(plus, sa.Double)
+        super().__init__(*(() if plus is None else (plus,)))
+
+
+@compiles(StoreClock, "postgresql")
+def _postgres_clock(element: StoreClock, compiler: SQLCompiler, **options: Any) -> str:
+    # Not now(), which is the start of the transaction.
+    if not element.clauses.clauses:
+        return "clock_timestamp()"
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
+
+
+@compiles(StoreClock, "sqlite")
+def _sqlite_clock(element: StoreClock, compiler: SQLCompiler, **options: Any) -> str:
+    # unixepoch('subsec') needs SQLite 3.42. 2440587.5 is the Julian day of 1970-01-01.
+    clock = "(julianday('now') - 2440587.5) * 86400000.0 + 0.5"
+    if element.clauses.clauses:
+        clock = f"{clock} + 1000.0 * {compiler.process(element.clauses, **options)}"
+    return f"CAST({clock} AS INTEGER)"
+
+
+class ArrivalClock(StoreClock):
+    """What the clock showed when the statement arrived, whatever lock it has waited for since."""
+
+    inherit_cache = True
+
+
+@compiles(ArrivalClock, "postgresql")
+def _postgres_arrival(element: ArrivalClock, compiler: SQLCompiler, **options: Any) -> str:
+    return _postgres_clock(element, compiler, **options).replace("clock_timestamp()", "statement_timestamp()", 1)
+
+
+class NotLookedUp(FunctionElement[Any]):
+    """A column that no index is to be used for: it only confirms what another column has found.
+
+    Planners know nothing of a table that is new, and on SQLite nothing of any, and then take one index for another.
+    """
+
+    inherit_cache = True
+
+    def __init__(self, column: sa.Column[Any]) -> None:
+        super().__init__(column)
+        self.type = column.type
+
+
+@compiles(NotLookedUp, "postgresql")
+def _postgres_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **options: Any) -> str:
+    # The column itself to everybody but the planner, which does not see through this.
+    column = compiler.process(element.clauses, **options)
+    return f"greatest({column}, {column})"
+
+
+@compiles(NotLookedUp, "sqlite")
+def _sqlite_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **options: Any) -> str:
+    # "The SQLite Query Optimizer Overview", 6.2: a unary plus takes a term away from the indexes.
+    return f"+{compiler.process(element.clauses, **options)}"
+
+
+ONE: Final = sa.literal_column("1", sa.Integer)
+"""To limit a query to its first row. Of a parameter a planner does not know that it is so small."""
+
+
+class ByteLength(FunctionElement[int]):
+    """How many bytes a text takes, encoded and not compressed."""
+
+    type = sa.BigInteger()
+    inherit_cache = True
+
+
+@compiles(ByteLength, "postgresql")
+def _postgres_byte_length(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
+    return f"octet_length({compiler.process(element.clauses, **options)})"
+
+
+@compiles(ByteLength, "sqlite")
+def _sqlite_byte_length(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
+    # octet_length() needs SQLite 3.43.
+    return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
+
+
+class After(FunctionElement[datetime]):
+    """A moment, plus a number of seconds."""
+
+    type = MOMENT
+    inherit_cache = True
+
+    def __init__(self, moment: sa.ColumnElement[datetime], seconds: float) -> None:
+        super().__init__(moment, sa.literal(seconds, sa.Double))
+
+
+@compiles(After, "postgresql")
+def _postgres_after(element: After, compiler: SQLCompiler, **options: Any) -> str:
+    moment, seconds = (compiler.process(part, **options) for part in element.clauses)
+    return f"({moment} + make_interval(secs => {seconds}))"
+
+
+@compiles(After, "sqlite")
+def _sqlite_after(element: After, compiler: SQLCompiler, **options: Any) -> str:
+    moment, seconds = (compiler.process(part, **options) for part in element.clauses)
+    return f"({moment} + CAST(1000.0 * {seconds} AS INTEGER))"

@@ -1,0 +1,331 @@
+"""Postgres, with the driver asyncpg."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import AdaptedConnection
+from typing_extensions import override
+
+from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.sql.dialects.channel import HintChannel
+from mcp_session_store.sql.dialects.compiled import Statement
+from mcp_session_store.sql.dialects.dialect import Batch, Dialect
+from mcp_session_store.sql.dialects.functions import StoreClock
+from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from datetime import timedelta
+    from uuid import UUID
+
+    import asyncpg
+    from sqlalchemy.engine import URL
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.base import ReadOnlyColumnCollection
+    from sqlalchemy.sql.type_api import TypeEngine
+
+    from mcp_session_store.sql.dialects.compiled import Steps
+
+__all__ = ["Postgres"]
+
+_T = TypeVar("_T")
+
+
+# What asyncpg.connect() and SQLAlchemy's dialect for it take from a URL's query. An unknown one would make
+# every attempt to connect fail, and that looks like a database that is down.
+_POSTGRES_OPTIONS: Final = frozenset(
+    {
+        "host",
+        "port",
+        "passfile",
+        "ssl",
+        "direct_tls",
+        "target_session_attrs",
+        "krbsrvname",
+        "gsslib",
+        "statement_cache_size",
+        "max_cached_statement_lifetime",
+        "max_cacheable_statement_size",
+        "prepared_statement_cache_size",
+        "application_name",
+    }
+)
+_INTEGER_OPTIONS: Final = frozenset(name for name in _POSTGRES_OPTIONS if name.endswith(("_size", "_lifetime")))
+# How libpq, and so most providers of databases, spell what asyncpg.connect() takes under another name.
+_LIBPQ_OPTIONS: Final = {"sslmode": "ssl"}
+# Ours, by the name that other libraries have given it: whether a pooler is between us and the database that gives a
+# server connection to a client for one transaction only.
+_BEHIND_PGBOUNCER: Final = "pgbouncer"
+
+
+class _ArrayBatch(Batch):
+    """One array for each column, unnested side by side."""
+
+    def __init__(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> None:
+        self._names = [f"{name}_{column}" for column in columns]
+        arrays = [
+            sa.bindparam(parameter, type_=postgresql.ARRAY(type_))
+            for parameter, type_ in zip(self._names, columns.values(), strict=True)
+        ]
+        self._arrays = dict(zip(columns, arrays, strict=True))
+        self._columns = columns
+        self.rows = self._unnested(arrays, name)
+
+    def _unnested(self, arrays: Sequence[sa.ColumnElement[Any]], name: str | None) -> sa.FromClause:
+        typed = [sa.column(column, type_) for column, type_ in self._columns.items()]
+        return sa.func.unnest(*arrays).table_valued(*typed, name=name).render_derived()
+
+    @override
+    def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        return column == sa.any_(self._arrays[column.name])
+
+    @override
+    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        return sa.and_(column == self.c[column.name], self.among(column))
+
+    @override
+    def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
+        # Subqueries: of the arrays themselves Postgres knows the length while it plans for one execution alone, finds
+        # that plan cheaper than one for any length, and so plans anew each time.
+        rows = self._unnested([sa.select(array).scalar_subquery() for array in self._arrays.values()], None)
+        return sa.select(*rows.c).join_from(rows, look_up(rows.c).lateral(), sa.true())
+
+    @override
+    def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
+        return dict(zip(self._names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+_connecting: Final[set[asyncio.Task[asyncpg.Connection]]] = set()
+
+
+async def _connect(*arguments: Any, **options: Any) -> asyncpg.Connection:
+    """Connect, in a task that goes on when whoever waits for it is cancelled, and then puts the connection away.
+
+    Cancelled while it connects, asyncpg leaves an exception that nobody asks for, and asyncio's log shows it.
+    """
+    import asyncpg  # who uses SQLite does without
+
+    task = asyncio.get_running_loop().create_task(asyncpg.connect(*arguments, **options))
+    _connecting.add(task)
+    task.add_done_callback(_connecting.discard)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_put_away)
+        raise
+
+
+def _put_away(task: asyncio.Task[asyncpg.Connection]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().terminate()
+
+
+async def _learn_array_types(connection: asyncpg.Connection) -> None:
+    """Make asyncpg ask what the types of our batches are, which it does once for each connection, in a transaction.
+
+    It turns `jit` off while it asks. Behind PgBouncer, and outside of a transaction, that would reach one server
+    connection, and what turns it on again another.
+    """
+    try:
+        async with connection.transaction():
+            await connection.prepare(_ARRAYS, name="")
+    except BaseException:
+        # SQLAlchemy before 2.1 leaves a connection open that it has not finished to set up.
+        connection.terminate()
+        raise
+
+
+_ARRAYS: Final = "SELECT $1::uuid[], $2::text[], $3::float8[], $4::int4[], $5::int8[]"
+"""Has a parameter of each type that a column of a batch may have."""
+
+
+# Held to the end of the transaction, whichever way it ends. The number is ours by nothing but being odd.
+_LOCK_MIGRATIONS: Final = "SELECT pg_advisory_xact_lock(7307198256364015989)"
+
+
+DROPPED_WITHIN: Final = 3.0
+"""How many times as old as they are to become the rows of a partition get, before a sweep no longer waits for
+somebody to drop it."""
+
+
+class Postgres(Dialect):
+    name = "postgresql"
+    driver = "asyncpg"
+    has_schemas = True
+    single_writer = False
+    interruptible = True
+    migrates_when_empty = False
+    begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
+    channel = HintChannel("mcp_session_change")
+    event_channel = HintChannel("mcp_session_event")
+    changes_in_with = True
+    has_partitions = True
+
+    @override
+    def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
+        return _ArrayBatch(name, columns)
+
+    @override
+    def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
+        return postgresql.insert(table).from_select(columns, rows).on_conflict_do_nothing()
+
+    @override
+    def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
+        # An array, because a semijoin may read all of the table, or select more than once.
+        return column == sa.any_(sa.func.array(selected.scalar_subquery(), type_=postgresql.ARRAY(column.type)))
+
+    @override
+    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        return sa.delete(table).where(*conditions)
+
+    @override
+    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+        return sa.select(sa.func.pg_advisory_xact_lock(numbers.c.number)).select_from(numbers.rows)
+
+    @override
+    def checked_url(self, url: URL) -> URL:
+        query = {_LIBPQ_OPTIONS.get(name, name): value for name, value in url.query.items()}
+        if (behind := query.get(_BEHIND_PGBOUNCER, "false")) not in ("true", "false"):
+            raise ConfigurationError(f"{_BEHIND_PGBOUNCER}={behind!r} in the database URL must be true or false")
+        if unknown := sorted(query.keys() - _POSTGRES_OPTIONS - {_BEHIND_PGBOUNCER}):
+            raise ConfigurationError(
+                f"the database URL has the option {', '.join(unknown)}, which asyncpg does not take from a URL; "
+                "leave it out, or make an AsyncEngine with connect_args and give that"
+            )
+        return url.set(query=query)
+
+    @override
+    def engine_arguments(
+        self, url: URL, *, timeout: float, command_timeout: float | None
+    ) -> tuple[URL, dict[str, Any]]:
+        query = dict(url.query)
+        name = query.pop("application_name", "mcp-session-store")
+        connect: dict[str, Any] = {
+            "timeout": timeout,
+            "server_settings": {"application_name": name},
+            "async_creator_fn": _connect,
+        }
+        if command_timeout is not None:
+            connect["command_timeout"] = command_timeout
+        connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
+        if query.pop(_BEHIND_PGBOUNCER, None) == "true":
+            # Without its cache asyncpg sends an unnamed statement again with the values, in one message: nothing has
+            # to be on the server connection from before, and nothing stays on it.
+            connect |= {
+                "statement_cache_size": 0,
+                "prepared_statement_cache_size": 0,
+                "prepared_statement_name_func": str,
+            }
+        return url.set(query=query), {"connect_args": connect}
+
+    @override
+    def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
+        # At a higher level the snapshot would be as old as the wait for the lock.
+        connection.exec_driver_sql(self.begin)
+        self.lock_migrations(connection)
+        # IF NOT EXISTS asks for the right to create a schema even where there is nothing to create.
+        if schema is not None and not sa.inspect(connection).has_schema(schema):
+            connection.execute(sa.schema.CreateSchema(schema))
+
+    @override
+    def lock_migrations(self, connection: sa.Connection) -> None:
+        connection.exec_driver_sql(_LOCK_MIGRATIONS)
+
+    @override
+    def migration_preamble(self, schema: str | None) -> Sequence[str]:
+        if schema is None:
+            return (_LOCK_MIGRATIONS,)
+        return (_LOCK_MIGRATIONS, str(sa.schema.CreateSchema(schema, if_not_exists=True)))
+
+    @override
+    def refuse_volatile(self, url: URL) -> None:
+        return
+
+    @override
+    def hears(self, url: URL) -> bool:
+        # A pooler takes LISTEN for the connection that it lends for one transaction.
+        return url.query.get(_BEHIND_PGBOUNCER) != "true"
+
+    @override
+    def refuse_absent(self, url: URL) -> None:
+        return
+
+    @override
+    def often(self, statement: sa.Executable) -> Statement:
+        dialect: Any = postgresql.asyncpg.dialect
+        return Statement(statement, dialect())
+
+    @override
+    def driver_key(self, key: UUID) -> object:
+        return key
+
+    @override
+    async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> _T:
+        pooled: Any = connection.sync_connection
+        try:
+            driver: asyncpg.Connection = pooled.connection.driver_connection
+            statement, parameters = next(steps)
+            while True:
+                assert isinstance(parameters, dict)
+                rows = await driver.fetch(statement.text, *statement.arguments(parameters))
+                statement, parameters = steps.send(rows)
+        except StopIteration as done:
+            result: _T = done.value
+            return result
+
+    @override
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
+        if url.query.get(_BEHIND_PGBOUNCER) == "true":
+            assert isinstance(connection, AdaptedConnection)
+            connection.run_async(_learn_array_types)
+
+    @override
+    async def prepare(self, connection: AsyncConnection) -> None:
+        return
+
+    @override
+    @contextlib.asynccontextmanager
+    async def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AsyncIterator[None]:
+        await connection.exec_driver_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        # The driver's own timeout abandons a statement, and the server would go on with it.
+        await connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, int(timeout * 1000))}")
+        yield
+        await connection.exec_driver_sql("COMMIT")
+
+    @override
+    def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
+        selects = []
+        for table in tables:
+            # A table that is made of partitions takes nothing itself.
+            partitions = TablePartitions(table)
+            selects.append(sa.select(*_sizes(regclass(table))))
+            selects.append(sa.select(*_sizes(partitions.oid)).select_from(partitions.rows).where(partitions.among))
+        each = sa.union_all(*selects).subquery()
+        rows, indexes = each.c
+        return sa.select(sa.func.sum(rows).cast(sa.BigInteger), sa.func.sum(indexes).cast(sa.BigInteger))
+
+    @override
+    def kept_since(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
+        """See `Dialect.kept_since`. What lies in a partition is left to be dropped with it; but not for ever."""
+        partitions = TablePartitions(table)
+        seconds = max_age.total_seconds()
+        ever = sa.cast(sa.literal("-infinity", sa.Text), postgresql.TIMESTAMP(timezone=True))
+        oldest = sa.func.min(sa.func.coalesce(partitions.since, ever))
+        # A table without partitions has no oldest one, and both functions pass over NULL.
+        kept = sa.func.greatest(StoreClock(-DROPPED_WITHIN * seconds), sa.func.least(StoreClock(-seconds), oldest))
+        rows = sa.select(kept).select_from(partitions.rows).where(partitions.among, sa.not_(partitions.is_default))
+        return rows.scalar_subquery()
+
+    @override
+    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        return condition  # its statistics tell
+
+
+def _sizes(oid: sa.ColumnElement[Any]) -> tuple[sa.ColumnElement[int], sa.ColumnElement[int]]:
+    return sa.func.pg_table_size(oid).label("rows"), sa.func.pg_indexes_size(oid).label("indexes")

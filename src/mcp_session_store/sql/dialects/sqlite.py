@@ -1,0 +1,276 @@
+"""SQLite, with the driver aiosqlite."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import OperationalError
+from typing_extensions import override
+
+from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.sql.dialects.compiled import Statement
+from mcp_session_store.sql.dialects.dialect import Batch, Dialect
+from mcp_session_store.sql.dialects.functions import StoreClock
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from datetime import timedelta
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.base import ReadOnlyColumnCollection
+    from sqlalchemy.sql.type_api import TypeEngine
+
+    from mcp_session_store.sql.dialects.compiled import Rows, Steps
+
+__all__ = ["Sqlite"]
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+_STEPS_BETWEEN_QUESTIONS: Final = 10_000
+_SQLITE_BUSY: Final = frozenset({5, 6})  # SQLITE_BUSY and SQLITE_LOCKED, without their extended bits
+
+
+class _JsonBatch(Batch):
+    """One JSON text: an array with an array for each row."""
+
+    def __init__(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> None:
+        self._name = name
+        each = sa.func.json_each(sa.bindparam(name, type_=sa.Text)).table_valued("value")
+        self.rows = sa.select(
+            *(
+                sa.type_coerce(sa.func.json_extract(each.c.value, sa.literal_column(f"'$[{position}]'")), type_).label(
+                    column
+                )
+                for position, (column, type_) in enumerate(columns.items())
+            )
+        ).subquery(name)
+
+    @override
+    def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        return column.in_(sa.select(self.rows.c[column.name]))
+
+    @override
+    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        # With more than that SQLite reads the table first, and all of the batch for each row of it.
+        condition: sa.ColumnElement[bool] = column == self.c[column.name]
+        return condition
+
+    @override
+    def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
+        return sa.select(*self.c).where(look_up(self.c).exists())
+
+    @override
+    def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
+        # A text ends for SQLite's JSON functions where a NUL stands. Postgres refuses such a text too.
+        if any("\0" in value for row in rows for value in row if isinstance(value, str)):
+            raise ValueError("a text contains NUL")
+        # Not ASCII alone: then a lone surrogate is found here and not in the database.
+        return {self._name: json.dumps(rows, ensure_ascii=False, allow_nan=False, default=_json_value)}
+
+
+def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
+    """Run steps that write, in the thread in which the connection is used."""
+    connection.execute(Sqlite.begin)
+    try:
+        result = _one_after_the_other(connection, steps)
+        connection.execute("COMMIT")
+        return result
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _one_after_the_other(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
+    try:
+        statement, parameters = next(steps)
+        while True:
+            if isinstance(parameters, list):
+                connection.executemany(statement.text, map(statement.arguments, parameters))
+                rows: Rows = ()
+            else:
+                rows = connection.execute(statement.text, statement.arguments(parameters)).fetchall()
+            statement, parameters = steps.send(rows)
+    except StopIteration as done:
+        result: _T = done.value
+        return result
+
+
+def _json_value(value: object) -> str:
+    if isinstance(value, UUID):
+        return value.hex  # as sa.Uuid stores it where there is no such type
+    raise TypeError(f"{type(value).__name__} cannot be part of a batch")
+
+
+class Sqlite(Dialect):
+    name = "sqlite"
+    driver = "aiosqlite"
+    has_schemas = False
+    single_writer = True
+    # A statement runs in a thread. One that is given up goes on there, and when it has a RETURNING clause then
+    # holds the lock on the file, because nobody fetches its rows, until the garbage collector finds it.
+    interruptible = False
+    migrates_when_empty = True
+    begin = "BEGIN IMMEDIATE"
+    channel = None
+    event_channel = None
+    changes_in_with = False
+    has_partitions = False
+
+    @override
+    def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
+        return _JsonBatch(name, columns)
+
+    @override
+    def often(self, statement: sa.Executable) -> Statement:
+        dialect: Any = sqlite.aiosqlite.dialect
+        return Statement(statement, dialect())
+
+    @override
+    def driver_key(self, key: UUID) -> object:
+        return key.hex  # as sa.Uuid stores it where there is no such type
+
+    @override
+    async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> _T:
+        pooled: Any = connection.sync_connection
+        driver = pooled.connection.driver_connection
+        # These two names are not public. The public ones ask the driver's thread for one thing each, and each time the
+        # way there and back takes longer than all of the statements; and whoever gives up in between leaves a
+        # transaction open until the connection is closed.
+        do = _in_transaction if writes else _one_after_the_other
+        result: _T = await driver._execute(do, driver._conn, steps)
+        return result
+
+    @override
+    def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
+        # Without a WHERE the parser takes ON CONFLICT for a join condition (sqlite.org/lang_upsert.html, 2.2).
+        return sqlite.insert(table).from_select(columns, rows.where(sa.true())).on_conflict_do_nothing()
+
+    @override
+    def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
+        return column.in_(selected)
+
+    @override
+    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+        # It deletes from one table, beside no other.
+        key = table.primary_key.columns
+        those = sa.select(*key).where(*conditions).correlate(None)
+        return sa.delete(table).where(sa.tuple_(*key).in_(those))
+
+    @override
+    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+        return None
+
+    @override
+    def checked_url(self, url: URL) -> URL:
+        self.refuse_volatile(url)
+        return url
+
+    @override
+    def refuse_volatile(self, url: URL) -> None:
+        database = url.database or ""
+        if not database or ":memory:" in database or url.query.get("mode") == "memory":
+            raise ConfigurationError(
+                "a SQLite database in memory ends with the process, and sessions are stored to outlive it; "
+                "give a file, as in sqlite:///sessions.db, or use MemorySessionStore in tests"
+            )
+
+    @override
+    def refuse_absent(self, url: URL) -> None:
+        database = url.database or ""
+        if not database.startswith("file:") and not Path(database).exists():
+            raise ConfigurationError(f"there is no file {database!r}; mcp-session-store upgrade makes it")
+
+    @override
+    def engine_arguments(
+        self, url: URL, *, timeout: float, command_timeout: float | None
+    ) -> tuple[URL, dict[str, Any]]:
+        # Becomes SQLite's busy_timeout. Its wait cannot be cancelled: with the wait for our other writers, half of
+        # the whole at most, it ends before its caller gives up, so that what was refused is not done afterwards.
+        return url, {"connect_args": {"timeout": timeout * 0.4}}
+
+    @override
+    def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
+        cursor = connection.cursor()
+        # A commit is durable when the process dies; when the operating system does, the last may be lost.
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
+
+    @override
+    def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
+        connection.exec_driver_sql(self.begin)
+
+    @override
+    def migration_preamble(self, schema: str | None) -> Sequence[str]:
+        return ()
+
+    @override
+    async def prepare(self, connection: AsyncConnection) -> None:
+        """Turn the write-ahead log on where it is not, so that readers and the writer do not wait for each other.
+
+        The file remembers it. Processes that turn it on at once can get "database is locked" whatever
+        `busy_timeout` says, because SQLite does not wait where waiting could be a deadlock.
+        """
+        while True:
+            try:
+                mode = (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar_one()
+                if mode != "wal":
+                    mode = (await connection.exec_driver_sql("PRAGMA journal_mode=WAL")).scalar_one()
+            except OperationalError as error:
+                if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF not in _SQLITE_BUSY:
+                    raise
+                # Without a bound: whoever waits for it does so no longer than he wants to.
+                await asyncio.sleep(random.uniform(0.005, 0.05))  # noqa: S311
+                continue
+            if mode != "wal":
+                logger.warning(
+                    "SQLite keeps journal mode %s and not wal: readers will wait for writers; "
+                    "put the file on a local file system",
+                    mode,
+                )
+            return
+
+    @override
+    @contextlib.asynccontextmanager
+    async def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AsyncIterator[None]:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        deadline = time.monotonic() + timeout
+        # A statement runs in a thread and cannot be given up from outside; it asks now and then.
+        await driver.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS_BETWEEN_QUESTIONS)
+        await connection.exec_driver_sql("BEGIN")
+        yield
+        await connection.exec_driver_sql("COMMIT")
+        await driver.set_progress_handler(None, 0)
+
+    @override
+    def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
+        pages = sa.func.pragma_page_count().table_valued(sa.column("page_count", sa.BigInteger))
+        size = sa.func.pragma_page_size().table_valued(sa.column("page_size", sa.BigInteger))
+        return sa.select(pages.c.page_count * size.c.page_size, sa.null()).select_from(pages.join(size, sa.true()))
+
+    @override
+    def kept_since(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
+        return sa.select(StoreClock(-max_age.total_seconds())).scalar_subquery()
+
+    @override
+    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        # Its statistics tell only how many rows a value has on average, and NULL is a value to them. Not a Boolean:
+        # SQLAlchemy would write `= 1` after it, and then there is no range left to see.
+        hinted: sa.ColumnElement[Any] = sa.func.likelihood(condition, sa.literal_column("0.000001"), type_=sa.Integer)
+        return hinted
