@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
     from mcp_session_store.adapter.replay.journal import JournaledMethod
     from mcp_session_store.adapter.replay.marker import get_restore_marker
-    from mcp_session_store.adapter.resumable import ResumableSessionManager
     from mcp_session_store.app import durable_app
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 
@@ -50,7 +49,6 @@ __all__ = [
     # Serve a server durably
     "durable_app",
     "DurableSessionManager",
-    "ResumableSessionManager",
     "JournaledMethod",
     "get_restore_marker",
     "RestoreHook",
@@ -102,7 +100,6 @@ _IMPORTED_WHEN_USED: Final = {
     "JournaledMethod": "adapter.replay.journal",
     "DurableSessionManager": "adapter.manager",
     "EndHook": "adapter.manager",
-    "ResumableSessionManager": "adapter.resumable",
     "RestoreHook": "adapter.manager",
     "get_restore_marker": "adapter.replay.marker",
     "durable_app": "app",

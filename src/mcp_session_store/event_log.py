@@ -64,11 +64,6 @@ class EventLog(Store):
         """How long events are kept, and how many of a session."""
         return self._policy
 
-    @property
-    def standalone(self) -> bool:
-        """Whether any session may have events, because there are no records of sessions."""
-        return False
-
     @abstractmethod
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
         """Store events of one session, all or none, in this order; durable when this returns.

@@ -205,6 +205,33 @@ async def test_a_call_whose_id_does_not_fit_is_answered_and_gets_no_ids(
         assert log.stored(session_id) == []
 
 
+async def test_sessions_that_use_the_same_ids_each_resume_their_own_streams(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    texts = [str(n) for n in range(8)]
+    async with instance(store, talking.notes, events=log) as one:
+        sessions = []
+        for number in range(3):
+            client = one.client()
+            await client.handshake()
+            stream = client.open_stream()
+            await until(lambda stream=stream: stream.last_event_id is not None)  # type: ignore[misc]
+            call, exchange = await talking.call(client, request_id=7)
+            await until(lambda exchange=exchange: exchange.last_event_id is not None)  # type: ignore[misc]
+            left = str(await stream.leave()), str(await exchange.leave())
+            sessions.append((client, call, [f"{number}: {text}" for text in texts], left))
+        for place in range(len(texts)):
+            for _, call, own_texts, _ in sessions:
+                await call.say(own_texts[place])
+                await call.tell(f"to all: {own_texts[place]}")
+        for client, call, own_texts, (standalone, own) in sessions:
+            await hears(client.open_stream(standalone), *(f"to all: {text}" for text in own_texts))
+            resumed = client.open_stream(own)
+            await hears(resumed, *own_texts)
+            call.answer(f"answer to {own_texts[0]}")
+            await resumed.end()
+            assert told(resumed.messages) == [*own_texts, f"answer to {own_texts[0]}"]
+
+
 # Ids that are none of this session's
 
 
@@ -299,12 +326,17 @@ async def test_an_id_that_the_session_was_not_given_closes_no_stream(store: Faul
         bad = await bad_ids(client, other, talking)
         stream = client.open_stream()
         call, exchange = await talking.call(client)
+        their_call, their_exchange = await talking.call(other)
+        await until(lambda: their_exchange.last_event_id is not None)
+        bad["another session's, of a call that runs"] = str(their_exchange.last_event_id)
         for last_event_id in bad.values():
             assert (await refusal(client, last_event_id)).status == 400
         await call.say("a")
         await call.tell("b")
         await hears(exchange, "a")
         await hears(stream, "b")
+        await their_call.say("c")
+        await hears(their_exchange, "c")
 
 
 async def test_an_empty_id_is_none(store: FaultyStore, log: FaultyLog) -> None:

@@ -504,6 +504,31 @@ async def test_who_follows_a_call_is_told_that_its_session_has_ended(
         assert ended_by == "expiry" or log.stored(session_id) == []
 
 
+async def test_nothing_is_left_of_a_session_that_was_ended_while_calls_ran(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client, other = one.client(), one.client()
+        session_id = await client.handshake()
+        await other.handshake()
+        recorder = one.manager._recorder
+        assert recorder is not None
+        _, connected = await talking.call(client)
+        _, last_event_id = await away(talking, client)
+        resumed = await opened(client, last_event_id)
+        stream = await opened(client)
+        goes_on, exchange = await talking.call(other)
+        assert (await client.delete()).status == 200
+        for open_response in (connected, resumed, stream):
+            await open_response.end()
+        await until(lambda: len(recorder.unfinished) == 1)
+        assert recorder.following.of(session_key(session_id)) == []
+        assert (await client.open_stream(last_event_id).answer()).status == 404
+        goes_on.answer()
+        await exchange.end()
+        assert told(exchange.messages) == ["done"]
+        assert recorder.unfinished == {}
+
+
 async def test_the_end_of_a_session_is_told_though_the_log_hangs(store: FaultyStore, log: FaultyLog) -> None:
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:

@@ -150,6 +150,26 @@ async def test_what_was_said_while_nobody_listened_is_there(store: FaultyStore, 
         assert told(resumed.messages) == ["a", "b", "c"]
 
 
+async def test_an_answer_that_comes_while_the_log_is_read_is_not_lost(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, exchange = await talking.call(client)
+        await until(lambda: exchange.last_event_id is not None)
+        last_event_id = await exchange.leave()
+        held = log.hold("read", after=True)
+        resumed = client.open_stream(last_event_id)
+        await held.wait_entered()
+        await call.say("a")
+        call.answer()
+        await one.at_rest()
+        log.up()
+        held.release()
+        await resumed.end()
+        assert told(resumed.messages) == ["a", "done"]
+
+
 async def test_a_call_is_resumed_after_a_restart(store: FaultyStore, log: FaultyLog) -> None:
     talking = Talking()
     async with instance(store, talking.notes, events=log) as gone:

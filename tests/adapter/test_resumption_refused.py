@@ -491,6 +491,25 @@ async def test_somebody_elses_session_is_answered_as_one_that_does_not_exist(
         assert told(resumed.messages) == ["secret", "done"]
 
 
+async def test_who_comes_back_to_somebody_elses_session_closes_none_of_its_streams(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client(user=principal("alice"))
+        session_id = await client.handshake()
+        call, exchange = await talking.call(client)
+        await call.say("a")
+        await hears(exchange, "a")
+        for user in (principal("bob"), None):
+            thief = one.client(session_id, user=user)
+            for last_event_id in (exchange.events[0].id, None, "malformed"):
+                assert (await thief.open_stream(last_event_id).answer()).status == 404
+        await call.say("b")
+        await hears(exchange, "a", "b")
+        await hears(await opened(client, exchange.events[0].id), "a", "b")
+
+
 @pytest.mark.parametrize("resident", [False, True], ids=["elsewhere", "resident"])
 async def test_a_resumption_is_checked_as_any_request(store: FaultyStore, log: FaultyLog, resident: bool) -> None:
     security = TransportSecuritySettings(

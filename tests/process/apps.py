@@ -19,12 +19,11 @@ import anyio
 import mcp_types as types
 from mcp.server.lowlevel.server import Server
 from mcp.server.mcpserver import Context, MCPServer
-from mcp.server.streamable_http_manager import StreamableHTTPASGIApp
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Mount
 
-from mcp_session_store import ResumableSessionManager, SqlEventLog, durable_app, get_restore_marker
+from mcp_session_store import durable_app, get_restore_marker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -287,20 +286,6 @@ def lowlevel() -> Starlette:
 
 def fastmcp() -> Starlette:
     return _app(_fastmcp())
-
-
-def resumable() -> Starlette:
-    """One whose sessions the SDK keeps in memory, with streams in the database."""
-    settings = _settings()
-    log = SqlEventLog(settings.url, standalone=True)
-    manager = ResumableSessionManager(_mcpserver(), log, **settings.options)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with log, manager.run():
-            yield
-
-    return Starlette(routes=[Route("/mcp", StreamableHTTPASGIApp(manager))], lifespan=lifespan)
 
 
 def stateful() -> Starlette:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from mcp_session_store.event_log import NO_SESSION
-from mcp_session_store.retention import EventPolicy, EventSweepReport
+from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.events.trim import LOGS_PER_STEP
@@ -53,66 +52,38 @@ async def test_the_log_of_a_session_goes_on_when_its_events_are_too_old_and_with
         await settled(store, log)
 
 
-async def test_without_records_of_sessions_any_has_a_log_until_its_events_are_too_old(database_url: str) -> None:
-    await migrate.upgrade(database_url)
-    policy = EventPolicy(max_age=timedelta(hours=1))
-    async with (
-        SqlEventLog(database_url, standalone=True, policy=policy) as one,
-        SqlEventLog(database_url, standalone=True, policy=policy) as other,
-    ):
-        old, young = new_session().key, new_session().key
-        first = await one.append(old, [new_event(0), new_event(1)])
-        assert first is not None
-        assert await other.append(old, [new_event(2)]) == first + 2
-        page = await other.read(old, "instance.1", after=first)
-        assert page is not None
-        assert [event.position for event in page.events] == [1, 2]
-        await age_events(one, old)
-        assert await other.append(young, [new_event(0)]) is not None
-        assert await events_swept(one) == 3
-        assert await logs_of(database_url) == {young}
-        assert await one.read(old, "instance.1", after=first) is None
-        # Its sequences are higher than any before: ids that a client has from then are not those of other events.
-        again = await one.append(old, [new_event(3)])
-        assert again is not None
-        assert again > first + 2
-        assert await one.append(old, [new_event(3)], again=True) == again
-        assert len(await execute(database_url, sa.select(events_table().c.sequence))) == 2
-        await settled(one, other)
-
-
 async def test_records_of_sessions_are_asked_for_where_there_are_any(database_url: str) -> None:
     async with SqlSessionStore(database_url, auto_upgrade=True) as store, SqlEventLog(store) as log:
         assert await log.append(new_session().key, [new_event(0)]) is None
         assert await logs_of(database_url) == set()
 
 
-@pytest.mark.parametrize("standalone", [False, True], ids=["sessions", "standalone"])
-async def test_an_event_of_no_session_is_not_stored(database_url: str, standalone: bool) -> None:
+async def test_an_event_of_no_session_is_not_stored(database_url: str) -> None:
     await migrate.upgrade(database_url)
-    async with SqlEventLog(database_url, standalone=standalone) as log:
+    async with SqlEventLog(database_url) as log:
         assert await log.append(NO_SESSION, [new_event(0)]) is None
         assert await logs_of(database_url) == set()
 
 
 async def test_a_sweep_goes_on_past_logs_whose_events_are_gone_already(database_url: str) -> None:
-    await migrate.upgrade(database_url)
-    async with SqlEventLog(database_url, standalone=True) as log:
-        keys = [new_session().key for _ in range(2 * LOGS_PER_STEP + 20)]
-        await asyncio.gather(*(log.append(key, [new_event(0)]) for key in keys))
+    async with sql_store(database_url) as store, SqlEventLog(store) as log:
+        records = await asyncio.gather(*(store.create(new_session()) for _ in range(2 * LOGS_PER_STEP + 20)))
+        await asyncio.gather(*(log.append(record.key, [new_event(0)]) for record in records))
         # As when a partition is dropped.
         await execute(database_url, sa.update(logs_table()).values(oldest_at=StoreClock(-86400.0)))
         await execute(database_url, sa.delete(events_table()))
         assert await events_swept(log) == 0
-        assert await logs_of(database_url) == set()
+        oldest = await execute(database_url, sa.select(logs_table().c.oldest_at))
+        assert len(oldest) == len(records)
+        assert {row.oldest_at for row in oldest} == {None}
+        await settled(store, log)
 
 
 async def test_a_page_has_no_gap_though_events_are_removed_while_it_is_read(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await migrate.upgrade(database_url)
-    async with SqlEventLog(database_url, standalone=True) as log:
-        key = new_session().key
+    async with sql_store(database_url) as store, SqlEventLog(store) as log:
+        key = (await store.create(new_session())).key
         first = await log.append(key, [new_event(0), new_event(1)])
         assert first is not None
         others = [new_event(n, stream="another") for n in range(30)]
@@ -151,10 +122,9 @@ async def test_a_page_has_no_gap_though_events_are_removed_while_it_is_read(
 
 
 async def test_a_sweep_that_has_removed_all_that_was_too_old_is_over(database_url: str) -> None:
-    await migrate.upgrade(database_url)
-    async with SqlEventLog(database_url, standalone=True) as log:
+    async with sql_store(database_url) as store, SqlEventLog(store) as log:
         for _ in range(3):
-            key = new_session().key
+            key = (await store.create(new_session())).key
             await log.append(key, [new_event(0)])
             await age_events(log, key)
         # What becomes too old meanwhile is for the next one, or it would never end.

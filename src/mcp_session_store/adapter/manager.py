@@ -238,10 +238,6 @@ class DurableSessionManager(sdk.ManagerSeams):
             )
         if event_log is not None and event_store is not None:
             raise ConfigurationError("event_log and event_store are both where events go; give one of them")
-        if event_log is not None and event_log.standalone:
-            raise ConfigurationError(
-                "a standalone event_log does not end with its sessions; make it without standalone, of the store"
-            )
         if event_log is not None and event_log.namespace != store.namespace:
             raise ConfigurationError(
                 f"the event log's namespace {event_log.namespace!r} is not the store's, {store.namespace!r}: events "

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from mcp.server import streamable_http_manager
-from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, RequireAuthMiddleware, authorization_context
+from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
 from mcp.server.lowlevel.server import Server
 from mcp.server.mcpserver import MCPServer
 from mcp.server.streamable_http import StreamableHTTPServerTransport
@@ -18,8 +18,6 @@ from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, Streamable
 from starlette.routing import Route
 
 from mcp_session_store.adapter import SUPPORTED_SDK
-from mcp_session_store.adapter.requests import again, session_id_of, whole
-from mcp_session_store.adapter.streams.event_store import POSTED
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = [
     "LiveStreams",
     "ManagerSeams",
-    "StockManagerSeams",
     "is_fastmcp",
     "make_transport",
     "mcp_endpoint",
@@ -137,61 +134,6 @@ class ManagerSeams(StreamableHTTPSessionManager):
     def lifespan_state(self) -> Any:
         """What the server's lifespan yielded, for the server loop of each session."""
         return self._lifespan_state
-
-
-class StockManagerSeams(StreamableHTTPSessionManager):
-    """The SDK's session manager as it is, but with an event log for each session."""
-
-    def __init__(self, app: Server[Any], **options: Any) -> None:
-        super().__init__(app, **options)
-        self._events: dict[str, SessionEvents] = {}
-
-    def new_events(self, session_id: str) -> SessionEvents:
-        """The events of a session that begins."""
-        raise NotImplementedError
-
-    async def serve_session(self, events: SessionEvents, scope: Scope, receive: Receive, send: Send) -> bool:
-        """Serve a GET of a session, for its principal; False where the transport is to do so."""
-        raise NotImplementedError
-
-    def session_over(self, events: SessionEvents) -> None:
-        """A session has left memory."""
-        raise NotImplementedError
-
-    @property
-    def running_tasks(self) -> TaskGroup | None:
-        """The task group that `run()` holds open."""
-        return cast("TaskGroup | None", self._task_group)
-
-    # The transport is made in there, and nobody has used it when it returns.
-    def _admit_session(self, requestor: AuthorizationContext | None) -> StreamableHTTPServerTransport | None:
-        transport = super()._admit_session(requestor)
-        if transport is not None and transport.mcp_session_id is not None:
-            events = self._events[transport.mcp_session_id] = self.new_events(transport.mcp_session_id)
-            transport._event_store = events
-            _begin_streams(transport, events)
-        return transport
-
-    # The SDK lets no other principal but a session's own past this, which has to be asked here as well.
-    async def _handle_stateful_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        session_id = session_id_of(scope)
-        events = None if session_id is None else self._events.get(session_id)
-        if events is not None and session_id is not None:
-            user = scope.get("user")
-            requestor = authorization_context(user) if isinstance(user, AuthenticatedUser) else None
-            if requestor == self._session_owners.get(session_id):
-                if scope["method"] == "GET" and await self.serve_session(events, scope, receive, send):
-                    return
-                if scope["method"] == "POST":
-                    message = await whole(await receive(), receive)
-                    POSTED.set(message.get("body", b""))
-                    receive = again(message, receive)
-        await super()._handle_stateful_request(scope, receive, send)
-
-    async def _discard_session(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
-        await super()._discard_session(session_id, transport)
-        if (events := self._events.pop(session_id, None)) is not None:
-            self.session_over(events)
 
 
 def make_transport(

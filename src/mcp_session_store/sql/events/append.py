@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
-from mcp_session_store.event_log import NO_SESSION
 from mcp_session_store.records import EventKind, EventPage, StoredEvent
 from mcp_session_store.sql.dialects.functions import ONE, NotLookedUp, StoreClock
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
@@ -79,10 +77,9 @@ class Events:
         dialect: The database they are in.
         schema: Where the tables are; the connection's default unless given.
         namespace: Whose sessions.
-        standalone: Whether any session may have events, because there are no records of sessions.
     """
 
-    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, standalone: bool) -> None:
+    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
         self._dialect = dialect
         logs, events, sessions = logs_table(schema), events_table(schema), sessions_table(schema)
         name = sa.literal(namespace, sa.Text)
@@ -92,26 +89,22 @@ class Events:
         def live_session(key: sa.ColumnElement[Any]) -> sa.Select[Any]:
             return sa.select(sessions.c.key).where(sessions.c.key == key, live(sessions, name, now))
 
-        self._started = dialect.batch("started", {"key": sa.Uuid(), "start": sa.BigInteger()})
-        started = (
-            sa.select(*self._started.c)
-            if standalone
-            # Locked, so that a session that ends meanwhile does so before, or waits and takes its log along.
-            else self._started.found(lambda started: live_session(started.key).with_for_update(read=True))
-        ).subquery("found")
+        self._started = dialect.batch("started", {"key": sa.Uuid()})
+        # Locked, so that a session that ends meanwhile does so before, or waits and takes its log along.
+        started = self._started.found(lambda started: live_session(started.key).with_for_update(read=True)).subquery()
+        nothing = sa.literal(0)
         values = {
             "key": started.c.key,
             "namespace": name,
-            "sequence": started.c.start,
-            "total_bytes": sa.literal(0),
-            "trimmed": started.c.start,
-            "trimmed_bytes": sa.literal(0),
+            "sequence": nothing,
+            "total_bytes": nothing,
+            "trimmed": nothing,
+            "trimmed_bytes": nothing,
         }
         self._start = dialect.often(dialect.insert_if_absent(logs, list(values), sa.select(*values.values())))
-        self._standalone = standalone
 
         self._growths = dialect.batch("grown", {"key": sa.Uuid(), "events": sa.BigInteger(), "bytes": sa.BigInteger()})
-        may_grow = mine if standalone else mine & live_session(logs.c.key).exists()
+        may_grow = mine & live_session(logs.c.key).exists()
         growing = self._growths.found(
             lambda grown: sa.select(logs.c.key).where(logs.c.key == grown.key, may_grow).with_for_update(of=logs)
         ).cte("locked")
@@ -290,11 +283,10 @@ class Events:
             for key in sorted(wanted, key=_as_number)
         }
         grown = (yield from self._append_to_logs(logs)) if logs else {}
-        if missing := logs.keys() - grown.keys() - {self._dialect.driver_key(NO_SESSION)}:
+        if missing := logs.keys() - grown.keys():
             # Their first events: they have no log yet.
-            start = time.time_ns() // 1_000_000 if self._standalone else 0
             new = {key: appends for key, appends in logs.items() if key in missing}
-            yield self._start, self._started.parameters([(key, start) for key in new])
+            yield self._start, self._started.parameters([(key,) for key in new])
             grown |= yield from self._append_to_logs(new)
         by_key = {}
         for key, numbers in wanted.items():

@@ -58,8 +58,6 @@ class SqlEventLog(EventLog):
         auto_upgrade: Run the migrations on first contact where the schema is missing or behind.
         timeout: Seconds that a call takes at most.
         policy: See `EventLog`.
-        standalone: There are no records of sessions, because somebody else manages them, as the SDK's own session
-            manager does: any session may have events. Age alone removes a log then.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it.
@@ -74,7 +72,6 @@ class SqlEventLog(EventLog):
         auto_upgrade: bool = False,
         timeout: float = DEFAULT_TIMEOUT,
         policy: EventPolicy | None = None,
-        standalone: bool = False,
     ) -> None:
         super().__init__(policy=policy)
         self._owned = not isinstance(where, SqlSessionStore)
@@ -84,7 +81,6 @@ class SqlEventLog(EventLog):
                 "schema": schema is not None,
                 "auto_upgrade": auto_upgrade,
                 "timeout": timeout != DEFAULT_TIMEOUT,
-                "standalone": standalone,
             }
             if names := [name for name, is_given in given.items() if is_given]:
                 raise ConfigurationError(f"{', '.join(names)} go with a URL or an engine; a store has its own")
@@ -93,15 +89,10 @@ class SqlEventLog(EventLog):
             if not isinstance(namespace, str) or not namespace or "\0" in namespace:
                 raise ConfigurationError(f"namespace={namespace!r} must be a text that is not empty, without NUL")
             self._database = Database(where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
-        if standalone and self.policy.max_age is None:
-            raise ConfigurationError("max_age=None cannot be with standalone: nothing would ever remove an event")
         self._namespace = namespace
-        self._standalone = standalone
         dialect, schema = self._database.dialect, self._database.schema
-        self._events = Events(dialect, schema=schema, namespace=namespace, standalone=standalone)
-        self._trimming = EventTrimming(
-            dialect, schema=schema, namespace=namespace, policy=self.policy, standalone=standalone
-        )
+        self._events = Events(dialect, schema=schema, namespace=namespace)
+        self._trimming = EventTrimming(dialect, schema=schema, namespace=namespace, policy=self.policy)
         self._instances = Instances(dialect, schema=schema)
         self._listener = Listener(self._database, dialect.event_channel)
         self._appends = Batcher(self._database, self._append_all, writes=True)
@@ -117,10 +108,6 @@ class SqlEventLog(EventLog):
     @property
     def namespace(self) -> str:
         return self._namespace
-
-    @property
-    def standalone(self) -> bool:
-        return self._standalone
 
     async def open(self) -> None:
         if self._owned:

@@ -109,12 +109,9 @@ class EventTrimming:
         schema: Where the tables are; the connection's default unless given.
         namespace: Whose sessions.
         policy: Which events.
-        standalone: Whether any log without events is removed, because nobody says when its session ends.
     """
 
-    def __init__(
-        self, dialect: Dialect, *, schema: str | None, namespace: str, policy: EventPolicy, standalone: bool
-    ) -> None:
+    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, policy: EventPolicy) -> None:
         self._dialect = dialect
         self._policy = policy
         logs, events, sessions = logs_table(schema), events_table(schema), sessions_table(schema)
@@ -174,7 +171,7 @@ class EventTrimming:
         self._forget_empty = sa.delete(logs).where(
             self._keys.among(logs.c.key),
             NotLookedUp(logs.c.oldest_at).is_(None),
-            sa.true() if standalone else record.scalar_subquery().is_(None),
+            record.scalar_subquery().is_(None),
         )
 
     async def due(self, attempt: Attempt, *, limit: int) -> list[UUID]:
