@@ -1,15 +1,13 @@
-"""All that knows the MCP SDK: it restores sessions from a store's records, whatever the store is."""
+"""All modules that know the MCP SDK: they restore sessions from the records of any store."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Final
 
-SUPPORTED_SDK: Final = ">=2.3,<3"
-"""The versions of the SDK that have what the adapter extends."""
+from mcp_session_store.adapter.supported import SUPPORTED_SDK
 
 try:
-    # Imported here, so that an SDK that does not fit is told by its version, whichever name it lacks.
+    # Imported here, so that the error names the SDK's version, whichever name that version lacks.
     from mcp_session_store.adapter import frameworks as _frameworks  # noqa: F401
 except ImportError as error:
     raise ImportError(

@@ -17,7 +17,7 @@ from mcp.server.streamable_http import StreamableHTTPServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
 from starlette.routing import Route
 
-from mcp_session_store.adapter import SUPPORTED_SDK
+from mcp_session_store.adapter.supported import SUPPORTED_SDK
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
