@@ -31,7 +31,7 @@ from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.replay.replay import Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
-from mcp_session_store.adapter.requests import again, session_id_of, whole
+from mcp_session_store.adapter.requests import may_initialize, read_body, replayed_receive, session_id_of
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.changes import ChangeWatch
@@ -119,8 +119,6 @@ DEFAULT_EVICT_AFTER: Final = 300.0
 DEFAULT_END_WITHIN: Final = 5.0
 DEFAULT_SWEEP_INTERVAL: Final = 60.0
 DEFAULT_INSTANCE_TIMEOUT: Final = 30.0
-SESSION_ENDED: Final = "Session ended"
-"""What calls are told that were in flight when their session ended."""
 RESTORE_ATTEMPTS: Final = 3
 """How often a restore begins anew because the record changed meanwhile."""
 
@@ -424,11 +422,11 @@ class DurableSessionManager(sdk.ManagerSeams):
             return
         message = await receive()
         if session.events is not None:
-            message = await whole(message, receive)
+            message = await read_body(message, receive)
             POSTED.set(message.get("body", b""))
-        receive = again(message, receive)
+        receive = replayed_receive(message, receive)
         # The handshake's own answer promises durability.
-        if _may_initialize(message):
+        if may_initialize(message):
             handshake = Handshake()
             held = HeldResponse(handshake, scope, receive, send, opening=False)
             with _held_by(session, handshake, scope):
@@ -497,9 +495,9 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def _open(self, requestor: AuthorizationContext | None, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request without a session id: an `initialize` opens a session, all else is refused by the SDK."""
         message = await receive()
-        receive = again(message, receive)
+        receive = replayed_receive(message, receive)
         # Nobody makes room for what opens no session.
-        opens = scope["method"] == "POST" and _may_initialize(message)
+        opens = scope["method"] == "POST" and may_initialize(message)
         try:
             session = self._admit(uuid4().hex, requestor, may_evict=opens)
         except MemoryFull:
@@ -837,7 +835,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             raise _NotFound
         session = self._residents.get(session_id)
         if session is not None:
-            await self._residents.evict(session, answer=SESSION_ENDED)
+            await self._residents.evict(session, answer=responses.SESSION_ENDED)
         telemetry.ended.add(1, {"reason": EndReason.CLIENT.value})
         if session is not None:
             await self._tell_application(session, EndReason.CLIENT)
@@ -866,7 +864,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._residents.withdraw(session)
 
         async def drop() -> None:
-            await self._have_leave(session, answer=SESSION_ENDED)
+            await self._have_leave(session, answer=responses.SESSION_ENDED)
             await self._tell_application(session, reason)
 
         self.tasks.start_soon(drop)
@@ -1017,12 +1015,6 @@ def _held_by(session: ResidentSession, handshake: Handshake, scope: Scope) -> It
         yield
     finally:
         session.held.discard(handshake)
-
-
-def _may_initialize(message: Message) -> bool:
-    """Whether the body of a request that begins so may be an `initialize`."""
-    # It is looked into for the name rather than parsed; the middleware releases whatever else has it.
-    return b'"initialize"' in message.get("body", b"")
 
 
 def _watch_stream(session: ResidentSession, send: Send) -> Send:

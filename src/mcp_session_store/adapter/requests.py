@@ -1,4 +1,4 @@
-"""What is taken from an ASGI request before the SDK serves it."""
+"""What is read from an ASGI request before the SDK serves it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
 
-__all__ = ["again", "session_id_of", "whole"]
+__all__ = ["may_initialize", "read_body", "replayed_receive", "session_id_of"]
 
 
 def session_id_of(scope: Scope) -> str | None:
-    """The `Mcp-Session-Id` of a request."""
+    """Return the `Mcp-Session-Id` of a request."""
     for name, value in scope["headers"]:
         if name == b"mcp-session-id":
             decoded: str = value.decode("latin-1")
@@ -19,28 +19,34 @@ def session_id_of(scope: Scope) -> str | None:
     return None
 
 
-async def whole(message: Message, receive: Receive) -> Message:
-    """The first message of a request, with the rest of its body, which the SDK waits for as well."""
+def may_initialize(message: Message) -> bool:
+    """Return whether a request whose body begins with this message may be an `initialize`."""
+    # Search the body instead of parsing it; the middleware releases a false positive.
+    return b'"initialize"' in message.get("body", b"")
+
+
+async def read_body(message: Message, receive: Receive) -> Message:
+    """Return the first message of a request with the rest of its body, which the SDK waits for as well."""
     if not message.get("more_body"):
         return message
     parts = [message.get("body", b"")]
     while message.get("more_body"):
         message = await receive()
         if message["type"] != "http.request":
-            return message  # the client has left
+            return message  # the client has disconnected
         parts.append(message.get("body", b""))
     return {"type": "http.request", "body": b"".join(parts), "more_body": False}
 
 
-def again(message: Message, receive: Receive) -> Receive:
-    """`receive`, with a message that was taken from it put back."""
+def replayed_receive(message: Message, receive: Receive) -> Receive:
+    """Return a `receive` that gives back a message that was taken from it, then goes on."""
     taken: Message | None = message
 
-    async def again() -> Message:
+    async def replayed() -> Message:
         nonlocal taken
         if taken is not None:
             message, taken = taken, None
             return message
         return await receive()
 
-    return again
+    return replayed

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
+    "SESSION_ENDED",
     "bad_event_id",
     "method_not_allowed",
     "not_acceptable",
@@ -21,6 +22,9 @@ __all__ = [
     "too_many_sessions",
     "unavailable",
 ]
+
+SESSION_ENDED: Final = "Session ended"
+"""Message of the JSON-RPC error for the calls that were in flight when their session ended."""
 
 RETRY_AFTER: Final = 2
 """Seconds that `Retry-After` (RFC 9110, section 10.2.3) asks for."""

@@ -49,7 +49,6 @@ RETRY: Final = 1.0
 """Seconds after which the log is read again that could not be."""
 
 NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
-SESSION_ENDED: Final = "Session ended"
 
 
 async def serve_stream(
@@ -305,7 +304,7 @@ class _Stream:
             return None
         if page is None:
             # It goes with its session, whose copy here is about to learn of it.
-            follower.close(SESSION_ENDED)
+            follower.close(responses.SESSION_ENDED)
         else:
             follower.moved(page.last)
         return page
