@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
+from mcp_session_store.sql.schema import migrate
 from tests.support import servers
 from tests.support.postgres import PostgresServer, fresh_database, provide_postgres
 
@@ -49,6 +51,18 @@ def database_url(request: pytest.FixtureRequest) -> str:
     """The URL of an empty database, of each kind in turn."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def migrated_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a migrated database, of each kind in turn, for all tests of a module: their keys are random."""
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            url = f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('shared') / 'sessions.db'}"
+        else:
+            url = stack.enter_context(fresh_database(request.getfixturevalue("postgres_server_url")))
+        asyncio.run(migrate.upgrade(url))
+        yield url
 
 
 @pytest.fixture(scope="session")

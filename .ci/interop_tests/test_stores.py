@@ -18,8 +18,8 @@ from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.database import BadData
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
-from tests.store.contract import SqlEventLogConformance, SqlStoreConformance
-from tests.store.databases import execute, settled
+from tests.support.databases import execute, settled
+from tests.support.sql_contracts import SqlEventLogConformance, SqlStoreConformance
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -5,8 +5,8 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from tests.adapter.instances import Clock
-from tests.adapter.stores import FaultyLog, FaultyStore, Sessions
+from tests.support.faulty_stores import FaultyLog, FaultyStore, Sessions
+from tests.support.instances import Clock
 
 
 @pytest.fixture(params=[False, True], ids=["sse", "json"])

@@ -13,13 +13,13 @@ from mcp_session_store import EndReason, StoreUnavailable, SweepReport, session_
 from mcp_session_store.adapter import background, telemetry
 from mcp_session_store.adapter.background import Wake, run_again, run_every
 from mcp_session_store.retention import RetentionPolicy
-from tests.adapter.asgi import until
-from tests.adapter.instances import instance
+from tests.support.asgi import until
+from tests.support.instances import instance
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.adapter.stores import FaultyStore, Sessions
+    from tests.support.faulty_stores import FaultyStore, Sessions
 
 GATHERING = 0.02
 

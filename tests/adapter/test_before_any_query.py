@@ -12,15 +12,15 @@ from mcp import Client as OfficialClient
 from mcp.client.streamable_http import streamable_http_client
 from mcp.server.transport_security import TransportSecuritySettings
 
-from tests.adapter.asgi import PATIENCE, until
-from tests.adapter.instances import Notes, instance
+from tests.support.asgi import PATIENCE, until
 from tests.support.http import INITIALIZE_PARAMS
+from tests.support.instances import Notes, instance
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.adapter.instances import Instance
-    from tests.adapter.stores import FaultyStore
+    from tests.support.faulty_stores import FaultyStore
+    from tests.support.instances import Instance
 
 pytestmark = pytest.mark.anyio
 

@@ -28,9 +28,9 @@ from mcp_session_store import (
     RetentionPolicy,
     durable_app,
 )
-from tests.adapter.asgi import Client
-from tests.adapter.instances import Notes, instance, running
-from tests.adapter.stores import FaultyStore
+from tests.support.asgi import Client
+from tests.support.faulty_stores import FaultyStore
+from tests.support.instances import Notes, instance, running
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -17,16 +17,16 @@ from mcp_session_store import (
     StoreUnavailable,
 )
 from mcp_session_store.adapter.streams.recorder import sweep_events
-from tests.adapter.asgi import until
-from tests.adapter.instances import Notes, instance, principal
-from tests.adapter.talking import Talking
-from tests.adapter.test_event_outages import all_stored
-from tests.adapter.test_resumption import opened
+from tests.adapter.streams.test_outages import all_stored
+from tests.adapter.streams.test_resumption import opened
+from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
+from tests.support.instances import Notes, instance, principal
+from tests.support.talking import Talking
 
 if TYPE_CHECKING:
-    from tests.adapter.instances import RequestContext
-    from tests.adapter.stores import FaultyLog, FaultyStore
+    from tests.support.faulty_stores import FaultyLog, FaultyStore
+    from tests.support.instances import RequestContext
 
 pytestmark = pytest.mark.anyio
 

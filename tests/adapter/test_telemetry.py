@@ -8,14 +8,14 @@ import pytest
 
 from mcp_session_store import EndReason, session_key
 from mcp_session_store.adapter import telemetry
-from tests.adapter.asgi import until
-from tests.adapter.instances import instance
-from tests.adapter.talking import Talking
-from tests.adapter.test_event_outages import all_stored, away
-from tests.adapter.test_resumption import opened
+from tests.adapter.streams.test_outages import all_stored, away
+from tests.adapter.streams.test_resumption import opened
+from tests.support.asgi import until
+from tests.support.instances import instance
+from tests.support.talking import Talking
 
 if TYPE_CHECKING:
-    from tests.adapter.stores import FaultyLog, FaultyStore
+    from tests.support.faulty_stores import FaultyLog, FaultyStore
 
 pytestmark = pytest.mark.anyio
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
 
 TARGETS = [
-    "tests.cli.targets:mcpserver",
-    "tests.cli.targets:lowlevel",
-    "tests.cli.targets:Holder.server",
-    "tests.cli.fastmcp_target:server",
+    "tests.support.targets:mcpserver",
+    "tests.support.targets:lowlevel",
+    "tests.support.targets:Holder.server",
+    "tests.support.fastmcp_target:server",
 ]
 
 
@@ -54,7 +54,7 @@ async def test_workers_share_the_sessions_and_a_kill_of_all_of_them_ends_none(
     command: CommandFunction, serve_command: ServeCommandFunction, database_url: str
 ) -> None:
     environment = _migrated(command, database_url)
-    server = serve_command("tests.cli.targets:mcpserver", "--workers", "2", environment=environment)
+    server = serve_command("tests.support.targets:mcpserver", "--workers", "2", environment=environment)
     async with official_client(server.mcp_url) as client:
         first = await _answering_pids(server.mcp_url, client.session_ids[0])
         assert server.pid not in first, "workers answer, not their parent"
@@ -82,14 +82,14 @@ async def test_a_migrated_postgres_keeps_the_sessions(
     command: CommandFunction, serve_command: ServeCommandFunction, postgres_url: str
 ) -> None:
     environment = _migrated(command, postgres_url)
-    server = serve_command("tests.cli.targets:mcpserver", environment=environment)
+    server = serve_command("tests.support.targets:mcpserver", environment=environment)
     async with official_client(server.mcp_url) as client:
         server.restart()
         assert await client.text("whoami") == f"{server.pid} 1"
         assert len(client.session_ids) == 1
 
 
-@pytest.mark.parametrize("target", ["tests.cli.targets:mcpserver", "tests.cli.fastmcp_target:server"])
+@pytest.mark.parametrize("target", ["tests.support.targets:mcpserver", "tests.support.fastmcp_target:server"])
 @pytest.mark.anyio
 async def test_options_reach_the_framework_by_its_own_names(
     serve_command: ServeCommandFunction, sqlite_url: str, target: str
@@ -106,7 +106,7 @@ async def test_options_reach_the_framework_by_its_own_names(
 async def test_namespaces_keep_servers_apart_that_share_a_database(
     serve_command: ServeCommandFunction, sqlite_url: str
 ) -> None:
-    target = "tests.cli.targets:mcpserver"
+    target = "tests.support.targets:mcpserver"
     one = serve_command(target, "--url", sqlite_url, "--namespace", "one")
     other = serve_command(target, "--url", sqlite_url, "--namespace", "other")
     async with RawClient(one.mcp_url) as client:
@@ -119,7 +119,7 @@ async def test_namespaces_keep_servers_apart_that_share_a_database(
 async def test_a_database_that_is_down_stops_no_server_and_clients_get_503(
     serve_command: ServeCommandFunction,
 ) -> None:
-    server = serve_command("tests.cli.targets:mcpserver", "--url", UNREACHABLE)
+    server = serve_command("tests.support.targets:mcpserver", "--url", UNREACHABLE)
     async with RawClient(server.mcp_url) as client:
         answer = await client.initialize()
         assert answer.status == 503
@@ -131,19 +131,19 @@ async def test_a_database_that_is_down_stops_no_server_and_clients_get_503(
 def test_a_server_database_is_migrated_when_asked_only(
     command: CommandFunction, serve_command: ServeCommandFunction, postgres_url: str
 ) -> None:
-    refused = command("serve", "tests.cli.targets:mcpserver", "--url", postgres_url)
+    refused = command("serve", "tests.support.targets:mcpserver", "--url", postgres_url)
     assert refused.returncode == 1
     assert "mcp-session-store upgrade" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert command("current", "--url", postgres_url).stdout.strip() == "none"
-    assert serve_command("tests.cli.targets:mcpserver", "--url", postgres_url, "--auto-upgrade").running
+    assert serve_command("tests.support.targets:mcpserver", "--url", postgres_url, "--auto-upgrade").running
     assert command("check", "--url", postgres_url).returncode == 0
 
 
 def test_a_port_that_is_taken_is_a_failure(
     command: CommandFunction, serve_command: ServeCommandFunction, sqlite_url: str
 ) -> None:
-    arguments = ["tests.cli.targets:mcpserver", "--url", sqlite_url]
+    arguments = ["tests.support.targets:mcpserver", "--url", sqlite_url]
     server = serve_command(*arguments)
     assert command("serve", *arguments, "--port", str(server.port)).returncode == 1
 
@@ -152,7 +152,7 @@ def test_settings_of_workers_are_not_among_the_arguments_of_any_process(
     serve_command: ServeCommandFunction, sqlite_url: str
 ) -> None:
     environment = {"MCP_SESSION_STORE_URL": sqlite_url}
-    server = serve_command("tests.cli.targets:mcpserver", "--workers", "2", environment=environment)
+    server = serve_command("tests.support.targets:mcpserver", "--workers", "2", environment=environment)
     shown = [" ".join(psutil.Process(pid).cmdline()) for pid in server.pids()]
     assert len(shown) >= 3
     assert not [line for line in shown if "sqlite" in line]
@@ -161,15 +161,15 @@ def test_settings_of_workers_are_not_among_the_arguments_of_any_process(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["tests.cli.targets"], "MODULE:ATTRIBUTE"),
+        (["tests.support.targets"], "MODULE:ATTRIBUTE"),
         (["no_such_module:server"], "'no_such_module'"),
-        (["tests.cli.no_such_module:server"], "'tests.cli.no_such_module'"),
-        (["tests.cli.broken_target:server"], "no_such_module_of_this_targets"),
-        (["tests.cli.targets:nothing"], "'nothing'"),
-        (["tests.cli.targets:text"], "builtins.str"),
-        (["tests.cli.targets:stateless_app"], "name the server object itself"),
-        (["tests.cli.targets:mcpserver", "--path", "mcp"], "slash"),
-        (["tests.cli.targets:mcpserver", "--url", "no url at all"], "postgresql://"),
+        (["tests.support.no_such_module:server"], "'tests.support.no_such_module'"),
+        (["tests.support.broken_target:server"], "no_such_module_of_this_targets"),
+        (["tests.support.targets:nothing"], "'nothing'"),
+        (["tests.support.targets:text"], "builtins.str"),
+        (["tests.support.targets:stateless_app"], "name the server object itself"),
+        (["tests.support.targets:mcpserver", "--path", "mcp"], "slash"),
+        (["tests.support.targets:mcpserver", "--url", "no url at all"], "postgresql://"),
     ],
 )
 def test_what_cannot_be_served_is_named_with_the_remedy(
@@ -185,7 +185,7 @@ def test_a_server_that_its_framework_is_told_to_run_stateless_is_refused(
 ) -> None:
     done = command(
         "serve",
-        "tests.cli.fastmcp_target:server",
+        "tests.support.fastmcp_target:server",
         "--url",
         sqlite_url,
         environment={"FASTMCP_STATELESS_HTTP": "true"},
@@ -196,7 +196,7 @@ def test_a_server_that_its_framework_is_told_to_run_stateless_is_refused(
 
 
 def test_without_a_url_the_option_and_its_variable_are_named(invoke: InvokeFunction) -> None:
-    done = invoke("serve", "tests.cli.targets:mcpserver")
+    done = invoke("serve", "tests.support.targets:mcpserver")
     assert done.exit_code == 2
     assert "--url" in done.stderr
     assert "MCP_SESSION_STORE_URL" in done.stderr
@@ -230,7 +230,7 @@ def test_retention_and_memory_are_what_the_options_say(
         "--idle 30m --absolute none --tombstone 7d --per-principal 5 --per-principal-excess refuse --anonymous 100"
     )
     options += " --evict-after none --max-sessions 50 --end-within 2.5 --sweep-interval 10"
-    invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, *options.split())
+    invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url, *options.split())
     assert app_arguments["retention"] == RetentionPolicy(
         idle=timedelta(minutes=30),
         tombstone=timedelta(days=7),
@@ -247,7 +247,7 @@ def test_retention_and_memory_can_come_from_the_environment(
     invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
 ) -> None:
     environment = {"MCP_SESSION_STORE_IDLE": "1h", "MCP_SESSION_STORE_SWEEP_INTERVAL": "none"}
-    invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, environment=environment)
+    invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url, environment=environment)
     assert app_arguments["retention"] == RetentionPolicy.from_environment(environment)
     assert app_arguments["sweep_interval"] is None
 
@@ -262,7 +262,7 @@ def test_events_are_kept_by_a_policy_when_they_are_asked_for(
         "MCP_SESSION_STORE_EVENTS_MAX_AGE": "2h",
         "MCP_SESSION_STORE_EVENTS_MAX_EVENTS_PER_SESSION": "50",
     }
-    arguments = ["serve", "tests.cli.targets:mcpserver", "--url", sqlite_url]
+    arguments = ["serve", "tests.support.targets:mcpserver", "--url", sqlite_url]
     if how == "options":
         invoke(*arguments, *options)
     else:
@@ -274,7 +274,7 @@ def test_events_are_kept_by_a_policy_when_they_are_asked_for(
 def test_events_that_the_environment_asks_for_can_be_declined(
     invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
 ) -> None:
-    arguments = ["serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, "--no-events"]
+    arguments = ["serve", "tests.support.targets:mcpserver", "--url", sqlite_url, "--no-events"]
     invoke(*arguments, environment={"MCP_SESSION_STORE_EVENTS": "true"})
     assert app_arguments
     assert "events" not in app_arguments
@@ -285,7 +285,7 @@ def test_events_that_the_environment_asks_for_can_be_declined(
 async def test_a_server_keeps_events_that_operators_see(
     command: CommandFunction, serve_command: ServeCommandFunction, sqlite_url: str, kept: bool
 ) -> None:
-    server = serve_command("tests.cli.targets:mcpserver", "--url", sqlite_url, *(["--events"] if kept else []))
+    server = serve_command("tests.support.targets:mcpserver", "--url", sqlite_url, *(["--events"] if kept else []))
     async with official_client(server.mcp_url) as client:
         await client.text("whoami")
         done = command("events", "show", client.session_ids[0], "--json", "--url", sqlite_url)
@@ -299,7 +299,7 @@ async def test_a_server_keeps_events_that_operators_see(
 def test_what_is_not_given_is_left_to_the_app(
     invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
 ) -> None:
-    invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url)
+    invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url)
     left = {"retention", "events", "evict_after", "max_sessions", "end_within", "sweep_interval"}
     assert app_arguments
     assert not left & app_arguments.keys()
@@ -314,7 +314,7 @@ def test_workers_get_the_same_retention_and_memory(
     monkeypatch.setattr("uvicorn.run", lambda app, **options: worker_app())
     options = "--idle 30m --tombstone none --per-principal 5 --evict-after none --max-sessions 50 --end-within 2.5"
     options += " --events --events-max-age none"
-    done = invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, "--workers", "2", *options.split())
+    done = invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url, "--workers", "2", *options.split())
     assert done.exit_code == 0, done.output
     parent, worker = made
     assert worker == parent
@@ -340,6 +340,6 @@ def test_workers_get_the_same_retention_and_memory(
 def test_nonsense_about_retention_and_memory_is_refused_by_name(
     invoke: InvokeFunction, sqlite_url: str, options: list[str], named: str
 ) -> None:
-    done = invoke("serve", "tests.cli.targets:mcpserver", "--url", sqlite_url, *options)
+    done = invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url, *options)
     assert done.exit_code == 2, done.output
     assert named in done.stderr

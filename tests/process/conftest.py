@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from mcp_session_store.sql.schema import migrate
-from tests.process.apps import Settings
-from tests.process.records import Records
+from tests.support.application import Settings
 from tests.support.faults import FaultProxy
+from tests.support.records import Records
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ class Handshake:
 
 
 class Application:
-    """The application of `tests.process.apps`, and what its processes noted in files.
+    """The application of `tests.support.application`, and what its processes noted in files.
 
     Args:
         serve: The fixture.
@@ -88,7 +88,7 @@ class Application:
             clock_ahead=clock_ahead,
         )
         server = self._serve(
-            f"tests.process.apps:{app}",
+            f"tests.support.application:{app}",
             environment={**settings.environment, **(environment or {})},
             workers=workers,
             # Requests are many, and what is shown of the log with a failure is its end.

@@ -13,13 +13,13 @@ from sqlalchemy.pool import NullPool
 
 from mcp_session_store import EndReason, SqlSessionStore, session_key
 from mcp_session_store.sql.schema import migrate
-from tests.process.clients import sessions, until, whoami
 from tests.support.http import RawClient
+from tests.support.process_clients import sessions, until, whoami
 
 if TYPE_CHECKING:
     from tests.process.conftest import Application
-    from tests.process.records import Records
     from tests.support.http import Answer
+    from tests.support.records import Records
     from tests.support.servers import ServerProcess
 
 pytestmark = pytest.mark.anyio

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from tests.process.clients import until, whoami
 from tests.support.http import RawClient
+from tests.support.process_clients import until, whoami
 
 if TYPE_CHECKING:
     from tests.process.conftest import Application
-    from tests.process.records import Records
+    from tests.support.records import Records
 
 pytestmark = pytest.mark.anyio
 

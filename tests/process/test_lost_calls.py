@@ -9,8 +9,8 @@ import pytest
 from mcp import MCPError
 from mcp_types import CONNECTION_CLOSED
 
-from tests.process.clients import PATIENCE, Talking, everything, official_client, until
 from tests.support.http import RawClient
+from tests.support.process_clients import PATIENCE, Talking, everything, official_client, until
 from tests.support.proxy import RoundRobinProxy
 from tests.support.servers import ServerProcess
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tests.process.conftest import Application
-    from tests.process.records import Records
+    from tests.support.records import Records
 
 pytestmark = pytest.mark.anyio
 

@@ -9,12 +9,12 @@ import anyio
 import httpx2
 import pytest
 
-from tests.process.clients import official_client, pid_of, until, whoami
 from tests.support.http import INITIALIZE_PARAMS, RawClient
+from tests.support.process_clients import official_client, pid_of, until, whoami
 
 if TYPE_CHECKING:
     from tests.process.conftest import Application
-    from tests.process.records import Records
+    from tests.support.records import Records
 
 pytestmark = pytest.mark.anyio
 

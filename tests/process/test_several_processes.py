@@ -10,13 +10,13 @@ import pytest
 
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
-from tests.process.clients import official_client, pid_of, sessions, until, whoami
 from tests.support.http import RawClient
+from tests.support.process_clients import official_client, pid_of, sessions, until, whoami
 from tests.support.proxy import RoundRobinProxy
 
 if TYPE_CHECKING:
     from tests.process.conftest import Application
-    from tests.process.records import Records
+    from tests.support.records import Records
     from tests.support.servers import ServerProcess
 
 pytestmark = pytest.mark.anyio

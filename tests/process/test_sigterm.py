@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from tests.process.clients import Load, official_client, sessions
+from tests.support.process_clients import Load, official_client, sessions
 
 if TYPE_CHECKING:
     from tests.process.conftest import Application
-    from tests.process.records import Records
+    from tests.support.records import Records
 
 pytestmark = pytest.mark.anyio
 

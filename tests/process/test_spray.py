@@ -12,9 +12,9 @@ import httpx2
 import pytest
 
 from mcp_session_store.sql.schema import migrate
-from tests.process.clients import sessions, until, whoami
-from tests.process.records import Records
 from tests.support.http import RawClient
+from tests.support.process_clients import sessions, until, whoami
+from tests.support.records import Records
 
 if TYPE_CHECKING:
     from tests.process.conftest import Application

@@ -1,0 +1,640 @@
+"""Events that cannot be stored: no call is held up or lost by it, and what nobody could be given is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from mcp_session_store import EventPolicy, EventTooLarge, SchemaBehind, StoreUnavailable
+from mcp_session_store.adapter.streams import recorder as recorder_module
+from mcp_session_store.event_log import STANDALONE_STREAM
+from mcp_session_store.records import EventKind
+from tests.adapter.streams.test_resumption import one_more_turn, opened
+from tests.support.asgi import PATIENCE, until
+from tests.support.faulty_stores import FaultyLog
+from tests.support.instances import instance
+from tests.support.talking import Talking, hears, told
+
+if TYPE_CHECKING:
+    from tests.support.asgi import Client, Exchange
+    from tests.support.faulty_stores import FaultyStore
+    from tests.support.instances import Instance
+    from tests.support.talking import Call
+
+pytestmark = pytest.mark.anyio
+
+ERRORS = [
+    StoreUnavailable("it is down"),
+    SchemaBehind("it is behind"),
+    EventTooLarge("it is too large"),
+    RuntimeError("a bug"),
+]
+OUTAGES = [("append",), ("append", "beat"), ()]
+"""What is down: storing alone, as when the table is locked; what says that the instance runs, too; or all."""
+
+
+class Still:
+    """The instances' monotonic clock, which stands unless it is put forward."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> Still:
+    """A clock that stands, so that nothing is tried because time has passed."""
+    clock = Still(1000.0)
+    monkeypatch.setattr(anyio, "current_time", lambda: clock.now)
+    return clock
+
+
+async def away(talking: Talking, client: Client) -> tuple[Call, str]:
+    """A call whose client has lost its connection, and the id that it has."""
+    call, exchange = await talking.call(client)
+    await until(lambda: exchange.last_event_id is not None)
+    return call, str(await exchange.leave())
+
+
+async def all_stored(one: Instance) -> None:
+    """Wait until nothing is kept any more."""
+    assert one.manager._recorder is not None
+    recorder = one.manager._recorder
+    await until(lambda: not recorder._kept and not recorder.down)
+
+
+def without_ids(exchange: Exchange, *texts: str) -> bool:
+    """Whether this was told last, and not an id with it, not even an empty one, which would reset the client's."""
+    last = exchange.events[-len(texts) :]
+    return told([event.message for event in last]) == list(texts) and {event.id for event in last} == {None}
+
+
+# What is live
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+async def test_whatever_the_log_raises_calls_go_on_and_what_they_say_goes_out_without_ids(
+    store: FaultyStore, log: FaultyLog, error: Exception
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        stream = await opened(client)
+        call, exchange = await talking.call(client)
+        await call.say("a")
+        log.failing(error, "append")
+        await call.say("b", "c")
+        await call.tell("d")
+        call.answer()
+        await exchange.end()
+        assert without_ids(exchange, "b", "c", "done")
+        await hears(stream, "d")
+        assert without_ids(stream, "d")
+        # A call that begins now, and a session.
+        call, exchange = await talking.call(client)
+        await call.say("e")
+        call.answer()
+        await exchange.end()
+        assert [event.id for event in exchange.events] == [None, None]
+        assert told(exchange.messages) == ["e", "done"]
+        await one.client().handshake()
+        log.up()
+        await ids_come_back(client, talking)
+        assert one.residents == 2
+        one.assert_seats_match()
+
+
+async def ids_come_back(client: Client, talking: Talking) -> None:
+    """Wait until all that a call says has an id again."""
+    with anyio.fail_after(PATIENCE):
+        while True:
+            call, exchange = await talking.call(client)
+            await call.say("again")
+            call.answer()
+            await exchange.end()
+            if [event.id is None for event in exchange.events] == [False] * 3:
+                return
+            await anyio.sleep(0.05)
+
+
+async def test_what_was_kept_is_stored_once_though_storing_it_is_cut_short_by_the_end_of_its_instance(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        call, _ = await talking.call(client)
+        log.down("append")
+        await call.tell("a", "b", "c")
+        log.up()
+        # First it is tried whether anything can be; then the first is, which may be stored already; then the others.
+        storing = log.hold("append", after=True)
+        for _ in range(2):
+            await storing.wait_entered()
+            before, storing = storing, log.hold("append", after=True)
+            before.release()
+        await storing.wait_entered()
+        log.up()
+    assert told([json.loads(message) for message in log.messages(session_id)][:3]) == ["a", "b", "c"]
+    assert len([stream for stream, _ in log.streams(session_id) if stream == STANDALONE_STREAM]) == 3
+
+
+async def test_an_event_that_takes_too_long_to_store_goes_out_then(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, exchange = await talking.call(client)
+        held = log.hold("append")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call.say, "a", "b", "c")
+            await held.wait_entered()
+            await one_more_turn()
+            assert exchange.messages == []
+            held.fail(StoreUnavailable("it did not answer in time"))
+        await hears(exchange, "a", "b", "c")
+        assert without_ids(exchange, "a", "b", "c")
+        assert len(log.appended) == 2
+
+
+@pytest.mark.parametrize("outage", OUTAGES, ids=["append", "append and beat", "all"])
+async def test_while_the_log_is_down_no_event_waits_for_it(
+    store: FaultyStore, log: FaultyLog, still: Still, outage: tuple[str, ...]
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client, other = one.client(), one.client()
+        await client.handshake()
+        await other.handshake()
+        call, exchange = await talking.call(client)
+        log.appended.clear()
+        log.down(*outage)
+        for n in range(40):
+            await call.say(str(n))
+            await hears(exchange, *(str(m) for m in range(n + 1)))
+        other_call, other_exchange = await talking.call(other)
+        await other_call.say("a")
+        await hears(other_exchange, "a")
+        assert len(log.appended) == 1
+        log.up()
+        await all_stored(one)
+        await call.say("stored", "stored")
+        await until(lambda: told(exchange.messages)[-1:] == ["stored"] and exchange.events[-1].id is not None)
+        assert exchange.events[-2].id is not None
+
+
+async def test_an_outage_is_told_once_in_the_log(
+    store: FaultyStore, log: FaultyLog, still: Still, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger=recorder_module.__name__)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, _ = await talking.call(client)
+        for _ in range(2):
+            log.down("append")
+            for _ in range(5):
+                still.advance(60)
+                await call.say("secret")
+            log.up()
+            await all_stored(one)
+            await call.say("secret", "secret")
+        await one_more_turn()
+        told_of = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == recorder_module.__name__]
+        assert [level for level, _ in told_of] == ["WARNING", "INFO"] * 2
+        assert "secret" not in caplog.text
+        assert str(client.session_id) not in "".join(text for _, text in told_of)
+
+
+@pytest.mark.parametrize("outage", OUTAGES, ids=["append", "append and beat", "all"])
+async def test_when_the_log_is_back_ids_are_given_from_the_first_event_on(
+    store: FaultyStore, log: FaultyLog, still: Still, outage: tuple[str, ...]
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client, other = one.client(), one.client()
+        await client.handshake()
+        await other.handshake()
+        call, exchange = await talking.call(client)
+        await until(lambda: exchange.last_event_id is not None)
+        log.down(*outage)
+        await call.say("a")
+        await hears(exchange, "a")
+        assert (await plain(client)).events == []
+        log.up()
+        await all_stored(one)
+        # Nothing has been said since: the next call and the next stream can be resumed all the same.
+        _, exchange = await talking.call(other)
+        await until(lambda: exchange.last_event_id is not None)
+        await opened(other)
+
+
+async def plain(client: Client) -> Exchange:
+    """A standalone stream that was opened and left while nothing could be stored."""
+    stream = client.open_stream()
+    await stream.start()
+    assert stream.status == 200
+    await stream.leave()
+    return stream
+
+
+async def test_a_standalone_stream_that_is_opened_while_the_log_is_down_is_live(
+    store: FaultyStore, log: FaultyLog, json_response: bool
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log, json_response=json_response) as one:
+        client = one.client()
+        await client.handshake()
+        call, _ = await talking.call(client)
+        log.down("append")
+        stream = client.open_stream()
+        await stream.start()
+        assert stream.status == 200
+        await call.tell("a")
+        await hears(stream, "a")
+        assert without_ids(stream, "a")
+        assert (await client.open_stream().answer()).status == 409
+
+
+async def test_a_client_that_was_given_no_id_is_not_sent_away(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        log.down("append")
+        call, exchange = await talking.call(client)
+        await call.close()
+        call.answer()
+        await exchange.end()
+        assert told(exchange.messages) == ["done"]
+
+
+async def test_a_client_that_does_not_read_holds_nobody_up_while_the_log_is_down(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, exchange = await talking.call(client)
+        await until(lambda: exchange.last_event_id is not None)
+        exchange.stop_reading()
+        log.down("append")
+        texts = [str(n) for n in range(60)]
+        with anyio.fail_after(PATIENCE):
+            await call.say(*texts)
+        assert (await client.ping()).status == 200
+        call.answer()
+        log.up()
+        await all_stored(one)
+        exchange.read_on()
+        await exchange.end()
+        # It was live as long as there was room, which is lost with the connection; the rest was kept.
+        resumed = client.open_stream(exchange.last_event_id)
+        await resumed.end()
+        heard = told(exchange.messages) + told(resumed.messages)
+        assert told(resumed.messages)[-41:] == [*texts[-40:], "done"]
+        assert heard == [text for text in [*texts, "done"] if text in heard]
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("outage", OUTAGES, ids=["append", "append and beat", "all"])
+async def test_what_nobody_could_be_given_is_stored_when_the_log_is_back(
+    store: FaultyStore, log: FaultyLog, outage: tuple[str, ...]
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        stream = await opened(client)
+        standalone = await stream.leave()
+        call, last_event_id = await away(talking, client)
+        await call.say("a")
+        await until(lambda: len(log.messages(session_id)) == 1)
+        log.down(*outage)
+        await call.say("b", "c")
+        await call.tell("d")
+        call.answer()
+        await one_more_turn()
+        assert len(log.messages(session_id)) == 1
+        log.up()
+        await all_stored(one)
+        assert [event.kind for event in log.stored(session_id)][2:] == [
+            *[EventKind.NOTIFICATION] * 4,
+            EventKind.RESPONSE,
+        ]
+        resumed = client.open_stream(last_event_id)
+        await resumed.end()
+        assert told(resumed.messages) == ["a", "b", "c", "done"]
+        await hears(await opened(client, standalone), "d")
+
+
+async def test_an_event_is_not_stored_twice_whose_first_try_had_worked(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, last_event_id = await away(talking, client)
+        log.lose_the_answer_of("append")
+        await call.say("a", "b")
+        await until(lambda: len(log.appended) >= 2)
+        call.answer()
+        log.up()
+        await all_stored(one)
+        resumed = client.open_stream(last_event_id)
+        await resumed.end()
+        assert told(resumed.messages) == ["a", "b", "done"]
+
+
+async def test_the_answer_is_stored_for_who_comes_back_though_it_went_out_live(
+    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
+        client = one.client()
+        session_id = await client.handshake()
+        call, exchange = await talking.call(client)
+        await until(lambda: exchange.last_event_id is not None)
+        log.down("append")
+        call.answer()
+        await exchange.end()
+        assert without_ids(exchange, "done")
+        # Its client has not got it, whatever we think.
+        resumed = await opened(two.client(session_id), exchange.last_event_id)
+        log.up()
+        await resumed.end()
+        assert told(resumed.messages) == ["done"]
+
+
+async def test_who_has_resumed_a_stream_is_given_what_cannot_be_stored_once(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, last_event_id = await away(talking, client)
+        resumed = await opened(client, last_event_id)
+        await call.say("a")
+        await hears(resumed, "a")
+        last_event_id = str(resumed.last_event_id)
+        await one_more_turn()
+        log.down("append")
+        await call.say("b")
+        await hears(resumed, "a", "b")
+        await one_more_turn()
+        call.answer()
+        await resumed.end()
+        assert told(resumed.messages) == ["a", "b", "done"]
+        assert without_ids(resumed, "b", "done")
+        log.up()
+        await all_stored(one)
+        resumed = client.open_stream(last_event_id)
+        await resumed.end()
+        assert told(resumed.messages) == ["done"]
+
+
+async def test_what_cannot_be_stored_waits_for_a_client_that_has_not_read_what_was(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, last_event_id = await away(talking, client)
+        await call.say("a", "b")
+        resumed = client.open_stream(last_event_id)
+        resumed.stop_reading()
+        await until(lambda: log.counts()["read"] > 0)
+        await one_more_turn()
+        log.down("append")
+        await call.say("c")
+        call.answer()
+        await one_more_turn()
+        resumed.read_on()
+        log.up()
+        await resumed.end()
+        assert told(resumed.messages) == ["a", "b", "c", "done"]
+        assert all(event.id for event in resumed.events)
+
+
+async def test_the_loss_of_a_call_is_stored_when_the_log_is_back(
+    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
+        client = one.client()
+        session_id = await client.handshake()
+        call, last_event_id = await away(talking, client)
+        log.down("append")
+        await one.terminate(session_id)
+        await until(lambda: call.cancelled)
+        resumed = await opened(two.client(session_id), last_event_id)
+        await one_more_turn()
+        assert resumed.messages == []
+        log.up()
+        await resumed.end()
+        assert told(resumed.messages) == ["lost"]
+
+
+# The bound
+
+
+@pytest.mark.parametrize(
+    ("bound", "value"), [("MAX_KEPT_EVENTS", 3), ("MAX_KEPT_BYTES", 300), ("MAX_KEPT_IN_ALL", 300)]
+)
+async def test_no_more_is_kept_than_there_is_room_for_and_an_answer_that_is_dropped_is_told(
+    store: FaultyStore,
+    other_store: FaultyStore,
+    log: FaultyLog,
+    other_log: FaultyLog,
+    monkeypatch: pytest.MonkeyPatch,
+    bound: str,
+    value: int,
+) -> None:
+    monkeypatch.setattr(recorder_module, bound, value)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
+        client = one.client()
+        session_id = await client.handshake()
+        call, last_event_id = await away(talking, client)
+        log.down("append")
+        await call.say(*(str(n) for n in range(20)))
+        call.answer("x" * 200)
+        await one_more_turn()
+        resumed = await opened(two.client(session_id), last_event_id)
+        log.up()
+        await resumed.end()
+        *kept, answer = told(resumed.messages)
+        assert kept == [str(n) for n in range(len(kept))]
+        assert 0 < len(kept) <= 3
+        assert answer == "lost"
+        assert resumed.messages[-1]["id"] == client._last_id
+        await all_stored(one)
+        assert one.manager._recorder is not None
+        assert one.manager._recorder._kept_in_all == 0
+        assert one.manager._recorder.unfinished == {}
+
+
+async def test_what_others_have_to_keep_is_not_lost_by_a_session_that_keeps_too_much(
+    store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "MAX_KEPT_EVENTS", 3)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        greedy, modest = one.client(), one.client()
+        await greedy.handshake()
+        await modest.handshake()
+        call, _ = await away(talking, greedy)
+        other_call, last_event_id = await away(talking, modest)
+        log.down("append")
+        await call.say(*(str(n) for n in range(20)))
+        await other_call.say("a")
+        other_call.answer()
+        await one_more_turn()
+        log.up()
+        await all_stored(one)
+        resumed = modest.open_stream(last_event_id)
+        await resumed.end()
+        assert told(resumed.messages) == ["a", "done"]
+
+
+@pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
+async def test_an_answer_that_the_log_does_not_take_is_told_to_who_comes_back(
+    store: FaultyStore, other_store: FaultyStore, down: bool
+) -> None:
+    log = FaultyLog(store, policy=EventPolicy(max_bytes_per_session=2000))
+    talking = Talking()
+    async with (
+        instance(store, talking.notes, events=log) as one,
+        instance(other_store, events=FaultyLog(other_store)) as two,
+    ):
+        client = one.client()
+        session_id = await client.handshake()
+        call, last_event_id = await away(talking, client)
+        if down:
+            log.down("append")
+        await call.say("a")
+        call.answer("x" * 3000)
+        await one_more_turn()
+        log.up()
+        resumed = two.client(session_id).open_stream(last_event_id)
+        await resumed.end()
+        assert told(resumed.messages) == ["a", "lost"]
+        assert resumed.messages[-1]["id"] == client._last_id
+        assert "EventTooLarge" in resumed.messages[-1]["error"]["message"]
+
+
+async def test_an_answer_that_is_too_large_to_store_reaches_a_client_that_is_there(store: FaultyStore) -> None:
+    log = FaultyLog(store, policy=EventPolicy(max_bytes_per_session=2000))
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, exchange = await talking.call(client)
+        await call.say("a", "x" * 3000, "b")
+        call.answer("y" * 3000)
+        await exchange.end()
+        assert told(exchange.messages) == ["a", "x" * 3000, "b", "y" * 3000]
+
+
+async def test_a_log_with_a_bug_is_asked_a_few_times_for_an_answer(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        call, exchange = await talking.call(client)
+        await call.say("a")
+        await hears(exchange, "a")
+        log.appended.clear()
+        log.broken("append")
+        call.answer()
+        await exchange.end()
+        assert told(exchange.messages) == ["a", "done"]
+        assert len(log.appended) <= 3
+        log.up()
+        # The answer is not there: nobody waits for it.
+        resumed = client.open_stream(exchange.last_event_id)
+        await resumed.end()
+        assert told(resumed.messages) == ["lost"]
+        assert len(log.stored(session_id)) == 2
+
+
+async def test_an_answer_that_is_no_json_is_told_to_who_comes_back(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, exchange = await talking.call(client)
+        await call.say("a")
+        call.answer("\ud800")
+        await exchange.end()
+        resumed = client.open_stream(exchange.last_event_id)
+        await resumed.end()
+        assert told(resumed.messages) == ["lost"]
+        assert (await client.ping()).status == 200
+
+
+# Beginnings and ends
+
+
+async def test_an_instance_that_starts_while_the_log_is_down_gives_ids_when_it_is_back(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    store.down("open")
+    log.down()
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        store.up()
+        client = one.client()
+        await client.handshake()
+        call, exchange = await talking.call(client)
+        await call.say("a")
+        call.answer()
+        await exchange.end()
+        assert without_ids(exchange, "a", "done")
+        log.up()
+        await ids_come_back(client, talking)
+
+
+async def test_what_is_kept_is_stored_when_the_instance_stops(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        call, last_event_id = await away(talking, client)
+        log.down("append")
+        await call.say("a")
+        call.answer()
+        await one_more_turn()
+        assert log.messages(session_id) == []
+        log.up()
+    async with instance(store, events=log) as one:
+        resumed = one.client(session_id).open_stream(last_event_id)
+        await resumed.end()
+        assert told(resumed.messages) == ["a", "done"]
+
+
+async def test_an_outage_does_not_hold_up_the_end_of_an_instance(
+    store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcp_session_store.adapter.manager.SHUTDOWN_TIMEOUT", 0.1)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, _ = await away(talking, client)
+        held = log.hold("append")
+        log.hold("retire")
+        call.answer()
+        await held.wait_entered()

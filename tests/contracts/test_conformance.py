@@ -1,0 +1,83 @@
+"""The contracts, on everything that implements them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mcp_session_store.memory import MemoryEventLog, MemorySessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE
+from mcp_session_store.testing import EventLogConformance, MakeLog, MakeStore, SessionStoreConformance
+from tests.support.sql_contracts import SqlEventLogConformance, SqlStoreConformance
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from mcp_session_store.event_log import EventLog
+    from mcp_session_store.retention import EventPolicy
+    from mcp_session_store.store import SessionStore
+
+
+def expire(store: SessionStore, key: UUID) -> None:
+    """Make a session of a store in memory have expired a second ago."""
+    assert isinstance(store, MemorySessionStore)
+    row = store._data.rows[key]
+    row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=1))
+
+
+class TestMemory(SessionStoreConformance):
+    @pytest.fixture
+    def make_store(self) -> MakeStore:
+        first = MemorySessionStore()
+        return lambda namespace: MemorySessionStore(namespace=namespace, shared_with=first)
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        expire(store, key)
+
+    async def age_tombstone(self, store: SessionStore, key: UUID) -> None:
+        assert isinstance(store, MemorySessionStore)
+        row = store._data.rows[key]
+        assert row.ended is not None
+        row.ended_at = datetime.now(UTC) - timedelta(days=2)
+
+
+class TestSql(SqlStoreConformance):
+    """On Postgres and SQLite."""
+
+    @pytest.fixture
+    def contract_url(self, migrated_url: str) -> str:
+        return migrated_url
+
+
+class TestEventsInMemory(EventLogConformance):
+    @pytest.fixture
+    def make_log(self) -> MakeLog:
+        first = MemorySessionStore()
+
+        def make(
+            namespace: str = DEFAULT_NAMESPACE, *, policy: EventPolicy | None = None
+        ) -> tuple[SessionStore, EventLog]:
+            store = MemorySessionStore(namespace=namespace, shared_with=first)
+            return store, MemoryEventLog(store, policy=policy)
+
+        return make
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        expire(store, key)
+
+    async def age_events(self, log: EventLog, key: UUID) -> None:
+        assert isinstance(log, MemoryEventLog)
+        if (stored := log._data.logs.get(key)) is not None:
+            long_ago = datetime.now(UTC) - timedelta(days=2)
+            stored.events = [(stream, event, long_ago) for stream, event, _ in stored.events]
+
+
+class TestEventsInSql(SqlEventLogConformance):
+    """On Postgres and SQLite."""
+
+    @pytest.fixture
+    def contract_url(self, migrated_url: str) -> str:
+        return migrated_url

@@ -1,0 +1,105 @@
+"""The wheel, in an environment that has nothing else of this project, can migrate."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mcp_session_store.sql.schema.version import HEAD
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+# Two builds of environments, with downloads.
+pytestmark = pytest.mark.timeout(600)
+
+
+def _environment() -> dict[str, str]:
+    # A PYTHONPATH would let the checkout stand in for what the wheel lacks.
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MCP_SESSION_STORE"))}
+
+
+def _run(command: Sequence[str | Path], cwd: Path) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=540, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel as `python -m build` makes it, from a copy of what is packaged."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("src", "migrations"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "alembic.ini", "README.md", "LICENSE", "CHANGELOG.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    folder = tmp_path_factory.mktemp("wheel")
+    _run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, source], source)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` folder of a fresh environment that has the wheel, and what it depends on."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True, symlinks=True)
+    _run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", wheel], folder)
+    return folder / "bin"
+
+
+def test_the_wheel_holds_the_migrations(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    packaged = {name.removeprefix("mcp_session_store/") for name in names if "/migrations/" in name}
+    there = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "migrations").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert packaged == there
+    assert "mcp_session_store/py.typed" in names
+
+
+def test_the_installed_wheel_migrates_a_database(installed: Path, tmp_path: Path) -> None:
+    code = """
+import asyncio, sys
+from pathlib import Path
+import mcp_session_store
+from mcp_session_store.sql.schema import migrate
+
+package = Path(mcp_session_store.__file__).parent
+assert package.is_relative_to(sys.prefix), package
+assert migrate.migrations_folder() == package / "migrations"
+url = "sqlite:///sessions.db"
+asyncio.run(migrate.upgrade(url))
+asyncio.run(migrate.check(url))
+print(asyncio.run(migrate.current(url)))
+"""
+    assert _run([installed / "python", "-c", code], tmp_path).strip() == HEAD
+
+
+def test_the_installed_command_migrates_a_database(installed: Path, tmp_path: Path) -> None:
+    command: list[str | Path] = [installed / "mcp-session-store"]
+    _run([*command, "upgrade", "--url", "sqlite:///sessions.db"], tmp_path)
+    assert _run([*command, "current", "--url", "sqlite:///sessions.db"], tmp_path).strip() == HEAD
+    _run([*command, "check", "--url", "sqlite:///sessions.db"], tmp_path)
+    assert "CREATE TABLE mcp_session (" in _run(
+        [*command, "upgrade", "--sql", "--url", "postgresql://nowhere.invalid/db"], tmp_path
+    )
+    _run([*command, "downgrade", "base", "--url", "sqlite:///sessions.db"], tmp_path)
+    assert _run([*command, "current", "--url", "sqlite:///sessions.db"], tmp_path).strip() == "none"

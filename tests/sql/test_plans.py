@@ -1,0 +1,227 @@
+"""Every statement of a store and of a log finds its rows by an index, however many there are."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import uuid
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+
+from mcp_session_store.errors import SessionLimitReached
+from mcp_session_store.records import Activity, EndReason, Principal
+from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.sql import SqlEventLog
+from mcp_session_store.sql.dialects.compiled import Statement
+from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
+from mcp_session_store.testing import new_event, new_session
+from tests.support.databases import engine_of, execute, settled, sql_store
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from mcp_session_store.sql import SqlSessionStore
+
+pytestmark = pytest.mark.anyio
+
+ROWS = 20_000
+EVENTS = 3
+"""Of each session that has not ended."""
+FEW = "mcp_session_instance"
+"""The table of instances, of which there are never many."""
+POLICY = RetentionPolicy(absolute=timedelta(days=30), per_principal=2, anonymous=ROWS)
+
+
+async def fill(store: SqlSessionStore) -> None:
+    """Sessions of all kinds: live ones, expired ones, ones without an expiry, and tombstones; journals, and events."""
+    sessions, journal, logs, stored = sessions_table(), journal_table(), logs_table(), events_table()
+    now = datetime.now(UTC)
+    rows = []
+    for number in range(ROWS):
+        moment = now - timedelta(minutes=number)
+        ended = moment if number % 5 == 0 else None
+        rows.append(
+            {
+                "key": uuid.uuid4(),
+                "namespace": "default" if number % 10 else "another",
+                "initialize_params": "{}",
+                "protocol_version": "2025-11-25",
+                "client_name": f"client {number % 50}",
+                "client_version": "1",
+                "principal_digest": None if number % 15 == 0 else f"{number % 1000:064x}",
+                "principal_display": None,
+                "instance_hint": f"instance {number % 7}",
+                "created_at": moment,
+                "last_seen_at": moment,
+                "expires_at": None if number % 9 == 0 else moment + timedelta(days=7),
+                "ended_at": ended,
+                "end_reason": None if ended is None else "client",
+                "restores": 0,
+                "revision": 1,
+                "changed_at": moment if number % 4 == 0 else None,
+            }
+        )
+    entries = [{"key": row["key"], "method": "m", "subject": "", "params": "{}", "revision": 1} for row in rows]
+    with_log = [row for row in rows if row["ended_at"] is None]
+    event_logs = [
+        {
+            "key": row["key"],
+            "namespace": row["namespace"],
+            "sequence": EVENTS,
+            "total_bytes": 2 * EVENTS,
+            "trimmed": 0,
+            "trimmed_bytes": 0,
+            "oldest_at": row["created_at"],
+        }
+        for row in with_log
+    ]
+    events = [
+        {
+            "key": row["key"],
+            "sequence": sequence,
+            "stream": f"instance.{sequence % 2}",
+            "position": sequence,
+            "previous": -1,
+            "kind": "notification",
+            "message": "{}",
+            "total_bytes": 2 * sequence,
+            "created_at": row["created_at"],
+        }
+        for row in with_log
+        for sequence in range(1, EVENTS + 1)
+    ]
+    async with engine_of(store).connect() as connection:
+        await connection.exec_driver_sql("BEGIN")
+        await connection.execute(sa.insert(sessions), rows)
+        await connection.execute(sa.insert(journal), entries)
+        await connection.execute(sa.insert(logs), event_logs)
+        await connection.execute(sa.insert(stored), events)
+        await connection.exec_driver_sql("COMMIT")
+        await connection.exec_driver_sql("ANALYZE")
+
+
+async def use_one(store: SqlSessionStore) -> None:
+    """All that is done with one session whose key is known."""
+    key = (await store.create(new_session())).key
+    await store.load(key)
+    await store.claim(key, instance="instance-b", restores=0)
+    await store.touch([Activity(key=key, first_age=0.0, last_age=0.0)])
+    await store.replace_initialize(
+        key, initialize_params="{}", protocol_version="2025-11-25", client_name="", client_version=""
+    )
+    await store.write_journal(key, method="m", subject="", params="{}")
+    await store.write_journal(key, method="m", subject="", params=None)
+    await store.read_journal(key)
+    log = SqlEventLog(store)
+    for again in (False, True):
+        await log.append(key, [new_event(0), new_event(1)], again=again)
+    await log.read(key, "instance.1", after=0)
+    await log.heads([key])
+    await log.follow([key])
+    await log._do(lambda attempt: log._trimming.trim(attempt, [key], limit=10, wait=True))
+    await log.aclose()
+    await store.end(key, reason=EndReason.CLIENT)
+
+
+async def use_everything(store: SqlSessionStore) -> None:
+    principal = Principal.of(client_id="a")
+    since = (await store.changes(None)).until
+    await use_one(store)
+    assert (await store.changes(since)).changes
+    await store.sweep(limit=20)
+    log = SqlEventLog(store)
+    assert (await log.sweep(limit=20)).removed
+    await log.aclose()
+    # The limits, too, and what makes room.
+    store.retention = POLICY
+    for _ in range(3):
+        await store.create(new_session(principal=principal))
+    store.retention = POLICY.model_copy(update={"per_principal_excess": "refuse"})
+    await store.create(new_session())
+    store.retention = POLICY.model_copy(update={"anonymous": await _anonymous(store)})
+    with contextlib.suppress(SessionLimitReached):
+        await store.create(new_session(principal=None))
+
+
+async def _anonymous(store: SqlSessionStore) -> int:
+    (row,) = await execute(
+        store, "SELECT count(*) AS stored FROM mcp_session WHERE principal_digest IS NULL AND namespace = 'default'"
+    )
+    count: int = row.stored
+    return count
+
+
+async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[Any]) -> str:
+    """How the database would run a statement: on Postgres both for its parameters, and whatever they are."""
+    async with engine_of(store).connect() as connection:
+        if connection.dialect.name == "sqlite":
+            rows = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", tuple(parameters))
+            return "\n".join(row.detail for row in rows)
+        rows = await connection.exec_driver_sql(f"EXPLAIN {statement}", tuple(parameters))
+        plan = [row[0] for row in rows]
+        if parameters:
+            await connection.exec_driver_sql("SET plan_cache_mode = force_generic_plan")
+            await connection.exec_driver_sql(f"PREPARE explained AS {statement}")
+            nulls = ", ".join("NULL" for _ in parameters)
+            plan += [row[0] for row in await connection.exec_driver_sql(f"EXPLAIN EXECUTE explained({nulls})")]
+            await connection.exec_driver_sql("DEALLOCATE explained")
+            await connection.exec_driver_sql("RESET plan_cache_mode")
+        return "\n".join(plan)
+
+
+async def statements_of(
+    store: SqlSessionStore, use: Callable[[SqlSessionStore], Awaitable[None]]
+) -> dict[str, Sequence[Any]]:
+    """What a store, and the log on it, send when they are used, with the parameters."""
+    seen: dict[str, Sequence[Any]] = {}
+
+    def remember(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        if "mcp_session" in statement:
+            seen[statement] = parameters
+
+    arguments_of = Statement.arguments
+
+    def remember_arguments(statement: Statement, parameters: dict[str, object]) -> list[object]:
+        # Those that go to the driver without SQLAlchemy.
+        arguments = seen[statement.text] = arguments_of(statement, parameters)
+        return arguments
+
+    sync_engine = engine_of(store).sync_engine
+    sa.event.listen(sync_engine, "before_cursor_execute", remember)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Statement, "arguments", remember_arguments)
+        await use(store)
+    sa.event.remove(sync_engine, "before_cursor_execute", remember)
+    await settled(store)
+    return seen
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+async def test_what_is_done_with_one_session_takes_the_primary_key(database_url: str, known: bool) -> None:
+    # A planner that has no statistics, as of a new table, and on SQLite of any, takes one index for another easily.
+    async with sql_store(database_url, retention=RetentionPolicy(idle=timedelta(days=1))) as store:
+        if known:
+            await fill(store)
+        seen = await statements_of(store, use_one)
+        assert len(seen) > 20
+        for statement, parameters in seen.items():
+            plan = await plan_of(store, statement, parameters)
+            assert "ix_mcp_session" not in plan, f"{statement}\n\n{plan}"
+
+
+async def test_no_statement_reads_the_whole_table(database_url: str) -> None:
+    async with sql_store(database_url, retention=RetentionPolicy(idle=timedelta(days=1))) as store:
+        await fill(store)
+        seen = await statements_of(store, use_everything)
+        words = Counter(re.findall(r"INSERT INTO|UPDATE mcp|DELETE FROM|SELECT", "\n".join(seen)))
+        assert min(words["INSERT INTO"], words["UPDATE mcp"], words["DELETE FROM"], words["SELECT"]) > 1
+        for statement, parameters in seen.items():
+            plan = await plan_of(store, statement, parameters)
+            shown = f"{statement}\n\n{plan}"
+            assert "Seq Scan on mcp_session" not in plan.replace(FEW, ""), shown
+            assert not re.search(r"SCAN mcp_session", plan.replace(FEW, "")), shown
+            assert "mcp_session" in plan or statement.startswith("INSERT"), shown

@@ -1,0 +1,398 @@
+"""A store and an event log that fail on command, and tell what they were asked."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from mcp_session_store import (
+    EventLog,
+    MemoryEventLog,
+    MemorySessionStore,
+    SessionStore,
+    StoreUnavailable,
+    session_key,
+)
+from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT
+from mcp_session_store.store import SWEEP_LIMIT
+from tests.support.asgi import PATIENCE
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from uuid import UUID
+
+    from mcp_session_store import (
+        Activity,
+        EndReason,
+        EventPolicy,
+        NewSession,
+        RetentionPolicy,
+        SessionRecord,
+        SweepReport,
+    )
+    from mcp_session_store.records import Changes, EventPage, JournalEntry, NewEvent, StoredEvent
+    from mcp_session_store.retention import EventSweepReport
+
+OPERATIONS = (
+    "open",
+    "create",
+    "load",
+    "claim",
+    "replace_initialize",
+    "write_journal",
+    "read_journal",
+    "touch",
+    "end",
+    "changes",
+    "sweep",
+    "listen",
+)
+BACKGROUND = ("changes", "sweep", "listen")
+"""What no request causes: kept apart, because it comes when it comes."""
+LOG_OPERATIONS = (
+    "open",
+    "append",
+    "read",
+    "heads",
+    "follow",
+    "listen",
+    "beat",
+    "retire",
+    "last_beats",
+    "sweep",
+)
+LOG_BACKGROUND = ("open", "heads", "follow", "listen", "beat", "retire", "last_beats", "sweep")
+
+
+class Sessions(MemorySessionStore):
+    """Sessions in memory, with a clock that can be put forward."""
+
+    ahead = timedelta(0)
+
+    def _now(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+
+class Held:
+    """A call of a store that waits to be let go on."""
+
+    def __init__(self) -> None:
+        self.entered = anyio.Event()
+        self._released = anyio.Event()
+        self._failure: Exception | None = None
+        self.calls = 0
+
+    async def wait_entered(self) -> None:
+        """Wait until a call has come here."""
+        with anyio.fail_after(PATIENCE):
+            await self.entered.wait()
+
+    def release(self) -> None:
+        """Let it go on, and all later ones."""
+        self._released.set()
+
+    def fail(self, failure: Exception) -> None:
+        """Let it raise this, and all later ones."""
+        self._failure = failure
+        self._released.set()
+
+    async def stop_here(self) -> None:
+        self.calls += 1
+        self.entered.set()
+        await self._released.wait()
+        if self._failure is not None:
+            raise self._failure
+
+
+class _Faulty:
+    """Passes each call on, after or before something goes wrong.
+
+    Args:
+        operations: What can be called.
+        background: Which of it no request causes.
+    """
+
+    def __init__(self, operations: Sequence[str], background: Sequence[str]) -> None:
+        self.calls: list[str] = []
+        """The name of each call, in order, but for those of the background."""
+        self.background: Counter[str] = Counter()
+        """How many calls of those there were, by name."""
+        self._operations = operations
+        self._in_background = background
+        self._before: dict[str, Callable[[], Awaitable[None]]] = {}
+        self._after: dict[str, Callable[[], Awaitable[None]]] = {}
+
+    def counts(self) -> Counter[str]:
+        """How many calls there were, by name, but for those of the background."""
+        return Counter(self.calls)
+
+    # What goes wrong
+
+    def down(self, *operations: str) -> None:
+        """These (or all) raise StoreUnavailable before anything happens."""
+        self.failing(StoreUnavailable("the test says it is down"), *operations)
+
+    def broken(self, *operations: str) -> None:
+        """These (or all) have a bug."""
+        self.failing(RuntimeError("a bug"), *operations)
+
+    def failing(self, error: Exception, *operations: str) -> None:
+        """These (or all) raise this before anything happens."""
+        self._raise(error, operations or self._operations, self._before)
+
+    def lose_the_answer_of(self, *operations: str) -> None:
+        """These take effect, and raise StoreUnavailable then."""
+        self._raise(StoreUnavailable("the test says the answer is lost"), operations, self._after)
+
+    def hold(self, operation: str, *, after: bool = False) -> Held:
+        """Calls of this wait until they are released, before or after they take effect."""
+        held = Held()
+        (self._after if after else self._before)[operation] = held.stop_here
+        return held
+
+    def up(self) -> None:
+        """Nothing goes wrong any more. Calls that are held stay held."""
+        self._before.clear()
+        self._after.clear()
+
+    def _raise(
+        self, error: Exception, operations: Sequence[str], faults: dict[str, Callable[[], Awaitable[None]]]
+    ) -> None:
+        async def fail() -> None:
+            # One for each: what is raised again gathers the tracebacks of all times.
+            raise copy.copy(error)
+
+        faults.update(dict.fromkeys(operations, fail))
+
+    async def _call(self, name: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        if name in self._in_background:
+            self.background[name] += 1
+        else:
+            self.calls.append(name)
+        if (before := self._before.get(name)) is not None:
+            await before()
+        result = await call()
+        if (after := self._after.get(name)) is not None:
+            await after()
+        return result
+
+
+class FaultyStore(_Faulty, SessionStore):
+    """A store that fails on command.
+
+    Args:
+        inner: Where the sessions are; share it between two of these for two instances on one database.
+    """
+
+    def __init__(self, inner: MemorySessionStore | None = None) -> None:
+        _Faulty.__init__(self, OPERATIONS, BACKGROUND)
+        SessionStore.__init__(self)
+        self.inner = inner or Sessions()
+        self.touches: list[list[Activity]] = []
+        """What each `touch` was told."""
+        self.polled: list[tuple[datetime | None, Changes]] = []
+        """Since when each `changes` asked, and what it found."""
+        self.closed = 0
+        self.hints = True
+        """Whether hints of changes arrive."""
+
+    # What a test looks at, past all faults
+
+    async def record(self, session_id: str) -> SessionRecord | None:
+        """The record of a live session."""
+        return await self.inner.load(session_key(session_id))
+
+    async def ended(self, session_id: str) -> EndReason | None:
+        """Why a session ended."""
+        return self.inner._data.rows[session_key(session_id)].ended
+
+    async def expiry(self, session_id: str | None) -> timedelta | None:
+        """How long a live session lives after its last activity that was stored; `None`: for ever."""
+        assert session_id is not None
+        record = await self.record(session_id)
+        assert record is not None, "the session is not live"
+        return None if record.expires_at is None else record.expires_at - record.last_seen_at
+
+    @property
+    def records(self) -> int:
+        """How many sessions were ever stored."""
+        return len(self.inner._data.rows)
+
+    # The contract
+
+    @property
+    def retention(self) -> RetentionPolicy:
+        return self.inner.retention
+
+    @retention.setter
+    def retention(self, policy: RetentionPolicy) -> None:
+        self.inner.retention = policy
+
+    @property
+    def namespace(self) -> str:
+        return self.inner.namespace
+
+    async def open(self) -> None:
+        await self._call("open", self.inner.open)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+    async def create(self, session: NewSession) -> SessionRecord:
+        record: SessionRecord = await self._call("create", lambda: self.inner.create(session))
+        return record
+
+    async def load(self, key: UUID) -> SessionRecord | None:
+        record: SessionRecord | None = await self._call("load", lambda: self.inner.load(key))
+        return record
+
+    async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
+        record: SessionRecord | None = await self._call(
+            "claim", lambda: self.inner.claim(key, instance=instance, restores=restores)
+        )
+        return record
+
+    async def replace_initialize(
+        self,
+        key: UUID,
+        *,
+        initialize_params: str,
+        protocol_version: str,
+        client_name: str,
+        client_version: str,
+    ) -> bool:
+        live: bool = await self._call(
+            "replace_initialize",
+            lambda: self.inner.replace_initialize(
+                key,
+                initialize_params=initialize_params,
+                protocol_version=protocol_version,
+                client_name=client_name,
+                client_version=client_version,
+            ),
+        )
+        return live
+
+    async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
+        self.touches.append(list(activities))
+        not_live: set[UUID] = await self._call("touch", lambda: self.inner.touch(activities))
+        return not_live
+
+    async def end(self, key: UUID, *, reason: EndReason) -> bool:
+        ended: bool = await self._call("end", lambda: self.inner.end(key, reason=reason))
+        return ended
+
+    async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
+        revision: int | None = await self._call(
+            "write_journal", lambda: self.inner.write_journal(key, method=method, subject=subject, params=params)
+        )
+        return revision
+
+    async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
+        entries: Sequence[JournalEntry] = await self._call("read_journal", lambda: self.inner.read_journal(key))
+        return entries
+
+    async def changes(self, since: datetime | None) -> Changes:
+        changes: Changes = await self._call("changes", lambda: self.inner.changes(since))
+        self.polled.append((since, changes))
+        return changes
+
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        await self._call("listen", lambda: self.inner.listen(on_hint) if self.hints else anyio.sleep_forever())
+
+    async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
+        report: SweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
+        return report
+
+
+class FaultyLog(_Faulty, EventLog):
+    """An event log that fails on command.
+
+    Args:
+        store: Whose sessions the events belong to; two of these on one store's sessions are one log.
+        policy: See `EventLog`.
+    """
+
+    def __init__(self, store: FaultyStore, *, policy: EventPolicy | None = None) -> None:
+        _Faulty.__init__(self, LOG_OPERATIONS, LOG_BACKGROUND)
+        self.inner = MemoryEventLog(store.inner, policy=policy)
+        EventLog.__init__(self, policy=self.inner.policy)
+        self.appended: list[tuple[str, bool]] = []
+        """The first message of each `append`, empty for a priming event, and whether it was one `again`."""
+        self.closed = 0
+        self.hints = True
+        """Whether hints of events arrive."""
+
+    # What a test looks at, past all faults
+
+    def stored(self, session_id: str | None) -> list[StoredEvent]:
+        """The events of a session, of all streams, in their order."""
+        return [event for _, event in self.streams(session_id)]
+
+    def streams(self, session_id: str | None) -> list[tuple[str, StoredEvent]]:
+        """The same, with the names of their streams."""
+        assert session_id is not None
+        log = self.inner._data.logs.get(session_key(session_id))
+        return [] if log is None else [(stream, event) for stream, event, _ in log.events]
+
+    def messages(self, session_id: str | None) -> list[str]:
+        """The messages of a session that are stored, as JSON text."""
+        return [event.message for event in self.stored(session_id) if event.message is not None]
+
+    def lose(self, session_id: str | None) -> None:
+        """What was stored of a session is gone, as after a restored backup."""
+        assert session_id is not None
+        del self.inner._data.logs[session_key(session_id)]
+
+    # The contract
+
+    @property
+    def namespace(self) -> str:
+        return self.inner.namespace
+
+    async def open(self) -> None:
+        await self._call("open", self.inner.open)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+    async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
+        # An event of no stream only tries whether storing works.
+        if events[0].stream:
+            self.appended.append((events[0].message or "", again))
+        sequence: int | None = await self._call("append", lambda: self.inner.append(key, events, again=again))
+        return sequence
+
+    async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
+        page: EventPage | None = await self._call(
+            "read", lambda: self.inner.read(key, stream, after=after, limit=limit)
+        )
+        return page
+
+    async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        heads: dict[UUID, int] = await self._call("heads", lambda: self.inner.heads(keys))
+        return heads
+
+    async def follow(self, keys: Collection[UUID]) -> None:
+        await self._call("follow", lambda: self.inner.follow(keys))
+
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        await self._call("listen", lambda: self.inner.listen(on_hint) if self.hints else anyio.sleep_forever())
+
+    async def beat(self, instance: str) -> None:
+        await self._call("beat", lambda: self.inner.beat(instance))
+
+    async def retire(self, instance: str) -> None:
+        await self._call("retire", lambda: self.inner.retire(instance))
+
+    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+        beats: dict[str, timedelta] = await self._call("last_beats", lambda: self.inner.last_beats(names))
+        return beats
+
+    async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
+        report: EventSweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
+        return report

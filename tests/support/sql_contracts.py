@@ -1,0 +1,84 @@
+"""The contracts on a SQL database, however it is reached."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE
+from mcp_session_store.testing import EventLogConformance, MakeLog, MakeStore, SessionStoreConformance
+from tests.support.databases import age_events, age_tombstone, empty, expire, settled
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from uuid import UUID
+
+    from mcp_session_store.event_log import EventLog
+    from mcp_session_store.retention import EventPolicy
+    from mcp_session_store.store import SessionStore
+
+__all__ = ["SqlEventLogConformance", "SqlStoreConformance"]
+
+
+class SqlStoreConformance(SessionStoreConformance):
+    """Subclass it, and give the fixture `contract_url`."""
+
+    @pytest.fixture
+    def contract_url(self) -> str:
+        """The URL of a migrated database, which each test empties."""
+        raise NotImplementedError("override the fixture contract_url")
+
+    @pytest.fixture
+    async def make_store(self, anyio_backend: str, contract_url: str) -> AsyncIterator[MakeStore]:
+        await empty(contract_url)
+        stores: list[SqlSessionStore] = []
+
+        def make(namespace: str) -> SessionStore:
+            stores.append(SqlSessionStore(contract_url, namespace=namespace))
+            return stores[-1]
+
+        yield make
+        for store in stores:
+            await settled(store)
+            await store.aclose()
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        await expire(store, key)
+
+    async def age_tombstone(self, store: SessionStore, key: UUID) -> None:
+        await age_tombstone(store, key)
+
+
+class SqlEventLogConformance(EventLogConformance):
+    """Subclass it, and give the fixture `contract_url`."""
+
+    @pytest.fixture
+    def contract_url(self) -> str:
+        """The URL of a migrated database, which each test empties."""
+        raise NotImplementedError("override the fixture contract_url")
+
+    @pytest.fixture
+    async def make_log(self, anyio_backend: str, contract_url: str) -> AsyncIterator[MakeLog]:
+        await empty(contract_url)
+        made: list[tuple[SqlSessionStore, SqlEventLog]] = []
+
+        def make(
+            namespace: str = DEFAULT_NAMESPACE, *, policy: EventPolicy | None = None
+        ) -> tuple[SessionStore, EventLog]:
+            store = SqlSessionStore(contract_url, namespace=namespace)
+            made.append((store, SqlEventLog(store, policy=policy)))
+            return made[-1]
+
+        yield make
+        for store, log in made:
+            await settled(store, log)
+            await log.aclose()
+            await store.aclose()
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        await expire(store, key)
+
+    async def age_events(self, log: EventLog, key: UUID) -> None:
+        await age_events(log, key)
