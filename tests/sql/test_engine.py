@@ -15,8 +15,10 @@ from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql.dialects import DIALECTS
+from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.engine import checked_url, shown_url
-from mcp_session_store.sql.failures import Meaning, meaning_of, summary_of
+from mcp_session_store.sql.failures import failure_kind, summary_of
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 from tests.support.databases import connections_checked_out, engine_of, execute, settled, sql_store
@@ -182,8 +184,8 @@ async def test_a_prepared_statement_that_is_gone_is_answered_with_what_to_do_beh
 @pytest.mark.parametrize("kind", [asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError])
 def test_both_errors_of_a_pooled_prepared_statement_name_the_remedy(kind: type[asyncpg.PostgresError]) -> None:
     error = kind('prepared statement "__asyncpg_stmt_1__" is not what it was')
-    assert meaning_of(error) is Meaning.UNAVAILABLE
-    assert "?pgbouncer=true" in summary_of(error)
+    assert failure_kind(error, DIALECTS["postgresql"]) is FailureKind.UNAVAILABLE
+    assert "?pgbouncer=true" in summary_of(error, DIALECTS["postgresql"])
 
 
 @pytest.mark.parametrize(
@@ -196,11 +198,12 @@ def test_both_errors_of_a_pooled_prepared_statement_name_the_remedy(kind: type[a
 )
 def test_a_connection_that_the_driver_itself_finds_in_a_wrong_state_is_broken(error: Exception) -> None:
     """As it is raised where SQLAlchemy makes a new connection ready, and where statements go to the driver."""
-    assert meaning_of(error) is Meaning.BROKEN
+    assert failure_kind(error, DIALECTS["postgresql"]) is FailureKind.BROKEN
 
 
-def test_a_value_that_the_driver_cannot_send_is_bad_data() -> None:
-    assert meaning_of(asyncpg.DataError("invalid input for query argument $1")) is Meaning.BAD_DATA
+def test_a_value_that_the_driver_cannot_send_is_an_invalid_value() -> None:
+    error = asyncpg.DataError("invalid input for query argument $1")
+    assert failure_kind(error, DIALECTS["postgresql"]) is FailureKind.INVALID_VALUE
 
 
 async def test_a_given_engine_is_used_and_not_disposed(database_url: str) -> None:

@@ -18,6 +18,7 @@ from mcp_session_store.errors import (
     SessionStoreError,
     StoreUnavailable,
 )
+from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.engine import (
     checked_engine,
     checked_schema,
@@ -26,7 +27,7 @@ from mcp_session_store.sql.engine import (
     make_engine,
     shown_url,
 )
-from mcp_session_store.sql.failures import Meaning, hide_parameters, meaning_of, summary_of
+from mcp_session_store.sql.failures import failure_kind, hide_parameters, summary_of
 from mcp_session_store.sql.schema.version import check_schema, is_empty
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-__all__ = ["Attempt", "BadData", "Database", "Lease", "spawn"]
+    from mcp_session_store.sql.dialects.dialect import Dialect
+
+__all__ = ["Attempt", "BadData", "Database", "Lease", "spawn", "transaction"]
 
 logger = logging.getLogger(__name__)
 
@@ -239,12 +242,12 @@ class Database:
         if isinstance(error, SessionStoreError):
             return error
         hide_parameters(error)
-        meaning = meaning_of(error)
-        if meaning is None:
+        kind = failure_kind(error, self.dialect)
+        if kind is None:
             return error
-        if meaning is Meaning.BAD_DATA:
+        if kind is FailureKind.INVALID_VALUE:
             return BadData("the database does not take a value of this session; see the limits in the documentation")
-        return StoreUnavailable(f"the database {self.shown_url} cannot serve now: {summary_of(error)}")
+        return StoreUnavailable(f"the database {self.shown_url} cannot serve now: {summary_of(error, self.dialect)}")
 
     def close_to_calls(self) -> None:
         """Refuse calls from now on."""
@@ -329,7 +332,7 @@ class Lease:
                 try:
                     return await self._attempt(work, repeated=False)
                 except StoreUnavailable as error:
-                    if not _is_broken(error):
+                    if not _is_broken(error, self._database.dialect):
                         raise
                     logger.info("a connection to the database broke, trying another: %s", error)
                 return await self._attempt(work, repeated=True)
@@ -346,12 +349,13 @@ class Lease:
             return await work(Attempt(self._connection, repeated))
         except Exception as error:
             failure = self._database.ours(error)
-            if meaning_of(error) is Meaning.BROKEN and not isinstance(error, SQLAlchemyError):
+            kind = failure_kind(error, self._database.dialect)
+            if kind is FailureKind.BROKEN and not isinstance(error, SQLAlchemyError):
                 await self._show_that_it_is_broken()
             # After bad data too: a statement whose values could not be sent is still open on the server, in a
             # transaction that asyncpg does not end, and behind PgBouncer that keeps a server connection from others.
             await self._release(broken=True)
-            if meaning_of(error) is Meaning.BAD_SCHEMA:
+            if kind is FailureKind.WRONG_SCHEMA:
                 self._database.forget_contact()
                 # It tells what is wrong, and which command to run.
                 await self._database.first_contact()
@@ -376,6 +380,23 @@ class Lease:
             await self._database.give_back(connection, broken=broken)
 
 
+@contextlib.asynccontextmanager
+async def transaction(connection: AsyncConnection, dialect: Dialect) -> AsyncIterator[None]:
+    """Commit what is done within, or undo it when that raises.
+
+    Whoever is cancelled within drops the connection, as a `Lease` does, and that undoes it too.
+    """
+    await connection.exec_driver_sql(dialect.begin)
+    try:
+        yield
+    except Exception:
+        # Where this fails the connection is broken, and then there is nothing to undo.
+        with contextlib.suppress(Exception):
+            await connection.exec_driver_sql("ROLLBACK")
+        raise
+    await connection.exec_driver_sql("COMMIT")
+
+
 async def _give_back(connection: AsyncConnection, *, broken: bool) -> None:
     # What is wrong with a connection was said where it was used.
     with contextlib.suppress(Exception):
@@ -394,6 +415,6 @@ def _failed(task: asyncio.Task[None]) -> bool:
     return task.cancelled() or task.exception() is not None
 
 
-def _is_broken(error: StoreUnavailable) -> bool:
+def _is_broken(error: StoreUnavailable, dialect: Dialect) -> bool:
     cause = error.__cause__
-    return isinstance(cause, Exception) and meaning_of(cause) is Meaning.BROKEN
+    return isinstance(cause, Exception) and failure_kind(cause, dialect) is FailureKind.BROKEN

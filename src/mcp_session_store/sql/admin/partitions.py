@@ -17,11 +17,10 @@ from sqlalchemy.exc import DBAPIError
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT, EPOCH
-from mcp_session_store.sql.database import Database
+from mcp_session_store.sql.database import Database, transaction
 from mcp_session_store.sql.dialects.functions import MOMENT, StoreClock
 from mcp_session_store.sql.dialects.partitions import TablePartitions
 from mcp_session_store.sql.schema.tables import events_table
-from mcp_session_store.sql.transactions import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -21,9 +22,22 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.dialects.channel import HintChannel
     from mcp_session_store.sql.dialects.compiled import Statement, Steps
 
-__all__ = ["Batch", "Dialect"]
+__all__ = ["Batch", "Dialect", "FailureKind"]
 
 _T = TypeVar("_T")
+
+
+class FailureKind(Enum):
+    """What a driver's error means for the caller."""
+
+    BROKEN = auto()
+    """The connection is lost, or what was prepared on it is. Another connection may work at once."""
+    UNAVAILABLE = auto()
+    """The database cannot serve now."""
+    INVALID_VALUE = auto()
+    """The database refuses a value. The same statement works without that value."""
+    WRONG_SCHEMA = auto()
+    """A table or column is missing."""
 
 
 class Batch(ABC):
@@ -131,6 +145,14 @@ class Dialect(ABC):
         Raises:
             ConfigurationError: It is one.
         """
+
+    @abstractmethod
+    def failure_kind(self, error: BaseException) -> FailureKind | None:
+        """Classify an error by the code that the driver gives it; `None` where it has none."""
+
+    @abstractmethod
+    def advice_on(self, error: BaseException) -> str | None:
+        """Say what to do about a driver's error; `None` where its own text says enough."""
 
     @abstractmethod
     def often(self, statement: sa.Executable) -> Statement:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects.channel import HintChannel
 from mcp_session_store.sql.dialects.compiled import Statement
-from mcp_session_store.sql.dialects.dialect import Batch, Dialect
+from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
 
@@ -62,6 +62,24 @@ _LIBPQ_OPTIONS: Final = {"sslmode": "ssl"}
 # Ours, by the name that other libraries have given it: whether a pooler is between us and the database that gives a
 # server connection to a client for one transaction only.
 _BEHIND_PGBOUNCER: Final = "pgbouncer"
+
+
+# Classes and codes of SQLSTATE, "PostgreSQL Error Codes" in its manual.
+_FAILURES: Final = (
+    ("08", FailureKind.BROKEN),  # connection exception
+    ("57P", FailureKind.BROKEN),  # the server shuts down, or starts
+    ("25006", FailureKind.BROKEN),  # a read-only transaction: what was the primary has become a standby
+    ("40", FailureKind.BROKEN),  # deadlock, serialization failure: the statement is undone and may be repeated
+    ("22", FailureKind.INVALID_VALUE),  # data exception
+    ("23", FailureKind.INVALID_VALUE),  # an integrity constraint
+    ("54", FailureKind.INVALID_VALUE),  # a program limit
+    ("42P01", FailureKind.WRONG_SCHEMA),  # undefined table
+    ("42703", FailureKind.WRONG_SCHEMA),  # undefined column
+    ("3F000", FailureKind.WRONG_SCHEMA),  # undefined schema
+)
+# A prepared statement is missing, or another client has one of that name: behind a pooler the server connection has
+# changed in between.
+_POOLED_STATEMENT: Final = frozenset({"26000", "42P05"})
 
 
 class _ArrayBatch(Batch):
@@ -255,6 +273,23 @@ class Postgres(Dialect):
     @override
     def refuse_absent(self, url: URL) -> None:
         return
+
+    @override
+    def failure_kind(self, error: BaseException) -> FailureKind | None:
+        state = getattr(error, "sqlstate", None)
+        if isinstance(state, str):
+            return next((kind for start, kind in _FAILURES if state.startswith(start)), FailureKind.UNAVAILABLE)
+        import asyncpg  # imported here, because users of SQLite do without it
+
+        # asyncpg's own errors: SQLAlchemy lets them pass while it makes a connection ready, and `run` meets them.
+        wrong_state = isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError))
+        return FailureKind.BROKEN if wrong_state else None
+
+    @override
+    def advice_on(self, error: BaseException) -> str | None:
+        if getattr(error, "sqlstate", None) in _POOLED_STATEMENT:
+            return "behind PgBouncer in transaction mode, add ?pgbouncer=true to the database URL"
+        return None
 
     @override
     def often(self, statement: sa.Executable) -> Statement:

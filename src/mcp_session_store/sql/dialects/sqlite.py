@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects.compiled import Statement
-from mcp_session_store.sql.dialects.dialect import Batch, Dialect
+from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
 
 if TYPE_CHECKING:
@@ -43,7 +43,15 @@ _T = TypeVar("_T")
 
 
 _STEPS_BETWEEN_QUESTIONS: Final = 10_000
-_SQLITE_BUSY: Final = frozenset({5, 6})  # SQLITE_BUSY and SQLITE_LOCKED, without their extended bits
+
+# "Result and Error Codes" of SQLite, without their extended bits.
+_FAILURES: Final = {
+    18: FailureKind.INVALID_VALUE,  # SQLITE_TOOBIG
+    19: FailureKind.INVALID_VALUE,  # SQLITE_CONSTRAINT
+    20: FailureKind.INVALID_VALUE,  # SQLITE_MISMATCH
+}
+_BUSY: Final = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
+_NOT_WRITABLE: Final = frozenset({8, 14})  # SQLITE_READONLY, SQLITE_CANTOPEN
 
 
 class _JsonBatch(Batch):
@@ -82,6 +90,11 @@ class _JsonBatch(Batch):
             raise ValueError("a text contains NUL")
         # Not ASCII alone: then a lone surrogate is found here and not in the database.
         return {self._name: json.dumps(rows, ensure_ascii=False, allow_nan=False, default=_json_value)}
+
+
+def _code(error: BaseException | None) -> int | None:
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
@@ -135,6 +148,22 @@ class Sqlite(Dialect):
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
         return _JsonBatch(name, columns)
+
+    @override
+    def failure_kind(self, error: BaseException) -> FailureKind | None:
+        if (code := _code(error)) is None:
+            return None
+        if kind := _FAILURES.get(code):
+            return kind
+        # SQLITE_ERROR stands for everything that is wrong with a statement; only its text tells the cases apart.
+        missing = ("no such table", "no such column", "has no column")
+        return FailureKind.WRONG_SCHEMA if any(text in str(error) for text in missing) else FailureKind.UNAVAILABLE
+
+    @override
+    def advice_on(self, error: BaseException) -> str | None:
+        if _code(error) in _NOT_WRITABLE:
+            return "the file's folder must exist, and this process must be allowed to write there"
+        return None
 
     @override
     def often(self, statement: sa.Executable) -> Statement:
@@ -233,7 +262,7 @@ class Sqlite(Dialect):
                 if mode != "wal":
                     mode = (await connection.exec_driver_sql("PRAGMA journal_mode=WAL")).scalar_one()
             except OperationalError as error:
-                if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF not in _SQLITE_BUSY:
+                if _code(error.orig) not in _BUSY:
                     raise
                 # Without a bound: whoever waits for it does so no longer than he wants to.
                 await asyncio.sleep(random.uniform(0.005, 0.05))  # noqa: S311

@@ -181,7 +181,9 @@ class SqlEventLog(EventLog):
             except Exception as error:
                 # The events are stored; and the next ones find too many again.
                 hide_parameters(error)
-                logger.warning("events that are too many could not be removed: %s", summary_of(error))
+                logger.warning(
+                    "events that are too many could not be removed: %s", summary_of(error, self._database.dialect)
+                )
         return first
 
     async def _trim(self, attempt: Attempt, keys: Sequence[UUID]) -> None:

@@ -27,7 +27,7 @@ from mcp_session_store.sql.engine import (
     make_migration_engine,
     shown_url,
 )
-from mcp_session_store.sql.failures import hide_parameters, meaning_of, summary_of
+from mcp_session_store.sql.failures import failure_kind, hide_parameters, summary_of
 from mcp_session_store.sql.schema.tables import VERSION_TABLE
 from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision
 
@@ -187,7 +187,8 @@ async def _connected(
             dialect.refuse_absent(url)
         engine, owned = make_migration_engine(url, dialect), True
     else:
-        checked_schema(schema, checked_engine(url_or_engine))
+        dialect = checked_engine(url_or_engine)
+        checked_schema(schema, dialect)
         engine, owned = url_or_engine, False
     try:
         async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
@@ -196,9 +197,11 @@ async def _connected(
         raise
     except Exception as error:
         hide_parameters(error)
-        if meaning_of(error) is None:
+        if failure_kind(error, dialect) is None:
             raise
-        raise StoreUnavailable(f"the database {shown_url(engine.url)} cannot serve now: {summary_of(error)}") from error
+        raise StoreUnavailable(
+            f"the database {shown_url(engine.url)} cannot serve now: {summary_of(error, dialect)}"
+        ) from error
     finally:
         if owned:
             await engine.dispose()

@@ -12,14 +12,13 @@ from mcp_session_store.errors import ConfigurationError, SessionConflict, Sessio
 from mcp_session_store.records import Change, Changes, EndReason, JournalEntry, Principal, SessionRecord
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.sql.batching import Batcher
-from mcp_session_store.sql.database import Database
+from mcp_session_store.sql.database import Database, transaction
 from mcp_session_store.sql.events.trim import EventRemoval
 from mcp_session_store.sql.notifications import Listener
 from mcp_session_store.sql.sessions.journal import Journal, JournalWrite
 from mcp_session_store.sql.sessions.limits import Limits
 from mcp_session_store.sql.sessions.statements import SessionStatements
 from mcp_session_store.sql.sessions.sweep import SweepStatements
-from mcp_session_store.sql.transactions import transaction
 from mcp_session_store.store import DEFAULT_NAMESPACE, SWEEP_LIMIT, SessionStore
 
 if TYPE_CHECKING:
