@@ -1,0 +1,20 @@
+"""The conformance suite of event logs, put together from its parts."""
+
+from mcp_session_store.testing.events.appending import Appending
+from mcp_session_store.testing.events.calls import Calls
+from mcp_session_store.testing.events.hints import HeadsAndHints
+from mcp_session_store.testing.events.instances import Instances
+from mcp_session_store.testing.events.limits import Limits
+from mcp_session_store.testing.events.namespaces import Namespaces
+from mcp_session_store.testing.events.reading import Reading
+from mcp_session_store.testing.events.session_ends import SessionEnds
+from mcp_session_store.testing.events.suite import MakeLog
+from mcp_session_store.testing.events.sweeping import Sweeping
+
+__all__ = ["EventLogConformance", "MakeLog"]
+
+
+class EventLogConformance(
+    Appending, Reading, SessionEnds, Limits, Sweeping, Namespaces, HeadsAndHints, Instances, Calls
+):
+    """What every `EventLog` does. Subclass it, and give the fixture `make_log` and the two methods."""
