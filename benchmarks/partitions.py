@@ -1,14 +1,14 @@
-"""What it costs to be rid of old events: deleted one by one by a sweep, or dropped with their partition.
+"""Measure the removal of old events: deleted one by one by a sweep, or dropped with their partition.
 
     python -m benchmarks.partitions postgresql://user@host/db  # on a database that may be filled
 
-Sessions with events are made twice, in one table and in partitions; the older half of each session's events is too old.
-The older half is removed, while events are stored and read at a steady rate. Printed are how long it took, how much was
-written to the log of the database, what the table and its index take before and afterwards, and how long those who
-stored and read meanwhile had to wait. A sweep follows the drop, and sets right what is noted for each session.
+Sessions with events are created twice, in one table and in partitions; the older half of each session's events is too
+old. That half is removed while events are stored and read at a steady rate. The output shows the duration, the bytes
+written to the database's log, the size of the table and its index before and afterwards, and the latency of storing and
+reading meanwhile. A sweep follows the drop, and corrects the counts in the log of each session.
 
-Then, how long it takes to partition the table and to put it together again, and how long it takes to read a page of ten
-events and to end a session by the number of partitions.
+A second part times the conversion of the table to partitions and back. A third one times reading a page of ten events,
+storing an event and ending a session, by the number of partitions.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LOGS: Final = """
     INSERT INTO mcp_session_log (key, namespace, sequence, total_bytes, trimmed, trimmed_bytes, oldest_at)
     SELECT key, namespace, :each, :each * CAST(:size AS bigint), 0, 0, now() - interval '3 hours' FROM mcp_session
 """
-# In the order in which they come in life: one of each session, and then the next of each.
+# In the order of real use: one event of each session, then the next of each.
 EVENTS: Final = """
     INSERT INTO mcp_session_event (key, sequence, stream, position, previous, kind, message, total_bytes, created_at)
     SELECT key, number, 'instance.1', number, number - 1, 'notification', repeat('x', :size),
@@ -65,7 +65,7 @@ SIZE: Final = """
 
 
 class Place:
-    """A schema of the database with events."""
+    """A schema of the database that holds events."""
 
     def __init__(self, url: str, schema: str) -> None:
         self.url = url
@@ -79,7 +79,7 @@ class Place:
             return result.all() if result.returns_rows else []
 
     async def make(self, sessions: int, each: int, *, recent: datetime) -> list[UUID]:
-        """Fill it; half of the events are three hours old, and the others of some time."""
+        """Fill the tables: half of the events are three hours old, the others are from `recent`. Return the keys."""
         await self.run(SESSIONS, sessions=sessions)
         await self.run(LOGS, each=each, size=MESSAGE_BYTES)
         step = max(1, 100_000 // sessions)
@@ -100,7 +100,7 @@ class Place:
 
 
 class Requests:
-    """Events that are stored and read at a steady rate, and how long each took, in milliseconds."""
+    """Requests that store and read events at a steady rate, with the latency of each in milliseconds."""
 
     def __init__(self, log: SqlEventLog, keys: Sequence[UUID], *, rate: float) -> None:
         self.log = log
@@ -110,7 +110,7 @@ class Requests:
         self.position = 1_000_000
 
     async def during(self, work: Awaitable[object]) -> float:
-        """Send them for as long as something goes on; how long that took, in seconds."""
+        """Send requests while `work` runs, and return its duration in seconds."""
         self.took = {"store": [], "read": []}
         sending = asyncio.ensure_future(self._send())
         began = time.perf_counter()
@@ -147,7 +147,7 @@ class Requests:
 
 
 async def sweep_all(log: SqlEventLog, done: list[int]) -> None:
-    """As an app's background task does it: with a pause after each step that is as long as the step."""
+    """Sweep as the background task of an app does: after each step, pause for as long as the step took."""
     report = EventSweepReport(more=True)
     while report.more:
         began = time.perf_counter()
@@ -178,7 +178,7 @@ async def remove(place: Place, arguments: argparse.Namespace, *, parted: bool) -
         before = await place.written()
         removed: list[int] = []
         if parted:
-            # All that is before the next full hour is to go, which comes within the next one.
+            # Drop all partitions up to the next full hour: with the negative age, the current one is too old, too.
             seconds = await requests.during(partitions.maintain(max_age=-HOUR))
             print(f"  dropped in {seconds:.2f} s, {(await place.written() - before) / 1e6:.1f} MB of WAL")
             print(f"  meanwhile {requests}")
@@ -194,7 +194,7 @@ async def remove(place: Place, arguments: argparse.Namespace, *, parted: bool) -
 
 
 async def convert(place: Place) -> None:
-    """How long the table is locked on the way there and back."""
+    """Time the conversion to partitions and back, during which the table is locked."""
     async with EventPartitions(place.url, schema=place.schema, timeout=PATIENCE) as partitions:
         (row,) = await place.run("SELECT count(*) AS events FROM mcp_session_event")
         for name, change in (
@@ -207,7 +207,7 @@ async def convert(place: Place) -> None:
 
 
 async def look(place: Place, number: int) -> None:
-    """How long it takes to read, to store and to end, in so many partitions."""
+    """Time reading, storing and ending a session in a number of partitions."""
     await migrate.upgrade(place.url, schema=place.schema)
     async with (
         SqlSessionStore(place.url, schema=place.schema) as store,
@@ -218,7 +218,7 @@ async def look(place: Place, number: int) -> None:
         for key in keys:
             await log.append(key, [new_event(0)])
         if number:
-            # One partition for now, the default one, and the rest ahead of its time.
+            # One partition for the present, the default one, and the rest for the future.
             await partitions.partition(HOUR, max_age=HOUR, ahead=number - 2)
         hours = max(1, number - 2)
         await place.run(
@@ -260,9 +260,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("postgres", help="URL of a Postgres database that may be migrated and filled")
     parser.add_argument("--sessions", type=int, default=2_000)
-    parser.add_argument("--each", type=int, default=1_000, help="events of a session")
-    parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long requests run before")
+    parser.add_argument("--each", type=int, default=1_000, help="events per session")
+    parser.add_argument("--rate", type=float, default=100.0, help="requests per second")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of the requests before the removal")
     asyncio.run(run(parser.parse_args()))
 
 

@@ -1,20 +1,20 @@
-"""What durable sessions cost: this package beside the stock SDK, in one run, at the ASGI boundary.
+"""Measure the cost of durable sessions beside the stock SDK, in one run, at the ASGI boundary.
 
     python -m benchmarks.sessions                          # SQLite in a temporary file
     python -m benchmarks.sessions postgresql://user@host/db  # and Postgres, on a database that may be migrated
 
-Three things are timed, with SSE and with JSON responses, 16 clients at a time:
+Three operations are timed, with SSE and with JSON responses, by 16 concurrent clients:
 
 * `tools/call`: calls of a small tool on sessions that are in memory;
 * handshake: `initialize` and `notifications/initialized`;
-* after a restart: the first call of every session to a process that has none in memory. A client of
-  ours just calls, and the session is restored. A client of the stock SDK initializes anew and calls;
-  the 404 that tells it to is not counted against it.
+* after a restart: the first call of every session to a process that holds none in memory. A client of
+  this package just calls, and the session is restored. A client of the stock SDK initializes anew and calls;
+  the 404 that makes it do so is not counted against it.
 
-Every round times the stock SDK and each store in turn, in random order, on new apps; the ratio is taken
-round by round, so that a machine that is slower for a while is slower for all. Median, lowest and highest
-ratio are printed. Garbage is collected between what is timed, for all alike. There is no HTTP server and no
-client library in between: with them the differences are smaller.
+Each round times the stock SDK and each store, in random order, on new apps. The ratio is taken round by round,
+so that a machine that is slower for a while is slower for all. The median, lowest and highest ratio are printed.
+Garbage is collected between the timings, for all alike. There is no HTTP server and no client library in between:
+with them the differences are smaller.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MakeApp: TypeAlias = Callable[[bool], Starlette]
 
 @dataclass(frozen=True)
 class Contender:
-    """One of those that are compared."""
+    """A configuration to compare with the others."""
 
     name: str
     make_app: MakeApp
@@ -72,7 +72,7 @@ def make_server() -> MCPServer[Any]:
 
 
 async def post(app: ASGIApp, message: dict[str, Any], session_id: bytes | None = None) -> dict[bytes, bytes]:
-    """POST one message; the answer's headers, when all of it has come."""
+    """POST one message, and return the headers of the answer once its body is complete."""
     headers = [
         (b"host", b"127.0.0.1:8000"),
         (b"accept", b"application/json, text/event-stream"),
@@ -136,14 +136,14 @@ async def call_tool(app: ASGIApp, session_id: bytes) -> None:
 
 
 async def rate(count: int, operation: Callable[[int], Awaitable[object]]) -> float:
-    """Operations a second, by `CLIENTS` clients that each wait for an answer before they go on."""
+    """Return the operations per second of `CLIENTS` clients, each of which waits for an answer before the next."""
     numbers = iter(range(count))
 
     async def client() -> None:
         for number in numbers:
             await operation(number)
 
-    # How many full collections fall into so short a time is chance, and each takes a fifth of it.
+    # The number of full collections within so short a time is chance, and each takes a fifth of it.
     gc.collect()
     gc.disable()
     try:
@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("postgres", nargs="?", help="URL of a Postgres database that may be migrated")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies how often each thing is done in a round")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of operations in a round")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     asyncio.run(run(arguments.postgres, arguments.rounds, arguments.scale))

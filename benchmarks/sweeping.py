@@ -1,15 +1,15 @@
-"""What a sweep of very many sessions does to the requests beside it, and how long it takes.
+"""Measure a sweep of very many sessions: its duration, and the latency of the requests beside it.
 
     python -m benchmarks.sweeping                            # SQLite in a temporary file
     python -m benchmarks.sweeping postgresql://user@host/db  # and Postgres, on a database that may be filled
 
-A table of two million sessions is made, of which one million have expired. Requests come at a steady rate,
-whether those before them are answered or not: loads, touches, and a session that is created and ended.
-Half of them go to the store that sweeps, as in the instance whose turn it is, and half to another on
-the same database. First without a sweep, then while the sweep goes on as an app's background task does it:
-step by step, with a pause after each that is as long as the step took, or a multiple of it.
+A table of two million sessions is created, of which one million have expired. Requests come at a steady rate,
+whether earlier ones are answered or not: loads, touches, and a session that is created and ended. Half of them
+go to the store that sweeps, as in an instance that sweeps, and half to another store on the same database. They
+run first without a sweep, then beside a sweep like that of an app's background task: step by step, with a pause
+after each step that is as long as the step, or a multiple of it.
 
-Printed are the 50th and 99th percentile of both, the ratio of the latter, and how many sessions a second were swept.
+The output shows the 50th and 99th percentile of both, the ratio of the latter, and the sessions swept per second.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 CHUNK: Final = 100_000
-"""Rows that one statement makes."""
+"""Rows that one statement inserts."""
 
 PARAMS: Final = '{"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "c", "version": "1"}}'
 
-# Sessions were opened one after the other, and every other one of the older half has expired: what is swept lies
-# among what stays. 86400 seconds before now is the policy's idle time.
+# Rows (Postgres) or keys (SQLite) come in random order, so that expired sessions lie among live ones. A live session
+# expires in a day, which is the policy's idle time.
 FILL: Final = {
     "postgresql": """
         INSERT INTO mcp_session (key, namespace, initialize_params, protocol_version, client_name, client_version,
@@ -75,8 +75,8 @@ FILL: Final = {
 
 
 async def fill(url: str, rows: int, expired: int) -> list[UUID]:
-    """Fill the table; the keys of some sessions that are live."""
-    # One that lets a statement take its time.
+    """Fill the table, and return the keys of some live sessions."""
+    # An engine without a time limit for statements.
     engine = make_migration_engine(*checked_url(url))
     async with engine.connect() as connection:
         statement = sa.text(FILL[connection.dialect.name])
@@ -90,7 +90,7 @@ async def fill(url: str, rows: int, expired: int) -> list[UUID]:
 
 @dataclass
 class Requests:
-    """Requests at a steady rate, and how long each took, in milliseconds."""
+    """Requests at a steady rate, with the latency of each in milliseconds."""
 
     stores: dict[str, SqlSessionStore]
     keys: list[UUID]
@@ -108,7 +108,7 @@ class Requests:
             for number in itertools.count():
                 due = began + number / self.rate
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                # So that each kind goes to each store.
+                # Two cycles of different length, so that each kind goes to each store.
                 kind = next(kinds)
                 group.create_task(self._timed(next(names), kind, due))
 
@@ -131,7 +131,7 @@ class Requests:
         await store.end(created.key, reason=EndReason.CLIENT)
 
     async def during(self, work: Awaitable[object]) -> None:
-        """Send requests for as long as something goes on."""
+        """Send requests while `work` runs."""
         sending = asyncio.ensure_future(self.run())
         await work
         sending.cancel()
@@ -144,7 +144,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 async def sweep(store: SqlSessionStore, arguments: argparse.Namespace) -> tuple[SweepReport, float, list[float]]:
-    """Sweep; what it did, how long it took, and how long each step did, in seconds."""
+    """Sweep, and return the report, the duration, and the duration of each step, in seconds."""
     report, steps = SweepReport(more=True), []
     began = time.perf_counter()
     while report.more and time.perf_counter() - began < arguments.at_most:
@@ -200,11 +200,11 @@ def main() -> None:
     parser.add_argument("postgres", nargs="?", help="URL of a Postgres database that may be migrated and filled")
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--expired", type=int, default=1_000_000)
-    parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long requests run without a sweep")
-    parser.add_argument("--at-most", type=float, default=600.0, help="seconds that the sweep may take")
-    parser.add_argument("--limit", type=int, default=SWEEP_LIMIT, help="sessions that a step handles")
-    parser.add_argument("--pause", type=float, default=1.0, help="pause after a step, in multiples of what it took")
+    parser.add_argument("--rate", type=float, default=100.0, help="requests per second")
+    parser.add_argument("--seconds", type=float, default=30.0, help="duration of the requests without a sweep")
+    parser.add_argument("--at-most", type=float, default=600.0, help="longest duration of the sweep, in seconds")
+    parser.add_argument("--limit", type=int, default=SWEEP_LIMIT, help="sessions per step")
+    parser.add_argument("--pause", type=float, default=1.0, help="pause after a step, as a multiple of its duration")
     asyncio.run(run(parser.parse_args()))
 
 

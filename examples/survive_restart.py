@@ -1,10 +1,10 @@
-"""A session that survives SIGKILL: watch it happen.
+"""Watch a session survive SIGKILL.
 
     python examples/survive_restart.py                                      # on a SQLite file, deleted afterwards
     python examples/survive_restart.py postgresql://user:password@host/db   # on Postgres
 
-Starts a real server process, connects a real MCP client, calls a tool, kills the process with SIGKILL, starts it
-again on the same port, and calls again in the same session. The exit code is 0 only if the session really survived.
+The example starts a server process, connects an MCP client, calls a tool, kills the process with SIGKILL, starts it
+again on the same port, and calls again in the same session. The exit code is 0 only if the session survived.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from mcp_types import Implementation
 
 from mcp_session_store import get_restore_marker
 
-# The server. An ordinary one: nothing in it knows that its sessions are durable.
+# An ordinary server: its code knows nothing of durable sessions.
 
-# Quiet: MCPServer configures the root logger, and here the client prints to the same terminal.
+# WARNING, because MCPServer configures the root logger, and the client below prints to the same terminal.
 server = MCPServer("survive-restart", log_level="WARNING")
 
 
 @server.tool()
 def whoami(ctx: Context) -> dict[str, Any]:
-    """Who answers, whom it takes the client for, and whether it has restored this session."""
+    """Return the id of this process, the name of the client, and the number of restores of this session."""
     marker = get_restore_marker(ctx)
     params = ctx.session.client_params
     return {
@@ -48,11 +48,11 @@ def whoami(ctx: Context) -> dict[str, Any]:
     }
 
 
-# The rest watches it from outside.
+# The rest of this file watches the server from outside.
 
 
 class Watch:
-    """Sees what the client sends, so that nobody has to trust its word for it."""
+    """Record of the client's HTTP traffic, to verify its requests instead of trusting its report."""
 
     def __init__(self) -> None:
         self.methods: list[str] = []
@@ -74,18 +74,18 @@ class Watch:
 
 
 class SurvivalError(Exception):
-    """The session did not survive, or it cannot be told."""
+    """Raised when the session did not survive, or when this cannot be determined."""
 
 
-def expect(truth: bool, what: str) -> None:
-    """Print what was verified, or fail with it."""
+def expect(truth: bool, statement: str) -> None:
+    """Print a statement as verified, or fail with it."""
     if not truth:
-        raise SurvivalError(f"not true: {what}")
-    print(f"   verified: {what}")
+        raise SurvivalError(f"not true: {statement}")
+    print(f"   verified: {statement}")
 
 
 def free_port() -> int:
-    """A port that stays free while the server is down: below those that the kernel gives to clients."""
+    """Return a port that stays free while the server is down: below the range that the kernel gives to clients."""
     while True:
         port = random.randint(10240, 32767)
         with socket.socket() as probe:
@@ -97,7 +97,7 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """This file's server object, served durably by the command line, in a process of its own."""
+    """Process that serves the server object of this file durably, by the command line."""
 
     def __init__(self, port: int, environment: dict[str, str], log: Path) -> None:
         self._command = [sys.executable, "-m", "mcp_session_store.cli", "serve", "survive_restart:server"]
@@ -114,7 +114,7 @@ class ServerProcess:
         self.kill()
 
     def start(self) -> int:
-        """Start it, wait until it listens, and return its process id."""
+        """Start the process, wait until it listens, and return its id."""
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(self._command, env=self._environment, stdout=output, stderr=output)
         deadline = time.monotonic() + 60
@@ -128,7 +128,7 @@ class ServerProcess:
         raise SurvivalError("the server did not start")
 
     def kill(self) -> None:
-        """SIGKILL: no goodbye, no clean-up."""
+        """Kill the process with SIGKILL, which leaves it no time for a clean-up."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -148,13 +148,13 @@ async def survive(environment: dict[str, str], log: Path) -> None:
     watch = Watch()
     http = httpx2.AsyncClient(
         timeout=60,
-        # Proxies that the environment names have nothing to do with a server on this machine.
+        # Without the proxies of the environment, because the server is on this machine.
         trust_env=False,
         event_hooks={"request": [watch.on_request], "response": [watch.on_response]},
     )
     client = Client(
         streamable_http_client(f"http://127.0.0.1:{port}/mcp", http_client=http),
-        # The handshake era of MCP (2025-11-25 and before) is the one that has sessions.
+        # Only the handshake era of MCP (2025-11-25 and before) has sessions.
         mode="legacy",
         client_info=Implementation(name="survivor", version="1"),
     )
@@ -173,7 +173,7 @@ async def survive(environment: dict[str, str], log: Path) -> None:
             server_process.kill()
 
             print("4. start the server again, on the same port")
-            # In a thread, so that the client notices meanwhile what there is to notice.
+            # In a thread, so that the client can notice the lost connection meanwhile.
             second = await asyncio.to_thread(server_process.start)
             print(f"   it is process {second}")
             expect(second != first, "that is another process")
@@ -183,9 +183,9 @@ async def survive(environment: dict[str, str], log: Path) -> None:
             after = await call(client)
             expect(after["pid"] == second, f"process {second} answered")
             expect(after["restores"] == 1, "it restored the session from the database")
-            expect(after["client"] == "survivor", "it knows what the client said of itself in its handshake")
+            expect(after["client"] == "survivor", "it knows the client's name from the handshake")
             expect(watch.methods[sent_before:] == ["tools/call"], "the client sent that call and nothing else")
-            expect(watch.methods.count("initialize") == 1, "the client initialized once only, at the beginning")
+            expect(watch.methods.count("initialize") == 1, "the client initialized only once, at the beginning")
             expect(watch.session_ids == {session_id}, "the session id is the same")
 
             print("6. close the client, which ends the session for good")
@@ -197,14 +197,14 @@ def main() -> int:
     url = parser.parse_args().url
 
     with tempfile.TemporaryDirectory(prefix="survive-restart-") as folder:
-        # In the environment, not among the arguments: other users can read those.
+        # The URL goes into the environment, because other users can read the arguments of a process.
         environment = {**os.environ, "MCP_SESSION_STORE_NAMESPACE": "survive-restart"}
         if url is None:
             environment["MCP_SESSION_STORE_URL"] = f"sqlite:///{folder}/sessions.db"
             print("0. sessions are kept in a new SQLite file, which is migrated on first use")
         else:
             environment["MCP_SESSION_STORE_URL"] = url
-            print("0. sessions are kept in the database given, which nobody migrates unasked: run")
+            print("0. sessions are kept in the given database, which is migrated only on command: run")
             print("   mcp-session-store upgrade", flush=True)
             upgrade = [sys.executable, "-m", "mcp_session_store.cli", "upgrade"]
             if subprocess.run(upgrade, env=environment, check=False).returncode:
@@ -214,7 +214,7 @@ def main() -> int:
         try:
             asyncio.run(survive(environment, log))
         except Exception as error:
-            # Task groups wrap what was raised within them.
+            # Task groups wrap the errors raised within them.
             while isinstance(error, ExceptionGroup):
                 error = error.exceptions[0]
             print(f"FAILED: {type(error).__name__}: {error}")
