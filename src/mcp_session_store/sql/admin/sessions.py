@@ -25,7 +25,7 @@ from mcp_session_store.sql.admin.reader import (
 from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength, StoreClock
 from mcp_session_store.sql.schema.tables import journal_table, sessions_table
 from mcp_session_store.sql.sessions.statements import expiry
-from mcp_session_store.sql.sessions.sweep import Due
+from mcp_session_store.sql.sessions.sweep import SweepCandidates
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
@@ -294,14 +294,18 @@ class SessionDirectory(Reader):
     async def preview(self, policy: RetentionPolicy) -> SweepReport:
         """What a sweep by a policy would do now, all of its steps together. Reads the ranges of the sessions swept."""
         table = self._table
-        due = Due(self._database.dialect, schema=self._database.schema, namespace=self._namespace, retention=policy)
-        expired = [due.expired]
-        if due.without_expiry is not None:
+        candidates = SweepCandidates(
+            self._database.dialect, schema=self._database.schema, namespace=self._namespace, retention=policy
+        )
+        expired = [candidates.expired]
+        if candidates.without_expiry is not None:
             # The sweep gives them an expiry first, which may have passed.
             given = expiry(policy, created_at=table.c.created_at, last_seen_at=StoreClock())
             passed = given <= StoreClock(-policy.sweep_grace.total_seconds())
-            expired.append(sa.select(table.c.key).where(table.c.key.in_(due.without_expiry.order_by(None)), passed))
-        purged = [] if due.old_tombstones is None else [due.old_tombstones]
+            expired.append(
+                sa.select(table.c.key).where(table.c.key.in_(candidates.without_expiry.order_by(None)), passed)
+            )
+        purged = [] if candidates.old_tombstones is None else [candidates.old_tombstones]
 
         async def count(connection: AsyncConnection, kind: sa.Select[Any]) -> int:
             statement = sa.select(sa.func.count()).select_from(kind.order_by(None).subquery())

@@ -1,4 +1,4 @@
-"""Removing events: those of sessions that end, those that are too old, and those that are too many."""
+"""Removing the events of sessions that go on: those that are too old, and those that are too many."""
 
 from __future__ import annotations
 
@@ -11,62 +11,19 @@ from mcp_session_store.sql.dialects.functions import ONE, ByteLength, NotLookedU
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
     from uuid import UUID
 
     from mcp_session_store.retention import EventPolicy
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["LOGS_PER_STEP", "EventRemoval", "EventTrimming", "left_of"]
+__all__ = ["LOGS_PER_STEP", "EventTrimming", "left_of"]
 
 LOGS_PER_STEP: Final = 100
 """Sessions whose events one step of a sweep removes."""
 KEPT: Final = 0.9
 """What part of a log's limit is left when it is exceeded: so it is looked at once for every tenth of the limit."""
-
-
-class EventRemoval:
-    """Removes the logs of sessions that end, with their events.
-
-    Args:
-        dialect: The database they are in.
-        schema: Where the tables are; the connection's default unless given.
-    """
-
-    def __init__(self, dialect: Dialect, *, schema: str | None) -> None:
-        logs, events = logs_table(schema), events_table(schema)
-        self._forgotten = dialect.batch("forgotten", {"key": sa.Uuid()})
-        locked = sa.select(logs.c.key).where(self._forgotten.among(logs.c.key)).order_by(logs.c.key).with_for_update()
-        self._forget_logs = (
-            sa.delete(logs)
-            .where(logs.c.key.in_(locked), self._forgotten.among(logs.c.key))
-            .returning(logs.c.key, (logs.c.sequence - logs.c.trimmed).label("kept"))
-        )
-        self._forget_events = sa.delete(events).where(self._forgotten.among(events.c.key))
-        self._count = sa.select(logs.c.key, logs.c.sequence - logs.c.trimmed).where(self._forgotten.among(logs.c.key))
-
-    async def forget_all(self, attempt: Attempt, keys: Collection[UUID]) -> None:
-        """Remove the logs of sessions that have ended within this transaction.
-
-        Whoever stores an event holds the lock of its log until the commit. So the events are removed by a statement
-        of its own: one that began before it had the locks would not see the latest.
-        """
-        if not keys:
-            return
-        execute = attempt.connection.execute
-        removed = await execute(self._forget_logs, self._parameters(keys))
-        if with_events := [row.key for row in removed if row.kept]:
-            await execute(self._forget_events, self._parameters(with_events))
-
-    async def counts(self, attempt: Attempt, keys: Sequence[UUID]) -> list[int]:
-        """How many events each session has."""
-        rows = (await attempt.connection.execute(self._count, self._parameters(keys))).all() if keys else []
-        kept = {row[0]: row[1] for row in rows}
-        return [kept.get(key, 0) for key in keys]
-
-    def _parameters(self, keys: Collection[UUID]) -> dict[str, object]:
-        return self._forgotten.parameters([(key,) for key in sorted(keys)])
 
 
 def left_of(logs: sa.Table, events: sa.Table) -> dict[str, sa.ColumnElement[Any]]:

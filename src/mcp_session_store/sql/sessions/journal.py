@@ -12,21 +12,21 @@ from mcp_session_store.records import JournalEntry
 from mcp_session_store.sql.database import transaction
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import journal_table, sessions_table
-from mcp_session_store.sql.sessions.statements import live, told
+from mcp_session_store.sql.sessions.statements import live, notify
 from mcp_session_store.store import MAX_JOURNAL_ENTRIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
     from uuid import UUID
 
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["Journal", "JournalWrite"]
+__all__ = ["EntryWrite", "JournalStatements"]
 
 
 @dataclass(frozen=True, slots=True)
-class JournalWrite:
+class EntryWrite:
     """One entry that is to be set, or removed where `params` is `None`."""
 
     key: UUID
@@ -35,7 +35,7 @@ class JournalWrite:
     params: str | None
 
 
-class Journal:
+class JournalStatements:
     """Reads and writes the journals of the sessions of one namespace.
 
     Args:
@@ -55,67 +55,65 @@ class Journal:
         )
         is_live = live(sessions, sa.literal(namespace, sa.Text), now)
 
-        self.raise_revision = told(
+        self._raise_revision = notify(
             dialect,
             sa.update(sessions)
             .where(sessions.c.key == key, is_live)
             .values(revision=sessions.c.revision + 1, changed_at=now)
             .returning(sessions.c.key, sessions.c.revision),
         )
-        self.remove = sa.delete(journal).where(
+        self._remove = sa.delete(journal).where(
             journal.c.key == key, journal.c.method == method, journal.c.subject == subject
         )
-        self.count = sa.select(sa.func.count()).where(journal.c.key == key)
-        self.insert = sa.insert(journal).values(
+        self._count = sa.select(sa.func.count()).where(journal.c.key == key)
+        self._insert = sa.insert(journal).values(
             key=key,
             method=method,
             subject=subject,
             params=sa.bindparam("journal_params", type_=sa.Text),
             revision=sa.bindparam("journal_revision", type_=sa.Integer),
         )
-        self.read = (
+        self._select = (
             sa.select(journal.c.method, journal.c.subject, journal.c.params)
             .join(sessions, sessions.c.key == journal.c.key)
             .where(journal.c.key == key, sessions.c.key == key, is_live)
             .order_by(journal.c.revision)
         )
-        self.forgotten = dialect.batch("forgotten", {"key": sa.Uuid()})
-        self.forget = sa.delete(journal).where(self.forgotten.among(journal.c.key))
 
-    async def write(self, attempt: Attempt, write: JournalWrite) -> int | JournalFull | None:
-        """Set or remove an entry; the session's revision then, or `None` when it is not live."""
+    async def write(self, attempt: Attempt, writes: Sequence[EntryWrite]) -> list[int | JournalFull | None]:
+        """Set or remove entries, one after the other.
+
+        Returns:
+            For each the session's revision then, or `None` when it is not live.
+        """
+        return [await self._write(attempt, write) for write in writes]
+
+    async def _write(self, attempt: Attempt, write: EntryWrite) -> int | JournalFull | None:
         execute = attempt.connection.execute
         name = {"journal_key": write.key, "journal_method": write.method, "journal_subject": write.subject}
         try:
             async with transaction(attempt.connection, self._dialect):
                 # First, because it locks the session: others who write its journal wait here.
-                row = (await execute(self.raise_revision, {"journal_key": write.key})).first()
+                row = (await execute(self._raise_revision, {"journal_key": write.key})).first()
                 if row is None:
                     return None
-                await execute(self.remove, name)
+                await execute(self._remove, name)
                 if write.params is not None:
-                    if (await execute(self.count, {"journal_key": write.key})).scalar_one() >= MAX_JOURNAL_ENTRIES:
+                    if (await execute(self._count, {"journal_key": write.key})).scalar_one() >= MAX_JOURNAL_ENTRIES:
                         raise JournalFull(
                             f"the session has {MAX_JOURNAL_ENTRIES} journaled calls already; undo some first"
                         )
                     entry = {"journal_params": write.params, "journal_revision": row.revision}
-                    await execute(self.insert, name | entry)
+                    await execute(self._insert, name | entry)
         except JournalFull as full:
             return full
         revision: int = row.revision
         return revision
 
-    async def entries(self, attempt: Attempt, key: UUID) -> list[JournalEntry]:
-        """The entries of a live session, in the order in which they were last set."""
-        result = await attempt.connection.execute(self.read, {"journal_key": key})
+    async def read(self, attempt: Attempt, keys: Sequence[UUID]) -> list[list[JournalEntry]]:
+        """The entries of each live session, in the order in which they were last set."""
+        return [await self._read(attempt, key) for key in keys]
+
+    async def _read(self, attempt: Attempt, key: UUID) -> list[JournalEntry]:
+        result = await attempt.connection.execute(self._select, {"journal_key": key})
         return [JournalEntry(method=method, subject=subject, params=params) for method, subject, params in result]
-
-    async def forget_all(self, attempt: Attempt, ended: Iterable[tuple[UUID, int]]) -> None:
-        """Remove the journals of sessions that have ended.
-
-        Args:
-            attempt: Where to.
-            ended: Their keys and revisions: only where one is above 0 there can be a journal.
-        """
-        if keys := sorted(key for key, revision in ended if revision):
-            await attempt.connection.execute(self.forget, self.forgotten.parameters([(key,) for key in keys]))

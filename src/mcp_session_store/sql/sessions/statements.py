@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["SessionStatements", "ended", "expiry", "live", "told"]
+__all__ = ["SessionStatements", "ended", "expiry", "live", "locked", "notify"]
 
 _KEY: Final[dict[str, TypeEngine[Any]]] = {"key": sa.Uuid()}
 
@@ -58,12 +58,18 @@ def expiry(
     return sa.case((idle < absolute, idle), else_=absolute)
 
 
+def locked(sessions: sa.Table, key: sa.ColumnElement[Any], condition: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """One session, if it fulfils a condition, that nobody else changes until the end of the transaction."""
+    selected = sa.select(sessions.c.key).where(sessions.c.key == key, condition)
+    return selected.with_for_update(of=sessions, key_share=True)
+
+
 def ended(reason: sa.ColumnElement[str]) -> dict[str, Any]:
     """What the end of a session sets. Its params go: a tombstone has no use for them."""
     return {"ended_at": StoreClock(), "end_reason": reason, "initialize_params": ""}
 
 
-def told(dialect: Dialect, change: ReturningUpdate[Any]) -> sa.Select[Any] | ReturningUpdate[Any]:
+def notify(dialect: Dialect, change: ReturningUpdate[Any]) -> sa.Select[Any] | ReturningUpdate[Any]:
     """A change that others are told of at once where the database can do so. It returns the key first."""
     return change if dialect.channel is None else dialect.channel.sent_with(change)
 
@@ -89,7 +95,7 @@ class SessionStatements:
         table = self._table = sessions_table(schema)
         self._namespace = sa.literal(namespace, sa.Text)
         now = StoreClock()
-        # In the order of the fields that `_record` in `session_store` expects.
+        # In the order that `_record` in `records` expects.
         record = (
             table.c.key,
             table.c.namespace,
@@ -140,7 +146,7 @@ class SessionStatements:
         self.load = sa.select(*record).where(self.loads.among(table.c.key), self._live(now))
 
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
-        claimed = self.claims.found(lambda claimed: self._locked(claimed.key, self._live(now))).cte("locked")
+        claimed = self.claims.found(lambda claimed: locked(table, claimed.key, self._live(now))).cte("locked")
         counted_already = (table.c.instance_hint == claimed.c.instance) & (table.c.restores > claimed.c.restores)
         self.claim = (
             sa.update(table)
@@ -154,7 +160,7 @@ class SessionStatements:
             .returning(*record)
         )
 
-        self.replace_initialize = told(
+        self.replace_initialize = notify(
             dialect,
             sa.update(table)
             .where(table.c.key == sa.bindparam("replaced_key", type_=sa.Uuid), self._live(now))
@@ -172,7 +178,7 @@ class SessionStatements:
         self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
         # Ages count back from when the report came: a lock that it waits for does not make a session older.
         touched = self.touches.found(
-            lambda touched: self._locked(touched.key, self._live(ArrivalClock(-touched.first_age)))
+            lambda touched: locked(table, touched.key, self._live(ArrivalClock(-touched.first_age)))
         ).cte("locked")
         last = ArrivalClock(-touched.c.last_age)
         seen = sa.case((table.c.last_seen_at < last, last), else_=table.c.last_seen_at)
@@ -187,25 +193,6 @@ class SessionStatements:
             .returning(table.c.key, table.c.expires_at, now.label("now"))
         )
 
-        self.ends = dialect.batch("ended", {"key": sa.Uuid(), "reason": sa.Text()})
-        ending = self.ends.found(lambda ended: self._locked(ended.key, self._live(now))).cte("locked")
-        self.end = told(
-            dialect,
-            sa.update(table)
-            .where(table.c.key == ending.c.key, self.ends.among(table.c.key))
-            .values(ended(ending.c.reason) | {"changed_at": now})
-            .returning(table.c.key, table.c.revision),
-        )
-        self.ended_for_that_reason = sa.select(table.c.key, table.c.revision).join(
-            self.ends.rows,
-            sa.and_(
-                table.c.key == self.ends.c.key,
-                self.ends.among(table.c.key),
-                NotLookedUp(table.c.namespace) == self._namespace,
-                table.c.end_reason == self.ends.c.reason,
-            ),
-        )
-
         # Joined to the clock, which is then told when nothing changed, too.
         clock = sa.select(now.label("until")).subquery("clock")
         changed = (table.c.namespace == self._namespace) & (
@@ -215,11 +202,6 @@ class SessionStatements:
         self.changes = sa.select(clock.c.until, table.c.key, table.c.revision, table.c.end_reason).select_from(
             clock.outerjoin(table, changed)
         )
-
-    def _locked(self, key: sa.ColumnElement[Any], condition: sa.ColumnElement[bool]) -> sa.Select[Any]:
-        """One session, if it fulfils a condition, that nobody else changes until the end of the transaction."""
-        table = self._table
-        return sa.select(table.c.key).where(table.c.key == key, condition).with_for_update(of=table, key_share=True)
 
     def _live(self, moment: sa.ColumnElement[datetime]) -> sa.ColumnElement[bool]:
         return live(self._table, self._namespace, moment)

@@ -1,0 +1,141 @@
+"""Creating sessions: those that the policy's limits admit, each once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mcp_session_store.records import EndReason, SessionRecord
+from mcp_session_store.sql.database import transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from uuid import UUID
+
+    from mcp_session_store.errors import SessionLimitReached
+    from mcp_session_store.records import NewSession
+    from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.dialect import Dialect
+    from mcp_session_store.sql.sessions.limits import Limits
+    from mcp_session_store.sql.sessions.records import Records
+    from mcp_session_store.sql.sessions.removal import SessionRemoval
+
+__all__ = ["Creation"]
+
+
+class Creation:
+    """Creates sessions of one namespace.
+
+    Args:
+        dialect: The database they are in.
+        namespace: The namespace.
+        records: Loads the sessions that exist already.
+        limits: The policy's limits.
+        removal: Ends the sessions that have to make room.
+    """
+
+    def __init__(
+        self, dialect: Dialect, *, namespace: str, records: Records, limits: Limits, removal: SessionRemoval
+    ) -> None:
+        self.limits = limits
+        """May be replaced when the policy changes."""
+        self._dialect = dialect
+        self._namespace = namespace
+        self._records = records
+        self._removal = removal
+
+    async def create(
+        self, attempt: Attempt, sessions: Sequence[NewSession]
+    ) -> list[SessionRecord | SessionLimitReached | None]:
+        """The records; `None` where another one stands under the key."""
+        # Of several for one key the first is created, and the others find it there.
+        first: dict[UUID, NewSession] = {}
+        for session in sessions:
+            first.setdefault(session.key, session)
+        wanted = [first[key] for key in sorted(first)]
+        refused: Mapping[UUID, SessionLimitReached] = {}
+        if self.limits.concern(wanted):
+            records, refused = await self._create_within_limits(attempt, wanted)
+        else:
+            records = await self._insert(attempt, wanted)
+        if present := first.keys() - records.keys() - refused.keys():
+            records |= await self._records.load_live(attempt, present)
+        return [
+            refused[session.key]
+            if session.key in refused
+            else record
+            if (record := records.get(session.key)) is not None and _same(record, session)
+            else None
+            for session in sessions
+        ]
+
+    async def _insert(self, attempt: Attempt, sessions: Sequence[NewSession]) -> dict[UUID, SessionRecord]:
+        """The records of those under whose key nothing was stored."""
+        sql = self._records.statements
+        by_key = {session.key: session for session in sessions}
+        parameters = sql.creates.parameters([_row(session) for session in sessions])
+        result = await attempt.connection.execute(sql.create, parameters)
+        return {
+            key: _new_record(by_key[key], self._namespace, created_at, last_seen_at, expires_at)
+            for key, created_at, last_seen_at, expires_at in result
+        }
+
+    async def _create_within_limits(
+        self, attempt: Attempt, sessions: Sequence[NewSession]
+    ) -> tuple[dict[UUID, SessionRecord], dict[UUID, SessionLimitReached]]:
+        limits, removal = self.limits, self._removal
+        async with transaction(attempt.connection, self._dialect):
+            await limits.lock(attempt, sessions)
+            new = await limits.new_among(attempt, sessions)
+            refused, removed = await limits.refuse(attempt, new)
+            await removal.remove_with_session(attempt, removed)
+            admitted = [session for session in new if session.key not in refused]
+            records = await self._insert(attempt, admitted) if admitted else {}
+            excess = await limits.excess(attempt, [session for session in admitted if session.key in records])
+            if excess:
+                await removal.end_within(attempt, [(key, EndReason.LIMIT.value) for key in sorted(excess)])
+        return records, refused
+
+
+def _row(session: NewSession) -> tuple[object, ...]:
+    """The values of a session in the order of the columns of `SessionStatements.creates`."""
+    principal = session.principal
+    return (
+        session.key,
+        session.initialize_params,
+        session.protocol_version,
+        session.client_name,
+        session.client_version,
+        None if principal is None else principal.digest.hex(),
+        None if principal is None else principal.display,
+        session.instance,
+    )
+
+
+def _new_record(
+    session: NewSession, namespace: str, created_at: Any, last_seen_at: Any, expires_at: Any
+) -> SessionRecord:
+    return SessionRecord(
+        key=session.key,
+        namespace=namespace,
+        initialize_params=session.initialize_params,
+        protocol_version=session.protocol_version,
+        client_name=session.client_name,
+        client_version=session.client_version,
+        principal=session.principal,
+        instance_hint=session.instance,
+        created_at=created_at,
+        last_seen_at=last_seen_at,
+        expires_at=expires_at,
+        restores=0,
+        revision=0,
+    )
+
+
+def _same(record: SessionRecord, session: NewSession) -> bool:
+    """Whether a record is what creating this session made."""
+    return (
+        record.initialize_params == session.initialize_params
+        and record.protocol_version == session.protocol_version
+        and record.principal == session.principal
+        and record.instance_hint == session.instance
+    )

@@ -1,0 +1,134 @@
+"""Ending sessions, and removing what goes with them: the journal, the events, and the log of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from mcp_session_store.sql.database import transaction
+from mcp_session_store.sql.dialects.functions import NotLookedUp, StoreClock
+from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
+from mcp_session_store.sql.sessions.statements import ended, live, locked, notify
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from uuid import UUID
+
+    from mcp_session_store.records import EndReason
+    from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.dialect import Dialect
+
+__all__ = ["End", "SessionRemoval"]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A session that is to end."""
+
+    key: UUID
+    reason: EndReason
+
+
+class SessionRemoval:
+    """Ends sessions of one namespace, with their journals and events.
+
+    Args:
+        dialect: The database they are in.
+        schema: Where the tables are; the connection's default unless given.
+        namespace: Whose sessions.
+    """
+
+    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
+        self._dialect = dialect
+        sessions, name, now = sessions_table(schema), sa.literal(namespace, sa.Text), StoreClock()
+
+        self._ends = dialect.batch("ended", {"key": sa.Uuid(), "reason": sa.Text()})
+        ending = self._ends.found(lambda ended: locked(sessions, ended.key, live(sessions, name, now))).cte("locked")
+        self._end = notify(
+            dialect,
+            sa.update(sessions)
+            .where(sessions.c.key == ending.c.key, self._ends.among(sessions.c.key))
+            .values(ended(ending.c.reason) | {"changed_at": now})
+            .returning(sessions.c.key, sessions.c.revision),
+        )
+        self._ended_for_that_reason = sa.select(sessions.c.key, sessions.c.revision).join(
+            self._ends.rows,
+            sa.and_(
+                sessions.c.key == self._ends.c.key,
+                self._ends.among(sessions.c.key),
+                NotLookedUp(sessions.c.namespace) == name,
+                sessions.c.end_reason == self._ends.c.reason,
+            ),
+        )
+
+        logs, events, journal = logs_table(schema), events_table(schema), journal_table(schema)
+        self._removed = dialect.batch("forgotten", {"key": sa.Uuid()})
+        self._remove_journals = sa.delete(journal).where(self._removed.among(journal.c.key))
+        locked_logs = sa.select(logs.c.key).where(self._removed.among(logs.c.key)).order_by(logs.c.key)
+        self._remove_logs = (
+            sa.delete(logs)
+            .where(logs.c.key.in_(locked_logs.with_for_update()), self._removed.among(logs.c.key))
+            .returning(logs.c.key, (logs.c.sequence - logs.c.trimmed).label("kept"))
+        )
+        self._remove_events = sa.delete(events).where(self._removed.among(events.c.key))
+        self._count_events = sa.select(logs.c.key, logs.c.sequence - logs.c.trimmed).where(
+            self._removed.among(logs.c.key)
+        )
+
+    async def end(self, attempt: Attempt, ends: Sequence[End]) -> list[bool]:
+        """Whether each of these ended its session."""
+        # Of several for one session the first ends it, and the others find it ended.
+        first: dict[UUID, End] = {}
+        for end in ends:
+            first.setdefault(end.key, end)
+        wanted = [(key, first[key].reason.value) for key in sorted(first)]
+        async with transaction(attempt.connection, self._dialect):
+            ended = await self.end_within(attempt, wanted)
+        if attempt.repeated and first.keys() - ended:
+            # The first try's commit may have been what ended them, and its answer was lost.
+            result = await attempt.connection.execute(self._ended_for_that_reason, self._ends.parameters(wanted))
+            ended |= {row.key for row in result}
+        return [end is first[end.key] and end.key in ended for end in ends]
+
+    async def end_within(self, attempt: Attempt, ends: Sequence[tuple[UUID, str]]) -> set[UUID]:
+        """End those of the sessions that are live, each for its reason, within a transaction.
+
+        Args:
+            attempt: Where.
+            ends: Keys and reasons, in the order of the keys.
+
+        Returns:
+            The keys of those that ended.
+        """
+        result = (await attempt.connection.execute(self._end, self._ends.parameters(ends))).all()
+        await self.remove_with_session(attempt, [(row.key, row.revision) for row in result])
+        return {row.key for row in result}
+
+    async def remove_with_session(self, attempt: Attempt, ended: Collection[tuple[UUID, int]]) -> None:
+        """Remove the journals, logs and events of sessions that have ended within this transaction.
+
+        Args:
+            attempt: Where from.
+            ended: Their keys and revisions: only where one is above 0 there can be a journal.
+        """
+        if not ended:
+            return
+        execute = attempt.connection.execute
+        if with_journal := [key for key, revision in ended if revision]:
+            await execute(self._remove_journals, self._parameters(with_journal))
+        # Whoever stores an event holds the lock of its log until the commit. So the events are removed by a statement
+        # of its own: one that began before it had the locks would not see the latest.
+        logs = await execute(self._remove_logs, self._parameters([key for key, _ in ended]))
+        if with_events := [row.key for row in logs if row.kept]:
+            await execute(self._remove_events, self._parameters(with_events))
+
+    async def event_counts(self, attempt: Attempt, keys: Sequence[UUID]) -> list[int]:
+        """How many events each session has."""
+        rows = (await attempt.connection.execute(self._count_events, self._parameters(keys))).all() if keys else []
+        kept = {row[0]: row[1] for row in rows}
+        return [kept.get(key, 0) for key in keys]
+
+    def _parameters(self, keys: Collection[UUID]) -> dict[str, object]:
+        return self._removed.parameters([(key,) for key in sorted(keys)])
