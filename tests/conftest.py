@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from tests.support.servers import ServerProcess
+    from tests.support.servers import ServeFunction, ServerProcess
 
 
 @pytest.fixture(scope="session")
@@ -78,20 +78,6 @@ def stoppable_postgres(_stoppable_postgres: PostgresServer) -> Iterator[Postgres
     yield _stoppable_postgres
     # Whatever the test left behind, the databases that it made are dropped on a server that runs.
     _stoppable_postgres.start()
-
-
-class ServeFunction(Protocol):
-    """What the `serve` fixture gives."""
-
-    def __call__(
-        self,
-        app: str,
-        *,
-        environment: Mapping[str, str] | None = None,
-        workers: int = 1,
-        port: int | None = None,
-        options: Sequence[str] = (),
-    ) -> ServerProcess: ...
 
 
 @pytest.fixture

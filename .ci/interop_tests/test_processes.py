@@ -15,7 +15,7 @@ from tests.support.proxy import RoundRobinProxy
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.http import Stream
 
 pytestmark = pytest.mark.anyio

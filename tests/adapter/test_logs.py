@@ -17,11 +17,10 @@ from mcp_session_store import (
     StoreUnavailable,
 )
 from mcp_session_store.adapter.streams.recorder import sweep_events
-from tests.adapter.streams.test_outages import all_stored
-from tests.adapter.streams.test_resumption import opened
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal
+from tests.support.streams import all_stored, opened
 from tests.support.talking import Talking
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from mcp_session_store import (
 )
 from mcp_session_store import app as app_module
 from mcp_session_store.retention import ENVIRONMENT_PREFIX
-from tests.adapter.test_frameworks import Made
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
+from tests.support.frameworks import Made
 from tests.support.instances import Notes, instance, principal
 
 if TYPE_CHECKING:

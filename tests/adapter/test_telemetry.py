@@ -8,10 +8,9 @@ import pytest
 
 from mcp_session_store import EndReason, session_key
 from mcp_session_store.adapter import telemetry
-from tests.adapter.streams.test_outages import all_stored, away
-from tests.adapter.streams.test_resumption import opened
 from tests.support.asgi import until
 from tests.support.instances import instance
+from tests.support.streams import all_stored, away, opened
 from tests.support.talking import Talking
 
 if TYPE_CHECKING:

@@ -8,16 +8,22 @@ import os
 import pty
 import select
 import subprocess
-import sys
 import termios
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
 
 from mcp_session_store.cli import main
+from tests.support.commands import (
+    COMMAND,
+    CommandFunction,
+    InvokeFunction,
+    ServeCommandFunction,
+    TerminalFunction,
+)
 from tests.support.servers import ROOT, ServerProcess
 
 if TYPE_CHECKING:
@@ -25,22 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from click.testing import Result
-
-COMMAND = [sys.executable, "-m", "mcp_session_store.cli"]
-
-
-class CommandFunction(Protocol):
-    """What the `command` fixture gives."""
-
-    def __call__(
-        self, *arguments: str, environment: Mapping[str, str] | None = None, stdin: str | None = None
-    ) -> subprocess.CompletedProcess[str]: ...
-
-
-class ServeCommandFunction(Protocol):
-    """What the `serve_command` fixture gives."""
-
-    def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> ServerProcess: ...
 
 
 def _environment(environment: Mapping[str, str] | None) -> dict[str, str]:
@@ -70,12 +60,6 @@ def command() -> CommandFunction:
     return run
 
 
-class InvokeFunction(Protocol):
-    """What the `invoke` fixture gives."""
-
-    def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Result: ...
-
-
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch) -> InvokeFunction:
     """Runs the command line within this process: for the many ways to use it wrongly, where a process each is slow."""
@@ -89,14 +73,6 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> InvokeFunction:
         return result
 
     return run
-
-
-class TerminalFunction(Protocol):
-    """What the `terminal` fixture gives."""
-
-    def __call__(
-        self, *arguments: str, environment: Mapping[str, str] | None = None, width: int = 80, typed: str = ""
-    ) -> tuple[int, str]: ...
 
 
 @pytest.fixture

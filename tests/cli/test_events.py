@@ -12,14 +12,14 @@ import pytest
 from rich.cells import cell_len
 
 from mcp_session_store.records import session_key
-from tests.cli.test_sessions import CONTROL, UNREACHABLE
+from tests.support.commands import CONTROL, UNREACHABLE
 from tests.support.rows import insert_events, log_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from tests.cli.conftest import CommandFunction, InvokeFunction, TerminalFunction
+    from tests.support.commands import CommandFunction, InvokeFunction, TerminalFunction
 
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)

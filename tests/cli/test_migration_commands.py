@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.commands import UNREACHABLE
 from tests.support.postgres import execute
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.cli.conftest import CommandFunction, InvokeFunction
-
-UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
+    from tests.support.commands import CommandFunction, InvokeFunction
 
 
 def test_a_database_goes_up_is_checked_and_goes_down_again(command: CommandFunction, database_url: str) -> None:

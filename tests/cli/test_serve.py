@@ -13,13 +13,13 @@ from mcp_session_store.cli import worker_app
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from tests.support.clients import official_client
+from tests.support.commands import UNREACHABLE
 from tests.support.http import RawClient
 from tests.support.servers import ROOT
 
 if TYPE_CHECKING:
-    from tests.cli.conftest import CommandFunction, InvokeFunction, ServeCommandFunction
+    from tests.support.commands import CommandFunction, InvokeFunction, ServeCommandFunction
 
-UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
 
 TARGETS = [
     "tests.support.targets:mcpserver",

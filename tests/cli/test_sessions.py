@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -14,21 +13,19 @@ from rich.cells import cell_len
 
 from mcp_session_store.records import EndReason, Principal, session_key
 from mcp_session_store.sql import SqlSessionStore
+from tests.support.commands import CONTROL, UNREACHABLE
 from tests.support.rows import insert_rows, session_row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tests.cli.conftest import CommandFunction, InvokeFunction, TerminalFunction
+    from tests.support.commands import CommandFunction, InvokeFunction, TerminalFunction
 
-UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
 
 HOUR = timedelta(hours=1)
 SOMEBODY = Principal.of(client_id="client-id", issuer="https://issuer.example", subject="somebody")
 NAME = "[red]a client with a name that is long[/red]"
-
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def _seed(url: str, rows: Sequence[dict[str, Any]], journal: Sequence[dict[str, Any]] = ()) -> dict[str, str]:

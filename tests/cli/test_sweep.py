@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionFilter, SessionState
-from tests.cli.conftest import COMMAND
-from tests.cli.test_sessions import CONTROL
+from tests.support.commands import COMMAND, CONTROL
 from tests.support.rows import insert_events, insert_rows, log_rows, session_row
 from tests.support.servers import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.cli.conftest import CommandFunction, InvokeFunction, TerminalFunction
+    from tests.support.commands import CommandFunction, InvokeFunction, TerminalFunction
 
 HOUR = timedelta(hours=1)
 

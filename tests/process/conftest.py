@@ -2,143 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy.engine import make_url
 
 from mcp_session_store.sql.schema import migrate
-from tests.support.application import Settings
+from tests.support.deployment import Application
 from tests.support.faults import FaultProxy
 from tests.support.records import Records
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from tests.conftest import ServeFunction
     from tests.support.postgres import PostgresServer
-    from tests.support.servers import ServerProcess
-
-
-@dataclass(frozen=True, kw_only=True)
-class Handshake:
-    """One message of a handshake, as the application's middleware saw it."""
-
-    method: str
-    pid: int
-    replayed_in: str | None
-    """The session that was being restored; `None` for a client's own handshake."""
-
-
-class Application:
-    """The application of `tests.support.application`, and what its processes noted in files.
-
-    Args:
-        serve: The fixture.
-        folder: Where the files are.
-    """
-
-    def __init__(self, serve: ServeFunction, folder: Path) -> None:
-        self.gate = folder / "gate"
-        """While this file exists, a replayed `initialize` waits in the application's middleware."""
-        self.calls_gate = folder / "calls-gate"
-        """While this file exists, calls of the tool `wait` go on."""
-        self._said = folder / "said"
-        self._said.mkdir()
-        self._serve = serve
-        self._servers: list[ServerProcess] = []
-        self._passwords: set[str] = set()
-        self._handshakes = folder / "handshakes.jsonl"
-
-    def serve(
-        self,
-        url: str,
-        app: str = "mcpserver",
-        *,
-        workers: int = 1,
-        auto_upgrade: bool = False,
-        options: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
-        clock_ahead: float = 0.0,
-        **arguments: Any,
-    ) -> ServerProcess:
-        """A server process with the app that this factory makes, on this database.
-
-        Args:
-            url: The database.
-            app: The factory.
-            workers: uvicorn's.
-            auto_upgrade: Of `durable_app`.
-            options: uvicorn's.
-            environment: More variables.
-            clock_ahead: Seconds by which the clock of the process is wrong.
-            arguments: More of `durable_app`'s.
-        """
-        settings = Settings(
-            url=url,
-            handshakes=str(self._handshakes),
-            gate=str(self.gate),
-            calls_gate=str(self.calls_gate),
-            said=str(self._said),
-            auto_upgrade=auto_upgrade,
-            options=arguments,
-            clock_ahead=clock_ahead,
-        )
-        server = self._serve(
-            f"tests.support.application:{app}",
-            environment={**settings.environment, **(environment or {})},
-            workers=workers,
-            # Requests are many, and what is shown of the log with a failure is its end.
-            options=["--factory", "--no-access-log", *options],
-        )
-        self._servers.append(server)
-        return server
-
-    def hold(self, call: str) -> None:
-        """Have the tool `talk` say nothing in a call that it is not let say."""
-        (self._said / call).touch()
-
-    def let_say(self, call: str, things: int = 1) -> None:
-        """Let it say so many more things in a call that is held; its result is one of them."""
-        with (self._said / call).open("ab") as file:
-            file.write(b"." * things)
-
-    def release(self, call: str) -> None:
-        """Let it say all the rest in a call."""
-        (self._said / call).unlink()
-
-    def runs(self, call: str) -> int:
-        """How many times a call of `talk` has begun to run, in all processes together."""
-        return self.noted(replayed=False).count(f"talk {call}")
-
-    def is_over(self, call: str) -> bool:
-        """Whether a call of `talk` has said all but its result."""
-        return f"talked {call}" in self.noted(replayed=False)
-
-    def handshakes(self, method: str = "initialize", *, replayed: bool) -> list[Handshake]:
-        """What the processes saw, over all restarts: the clients' own, or the replayed ones."""
-        return [one for one in self._seen() if one.method == method and (one.replayed_in is not None) == replayed]
-
-    def noted(self, *, replayed: bool) -> list[str]:
-        """The methods of all that was noted, in order."""
-        return [one.method for one in self._seen() if (one.replayed_in is not None) == replayed]
-
-    def _seen(self) -> list[Handshake]:
-        if not self._handshakes.exists():
-            return []
-        return [Handshake(**json.loads(line)) for line in self._handshakes.read_bytes().splitlines()]
-
-    def check_logs(self) -> None:
-        """Whatever happened to the servers: nothing of ours broke, and their logs tell no secrets."""
-        ids = {one.replayed_in for one in self.handshakes(replayed=True)}
-        secrets = self._passwords | {session_id for session_id in ids if session_id is not None}
-        for server in self._servers:
-            log = server.log()
-            assert "Traceback" not in log
-            assert [secret for secret in secrets if secret in log] == []
+    from tests.support.servers import ServeFunction
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.support.process_clients import BOUND, Load, assert_unavailable, is_re
 from tests.support.records import Records
 
 if TYPE_CHECKING:
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.postgres import PostgresServer, StopMode
 
 pytestmark = pytest.mark.anyio

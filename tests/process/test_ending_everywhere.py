@@ -17,7 +17,7 @@ from tests.support.http import RawClient
 from tests.support.process_clients import sessions, until, whoami
 
 if TYPE_CHECKING:
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.http import Answer
     from tests.support.records import Records
     from tests.support.servers import ServerProcess

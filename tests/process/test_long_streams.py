@@ -12,7 +12,7 @@ from tests.support.http import RawClient
 from tests.support.process_clients import Talking, everything, until, whoami
 
 if TYPE_CHECKING:
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.servers import ServerProcess
 
 pytestmark = pytest.mark.anyio

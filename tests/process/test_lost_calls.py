@@ -17,7 +17,7 @@ from tests.support.servers import ServerProcess
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.records import Records
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ from tests.support.http import INITIALIZE_PARAMS, RawClient
 from tests.support.process_clients import official_client, pid_of, until, whoami
 
 if TYPE_CHECKING:
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.records import Records
 
 pytestmark = pytest.mark.anyio

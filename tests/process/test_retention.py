@@ -14,7 +14,7 @@ from tests.support.process_clients import sessions, until, whoami
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.records import Records
 
 pytestmark = pytest.mark.anyio

@@ -15,7 +15,7 @@ from tests.support.process_clients import official_client, pid_of, sessions, unt
 from tests.support.proxy import RoundRobinProxy
 
 if TYPE_CHECKING:
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.records import Records
     from tests.support.servers import ServerProcess
 

@@ -10,7 +10,7 @@ import pytest
 from tests.support.process_clients import Load, official_client, sessions
 
 if TYPE_CHECKING:
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.records import Records
 
 pytestmark = pytest.mark.anyio

@@ -17,7 +17,7 @@ from tests.support.process_clients import sessions, until, whoami
 from tests.support.records import Records
 
 if TYPE_CHECKING:
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
 
 pytestmark = pytest.mark.anyio
 

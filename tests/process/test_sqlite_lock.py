@@ -14,7 +14,7 @@ from tests.support.http import RawClient
 from tests.support.process_clients import BOUND, Load, is_refused, opens, sessions, until, whoami
 
 if TYPE_CHECKING:
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,7 @@ from tests.support.proxy import RoundRobinProxy
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.http import Stream
     from tests.support.servers import ServerProcess
 

@@ -15,7 +15,7 @@ from tests.support.process_clients import BOUND, Talking, assert_unavailable, ev
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.faults import FaultProxy
     from tests.support.postgres import PostgresServer
     from tests.support.servers import ServerProcess

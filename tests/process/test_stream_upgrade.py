@@ -15,7 +15,7 @@ from tests.support.process_clients import Talking, everything, whoami
 from tests.support.rows import insert_rows, session_row
 
 if TYPE_CHECKING:
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
 
 pytestmark = pytest.mark.anyio
 

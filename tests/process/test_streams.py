@@ -17,7 +17,7 @@ from tests.support.proxy import RoundRobinProxy
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.process.conftest import Application
+    from tests.support.deployment import Application
     from tests.support.process_clients import OfficialClient
     from tests.support.servers import ServerProcess
 

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import traceback
 import uuid
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy.engine import make_url
@@ -23,33 +23,15 @@ from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
-from tests.support.databases import connections_checked_out, expire, settled, sql_store
-from tests.support.faults import FaultProxy
+from tests.support.databases import behind_proxy, connections_checked_out, expire, settled, sql_store
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
     from uuid import UUID
 
     from tests.support.postgres import PostgresServer
 
 pytestmark = pytest.mark.anyio
-
-
-@asynccontextmanager
-async def behind_proxy(url: str, **options: Any) -> AsyncIterator[tuple[SqlSessionStore, FaultProxy]]:
-    """A store whose database is reached through a network that fails on command."""
-    await migrate.upgrade(url)
-    target = make_url(url)
-    assert target.host is not None
-    assert target.port is not None
-    async with FaultProxy(target.host, target.port) as proxy:
-        there = target.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
-        store = SqlSessionStore(there, **options)
-        try:
-            yield store, proxy
-            await settled(store)
-        finally:
-            await store.aclose()
 
 
 async def _create(store: SqlSessionStore, key: UUID) -> None:

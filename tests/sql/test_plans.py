@@ -7,7 +7,7 @@ import re
 import uuid
 from collections import Counter
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import sqlalchemy as sa
@@ -16,14 +16,12 @@ from mcp_session_store.errors import SessionLimitReached
 from mcp_session_store.records import Activity, EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog
-from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
 from mcp_session_store.testing import new_event, new_session
-from tests.support.databases import engine_of, execute, settled, sql_store
+from tests.support.databases import engine_of, execute, sql_store
+from tests.support.plans import plan_of, statements_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
     from mcp_session_store.sql import SqlSessionStore
 
 pytestmark = pytest.mark.anyio
@@ -153,51 +151,6 @@ async def _anonymous(store: SqlSessionStore) -> int:
     )
     count: int = row.stored
     return count
-
-
-async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[Any]) -> str:
-    """How the database would run a statement: on Postgres both for its parameters, and whatever they are."""
-    async with engine_of(store).connect() as connection:
-        if connection.dialect.name == "sqlite":
-            rows = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", tuple(parameters))
-            return "\n".join(row.detail for row in rows)
-        rows = await connection.exec_driver_sql(f"EXPLAIN {statement}", tuple(parameters))
-        plan = [row[0] for row in rows]
-        if parameters:
-            await connection.exec_driver_sql("SET plan_cache_mode = force_generic_plan")
-            await connection.exec_driver_sql(f"PREPARE explained AS {statement}")
-            nulls = ", ".join("NULL" for _ in parameters)
-            plan += [row[0] for row in await connection.exec_driver_sql(f"EXPLAIN EXECUTE explained({nulls})")]
-            await connection.exec_driver_sql("DEALLOCATE explained")
-            await connection.exec_driver_sql("RESET plan_cache_mode")
-        return "\n".join(plan)
-
-
-async def statements_of(
-    store: SqlSessionStore, use: Callable[[SqlSessionStore], Awaitable[None]]
-) -> dict[str, Sequence[Any]]:
-    """What a store, and the log on it, send when they are used, with the parameters."""
-    seen: dict[str, Sequence[Any]] = {}
-
-    def remember(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        if "mcp_session" in statement:
-            seen[statement] = parameters
-
-    arguments_of = Statement.arguments
-
-    def remember_arguments(statement: Statement, parameters: dict[str, object]) -> list[object]:
-        # Those that go to the driver without SQLAlchemy.
-        arguments = seen[statement.text] = arguments_of(statement, parameters)
-        return arguments
-
-    sync_engine = engine_of(store).sync_engine
-    sa.event.listen(sync_engine, "before_cursor_execute", remember)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Statement, "arguments", remember_arguments)
-        await use(store)
-    sa.event.remove(sync_engine, "before_cursor_execute", remember)
-    await settled(store)
-    return seen
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["new", "known"])

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import make_url
 from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.retention import EventSweepReport
@@ -16,6 +17,7 @@ from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table, make_tables, sessions_table
+from tests.support.faults import FaultProxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -122,3 +124,20 @@ async def age_events(log: EventLog, key: UUID) -> None:
         await connection.execute(sa.update(events).where(events.c.key == key).values(created_at=long_ago))
         has_events = logs.c.oldest_at.is_not(None)
         await connection.execute(sa.update(logs).where(logs.c.key == key, has_events).values(oldest_at=long_ago))
+
+
+@asynccontextmanager
+async def behind_proxy(url: str, **options: Any) -> AsyncIterator[tuple[SqlSessionStore, FaultProxy]]:
+    """A store whose database is reached through a network that fails on command."""
+    await migrate.upgrade(url)
+    target = make_url(url)
+    assert target.host is not None
+    assert target.port is not None
+    async with FaultProxy(target.host, target.port) as proxy:
+        there = target.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
+        store = SqlSessionStore(there, **options)
+        try:
+            yield store, proxy
+            await settled(store)
+        finally:
+            await store.aclose()

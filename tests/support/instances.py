@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from mcp_session_store import SessionRestoreMarker, SessionStore
-    from tests.support.faulty_stores import Sessions
+    from tests.support.faulty_stores import FaultyStore, Sessions
 
     RequestContext = ServerRequestContext[Any, Any]
 
@@ -233,3 +233,11 @@ async def wait_for(event: anyio.Event) -> None:
     """Wait for an event, with a bound."""
     with anyio.fail_after(PATIENCE):
         await event.wait()
+
+
+async def open_session(store: FaultyStore, params: dict[str, Any] | None = None, **settings: Any) -> str:
+    """A session that an instance which is gone has opened."""
+    async with instance(store) as gone:
+        session_id = await gone.client(**settings).handshake(params)
+    store.calls.clear()
+    return session_id

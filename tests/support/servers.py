@@ -233,3 +233,17 @@ def uvicorn_server(
     if workers > 1:
         command += ["--workers", str(workers)]
     return ForkedServerProcess([*command, *options], log=log, environment=environment, port=port)
+
+
+class ServeFunction(Protocol):
+    """What the `serve` fixture gives."""
+
+    def __call__(
+        self,
+        app: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        workers: int = 1,
+        port: int | None = None,
+        options: Sequence[str] = (),
+    ) -> ServerProcess: ...

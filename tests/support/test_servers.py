@@ -14,7 +14,7 @@ from tests.support.http import RawClient
 from tests.support.proxy import RoundRobinProxy
 
 if TYPE_CHECKING:
-    from tests.conftest import ServeFunction
+    from tests.support.servers import ServeFunction
 
 SSE = "tests.support.apps:sse_app"
 JSON = "tests.support.apps:json_app"

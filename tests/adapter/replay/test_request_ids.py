@@ -9,9 +9,8 @@ import anyio
 import mcp_types as types
 import pytest
 
-from tests.adapter.sessions.test_restore import open_session
 from tests.support.asgi import until
-from tests.support.instances import Notes, instance
+from tests.support.instances import Notes, instance, open_session
 
 if TYPE_CHECKING:
     from tests.support.faulty_stores import FaultyStore

@@ -20,7 +20,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_session_store import EndReason, MemorySessionStore, RestoreRefused, SessionRecord, SessionRestoreMarker
 from tests.support.asgi import Client, until
 from tests.support.http import INITIALIZE_PARAMS
-from tests.support.instances import Notes, instance, principal, wait_for
+from tests.support.instances import Notes, instance, open_session, principal, wait_for
 
 if TYPE_CHECKING:
     from mcp.server.context import HandlerResult
@@ -31,14 +31,6 @@ if TYPE_CHECKING:
     from tests.support.instances import Instance, RequestContext
 
 pytestmark = pytest.mark.anyio
-
-
-async def open_session(store: FaultyStore, params: dict[str, Any] | None = None, **settings: Any) -> str:
-    """A session that an instance which is gone has opened."""
-    async with instance(store) as gone:
-        session_id = await gone.client(**settings).handshake(params)
-    store.calls.clear()
-    return session_id
 
 
 def gate(notes: Notes) -> tuple[anyio.Event, anyio.Event]:

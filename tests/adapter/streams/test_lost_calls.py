@@ -15,11 +15,10 @@ from mcp.server.runner import serve_loop
 from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
 from mcp_session_store.adapter.manager import DEFAULT_INSTANCE_TIMEOUT
 from mcp_session_store.records import EventKind
-from tests.adapter.streams.test_outages import away, without_ids
-from tests.adapter.streams.test_resumption import one_more_turn, opened
 from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog, FaultyStore
 from tests.support.instances import instance
+from tests.support.streams import away, one_more_turn, opened, without_ids
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:

@@ -13,17 +13,15 @@ from mcp_session_store import EventPolicy, EventTooLarge, SchemaBehind, StoreUna
 from mcp_session_store.adapter.streams import recorder as recorder_module
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind
-from tests.adapter.streams.test_resumption import one_more_turn, opened
 from tests.support.asgi import PATIENCE, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance
+from tests.support.streams import all_stored, away, one_more_turn, opened, without_ids
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
     from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyStore
-    from tests.support.instances import Instance
-    from tests.support.talking import Call
 
 pytestmark = pytest.mark.anyio
 
@@ -54,26 +52,6 @@ def still(monkeypatch: pytest.MonkeyPatch) -> Still:
     clock = Still(1000.0)
     monkeypatch.setattr(anyio, "current_time", lambda: clock.now)
     return clock
-
-
-async def away(talking: Talking, client: Client) -> tuple[Call, str]:
-    """A call whose client has lost its connection, and the id that it has."""
-    call, exchange = await talking.call(client)
-    await until(lambda: exchange.last_event_id is not None)
-    return call, str(await exchange.leave())
-
-
-async def all_stored(one: Instance) -> None:
-    """Wait until nothing is kept any more."""
-    assert one.manager._recorder is not None
-    recorder = one.manager._recorder
-    await until(lambda: not recorder._kept and not recorder.down)
-
-
-def without_ids(exchange: Exchange, *texts: str) -> bool:
-    """Whether this was told last, and not an id with it, not even an empty one, which would reset the client's."""
-    last = exchange.events[-len(texts) :]
-    return told([event.message for event in last]) == list(texts) and {event.id for event in last} == {None}
 
 
 # What is live

@@ -13,34 +13,15 @@ from mcp_session_store.records import EventKind
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance
+from tests.support.streams import old_client, one_more_turn, opened
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
     from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyLog, FaultyStore
-    from tests.support.instances import Instance, RequestContext
+    from tests.support.instances import RequestContext
 
 pytestmark = pytest.mark.anyio
-
-OLD = "2025-06-18"
-"""A protocol version whose clients know no priming events."""
-
-
-async def old_client(one: Instance) -> Client:
-    """A client of the older version, after its handshake."""
-    client = one.client(headers={"mcp-protocol-version": OLD})
-    await client.handshake({**INITIALIZE_PARAMS, "protocolVersion": OLD})
-    return client
-
-
-async def opened(client: Client, last_event_id: str | None = None) -> Exchange:
-    """A stream that is open: a fresh one has its first event."""
-    stream = client.open_stream(last_event_id)
-    await stream.start()
-    assert stream.status == 200, stream.body
-    if last_event_id is None:
-        await until(lambda: stream.last_event_id is not None)
-    return stream
 
 
 async def resumed_from(client: Client, position: int, ids: list[str], *texts: str) -> Exchange:
@@ -246,12 +227,6 @@ async def test_nothing_is_sent_before_it_is_stored(store: FaultyStore, log: Faul
             held.release()
         await hears(exchange, "a")
         assert log.stored(client.session_id)[1].message in {event.data for event in exchange.events}
-
-
-async def one_more_turn() -> None:
-    """Let everything happen that can."""
-    for _ in range(50):
-        await anyio.sleep(0)
 
 
 async def test_a_handshake_leaves_no_events(store: FaultyStore, log: FaultyLog, json_response: bool) -> None:

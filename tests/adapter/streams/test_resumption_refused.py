@@ -17,10 +17,10 @@ from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Following
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
 from mcp_session_store.testing import new_session
-from tests.adapter.streams.test_resumption import OLD, one_more_turn, opened
 from tests.support.asgi import Client, seen_by_a_client, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance, principal
+from tests.support.streams import OLD, one_more_turn, opened
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:

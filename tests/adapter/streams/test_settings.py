@@ -21,12 +21,11 @@ from mcp_session_store import (
     durable_app,
 )
 from mcp_session_store.retention import ENVIRONMENT_PREFIX
-from tests.adapter.streams.test_outages import away
-from tests.adapter.streams.test_resumption import opened
-from tests.adapter.test_frameworks import Events, Made
 from tests.support.asgi import Client, until
 from tests.support.faulty_stores import FaultyLog
+from tests.support.frameworks import Events, Made
 from tests.support.instances import Notes, instance, running
+from tests.support.streams import away, opened
 from tests.support.talking import Talking, told
 
 with warnings.catch_warnings():

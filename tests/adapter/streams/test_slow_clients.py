@@ -12,11 +12,10 @@ import pytest
 from mcp_session_store import EventPolicy, session_key
 from mcp_session_store.event_log import EVENT_PAGE
 from mcp_session_store.records import EventKind, NewEvent
-from tests.adapter.streams.test_outages import away
-from tests.adapter.streams.test_resumption import old_client, one_more_turn, opened
 from tests.support.asgi import PATIENCE, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance
+from tests.support.streams import away, old_client, one_more_turn, opened
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:

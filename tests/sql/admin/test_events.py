@@ -16,9 +16,9 @@ from mcp_session_store.sql.admin.events import EventDirectory
 from mcp_session_store.sql.admin.reader import decode_cursor
 from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionFilter
 from mcp_session_store.sql.schema.tables import logs_table
-from tests.sql.admin.test_sessions import _cursor, _Explain
 from tests.support.databases import events_swept, execute
-from tests.support.rows import insert_events, insert_rows, log_rows, session_row
+from tests.support.plans import Explain
+from tests.support.rows import cursor_of, insert_events, insert_rows, log_rows, session_row
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -97,10 +97,10 @@ async def test_a_log_whose_oldest_events_are_removed_is_not_left_out(database_ur
     [
         "",
         "nonsense",
-        _cursor("[]"),
-        _cursor('["logs", 1]'),
-        _cursor('["logs", 1, 2, "00000000000080008000000000000000"]'),
-        _cursor('["live", 1, "00000000000080008000000000000000"]'),
+        cursor_of("[]"),
+        cursor_of('["logs", 1]'),
+        cursor_of('["logs", 1, 2, "00000000000080008000000000000000"]'),
+        cursor_of('["live", 1, "00000000000080008000000000000000"]'),
     ],
 )
 async def test_what_is_no_cursor_of_the_list_is_refused(sqlite_url: str, cursor: str) -> None:
@@ -225,7 +225,7 @@ async def test_a_page_is_one_range_of_the_index_of_ages(database_url: str, page:
         statement = directory._page_statement(limit=21, after=position)
         async with directory._database.engine.connect() as connection:
             word = "EXPLAIN" if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
-            plan = "\n".join(str(row[-1]) for row in await connection.execute(_Explain(word, statement)))
+            plan = "\n".join(str(row[-1]) for row in await connection.execute(Explain(word, statement)))
     assert "ix_mcp_session_log_oldest" in plan, plan
     assert not any(word in plan for word in ("Seq Scan", "Sort", "TEMP B-TREE", "SCAN mcp")), plan
     # And its events are looked up.

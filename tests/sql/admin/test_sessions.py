@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
 import random
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
-from sqlalchemy.sql.expression import ClauseElement, Executable
 
 from mcp_session_store.errors import ConfigurationError, SchemaMissing, StoreUnavailable
 from mcp_session_store.records import Principal
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionFilter, SessionState, _decode
 from tests.support.databases import execute, sql_store
-from tests.support.rows import insert_rows, session_row
+from tests.support.plans import Explain
+from tests.support.rows import cursor_of, insert_rows, session_row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
-    import sqlalchemy as sa
-    from sqlalchemy.sql.compiler import SQLCompiler
 
 pytestmark = pytest.mark.anyio
 
@@ -158,10 +154,6 @@ async def test_the_rows_of_a_page_stay_what_they_were_whatever_the_clock_says(
         assert [session.key for session in page.sessions] == [row["key"] for row in rows[7:]]
 
 
-def _cursor(text: str) -> str:
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
-
-
 @pytest.mark.parametrize(
     "cursor",
     [
@@ -170,16 +162,16 @@ def _cursor(text: str) -> str:
         "nonsense",
         "é",
         "=",
-        _cursor("{}"),
-        _cursor("[]"),
-        _cursor('["live"]'),
-        _cursor('["live", 1, 2, "00000000000080008000000000000000"]'),
-        _cursor('["live", "1", "00000000000080008000000000000000"]'),
-        _cursor('["live", 1e300, "00000000000080008000000000000000"]'),
-        _cursor('["live", NaN, "00000000000080008000000000000000"]'),
-        _cursor('["live", 1, 5]'),
-        _cursor('["nothing", 1, "00000000000080008000000000000000"]'),
-        _cursor("[" * 20_000),
+        cursor_of("{}"),
+        cursor_of("[]"),
+        cursor_of('["live"]'),
+        cursor_of('["live", 1, 2, "00000000000080008000000000000000"]'),
+        cursor_of('["live", "1", "00000000000080008000000000000000"]'),
+        cursor_of('["live", 1e300, "00000000000080008000000000000000"]'),
+        cursor_of('["live", NaN, "00000000000080008000000000000000"]'),
+        cursor_of('["live", 1, 5]'),
+        cursor_of('["nothing", 1, "00000000000080008000000000000000"]'),
+        cursor_of("[" * 20_000),
     ],
 )
 async def test_what_is_no_cursor_is_refused(sqlite_url: str, cursor: str) -> None:
@@ -365,21 +357,6 @@ def large_url(migrated_url: str) -> str:
     return migrated_url
 
 
-class _Explain(Executable, ClauseElement):
-    """A statement with a word before it that makes the database tell how it would run it."""
-
-    inherit_cache = False
-
-    def __init__(self, word: str, statement: sa.Select[Any]) -> None:
-        self.word = word
-        self.statement = statement
-
-
-@compiles(_Explain)
-def _compile_explain(element: _Explain, compiler: SQLCompiler, **options: Any) -> str:
-    return f"{element.word} {compiler.process(element.statement, **options)}"
-
-
 CHOSEN: dict[str, dict[str, Any]] = {
     "ended": {},
     "client": {"client": "client-3"},
@@ -395,7 +372,7 @@ async def _plan(directory: SessionDirectory, which: SessionFilter, *, page: int)
     statement = directory._page_statement(which, first.as_of, limit=21, after=position)
     async with directory._database.engine.connect() as connection:
         word = "EXPLAIN" if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
-        return "\n".join(str(row[-1]) for row in await connection.execute(_Explain(word, statement)))
+        return "\n".join(str(row[-1]) for row in await connection.execute(Explain(word, statement)))
 
 
 def _reads_one_range(plan: str) -> bool:

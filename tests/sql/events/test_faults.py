@@ -14,8 +14,7 @@ from mcp_session_store.errors import SessionStoreError, StoreUnavailable
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.schema.tables import events_table, logs_table
 from mcp_session_store.testing import new_event, new_session
-from tests.sql.test_faults import behind_proxy
-from tests.support.databases import engine_of, execute, settled, sql_store
+from tests.support.databases import behind_proxy, engine_of, execute, settled, sql_store
 from tests.support.faults import breaking
 
 if TYPE_CHECKING:

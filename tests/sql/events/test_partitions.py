@@ -26,8 +26,8 @@ from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table
 from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.testing import new_event, new_session
-from tests.sql.test_plans import plan_of, statements_of
 from tests.support.databases import events_swept, execute, settled
+from tests.support.plans import plan_of, statements_of
 from tests.support.postgres import fresh_database
 from tests.support.sql_contracts import SqlEventLogConformance
 

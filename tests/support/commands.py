@@ -1,0 +1,51 @@
+"""The command line: how it is called, and what a test's fixtures for it give."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Mapping
+
+    from click.testing import Result
+
+    from tests.support.servers import ServerProcess
+
+COMMAND = [sys.executable, "-m", "mcp_session_store.cli"]
+
+UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
+"""A URL at which no database answers, with a password that may appear nowhere."""
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+"""A control sequence of a terminal."""
+
+
+class CommandFunction(Protocol):
+    """What the `command` fixture gives."""
+
+    def __call__(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+class ServeCommandFunction(Protocol):
+    """What the `serve_command` fixture gives."""
+
+    def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> ServerProcess: ...
+
+
+class InvokeFunction(Protocol):
+    """What the `invoke` fixture gives."""
+
+    def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Result: ...
+
+
+class TerminalFunction(Protocol):
+    """What the `terminal` fixture gives."""
+
+    def __call__(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, width: int = 80, typed: str = ""
+    ) -> tuple[int, str]: ...

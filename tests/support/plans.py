@@ -1,0 +1,80 @@
+"""The statements that a store sends, and how the database runs them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import ClauseElement, Executable
+
+from mcp_session_store.sql.dialects.compiled import Statement
+from tests.support.databases import engine_of, settled
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from sqlalchemy.sql.compiler import SQLCompiler
+
+    from mcp_session_store.sql import SqlSessionStore
+
+
+async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[Any]) -> str:
+    """How the database would run a statement: on Postgres both for its parameters, and whatever they are."""
+    async with engine_of(store).connect() as connection:
+        if connection.dialect.name == "sqlite":
+            rows = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", tuple(parameters))
+            return "\n".join(row.detail for row in rows)
+        rows = await connection.exec_driver_sql(f"EXPLAIN {statement}", tuple(parameters))
+        plan = [row[0] for row in rows]
+        if parameters:
+            await connection.exec_driver_sql("SET plan_cache_mode = force_generic_plan")
+            await connection.exec_driver_sql(f"PREPARE explained AS {statement}")
+            nulls = ", ".join("NULL" for _ in parameters)
+            plan += [row[0] for row in await connection.exec_driver_sql(f"EXPLAIN EXECUTE explained({nulls})")]
+            await connection.exec_driver_sql("DEALLOCATE explained")
+            await connection.exec_driver_sql("RESET plan_cache_mode")
+        return "\n".join(plan)
+
+
+async def statements_of(
+    store: SqlSessionStore, use: Callable[[SqlSessionStore], Awaitable[None]]
+) -> dict[str, Sequence[Any]]:
+    """What a store, and the log on it, send when they are used, with the parameters."""
+    seen: dict[str, Sequence[Any]] = {}
+
+    def remember(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        if "mcp_session" in statement:
+            seen[statement] = parameters
+
+    arguments_of = Statement.arguments
+
+    def remember_arguments(statement: Statement, parameters: dict[str, object]) -> list[object]:
+        # Those that go to the driver without SQLAlchemy.
+        arguments = seen[statement.text] = arguments_of(statement, parameters)
+        return arguments
+
+    sync_engine = engine_of(store).sync_engine
+    sa.event.listen(sync_engine, "before_cursor_execute", remember)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Statement, "arguments", remember_arguments)
+        await use(store)
+    sa.event.remove(sync_engine, "before_cursor_execute", remember)
+    await settled(store)
+    return seen
+
+
+class Explain(Executable, ClauseElement):
+    """A statement with a word before it that makes the database tell how it would run it."""
+
+    inherit_cache = False
+
+    def __init__(self, word: str, statement: sa.Select[Any]) -> None:
+        self.word = word
+        self.statement = statement
+
+
+@compiles(Explain)
+def _compile_explain(element: Explain, compiler: SQLCompiler, **options: Any) -> str:
+    return f"{element.word} {compiler.process(element.statement, **options)}"
