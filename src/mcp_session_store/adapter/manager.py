@@ -32,6 +32,7 @@ from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.replay.replay import Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
 from mcp_session_store.adapter.requests import may_initialize, read_body, replayed_receive, session_id_of
+from mcp_session_store.adapter.responses import MemoryFull, SessionNotFound
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.changes import ChangeWatch
@@ -39,9 +40,9 @@ from mcp_session_store.adapter.sessions.handshake import (
     DEFAULT_MAX_INITIALIZE_PARAMS,
     HANDSHAKE,
     Handshake,
-    HeldResponse,
 )
-from mcp_session_store.adapter.sessions.registry import MemoryFull, Residents
+from mcp_session_store.adapter.sessions.held_response import HeldResponse
+from mcp_session_store.adapter.sessions.registry import Residents
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
 from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.event_store import POSTED, SessionEvents
@@ -52,8 +53,6 @@ from mcp_session_store.errors import (
     ConfigurationError,
     JournalFull,
     RestoreRefused,
-    SchemaError,
-    SessionLimitReached,
     SessionStoreError,
     StoreUnavailable,
 )
@@ -121,10 +120,6 @@ DEFAULT_SWEEP_INTERVAL: Final = 60.0
 DEFAULT_INSTANCE_TIMEOUT: Final = 30.0
 RESTORE_ATTEMPTS: Final = 3
 """How often a restore begins anew because the record changed meanwhile."""
-
-
-class _NotFound(Exception):
-    """Unknown, ended, expired, of another namespace or principal: all the same to the client."""
 
 
 class _Restore:
@@ -428,7 +423,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         # The handshake's own answer promises durability.
         if may_initialize(message):
             handshake = Handshake()
-            held = HeldResponse(handshake, scope, receive, send, opening=False)
+            held = HeldResponse(handshake, session.session_id, scope, receive, send, opening=False)
             with _held_by(session, handshake, scope):
                 await held.answered_by(partial(session.transport.handle_request, scope, receive))
             return
@@ -462,7 +457,9 @@ class DurableSessionManager(sdk.ManagerSeams):
             return False
         response = await stream_refusal(request, self._security)
         if response is None:
-            response = responses.bad_event_id() if cursor is None else not_resumable(session.session_id, cursor)
+            response = (
+                responses.BAD_EVENT_ID.response() if cursor is None else not_resumable(session.session_id, cursor)
+            )
         await response(scope, receive, send)
         return True
 
@@ -474,21 +471,16 @@ class DurableSessionManager(sdk.ManagerSeams):
         if (refusal := await self._security.validate_request(request, is_post=request.method == "POST")) is not None:
             return refusal
         if request.method not in ("POST", "GET", "DELETE"):
-            return responses.method_not_allowed()
-        if len(session_id) > MAX_SESSION_ID or not SESSION_ID_PATTERN.fullmatch(session_id):
-            return _refused("not found", responses.session_not_found())
+            return responses.METHOD_NOT_ALLOWED.response()
         try:
+            if len(session_id) > MAX_SESSION_ID or not SESSION_ID_PATTERN.fullmatch(session_id):
+                raise SessionNotFound
             if request.method == "DELETE":
                 await self._delete(session_id, requestor)
                 return responses.session_ended(session_id)
             return await self._restored(session_id, requestor, scope)
-        except _NotFound:
-            return _refused("not found", responses.session_not_found())
-        except MemoryFull:
-            return _refused("too many sessions", responses.too_many_sessions())
         except Exception as error:
-            _log_unavailable(error)
-            return _refused("unavailable", responses.unavailable())
+            return responses.refuse(error, session_key(session_id)).response()
 
     # A new session
 
@@ -498,15 +490,16 @@ class DurableSessionManager(sdk.ManagerSeams):
         receive = replayed_receive(message, receive)
         # Nobody makes room for what opens no session.
         opens = scope["method"] == "POST" and may_initialize(message)
+        session_id = uuid4().hex
         try:
-            session = self._admit(uuid4().hex, requestor, may_evict=opens)
-        except MemoryFull:
-            await _refused("too many sessions", responses.too_many_sessions())(scope, receive, send)
+            session = self._admit(session_id, requestor, may_evict=opens)
+        except MemoryFull as error:
+            await responses.refuse(error, session_key(session_id)).response()(scope, receive, send)
             return
         # Until it is answered it is in use.
         session.pin()
         handshake = Handshake()
-        held = HeldResponse(handshake, scope, receive, send, opening=True)
+        held = HeldResponse(handshake, session.session_id, scope, receive, send, opening=True)
         scope[RESIDENT_SESSION] = session
 
         async def serve(send: Send) -> None:
@@ -549,13 +542,8 @@ class DurableSessionManager(sdk.ManagerSeams):
                 return True
             async with session.recording:
                 return await self._replace_handshake(session, session.record, params, version)
-        except SessionLimitReached as error:
-            logger.warning("a new session is refused: %s", error)
-            telemetry.refused.add(1, {"reason": "too many sessions"})
-            raise
         except Exception as error:
-            _log_unavailable(error)
-            telemetry.refused.add(1, {"reason": "unavailable"})
+            responses.refuse(error, session_key(session.session_id))
             raise
 
     async def _store_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> None:
@@ -610,7 +598,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             except JournalFull:
                 raise
             except Exception as error:
-                _log_unavailable(error)
+                responses.log_unavailable(error, session.record.key)
                 raise
             if revision is None:
                 await self._drop_not_live([session.record.key])
@@ -628,7 +616,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         """The session, resident and pinned.
 
         Raises:
-            _NotFound: To this requestor there is no such session.
+            SessionNotFound: To this requestor there is no such session.
             MemoryFull: Memory is full, and all of it in use.
             SessionStoreError: The store did not answer.
         """
@@ -647,7 +635,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def _record_of(self, session_id: str, requestor: AuthorizationContext | None) -> SessionRecord:
         record = await self.store.load(session_key(session_id))
         if record is None or record.principal != _principal(requestor):
-            raise _NotFound
+            raise SessionNotFound
         return record
 
     async def _join_restore(
@@ -686,7 +674,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             # Pinned for everybody who waits, before anything else can run: none of them meets a leaving copy.
             session.pin(restore.waiters)
             restore.session = session
-        except (_NotFound, MemoryFull, SessionStoreError) as failure:
+        except (SessionNotFound, MemoryFull, SessionStoreError) as failure:
             restore.failure = failure
         except Exception:
             logger.exception("a session could not be restored")
@@ -723,7 +711,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             try:
                 claimed = await self._replay(session, marker, record, journal, scope)
                 if restore.ended:
-                    raise _NotFound
+                    raise SessionNotFound
                 if not session.serving or session.gone.is_set():
                     raise StoreUnavailable("the server loop of a session ended while it was being restored")
                 if claimed.revision == record.revision:
@@ -761,7 +749,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         except RestoreRefused:
             await self.store.end(record.key, reason=EndReason.REFUSED)
             telemetry.ended.add(1, {"reason": EndReason.REFUSED.value})
-            raise _NotFound from None
+            raise SessionNotFound from None
 
     async def _replay(
         self,
@@ -788,10 +776,10 @@ class DurableSessionManager(sdk.ManagerSeams):
         if replay.failure is not None:
             # The record stays: in a rolling deploy other instances still serve the session.
             logger.warning("a session cannot be restored by this instance: %s", replay.failure)
-            raise _NotFound
+            raise SessionNotFound
         claimed = await self.store.claim(record.key, instance=self.instance, restores=record.restores)
         if claimed is None:
-            raise _NotFound
+            raise SessionNotFound
         return claimed
 
     # Ending
@@ -800,7 +788,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         """End a session for its principal, resident or not.
 
         Raises:
-            _NotFound: To this requestor there is no such session.
+            SessionNotFound: To this requestor there is no such session.
             SessionStoreError: The store did not answer, and the copy stays as it is.
         """
         done = anyio.Event()
@@ -832,7 +820,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         if not ended:
             # Somebody else has ended it.
             await self._drop_not_live([session_key(session_id)])
-            raise _NotFound
+            raise SessionNotFound
         session = self._residents.get(session_id)
         if session is not None:
             await self._residents.evict(session, answer=responses.SESSION_ENDED)
@@ -989,21 +977,6 @@ def _set_idle(store: SessionStore, session_idle_timeout: float | None) -> None:
 
 def _principal(owner: AuthorizationContext | None) -> Principal | None:
     return None if owner is None else Principal.of(**owner)
-
-
-def _log_unavailable(error: Exception) -> None:
-    """Say why a request gets 503."""
-    if isinstance(error, SchemaError):
-        logger.error("a request is refused, the session store cannot be used: %s", error)
-    elif isinstance(error, SessionStoreError):
-        logger.warning("a request is refused for now: %s", error)
-    else:
-        logger.error("a request is refused because of an unexpected error", exc_info=error)
-
-
-def _refused(reason: str, response: Response) -> Response:
-    telemetry.refused.add(1, {"reason": reason})
-    return response
 
 
 @contextlib.contextmanager

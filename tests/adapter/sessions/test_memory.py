@@ -12,7 +12,7 @@ from mcp.shared.exceptions import MCPError
 
 from mcp_session_store import EndReason, RestoreRefused, session_key
 from mcp_session_store.adapter import manager as manager_module
-from mcp_session_store.adapter.sessions.registry import MemoryFull
+from mcp_session_store.adapter.responses import MemoryFull
 from tests.support.asgi import Client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for

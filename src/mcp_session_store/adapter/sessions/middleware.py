@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, InitializeRequestParams
 
+from mcp_session_store.adapter.responses import SESSION_NOT_FOUND, UNAVAILABLE, answer_to
 from mcp_session_store.adapter.sessions.handshake import (
     Handshake,
     HandshakeOutcome,
@@ -15,7 +16,7 @@ from mcp_session_store.adapter.sessions.handshake import (
     negotiated_version,
 )
 from mcp_session_store.adapter.sessions.resident import resident_session
-from mcp_session_store.errors import JournalFull, SessionLimitReached
+from mcp_session_store.errors import JournalFull
 
 if TYPE_CHECKING:
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = ["install", "session_middleware"]
-
-_UNAVAILABLE: Final = "Session store unavailable; try again later"
-_NOT_FOUND: Final = "Session not found"
 
 
 def install(server: Server[Any]) -> None:
@@ -81,15 +79,13 @@ async def _store(
         raise MCPError(code=INTERNAL_ERROR, message="The server answered initialize without a protocolVersion")
     try:
         live = await session.recorder.record_handshake(session, params, version)
-    except SessionLimitReached as error:
-        handshake.settle(HandshakeOutcome.TOO_MANY)
-        raise MCPError(code=INTERNAL_ERROR, message="Too many open sessions") from error
     except Exception as error:
-        handshake.settle(HandshakeOutcome.UNAVAILABLE)
-        raise MCPError(code=INTERNAL_ERROR, message=_UNAVAILABLE) from error
+        answer = answer_to(error)
+        handshake.settle(answer)
+        raise MCPError(code=answer.code, message=answer.message) from error
     if not live:
-        handshake.settle(HandshakeOutcome.NOT_FOUND)
-        raise MCPError(code=INVALID_REQUEST, message=_NOT_FOUND)
+        handshake.settle(SESSION_NOT_FOUND)
+        raise MCPError(code=SESSION_NOT_FOUND.code, message=SESSION_NOT_FOUND.message)
     handshake.recorded = True
     return result
 
@@ -105,7 +101,7 @@ async def _journal(ctx: ServerRequestContext[Any, Any], call_next: CallNext, ses
     except JournalFull as error:
         raise MCPError(code=INVALID_REQUEST, message=str(error)) from error
     except Exception as error:
-        raise MCPError(code=INTERNAL_ERROR, message=_UNAVAILABLE) from error
+        raise MCPError(code=UNAVAILABLE.code, message=UNAVAILABLE.message) from error
     if not live:
-        raise MCPError(code=INVALID_REQUEST, message=_NOT_FOUND)
+        raise MCPError(code=SESSION_NOT_FOUND.code, message=SESSION_NOT_FOUND.message)
     return result

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mcp_session_store.adapter import telemetry
+from mcp_session_store.adapter.responses import MemoryFull
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
@@ -16,13 +17,9 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
-__all__ = ["MemoryFull", "Residents"]
+__all__ = ["Residents"]
 
 logger = logging.getLogger(__name__)
-
-
-class MemoryFull(Exception):
-    """There are as many copies as there may be, and all are in use."""
 
 
 class Residents:

@@ -20,6 +20,7 @@ from mcp_types import (
 
 from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.responses import UNAVAILABLE
 from mcp_session_store.adapter.sessions.handshake import HandshakeOutcome
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ class ResidentSession:
         finally:
             # Whatever waits for a decision of this loop gets one.
             for handshake in self.held:
-                handshake.settle(HandshakeOutcome.UNAVAILABLE)
+                handshake.settle(UNAVAILABLE)
             if self.replay is not None:
                 self.replay.cut_short("the server loop ended during the replay")
             self.gone.set()

@@ -7,7 +7,6 @@ and all that another instance says.
 from __future__ import annotations
 
 import logging
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp.server.streamable_http import GET_STREAM_KEY, check_accept_headers
@@ -23,7 +22,6 @@ from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.event_store import LOST, RESUMABLE_SINCE, TRIMMED, SessionEvents
 from mcp_session_store.adapter.streams.followers import Follower
 from mcp_session_store.adapter.streams.recorder import error_message
-from mcp_session_store.errors import SessionStoreError
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import session_key
 
@@ -85,19 +83,15 @@ async def serve_stream(
         try:
             if last_event_id is None:
                 is_open = is_followed or (events.live is not None and events.live.is_open(GET_STREAM_KEY))
-                response = responses.one_stream() if is_open else await open_stream(events, session_id=session_id)
+                response = (
+                    responses.ONE_STREAM.response() if is_open else await open_stream(events, session_id=session_id)
+                )
             elif (cursor := events.ids.read(last_event_id)) is None:
-                response = responses.bad_event_id()
+                response = responses.BAD_EVENT_ID.response()
             else:
                 response = await resume_stream(events, cursor, session_id=session_id, resumable=resumable)
-        except SessionStoreError as error:
-            logger.warning("a stream cannot be resumed for now: %s", error)
-            response = responses.unavailable()
-        except Exception:
-            logger.exception("a stream cannot be resumed because of an unexpected error")
-            response = responses.unavailable()
-        if response is not None and response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
-            telemetry.refused.add(1, {"reason": "unavailable"})
+        except Exception as error:
+            response = responses.refuse(error, events.key).response()
     if response is None:
         return False
     await response(scope, receive, send)
@@ -108,14 +102,14 @@ async def stream_refusal(request: Request, security: TransportSecurityMiddleware
     """What a GET is answered that the SDK's transport would not serve either; `None` for any other."""
     refusal = await security.validate_request(request, is_post=False)
     if refusal is None and not check_accept_headers(request)[1]:
-        refusal = responses.not_acceptable()
+        refusal = responses.NOT_ACCEPTABLE.response()
     return refusal
 
 
 def not_resumable(session_id: str, cursor: Cursor) -> Response:
     """The response to a client that comes back for a call where there is no event log."""
     if cursor.final:
-        return responses.stream_complete()
+        return responses.STREAM_COMPLETE.response()
     return last_words(EventIds(session_key(session_id)), cursor, NOT_RESUMABLE, reason="lost", session_id=session_id)
 
 
@@ -132,7 +126,7 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
         SessionStoreError: The log cannot be read.
     """
     if cursor.final:
-        return responses.stream_complete()
+        return responses.STREAM_COMPLETE.response()
     page = await events.recorder.log.read(events.key, cursor.stream, after=cursor.sequence)
     # What was said since the client left may still be on its way to a response that nobody reads.
     events.resumed(cursor)
@@ -141,7 +135,11 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
         if not cursor.standalone:
             telemetry.resumed.add(1, {"outcome": "trimmed"})
             return last_words(events.ids, cursor, TRIMMED, reason="trimmed", session_id=session_id)
-        return await open_stream(events, session_id=session_id) or responses.unavailable()
+        response = await open_stream(events, session_id=session_id)
+        if response is None:
+            telemetry.refused.add(1, {"reason": responses.UNAVAILABLE.reason})
+            response = responses.UNAVAILABLE.response()
+        return response
     stream = _Stream(events, cursor, page)
     first = {"retry": events.retry_interval} if resumable and events.retry_interval is not None else None
     return _response(stream.messages(first), session_id)
