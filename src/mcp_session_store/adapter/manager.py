@@ -31,7 +31,13 @@ from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.replay.replay import Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
-from mcp_session_store.adapter.requests import may_initialize, read_body, replayed_receive, session_id_of
+from mcp_session_store.adapter.requests import (
+    POSTED_BODY,
+    may_initialize,
+    read_body,
+    replayed_receive,
+    session_id_of,
+)
 from mcp_session_store.adapter.responses import MemoryFull, SessionNotFound
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
@@ -45,7 +51,7 @@ from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.registry import Residents
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
 from mcp_session_store.adapter.streams.event_ids import EventIds
-from mcp_session_store.adapter.streams.event_store import POSTED, SessionEvents
+from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Following
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
 from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream, stream_refusal
@@ -418,7 +424,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         message = await receive()
         if session.events is not None:
             message = await read_body(message, receive)
-            POSTED.set(message.get("body", b""))
+            POSTED_BODY.set(message.get("body", b""))
         receive = replayed_receive(message, receive)
         # The handshake's own answer promises durability.
         if may_initialize(message):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
 
-__all__ = ["may_initialize", "read_body", "replayed_receive", "session_id_of"]
+__all__ = ["POSTED_BODY", "may_initialize", "read_body", "replayed_receive", "session_id_of"]
+
+POSTED_BODY: Final[ContextVar[bytes]] = ContextVar("mcp_session_store.posted_body")
+"""Body of the POST that is being served, for the event store, to which the SDK gives a request id as text only."""
 
 
 def session_id_of(scope: Scope) -> str | None:

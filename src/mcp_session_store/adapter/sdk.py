@@ -7,7 +7,7 @@ import names the SDK versions that work, instead of failing later with a client 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from mcp.server import streamable_http_manager
 from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
@@ -27,15 +27,13 @@ if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectSendStream
     from fastmcp import FastMCP
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
-    from mcp.server.streamable_http import EventStore
+    from mcp.server.streamable_http import EventCallback, EventStore
     from mcp.shared._stream_protocols import ReadStream, WriteStream
     from mcp.shared.message import SessionMessage
-    from mcp_types import RequestId
+    from mcp_types import JSONRPCMessage, RequestId
     from starlette.applications import Starlette
     from starlette.types import Receive, Scope, Send
     from typing_extensions import TypeIs
-
-    from mcp_session_store.adapter.streams.event_store import SessionEvents
 
     MessageReadStream: TypeAlias = ReadStream[SessionMessage | Exception]
     MessageWriteStream: TypeAlias = WriteStream[SessionMessage]
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LiveStreams",
     "ManagerSeams",
+    "TransportEvents",
     "is_fastmcp",
     "make_transport",
     "mcp_endpoint",
@@ -136,8 +135,30 @@ class ManagerSeams(StreamableHTTPSessionManager):
         return self._lifespan_state
 
 
+class TransportEvents(Protocol):
+    """Events of one session, as a transport uses them: the SDK's `EventStore`, and what the SDK does not tell one."""
+
+    live: LiveStreams | None
+    """Open responses of the session's transport."""
+
+    async def prime(self, stream_id: str, protocol_version: str) -> dict[str, Any] | None:
+        """Begin the stream of a call; return its priming event as SSE, or `None` if the client is to get none."""
+
+    def can_come_back(self, stream_id: str) -> bool:
+        """Return whether the client of a stream may hold an event id to resume it with."""
+
+    def close_stream(self, stream_id: str) -> None:
+        """Close the responses that carry a stream beside the transport, because the server closes it."""
+
+    async def store_event(self, stream_id: str, message: JSONRPCMessage | None) -> str:
+        """See `EventStore.store_event`."""
+
+    async def replay_events_after(self, last_event_id: str, send_callback: EventCallback) -> str | None:
+        """See `EventStore.replay_events_after`."""
+
+
 def make_transport(
-    manager: ManagerSeams, session_id: str, events: SessionEvents | None
+    manager: ManagerSeams, session_id: str, events: TransportEvents | None
 ) -> StreamableHTTPServerTransport:
     """A transport of the SDK's for this session, configured as the manager would.
 
@@ -188,7 +209,7 @@ class LiveStreams:
         self._close(stream_id)
 
 
-def _begin_streams(transport: StreamableHTTPServerTransport, events: SessionEvents) -> None:
+def _begin_streams(transport: StreamableHTTPServerTransport, events: TransportEvents) -> None:
     """Have the session's events learn what the SDK does not tell an event store."""
     transport_seams: Any = transport
     events.live = LiveStreams(transport)

@@ -7,7 +7,6 @@ import json
 import logging
 import random
 import re
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -24,8 +23,10 @@ from mcp_types.version import is_version_at_least
 
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.requests import POSTED_BODY
+from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, TRIMMED, call_error
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
-from mcp_session_store.adapter.streams.recorder import CallStream, Outcome, error_message
+from mcp_session_store.adapter.streams.recorder import Outcome
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
 
@@ -37,18 +38,16 @@ if TYPE_CHECKING:
     from mcp_types import JSONRPCMessage, RequestId
 
     from mcp_session_store.adapter.sdk import LiveStreams
+    from mcp_session_store.adapter.streams.calls import CallStream
     from mcp_session_store.adapter.streams.recorder import EventRecorder
     from mcp_session_store.records import EventPage
 
-__all__ = ["POSTED", "RESUMABLE_SINCE", "SessionEvents"]
+__all__ = ["RESUMABLE_SINCE", "SessionEvents"]
 
 logger = logging.getLogger(__name__)
 
 RESUMABLE_SINCE: Final = "2025-11-25"
 """The protocol version from which on clients understand priming events, and come back for a stream."""
-
-POSTED: Final[ContextVar[bytes]] = ContextVar("mcp_session_store.posted")
-"""The body of the POST that is being served."""
 
 _INTEGER: Final = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
 
@@ -101,7 +100,7 @@ class SessionEvents(EventStore):
         """
         if not self.active:
             return None
-        request_id, method = _call_of(stream_id, POSTED.get(b""))
+        request_id, method = _call_of(stream_id, POSTED_BODY.get(b""))
         if method == "initialize" or not fits(request_id):
             return None
         resumable = is_version_at_least(protocol_version, RESUMABLE_SINCE)
@@ -176,7 +175,7 @@ class SessionEvents(EventStore):
                     message = jsonrpc_message_adapter.validate_json(event.message, by_name=False)
                     await send_callback(EventMessage(message, self.ids.write(cursor)))
             if misses:
-                text = error_message(cursor.request_id, TRIMMED, code=CONNECTION_CLOSED, reason="trimmed")
+                text = call_error(cursor.request_id, TRIMMED, code=CONNECTION_CLOSED, reason="trimmed")
                 message = jsonrpc_message_adapter.validate_json(text, by_name=False)
                 cursor = cursor.at(sequence=cursor.sequence, final=True)
                 await send_callback(EventMessage(message, self.ids.write(cursor)))
@@ -282,7 +281,7 @@ class SessionEvents(EventStore):
         self._all_recorded()
 
     async def _lose(self, stream: CallStream) -> None:
-        text = error_message(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
+        text = call_error(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
         await self.recorder.record(self.key, stream.next_event(EventKind.ERROR, text), give=lambda _: False)
         self._is_recorded(stream)
 
@@ -317,7 +316,7 @@ class SessionEvents(EventStore):
             report_failure("events", error)
             if stream is None or not kind.final:
                 return ""
-            kind, text = EventKind.ERROR, error_message(stream.request_id, NOT_JSON, reason="lost")
+            kind, text = EventKind.ERROR, call_error(stream.request_id, NOT_JSON, reason="lost")
         if stream is None:
             self._position += 1
             event = NewEvent(stream=STANDALONE_STREAM, position=self._position, kind=kind, message=text)
@@ -372,11 +371,6 @@ class SessionEvents(EventStore):
     def _cut(self, stream_id: str) -> None:
         if self.live is not None:
             self.live.close(stream_id)
-
-
-NOT_JSON: Final = "The answer to the call cannot be written as JSON."
-TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."
-LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
 
 
 def _kind_of(message: JSONRPCMessage | None) -> EventKind:

@@ -13,10 +13,10 @@ from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import anyio
-from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, RequestId
 
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import Wake, report_failure, run_every
+from mcp_session_store.adapter.streams.calls import CallStream, call_error
 from mcp_session_store.errors import SchemaError, StoreUnavailable
 from mcp_session_store.event_log import NO_SESSION, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent, instance_name, message_bytes
@@ -24,10 +24,12 @@ from mcp_session_store.records import EventKind, NewEvent, instance_name, messag
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from mcp_types import RequestId
+
     from mcp_session_store.adapter.streams.followers import Following
     from mcp_session_store.event_log import EventLog
 
-__all__ = ["CallStream", "EventRecorder", "Outcome", "Recorded", "error_message", "sweep_events"]
+__all__ = ["EventRecorder", "Outcome", "Recorded", "sweep_events"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,36 +71,6 @@ class Recorded:
 
     outcome: Outcome
     sequence: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class CallStream:
-    """The stream of one call that runs in this instance."""
-
-    key: UUID
-    """Its session."""
-    name: str
-    request_id: RequestId
-    resumable: bool
-    """Whether its client comes back for what it misses."""
-    identified: bool = False
-    """Whether its client may have been given an id to come back with."""
-    answer: NewEvent | None = None
-    """Its last event, once there is one; until it is known to be stored it may be, or not."""
-    position: int = 0
-    """Of the next event."""
-    previous: int = -1
-    """Of the last one that a reader must have seen."""
-    under_way: int = 0
-    """How many of its events are on their way to the log."""
-    quiet: bool = False
-    """Whether nothing of it was stored since it was last looked."""
-
-    def next_event(self, kind: EventKind, message: str | None) -> NewEvent:
-        """An event that follows all others of the call."""
-        position = self.position
-        self.position += 1
-        return NewEvent(stream=self.name, position=position, previous=self.previous, kind=kind, message=message)
 
 
 @dataclass(slots=True)
@@ -230,7 +202,7 @@ class EventRecorder:
         """What a client gets that comes back for an answer which cannot be had any more."""
         stream = self.unfinished.get(event.stream)
         request_id = None if stream is None else stream.request_id
-        text = error_message(request_id, f"The answer to the call could not be kept: {reason}", reason="lost")
+        text = call_error(request_id, f"The answer to the call could not be kept: {reason}", reason="lost")
         # Whoever missed others before it is told this all the same.
         return replace(event, previous=-1, kind=EventKind.ERROR, message=text)
 
@@ -416,19 +388,6 @@ async def sweep_events(log: EventLog) -> None:
             return
         # Half of the time is for the requests.
         await anyio.sleep(anyio.current_time() - began)
-
-
-def error_message(request_id: RequestId | None, message: str, *, code: int = INTERNAL_ERROR, reason: str) -> str:
-    """A JSON-RPC error that ends a call, as JSON text.
-
-    Args:
-        request_id: The call's.
-        message: For people.
-        code: For programs.
-        reason: For programs that know this package: in the error's data.
-    """
-    error = ErrorData(code=code, message=message, data={"reason": reason})
-    return JSONRPCError(jsonrpc="2.0", id=request_id, error=error).model_dump_json(by_alias=True, exclude_unset=True)
 
 
 def _place(event: NewEvent) -> tuple[str, int]:

@@ -18,10 +18,10 @@ from starlette.requests import Request
 
 from mcp_session_store.adapter import responses, telemetry
 from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.streams.calls import LOST, NOT_RESUMABLE, TRIMMED, call_error
 from mcp_session_store.adapter.streams.event_ids import EventIds
-from mcp_session_store.adapter.streams.event_store import LOST, RESUMABLE_SINCE, TRIMMED, SessionEvents
+from mcp_session_store.adapter.streams.event_store import RESUMABLE_SINCE, SessionEvents
 from mcp_session_store.adapter.streams.followers import Follower
-from mcp_session_store.adapter.streams.recorder import error_message
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import session_key
 
@@ -45,8 +45,6 @@ STAY: Final = 60.0
 """Seconds for which all others wait to be woken: by an event, by the loss of an instance, by their end."""
 RETRY: Final = 1.0
 """Seconds after which the log is read again that could not be."""
-
-NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
 
 
 async def serve_stream(
@@ -175,7 +173,7 @@ def _response(messages: AsyncIterator[dict[str, Any]], session_id: str) -> Respo
 
 
 def _terminal(ids: EventIds, cursor: Cursor, message: str, reason: str) -> dict[str, Any]:
-    data = error_message(cursor.request_id, message, code=CONNECTION_CLOSED, reason=reason)
+    data = call_error(cursor.request_id, message, code=CONNECTION_CLOSED, reason=reason)
     return {"event": "message", "data": data, "id": ids.write(cursor.at(sequence=cursor.sequence, final=True))}
 
 

@@ -1,0 +1,66 @@
+"""Streams of the calls that run in this instance, and the JSON-RPC errors that end a call in place of an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, RequestId
+
+from mcp_session_store.records import NewEvent
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from mcp_session_store.records import EventKind
+
+__all__ = ["LOST", "NOT_JSON", "NOT_RESUMABLE", "TRIMMED", "CallStream", "call_error"]
+
+LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
+NOT_JSON: Final = "The answer to the call cannot be written as JSON."
+NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
+TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."
+
+
+@dataclass(slots=True, eq=False)
+class CallStream:
+    """Stream of one call that runs in this instance."""
+
+    key: UUID
+    """Key of the call's session."""
+    name: str
+    """Name of the stream, unique among all calls of all instances."""
+    request_id: RequestId
+    resumable: bool
+    """Whether the call's client comes back for what it misses."""
+    identified: bool = False
+    """Whether the client may have an event id to come back with."""
+    answer: NewEvent | None = None
+    """Last event of the call, once there is one. Until the log has confirmed it, it may be stored or not."""
+    position: int = 0
+    """Position of the next event."""
+    previous: int = -1
+    """Position of the last event that a reader must have seen."""
+    under_way: int = 0
+    """Number of the call's events that are on their way to the log."""
+    quiet: bool = False
+    """Whether nothing of it was stored since it was last looked."""
+
+    def next_event(self, kind: EventKind, message: str | None) -> NewEvent:
+        """Return an event that follows all others of the call."""
+        position = self.position
+        self.position += 1
+        return NewEvent(stream=self.name, position=position, previous=self.previous, kind=kind, message=message)
+
+
+def call_error(request_id: RequestId | None, message: str, *, code: int = INTERNAL_ERROR, reason: str) -> str:
+    """Return a JSON-RPC error that ends a call, as JSON text.
+
+    Args:
+        request_id: Id of the call.
+        message: Text for people.
+        code: JSON-RPC error code.
+        reason: Word for programs that know this package, in the error's data.
+    """
+    error = ErrorData(code=code, message=message, data={"reason": reason})
+    return JSONRPCError(jsonrpc="2.0", id=request_id, error=error).model_dump_json(by_alias=True, exclude_unset=True)
