@@ -107,8 +107,8 @@ async def test_a_page_has_no_gap_though_events_are_removed_while_it_is_read(
             except StopIteration as done:
                 return done.value
 
-        dialect_run = log._events._dialect.run
-        monkeypatch.setattr(log._events._dialect, "run", run)
+        dialect_run = store.database.dialect.run
+        monkeypatch.setattr(store.database.dialect, "run", run)
         page = await log.read(key, "instance.1", after=first - 1, limit=3)
         assert page is not None
         assert removed

@@ -11,7 +11,7 @@ from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.admin.partitions import Partition, partitions_of
 from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT, NO_CURSOR, Reader, decode_cursor, encode_cursor
 from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength
-from mcp_session_store.sql.events.trim import left_of
+from mcp_session_store.sql.events.trim import remaining_columns
 from mcp_session_store.sql.schema.tables import events_table, instances_table, logs_table
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
@@ -280,7 +280,7 @@ class EventDirectory(Reader):
 
     def _select(self) -> sa.Select[Any]:
         c = self._logs.c
-        left = [value.label(f"left_{name}") for name, value in left_of(self._logs, self._events).items()]
+        left = [value.label(f"left_{name}") for name, value in remaining_columns(self._logs, self._events).items()]
         return sa.select(c.key, c.sequence, c.total_bytes, c.oldest_at.label("noted_at"), *left)
 
     def _stored(self, row: Any) -> StoredLog:

@@ -1,4 +1,4 @@
-"""The statements on the events of sessions: storing them in order, and reading them page by page."""
+"""Storing the events of sessions: each log grows under its lock, so that commit order is sequence order."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
-from mcp_session_store.records import EventKind, EventPage, StoredEvent
-from mcp_session_store.sql.dialects.functions import ONE, NotLookedUp, StoreClock
+from mcp_session_store.sql.dialects.functions import NotLookedUp, StoreClock
+from mcp_session_store.sql.events.tail import notification
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.sessions.statements import live
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from uuid import UUID
 
     from sqlalchemy.sql.dml import ReturningUpdate
@@ -24,113 +24,52 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.dialects.compiled import Statement, Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["Append", "Events", "Grown", "Read"]
+__all__ = ["Append", "EventWriter", "LogState"]
 
 _as_number: Final = attrgetter("int")
-
-PAGE_BYTES: Final = 1024**2
-"""Bytes of messages, of all streams, between the first event of a page and the last."""
-WINDOW: Final = 4
-"""How many events of a session, of any stream, are looked through first for each that a page has room for."""
-FOLLOWED_FOR: Final = 120.0
-"""Seconds for which a session that is followed is hinted at."""
 
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Events that are to be stored together."""
+    """Events of one session that are stored together."""
 
     key: UUID
     events: Sequence[NewEvent]
     sizes: Sequence[int]
-    """The bytes of each."""
+    """Bytes of each event's message."""
     again: bool = False
-    """Whether they may have been stored before."""
+    """Whether a call before this one may have stored them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """One page that is to be read."""
-
-    key: UUID
-    stream: str
-    after: int
-    limit: int
-
-
-class Grown(NamedTuple):
-    """A log in which events have just been stored."""
+class LogState(NamedTuple):
+    """State of a log after events were stored in it."""
 
     sequence: int
-    """Of the newest event."""
+    """Sequence of the newest event."""
     kept: int
-    """How many events there are."""
+    """Number of events that are kept."""
     kept_bytes: int
     total_bytes: int
-    """Of all messages that were ever stored."""
+    """Bytes of all messages that were ever stored."""
 
 
-class Events:
-    """Stores and reads the events of the sessions of one namespace.
+class EventWriter:
+    """Stores the events of the sessions of one namespace.
 
     Args:
-        dialect: The database they are in.
-        schema: Where the tables are; the connection's default unless given.
-        namespace: Whose sessions.
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace of the sessions.
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
         self._dialect = dialect
-        logs, events, sessions = logs_table(schema), events_table(schema), sessions_table(schema)
-        name = sa.literal(namespace, sa.Text)
-        mine = NotLookedUp(logs.c.namespace) == name
-        now = StoreClock()
-
-        def live_session(key: sa.ColumnElement[Any]) -> sa.Select[Any]:
-            return sa.select(sessions.c.key).where(sessions.c.key == key, live(sessions, name, now))
+        self._logs, self._events, self._sessions = logs_table(schema), events_table(schema), sessions_table(schema)
+        self._namespace = sa.literal(namespace, sa.Text)
 
         self._started = dialect.batch("started", {"key": sa.Uuid()})
-        # Locked, so that a session that ends meanwhile does so before, or waits and takes its log along.
-        started = self._started.found(lambda started: live_session(started.key).with_for_update(read=True)).subquery()
-        nothing = sa.literal(0)
-        values = {
-            "key": started.c.key,
-            "namespace": name,
-            "sequence": nothing,
-            "total_bytes": nothing,
-            "trimmed": nothing,
-            "trimmed_bytes": nothing,
-        }
-        self._start = dialect.often(dialect.insert_if_absent(logs, list(values), sa.select(*values.values())))
-
+        self._start = dialect.often(self._start_statement())
         self._growths = dialect.batch("grown", {"key": sa.Uuid(), "events": sa.BigInteger(), "bytes": sa.BigInteger()})
-        may_grow = mine & live_session(logs.c.key).exists()
-        growing = self._growths.found(
-            lambda grown: sa.select(logs.c.key).where(logs.c.key == grown.key, may_grow).with_for_update(of=logs)
-        ).cte("locked")
-
-        def grown(number: sa.ColumnElement[int], size: sa.ColumnElement[int], *which: Any) -> ReturningUpdate[Any]:
-            return (
-                sa.update(logs)
-                .where(*which)
-                .values(
-                    sequence=logs.c.sequence + number,
-                    total_bytes=logs.c.total_bytes + size,
-                    oldest_at=sa.func.coalesce(logs.c.oldest_at, now, type_=logs.c.oldest_at.type),
-                )
-                .returning(
-                    logs.c.key,
-                    logs.c.sequence,
-                    (logs.c.sequence - logs.c.trimmed).label("kept"),
-                    (logs.c.total_bytes - logs.c.trimmed_bytes).label("kept_bytes"),
-                    logs.c.total_bytes,
-                    logs.c.followed_until,
-                )
-            )
-
-        many = grown(growing.c.events, growing.c.bytes, logs.c.key == growing.c.key)
-        by = [sa.bindparam(name, type_=sa.BigInteger) for name in ("grown_events", "grown_bytes")]
-        one = grown(*by, logs.c.key == sa.bindparam("grown_key", type_=sa.Uuid), may_grow)
         # Each says how far it lies behind what its log has grown to.
         self._added = dialect.batch(
             "added",
@@ -145,96 +84,90 @@ class Events:
                 "message": sa.Text(),
             },
         )
+        # A lone event is the most frequent case; Postgres plans a statement with arrays anew for so few.
+        growths = self._growth_of_many(), self._growth_of_one()
         self._store: Statement | None = None
-        """Where one statement does it all, it is `_grow`."""
+        """Inserts the events; `None` where `_grow` does."""
         if dialect.changes_in_with:
-            # A lone event is the most frequent case; Postgres plans a statement with arrays anew for so few.
-            self._grow, self._grow_one = (
-                dialect.often(self._all_at_once(events, change.cte("changed"), now)) for change in (many, one)
-            )
+            self._grow, self._grow_one = (dialect.often(self._with_events(growth.cte("changed"))) for growth in growths)
         else:
-            self._grow, self._grow_one = dialect.often(many), dialect.often(one)
-            # Row by row, with the values that the log has grown to: there it is the fastest way.
-            given = {column.name: sa.bindparam(f"new_{column.name}", type_=column.type) for column in events.c}
-            self._store = dialect.often(sa.insert(events).values(given | {"created_at": now}))
+            self._grow, self._grow_one = map(dialect.often, growths)
+            self._store = dialect.often(self._insertion_by_row())
 
         self._sought = dialect.batch("sought", {"key": sa.Uuid(), "stream": sa.Text(), "position": sa.BigInteger()})
-        sought = self._sought.c
-        # Nothing is changed while it is locked: whoever is about to store an event has stored it then.
-        self._await = dialect.often(
-            self._sought.found(lambda sought: sa.select(logs.c.key).where(logs.c.key == sought.key).with_for_update())
-        )
-        # From the newest on: what may have been stored was not long ago.
-        there = (
-            sa.select(events.c.sequence)
-            .where(
-                events.c.key == sought.key, events.c.stream == sought.stream, events.c.position == sought.position, mine
-            )
-            .join(logs, logs.c.key == events.c.key)
-            .order_by(events.c.sequence.desc())
-            .limit(1)
-        )
-        self._find = dialect.often(
-            sa.select(sought.key, sought.stream, sought.position, there.scalar_subquery().label("sequence"))
-        )
+        self._await = dialect.often(self._await_statement())
+        self._find = dialect.often(self._find_statement())
 
-        wanted = (
-            events.c.key == sa.bindparam("read_key", type_=sa.Uuid),
-            events.c.sequence > sa.bindparam("read_after", type_=sa.BigInteger),
-            # A range, or the planner of Postgres may read and sort all that follows.
-            events.c.sequence <= sa.bindparam("read_up_to", type_=sa.BigInteger),
-            events.c.stream == sa.bindparam("read_stream", type_=sa.Text),
-        )
-        # Where room ends, known before any message is read: those of other streams count, too.
-        filled = sa.select(events.c.total_bytes + PAGE_BYTES).where(*wanted).order_by(events.c.sequence).limit(ONE)
-        page = (
-            sa.select(
-                events.c.sequence,
-                events.c.position,
-                events.c.previous,
-                events.c.kind,
-                events.c.message,
-            )
-            .where(*wanted, events.c.total_bytes <= filled.scalar_subquery())
-            .order_by(events.c.sequence)
-            .limit(sa.bindparam("read_limit", type_=sa.Integer))
-            .subquery("page")
-        )
-        oldest = (
-            sa.select(events.c.sequence)
-            .where(events.c.key == sa.bindparam("read_key", type_=sa.Uuid))
-            .order_by(events.c.sequence)
-            .limit(ONE)
-        )
-        # One statement: what it tells of the log is as old as the events.
-        self._read = dialect.often(
-            sa.select(
-                logs.c.sequence.label("last"),
-                sa.func.coalesce(oldest.scalar_subquery(), logs.c.sequence + 1).label("first"),
-                (logs.c.total_bytes > filled.scalar_subquery()).label("is_full"),
-                *page.c,
-            )
-            .select_from(logs.outerjoin(page, sa.true()))
-            .where(logs.c.key == sa.bindparam("read_key", type_=sa.Uuid), mine)
-            .order_by(page.c.sequence)
-        )
+    def _live_session(self, key: sa.ColumnElement[Any]) -> sa.Select[Any]:
+        sessions = self._sessions
+        return sa.select(sessions.c.key).where(sessions.c.key == key, live(sessions, self._namespace, StoreClock()))
 
-        self._heads = dialect.batch("head", {"key": sa.Uuid()})
-        self._head = sa.select(logs.c.key, logs.c.sequence).where(self._heads.among(logs.c.key), mine)
-        soon = sa.or_(logs.c.followed_until.is_(None), logs.c.followed_until < StoreClock(FOLLOWED_FOR / 2))
-        following = self._heads.found(
-            lambda head: sa.select(logs.c.key).where(logs.c.key == head.key, mine, soon).with_for_update()
+    def _of_namespace(self) -> sa.ColumnElement[bool]:
+        return NotLookedUp(self._logs.c.namespace) == self._namespace
+
+    def _may_grow(self) -> sa.ColumnElement[bool]:
+        return self._of_namespace() & self._live_session(self._logs.c.key).exists()
+
+    def _start_statement(self) -> sa.Insert:
+        """Build the statement that makes the logs of live sessions that have none."""
+        # Locked, so that a session that ends meanwhile does so before, or waits and takes its log along.
+        started = self._started.found(
+            lambda started: self._live_session(started.key).with_for_update(read=True)
+        ).subquery()
+        nothing = sa.literal(0)
+        values = {
+            "key": started.c.key,
+            "namespace": self._namespace,
+            "sequence": nothing,
+            "total_bytes": nothing,
+            "trimmed": nothing,
+            "trimmed_bytes": nothing,
+        }
+        return self._dialect.insert_if_absent(self._logs, list(values), sa.select(*values.values()))
+
+    def _growth_of_many(self) -> ReturningUpdate[Any]:
+        logs = self._logs
+        growing = self._growths.found(
+            lambda grown: (
+                sa.select(logs.c.key).where(logs.c.key == grown.key, self._may_grow()).with_for_update(of=logs)
+            )
         ).cte("locked")
-        self._follow = (
-            sa.update(logs).where(logs.c.key == following.c.key).values(followed_until=StoreClock(FOLLOWED_FOR))
+        return self._growth(growing.c.events, growing.c.bytes, logs.c.key == growing.c.key)
+
+    def _growth_of_one(self) -> ReturningUpdate[Any]:
+        events, size = (sa.bindparam(name, type_=sa.BigInteger) for name in ("grown_events", "grown_bytes"))
+        is_it = self._logs.c.key == sa.bindparam("grown_key", type_=sa.Uuid)
+        return self._growth(events, size, is_it, self._may_grow())
+
+    def _growth(
+        self, number: sa.ColumnElement[int], size: sa.ColumnElement[int], *which: sa.ColumnElement[bool]
+    ) -> ReturningUpdate[Any]:
+        """Build the statement that makes room for events in logs, and returns the key and state of each."""
+        logs = self._logs
+        return (
+            sa.update(logs)
+            .where(*which)
+            .values(
+                sequence=logs.c.sequence + number,
+                total_bytes=logs.c.total_bytes + size,
+                oldest_at=sa.func.coalesce(logs.c.oldest_at, StoreClock(), type_=logs.c.oldest_at.type),
+            )
+            .returning(
+                logs.c.key,
+                logs.c.sequence,
+                (logs.c.sequence - logs.c.trimmed).label("kept"),
+                (logs.c.total_bytes - logs.c.trimmed_bytes).label("kept_bytes"),
+                logs.c.total_bytes,
+                logs.c.followed_until,
+            )
         )
 
-    def _all_at_once(self, events: sa.Table, changed: sa.CTE, now: StoreClock) -> sa.Select[Any]:
-        """A statement that lets logs grow, stores what they grow by, and tells of it."""
-        returned = (changed.c[name] for name in ("key", "sequence", "kept", "kept_bytes", "total_bytes"))
-        return sa.select(*returned, *self._told(changed)).add_cte(self._stored(events, changed, now).cte("stored"))
+    def _with_events(self, grown: sa.CTE) -> sa.Select[Any]:
+        """Build the statement that lets logs grow, stores the events that they grow by, and notifies of them."""
+        state = (grown.c[name] for name in ("key", "sequence", "kept", "kept_bytes", "total_bytes"))
+        return sa.select(*state, *notification(self._dialect, grown)).add_cte(self._insertion(grown).cte("stored"))
 
-    def _stored(self, events: sa.Table, grown: sa.FromClause, now: StoreClock) -> sa.Insert:
+    def _insertion(self, grown: sa.CTE) -> sa.Insert:
         added = self._added.c
         values = {
             "key": added.key,
@@ -245,20 +178,48 @@ class Events:
             "kind": added.kind,
             "message": added.message,
             "total_bytes": grown.c.total_bytes - added.bytes_behind,
-            "created_at": now,
+            "created_at": StoreClock(),
         }
         rows = sa.select(*values.values()).join_from(self._added.rows, grown, grown.c.key == added.key)
-        return sa.insert(events).from_select(list(values), rows)
+        return sa.insert(self._events).from_select(list(values), rows)
 
-    def _told(self, grown: sa.CTE) -> list[sa.ColumnElement[Any]]:
-        """Tell of those that somebody follows: as a column, because what nobody reads does not run."""
-        channel = self._dialect.event_channel
-        if channel is None:
-            return []
-        followed = channel.notification(grown.c.key).where(grown.c.followed_until > StoreClock())
-        return [sa.cast(followed.scalar_subquery(), sa.Text).label("told")]
+    def _insertion_by_row(self) -> sa.Insert:
+        # Row by row, with the values that the log has grown to: there it is the fastest way.
+        events = self._events
+        given = {column.name: sa.bindparam(f"new_{column.name}", type_=column.type) for column in events.c}
+        return sa.insert(events).values(given | {"created_at": StoreClock()})
 
-    async def append(self, attempt: Attempt, appends: Sequence[Append]) -> tuple[list[int | None], dict[UUID, Grown]]:
+    def _await_statement(self) -> sa.Select[Any]:
+        """Build the statement that waits for the transactions which store events in these logs.
+
+        It changes nothing while it holds the locks: once it has them, those events are stored.
+        """
+        logs = self._logs
+        return self._sought.found(
+            lambda sought: sa.select(logs.c.key).where(logs.c.key == sought.key).with_for_update()
+        )
+
+    def _find_statement(self) -> sa.Select[Any]:
+        """Build the statement that looks for events by stream and position."""
+        logs, events, sought = self._logs, self._events, self._sought.c
+        # From the newest on: what may have been stored was not long ago.
+        there = (
+            sa.select(events.c.sequence)
+            .where(
+                events.c.key == sought.key,
+                events.c.stream == sought.stream,
+                events.c.position == sought.position,
+                self._of_namespace(),
+            )
+            .join(logs, logs.c.key == events.c.key)
+            .order_by(events.c.sequence.desc())
+            .limit(1)
+        )
+        return sa.select(sought.key, sought.stream, sought.position, there.scalar_subquery().label("sequence"))
+
+    async def append(
+        self, attempt: Attempt, appends: Sequence[Append]
+    ) -> tuple[list[int | None], dict[UUID, LogState]]:
         """Store events of any number of sessions.
 
         Returns:
@@ -269,7 +230,7 @@ class Events:
 
     def _append(
         self, appends: Sequence[Append], *, repeated: bool
-    ) -> Steps[tuple[list[int | None], dict[UUID, Grown]]]:
+    ) -> Steps[tuple[list[int | None], dict[UUID, LogState]]]:
         first: list[int | None] = [None] * len(appends)
         if sought := [number for number, append in enumerate(appends) if repeated or append.again]:
             yield from self._find_among(appends, sought, first)
@@ -298,7 +259,7 @@ class Events:
                     first[number] = sequence
         return first, by_key
 
-    def _append_to_logs(self, wanted: Mapping[object, Sequence[Append]]) -> Steps[dict[object, Grown]]:
+    def _append_to_logs(self, wanted: Mapping[object, Sequence[Append]]) -> Steps[dict[object, LogState]]:
         growths: list[tuple[object, int, int]] = []
         added: list[tuple[object, int, int, str, int, int, str, str | None]] = []
         for key, appends in wanted.items():
@@ -320,14 +281,14 @@ class Events:
         if self._store is None:
             parameters |= self._added.parameters(added)
         rows = yield grow, parameters
-        grown = {row[0]: Grown(*row[1:5]) for row in rows}
+        grown = {row[0]: LogState(*row[1:5]) for row in rows}
         if self._store is not None and grown:
             yield self._store, [self._new_event(log, *event) for event in added if (log := grown.get(event[0]))]
         return grown
 
     @staticmethod
     def _new_event(
-        log: Grown,
+        log: LogState,
         key: object,
         behind: int,
         bytes_behind: int,
@@ -361,52 +322,3 @@ class Events:
         there = {(key, stream, position): sequence for key, stream, position, sequence in rows}
         for number in numbers:
             first[number] = there.get(sought[number])
-
-    async def page(self, attempt: Attempt, read: Read) -> EventPage | None:
-        """Some events of one stream; `None` where the session has no log."""
-        return await self._dialect.run(attempt.connection, self._page(read), writes=False)
-
-    def _page(self, read: Read) -> Steps[EventPage | None]:
-        events: list[StoredEvent] = []
-        first = 0
-        after, window = read.after, WINDOW * read.limit
-        while True:
-            wanted = read.limit - len(events)
-            rows = yield (
-                self._read,
-                {
-                    "read_key": self._dialect.driver_key(read.key),
-                    "read_stream": read.stream,
-                    "read_after": after,
-                    "read_up_to": after + window,
-                    "read_limit": wanted + 1,
-                },
-            )
-            if not rows:
-                return None
-            last, oldest, is_full = rows[0][:3]
-            if events and oldest > after + 1:
-                # Removed between the two reads. The next page shows it.
-                return EventPage(events=events, more=True, first=first, last=last)
-            first = oldest
-            found = [_stored_event(*row[3:]) for row in rows if row[3] is not None]
-            events += found[:wanted]
-            more = is_full or len(found) > wanted
-            over = after + window >= last
-            if more or over or len(events) == read.limit:
-                return EventPage(events=events, more=more or not over, first=first, last=last)
-            # The stream is one of many: the next of its events may be far.
-            after, window = after + window, 4 * window
-
-    async def heads(self, attempt: Attempt, keys: Collection[UUID]) -> dict[UUID, int]:
-        """The sequence of the newest event of each session that has a log."""
-        parameters = self._heads.parameters([(key,) for key in keys])
-        return {row.key: row.sequence for row in await attempt.connection.execute(self._head, parameters)}
-
-    async def follow(self, attempt: Attempt, keys: Collection[UUID]) -> None:
-        """Have the next events of these sessions hinted at."""
-        await attempt.connection.execute(self._follow, self._heads.parameters([(key,) for key in sorted(keys)]))
-
-
-def _stored_event(sequence: int, position: int, previous: int, kind: str, message: str | None) -> StoredEvent:
-    return StoredEvent(sequence=sequence, position=position, previous=previous, kind=EventKind(kind), message=message)

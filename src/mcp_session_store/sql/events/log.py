@@ -14,8 +14,10 @@ from mcp_session_store.records import instance_name, message_bytes
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, Database
-from mcp_session_store.sql.events.append import Append, Events, Read
+from mcp_session_store.sql.events.append import Append, EventWriter
 from mcp_session_store.sql.events.instances import Instances
+from mcp_session_store.sql.events.read import EventReader, Read
+from mcp_session_store.sql.events.tail import LogTail
 from mcp_session_store.sql.events.trim import LOGS_PER_STEP, EventTrimming
 from mcp_session_store.sql.failures import hide_parameters, summary_of
 from mcp_session_store.sql.notifications import Listener
@@ -91,7 +93,9 @@ class SqlEventLog(EventLog):
             self._database = Database(where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
         self._namespace = namespace
         dialect, schema = self._database.dialect, self._database.schema
-        self._events = Events(dialect, schema=schema, namespace=namespace)
+        self._writer = EventWriter(dialect, schema=schema, namespace=namespace)
+        self._reader = EventReader(dialect, schema=schema, namespace=namespace)
+        self._tail = LogTail(dialect, schema=schema, namespace=namespace)
         self._trimming = EventTrimming(dialect, schema=schema, namespace=namespace, policy=self.policy)
         self._instances = Instances(dialect, schema=schema)
         self._listener = Listener(self._database, dialect.event_channel)
@@ -132,15 +136,15 @@ class SqlEventLog(EventLog):
 
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
         wanted = Read(key, stream, after, limit)
-        page: EventPage | None = await self._pages.submit(lambda attempt: self._events.page(attempt, wanted))
+        page: EventPage | None = await self._pages.submit(lambda attempt: self._reader.page(attempt, wanted))
         return page
 
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
-        return await self._ask(lambda attempt: self._events.heads(attempt, keys)) if keys else {}
+        return await self._ask(lambda attempt: self._tail.heads(attempt, keys)) if keys else {}
 
     async def follow(self, keys: Collection[UUID]) -> None:
         if keys and self._database.dialect.event_channel is not None:
-            await self._do(lambda attempt: self._events.follow(attempt, keys))
+            await self._do(lambda attempt: self._tail.follow(attempt, keys))
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
         """See `EventLog.listen`. On Postgres it takes a connection of its own, on SQLite there are no hints."""
@@ -174,8 +178,8 @@ class SqlEventLog(EventLog):
         return cast("_T", await self._chores.submit(call))
 
     async def _append_all(self, attempt: Attempt, appends: Sequence[Append]) -> list[int | None]:
-        first, grown = await self._events.append(attempt, appends)
-        if exceeded := [key for key, log in grown.items() if self._trimming.exceeded(log.kept, log.kept_bytes)]:
+        first, logs = await self._writer.append(attempt, appends)
+        if exceeded := [key for key, log in logs.items() if self._trimming.exceeded(log.kept, log.kept_bytes)]:
             try:
                 await self._trim(attempt, exceeded)
             except Exception as error:

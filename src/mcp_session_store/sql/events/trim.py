@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["LOGS_PER_STEP", "EventTrimming", "left_of"]
+__all__ = ["LOGS_PER_STEP", "EventTrimming", "remaining_columns"]
 
 LOGS_PER_STEP: Final = 100
 """Sessions whose events one step of a sweep removes."""
@@ -26,7 +26,7 @@ KEPT: Final = 0.9
 """What part of a log's limit is left when it is exceeded: so it is looked at once for every tenth of the limit."""
 
 
-def left_of(logs: sa.Table, events: sa.Table) -> dict[str, sa.ColumnElement[Any]]:
+def remaining_columns(logs: sa.Table, events: sa.Table) -> dict[str, sa.ColumnElement[Any]]:
     """What a log is to say about the events that were removed, by name of its columns.
 
     By what is there: the oldest may be gone in other ways, with a partition that was dropped.
@@ -47,7 +47,7 @@ def _bytes_before(events: sa.Table) -> sa.ColumnElement[int]:
     return events.c.total_bytes - sa.func.coalesce(ByteLength(events.c.message), 0)
 
 
-class Trimmed(NamedTuple):
+class TrimResult(NamedTuple):
     """What was removed of some logs."""
 
     logs: int
@@ -121,7 +121,7 @@ class EventTrimming:
             events.c.sequence <= sa.bindparam("highest", type_=sa.BigInteger),
         )
 
-        self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(left_of(logs, events))
+        self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(remaining_columns(logs, events))
         # Without a record there is nobody who ends the session: none is kept, or it was removed by a version of this
         # package that knows of no events. As a subquery of each log: the planner would join with all sessions.
         record = sa.select(sessions.c.key).where(sessions.c.key == logs.c.key).limit(ONE)
@@ -142,7 +142,7 @@ class EventTrimming:
         """Whether a log with so many events and bytes has to be trimmed."""
         return kept > self._policy.max_events_per_session or kept_bytes > self._policy.max_bytes_per_session
 
-    async def trim(self, attempt: Attempt, keys: Sequence[UUID], *, limit: int, wait: bool) -> Trimmed:
+    async def trim(self, attempt: Attempt, keys: Sequence[UUID], *, limit: int, wait: bool) -> TrimResult:
         """Remove what the policy wants removed of these sessions.
 
         Args:
@@ -156,7 +156,7 @@ class EventTrimming:
             lock = self._lock.with_for_update(skip_locked=not wait)
             logs = (await execute(lock, self._keys.parameters([(key,) for key in sorted(keys)]))).all()
             if not logs:
-                return Trimmed(logs=0, removed=0, more=False)
+                return TrimResult(logs=0, removed=0, more=False)
             at_most = {log.key: min(log.trimmed + limit, log.sequence) for log in logs}
             ranges = [(log.key, *self._limits(log), at_most[log.key]) for log in logs]
             found = await execute(self._find, self._ranges.parameters(ranges))
@@ -170,7 +170,7 @@ class EventTrimming:
             await execute(self._forget_empty, locked)
         sequences = {log.key: log.sequence for log in logs}
         more = any(up_to == at_most[key] < sequences[key] for key, up_to in cuts)
-        return Trimmed(logs=len(logs), removed=removed, more=more)
+        return TrimResult(logs=len(logs), removed=removed, more=more)
 
     def _limits(self, log: Any) -> tuple[int, int, int]:
         """Up to which sequence events are too many; up to which total of bytes, and before which one, too large."""

@@ -1,0 +1,70 @@
+"""What tailing a stream needs beside its events: the newest sequences, and notifications of new events."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+
+from mcp_session_store.sql.dialects.functions import NotLookedUp, StoreClock
+from mcp_session_store.sql.schema.tables import logs_table
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from uuid import UUID
+
+    from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.dialect import Dialect
+
+__all__ = ["LogTail", "notification"]
+
+FOLLOWED_FOR: Final = 120.0
+"""Seconds for which notifications of a session's events are sent after it was last followed."""
+
+
+class LogTail:
+    """Looks at the ends of the logs of one namespace, and asks for notifications when they grow.
+
+    Args:
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace of the sessions.
+    """
+
+    def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
+        logs = logs_table(schema)
+        of_namespace = NotLookedUp(logs.c.namespace) == sa.literal(namespace, sa.Text)
+        self._heads = dialect.batch("head", {"key": sa.Uuid()})
+        self._head = sa.select(logs.c.key, logs.c.sequence).where(self._heads.among(logs.c.key), of_namespace)
+        soon = sa.or_(logs.c.followed_until.is_(None), logs.c.followed_until < StoreClock(FOLLOWED_FOR / 2))
+        following = self._heads.found(
+            lambda head: sa.select(logs.c.key).where(logs.c.key == head.key, of_namespace, soon).with_for_update()
+        ).cte("locked")
+        self._follow = (
+            sa.update(logs).where(logs.c.key == following.c.key).values(followed_until=StoreClock(FOLLOWED_FOR))
+        )
+
+    async def heads(self, attempt: Attempt, keys: Collection[UUID]) -> dict[UUID, int]:
+        """The sequence of the newest event of each session that has a log."""
+        parameters = self._heads.parameters([(key,) for key in keys])
+        return {row.key: row.sequence for row in await attempt.connection.execute(self._head, parameters)}
+
+    async def follow(self, attempt: Attempt, keys: Collection[UUID]) -> None:
+        """Have the next events of these sessions hinted at."""
+        await attempt.connection.execute(self._follow, self._heads.parameters([(key,) for key in sorted(keys)]))
+
+
+def notification(dialect: Dialect, grown: sa.CTE) -> list[sa.ColumnElement[Any]]:
+    """Return the column of a statement that notifies of the logs in it that are followed; nothing without a channel.
+
+    A column, because a SELECT in WITH whose result is not read does not run.
+
+    Args:
+        dialect: The database's dialect.
+        grown: The logs, with `key` and `followed_until`.
+    """
+    channel = dialect.event_channel
+    if channel is None:
+        return []
+    followed = channel.notification(grown.c.key).where(grown.c.followed_until > StoreClock())
+    return [sa.cast(followed.scalar_subquery(), sa.Text).label("told")]
