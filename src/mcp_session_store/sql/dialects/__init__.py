@@ -24,10 +24,9 @@ def dialect_named(name: str) -> Dialect:
 
     Raises:
         ConfigurationError: This package does not work on it.
+        ImportError: An installed library does not fit; the message names the versions that do.
     """
-    try:
-        return DIALECTS[name]
-    except KeyError:
-        raise ConfigurationError(
-            f"sessions cannot be stored on {name!r}; use a postgresql:// or a sqlite:/// URL"
-        ) from None
+    if (dialect := DIALECTS.get(name)) is None:
+        raise ConfigurationError(f"sessions cannot be stored on {name!r}; use a postgresql:// or a sqlite:/// URL")
+    dialect.check_libraries()
+    return dialect

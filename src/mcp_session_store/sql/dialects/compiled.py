@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
+from mcp_session_store.sql.dialects.private_names import parameter_names
+
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
@@ -27,9 +29,9 @@ class Statement:
         compilable: Any = expression
         compiled = compilable.compile(dialect=dialect)
         self.text: Final = str(compiled)
-        self._names: list[str] = compiled.positiontup
-        self._constants: dict[str, object] = {
-            name: value for name, value in compiled.construct_params(_check=False).items() if value is not None
+        self._names: Final = parameter_names(compiled)
+        self._constants: Final[dict[str, object]] = {
+            name: value for name, value in compiled.params.items() if value is not None
         }
 
     def arguments(self, parameters: dict[str, object]) -> list[object]:

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from datetime import timedelta
     from uuid import UUID
@@ -108,6 +108,14 @@ class Dialect(ABC):
     """Whether a table can be made of partitions, which are dropped as a whole."""
 
     @abstractmethod
+    def check_libraries(self) -> None:
+        """Check that the driver and SQLAlchemy have the private names that this package uses.
+
+        Raises:
+            ImportError: One is missing; the message names the versions that have it.
+        """
+
+    @abstractmethod
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
         """A batch with these columns, for one statement."""
 
@@ -163,7 +171,7 @@ class Dialect(ABC):
         """A session's key as the driver takes and returns it."""
 
     @abstractmethod
-    async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> _T:
+    def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> Awaitable[_T]:
         """Run statements on a connection in autocommit; what the steps return.
 
         Where writers exclude one another, those that write are a transaction, and otherwise each statement is one:

@@ -17,6 +17,7 @@ from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
+from mcp_session_store.sql.dialects.private_names import CREATOR, check_compiler, check_creator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -172,6 +173,12 @@ DROPPED_WITHIN: Final = 3.0
 somebody to drop it."""
 
 
+def _sqlalchemy_dialect() -> sa.Dialect:
+    dialect: Any = postgresql.asyncpg.dialect
+    made: sa.Dialect = dialect()
+    return made
+
+
 class Postgres(Dialect):
     name = "postgresql"
     driver = "asyncpg"
@@ -184,6 +191,11 @@ class Postgres(Dialect):
     event_channel = HintChannel("mcp_session_event")
     changes_in_with = True
     has_partitions = True
+
+    @override
+    def check_libraries(self) -> None:
+        check_compiler(_sqlalchemy_dialect())
+        check_creator()
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -227,7 +239,7 @@ class Postgres(Dialect):
         connect: dict[str, Any] = {
             "timeout": timeout,
             "server_settings": {"application_name": name},
-            "async_creator_fn": _connect,
+            CREATOR: _connect,
         }
         if command_timeout is not None:
             connect["command_timeout"] = command_timeout
@@ -293,8 +305,7 @@ class Postgres(Dialect):
 
     @override
     def often(self, statement: sa.Executable) -> Statement:
-        dialect: Any = postgresql.asyncpg.dialect
-        return Statement(statement, dialect())
+        return Statement(statement, _sqlalchemy_dialect())
 
     @override
     def driver_key(self, key: UUID) -> object:

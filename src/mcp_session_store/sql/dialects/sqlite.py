@@ -21,10 +21,11 @@ from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
+from mcp_session_store.sql.dialects.private_names import call_in_thread, check_aiosqlite, check_compiler
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from datetime import timedelta
 
     from sqlalchemy.engine import URL
@@ -130,6 +131,12 @@ def _json_value(value: object) -> str:
     raise TypeError(f"{type(value).__name__} cannot be part of a batch")
 
 
+def _sqlalchemy_dialect() -> sa.Dialect:
+    dialect: Any = sqlite.aiosqlite.dialect
+    made: sa.Dialect = dialect()
+    return made
+
+
 class Sqlite(Dialect):
     name = "sqlite"
     driver = "aiosqlite"
@@ -144,6 +151,11 @@ class Sqlite(Dialect):
     event_channel = None
     changes_in_with = False
     has_partitions = False
+
+    @override
+    def check_libraries(self) -> None:
+        check_compiler(_sqlalchemy_dialect())
+        check_aiosqlite()
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
@@ -167,23 +179,17 @@ class Sqlite(Dialect):
 
     @override
     def often(self, statement: sa.Executable) -> Statement:
-        dialect: Any = sqlite.aiosqlite.dialect
-        return Statement(statement, dialect())
+        return Statement(statement, _sqlalchemy_dialect())
 
     @override
     def driver_key(self, key: UUID) -> object:
         return key.hex  # as sa.Uuid stores it where there is no such type
 
     @override
-    async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> _T:
+    def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> Awaitable[_T]:
         pooled: Any = connection.sync_connection
-        driver = pooled.connection.driver_connection
-        # These two names are not public. The public ones ask the driver's thread for one thing each, and each time the
-        # way there and back takes longer than all of the statements; and whoever gives up in between leaves a
-        # transaction open until the connection is closed.
-        do = _in_transaction if writes else _one_after_the_other
-        result: _T = await driver._execute(do, driver._conn, steps)
-        return result
+        run_steps = _in_transaction if writes else _one_after_the_other
+        return call_in_thread(pooled.connection.driver_connection, run_steps, steps)
 
     @override
     def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
