@@ -23,12 +23,14 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 SDK_SEAMS = f"{PACKAGE}.adapter.sdk"
 """The one module that may use private names of the SDK and of FastMCP."""
 
-_FOUNDATION = {"records", "retention", "errors"}
+_FOUNDATION = {"errors", "records", "environment", "retention", "settings"}
 MAY_IMPORT = {
     # Foundation: retention speaks of records, and all raise our errors.
     "errors": set[str](),
     "records": {"errors"},
-    "retention": {"errors", "records"},
+    "environment": {"errors"},
+    "retention": {"errors", "records", "environment"},
+    "settings": {"errors", "environment"},
     "store": _FOUNDATION,
     "event_log": {*_FOUNDATION, "store"},
     # Three that do not know of each other.
@@ -47,7 +49,10 @@ MAY_IMPORT = {
 _SDK = {"mcp", "mcp_types", "fastmcp", "starlette", "uvicorn"}
 _SQL = {"sqlalchemy", "alembic", "asyncpg", "aiosqlite", "sqlite3"}
 MUST_NOT_KNOW = {
-    **dict.fromkeys(["errors", "records", "retention", "store", "event_log", "memory", "testing"], _SDK | _SQL),
+    **dict.fromkeys(
+        ["errors", "records", "environment", "retention", "settings", "store", "event_log", "memory", "testing"],
+        _SDK | _SQL,
+    ),
     "sql": _SDK,
     "adapter": _SQL,
     "app": _SQL,

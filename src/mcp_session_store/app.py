@@ -5,17 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.adapter.frameworks import build_app
-from mcp_session_store.adapter.manager import (
-    DEFAULT_END_WITHIN,
-    DEFAULT_EVICT_AFTER,
-    DEFAULT_INSTANCE_TIMEOUT,
-    DEFAULT_REPLAY_TIMEOUT,
-    DEFAULT_SWEEP_INTERVAL,
-)
-from mcp_session_store.adapter.sessions.handshake import DEFAULT_MAX_INITIALIZE_PARAMS
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
@@ -44,13 +37,15 @@ def durable_app(
     events: bool | EventPolicy | EventLog = False,
     on_restore: RestoreHook | None = None,
     on_end: EndHook | None = None,
-    replay_timeout: float = DEFAULT_REPLAY_TIMEOUT,
-    max_initialize_params: int = DEFAULT_MAX_INITIALIZE_PARAMS,
-    evict_after: float | None = DEFAULT_EVICT_AFTER,
-    end_within: float = DEFAULT_END_WITHIN,
-    activity_interval: float | None = None,
-    sweep_interval: float | None = DEFAULT_SWEEP_INTERVAL,
-    instance_timeout: float = DEFAULT_INSTANCE_TIMEOUT,
+    settings: InstanceSettings | None = None,
+    evict_after: float | NotGiven | None = NOT_GIVEN,
+    max_sessions: int | NotGiven | None = NOT_GIVEN,
+    end_within: float | NotGiven = NOT_GIVEN,
+    sweep_interval: float | NotGiven | None = NOT_GIVEN,
+    activity_interval: float | NotGiven | None = NOT_GIVEN,
+    instance_timeout: float | NotGiven = NOT_GIVEN,
+    replay_timeout: float | NotGiven = NOT_GIVEN,
+    max_initialize_params: int | NotGiven = NOT_GIVEN,
     journaled_methods: Sequence[JournaledMethod] = (),
     **options: Any,
 ) -> Starlette:
@@ -77,32 +72,39 @@ def durable_app(
             store that is not one of ours, give its `EventLog`.
         on_restore: See `DurableSessionManager`.
         on_end: See `DurableSessionManager`.
-        replay_timeout: See `DurableSessionManager`; seconds.
-        max_initialize_params: See `DurableSessionManager`; bytes.
-        evict_after: See `DurableSessionManager`; seconds.
-        end_within: See `DurableSessionManager`; seconds.
-        activity_interval: See `DurableSessionManager`; seconds.
-        sweep_interval: See `DurableSessionManager`; seconds.
-        instance_timeout: See `DurableSessionManager`; seconds.
+        settings: The numbers of this process. Each of them can be given by keyword instead.
+        evict_after: See `InstanceSettings`; seconds.
+        max_sessions: See `InstanceSettings`.
+        end_within: See `InstanceSettings`; seconds.
+        sweep_interval: See `InstanceSettings`; seconds.
+        activity_interval: See `InstanceSettings`; seconds.
+        instance_timeout: See `InstanceSettings`; seconds.
+        replay_timeout: See `InstanceSettings`; seconds.
+        max_initialize_params: See `InstanceSettings`; bytes.
         journaled_methods: See `DurableSessionManager`.
         **options: For the framework's own factory (`streamable_http_app`, `http_app`), by its names.
-            `session_idle_timeout` sets the policy's idle time here, for all instances. FastMCP takes `max_sessions` and
+            `session_idle_timeout` sets the policy's idle time here, for all instances. FastMCP takes
             `max_request_body_size` too.
 
     Raises:
         ConfigurationError: The server, the URL or a setting cannot work; the message names it.
         TypeError, ValueError: From the framework's factory, for its own options.
     """
-    settings = {
+    settings = InstanceSettings.given(
+        settings,
+        evict_after=evict_after,
+        max_sessions=max_sessions,
+        end_within=end_within,
+        sweep_interval=sweep_interval,
+        activity_interval=activity_interval,
+        instance_timeout=instance_timeout,
+        replay_timeout=replay_timeout,
+        max_initialize_params=max_initialize_params,
+    )
+    arguments: dict[str, Any] = {
+        "settings": settings,
         "on_restore": on_restore,
         "on_end": on_end,
-        "replay_timeout": replay_timeout,
-        "max_initialize_params": max_initialize_params,
-        "evict_after": evict_after,
-        "end_within": end_within,
-        "activity_interval": activity_interval,
-        "sweep_interval": sweep_interval,
-        "instance_timeout": instance_timeout,
         "journaled_methods": journaled_methods,
     }
     if isinstance(store, SessionStore):
@@ -114,12 +116,12 @@ def durable_app(
         }
         if names := [name for name, is_given in given.items() if is_given]:
             raise ConfigurationError(f"{', '.join(names)} go with a database URL; give them to the store that you made")
-        return build_app(server, store, options=options, settings=settings | _event_settings(store, events))
+        return build_app(server, store, options=options, arguments=arguments | _event_settings(store, events))
     if retention is None:
         retention = RetentionPolicy.from_environment()
     made = SqlSessionStore(store, namespace=namespace, schema=schema, auto_upgrade=auto_upgrade, retention=retention)
-    settings |= {"close_store": True, **_event_settings(made, events)}
-    return build_app(server, made, options=options, settings=settings)
+    arguments |= {"close_store": True, **_event_settings(made, events)}
+    return build_app(server, made, options=options, arguments=arguments)
 
 
 def _event_settings(store: SessionStore, events: bool | EventPolicy | EventLog) -> dict[str, Any]:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from mcp_session_store.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from mcp_session_store.environment import Settings, duration, none_or
 
 __all__ = [
-    "ENVIRONMENT_PREFIX",
     "EventPolicy",
     "EventSweepReport",
     "MIN_TOMBSTONE",
     "NEW_SESSION_LIFETIME",
     "RetentionPolicy",
     "SweepReport",
-    "duration",
-    "explain",
 ]
 
 NEW_SESSION_LIFETIME: Final = timedelta(minutes=10)
@@ -39,79 +31,14 @@ MIN_TOMBSTONE: Final = timedelta(minutes=1)
 
 MAX_SWEEP_GRACE: Final = timedelta(minutes=1)
 
-ENVIRONMENT_PREFIX: Final = "MCP_SESSION_STORE_"
-"""What the names of environment variables begin with: `MCP_SESSION_STORE_IDLE` is the policy's `idle`."""
-
 _SHORTEST: Final = timedelta(milliseconds=10)
 _LONGEST: Final = timedelta(days=36_500)
-_TOGETHER: Final = ("per_principal_excess", "per_principal")
-"""Fields that are checked together; a longer name before one that it begins with."""
-_UNITS: Final = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
-_NO_LIMIT: Final = "none"
-
-
-def duration(value: object) -> object:
-    """A `timedelta`, from a text such as `24h` too; `None` for none.
-
-    Raises:
-        ValueError: It is none, or too long.
-    """
-    if isinstance(value, str):
-        if value.strip().lower() == _NO_LIMIT:
-            return None
-        if (match := _DURATION.fullmatch(value)) is None:
-            raise ValueError(f"{value!r} is no duration; write a number with a unit, as in 90s, 30m, 24h, 7d, or none")
-        try:
-            return timedelta(**{_UNITS[match[2]]: float(match[1])})
-        except OverflowError:
-            raise ValueError(f"{value!r} is too long") from None
-    # A bare number has no unit, and pydantic would take seconds for granted.
-    if value is not None and not isinstance(value, timedelta):
-        raise ValueError(f"{value!r} is no timedelta; give timedelta(hours=24), a text such as '24h', or None")
-    return value
-
-
-def _count(value: object) -> object:
-    if isinstance(value, str) and value.strip().lower() == _NO_LIMIT:
-        return None
-    return value
-
 
 _Lifetime = Annotated[timedelta, Field(ge=_SHORTEST, le=_LONGEST)]
 _Kept = Annotated[timedelta, Field(ge=timedelta(0), le=_LONGEST)]
 
 
-class _Policy(BaseModel):
-    """Values that can be read from the environment."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    prefix: ClassVar[str] = ENVIRONMENT_PREFIX
-    """What the names of the environment variables of its fields begin with."""
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The policy that environment variables ask for: the prefix and the name of the field, in capitals.
-
-        Args:
-            environment: Where to look. A variable that is missing, or empty, leaves the default.
-
-        Raises:
-            ConfigurationError: A value makes no sense; the message names the variable.
-        """
-        given = {name: environment.get(cls._variable(name), "").strip() for name in cls.model_fields}
-        try:
-            return cls.model_validate({name: text for name, text in given.items() if text})
-        except ValidationError as error:
-            raise ConfigurationError(explain(error, name=cls._variable)) from None
-
-    @classmethod
-    def _variable(cls, field: str) -> str:
-        return cls.prefix + field.upper()
-
-
-class RetentionPolicy(_Policy):
+class RetentionPolicy(Settings):
     """How long the sessions of a store live, how long their traces are kept, and how many there may be.
 
     Durations are `timedelta`s, or texts such as `30m`, `24h`, `7d`; `None`, as a text `none`, means no limit.
@@ -133,13 +60,13 @@ class RetentionPolicy(_Policy):
     tombstone: Annotated[_Kept | None, BeforeValidator(duration)] = timedelta(hours=24)
     """How long a session that has ended is kept, so that it is told apart from an unknown one. At least
     `MIN_TOMBSTONE`, within which all instances learn of the end."""
-    per_principal: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_count)] = None
+    per_principal: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(none_or)] = None
     """How many live sessions a principal may have."""
     per_principal_excess: Literal["end_oldest", "refuse"] = "end_oldest"
     """What happens when a principal opens one more: the session of his that has been idle for longest ends,
     or the new one is refused (503). Which one that is, the stored `last_seen_at` tells, which lags by up to a
     twentieth of `idle` for one that is in use."""
-    anonymous: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_count)] = None
+    anonymous: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(none_or)] = None
     """How many sessions without a principal may be stored, ended ones that are still kept included; one more
     is refused (503). Tombstones of such sessions make room when it is needed. Where there is much room
     sessions are not counted one by one: each instance may exceed the limit by a hundredth of that room."""
@@ -175,7 +102,7 @@ class RetentionPolicy(_Policy):
         return None if self.tombstone is None else max(self.tombstone, MIN_TOMBSTONE)
 
 
-class EventPolicy(_Policy):
+class EventPolicy(Settings):
     """How long the events of streams are kept, and how many of a session: so far back can a client resume.
 
     Whatever comes first removes the oldest events of a session. A session that ends loses all of them at once.
@@ -184,7 +111,7 @@ class EventPolicy(_Policy):
         pydantic.ValidationError: A value that makes no sense, by its name.
     """
 
-    prefix: ClassVar[str] = f"{ENVIRONMENT_PREFIX}EVENTS_"
+    prefix: ClassVar[str] = "events_"
 
     max_age: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(hours=1)
     """How long an event is kept; a sweep removes what is older. `None`: as long as its session lives. Events that are
@@ -195,24 +122,6 @@ class EventPolicy(_Policy):
     max_bytes_per_session: Annotated[int, Field(ge=1024, le=1024**3)] = 16 * 1024**2
     """How many bytes of messages of a session are kept. When there are more, a tenth goes at once. An event that is
     larger than all of it is not stored: it reaches only a client that is connected."""
-
-
-def explain(error: ValidationError, *, name: Any = str) -> str:
-    """What is wrong with a policy, in a line.
-
-    Args:
-        error: What pydantic says.
-        name: Turns the name of a field into what the reader calls it.
-    """
-    problems = []
-    for problem in error.errors():
-        said = problem["msg"].removeprefix("Value error, ")
-        if problem["loc"]:
-            problems.append(f"{name(str(problem['loc'][0]))}: {said}")
-        else:
-            # It is about several fields, and names them.
-            problems.append(re.sub("|".join(_TOGETHER), lambda field: name(field[0]), said))
-    return "; ".join(problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -419,7 +419,7 @@ sys.exit("fastmcp" in sys.modules)
         ("http.StreamableHTTPServerTransport", "close_sse_stream"),
         ("manager", "serve_loop"),
         ("manager", "StreamableHTTPServerTransport"),
-        ("manager", "DEFAULT_MAX_SESSIONS"),
+        ("manager", "DEFAULT_MAX_REQUEST_BODY_SIZE"),
         ("manager", "StreamableHTTPASGIApp"),
         ("bearer_auth", "authorization_context"),
     ],

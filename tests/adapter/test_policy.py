@@ -17,7 +17,7 @@ from mcp_session_store import (
     durable_app,
 )
 from mcp_session_store import app as app_module
-from mcp_session_store.retention import ENVIRONMENT_PREFIX
+from mcp_session_store.environment import ENVIRONMENT_PREFIX
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
 from tests.support.frameworks import Made

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_app"]
 
-_NOT_IN_FASTMCP: Final = ("max_sessions", "max_request_body_size")
+_NOT_IN_FASTMCP: Final = ("max_request_body_size",)
 """Options of the session manager that FastMCP's app factory does not pass on."""
 _ONLY_IF_GIVEN: Final = ("session_idle_timeout",)
 
@@ -39,7 +39,7 @@ def build_app(
     store: SessionStore,
     *,
     options: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> Starlette:
     """The app that the server's framework builds, with a `DurableSessionManager` in it.
 
@@ -47,7 +47,7 @@ def build_app(
         server: A server of any framework that we know.
         store: Where its sessions are kept.
         options: For the framework's app factory, by its names.
-        settings: For `DurableSessionManager`, by its names.
+        arguments: For `DurableSessionManager`, by its names.
 
     Raises:
         ConfigurationError: The server, an option or a setting cannot work.
@@ -58,14 +58,14 @@ def build_app(
         raise ConfigurationError(_STATELESS)
     manager_class = DurableSessionManager
     if sdk.is_fastmcp(server):
-        app, arguments = _fastmcp_app(server, options)
+        app, from_framework = _fastmcp_app(server, options)
         manager_class = _FastMCPSessionManager
     else:
-        app, arguments = _sdk_app(server, options)
+        app, from_framework = _sdk_app(server, options)
     endpoint = sdk.mcp_endpoint(app)
 
     def new_manager() -> DurableSessionManager:
-        manager = manager_class(lowlevel, store, **arguments, **settings)
+        manager = manager_class(lowlevel, store, **from_framework, **arguments)
         endpoint.session_manager = manager
         sdk.set_session_manager(lowlevel, manager)
         return manager
@@ -101,7 +101,6 @@ def _sdk_app(server: Any, options: Mapping[str, Any]) -> tuple[Starlette, dict[s
         "security_settings": stock.security_settings,
         "retry_interval": stock.retry_interval,
         "max_request_body_size": stock.max_request_body_size,
-        "max_sessions": stock.max_sessions,
     }
 
 

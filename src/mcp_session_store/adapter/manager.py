@@ -17,10 +17,7 @@ from uuid import uuid4
 import anyio
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
 from mcp.server.streamable_http import SESSION_ID_PATTERN
-from mcp.server.streamable_http_manager import (
-    DEFAULT_MAX_REQUEST_BODY_SIZE,
-    DEFAULT_MAX_SESSIONS,
-)
+from mcp.server.streamable_http_manager import DEFAULT_MAX_REQUEST_BODY_SIZE
 from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.requests import Request
 
@@ -43,7 +40,6 @@ from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.changes import ChangeWatch
 from mcp_session_store.adapter.sessions.handshake import (
-    DEFAULT_MAX_INITIALIZE_PARAMS,
     HANDSHAKE,
     Handshake,
 )
@@ -73,6 +69,7 @@ from mcp_session_store.records import (
     session_key,
 )
 from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, checked_seconds
 from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
@@ -94,11 +91,6 @@ if TYPE_CHECKING:
     from mcp_session_store.records import Change, JournalEntry
 
 __all__ = [
-    "DEFAULT_END_WITHIN",
-    "DEFAULT_EVICT_AFTER",
-    "DEFAULT_INSTANCE_TIMEOUT",
-    "DEFAULT_REPLAY_TIMEOUT",
-    "DEFAULT_SWEEP_INTERVAL",
     "DurableSessionManager",
     "EndHook",
     "RestoreHook",
@@ -109,7 +101,6 @@ logger = logging.getLogger(__name__)
 RestoreHook: TypeAlias = Callable[[SessionRestoreMarker, SessionRecord], Awaitable[None]]
 EndHook: TypeAlias = Callable[[SessionRecord, EndReason], Awaitable[None]]
 
-DEFAULT_REPLAY_TIMEOUT: Final = 5.0
 SHUTDOWN_TIMEOUT: Final = 5.0
 """Seconds for what is still to be written when the manager stops."""
 ANSWERS_TIMEOUT: Final = 6.0
@@ -120,10 +111,6 @@ MAX_SESSION_ID: Final = 128
 """Characters; a longer id costs no query. The SDK's own have 32."""
 LEAVE_TIMEOUT: Final = 10.0
 """Seconds that a restore waits for an earlier copy: the SDK gives a connection's `exit_stack` five."""
-DEFAULT_EVICT_AFTER: Final = 300.0
-DEFAULT_END_WITHIN: Final = 5.0
-DEFAULT_SWEEP_INTERVAL: Final = 60.0
-DEFAULT_INSTANCE_TIMEOUT: Final = 30.0
 RESTORE_ATTEMPTS: Final = 3
 """How often a restore begins anew because the record changed meanwhile."""
 
@@ -164,28 +151,22 @@ class DurableSessionManager(sdk.ManagerSeams):
         session_idle_timeout: Seconds after which a session that nobody uses ends, on all instances: when it is
             given, it is the idle time of the store's retention policy. `None`: never.
         max_request_body_size: As for the SDK's manager, in bytes.
-        max_sessions: Sessions in memory at most. One more takes the place of the one that nobody has used for
-            longest, which the next request for it restores; when all are in use, it is answered 503.
         on_restore: Called with the marker and the record before the replay. It may raise
             `RestoreRefused`: the session ends, and the client gets 404. Any other error, and a hook
             that takes longer than `replay_timeout`, is answered 503.
         on_end: Called once with the record and the reason, in each instance in which the session is
             resident when it ends, wherever that was; not when a copy leaves memory. Of a session that expires
             because nobody used it no copy is left as a rule, and none is told.
-        replay_timeout: Seconds that a replay may take: for the answer to `initialize`, and again for the
-            handler of `notifications/initialized`, which then goes on beside the client's requests.
-        max_initialize_params: Bytes of `initialize` params, as JSON, that are stored; more is
-            refused with INVALID_PARAMS.
-        evict_after: Seconds after which a session that nobody uses leaves memory; the next request for it
-            restores it. `None`: when memory is full.
-        end_within: Seconds within which a session that was ended elsewhere is served no more here. Half of it
-            is the interval at which the store is asked, with one query for all sessions.
-        activity_interval: Seconds between two reports of which sessions are in use; at most a quarter of the policy's
-            idle time. 15 unless given, or that quarter.
-        sweep_interval: Seconds between two sweeps of the store, and of the event log; `None`: somebody else sweeps.
-        instance_timeout: Seconds after which an instance that says nothing, because it was killed, counts as gone: who
-            waits for one of its calls is then told that it was lost. Each says three times as often that it runs. It
-            should be the same for all instances.
+        settings: The numbers of this process, for which the environment is not read. Each of them can be given by
+            keyword instead.
+        evict_after: See `InstanceSettings`; seconds.
+        max_sessions: See `InstanceSettings`.
+        end_within: See `InstanceSettings`; seconds.
+        sweep_interval: See `InstanceSettings`; seconds.
+        activity_interval: See `InstanceSettings`; seconds.
+        instance_timeout: See `InstanceSettings`; seconds.
+        replay_timeout: See `InstanceSettings`; seconds.
+        max_initialize_params: See `InstanceSettings`; bytes.
         journaled_methods: Methods of the application's own whose calls set state of their session: they are
             stored, and replayed in a restore, as `logging/setLevel` and `resources/subscribe` are.
         close_store: Close the store when the manager stops.
@@ -208,16 +189,17 @@ class DurableSessionManager(sdk.ManagerSeams):
         retry_interval: int | None = None,
         session_idle_timeout: float | Literal["policy"] | None = "policy",
         max_request_body_size: int = DEFAULT_MAX_REQUEST_BODY_SIZE,
-        max_sessions: int | None = DEFAULT_MAX_SESSIONS,
         on_restore: RestoreHook | None = None,
         on_end: EndHook | None = None,
-        replay_timeout: float = DEFAULT_REPLAY_TIMEOUT,
-        max_initialize_params: int = DEFAULT_MAX_INITIALIZE_PARAMS,
-        evict_after: float | None = DEFAULT_EVICT_AFTER,
-        end_within: float = DEFAULT_END_WITHIN,
-        activity_interval: float | None = None,
-        sweep_interval: float | None = DEFAULT_SWEEP_INTERVAL,
-        instance_timeout: float = DEFAULT_INSTANCE_TIMEOUT,
+        settings: InstanceSettings | None = None,
+        evict_after: float | NotGiven | None = NOT_GIVEN,
+        max_sessions: int | NotGiven | None = NOT_GIVEN,
+        end_within: float | NotGiven = NOT_GIVEN,
+        sweep_interval: float | NotGiven | None = NOT_GIVEN,
+        activity_interval: float | NotGiven | None = NOT_GIVEN,
+        instance_timeout: float | NotGiven = NOT_GIVEN,
+        replay_timeout: float | NotGiven = NOT_GIVEN,
+        max_initialize_params: int | NotGiven = NOT_GIVEN,
         journaled_methods: Sequence[JournaledMethod] = (),
         close_store: bool = False,
         close_event_log: bool = False,
@@ -242,19 +224,19 @@ class DurableSessionManager(sdk.ManagerSeams):
                 f"the event log's namespace {event_log.namespace!r} is not the store's, {store.namespace!r}: events "
                 "belong to the sessions of one"
             )
-        _check_seconds("instance_timeout", instance_timeout)
-        _check_seconds("replay_timeout", replay_timeout)
-        _check_seconds("end_within", end_within)
-        if evict_after is not None:
-            _check_seconds("evict_after", evict_after)
-        if sweep_interval is not None:
-            _check_seconds("sweep_interval", sweep_interval)
+        settings = InstanceSettings.given(
+            settings,
+            evict_after=evict_after,
+            max_sessions=max_sessions,
+            end_within=end_within,
+            sweep_interval=sweep_interval,
+            activity_interval=activity_interval,
+            instance_timeout=instance_timeout,
+            replay_timeout=replay_timeout,
+            max_initialize_params=max_initialize_params,
+        )
         if session_idle_timeout != "policy":
             _set_idle(store, session_idle_timeout)
-        if not isinstance(max_initialize_params, int) or max_initialize_params <= 0:
-            raise ConfigurationError(
-                f"max_initialize_params must be a positive number of bytes, not {max_initialize_params!r}"
-            )
         try:
             super().__init__(
                 sdk.underlying_server(app),
@@ -265,7 +247,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 # Copies are evicted here, and sessions expire in the store.
                 session_idle_timeout=None,
                 max_request_body_size=max_request_body_size,
-                max_sessions=max_sessions,
+                max_sessions=settings.max_sessions,
             )
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
@@ -275,20 +257,20 @@ class DurableSessionManager(sdk.ManagerSeams):
         """Names the process; made when the manager starts to run, because processes fork before."""
         self._on_restore = on_restore
         self._on_end = on_end
-        self._replay_timeout = replay_timeout
-        self._max_initialize_params = max_initialize_params
-        self._instance_timeout = instance_timeout
+        self._replay_timeout = settings.replay_timeout
+        self._max_initialize_params = settings.max_initialize_params
+        self._instance_timeout = settings.instance_timeout
         self._close_store = close_store
         self._close_event_log = close_event_log
         self._recorder: EventRecorder | None = None
         self._security = TransportSecurityMiddleware(security_settings)
         self.journal = Journal(journaled_methods)
-        self._evict_after = math.inf if evict_after is None else evict_after
-        self._end_within = end_within
-        checked_interval(activity_interval, store.retention)
-        self._activity_interval = activity_interval
-        self._sweep_interval = sweep_interval
-        self._residents = Residents(self.transports, self.owners, max_sessions=max_sessions)
+        self._evict_after = math.inf if settings.evict_after is None else settings.evict_after
+        self._end_within = settings.end_within
+        checked_interval(settings.activity_interval, store.retention)
+        self._activity_interval = settings.activity_interval
+        self._sweep_interval = settings.sweep_interval
+        self._residents = Residents(self.transports, self.owners, max_sessions=settings.max_sessions)
         self._restores: dict[str, _Restore] = {}
 
     @property
@@ -963,15 +945,10 @@ async def _close(closed: SessionStore | EventLog) -> None:
         await closed.aclose()
 
 
-def _check_seconds(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigurationError(f"{name} must be a positive number of seconds, not {value!r}")
-
-
 def _set_idle(store: SessionStore, session_idle_timeout: float | None) -> None:
     """Make the SDK's idle timeout the idle time of a store's policy."""
     if session_idle_timeout is not None:
-        _check_seconds("session_idle_timeout", session_idle_timeout)
+        checked_seconds("session_idle_timeout", session_idle_timeout)
     idle = None if session_idle_timeout is None else timedelta(seconds=session_idle_timeout)
     policy = store.retention
     if "idle" in policy.model_fields_set and policy.idle != idle:

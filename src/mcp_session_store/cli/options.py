@@ -8,11 +8,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from pydantic import ValidationError
 from typing_extensions import override
 
+from mcp_session_store.environment import ENVIRONMENT_PREFIX, duration
 from mcp_session_store.errors import ConfigurationError, SessionStoreError
-from mcp_session_store.retention import ENVIRONMENT_PREFIX, EventPolicy, RetentionPolicy, duration, explain
+from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
@@ -290,10 +290,7 @@ def _policy(kind: type[_Policy], texts: Mapping[str, str], *, prefix: str) -> _P
         option_name = "--" + (prefix + field_name).replace("_", "-")
         return f"{option_name} ({_variable(option_name)})"
 
-    try:
-        return kind.model_validate(dict(texts))
-    except ValidationError as error:
-        raise ConfigurationError(explain(error, name=name)) from None
+    return kind.from_texts(texts, name=name)
 
 
 def run(coroutine: Coroutine[Any, Any, _T]) -> _T:

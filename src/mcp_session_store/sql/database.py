@@ -18,11 +18,11 @@ from mcp_session_store.errors import (
     SessionStoreError,
     StoreUnavailable,
 )
+from mcp_session_store.settings import checked_seconds
 from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.engine import (
     checked_engine,
     checked_schema,
-    checked_timeout,
     checked_url,
     make_engine,
     shown_url,
@@ -80,7 +80,7 @@ class Database:
     def __init__(
         self, url_or_engine: str | URL | AsyncEngine, *, schema: str | None, auto_upgrade: bool, timeout: float
     ) -> None:
-        self.timeout: Final = checked_timeout(timeout)
+        self.timeout: Final = checked_seconds("timeout", timeout)
         if isinstance(url_or_engine, (str, tuple)):
             url, self.dialect = checked_url(url_or_engine)
             self.engine = make_engine(url, self.dialect, timeout=self.timeout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "checked_engine",
     "checked_schema",
-    "checked_timeout",
     "checked_url",
     "make_engine",
     "make_migration_engine",
@@ -103,17 +101,6 @@ def checked_schema(schema: str | None, dialect: Dialect) -> str | None:
     if not isinstance(schema, str) or not schema or {"\0", "."} & set(schema) or len(schema.encode()) > 63:
         raise ConfigurationError(f"schema={schema!r} is no name of a schema: 1 to 63 bytes, without NUL or a dot")
     return schema
-
-
-def checked_timeout(timeout: float) -> float:
-    """The timeout in seconds, if it can be one.
-
-    Raises:
-        ConfigurationError: It cannot.
-    """
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
-        raise ConfigurationError(f"timeout={timeout!r} must be a number of seconds above 0")
-    return float(timeout)
 
 
 def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:

@@ -13,8 +13,8 @@ from mcp.server import streamable_http_manager
 from mcp.server.runner import serve_loop
 
 from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
-from mcp_session_store.adapter.manager import DEFAULT_INSTANCE_TIMEOUT
 from mcp_session_store.records import EventKind
+from mcp_session_store.settings import InstanceSettings
 from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog, FaultyStore
 from tests.support.instances import instance
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-LONG = timedelta(seconds=DEFAULT_INSTANCE_TIMEOUT + 1)
+LONG = timedelta(seconds=InstanceSettings().instance_timeout + 1)
 """So long an instance says nothing that is gone."""
 
 

@@ -20,7 +20,7 @@ from mcp_session_store import (
     SqlSessionStore,
     durable_app,
 )
-from mcp_session_store.retention import ENVIRONMENT_PREFIX
+from mcp_session_store.environment import ENVIRONMENT_PREFIX
 from tests.support.asgi import Client, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.frameworks import Events, Made

@@ -35,7 +35,7 @@ def checked_interval(requested: float | None, policy: RetentionPolicy) -> float:
     """Seconds between two reports.
 
     Args:
-        requested: What was asked for, if anything.
+        requested: The setting `activity_interval`.
         policy: A quarter of its idle time is the most: a session that is in use must not expire unreported.
 
     Raises:
@@ -44,14 +44,12 @@ def checked_interval(requested: float | None, policy: RetentionPolicy) -> float:
     longest = math.inf if policy.idle is None else policy.idle.total_seconds() / 4
     if requested is None:
         return min(DEFAULT_INTERVAL, longest)
-    if isinstance(requested, bool) or not isinstance(requested, int | float) or not 0 < requested < math.inf:
-        raise ConfigurationError(f"activity_interval must be a positive number of seconds, not {requested!r}")
     if requested > longest:
         raise ConfigurationError(
             f"activity_interval={requested:g} is more than a quarter of the policy's idle time, {longest:g} s: a "
             "session in use could expire before that is reported; make it shorter, or the idle time longer"
         )
-    return float(requested)
+    return requested
 
 
 @dataclass(slots=True)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.responses import Answer
 
 __all__ = [
-    "DEFAULT_MAX_INITIALIZE_PARAMS",
     "HANDSHAKE",
     "Handshake",
     "HandshakeOutcome",
@@ -31,9 +30,6 @@ __all__ = [
     "held_handshake",
     "negotiated_version",
 ]
-
-DEFAULT_MAX_INITIALIZE_PARAMS: Final = 64 * 1024
-"""Bytes of `initialize` params that are stored for a session, unless configured."""
 
 
 HANDSHAKE: Final = "mcp_session_store.handshake"

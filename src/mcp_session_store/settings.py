@@ -1,0 +1,186 @@
+"""Settings of one process: every number, with its default, its unit and its check."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Final, Self
+
+from pydantic import BeforeValidator, Field
+from typing_extensions import override
+
+from mcp_session_store.environment import Settings, none_or, variable
+from mcp_session_store.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["NOT_GIVEN", "InstanceSettings", "NotGiven", "Unit", "checked_seconds"]
+
+
+class NotGiven(Enum):
+    """Type of `NOT_GIVEN`."""
+
+    NOT_GIVEN = "not given"
+
+
+NOT_GIVEN: Final = NotGiven.NOT_GIVEN
+"""Default of a keyword for which `None` is a value."""
+
+
+class Unit(Enum):
+    """What a number counts."""
+
+    SECONDS = "seconds"
+    BYTES = "bytes"
+    SESSIONS = "sessions"
+
+
+def _positive_seconds(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} is not a positive number of seconds; give one, as in 30 or 0.5")
+    return value
+
+
+def _seconds_or_none(value: object) -> object:
+    try:
+        return None if value is None else _positive_seconds(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or none") from None
+
+
+def _positive_count(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{value!r} is not a positive whole number; give one, as in 1000")
+    return value
+
+
+def _count_or_none(value: object) -> object:
+    try:
+        return None if value is None else _positive_count(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or none") from None
+
+
+def checked_seconds(name: str, value: object) -> float:
+    """Return a number of seconds.
+
+    Raises:
+        ConfigurationError: The value is not a positive number; the message names it.
+    """
+    try:
+        _positive_seconds(value)
+    except ValueError as error:
+        raise ConfigurationError(f"{name}={error}") from None
+    assert isinstance(value, int | float)
+    return float(value)
+
+
+_Seconds = Annotated[float, BeforeValidator(_positive_seconds), Unit.SECONDS]
+_SecondsOrNone = Annotated[float | None, BeforeValidator(_seconds_or_none), Unit.SECONDS]
+
+
+class InstanceSettings(Settings):
+    """Every number of a process that serves sessions; two processes of one server may differ in them.
+
+    Each can be set by an environment variable, `MCP_SESSION_STORE_` and its name in capitals, and by an option of
+    `mcp-session-store serve`; there the text `none` stands for `None`.
+
+    Raises:
+        pydantic.ValidationError: A value makes no sense; the message names its field.
+    """
+
+    evict_after: _SecondsOrNone = Field(
+        default=300.0,
+        description="Seconds that a session without a request stays in memory; the next request for it restores it. "
+        "None: until memory is full.",
+    )
+    max_sessions: Annotated[int | None, BeforeValidator(_count_or_none), Unit.SESSIONS] = Field(
+        default=10_000,
+        description="Sessions in memory at most. One more evicts the one that has been idle for longest; when all are "
+        "in use, it is answered 503. None: no limit.",
+    )
+    end_within: _Seconds = Field(
+        default=5.0,
+        description="Seconds within which a session that was ended elsewhere is refused here. Half of them lie between "
+        "two polls for changes, each one query for all sessions.",
+    )
+    sweep_interval: _SecondsOrNone = Field(
+        default=60.0,
+        description="Seconds between two sweeps of the store, and of the event log, by this process. None: it never "
+        "sweeps, because cron does.",
+    )
+    activity_interval: _SecondsOrNone = Field(
+        default=None,
+        description="Seconds between two reports of which sessions are in use; at most a quarter of the retention "
+        "policy's idle time. None: 15, or that quarter.",
+    )
+    instance_timeout: _Seconds = Field(
+        default=30.0,
+        description="Seconds without a heartbeat after which an instance is considered dead and its calls lost; each "
+        "sends three in that time. The same for all instances.",
+    )
+    replay_timeout: _Seconds = Field(
+        default=5.0,
+        description="Seconds that a replay may take: for the answer to initialize, and again for the handler of "
+        "notifications/initialized, which then goes on beside the client's requests.",
+    )
+    max_initialize_params: Annotated[int, BeforeValidator(_positive_count), Unit.BYTES] = Field(
+        default=64 * 1024,
+        description="Bytes of initialize params, as JSON, that are stored at most; more are refused with "
+        "INVALID_PARAMS.",
+    )
+
+    @classmethod
+    def given(cls, settings: InstanceSettings | None, /, **keywords: object) -> InstanceSettings:
+        """Return the settings that a caller gives, as one value or as keywords.
+
+        Args:
+            settings: All at once.
+            **keywords: One by one; `NOT_GIVEN` leaves the default.
+
+        Raises:
+            ConfigurationError: Both are given, or a keyword's value makes no sense; the message names it.
+        """
+        values = {name: value for name, value in keywords.items() if value is not NOT_GIVEN}
+        if settings is None:
+            return cls._checked(values)
+        if not isinstance(settings, InstanceSettings):
+            raise ConfigurationError(
+                f"settings={settings!r} is not an InstanceSettings; give one, or its values by keyword"
+            )
+        if values:
+            raise ConfigurationError(
+                f"{', '.join(values)} and settings= are given at once; give all in settings=, or all by keyword"
+            )
+        return settings
+
+    def completed(self, environment: Mapping[str, str] = os.environ) -> Self:
+        """Return these settings, with those that were not given taken from environment variables.
+
+        Args:
+            environment: The variables. One whose setting was given here is not read.
+
+        Raises:
+            ConfigurationError: A value makes no sense; the message names the variable.
+        """
+        here = {name: getattr(self, name) for name in self.model_fields_set}
+        asked = {name: text for name, text in self._texts(environment).items() if name not in here}
+        return self.from_texts(asked, name=variable).model_copy(update=here)
+
+    @classmethod
+    @override
+    def from_texts(cls, texts: Mapping[str, str], *, name: Callable[[str], str] = str) -> Self:
+        return cls._checked({field: _read(text) for field, text in texts.items()}, name=name)
+
+
+def _read(text: str) -> object:
+    """Return the number that a text stands for, or else the text, which the check of its field refuses."""
+    value = none_or(text)
+    for kind in (int, float):
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = kind(value)
+    return value
