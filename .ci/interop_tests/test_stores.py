@@ -12,10 +12,9 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from interop_tests.pgbouncer import POOL_SIZE
-from mcp_session_store import Activity, EndReason, EventPolicy, StoreUnavailable
+from mcp_session_store import Activity, EndReason, EventPolicy, InvalidValue, StoreUnavailable
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.sql.database import BadData
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import execute, settled
@@ -214,11 +213,11 @@ async def test_bad_data_keeps_no_server_connection(migrated_url: str) -> None:
     async with stores_at(migrated_url, POOL_SIZE + 1) as stores:
         for store in stores:
             # Found by the driver, when the statement has been prepared and its values are to be sent.
-            with pytest.raises(BadData):
-                await store.create(new_session(client_name="\ud800"))
-            log = SqlEventLog(store)
             key = (await store.create(new_session())).key
-            with pytest.raises(BadData):
-                await log.append(key, [new_event(message="\ud800")])
+            with pytest.raises(InvalidValue):
+                await store.claim(key, instance="instance-b", restores=2**40)
+            log = SqlEventLog(store)
+            with pytest.raises(InvalidValue):
+                await log.append(key, [new_event(2**63)])
             await log.aclose()
         await asyncio.gather(*map(use, stores))

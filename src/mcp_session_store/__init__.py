@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp_session_store.errors import (
     ConfigurationError,
     EventTooLarge,
+    InvalidValue,
     JournalFull,
     RestoreRefused,
     SchemaAhead,
@@ -85,6 +86,7 @@ __all__ = [
     "SessionStoreError",
     "ConfigurationError",
     "EventTooLarge",
+    "InvalidValue",
     "JournalFull",
     "RestoreRefused",
     "SchemaAhead",

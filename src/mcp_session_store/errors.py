@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ConfigurationError",
     "EventTooLarge",
+    "InvalidValue",
     "JournalFull",
     "RestoreRefused",
     "SchemaAhead",
@@ -48,6 +49,13 @@ class JournalFull(SessionStoreError):
 
 class EventTooLarge(SessionStoreError):
     """An event cannot be stored because it alone takes more bytes than the events of a session may."""
+
+
+class InvalidValue(SessionStoreError, ValueError):
+    """A value cannot be stored, such as a text with a NUL or a lone surrogate; nothing of the call is stored.
+
+    The message names the value and never quotes it, and no cause is chained, because drivers quote values.
+    """
 
 
 class SchemaError(SessionStoreError):

@@ -50,7 +50,10 @@ class EventLog(Store):
     It also knows which instances are running, so that a client learns whether the call that it waits for has died.
 
     The rules for all methods are those of `SessionStore`, but that repeating a call after a failure may do it twice,
-    where it does not say otherwise: a log itself repeats nothing that may have taken effect.
+    where it does not say otherwise: a log itself repeats nothing that may have taken effect. All methods with an
+    argument that is a text, and `append` with the texts of its events, raise `InvalidValue` as described there; so
+    does `append` for a `position` or `previous` above `MAX_POSITION`. One such event refuses its whole append, and no
+    other call.
 
     Args:
         policy: How long events are kept, and how many; the default policy unless given.
@@ -78,6 +81,7 @@ class EventLog(Store):
             The sequence of the first, or `None` when the session is not live, and then nothing is stored.
 
         Raises:
+            InvalidValue: One of them cannot be stored.
             EventTooLarge: They take more bytes than the policy allows the whole session.
         """
 

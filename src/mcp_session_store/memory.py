@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 
-from mcp_session_store.errors import EventTooLarge, JournalFull, SessionConflict, SessionLimitReached
+from mcp_session_store.errors import EventTooLarge, InvalidValue, JournalFull, SessionConflict, SessionLimitReached
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
 from mcp_session_store.records import (
+    MAX_POSITION,
     Change,
     Changes,
     EndReason,
@@ -19,11 +20,14 @@ from mcp_session_store.records import (
     JournalEntry,
     SessionRecord,
     StoredEvent,
+    check_session,
+    check_texts,
+    checked_size,
     instance_name,
     message_bytes,
 )
 from mcp_session_store.retention import MIN_TOMBSTONE, EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
-from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SWEEP_LIMIT, SessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SWEEP_LIMIT, SessionStore, checked_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -93,7 +97,7 @@ class MemorySessionStore(SessionStore):
         shared_with: MemorySessionStore | None = None,
     ) -> None:
         super().__init__(retention=retention)
-        self._namespace = namespace
+        self._namespace = checked_namespace(namespace)
         self._data: _Data = _Data() if shared_with is None else shared_with._data
 
     @property
@@ -123,6 +127,7 @@ class MemorySessionStore(SessionStore):
             on_hint([row.record.key])
 
     async def create(self, session: NewSession) -> SessionRecord:
+        check_session(session)
         now = self._now()
         if (row := self._data.rows.get(session.key)) is not None:
             stored = row.record
@@ -189,6 +194,7 @@ class MemorySessionStore(SessionStore):
         return None if row is None else row.record
 
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
+        check_texts(instance=instance)
         row = self._live(key)
         if row is None:
             return None
@@ -212,6 +218,12 @@ class MemorySessionStore(SessionStore):
         client_name: str,
         client_version: str,
     ) -> bool:
+        check_texts(
+            initialize_params=initialize_params,
+            protocol_version=protocol_version,
+            client_name=client_name,
+            client_version=client_version,
+        )
         row = self._live(key)
         if row is None:
             return False
@@ -227,6 +239,7 @@ class MemorySessionStore(SessionStore):
         return True
 
     async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
+        check_texts(method=method, subject=subject, params=params or "")
         row = self._live(key)
         if row is None:
             return None
@@ -329,10 +342,9 @@ class MemoryEventLog(EventLog):
         return self._data.logs.get(key) if self._store._row(key) is not None else None
 
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
-        for event in events:
-            # A lone surrogate is taken here no more than by a database.
-            (event.message or "").encode()
-        if sum(map(message_bytes, events)) > self.policy.max_bytes_per_session:
+        if max(max(event.position, event.previous) for event in events) > MAX_POSITION:
+            raise InvalidValue(f"position is above {MAX_POSITION}, and cannot be stored")
+        if sum(map(checked_size, events)) > self.policy.max_bytes_per_session:
             raise EventTooLarge(
                 f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
             )
@@ -369,6 +381,7 @@ class MemoryEventLog(EventLog):
                 del log.events[0], sizes[0]
 
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
+        check_texts(stream=stream)
         if (log := self._log(key)) is None:
             return None
         events = [event for name, event, _ in log.events if name == stream and event.sequence > after]
@@ -385,12 +398,16 @@ class MemoryEventLog(EventLog):
             self._data.log_listeners.remove(on_hint)
 
     async def beat(self, instance: str) -> None:
+        check_texts(instance=instance)
         self._data.beats[instance_name(instance)] = self._store._now()
 
     async def retire(self, instance: str) -> None:
+        check_texts(instance=instance)
         self._data.beats.pop(instance_name(instance), None)
 
     async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+        for name in names:
+            check_texts(instance=name)
         now = self._store._now()
         return {name: now - beat for name in names if (beat := self._data.beats.get(name)) is not None}
 

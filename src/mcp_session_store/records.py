@@ -7,14 +7,17 @@ import json
 import unicodedata
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
+
+from mcp_session_store.errors import InvalidValue
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
 __all__ = [
+    "MAX_POSITION",
     "Activity",
     "Change",
     "Changes",
@@ -28,6 +31,9 @@ __all__ = [
     "SessionRecord",
     "SessionRestoreMarker",
     "StoredEvent",
+    "check_session",
+    "check_texts",
+    "checked_size",
     "display_text",
     "instance_name",
     "message_bytes",
@@ -69,6 +75,34 @@ def display_text(value: object, *, length: int = DISPLAY_LENGTH) -> str:
     if not isinstance(value, str):
         return ""
     return "".join(c for c in value[: 4 * length] if unicodedata.category(c) not in _NOT_SHOWN)[:length]
+
+
+def check_texts(**texts: str) -> None:
+    """Refuse texts that a database cannot store.
+
+    A NUL is refused by Postgres ("Character Types" in its manual), and ends a text for SQLite's functions. A lone
+    surrogate has no encoding in UTF-8.
+
+    Args:
+        texts: Texts by their names, which the error mentions.
+
+    Raises:
+        InvalidValue: A text cannot be stored.
+    """
+    for name, text in texts.items():
+        if "\0" in text:
+            raise InvalidValue(f"{name} holds a NUL character, which cannot be stored")
+        # The characters of a text remember whether they are ASCII, so that most texts are not looked through.
+        if not text.isascii() and _utf8_size(text) is None:
+            raise InvalidValue(f"{name} holds a lone surrogate, which cannot be stored")
+
+
+def _utf8_size(text: str) -> int | None:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        # Not raised from here: the error would hold the text.
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +154,22 @@ class NewSession:
     principal: Principal | None = None
     instance: str
     """The instance that serves the session."""
+
+
+def check_session(session: NewSession) -> None:
+    """Refuse a session with a text that a database cannot store; see `check_texts`.
+
+    Raises:
+        InvalidValue: A text cannot be stored.
+    """
+    check_texts(
+        initialize_params=session.initialize_params,
+        protocol_version=session.protocol_version,
+        client_name=session.client_name,
+        client_version=session.client_version,
+        principal="" if session.principal is None else session.principal.display,
+        instance=session.instance,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +259,10 @@ class EventKind(StrEnum):
         return self in (EventKind.RESPONSE, EventKind.ERROR)
 
 
+MAX_POSITION: Final = 2**63 - 1
+"""Highest position of an event: a signed integer of 64 bits."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewEvent:
     """An event that is about to be stored."""
@@ -242,6 +296,27 @@ def message_bytes(event: NewEvent | StoredEvent) -> int:
     Of one that cannot be encoded, too: to refuse it is up to the log.
     """
     return 0 if event.message is None else len(event.message.encode(errors="surrogatepass"))
+
+
+def checked_size(event: NewEvent) -> int:
+    """Return the size of an event as `message_bytes` does, and refuse texts that a database cannot store.
+
+    Both in one, because a message may have megabytes: it is encoded once at most.
+
+    Raises:
+        InvalidValue: The stream or the message holds a NUL or a lone surrogate.
+    """
+    stream, message = event.stream, event.message
+    if "\0" in stream or not stream.isascii():
+        check_texts(stream=stream)
+    if message is None:
+        return 0
+    size = len(message) if message.isascii() else _utf8_size(message)
+    if size is None:
+        raise InvalidValue("message holds a lone surrogate, which cannot be stored")
+    if "\0" in message:
+        raise InvalidValue("message holds a NUL character, which cannot be stored")
+    return size
 
 
 def instance_name(instance: str) -> str:

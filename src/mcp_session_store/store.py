@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 
+from mcp_session_store.errors import ConfigurationError, InvalidValue
+from mcp_session_store.records import check_texts
 from mcp_session_store.retention import RetentionPolicy
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ __all__ = [
     "SWEEP_LIMIT",
     "SessionStore",
     "Store",
+    "checked_namespace",
 ]
 
 DEFAULT_NAMESPACE: Final = "default"
@@ -41,6 +44,23 @@ MAX_JOURNAL_ENTRIES: Final = 1000
 
 SWEEP_LIMIT: Final = 100
 """Sessions that one step of a sweep handles at most, unless it is told otherwise."""
+
+
+def checked_namespace(namespace: str) -> str:
+    """Return a namespace that can be stored.
+
+    Raises:
+        ConfigurationError: The namespace is not a text, is empty, or holds a NUL or a lone surrogate.
+    """
+    try:
+        if isinstance(namespace, str) and namespace:
+            check_texts(namespace=namespace)
+            return namespace
+    except InvalidValue:
+        pass
+    raise ConfigurationError(
+        f"namespace={namespace!r} must be a text that is not empty, without NUL or lone surrogates"
+    )
 
 
 class Store(ABC):
@@ -91,6 +111,10 @@ class SessionStore(Store):
       of seconds that it sets itself; `SchemaError` when what is there does not fit. The call may or
       may not have taken effect. Each one is idempotent, so that calling it again is right.
     * Cancellation: as failure. A call that is cancelled disturbs no other call.
+    * Values: `InvalidValue` when a text that is to be stored holds a NUL or a lone surrogate (`check_texts` of
+      `mcp_session_store.records`), or when the store refuses a value for a reason of its own, such as its length.
+      Nothing of that call is stored, and no other call is affected. `create`, `claim`, `replace_initialize` and
+      `write_journal` raise it.
     * A store is used within one event loop.
 
     Args:

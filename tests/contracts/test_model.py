@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from mcp_session_store.errors import SessionConflict, SessionLimitReached
+from mcp_session_store.errors import InvalidValue, SessionConflict, SessionLimitReached
 from mcp_session_store.memory import MemorySessionStore
 from mcp_session_store.records import Activity, EndReason, Principal, SessionRecord
 from mcp_session_store.retention import RetentionPolicy
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 names = st.integers(0, 2)
 instances = st.sampled_from(["instance-a", "instance-b"])
 principals = st.sampled_from([None, Principal.of(client_id="a"), Principal.of(client_id="b")])
-params = st.sampled_from(["{}", '{"a": "\\u0000"}', '{"é": 1}'])
+params = st.sampled_from(["{}", '{"a": "\\u0000"}', '{"é": 1}', "\0"])
 namespaces = st.sampled_from(["one", "two"])
 ages = st.sampled_from([0.0, 60.0])
 methods = st.sampled_from(["level", "subscribe"])
@@ -80,7 +80,7 @@ class Interleaving(RuleBasedStateMachine):
         async def outcome(store: SessionStore) -> Any:
             try:
                 return timeless(await call(store))
-            except (SessionConflict, SessionLimitReached) as error:
+            except (SessionConflict, SessionLimitReached, InvalidValue) as error:
                 return type(error)
 
         expected = self.runner.run(outcome(self.models[namespace]))

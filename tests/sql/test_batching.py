@@ -12,11 +12,11 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.pool import QueuePool
 
-from mcp_session_store.errors import SessionStoreError, StoreUnavailable
+from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreUnavailable
 from mcp_session_store.records import EndReason
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.batching import Batcher
-from mcp_session_store.sql.database import Attempt, BadData, Database
+from mcp_session_store.sql.database import Attempt, Database
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.testing import new_session
 from tests.support.databases import connections_checked_out, engine_of, settled, sql_store
@@ -149,7 +149,7 @@ async def test_a_refused_item_fails_none_of_those_who_share_its_statement(migrat
         await asyncio.sleep(0)
         calls.go.set()
         outcomes = await asyncio.gather(first, *others, return_exceptions=True)
-        failed = [item for item, outcome in enumerate(outcomes) if isinstance(outcome, BadData)]
+        failed = [item for item, outcome in enumerate(outcomes) if isinstance(outcome, InvalidValue)]
         assert failed == [7, 23]
         assert [outcome for item, outcome in enumerate(outcomes) if item not in failed] == [
             10 * item for item in range(31) if item not in failed
@@ -236,7 +236,11 @@ async def test_creates_that_come_together_share_statements(migrated_url: str) ->
         assert len(set(statements.texts)) == 1
 
 
-async def test_a_session_that_the_database_refuses_fails_alone(migrated_url: str) -> None:
+async def test_a_session_that_the_database_refuses_fails_alone(
+    migrated_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In place of the values that only a database refuses.
+    monkeypatch.setattr("mcp_session_store.sql.sessions.store.check_session", lambda _: None)
     async with sql_store(migrated_url) as store:
         good = [new_session() for _ in range(20)]
         bad = [

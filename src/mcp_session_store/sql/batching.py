@@ -7,8 +7,8 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from mcp_session_store.errors import SessionStoreError, StoreUnavailable
-from mcp_session_store.sql.database import BadData, spawn
+from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreUnavailable
+from mcp_session_store.sql.database import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -148,7 +148,7 @@ class Batcher(Generic[_Item, _Result]):
         items = list(batch.values())
         try:
             results = await lease.run(lambda attempt: self._execute(attempt, items))
-        except BadData as error:
+        except InvalidValue as error:
             if len(batch) > 1:
                 await self._serve_halves(lease, batch)
             else:

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mcp_session_store.errors import (
     ConfigurationError,
+    InvalidValue,
     SchemaBehind,
     SchemaMissing,
     SessionStoreError,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["Attempt", "BadData", "Database", "Lease", "spawn", "transaction"]
+__all__ = ["Attempt", "Database", "Lease", "spawn", "transaction"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,6 @@ _T = TypeVar("_T")
 
 MIGRATION_TIMEOUT: Final = 60.0
 """Seconds that a migration on first contact may take."""
-
-
-class BadData(SessionStoreError):
-    """The database does not take a value. Raised without its cause: drivers quote values in their errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +243,7 @@ class Database:
         if kind is None:
             return error
         if kind is FailureKind.INVALID_VALUE:
-            return BadData("the database does not take a value of this session; see the limits in the documentation")
+            return InvalidValue("the database does not take a value of this call, such as one that is too large")
         return StoreUnavailable(f"the database {self.shown_url} cannot serve now: {summary_of(error, self.dialect)}")
 
     def close_to_calls(self) -> None:
@@ -317,7 +314,7 @@ class Lease:
             StoreUnavailable: No connection, broken twice, or no answer within the timeout. A database
                 whose driver cannot be interrupted may take longer: the caller bounds his own wait.
             SchemaError: The schema does not fit.
-            BadData: The database does not take a value.
+            InvalidValue: The database does not take a value.
         """
         try:
             interruptible = self._database.dialect.interruptible
@@ -359,7 +356,7 @@ class Lease:
                 self._database.forget_contact()
                 # It tells what is wrong, and which command to run.
                 await self._database.first_contact()
-            if not isinstance(failure, BadData):
+            if not isinstance(failure, InvalidValue):
                 if failure is error:
                     raise
                 raise failure from error

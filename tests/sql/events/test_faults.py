@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from mcp_session_store.errors import SessionStoreError, StoreUnavailable
+from mcp_session_store.records import message_bytes
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.schema.tables import events_table, logs_table
 from mcp_session_store.testing import new_event, new_session
@@ -291,8 +292,11 @@ async def test_an_event_that_the_database_refuses_fails_alone(
 
 @pytest.mark.parametrize("bad", BAD_FOR_POSTGRES)
 @pytest.mark.parametrize("again", [False, True])
-async def test_an_event_that_postgres_refuses_fails_alone(postgres_url: str, bad: dict[str, Any], again: bool) -> None:
-    # Found by the server, and the others by the driver.
+async def test_an_event_that_postgres_refuses_fails_alone(
+    postgres_url: str, bad: dict[str, Any], again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Found by the server, as what is not checked before.
+    monkeypatch.setattr("mcp_session_store.sql.events.log.checked_size", message_bytes)
     await assert_fails_alone(postgres_url, new_event(**bad), again=again)
 
 

@@ -11,10 +11,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from mcp_session_store.errors import ConfigurationError, StoreUnavailable
+from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.dialects.functions import StoreClock
-from mcp_session_store.store import DEFAULT_NAMESPACE
+from mcp_session_store.store import DEFAULT_NAMESPACE, checked_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -68,10 +68,8 @@ class Reader:
         schema: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
-        if not isinstance(namespace, str) or not namespace or "\0" in namespace:
-            raise ConfigurationError(f"namespace={namespace!r} must be a text that is not empty, without NUL")
         self._database = Database(url_or_engine, schema=schema, auto_upgrade=False, timeout=timeout)
-        self._namespace = namespace
+        self._namespace = checked_namespace(namespace)
 
     async def __aenter__(self) -> Self:
         self._database.reopen()

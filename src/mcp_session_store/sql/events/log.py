@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
 from mcp_session_store.errors import ConfigurationError, EventTooLarge
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
-from mcp_session_store.records import instance_name, message_bytes
+from mcp_session_store.records import check_texts, checked_size, instance_name
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, Database
@@ -22,7 +22,7 @@ from mcp_session_store.sql.events.trim import LOGS_PER_STEP, EventTrimming
 from mcp_session_store.sql.failures import hide_parameters, summary_of
 from mcp_session_store.sql.notifications import Listener
 from mcp_session_store.sql.sessions.store import DEFAULT_TIMEOUT, SqlSessionStore
-from mcp_session_store.store import DEFAULT_NAMESPACE
+from mcp_session_store.store import DEFAULT_NAMESPACE, checked_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -88,8 +88,7 @@ class SqlEventLog(EventLog):
                 raise ConfigurationError(f"{', '.join(names)} go with a URL or an engine; a store has its own")
             namespace, self._database = where.namespace, where.database
         else:
-            if not isinstance(namespace, str) or not namespace or "\0" in namespace:
-                raise ConfigurationError(f"namespace={namespace!r} must be a text that is not empty, without NUL")
+            namespace = checked_namespace(namespace)
             self._database = Database(where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
         self._namespace = namespace
         dialect, schema = self._database.dialect, self._database.schema
@@ -127,7 +126,7 @@ class SqlEventLog(EventLog):
             await self._database.aclose()
 
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
-        sizes = [message_bytes(event) for event in events]
+        sizes = [checked_size(event) for event in events]
         if sum(sizes) > self.policy.max_bytes_per_session:
             raise EventTooLarge(
                 f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
@@ -135,6 +134,7 @@ class SqlEventLog(EventLog):
         return await self._appends.submit(Append(key, events, sizes, again))
 
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
+        check_texts(stream=stream)
         wanted = Read(key, stream, after, limit)
         page: EventPage | None = await self._pages.submit(lambda attempt: self._reader.page(attempt, wanted))
         return page
@@ -151,12 +151,16 @@ class SqlEventLog(EventLog):
         await self._listener.listen(on_hint)
 
     async def beat(self, instance: str) -> None:
+        check_texts(instance=instance)
         await self._do(lambda attempt: self._instances.beat(attempt, instance))
 
     async def retire(self, instance: str) -> None:
+        check_texts(instance=instance)
         await self._do(lambda attempt: self._instances.remove(attempt, instance_name(instance)))
 
     async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+        for name in names:
+            check_texts(instance=name)
         return await self._ask(lambda attempt: self._instances.last_beats(attempt, names)) if names else {}
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:

@@ -6,7 +6,8 @@ import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from mcp_session_store.errors import ConfigurationError, SessionConflict, SessionStoreError
+from mcp_session_store.errors import SessionConflict, SessionStoreError
+from mcp_session_store.records import check_session, check_texts
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Database
@@ -18,7 +19,7 @@ from mcp_session_store.sql.sessions.records import Claim, Records, Touch
 from mcp_session_store.sql.sessions.removal import End, SessionRemoval
 from mcp_session_store.sql.sessions.statements import SessionStatements
 from mcp_session_store.sql.sessions.sweep import Sweep, SweepStatements
-from mcp_session_store.store import DEFAULT_NAMESPACE, SWEEP_LIMIT, SessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE, SWEEP_LIMIT, SessionStore, checked_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -81,9 +82,7 @@ class SqlSessionStore(SessionStore):
         retention: RetentionPolicy | None = None,
     ) -> None:
         super().__init__(retention=retention)
-        if not isinstance(namespace, str) or not namespace or "\0" in namespace:
-            raise ConfigurationError(f"namespace={namespace!r} must be a text that is not empty, without NUL")
-        self._namespace = namespace
+        self._namespace = checked_namespace(namespace)
         self._database = Database(url_or_engine, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
         dialect, schema = self._database.dialect, self._database.schema
         overlap = timedelta(seconds=2 * self._database.timeout)
@@ -163,6 +162,7 @@ class SqlSessionStore(SessionStore):
         await self._database.aclose()
 
     async def create(self, session: NewSession) -> SessionRecord:
+        check_session(session)
         outcome = await self._creates.submit(session)
         if outcome is None:
             raise SessionConflict(f"another record stands under key {session.key}; create a new session id")
@@ -174,6 +174,7 @@ class SqlSessionStore(SessionStore):
         return await self._loads.submit(key)
 
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
+        check_texts(instance=instance)
         return await self._claims.submit(Claim(key, instance, restores))
 
     async def replace_initialize(
@@ -185,6 +186,12 @@ class SqlSessionStore(SessionStore):
         client_name: str,
         client_version: str,
     ) -> bool:
+        check_texts(
+            initialize_params=initialize_params,
+            protocol_version=protocol_version,
+            client_name=client_name,
+            client_version=client_version,
+        )
         return await self._replacements.submit(
             {
                 "replaced_key": key,
@@ -196,6 +203,7 @@ class SqlSessionStore(SessionStore):
         )
 
     async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
+        check_texts(method=method, subject=subject, params=params or "")
         outcome = await self._journal_writes.submit(EntryWrite(key, method, subject, params))
         if isinstance(outcome, SessionStoreError):
             raise outcome

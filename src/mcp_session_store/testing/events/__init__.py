@@ -10,11 +10,12 @@ from mcp_session_store.testing.events.reading import Reading
 from mcp_session_store.testing.events.session_ends import SessionEnds
 from mcp_session_store.testing.events.suite import MakeLog
 from mcp_session_store.testing.events.sweeping import Sweeping
+from mcp_session_store.testing.events.values import Values
 
 __all__ = ["EventLogConformance", "MakeLog"]
 
 
 class EventLogConformance(
-    Appending, Reading, SessionEnds, Limits, Sweeping, Namespaces, HeadsAndHints, Instances, Calls
+    Appending, Reading, SessionEnds, Limits, Sweeping, Namespaces, HeadsAndHints, Instances, Values, Calls
 ):
     """What every `EventLog` does. Subclass it, and give the fixture `make_log` and the two methods."""

@@ -1,0 +1,27 @@
+"""Texts that cannot be stored, and the refusal of a call that would store one."""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mcp_session_store.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+_PAYLOAD = "".join(["pay", "load"])
+
+UNSTORABLE_TEXTS = [
+    pytest.param(f"{_PAYLOAD} \0 x", id="NUL"),
+    pytest.param(f"{_PAYLOAD} \ud800 x", id="lone surrogate"),
+]
+
+
+async def refused(call: Awaitable[Any]) -> None:
+    """Assert that a call raises `InvalidValue`, which shows nothing of the value, nor does an error that caused it."""
+    with pytest.raises(InvalidValue) as refusal:
+        await call
+    assert _PAYLOAD not in "".join(traceback.format_exception(refusal.value))
