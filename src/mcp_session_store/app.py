@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mcp_session_store.adapter.frameworks import build_app
+from mcp_session_store.environment import truth, variable
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
@@ -13,7 +17,7 @@ from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from fastmcp import FastMCP
     from mcp.server.lowlevel.server import Server
@@ -25,16 +29,23 @@ if TYPE_CHECKING:
 
 __all__ = ["durable_app"]
 
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_ARGUMENT: Final = "argument"
+_DEFAULT: Final = "default"
+
 
 def durable_app(
     server: MCPServer[Any] | Server[Any] | FastMCP[Any],
-    store: str | SessionStore,
+    store: str | SessionStore | None = None,
     *,
-    namespace: str = DEFAULT_NAMESPACE,
-    schema: str | None = None,
-    auto_upgrade: bool = False,
+    namespace: str | NotGiven = NOT_GIVEN,
+    schema: str | NotGiven | None = NOT_GIVEN,
+    auto_upgrade: bool | NotGiven = NOT_GIVEN,
     retention: RetentionPolicy | None = None,
-    events: bool | EventPolicy | EventLog = False,
+    events: bool | EventPolicy | EventLog | NotGiven = NOT_GIVEN,
     on_restore: RestoreHook | None = None,
     on_end: EndHook | None = None,
     settings: InstanceSettings | None = None,
@@ -49,31 +60,39 @@ def durable_app(
     journaled_methods: Sequence[JournaledMethod] = (),
     **options: Any,
 ) -> Starlette:
-    """The ASGI app that the server's framework builds, with sessions that are kept in a database.
+    """Build the ASGI app that the server's framework builds, with sessions that are kept in a database.
 
     Auth, host guard and custom routes are the framework's own. The app is served by any ASGI server,
     with any number of workers, or mounted in another app, whose lifespan then enters this app's
     (`app.router.lifespan_context(app)`).
 
+    What is not given here is taken from the environment, as the commands take it, so that a server and
+    `mcp-session-store sessions list` look into the same place: `MCP_SESSION_STORE_URL`, `…_NAMESPACE`, `…_SCHEMA`,
+    `…_AUTO_UPGRADE`, `…_EVENTS`, those of `RetentionPolicy` and `EventPolicy`, and those of `InstanceSettings`.
+
     Args:
         server: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
         store: A database URL (`postgresql://…`, `sqlite:///…`), or a `SessionStore`. A store that is made
-            here is closed when the app stops; a store that is given stays the caller's to close.
-        namespace: With a URL: keeps servers that share a database apart; `default` unless given.
-        schema: With a Postgres URL: the schema that holds the tables; the search path's first unless given.
-        auto_upgrade: With a Postgres URL: run the migrations on first contact. Without it the
+            here is closed when the app stops; a store that is given stays the caller's to close, and has its own
+            namespace, schema and policy, whatever the environment says. Unless given, `MCP_SESSION_STORE_URL`.
+        namespace: With a URL: keeps servers that share a database apart. Unless given, what the environment asks for,
+            or else `default`.
+        schema: With a Postgres URL: the schema with the tables; `None`: the first of the search path. Unless given,
+            what the environment asks for.
+        auto_upgrade: With a Postgres URL: whether to run the migrations on first contact. Without it the
             database must have been migrated (`mcp-session-store upgrade`). A SQLite file that is empty
-            is always migrated.
+            is always migrated. Unless given, what the environment asks for.
         retention: With a URL: how long sessions live, and how many there may be. Unless given, what the
             environment asks for: see `RetentionPolicy.from_environment`.
         events: Whether streams can be resumed: a client that lost its connection, or its server, comes back with
             `Last-Event-ID` and gets what it missed. Events are kept in the database of the sessions, by the policy that
             is given; with `True` by the one that the environment asks for: see `EventPolicy.from_environment`. With a
-            store that is not one of ours, give its `EventLog`.
+            store that is not one of this package's, give its `EventLog`. Unless given, what the environment asks for.
         on_restore: See `DurableSessionManager`.
         on_end: See `DurableSessionManager`.
-        settings: The numbers of this process. Each of them can be given by keyword instead.
-        evict_after: See `InstanceSettings`; seconds.
+        settings: The numbers of this process. A field that is not set in it, and a keyword that is not given, is taken
+            from the environment.
+        evict_after: See `InstanceSettings`; seconds. This and the following cannot be given beside `settings`.
         max_sessions: See `InstanceSettings`.
         end_within: See `InstanceSettings`; seconds.
         sweep_interval: See `InstanceSettings`; seconds.
@@ -102,30 +121,71 @@ def durable_app(
         max_initialize_params=max_initialize_params,
     )
     arguments: dict[str, Any] = {
-        "settings": settings,
+        "settings": settings.completed(),
         "on_restore": on_restore,
         "on_end": on_end,
         "journaled_methods": journaled_methods,
     }
     if isinstance(store, SessionStore):
         given = {
-            "namespace": namespace != DEFAULT_NAMESPACE,
-            "schema": schema is not None,
-            "auto_upgrade": auto_upgrade,
+            "namespace": namespace not in (NOT_GIVEN, DEFAULT_NAMESPACE),
+            "schema": schema not in (NOT_GIVEN, None),
+            "auto_upgrade": auto_upgrade not in (NOT_GIVEN, False),
             "retention": retention is not None,
         }
         if names := [name for name, is_given in given.items() if is_given]:
             raise ConfigurationError(f"{', '.join(names)} go with a database URL; give them to the store that you made")
-        return build_app(server, store, options=options, arguments=arguments | _event_settings(store, events))
+        place = f"namespace {store.namespace!r} (the given store's)"
+        if isinstance(store, SqlSessionStore):
+            place += f", schema {_shown(store.database.schema)} (the given store's)"
+    else:
+        store, place = _sql_store(store, namespace, schema, auto_upgrade, retention)
+        arguments["close_store"] = True
+    wanted, wanted_by = _setting("events", events, False, truth)
+    arguments |= _event_arguments(store, wanted, wanted_by)
+    return _announced(build_app(server, store, options=options, arguments=arguments), place)
+
+
+def _sql_store(
+    url: str | None,
+    namespace: str | NotGiven,
+    schema: str | NotGiven | None,
+    auto_upgrade: bool | NotGiven,
+    retention: RetentionPolicy | None,
+) -> tuple[SqlSessionStore, str]:
+    """Return the store of an app that was given none, and what its log says of the place of the sessions."""
+    if url is None and not (url := os.environ.get(variable("url"))):
+        raise ConfigurationError(
+            "no database is named: give its URL, or a SessionStore, as the second argument of durable_app, or set "
+            f"{variable('url')}"
+        )
+    in_namespace, namespace_from = _setting("namespace", namespace, DEFAULT_NAMESPACE, str)
+    in_schema, schema_from = _setting("schema", schema, None, str)
+    upgrades, _ = _setting("auto_upgrade", auto_upgrade, False, truth)
     if retention is None:
         retention = RetentionPolicy.from_environment()
-    made = SqlSessionStore(store, namespace=namespace, schema=schema, auto_upgrade=auto_upgrade, retention=retention)
-    arguments |= {"close_store": True, **_event_settings(made, events)}
-    return build_app(server, made, options=options, arguments=arguments)
+    store = SqlSessionStore(url, namespace=in_namespace, schema=in_schema, auto_upgrade=upgrades, retention=retention)
+    return store, f"namespace {in_namespace!r} ({namespace_from}), schema {_shown(in_schema)} ({schema_from})"
 
 
-def _event_settings(store: SessionStore, events: bool | EventPolicy | EventLog) -> dict[str, Any]:
-    """What the manager is told about events."""
+def _shown(schema: str | None) -> str:
+    return "not set" if schema is None else repr(schema)
+
+
+def _setting(name: str, given: _T | NotGiven, default: _T, read: Callable[[str], _T]) -> tuple[_T, str]:
+    """Return a setting, and where it comes from. As in the commands, a variable that is empty does not count."""
+    if not isinstance(given, NotGiven):
+        return given, _ARGUMENT
+    if text := os.environ.get(variable(name)):
+        try:
+            return read(text), variable(name)
+        except ValueError as error:
+            raise ConfigurationError(f"{variable(name)}: {error}") from None
+    return default, _DEFAULT
+
+
+def _event_arguments(store: SessionStore, events: object, source: str) -> dict[str, Any]:
+    """Return the arguments of the manager that concern events."""
     if events is False:
         return {}
     if isinstance(events, EventLog):
@@ -133,8 +193,23 @@ def _event_settings(store: SessionStore, events: bool | EventPolicy | EventLog) 
     if not isinstance(events, EventPolicy) and events is not True:
         raise ConfigurationError(f"events must be True, False, an EventPolicy or an EventLog, not {events!r}")
     if not isinstance(store, SqlSessionStore):
+        asked = "" if source == _ARGUMENT else f"{source} asks for events, and "
         raise ConfigurationError(
-            f"events of a {type(store).__name__} are not kept in a database of ours; give its EventLog as events"
+            f"{asked}events of a {type(store).__name__} are not kept in a database of ours; give its EventLog as events"
         )
     policy = events if isinstance(events, EventPolicy) else EventPolicy.from_environment()
     return {"event_log": SqlEventLog(store, policy=policy), "close_event_log": True}
+
+
+def _announced(app: Starlette, place: str) -> Starlette:
+    """Have an app log, each time it starts, in which place its sessions are."""
+    serve = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(of: Starlette) -> AsyncIterator[Any]:
+        logger.info("sessions are kept in %s", place)
+        async with serve(of) as state:
+            yield state
+
+    app.router.lifespan_context = lifespan
+    return app

@@ -14,7 +14,7 @@ from mcp_session_store.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["ENVIRONMENT_PREFIX", "NO_LIMIT", "Settings", "duration", "none_or", "variable"]
+__all__ = ["ENVIRONMENT_PREFIX", "NO_LIMIT", "Settings", "duration", "none_or", "truth", "variable"]
 
 ENVIRONMENT_PREFIX: Final = "MCP_SESSION_STORE_"
 """Prefix of the names of environment variables: `MCP_SESSION_STORE_IDLE` is the retention policy's `idle`."""
@@ -22,6 +22,8 @@ ENVIRONMENT_PREFIX: Final = "MCP_SESSION_STORE_"
 NO_LIMIT: Final = "none"
 """Text for `None`, in capitals or not."""
 
+_YES: Final = ("1", "yes", "true", "on", "t", "y")
+_NO: Final = ("0", "no", "false", "off", "f", "n")
 _UNITS: Final = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
 
@@ -34,6 +36,18 @@ def variable(setting: str) -> str:
 def none_or(value: object) -> object:
     """Return `None` for the text `none`, and any other value as it is."""
     return None if isinstance(value, str) and value.strip().lower() == NO_LIMIT else value
+
+
+def truth(text: str) -> bool:
+    """Return whether a text says yes, as in the options of the commands.
+
+    Raises:
+        ValueError: It says neither yes nor no.
+    """
+    said = text.strip().lower()
+    if said not in (*_YES, *_NO):
+        raise ValueError(f"{text!r} is neither true nor false; write one of them")
+    return said in _YES
 
 
 def duration(value: object) -> object:

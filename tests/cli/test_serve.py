@@ -12,6 +12,7 @@ import pytest
 from mcp_session_store.cli import worker_app
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.settings import InstanceSettings
 from tests.support.clients import official_client
 from tests.support.commands import UNREACHABLE
 from tests.support.http import RawClient
@@ -108,7 +109,9 @@ async def test_namespaces_keep_servers_apart_that_share_a_database(
 ) -> None:
     target = "tests.support.targets:mcpserver"
     one = serve_command(target, "--url", sqlite_url, "--namespace", "one")
-    other = serve_command(target, "--url", sqlite_url, "--namespace", "other")
+    other = serve_command(target, "--url", sqlite_url, environment={"MCP_SESSION_STORE_NAMESPACE": "other"})
+    assert "namespace 'one' (argument)" in one.log()
+    assert "namespace 'other' (MCP_SESSION_STORE_NAMESPACE)" in other.log()
     async with RawClient(one.mcp_url) as client:
         await client.handshake()
         async with RawClient(other.mcp_url, session_id=client.session_id) as stranger:
@@ -238,9 +241,9 @@ def test_retention_and_memory_are_what_the_options_say(
         per_principal_excess="refuse",
         anonymous=100,
     )
-    assert app_arguments["evict_after"] is None
-    assert app_arguments["max_sessions"] == 50
-    assert (app_arguments["end_within"], app_arguments["sweep_interval"]) == (2.5, 10.0)
+    assert app_arguments["settings"] == InstanceSettings(
+        evict_after=None, max_sessions=50, end_within=2.5, sweep_interval=10
+    )
 
 
 def test_retention_and_memory_can_come_from_the_environment(
@@ -249,7 +252,36 @@ def test_retention_and_memory_can_come_from_the_environment(
     environment = {"MCP_SESSION_STORE_IDLE": "1h", "MCP_SESSION_STORE_SWEEP_INTERVAL": "none"}
     invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url, environment=environment)
     assert app_arguments["retention"] == RetentionPolicy.from_environment(environment)
-    assert app_arguments["sweep_interval"] is None
+    assert app_arguments["settings"] == InstanceSettings(sweep_interval=None)
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+@pytest.mark.parametrize("name", list(InstanceSettings.model_fields))
+def test_each_number_of_a_process_has_an_option_and_a_variable(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any], how: str, name: str
+) -> None:
+    arguments = ["serve", "tests.support.targets:mcpserver", "--url", sqlite_url]
+    if how == "option":
+        invoke(*arguments, f"--{name.replace('_', '-')}", "7")
+    else:
+        invoke(*arguments, environment={f"MCP_SESSION_STORE_{name.upper()}": "7"})
+    assert app_arguments["settings"] == InstanceSettings.model_validate({name: 7})
+
+
+def test_what_stands_on_the_command_line_goes_before_the_environment(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
+) -> None:
+    arguments = ["serve", "tests.support.targets:mcpserver", "--url", sqlite_url]
+    environment = {"MCP_SESSION_STORE_NAMESPACE": "notes", "MCP_SESSION_STORE_EVICT_AFTER": "7"}
+    invoke(*arguments, environment=environment)
+    # The app reads it itself, and says in its log where it comes from.
+    assert not {"namespace", "schema", "auto_upgrade"} & app_arguments.keys()
+    app_arguments.clear()
+    invoke(*arguments, "--namespace", "other", "--evict-after", "8", "--auto-upgrade", environment=environment)
+    assert app_arguments["namespace"] == "other"
+    assert app_arguments["auto_upgrade"] is True
+    assert "schema" not in app_arguments
+    assert app_arguments["settings"] == InstanceSettings(evict_after=8)
 
 
 @pytest.mark.parametrize("how", ["options", "environment"])
@@ -276,8 +308,7 @@ def test_events_that_the_environment_asks_for_can_be_declined(
 ) -> None:
     arguments = ["serve", "tests.support.targets:mcpserver", "--url", sqlite_url, "--no-events"]
     invoke(*arguments, environment={"MCP_SESSION_STORE_EVENTS": "true"})
-    assert app_arguments
-    assert "events" not in app_arguments
+    assert app_arguments["events"] is False
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -300,7 +331,7 @@ def test_what_is_not_given_is_left_to_the_app(
     invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
 ) -> None:
     invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url)
-    left = {"retention", "events", "evict_after", "max_sessions", "end_within", "sweep_interval"}
+    left = {"retention", "events", "settings", "namespace", "schema", "auto_upgrade"}
     assert app_arguments
     assert not left & app_arguments.keys()
 
@@ -313,15 +344,16 @@ def test_workers_get_the_same_retention_and_memory(
     # A worker is a process of its own, that has nothing but the environment.
     monkeypatch.setattr("uvicorn.run", lambda app, **options: worker_app())
     options = "--idle 30m --tombstone none --per-principal 5 --evict-after none --max-sessions 50 --end-within 2.5"
-    options += " --events --events-max-age none"
+    options += " --replay-timeout 3 --events --events-max-age none"
     done = invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url, "--workers", "2", *options.split())
     assert done.exit_code == 0, done.output
     parent, worker = made
     assert worker == parent
     assert worker["retention"] == RetentionPolicy(idle=timedelta(minutes=30), tombstone=None, per_principal=5)
     assert worker["events"] == EventPolicy(max_age=None)
-    assert worker["evict_after"] is None
-    assert type(worker["max_sessions"]) is int
+    settings = worker["settings"]
+    assert settings == InstanceSettings(evict_after=None, max_sessions=50, end_within=2.5, replay_timeout=3)
+    assert type(settings.max_sessions) is int
 
 
 @pytest.mark.parametrize(
@@ -335,6 +367,8 @@ def test_workers_get_the_same_retention_and_memory(
         (["--sweep-interval", "inf"], "--sweep-interval"),
         (["--end-within", "0"], "--end-within"),
         (["--max-sessions", "0"], "--max-sessions"),
+        (["--replay-timeout", "none"], "--replay-timeout (MCP_SESSION_STORE_REPLAY_TIMEOUT)"),
+        (["--max-initialize-params", "1.5"], "--max-initialize-params"),
     ],
 )
 def test_nonsense_about_retention_and_memory_is_refused_by_name(

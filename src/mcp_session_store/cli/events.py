@@ -12,10 +12,10 @@ from mcp_session_store.cli.options import (
     DURATION,
     Failure,
     Group,
-    event_policy,
     events_max_age_option,
     json_option,
     place_options,
+    read_settings,
     run,
     tables_options,
 )
@@ -31,6 +31,7 @@ from mcp_session_store.cli.output import (
     stdout,
 )
 from mcp_session_store.cli.session_names import key_of
+from mcp_session_store.retention import EventPolicy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -425,4 +426,4 @@ def unpartition(place: Place) -> None:
 
 
 def _max_age(text: str | None) -> timedelta | None:
-    return event_policy({} if text is None else {"max_age": text}).max_age
+    return read_settings(EventPolicy, {} if text is None else {"max_age": text}).max_age

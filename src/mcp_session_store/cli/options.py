@@ -5,18 +5,22 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
 import click
 from typing_extensions import override
 
-from mcp_session_store.environment import ENVIRONMENT_PREFIX, duration
+from mcp_session_store.environment import NO_LIMIT, Settings, duration, variable
 from mcp_session_store.errors import ConfigurationError, SessionStoreError
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.settings import InstanceSettings, Unit
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from pydantic.fields import FieldInfo
 
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
     from mcp_session_store.sql.admin.events import EventDirectory
@@ -31,23 +35,24 @@ __all__ = [
     "Group",
     "Place",
     "event_options",
-    "event_policy",
     "events_max_age_option",
+    "instance_options",
     "json_option",
     "namespace_option",
     "option",
     "place_options",
+    "read_settings",
     "retention_options",
-    "retention_policy",
     "run",
     "schema_option",
+    "sweep_retention_options",
     "tables_options",
     "url_option",
 ]
 
 _T = TypeVar("_T")
 _Command = TypeVar("_Command", bound="Callable[..., None]")
-_Policy = TypeVar("_Policy", RetentionPolicy, EventPolicy)
+_Settings = TypeVar("_Settings", bound="Settings")
 
 
 class Failure(click.ClickException):
@@ -92,13 +97,36 @@ class _Duration(click.ParamType[timedelta]):
 DURATION = _Duration()
 
 
-def _variable(name: str) -> str:
-    return ENVIRONMENT_PREFIX + name.removeprefix("--").replace("-", "_").upper()
+def option_name(model: type[Settings], field: str) -> str:
+    """Return the name of the option of a field."""
+    return "--" + (model.prefix + field).replace("_", "-")
+
+
+def shown_default(value: object) -> str:
+    """Return a default as the text that an option or a variable takes for it."""
+    match value:
+        case None:
+            return NO_LIMIT
+        case timedelta():
+            units = {"h": timedelta(hours=1), "m": timedelta(minutes=1)}
+            unit = next((unit for unit, length in units.items() if value and not value % length), "s")
+            return f"{value / units.get(unit, timedelta(seconds=1)):g}{unit}"
+        case float():
+            return f"{value:g}"
+    return str(value)
+
+
+def _metavar(field: FieldInfo) -> str:
+    """Return what the option of a number takes: its unit, and `none` where that means something."""
+    unit = next(unit for unit in field.metadata if isinstance(unit, Unit))
+    is_optional = type(None) in get_args(field.annotation)
+    return f"{unit.value.upper()}|{NO_LIMIT}" if is_optional else unit.value.upper()
 
 
 def option(name: str, **attributes: Any) -> Callable[[_Command], _Command]:
     """An option that an environment variable can set, too: `--some-name` is MCP_SESSION_STORE_SOME_NAME."""
-    return click.option(name, envvar=_variable(name.split("/")[0]), show_envvar=True, **attributes)
+    setting = name.split("/")[0].removeprefix("--").replace("-", "_")
+    return click.option(name, envvar=variable(setting), show_envvar=True, **attributes)
 
 
 url_option = option(
@@ -215,82 +243,92 @@ def tables_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_place
 
 
-_RETENTION_OPTIONS = (
-    option("--idle", metavar="DURATION", help="How long a session lives unused. Default: 24h."),
-    option("--absolute", metavar="DURATION", help="How long a session lives, used or not. Default: none."),
-    option("--tombstone", metavar="DURATION", help="How long an ended session is kept. Default: 24h."),
-    option("--per-principal", metavar="N", help="Live sessions that a principal may have. Default: none, no limit."),
-    option(
-        "--per-principal-excess",
-        metavar="end_oldest|refuse",
-        help="What one more does: end the one idle for longest (default), or be refused.",
-    ),
-    option("--anonymous", metavar="N", help="Sessions stored without a principal. Default: none, no limit."),
+_RETENTION_HELP: Final = {
+    "idle": ("DURATION", "How long a session lives unused."),
+    "absolute": ("DURATION", "How long a session lives, used or not."),
+    "tombstone": ("DURATION", "How long an ended session is kept."),
+    "per_principal": ("N", "Live sessions that a principal may have."),
+    "per_principal_excess": ("end_oldest|refuse", "What one more does: end the one idle for longest, or be refused."),
+    "anonymous": ("N", "Sessions stored without a principal, ended ones included."),
+}
+_EVENT_HELP: Final = {
+    "max_age": ("DURATION", "How long events are kept."),
+    "max_events_per_session": ("N", "Events of a session that are kept."),
+    "max_bytes_per_session": ("N", "Bytes of messages of a session that are kept."),
+}
+_INSTANCE_HELP: Final = {
+    name: (_metavar(field), field.description or "") for name, field in InstanceSettings.model_fields.items()
+}
+
+
+def settings_option(
+    model: type[Settings], field: str, metavar: str, help_text: str, *, default: str | None = None
+) -> Callable[[_Command], _Command]:
+    """Return the option of one field of a model, as text.
+
+    Args:
+        model: The model.
+        field: The name of the field.
+        metavar: The form of the text.
+        help_text: A sentence about it.
+        default: What holds without the option, where it is not the model's default.
+    """
+    if default is None:
+        default = shown_default(model.model_fields[field].default)
+    return option(option_name(model, field), metavar=metavar, help=f"{help_text} Default: {default}.")
+
+
+def _settings_options(
+    model: type[Settings],
+    keyword: str,
+    helps: Mapping[str, tuple[str, str]],
+    *,
+    defaults: Mapping[str, str] = MappingProxyType({}),
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the options of a model's fields, for a command that gets the texts of those that are set as `keyword`."""
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_texts(*arguments: Any, **others: Any) -> None:
+            texts = {name: others.pop(model.prefix + name) for name in helps}
+            others[keyword] = {name: text for name, text in texts.items() if text is not None}
+            command(*arguments, **others)
+
+        decorated: Callable[..., None] = with_texts
+        for name, (metavar, help_text) in reversed(list(helps.items())):
+            decorated = settings_option(model, name, metavar, help_text, default=defaults.get(name))(decorated)
+        return decorated
+
+    return with_options
+
+
+retention_options = _settings_options(RetentionPolicy, "retention", _RETENTION_HELP)
+"""The options of the retention policy; the command gets as `retention` the texts of those that are set."""
+sweep_retention_options = _settings_options(
+    RetentionPolicy,
+    "retention",
+    _RETENTION_HELP,
+    defaults={"idle": f"{NO_LIMIT}, or with --absolute {shown_default(RetentionPolicy.model_fields['idle'].default)}"},
 )
-
-events_max_age_option = option("--events-max-age", metavar="DURATION", help="How long events are kept. Default: 1h.")
-_EVENT_OPTIONS = (
-    events_max_age_option,
-    option("--events-max-events-per-session", metavar="N", help="Events of a session that are kept. Default: 10000."),
-    option("--events-max-bytes-per-session", metavar="N", help="Bytes of them that are kept. Default: 16777216."),
-)
-_EVENTS_PREFIX = "events_"
+"""As `retention_options`, for a command that gives no session an expiry unless one of the two is set."""
+event_options = _settings_options(EventPolicy, "event_retention", _EVENT_HELP)
+"""The options of the policy for events; the command gets as `event_retention` the texts of those that are set."""
+events_max_age_option = settings_option(EventPolicy, "max_age", *_EVENT_HELP["max_age"])
+instance_options = _settings_options(InstanceSettings, "instance", _INSTANCE_HELP)
+"""The options of a process that serves; the command gets as `instance` the texts of those that are set."""
 
 
-def retention_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of the retention policy; the command gets as `retention` the texts of those that are set."""
-
-    @functools.wraps(command)
-    def with_retention(*arguments: Any, **others: Any) -> None:
-        texts = {name: others.pop(name) for name in RetentionPolicy.model_fields}
-        command(*arguments, retention={name: text for name, text in texts.items() if text is not None}, **others)
-
-    return _with_options(with_retention, _RETENTION_OPTIONS)
-
-
-def event_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of the policy for events; the command gets as `event_retention` the texts of those that are set."""
-
-    @functools.wraps(command)
-    def with_retention(*arguments: Any, **others: Any) -> None:
-        texts = {name: others.pop(_EVENTS_PREFIX + name) for name in EventPolicy.model_fields}
-        command(*arguments, event_retention={name: text for name, text in texts.items() if text is not None}, **others)
-
-    return _with_options(with_retention, _EVENT_OPTIONS)
-
-
-def _with_options(
-    command: Callable[..., None], options: Sequence[Callable[[Callable[..., None]], Callable[..., None]]]
-) -> Callable[..., None]:
-    for add in reversed(options):
-        command = add(command)
-    return command
-
-
-def retention_policy(texts: Mapping[str, str]) -> RetentionPolicy:
-    """The policy that options ask for.
+def read_settings(model: type[_Settings], texts: Mapping[str, str]) -> _Settings:
+    """Return the settings that options ask for.
 
     Raises:
         ConfigurationError: A value makes no sense; the message names the option.
     """
-    return _policy(RetentionPolicy, texts, prefix="")
 
+    def name(field: str) -> str:
+        return f"{option_name(model, field)} ({variable(model.prefix + field)})"
 
-def event_policy(texts: Mapping[str, str]) -> EventPolicy:
-    """The policy for events that options ask for.
-
-    Raises:
-        ConfigurationError: A value makes no sense; the message names the option.
-    """
-    return _policy(EventPolicy, texts, prefix=_EVENTS_PREFIX)
-
-
-def _policy(kind: type[_Policy], texts: Mapping[str, str], *, prefix: str) -> _Policy:
-    def name(field_name: str) -> str:
-        option_name = "--" + (prefix + field_name).replace("_", "-")
-        return f"{option_name} ({_variable(option_name)})"
-
-    return kind.from_texts(texts, name=name)
+    return model.from_texts(texts, name=name)
 
 
 def run(coroutine: Coroutine[Any, Any, _T]) -> _T:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import sys
 import traceback
@@ -11,22 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 from pydantic import BaseModel, ConfigDict, Field
-from typing_extensions import override
 
 from mcp_session_store.cli.options import (
     Failure,
     event_options,
-    event_policy,
+    instance_options,
     namespace_option,
     option,
+    read_settings,
     retention_options,
-    retention_policy,
     run,
     schema_option,
     url_option,
 )
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
+from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.settings import InstanceSettings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -58,38 +59,27 @@ class _ServeSettings(BaseModel):
     json_response: bool | None
     retention: dict[str, str]
     """The texts of the retention options that were given."""
-    events: dict[str, str] | None
-    """The texts of the options for events that were given; `None`: they are not kept."""
-    options: dict[str, int | float | None]
-    """Those of `durable_app` that were given."""
+    events: bool | None
+    event_retention: dict[str, str]
+    """The texts of the options for events that were given."""
+    instance: dict[str, str]
+    """The texts of the options of the process that were given."""
+    given: frozenset[str]
+    """The names of `_OF_THE_DATABASE` that stand on the command line. The app reads the others in the environment, and
+    its log can say so."""
+
+
+_OF_THE_DATABASE: Final = ("namespace", "schema", "auto_upgrade")
+
+
+def _is_given(parameter: str) -> bool:
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
 
 
 def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     if value is not None and not value.startswith("/"):
         raise click.BadParameter(f"{value!r} does not begin with a slash, as in /mcp")
     return value
-
-
-class _SecondsOrNone(click.ParamType[str]):
-    """A number of seconds, or `none`. As text: click takes `None` for an option that was not given."""
-
-    name = "seconds"
-
-    @override
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text = str(value).strip().lower()
-        if text != _NONE:
-            try:
-                fits = 0 < float(text) < math.inf
-            except ValueError:
-                fits = False
-            if not fits:
-                self.fail(f"{value!r} is neither a number of seconds above 0 nor none", param, ctx)
-        return text
-
-
-_NONE: Final = "none"
-_SECONDS_OR_NONE: Final = _SecondsOrNone()
 
 
 @click.command()
@@ -119,27 +109,9 @@ _SECONDS_OR_NONE: Final = _SecondsOrNone()
     help="Of uvicorn's log and of this package's.",
 )
 @retention_options
-@option("--events/--no-events", default=False, help="Keep the events of streams, so that they can be resumed.")
+@option("--events/--no-events", default=None, help="Keep the events of streams, so that they can be resumed.")
 @event_options
-@option(
-    "--sweep-interval",
-    type=_SECONDS_OR_NONE,
-    metavar="SECONDS|none",
-    help="How often each process sweeps; none where cron does. Default: 60.",
-)
-@option(
-    "--end-within",
-    type=click.FloatRange(0, min_open=True),
-    metavar="SECONDS",
-    help="How soon a session that ended elsewhere is refused here. Default: 5.",
-)
-@option(
-    "--evict-after",
-    type=_SECONDS_OR_NONE,
-    metavar="SECONDS|none",
-    help="How long a session without a request stays in memory. Default: 300.",
-)
-@option("--max-sessions", type=click.IntRange(1), metavar="N", help="Sessions in the memory of a process.")
+@instance_options
 @option("--app-dir", default=".", show_default=True, help="Where MODULE is looked for first.")
 def serve(
     target: str,
@@ -155,12 +127,9 @@ def serve(
     shutdown_timeout: int,
     log_level: str,
     retention: dict[str, str],
-    events: bool,
+    events: bool | None,
     event_retention: dict[str, str],
-    sweep_interval: str | None,
-    end_within: float | None,
-    evict_after: str | None,
-    max_sessions: int | None,
+    instance: dict[str, str],
     app_dir: str,
 ) -> None:
     """Serve an MCPServer, a low-level Server or a FastMCP 4 server with durable sessions.
@@ -168,18 +137,9 @@ def serve(
     MODULE:ATTRIBUTE is where the server object is, as in `notes.server:mcp`; its code needs no change.
     A database that is down does not keep the server from starting: clients get 503 until it answers.
     """
-    retention_policy(retention)
-    event_policy(event_retention)
-    options: dict[str, int | float | None] = {
-        name: None if text == _NONE else float(text)
-        for name, text in {"evict_after": evict_after, "sweep_interval": sweep_interval}.items()
-        if text is not None
-    }
-    options |= {
-        name: number
-        for name, number in {"end_within": end_within, "max_sessions": max_sessions}.items()
-        if number is not None
-    }
+    read_settings(RetentionPolicy, retention)
+    read_settings(EventPolicy, event_retention)
+    read_settings(InstanceSettings, instance)
     settings = _ServeSettings(
         target=target,
         app_dir=str(Path(app_dir).resolve()),
@@ -191,8 +151,10 @@ def serve(
         path=path,
         json_response=json_response,
         retention=retention,
-        events=event_retention if events else None,
-        options=options,
+        events=events,
+        event_retention=event_retention,
+        instance=instance,
+        given=frozenset(name for name in _OF_THE_DATABASE if _is_given(name)),
     )
     # Built here even if only workers will serve: what cannot work is told once, and before anything listens.
     app = _build(settings)
@@ -237,11 +199,13 @@ def _build(settings: _ServeSettings) -> Starlette:
             hint = " (an app that was built from a server already, stateless or not, cannot be made durable: name the"
             hint += " server object itself)"
         raise ConfigurationError(f"{settings.target}: {error}{hint}") from error
-    options: dict[str, Any] = dict(settings.options)
+    options: dict[str, Any] = {}
     if settings.retention:
-        options["retention"] = retention_policy(settings.retention)
+        options["retention"] = read_settings(RetentionPolicy, settings.retention)
     if settings.events is not None:
-        options["events"] = event_policy(settings.events)
+        options["events"] = settings.events and read_settings(EventPolicy, settings.event_retention)
+    if settings.instance:
+        options["settings"] = read_settings(InstanceSettings, settings.instance)
     if settings.json_response is not None:
         options["json_response"] = settings.json_response
     if settings.path is not None:
@@ -249,15 +213,14 @@ def _build(settings: _ServeSettings) -> Starlette:
     if not is_fastmcp(server):
         # The SDK guards against DNS rebinding where it listens on this machine only.
         options["host"] = settings.host
+    of_the_database = {
+        "namespace": settings.namespace,
+        "schema": settings.schema_name,
+        "auto_upgrade": settings.auto_upgrade,
+    }
+    options |= {name: value for name, value in of_the_database.items() if name in settings.given}
     try:
-        return durable_app(
-            server,
-            settings.url,
-            namespace=settings.namespace,
-            schema=settings.schema_name,
-            auto_upgrade=settings.auto_upgrade,
-            **options,
-        )
+        return durable_app(server, settings.url, **options)
     except ConfigurationError as error:
         raise ConfigurationError(f"cannot serve {settings.target}: {error}") from error
 

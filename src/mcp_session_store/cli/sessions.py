@@ -17,8 +17,8 @@ from mcp_session_store.cli.options import (
     Group,
     json_option,
     place_options,
+    read_settings,
     retention_options,
-    retention_policy,
     run,
 )
 from mcp_session_store.cli.output import (
@@ -37,6 +37,7 @@ from mcp_session_store.cli.output import (
 )
 from mcp_session_store.cli.session_names import key_of, keys_of
 from mcp_session_store.records import EndReason, Principal
+from mcp_session_store.retention import RetentionPolicy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -423,7 +424,7 @@ def stats(place: Place, *, top: int, retention: Mapping[str, str], as_json: bool
     Reads all of them, changes none, and holds up nobody; give a large table a longer --timeout. What the next sweep
     would take is by the policy of the options, so give those that the servers have.
     """
-    policy = retention_policy(retention)
+    policy = read_settings(RetentionPolicy, retention)
 
     async def read() -> tuple[Statistics, SweepReport]:
         async with place.directory() as directory:

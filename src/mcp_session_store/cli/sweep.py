@@ -13,23 +13,21 @@ import click
 
 from mcp_session_store.cli.options import (
     event_options,
-    event_policy,
     json_option,
     place_options,
-    retention_options,
-    retention_policy,
+    read_settings,
     run,
+    sweep_retention_options,
 )
 from mcp_session_store.cli.output import number, plural, print_json, progress
 from mcp_session_store.errors import StoreUnavailable
-from mcp_session_store.retention import EventSweepReport, SweepReport
+from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
 from mcp_session_store.store import SWEEP_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from mcp_session_store.cli.options import Place
-    from mcp_session_store.retention import EventPolicy, RetentionPolicy
 
 __all__ = ["sweep"]
 
@@ -39,7 +37,7 @@ _KILLED_BY: Final = 128
 
 @click.command()
 @place_options
-@retention_options
+@sweep_retention_options
 @event_options
 @click.option("--dry-run", is_flag=True, help="Only tell what would go.")
 @click.option(
@@ -69,11 +67,11 @@ def sweep(
     the servers have. Any number of sweeps may run at once, beside the servers' own. SIGINT and SIGTERM stop it after
     the step that runs; the exit code is then 130 or 143, and what is left is swept the next time.
     """
-    policy = retention_policy(retention)
+    policy = read_settings(RetentionPolicy, retention)
     if not {"idle", "absolute"} & policy.model_fields_set:
         # Each session goes by the expiry that the servers gave it, and one without any is theirs to judge.
         policy = policy.model_copy(update={"idle": None})
-    for_events = event_policy(event_retention)
+    for_events = read_settings(EventPolicy, event_retention)
     if dry_run:
         _report(*run(_preview(place, policy, for_events)), dry_run=True, as_json=as_json)
         return
