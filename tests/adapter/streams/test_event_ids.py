@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyStore
     from tests.support.http import Answer
+    from tests.support.instances import Instance
 
 pytestmark = pytest.mark.anyio
 
@@ -62,43 +63,35 @@ async def refusal(client: Client, last_event_id: str) -> Answer:
     return await client.open_stream(last_event_id).answer()
 
 
-async def test_no_two_events_of_a_session_have_the_same_id(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        stream = client.open_stream()
-        ids: list[str] = []
-        # Clients use an id again, and write it in two ways.
-        for request_id in (1, 1, "1", 1):
-            call, exchange = await talking.call(client, request_id=request_id)
-            await call.tell("to all")
-            await call.say("a", "b")
-            call.answer()
-            await exchange.end()
-            ids += ids_of(exchange)
-            assert len(ids_of(exchange)) == 4
-        ids += ids_of(stream)
-        assert len(ids) == len(set(ids)) == 4 * 4 + 1 + 4
+async def test_no_two_events_of_a_session_have_the_same_id(talking: Talking, client: Client) -> None:
+    stream = client.open_stream()
+    ids: list[str] = []
+    # Clients use an id again, and write it in two ways.
+    for request_id in (1, 1, "1", 1):
+        call, exchange = await talking.call(client, request_id=request_id)
+        await call.tell("to all")
+        await call.say("a", "b")
+        call.answer()
+        await exchange.end()
+        ids += ids_of(exchange)
+        assert len(ids_of(exchange)) == 4
+    ids += ids_of(stream)
+    assert len(ids) == len(set(ids)) == 4 * 4 + 1 + 4
 
 
 async def test_each_id_leads_on_in_its_own_call_whatever_id_the_client_gave_it(
-    store: FaultyStore, log: FaultyLog
+    talking: Talking, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        first = await heard(client, talking, "first", request_id=1)
-        second = await heard(client, talking, "second", request_id=1)
-        third = await heard(client, talking, "third", request_id="1")
-        for ids, text, request_id in ((first, "first", 1), (second, "second", 1), (third, "third", "1")):
-            resumed = client.open_stream(ids[0])
-            await resumed.end()
-            assert told(resumed.messages) == [text, "done"]
-            assert resumed.messages[-1]["id"] == request_id
-            assert type(resumed.messages[-1]["id"]) is type(request_id)
-            assert ids_of(resumed) == ids[1:]
+    first = await heard(client, talking, "first", request_id=1)
+    second = await heard(client, talking, "second", request_id=1)
+    third = await heard(client, talking, "third", request_id="1")
+    for ids, text, request_id in ((first, "first", 1), (second, "second", 1), (third, "third", "1")):
+        resumed = client.open_stream(ids[0])
+        await resumed.end()
+        assert told(resumed.messages) == [text, "done"]
+        assert resumed.messages[-1]["id"] == request_id
+        assert type(resumed.messages[-1]["id"]) is type(request_id)
+        assert ids_of(resumed) == ids[1:]
 
 
 async def test_ids_stay_unique_over_restores_and_on_two_instances_at_once(store: FaultyStore, log: FaultyLog) -> None:
@@ -132,77 +125,65 @@ async def test_ids_stay_unique_over_restores_and_on_two_instances_at_once(store:
     assert len(ids) == len(set(ids)) == 3 + 3 * (2 * 2 * 3 + 1 + 4)
 
 
-async def test_an_id_is_opaque_and_fits_into_a_header(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client(user=principal("alice"))
-        session_id = await client.handshake()
-        for request_id in ODD_IDS:
-            for event_id in await heard(client, talking, "secret", request_id=request_id):
-                assert event_id.isascii()
-                assert all(c.isalnum() or c in "-_" for c in event_id)
-                raw = base64.urlsafe_b64decode(event_id + "==")
-                for told_to_nobody in (session_id.encode(), session_key(session_id).bytes, b"secret", b"alice"):
-                    assert told_to_nobody not in raw
-                    assert told_to_nobody not in event_id.encode()
+async def test_an_id_is_opaque_and_fits_into_a_header(talking: Talking, one: Instance) -> None:
+    client = one.client(user=principal("alice"))
+    session_id = await client.handshake()
+    for request_id in ODD_IDS:
+        for event_id in await heard(client, talking, "secret", request_id=request_id):
+            assert event_id.isascii()
+            assert all(c.isalnum() or c in "-_" for c in event_id)
+            raw = base64.urlsafe_b64decode(event_id + "==")
+            for told_to_nobody in (session_id.encode(), session_key(session_id).bytes, b"secret", b"alice"):
+                assert told_to_nobody not in raw
+                assert told_to_nobody not in event_id.encode()
 
 
 @pytest.mark.parametrize("request_id", ODD_IDS, ids=range(len(ODD_IDS)))
 async def test_a_call_can_be_resumed_whatever_id_the_client_gives_it(
-    store: FaultyStore, log: FaultyLog, request_id: str | int
+    request_id: str | int, talking: Talking, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client, request_id=request_id)
-        await call.say("a")
-        await hears(exchange, "a")
-        resumed = client.open_stream(await exchange.leave())
-        await resumed.start()
-        assert resumed.status == 200
-        call.answer()
-        await resumed.end()
-        assert told(resumed.messages) == ["done"]
-        assert resumed.messages[0]["id"] == request_id
-        assert (await client.open_stream(resumed.last_event_id).answer()).status == 405
+    call, exchange = await talking.call(client, request_id=request_id)
+    await call.say("a")
+    await hears(exchange, "a")
+    resumed = client.open_stream(await exchange.leave())
+    await resumed.start()
+    assert resumed.status == 200
+    call.answer()
+    await resumed.end()
+    assert told(resumed.messages) == ["done"]
+    assert resumed.messages[0]["id"] == request_id
+    assert (await client.open_stream(resumed.last_event_id).answer()).status == 405
 
 
 @pytest.mark.parametrize("request_id", ODD_IDS, ids=range(len(ODD_IDS)))
 async def test_an_error_that_ends_a_call_names_it_as_the_client_did(
-    store: FaultyStore, log: FaultyLog, request_id: str | int
+    log: FaultyLog, request_id: str | int, talking: Talking, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        session_id = await client.handshake()
-        ids = await heard(client, talking, "a", request_id=request_id)
-        log.lose(session_id)
-        resumed = await client.open_stream(ids[0]).answer()
-        assert told(resumed.messages) == ["trimmed"]
-        assert resumed.messages[0]["id"] == request_id
-        assert type(resumed.messages[0]["id"]) is type(request_id)
+    session_id = str(client.session_id)
+    ids = await heard(client, talking, "a", request_id=request_id)
+    log.lose(session_id)
+    resumed = await client.open_stream(ids[0]).answer()
+    assert told(resumed.messages) == ["trimmed"]
+    assert resumed.messages[0]["id"] == request_id
+    assert type(resumed.messages[0]["id"]) is type(request_id)
 
 
 @pytest.mark.parametrize("request_id", LONG_IDS, ids=range(len(LONG_IDS)))
 async def test_a_call_whose_id_does_not_fit_is_answered_and_gets_no_ids(
-    store: FaultyStore, log: FaultyLog, request_id: str | int
+    log: FaultyLog, request_id: str | int, talking: Talking, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        session_id = await client.handshake()
-        call, exchange = await talking.call(client, request_id=request_id)
-        await call.say("a")
-        # Who was given no id would not come back.
-        await call.close()
-        await call.say("b")
-        call.answer()
-        await exchange.end()
-        assert told(exchange.messages) == ["a", "b", "done"]
-        assert exchange.messages[-1]["id"] == request_id
-        assert {event.id for event in exchange.events} == {None}
-        assert log.stored(session_id) == []
+    session_id = str(client.session_id)
+    call, exchange = await talking.call(client, request_id=request_id)
+    await call.say("a")
+    # Who was given no id would not come back.
+    await call.close()
+    await call.say("b")
+    call.answer()
+    await exchange.end()
+    assert told(exchange.messages) == ["a", "b", "done"]
+    assert exchange.messages[-1]["id"] == request_id
+    assert {event.id for event in exchange.events} == {None}
+    assert log.stored(session_id) == []
 
 
 async def test_sessions_that_use_the_same_ids_each_resume_their_own_streams(store: FaultyStore, log: FaultyLog) -> None:
@@ -297,46 +278,42 @@ def _forged(session_id: str | None, payload: bytes) -> str:
 
 
 async def test_an_id_that_the_session_was_not_given_gets_the_same_400_always_and_costs_no_query(
-    store: FaultyStore, log: FaultyLog
+    store: FaultyStore, log: FaultyLog, talking: Talking, one: Instance
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client, other = one.client(), one.client()
-        await client.handshake()
-        await other.handshake()
-        bad = await bad_ids(client, other, talking)
-        await until(lambda: store.touches != [])
-        expected = seen_by_a_client(await refusal(client, bad["malformed"]))
-        assert expected[0] == 400
-        store.calls.clear()
-        log.calls.clear()
-        for name, last_event_id in bad.items():
-            assert seen_by_a_client(await refusal(client, last_event_id)) == expected, name
-        assert set(store.calls) <= {"touch"}
-        assert log.calls == []
-        assert (await client.ping()).status == 200
+    client, other = one.client(), one.client()
+    await client.handshake()
+    await other.handshake()
+    bad = await bad_ids(client, other, talking)
+    await until(lambda: store.touches != [])
+    expected = seen_by_a_client(await refusal(client, bad["malformed"]))
+    assert expected[0] == 400
+    store.calls.clear()
+    log.calls.clear()
+    for name, last_event_id in bad.items():
+        assert seen_by_a_client(await refusal(client, last_event_id)) == expected, name
+    assert set(store.calls) <= {"touch"}
+    assert log.calls == []
+    assert (await client.ping()).status == 200
 
 
-async def test_an_id_that_the_session_was_not_given_closes_no_stream(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client, other = one.client(), one.client()
-        await client.handshake()
-        await other.handshake()
-        bad = await bad_ids(client, other, talking)
-        stream = client.open_stream()
-        call, exchange = await talking.call(client)
-        their_call, their_exchange = await talking.call(other)
-        await until(lambda: their_exchange.last_event_id is not None)
-        bad["another session's, of a call that runs"] = str(their_exchange.last_event_id)
-        for last_event_id in bad.values():
-            assert (await refusal(client, last_event_id)).status == 400
-        await call.say("a")
-        await call.tell("b")
-        await hears(exchange, "a")
-        await hears(stream, "b")
-        await their_call.say("c")
-        await hears(their_exchange, "c")
+async def test_an_id_that_the_session_was_not_given_closes_no_stream(talking: Talking, one: Instance) -> None:
+    client, other = one.client(), one.client()
+    await client.handshake()
+    await other.handshake()
+    bad = await bad_ids(client, other, talking)
+    stream = client.open_stream()
+    call, exchange = await talking.call(client)
+    their_call, their_exchange = await talking.call(other)
+    await until(lambda: their_exchange.last_event_id is not None)
+    bad["another session's, of a call that runs"] = str(their_exchange.last_event_id)
+    for last_event_id in bad.values():
+        assert (await refusal(client, last_event_id)).status == 400
+    await call.say("a")
+    await call.tell("b")
+    await hears(exchange, "a")
+    await hears(stream, "b")
+    await their_call.say("c")
+    await hears(their_exchange, "c")
 
 
 async def test_an_empty_id_is_none(store: FaultyStore, log: FaultyLog) -> None:

@@ -178,55 +178,49 @@ async def test_an_answer_that_is_stored_just_before_its_instance_stops_is_given(
 
 
 async def test_a_call_that_says_nothing_for_long_is_not_lost_while_its_instance_runs(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog, clock: Clock
+    other_log: FaultyLog, clock: Clock, talking: Talking, one: Instance, two: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
-        client = one.client()
-        session_id = await client.handshake()
-        call, last_event_id = await away(talking, client)
-        resumed = await opened(two.client(session_id), last_event_id)
-        for _ in range(5):
-            clock.advance(LONG / 2)
-            await beat(one, two)
-            await looked(other_log)
-        call.answer()
-        await resumed.end()
-        assert told(resumed.messages) == ["done"]
+    session_id = str(client.session_id)
+    call, last_event_id = await away(talking, client)
+    resumed = await opened(two.client(session_id), last_event_id)
+    for _ in range(5):
+        clock.advance(LONG / 2)
+        await beat(one, two)
+        await looked(other_log)
+    call.answer()
+    await resumed.end()
+    assert told(resumed.messages) == ["done"]
 
 
 async def test_after_an_outage_nobody_is_taken_for_gone_who_had_no_chance_to_say_that_he_runs(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog, clock: Clock
+    log: FaultyLog, other_log: FaultyLog, clock: Clock, talking: Talking, one: Instance, two: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
-        client = one.client()
-        session_id = await client.handshake()
-        call, last_event_id = await away(talking, client)
-        resumed = await opened(two.client(session_id), last_event_id)
-        clock.advance(LONG / 2)
-        await beat(one, two)
-        for some in (log, other_log):
-            some.down()
-        with pytest.raises(Exception, match="down"):
-            await beat(two)
-        clock.advance(2 * LONG)
-        # It is back, and this one is the first to say so.
-        other_log.up()
+    session_id = str(client.session_id)
+    call, last_event_id = await away(talking, client)
+    resumed = await opened(two.client(session_id), last_event_id)
+    clock.advance(LONG / 2)
+    await beat(one, two)
+    for some in (log, other_log):
+        some.down()
+    with pytest.raises(Exception, match="down"):
         await beat(two)
-        await looked(other_log)
-        clock.advance(LONG / 2)
-        await beat(two)
-        await looked(other_log)
-        assert not resumed.over.is_set()
-        log.up()
-        await beat(one)
-        clock.advance(LONG / 2)
-        await beat(one, two)
-        await looked(other_log)
-        call.answer()
-        await resumed.end()
-        assert told(resumed.messages) == ["done"]
+    clock.advance(2 * LONG)
+    # It is back, and this one is the first to say so.
+    other_log.up()
+    await beat(two)
+    await looked(other_log)
+    clock.advance(LONG / 2)
+    await beat(two)
+    await looked(other_log)
+    assert not resumed.over.is_set()
+    log.up()
+    await beat(one)
+    clock.advance(LONG / 2)
+    await beat(one, two)
+    await looked(other_log)
+    call.answer()
+    await resumed.end()
+    assert told(resumed.messages) == ["done"]
 
 
 async def test_after_an_outage_who_stays_silent_is_taken_for_gone(
@@ -309,32 +303,29 @@ async def test_one_query_tells_of_all_instances_that_are_waited_for(store: Fault
 
 
 async def test_a_call_whose_copy_has_left_this_instance_is_lost(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+    log: FaultyLog, talking: Talking, one: Instance, two: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
-        client = one.client()
-        session_id = await client.handshake()
-        call, last_event_id = await away(talking, client)
-        await call.say("a")
-        elsewhere = await opened(two.client(session_id), last_event_id)
-        await hears(elsewhere, "a")
-        await one.terminate(session_id)
-        await elsewhere.end()
-        assert call.cancelled
-        assert told(elsewhere.messages) == ["a", "lost"]
-        assert names_its_call(elsewhere, client)
-        resumed = client.open_stream(last_event_id)
-        await resumed.end()
-        assert told(resumed.messages) == ["a", "lost"]
-        # It is stored once, as the last event of the call.
-        assert [event.kind for event in log.stored(session_id)] == [
-            EventKind.PRIMING,
-            EventKind.NOTIFICATION,
-            EventKind.ERROR,
-        ]
-        assert one.manager._recorder is not None
-        assert one.manager._recorder.unfinished == {}
+    session_id = str(client.session_id)
+    call, last_event_id = await away(talking, client)
+    await call.say("a")
+    elsewhere = await opened(two.client(session_id), last_event_id)
+    await hears(elsewhere, "a")
+    await one.terminate(session_id)
+    await elsewhere.end()
+    assert call.cancelled
+    assert told(elsewhere.messages) == ["a", "lost"]
+    assert names_its_call(elsewhere, client)
+    resumed = client.open_stream(last_event_id)
+    await resumed.end()
+    assert told(resumed.messages) == ["a", "lost"]
+    # It is stored once, as the last event of the call.
+    assert [event.kind for event in log.stored(session_id)] == [
+        EventKind.PRIMING,
+        EventKind.NOTIFICATION,
+        EventKind.ERROR,
+    ]
+    assert one.manager._recorder is not None
+    assert one.manager._recorder.unfinished == {}
 
 
 async def test_a_call_is_lost_with_a_server_loop_that_crashes(
@@ -366,26 +357,23 @@ async def test_a_call_is_lost_with_a_server_loop_that_crashes(
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 async def test_an_answer_that_is_being_stored_when_its_copy_leaves_is_not_lost(
-    store: FaultyStore, log: FaultyLog, after: bool
+    log: FaultyLog, after: bool, talking: Talking, one: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        session_id = await client.handshake()
-        call, last_event_id = await away(talking, client)
-        held = log.hold("append", after=after)
-        call.answer("precious")
-        await held.wait_entered()
-        log.up()
-        session = one.manager._residents.get(session_id)
-        assert session is not None
-        await one.manager._residents.evict(session)
-        resumed = client.open_stream(last_event_id)
-        await resumed.end()
-        assert told(resumed.messages) == ["precious"]
-        assert len(log.messages(session_id)) == 1
-        assert one.manager._recorder is not None
-        assert one.manager._recorder.unfinished == {}
+    session_id = str(client.session_id)
+    call, last_event_id = await away(talking, client)
+    held = log.hold("append", after=after)
+    call.answer("precious")
+    await held.wait_entered()
+    log.up()
+    session = one.manager._residents.get(session_id)
+    assert session is not None
+    await one.manager._residents.evict(session)
+    resumed = client.open_stream(last_event_id)
+    await resumed.end()
+    assert told(resumed.messages) == ["precious"]
+    assert len(log.messages(session_id)) == 1
+    assert one.manager._recorder is not None
+    assert one.manager._recorder.unfinished == {}
 
 
 async def test_a_copy_whose_answers_are_not_stored_yet_is_in_use(store: FaultyStore, log: FaultyLog) -> None:
@@ -412,34 +400,27 @@ async def test_a_copy_whose_answers_are_not_stored_yet_is_in_use(store: FaultySt
         assert told(resumed.messages) == ["precious"]
 
 
-async def test_a_call_that_its_client_cancels_is_answered_on_its_stream(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, last_event_id = await away(talking, client)
-        resumed = await opened(client, last_event_id)
-        await client.notify("notifications/cancelled", {"requestId": client._last_id})
-        await resumed.end()
-        assert call.cancelled
-        assert told(resumed.messages) == ["Request cancelled"]
+async def test_a_call_that_its_client_cancels_is_answered_on_its_stream(talking: Talking, client: Client) -> None:
+    call, last_event_id = await away(talking, client)
+    resumed = await opened(client, last_event_id)
+    await client.notify("notifications/cancelled", {"requestId": client._last_id})
+    await resumed.end()
+    assert call.cancelled
+    assert told(resumed.messages) == ["Request cancelled"]
 
 
 async def test_a_call_whose_id_is_used_again_while_it_runs_ends_with_an_error(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+    talking: Talking, two: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
-        client = one.client()
-        session_id = await client.handshake()
-        call, exchange = await talking.call(client, request_id=7)
-        await call.say("a")
-        await hears(exchange, "a")
-        resumed = await opened(two.client(session_id), await exchange.leave())
-        await talking.call(client, request_id=7)
-        await resumed.end()
-        assert told(resumed.messages) == ["lost"]
-        assert resumed.messages[-1]["id"] == 7
+    session_id = str(client.session_id)
+    call, exchange = await talking.call(client, request_id=7)
+    await call.say("a")
+    await hears(exchange, "a")
+    resumed = await opened(two.client(session_id), await exchange.leave())
+    await talking.call(client, request_id=7)
+    await resumed.end()
+    assert told(resumed.messages) == ["lost"]
+    assert resumed.messages[-1]["id"] == 7
 
 
 # The session ends
@@ -503,98 +484,95 @@ async def test_who_follows_a_call_is_told_that_its_session_has_ended(
         assert ended_by == "expiry" or log.stored(session_id) == []
 
 
-async def test_nothing_is_left_of_a_session_that_was_ended_while_calls_ran(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client, other = one.client(), one.client()
-        session_id = await client.handshake()
-        await other.handshake()
-        recorder = one.manager._recorder
-        assert recorder is not None
-        _, connected = await talking.call(client)
-        _, last_event_id = await away(talking, client)
-        resumed = await opened(client, last_event_id)
-        stream = await opened(client)
-        goes_on, exchange = await talking.call(other)
-        assert (await client.delete()).status == 200
-        for open_response in (connected, resumed, stream):
-            await open_response.end()
-        await until(lambda: len(recorder.unfinished) == 1)
-        assert recorder.following.of(session_key(session_id)) == []
-        assert (await client.open_stream(last_event_id).answer()).status == 404
-        goes_on.answer()
+async def test_nothing_is_left_of_a_session_that_was_ended_while_calls_ran(talking: Talking, one: Instance) -> None:
+    client, other = one.client(), one.client()
+    session_id = await client.handshake()
+    await other.handshake()
+    recorder = one.manager._recorder
+    assert recorder is not None
+    _, connected = await talking.call(client)
+    _, last_event_id = await away(talking, client)
+    resumed = await opened(client, last_event_id)
+    stream = await opened(client)
+    goes_on, exchange = await talking.call(other)
+    assert (await client.delete()).status == 200
+    for open_response in (connected, resumed, stream):
+        await open_response.end()
+    await until(lambda: len(recorder.unfinished) == 1)
+    assert recorder.following.of(session_key(session_id)) == []
+    assert (await client.open_stream(last_event_id).answer()).status == 404
+    goes_on.answer()
+    await exchange.end()
+    assert told(exchange.messages) == ["done"]
+    assert recorder.unfinished == {}
+
+
+async def test_the_end_of_a_session_is_told_though_the_log_hangs(
+    log: FaultyLog, talking: Talking, one: Instance, client: Client
+) -> None:
+    _, connected = await talking.call(client)
+    _, last_event_id = await away(talking, client)
+    resumed = await opened(client, last_event_id)
+    held = log.hold("append")
+    assert (await client.delete()).status == 200
+    await connected.end()
+    await resumed.end()
+    assert told(connected.messages) == ["Session ended"]
+    assert told(resumed.messages) == ["ended"]
+    await until(lambda: not one.manager._residents._leaving)
+    await one_more_turn()
+    # Its events are gone with it: none is asked for, and none is stored.
+    assert held.calls == 0
+
+
+async def test_a_resumption_that_meets_the_end_of_its_session_ends(
+    log: FaultyLog, talking: Talking, client: Client
+) -> None:
+    stream = await opened(client)
+    standalone = await stream.leave()
+    _, last_event_id = await away(talking, client)
+    held = log.hold("read", after=True)
+    resumed = [client.open_stream(some) for some in (standalone, last_event_id)]
+    await until(lambda: held.calls == 2)
+    await client.delete()
+    log.up()
+    held.release()
+    for exchange in resumed:
         await exchange.end()
-        assert told(exchange.messages) == ["done"]
-        assert recorder.unfinished == {}
-
-
-async def test_the_end_of_a_session_is_told_though_the_log_hangs(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        _, connected = await talking.call(client)
-        _, last_event_id = await away(talking, client)
-        resumed = await opened(client, last_event_id)
-        held = log.hold("append")
-        assert (await client.delete()).status == 200
-        await connected.end()
-        await resumed.end()
-        assert told(connected.messages) == ["Session ended"]
-        assert told(resumed.messages) == ["ended"]
-        await until(lambda: not one.manager._residents._leaving)
-        await one_more_turn()
-        # Its events are gone with it: none is asked for, and none is stored.
-        assert held.calls == 0
-
-
-async def test_a_resumption_that_meets_the_end_of_its_session_ends(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        stream = await opened(client)
-        standalone = await stream.leave()
-        _, last_event_id = await away(talking, client)
-        held = log.hold("read", after=True)
-        resumed = [client.open_stream(some) for some in (standalone, last_event_id)]
-        await until(lambda: held.calls == 2)
-        await client.delete()
-        log.up()
-        held.release()
-        for exchange in resumed:
-            await exchange.end()
-        assert (await client.open_stream(standalone).answer()).status == 404
+    assert (await client.open_stream(standalone).answer()).status == 404
 
 
 # The instance stops
 
 
 async def test_an_instance_that_stops_closes_its_streams_and_says_so(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+    other_store: FaultyStore,
+    log: FaultyLog,
+    other_log: FaultyLog,
+    talking: Talking,
+    one: Instance,
+    two: Instance,
+    client: Client,
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        session_id = await client.handshake()
-        call, last_event_id = await away(talking, client)
-        name = one.manager.instance.rpartition(":")[2]
-        async with instance(other_store, events=other_log) as two:
-            there = two.client(session_id)
-            its_name = two.manager.instance.rpartition(":")[2]
-            assert set(await log.inner.last_beats([name, its_name])) == {name, its_name}
-            resumed, standalone = await opened(there, last_event_id), await opened(there)
-            # The streams end by the shutdown, before whoever serves them is cancelled.
-            await two.manager._shut_down()
-            await resumed.end()
-            await standalone.end()
-            assert resumed.messages == standalone.messages == []
-        assert set(await log.inner.last_beats([name, its_name])) == {name}
-        # The call runs on, and is not lost.
-        resumed = await opened(client, last_event_id)
-        call.answer()
+    session_id = str(client.session_id)
+    call, last_event_id = await away(talking, client)
+    name = one.manager.instance.rpartition(":")[2]
+    async with instance(other_store, events=other_log) as two:
+        there = two.client(session_id)
+        its_name = two.manager.instance.rpartition(":")[2]
+        assert set(await log.inner.last_beats([name, its_name])) == {name, its_name}
+        resumed, standalone = await opened(there, last_event_id), await opened(there)
+        # The streams end by the shutdown, before whoever serves them is cancelled.
+        await two.manager._shut_down()
         await resumed.end()
-        assert told(resumed.messages) == ["done"]
+        await standalone.end()
+        assert resumed.messages == standalone.messages == []
+    assert set(await log.inner.last_beats([name, its_name])) == {name}
+    # The call runs on, and is not lost.
+    resumed = await opened(client, last_event_id)
+    call.answer()
+    await resumed.end()
+    assert told(resumed.messages) == ["done"]
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -666,14 +644,10 @@ async def test_an_answer_whose_copy_is_leaving_is_stored_before_its_instance_sto
     assert len(log.messages(session_id)) == 1
 
 
-async def test_a_call_that_went_out_live_is_over(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client)
-        call.answer()
-        await exchange.end()
-        assert not without_ids(exchange, "done")
-        assert one.manager._recorder is not None
-        assert one.manager._recorder.unfinished == {}
+async def test_a_call_that_went_out_live_is_over(talking: Talking, one: Instance, client: Client) -> None:
+    call, exchange = await talking.call(client)
+    call.answer()
+    await exchange.end()
+    assert not without_ids(exchange, "done")
+    assert one.manager._recorder is not None
+    assert one.manager._recorder.unfinished == {}

@@ -22,6 +22,7 @@ from tests.support.talking import Talking, hears, told
 if TYPE_CHECKING:
     from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyStore
+    from tests.support.instances import Instance
 
 pytestmark = pytest.mark.anyio
 
@@ -59,35 +60,31 @@ def still(monkeypatch: pytest.MonkeyPatch) -> Still:
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 async def test_whatever_the_log_raises_calls_go_on_and_what_they_say_goes_out_without_ids(
-    store: FaultyStore, log: FaultyLog, error: Exception
+    log: FaultyLog, error: Exception, talking: Talking, one: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        stream = await opened(client)
-        call, exchange = await talking.call(client)
-        await call.say("a")
-        log.failing(error, "append")
-        await call.say("b", "c")
-        await call.tell("d")
-        call.answer()
-        await exchange.end()
-        assert without_ids(exchange, "b", "c", "done")
-        await hears(stream, "d")
-        assert without_ids(stream, "d")
-        # A call that begins now, and a session.
-        call, exchange = await talking.call(client)
-        await call.say("e")
-        call.answer()
-        await exchange.end()
-        assert [event.id for event in exchange.events] == [None, None]
-        assert told(exchange.messages) == ["e", "done"]
-        await one.client().handshake()
-        log.up()
-        await ids_come_back(client, talking)
-        assert one.residents == 2
-        one.assert_seats_match()
+    stream = await opened(client)
+    call, exchange = await talking.call(client)
+    await call.say("a")
+    log.failing(error, "append")
+    await call.say("b", "c")
+    await call.tell("d")
+    call.answer()
+    await exchange.end()
+    assert without_ids(exchange, "b", "c", "done")
+    await hears(stream, "d")
+    assert without_ids(stream, "d")
+    # A call that begins now, and a session.
+    call, exchange = await talking.call(client)
+    await call.say("e")
+    call.answer()
+    await exchange.end()
+    assert [event.id for event in exchange.events] == [None, None]
+    assert told(exchange.messages) == ["e", "done"]
+    await one.client().handshake()
+    log.up()
+    await ids_come_back(client, talking)
+    assert one.residents == 2
+    one.assert_seats_match()
 
 
 async def ids_come_back(client: Client, talking: Talking) -> None:
@@ -126,48 +123,44 @@ async def test_what_was_kept_is_stored_once_though_storing_it_is_cut_short_by_th
     assert len([stream for stream, _ in log.streams(session_id) if stream == STANDALONE_STREAM]) == 3
 
 
-async def test_an_event_that_takes_too_long_to_store_goes_out_then(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client)
-        held = log.hold("append")
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(call.say, "a", "b", "c")
-            await held.wait_entered()
-            await one_more_turn()
-            assert exchange.messages == []
-            held.fail(StoreUnavailable("it did not answer in time"))
-        await hears(exchange, "a", "b", "c")
-        assert without_ids(exchange, "a", "b", "c")
-        assert len(log.appended) == 2
+async def test_an_event_that_takes_too_long_to_store_goes_out_then(
+    log: FaultyLog, talking: Talking, client: Client
+) -> None:
+    call, exchange = await talking.call(client)
+    held = log.hold("append")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call.say, "a", "b", "c")
+        await held.wait_entered()
+        await one_more_turn()
+        assert exchange.messages == []
+        held.fail(StoreUnavailable("it did not answer in time"))
+    await hears(exchange, "a", "b", "c")
+    assert without_ids(exchange, "a", "b", "c")
+    assert len(log.appended) == 2
 
 
 @pytest.mark.parametrize("outage", OUTAGES, ids=["append", "append and beat", "all"])
 async def test_while_the_log_is_down_no_event_waits_for_it(
-    store: FaultyStore, log: FaultyLog, still: Still, outage: tuple[str, ...]
+    log: FaultyLog, still: Still, outage: tuple[str, ...], talking: Talking, one: Instance
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client, other = one.client(), one.client()
-        await client.handshake()
-        await other.handshake()
-        call, exchange = await talking.call(client)
-        log.appended.clear()
-        log.down(*outage)
-        for n in range(40):
-            await call.say(str(n))
-            await hears(exchange, *(str(m) for m in range(n + 1)))
-        other_call, other_exchange = await talking.call(other)
-        await other_call.say("a")
-        await hears(other_exchange, "a")
-        assert len(log.appended) == 1
-        log.up()
-        await all_stored(one)
-        await call.say("stored", "stored")
-        await until(lambda: told(exchange.messages)[-1:] == ["stored"] and exchange.events[-1].id is not None)
-        assert exchange.events[-2].id is not None
+    client, other = one.client(), one.client()
+    await client.handshake()
+    await other.handshake()
+    call, exchange = await talking.call(client)
+    log.appended.clear()
+    log.down(*outage)
+    for n in range(40):
+        await call.say(str(n))
+        await hears(exchange, *(str(m) for m in range(n + 1)))
+    other_call, other_exchange = await talking.call(other)
+    await other_call.say("a")
+    await hears(other_exchange, "a")
+    assert len(log.appended) == 1
+    log.up()
+    await all_stored(one)
+    await call.say("stored", "stored")
+    await until(lambda: told(exchange.messages)[-1:] == ["stored"] and exchange.events[-1].id is not None)
+    assert exchange.events[-2].id is not None
 
 
 async def test_an_outage_is_told_once_in_the_log(
@@ -196,25 +189,23 @@ async def test_an_outage_is_told_once_in_the_log(
 
 @pytest.mark.parametrize("outage", OUTAGES, ids=["append", "append and beat", "all"])
 async def test_when_the_log_is_back_ids_are_given_from_the_first_event_on(
-    store: FaultyStore, log: FaultyLog, still: Still, outage: tuple[str, ...]
+    log: FaultyLog, still: Still, outage: tuple[str, ...], talking: Talking, one: Instance
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client, other = one.client(), one.client()
-        await client.handshake()
-        await other.handshake()
-        call, exchange = await talking.call(client)
-        await until(lambda: exchange.last_event_id is not None)
-        log.down(*outage)
-        await call.say("a")
-        await hears(exchange, "a")
-        assert (await plain(client)).events == []
-        log.up()
-        await all_stored(one)
-        # Nothing has been said since: the next call and the next stream can be resumed all the same.
-        _, exchange = await talking.call(other)
-        await until(lambda: exchange.last_event_id is not None)
-        await opened(other)
+    client, other = one.client(), one.client()
+    await client.handshake()
+    await other.handshake()
+    call, exchange = await talking.call(client)
+    await until(lambda: exchange.last_event_id is not None)
+    log.down(*outage)
+    await call.say("a")
+    await hears(exchange, "a")
+    assert (await plain(client)).events == []
+    log.up()
+    await all_stored(one)
+    # Nothing has been said since: the next call and the next stream can be resumed all the same.
+    _, exchange = await talking.call(other)
+    await until(lambda: exchange.last_event_id is not None)
+    await opened(other)
 
 
 async def plain(client: Client) -> Exchange:
@@ -244,45 +235,37 @@ async def test_a_standalone_stream_that_is_opened_while_the_log_is_down_is_live(
         assert (await client.open_stream().answer()).status == 409
 
 
-async def test_a_client_that_was_given_no_id_is_not_sent_away(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        log.down("append")
-        call, exchange = await talking.call(client)
-        await call.close()
-        call.answer()
-        await exchange.end()
-        assert told(exchange.messages) == ["done"]
+async def test_a_client_that_was_given_no_id_is_not_sent_away(log: FaultyLog, talking: Talking, client: Client) -> None:
+    log.down("append")
+    call, exchange = await talking.call(client)
+    await call.close()
+    call.answer()
+    await exchange.end()
+    assert told(exchange.messages) == ["done"]
 
 
 async def test_a_client_that_does_not_read_holds_nobody_up_while_the_log_is_down(
-    store: FaultyStore, log: FaultyLog
+    log: FaultyLog, talking: Talking, one: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client)
-        await until(lambda: exchange.last_event_id is not None)
-        exchange.stop_reading()
-        log.down("append")
-        texts = [str(n) for n in range(60)]
-        with anyio.fail_after(PATIENCE):
-            await call.say(*texts)
-        assert (await client.ping()).status == 200
-        call.answer()
-        log.up()
-        await all_stored(one)
-        exchange.read_on()
-        await exchange.end()
-        # It was live as long as there was room, which is lost with the connection; the rest was kept.
-        resumed = client.open_stream(exchange.last_event_id)
-        await resumed.end()
-        heard = told(exchange.messages) + told(resumed.messages)
-        assert told(resumed.messages)[-41:] == [*texts[-40:], "done"]
-        assert heard == [text for text in [*texts, "done"] if text in heard]
+    call, exchange = await talking.call(client)
+    await until(lambda: exchange.last_event_id is not None)
+    exchange.stop_reading()
+    log.down("append")
+    texts = [str(n) for n in range(60)]
+    with anyio.fail_after(PATIENCE):
+        await call.say(*texts)
+    assert (await client.ping()).status == 200
+    call.answer()
+    log.up()
+    await all_stored(one)
+    exchange.read_on()
+    await exchange.end()
+    # It was live as long as there was room, which is lost with the connection; the rest was kept.
+    resumed = client.open_stream(exchange.last_event_id)
+    await resumed.end()
+    heard = told(exchange.messages) + told(resumed.messages)
+    assert told(resumed.messages)[-41:] == [*texts[-40:], "done"]
+    assert heard == [text for text in [*texts, "done"] if text in heard]
 
 
 # What is kept
@@ -290,139 +273,122 @@ async def test_a_client_that_does_not_read_holds_nobody_up_while_the_log_is_down
 
 @pytest.mark.parametrize("outage", OUTAGES, ids=["append", "append and beat", "all"])
 async def test_what_nobody_could_be_given_is_stored_when_the_log_is_back(
-    store: FaultyStore, log: FaultyLog, outage: tuple[str, ...]
+    log: FaultyLog, outage: tuple[str, ...], talking: Talking, one: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        session_id = await client.handshake()
-        stream = await opened(client)
-        standalone = await stream.leave()
-        call, last_event_id = await away(talking, client)
-        await call.say("a")
-        await until(lambda: len(log.messages(session_id)) == 1)
-        log.down(*outage)
-        await call.say("b", "c")
-        await call.tell("d")
-        call.answer()
-        await one_more_turn()
-        assert len(log.messages(session_id)) == 1
-        log.up()
-        await all_stored(one)
-        assert [event.kind for event in log.stored(session_id)][2:] == [
-            *[EventKind.NOTIFICATION] * 4,
-            EventKind.RESPONSE,
-        ]
-        resumed = client.open_stream(last_event_id)
-        await resumed.end()
-        assert told(resumed.messages) == ["a", "b", "c", "done"]
-        await hears(await opened(client, standalone), "d")
+    session_id = str(client.session_id)
+    stream = await opened(client)
+    standalone = await stream.leave()
+    call, last_event_id = await away(talking, client)
+    await call.say("a")
+    await until(lambda: len(log.messages(session_id)) == 1)
+    log.down(*outage)
+    await call.say("b", "c")
+    await call.tell("d")
+    call.answer()
+    await one_more_turn()
+    assert len(log.messages(session_id)) == 1
+    log.up()
+    await all_stored(one)
+    assert [event.kind for event in log.stored(session_id)][2:] == [
+        *[EventKind.NOTIFICATION] * 4,
+        EventKind.RESPONSE,
+    ]
+    resumed = client.open_stream(last_event_id)
+    await resumed.end()
+    assert told(resumed.messages) == ["a", "b", "c", "done"]
+    await hears(await opened(client, standalone), "d")
 
 
-async def test_an_event_is_not_stored_twice_whose_first_try_had_worked(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, last_event_id = await away(talking, client)
-        log.lose_the_answer_of("append")
-        await call.say("a", "b")
-        await until(lambda: len(log.appended) >= 2)
-        call.answer()
-        log.up()
-        await all_stored(one)
-        resumed = client.open_stream(last_event_id)
-        await resumed.end()
-        assert told(resumed.messages) == ["a", "b", "done"]
+async def test_an_event_is_not_stored_twice_whose_first_try_had_worked(
+    log: FaultyLog, talking: Talking, one: Instance, client: Client
+) -> None:
+    call, last_event_id = await away(talking, client)
+    log.lose_the_answer_of("append")
+    await call.say("a", "b")
+    await until(lambda: len(log.appended) >= 2)
+    call.answer()
+    log.up()
+    await all_stored(one)
+    resumed = client.open_stream(last_event_id)
+    await resumed.end()
+    assert told(resumed.messages) == ["a", "b", "done"]
 
 
 async def test_the_answer_is_stored_for_who_comes_back_though_it_went_out_live(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+    log: FaultyLog, talking: Talking, two: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
-        client = one.client()
-        session_id = await client.handshake()
-        call, exchange = await talking.call(client)
-        await until(lambda: exchange.last_event_id is not None)
-        log.down("append")
-        call.answer()
-        await exchange.end()
-        assert without_ids(exchange, "done")
-        # Its client has not got it, whatever we think.
-        resumed = await opened(two.client(session_id), exchange.last_event_id)
-        log.up()
-        await resumed.end()
-        assert told(resumed.messages) == ["done"]
+    session_id = str(client.session_id)
+    call, exchange = await talking.call(client)
+    await until(lambda: exchange.last_event_id is not None)
+    log.down("append")
+    call.answer()
+    await exchange.end()
+    assert without_ids(exchange, "done")
+    # Its client has not got it, whatever we think.
+    resumed = await opened(two.client(session_id), exchange.last_event_id)
+    log.up()
+    await resumed.end()
+    assert told(resumed.messages) == ["done"]
 
 
-async def test_who_has_resumed_a_stream_is_given_what_cannot_be_stored_once(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, last_event_id = await away(talking, client)
-        resumed = await opened(client, last_event_id)
-        await call.say("a")
-        await hears(resumed, "a")
-        last_event_id = str(resumed.last_event_id)
-        await one_more_turn()
-        log.down("append")
-        await call.say("b")
-        await hears(resumed, "a", "b")
-        await one_more_turn()
-        call.answer()
-        await resumed.end()
-        assert told(resumed.messages) == ["a", "b", "done"]
-        assert without_ids(resumed, "b", "done")
-        log.up()
-        await all_stored(one)
-        resumed = client.open_stream(last_event_id)
-        await resumed.end()
-        assert told(resumed.messages) == ["done"]
+async def test_who_has_resumed_a_stream_is_given_what_cannot_be_stored_once(
+    log: FaultyLog, talking: Talking, one: Instance, client: Client
+) -> None:
+    call, last_event_id = await away(talking, client)
+    resumed = await opened(client, last_event_id)
+    await call.say("a")
+    await hears(resumed, "a")
+    last_event_id = str(resumed.last_event_id)
+    await one_more_turn()
+    log.down("append")
+    await call.say("b")
+    await hears(resumed, "a", "b")
+    await one_more_turn()
+    call.answer()
+    await resumed.end()
+    assert told(resumed.messages) == ["a", "b", "done"]
+    assert without_ids(resumed, "b", "done")
+    log.up()
+    await all_stored(one)
+    resumed = client.open_stream(last_event_id)
+    await resumed.end()
+    assert told(resumed.messages) == ["done"]
 
 
 async def test_what_cannot_be_stored_waits_for_a_client_that_has_not_read_what_was(
-    store: FaultyStore, log: FaultyLog
+    log: FaultyLog, talking: Talking, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, last_event_id = await away(talking, client)
-        await call.say("a", "b")
-        resumed = client.open_stream(last_event_id)
-        resumed.stop_reading()
-        await until(lambda: log.counts()["read"] > 0)
-        await one_more_turn()
-        log.down("append")
-        await call.say("c")
-        call.answer()
-        await one_more_turn()
-        resumed.read_on()
-        log.up()
-        await resumed.end()
-        assert told(resumed.messages) == ["a", "b", "c", "done"]
-        assert all(event.id for event in resumed.events)
+    call, last_event_id = await away(talking, client)
+    await call.say("a", "b")
+    resumed = client.open_stream(last_event_id)
+    resumed.stop_reading()
+    await until(lambda: log.counts()["read"] > 0)
+    await one_more_turn()
+    log.down("append")
+    await call.say("c")
+    call.answer()
+    await one_more_turn()
+    resumed.read_on()
+    log.up()
+    await resumed.end()
+    assert told(resumed.messages) == ["a", "b", "c", "done"]
+    assert all(event.id for event in resumed.events)
 
 
 async def test_the_loss_of_a_call_is_stored_when_the_log_is_back(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+    log: FaultyLog, talking: Talking, one: Instance, two: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
-        client = one.client()
-        session_id = await client.handshake()
-        call, last_event_id = await away(talking, client)
-        log.down("append")
-        await one.terminate(session_id)
-        await until(lambda: call.cancelled)
-        resumed = await opened(two.client(session_id), last_event_id)
-        await one_more_turn()
-        assert resumed.messages == []
-        log.up()
-        await resumed.end()
-        assert told(resumed.messages) == ["lost"]
+    session_id = str(client.session_id)
+    call, last_event_id = await away(talking, client)
+    log.down("append")
+    await one.terminate(session_id)
+    await until(lambda: call.cancelled)
+    resumed = await opened(two.client(session_id), last_event_id)
+    await one_more_turn()
+    assert resumed.messages == []
+    log.up()
+    await resumed.end()
+    assert told(resumed.messages) == ["lost"]
 
 
 # The bound
@@ -526,41 +492,36 @@ async def test_an_answer_that_is_too_large_to_store_reaches_a_client_that_is_the
         assert told(exchange.messages) == ["a", "x" * 3000, "b", "y" * 3000]
 
 
-async def test_a_log_with_a_bug_is_asked_a_few_times_for_an_answer(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        session_id = await client.handshake()
-        call, exchange = await talking.call(client)
-        await call.say("a")
-        await hears(exchange, "a")
-        log.appended.clear()
-        log.broken("append")
-        call.answer()
-        await exchange.end()
-        assert told(exchange.messages) == ["a", "done"]
-        assert len(log.appended) <= 3
-        log.up()
-        # The answer is not there: nobody waits for it.
-        resumed = client.open_stream(exchange.last_event_id)
-        await resumed.end()
-        assert told(resumed.messages) == ["lost"]
-        assert len(log.stored(session_id)) == 2
+async def test_a_log_with_a_bug_is_asked_a_few_times_for_an_answer(
+    log: FaultyLog, talking: Talking, client: Client
+) -> None:
+    session_id = str(client.session_id)
+    call, exchange = await talking.call(client)
+    await call.say("a")
+    await hears(exchange, "a")
+    log.appended.clear()
+    log.broken("append")
+    call.answer()
+    await exchange.end()
+    assert told(exchange.messages) == ["a", "done"]
+    assert len(log.appended) <= 3
+    log.up()
+    # The answer is not there: nobody waits for it.
+    resumed = client.open_stream(exchange.last_event_id)
+    await resumed.end()
+    assert told(resumed.messages) == ["lost"]
+    assert len(log.stored(session_id)) == 2
 
 
-async def test_an_answer_that_is_no_json_is_told_to_who_comes_back(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client)
-        await call.say("a")
-        call.answer("\ud800")
-        await exchange.end()
-        resumed = client.open_stream(exchange.last_event_id)
-        await resumed.end()
-        assert told(resumed.messages) == ["lost"]
-        assert (await client.ping()).status == 200
+async def test_an_answer_that_is_no_json_is_told_to_who_comes_back(talking: Talking, client: Client) -> None:
+    call, exchange = await talking.call(client)
+    await call.say("a")
+    call.answer("\ud800")
+    await exchange.end()
+    resumed = client.open_stream(exchange.last_event_id)
+    await resumed.end()
+    assert told(resumed.messages) == ["lost"]
+    assert (await client.ping()).status == 200
 
 
 # Beginnings and ends

@@ -19,7 +19,7 @@ from tests.support.talking import Talking, hears, told
 if TYPE_CHECKING:
     from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyLog, FaultyStore
-    from tests.support.instances import RequestContext
+    from tests.support.instances import Instance, RequestContext
 
 pytestmark = pytest.mark.anyio
 
@@ -37,61 +37,55 @@ async def resumed_from(client: Client, position: int, ids: list[str], *texts: st
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
 async def test_a_call_is_resumed_from_each_of_its_events(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog, elsewhere: bool
+    elsewhere: bool, talking: Talking, two: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
-        client = one.client()
-        session_id = await client.handshake()
-        call, exchange = await talking.call(client, request_id="seven")
-        texts = [str(n) for n in range(8)]
-        for text in texts:
-            await call.say(text)
-            # What is said on other streams is none of this one.
-            await call.tell(f"to all {text}")
-        await hears(exchange, *texts)
-        ids = [str(event.id) for event in exchange.events]
-        await exchange.leave()
-        back = two.client(session_id) if elsewhere else client
-        for position in range(len(ids)):
-            running = await resumed_from(back, position, ids, *texts)
-        call.answer()
-        await running.end()
-        ids.append(str(running.last_event_id))
-        for position in range(len(ids) - 1):
-            answered = await resumed_from(back, position, ids, *texts, "done")
-            await answered.end()
-            assert answered.messages[-1]["id"] == "seven"
-        # The client has all of it.
-        assert (await back.open_stream(ids[-1]).answer()).status == 405
+    session_id = str(client.session_id)
+    call, exchange = await talking.call(client, request_id="seven")
+    texts = [str(n) for n in range(8)]
+    for text in texts:
+        await call.say(text)
+        # What is said on other streams is none of this one.
+        await call.tell(f"to all {text}")
+    await hears(exchange, *texts)
+    ids = [str(event.id) for event in exchange.events]
+    await exchange.leave()
+    back = two.client(session_id) if elsewhere else client
+    for position in range(len(ids)):
+        running = await resumed_from(back, position, ids, *texts)
+    call.answer()
+    await running.end()
+    ids.append(str(running.last_event_id))
+    for position in range(len(ids) - 1):
+        answered = await resumed_from(back, position, ids, *texts, "done")
+        await answered.end()
+        assert answered.messages[-1]["id"] == "seven"
+    # The client has all of it.
+    assert (await back.open_stream(ids[-1]).answer()).status == 405
 
 
 async def test_a_client_that_loses_each_connection_after_one_event_gets_each_event_once(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+    talking: Talking, two: Instance, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
-        client = one.client()
-        session_id = await client.handshake()
-        call, exchange = await talking.call(client)
-        texts = [str(n) for n in range(40)]
-        clients = itertools.cycle([two.client(session_id), client])
-        heard: list[Any] = []
-        async with anyio.create_task_group() as server:
+    session_id = str(client.session_id)
+    call, exchange = await talking.call(client)
+    texts = [str(n) for n in range(40)]
+    clients = itertools.cycle([two.client(session_id), client])
+    heard: list[Any] = []
+    async with anyio.create_task_group() as server:
 
-            async def run() -> None:
-                await call.say(*texts)
-                call.answer()
+        async def run() -> None:
+            await call.say(*texts)
+            call.answer()
 
-            server.start_soon(run)
-            last_event_id = await exchange.leave()
-            heard += told(exchange.messages)
-            while "done" not in heard:
-                stream = next(clients).open_stream(last_event_id)
-                await until(lambda stream=stream: len(stream.sent) > 1)  # type: ignore[misc]
-                last_event_id = await stream.leave() or last_event_id
-                heard += told(stream.messages)
-        assert heard == [*texts, "done"]
+        server.start_soon(run)
+        last_event_id = await exchange.leave()
+        heard += told(exchange.messages)
+        while "done" not in heard:
+            stream = next(clients).open_stream(last_event_id)
+            await until(lambda stream=stream: len(stream.sent) > 1)  # type: ignore[misc]
+            last_event_id = await stream.leave() or last_event_id
+            heard += told(stream.messages)
+    assert heard == [*texts, "done"]
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
@@ -115,40 +109,34 @@ async def test_a_call_that_was_not_answered_before_is_followed_to_its_answer(
         assert all(event.id for event in resumed.events)
 
 
-async def test_what_was_said_while_nobody_listened_is_there(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client)
-        await until(lambda: exchange.last_event_id is not None)
-        last_event_id = await exchange.leave()
-        await call.say("a", "b")
-        call.answer("c")
-        await one.at_rest()
-        resumed = client.open_stream(last_event_id)
-        await resumed.end()
-        assert told(resumed.messages) == ["a", "b", "c"]
+async def test_what_was_said_while_nobody_listened_is_there(talking: Talking, one: Instance, client: Client) -> None:
+    call, exchange = await talking.call(client)
+    await until(lambda: exchange.last_event_id is not None)
+    last_event_id = await exchange.leave()
+    await call.say("a", "b")
+    call.answer("c")
+    await one.at_rest()
+    resumed = client.open_stream(last_event_id)
+    await resumed.end()
+    assert told(resumed.messages) == ["a", "b", "c"]
 
 
-async def test_an_answer_that_comes_while_the_log_is_read_is_not_lost(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client)
-        await until(lambda: exchange.last_event_id is not None)
-        last_event_id = await exchange.leave()
-        held = log.hold("read", after=True)
-        resumed = client.open_stream(last_event_id)
-        await held.wait_entered()
-        await call.say("a")
-        call.answer()
-        await one.at_rest()
-        log.up()
-        held.release()
-        await resumed.end()
-        assert told(resumed.messages) == ["a", "done"]
+async def test_an_answer_that_comes_while_the_log_is_read_is_not_lost(
+    log: FaultyLog, talking: Talking, one: Instance, client: Client
+) -> None:
+    call, exchange = await talking.call(client)
+    await until(lambda: exchange.last_event_id is not None)
+    last_event_id = await exchange.leave()
+    held = log.hold("read", after=True)
+    resumed = client.open_stream(last_event_id)
+    await held.wait_entered()
+    await call.say("a")
+    call.answer()
+    await one.at_rest()
+    log.up()
+    held.release()
+    await resumed.end()
+    assert told(resumed.messages) == ["a", "done"]
 
 
 async def test_a_call_is_resumed_after_a_restart(store: FaultyStore, log: FaultyLog) -> None:
@@ -204,29 +192,27 @@ async def test_what_a_server_asks_is_asked_again_of_a_client_that_has_not_heard_
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-async def test_nothing_is_sent_before_it_is_stored(store: FaultyStore, log: FaultyLog, after: bool) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        held = log.hold("append", after=after)
-        exchange = client.open_call("talk")
+async def test_nothing_is_sent_before_it_is_stored(
+    log: FaultyLog, after: bool, talking: Talking, client: Client
+) -> None:
+    held = log.hold("append", after=after)
+    exchange = client.open_call("talk")
+    await held.wait_entered()
+    await one_more_turn()
+    assert exchange.sent == []
+    assert talking.calls == []
+    log.up()
+    held.release()
+    call = await talking.begun()
+    held = log.hold("append", after=after)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call.say, "a")
         await held.wait_entered()
         await one_more_turn()
-        assert exchange.sent == []
-        assert talking.calls == []
-        log.up()
+        assert exchange.messages == []
         held.release()
-        call = await talking.begun()
-        held = log.hold("append", after=after)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(call.say, "a")
-            await held.wait_entered()
-            await one_more_turn()
-            assert exchange.messages == []
-            held.release()
-        await hears(exchange, "a")
-        assert log.stored(client.session_id)[1].message in {event.data for event in exchange.events}
+    await hears(exchange, "a")
+    assert log.stored(client.session_id)[1].message in {event.data for event in exchange.events}
 
 
 async def test_a_handshake_leaves_no_events(store: FaultyStore, log: FaultyLog, json_response: bool) -> None:
@@ -353,66 +339,54 @@ async def test_a_second_standalone_stream_is_refused_as_long_as_the_first_is_ope
 
 
 async def test_no_message_goes_to_two_standalone_streams_that_are_opened_at_once(
-    store: FaultyStore, log: FaultyLog
+    log: FaultyLog, talking: Talking, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, _ = await talking.call(client)
-        held = log.hold("append")
-        streams = [client.open_stream() for _ in range(3)]
-        await held.wait_entered()
-        await one_more_turn()
-        log.up()
-        held.release()
-        for stream in streams:
-            await stream.start()
-        await until(lambda: sum(not stream.over.is_set() for stream in streams) == 1)
-        await call.tell("a")
-        await until(lambda: any(stream.messages for stream in streams))
-        await one_more_turn()
-        assert sum(len(stream.messages) for stream in streams) == 1
+    call, _ = await talking.call(client)
+    held = log.hold("append")
+    streams = [client.open_stream() for _ in range(3)]
+    await held.wait_entered()
+    await one_more_turn()
+    log.up()
+    held.release()
+    for stream in streams:
+        await stream.start()
+    await until(lambda: sum(not stream.over.is_set() for stream in streams) == 1)
+    await call.tell("a")
+    await until(lambda: any(stream.messages for stream in streams))
+    await one_more_turn()
+    assert sum(len(stream.messages) for stream in streams) == 1
 
 
 # Coming back, and being told to
 
 
-async def test_a_client_that_comes_back_takes_the_stream_over(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client)
-        await call.say("a")
-        await hears(exchange, "a")
-        # Its old connections are open as far as the server knows: that of the call, and one that was resumed.
-        first = await opened(client, exchange.last_event_id)
-        await exchange.end()
-        second = await opened(client, exchange.last_event_id)
-        await first.end()
-        call.answer()
-        await second.end()
-        assert told(second.messages) == ["done"]
-        assert told(exchange.messages) == ["a"]
-        assert first.messages == []
+async def test_a_client_that_comes_back_takes_the_stream_over(talking: Talking, client: Client) -> None:
+    call, exchange = await talking.call(client)
+    await call.say("a")
+    await hears(exchange, "a")
+    # Its old connections are open as far as the server knows: that of the call, and one that was resumed.
+    first = await opened(client, exchange.last_event_id)
+    await exchange.end()
+    second = await opened(client, exchange.last_event_id)
+    await first.end()
+    call.answer()
+    await second.end()
+    assert told(second.messages) == ["done"]
+    assert told(exchange.messages) == ["a"]
+    assert first.messages == []
 
 
-async def test_a_client_that_comes_back_takes_the_standalone_stream_over(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client)
-        streams = [await opened(client)]
-        for _ in range(2):
-            streams.append(await opened(client, streams[0].last_event_id))
-            await streams[-2].end()
-        await call.tell("a")
-        await hears(streams[-1], "a")
-        # The call's own stream is another one.
-        await call.say("b")
-        await hears(exchange, "b")
+async def test_a_client_that_comes_back_takes_the_standalone_stream_over(talking: Talking, client: Client) -> None:
+    call, exchange = await talking.call(client)
+    streams = [await opened(client)]
+    for _ in range(2):
+        streams.append(await opened(client, streams[0].last_event_id))
+        await streams[-2].end()
+    await call.tell("a")
+    await hears(streams[-1], "a")
+    # The call's own stream is another one.
+    await call.say("b")
+    await hears(exchange, "b")
 
 
 async def test_a_server_has_a_client_come_back_again_and_again(store: FaultyStore, log: FaultyLog) -> None:
@@ -472,18 +446,14 @@ async def test_a_server_has_a_client_come_back_for_the_standalone_stream(
         await stream.end()
 
 
-async def test_no_retry_is_sent_unless_it_is_configured(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client)
-        await call.say("a")
-        await hears(exchange, "a")
-        stream = await opened(client, await exchange.leave())
-        call.answer()
-        await stream.end()
-        assert {event.retry for event in [*exchange.events, *stream.events]} == {None}
+async def test_no_retry_is_sent_unless_it_is_configured(talking: Talking, client: Client) -> None:
+    call, exchange = await talking.call(client)
+    await call.say("a")
+    await hears(exchange, "a")
+    stream = await opened(client, await exchange.leave())
+    call.answer()
+    await stream.end()
+    assert {event.retry for event in [*exchange.events, *stream.events]} == {None}
 
 
 # Clients that know no priming events
@@ -516,25 +486,21 @@ async def test_an_older_client_gets_no_priming_events_and_resumes_by_the_ids_of_
         assert all(event.data for event in resumed.events)
 
 
-async def test_an_older_client_has_the_sdks_standalone_stream_and_resumes_it(
-    store: FaultyStore, log: FaultyLog
-) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = await old_client(one)
-        stream = client.open_stream()
-        await stream.start()
-        assert stream.status == 200
-        call, _ = await talking.call(client)
-        await call.tell("a", "b")
-        await hears(stream, "a", "b")
-        assert len(stream.events) == 2
-        assert (await client.open_stream().answer()).status == 409
-        # While the old connection still seems to be open.
-        resumed = await opened(client, stream.events[0].id)
-        await hears(resumed, "b")
-        await stream.end()
-        assert (await client.open_stream().answer()).status == 409
-        await call.tell("c")
-        await hears(resumed, "b", "c")
-        assert told(stream.messages) == ["a", "b"]
+async def test_an_older_client_has_the_sdks_standalone_stream_and_resumes_it(talking: Talking, one: Instance) -> None:
+    client = await old_client(one)
+    stream = client.open_stream()
+    await stream.start()
+    assert stream.status == 200
+    call, _ = await talking.call(client)
+    await call.tell("a", "b")
+    await hears(stream, "a", "b")
+    assert len(stream.events) == 2
+    assert (await client.open_stream().answer()).status == 409
+    # While the old connection still seems to be open.
+    resumed = await opened(client, stream.events[0].id)
+    await hears(resumed, "b")
+    await stream.end()
+    assert (await client.open_stream().answer()).status == 409
+    await call.tell("c")
+    await hears(resumed, "b", "c")
+    assert told(stream.messages) == ["a", "b"]

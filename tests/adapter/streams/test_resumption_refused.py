@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mcp_session_store.records import EventPage
     from tests.support.asgi import Exchange
     from tests.support.faulty_stores import FaultyStore
-    from tests.support.instances import Clock
+    from tests.support.instances import Clock, Instance
 
 pytestmark = pytest.mark.anyio
 
@@ -74,17 +74,15 @@ async def ends_a_call(client: Client, last_event_id: str, reason: str, *before: 
 # Where there are events
 
 
-async def test_who_has_the_answer_of_a_call_is_told_so_without_a_query(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        ids = await Ids.of(client, talking, "a")
-        log.calls.clear()
-        answer = await client.open_stream(ids.call[-1]).answer()
-        assert answer.status == 405
-        assert answer.headers["allow"] == "POST, DELETE"
-        assert log.calls == []
+async def test_who_has_the_answer_of_a_call_is_told_so_without_a_query(
+    log: FaultyLog, talking: Talking, client: Client
+) -> None:
+    ids = await Ids.of(client, talking, "a")
+    log.calls.clear()
+    answer = await client.open_stream(ids.call[-1]).answer()
+    assert answer.status == 405
+    assert answer.headers["allow"] == "POST, DELETE"
+    assert log.calls == []
 
 
 async def test_a_call_whose_next_events_are_not_kept_ends_with_an_error(store: FaultyStore) -> None:
@@ -141,25 +139,23 @@ async def test_a_call_that_has_said_nothing_since_goes_on_though_the_log_was_tri
         assert told(resumed.messages) == ["z", "done"]
 
 
-async def test_a_call_with_a_gap_in_what_is_read_ends_with_an_error(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        call, exchange = await talking.call(client, request_id="seven")
-        await call.say("a", "b", "c")
-        await hears(exchange, "a", "b", "c")
-        last_event_id = str(exchange.events[0].id)
-        await exchange.leave()
-        read = log.inner.read
+async def test_a_call_with_a_gap_in_what_is_read_ends_with_an_error(
+    log: FaultyLog, talking: Talking, client: Client
+) -> None:
+    call, exchange = await talking.call(client, request_id="seven")
+    await call.say("a", "b", "c")
+    await hears(exchange, "a", "b", "c")
+    last_event_id = str(exchange.events[0].id)
+    await exchange.leave()
+    read = log.inner.read
 
-        async def with_gap(*args: Any, **kwargs: Any) -> EventPage | None:
-            page = await read(*args, **kwargs)
-            return page and replace(page, events=[event for event in page.events if event.position != 2])
+    async def with_gap(*args: Any, **kwargs: Any) -> EventPage | None:
+        page = await read(*args, **kwargs)
+        return page and replace(page, events=[event for event in page.events if event.position != 2])
 
-        log.inner.read = with_gap  # type: ignore[method-assign]
-        await ends_a_call(client, last_event_id, "trimmed", "a")
-        call.answer()
+    log.inner.read = with_gap  # type: ignore[method-assign]
+    await ends_a_call(client, last_event_id, "trimmed", "a")
+    call.answer()
 
 
 async def test_a_call_that_has_said_nothing_for_long_goes_on_on_another_instance_too(
@@ -321,61 +317,47 @@ async def test_where_the_log_is_lost_calls_end_and_the_standalone_stream_begins_
             await hears(stream, "b")
 
 
-async def test_a_session_that_is_unknown_or_ended_is_not_found(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        ids = await Ids.of(client, talking, "a")
-        await client.delete()
-        for last_event_id in (ids.call[0], ids.call[-1], ids.standalone[0], "malformed"):
-            answers = [
-                await some.open_stream(last_event_id).answer() for some in (client, one.client("0123456789abcdef"))
-            ]
-            assert answers[0].status == 404
-            assert seen_by_a_client(answers[0]) == seen_by_a_client(answers[1])
+async def test_a_session_that_is_unknown_or_ended_is_not_found(talking: Talking, one: Instance, client: Client) -> None:
+    ids = await Ids.of(client, talking, "a")
+    await client.delete()
+    for last_event_id in (ids.call[0], ids.call[-1], ids.standalone[0], "malformed"):
+        answers = [await some.open_stream(last_event_id).answer() for some in (client, one.client("0123456789abcdef"))]
+        assert answers[0].status == 404
+        assert seen_by_a_client(answers[0]) == seen_by_a_client(answers[1])
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("it is down"), RuntimeError("a bug")], ids=["down", "bug"])
 async def test_while_the_log_cannot_be_read_the_client_is_asked_to_come_again(
-    store: FaultyStore, log: FaultyLog, error: Exception
+    log: FaultyLog, error: Exception, talking: Talking, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        ids = await Ids.of(client, talking, "a")
-        log.failing(error, "read")
-        for last_event_id in (ids.call[0], ids.standalone[0]):
-            answer = await client.open_stream(last_event_id).answer()
-            assert answer.status == 503
-            assert int(answer.headers["retry-after"]) > 0
-        # What needs no query is answered.
-        assert (await client.open_stream(ids.call[-1]).answer()).status == 405
-        assert (await client.open_stream("malformed").answer()).status == 400
-        assert (await client.ping()).status == 200
-        log.up()
-        resumed = client.open_stream(ids.call[0])
-        await resumed.end()
-        assert told(resumed.messages) == ["a", "done"]
+    ids = await Ids.of(client, talking, "a")
+    log.failing(error, "read")
+    for last_event_id in (ids.call[0], ids.standalone[0]):
+        answer = await client.open_stream(last_event_id).answer()
+        assert answer.status == 503
+        assert int(answer.headers["retry-after"]) > 0
+    # What needs no query is answered.
+    assert (await client.open_stream(ids.call[-1]).answer()).status == 405
+    assert (await client.open_stream("malformed").answer()).status == 400
+    assert (await client.ping()).status == 200
+    log.up()
+    resumed = client.open_stream(ids.call[0])
+    await resumed.end()
+    assert told(resumed.messages) == ["a", "done"]
 
 
 async def test_a_stream_that_is_open_is_not_closed_for_a_resumption_that_fails(
-    store: FaultyStore, log: FaultyLog
+    log: FaultyLog, talking: Talking, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        stream = await opened(client)
-        call, exchange = await talking.call(client)
-        await until(lambda: exchange.last_event_id is not None)
-        log.down("read")
-        for last_event_id in (exchange.last_event_id, stream.last_event_id):
-            assert (await client.open_stream(last_event_id).answer()).status == 503
-        await call.say("a")
-        await hears(exchange, "a")
-        assert not stream.over.is_set()
+    stream = await opened(client)
+    call, exchange = await talking.call(client)
+    await until(lambda: exchange.last_event_id is not None)
+    log.down("read")
+    for last_event_id in (exchange.last_event_id, stream.last_event_id):
+        assert (await client.open_stream(last_event_id).answer()).status == 503
+    await call.say("a")
+    await hears(exchange, "a")
+    assert not stream.over.is_set()
 
 
 async def test_while_the_store_cannot_be_reached_a_session_that_is_not_here_has_to_wait(
@@ -492,22 +474,20 @@ async def test_somebody_elses_session_is_answered_as_one_that_does_not_exist(
 
 
 async def test_who_comes_back_to_somebody_elses_session_closes_none_of_its_streams(
-    store: FaultyStore, log: FaultyLog
+    talking: Talking, one: Instance
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client(user=principal("alice"))
-        session_id = await client.handshake()
-        call, exchange = await talking.call(client)
-        await call.say("a")
-        await hears(exchange, "a")
-        for user in (principal("bob"), None):
-            thief = one.client(session_id, user=user)
-            for last_event_id in (exchange.events[0].id, None, "malformed"):
-                assert (await thief.open_stream(last_event_id).answer()).status == 404
-        await call.say("b")
-        await hears(exchange, "a", "b")
-        await hears(await opened(client, exchange.events[0].id), "a", "b")
+    client = one.client(user=principal("alice"))
+    session_id = await client.handshake()
+    call, exchange = await talking.call(client)
+    await call.say("a")
+    await hears(exchange, "a")
+    for user in (principal("bob"), None):
+        thief = one.client(session_id, user=user)
+        for last_event_id in (exchange.events[0].id, None, "malformed"):
+            assert (await thief.open_stream(last_event_id).answer()).status == 404
+    await call.say("b")
+    await hears(exchange, "a", "b")
+    await hears(await opened(client, exchange.events[0].id), "a", "b")
 
 
 @pytest.mark.parametrize("resident", [False, True], ids=["elsewhere", "resident"])

@@ -19,8 +19,9 @@ from tests.support.streams import away, old_client, one_more_turn, opened
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
-    from tests.support.asgi import Exchange
+    from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyStore
+    from tests.support.instances import Instance
 
 pytestmark = pytest.mark.anyio
 
@@ -49,75 +50,65 @@ async def say_on(log: FaultyLog, session_id: str | None, stream: str, count: int
 
 
 async def test_a_call_whose_client_does_not_read_is_cut_and_all_else_goes_on(
-    store: FaultyStore, log: FaultyLog
+    log: FaultyLog, talking: Talking, client: Client
 ) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        stream = await opened(client)
+    stream = await opened(client)
+    call, exchange = await talking.call(client)
+    other, other_exchange = await talking.call(client)
+    await until(lambda: exchange.last_event_id is not None)
+    exchange.stop_reading()
+    with anyio.fail_after(PATIENCE):
+        await call.say(*TEXTS)
+    await other.say("a")
+    await hears(other_exchange, "a")
+    await other.tell("b")
+    await hears(stream, "b")
+    assert (await client.ping()).status == 200
+    call.answer()
+    await until(lambda: "done" in log.messages(client.session_id)[-1])
+    exchange.read_on()
+    await exchange.end()
+    heard = told(exchange.messages)
+    assert len(heard) < len(TEXTS)
+    resumed = client.open_stream(exchange.last_event_id)
+    await resumed.end()
+    assert heard + told(resumed.messages) == [*TEXTS, "done"]
+
+
+async def test_a_standalone_stream_whose_client_does_not_read_holds_nobody_up(talking: Talking, one: Instance) -> None:
+    for client in (await old_client(one), one.client()):
+        if client.session_id is None:
+            await client.handshake()
+        stream = client.open_stream()
+        await stream.start()
         call, exchange = await talking.call(client)
-        other, other_exchange = await talking.call(client)
-        await until(lambda: exchange.last_event_id is not None)
-        exchange.stop_reading()
+        await call.tell("first")
+        await hears(stream, "first")
+        stream.stop_reading()
         with anyio.fail_after(PATIENCE):
-            await call.say(*TEXTS)
-        await other.say("a")
-        await hears(other_exchange, "a")
-        await other.tell("b")
-        await hears(stream, "b")
-        assert (await client.ping()).status == 200
-        call.answer()
-        await until(lambda: "done" in log.messages(client.session_id)[-1])
+            await call.tell(*TEXTS)
+        await call.say("a")
+        await hears(exchange, "a")
+        resumed = await opened(client, stream.last_event_id)
+        await hears(resumed, *TEXTS)
+        stream.read_on()
+        await stream.end()
+        assert told(stream.messages) == ["first", *TEXTS[: len(stream.messages) - 1]]
+        assert len(stream.messages) < len(TEXTS)
+
+
+async def test_a_call_of_an_older_client_is_not_cut(talking: Talking, one: Instance) -> None:
+    client = await old_client(one)
+    call, exchange = await talking.call(client)
+    exchange.stop_reading()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call.say, *TEXTS)
+        await one_more_turn()
         exchange.read_on()
-        await exchange.end()
-        heard = told(exchange.messages)
-        assert len(heard) < len(TEXTS)
-        resumed = client.open_stream(exchange.last_event_id)
-        await resumed.end()
-        assert heard + told(resumed.messages) == [*TEXTS, "done"]
-
-
-async def test_a_standalone_stream_whose_client_does_not_read_holds_nobody_up(
-    store: FaultyStore, log: FaultyLog
-) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        for client in (await old_client(one), one.client()):
-            if client.session_id is None:
-                await client.handshake()
-            stream = client.open_stream()
-            await stream.start()
-            call, exchange = await talking.call(client)
-            await call.tell("first")
-            await hears(stream, "first")
-            stream.stop_reading()
-            with anyio.fail_after(PATIENCE):
-                await call.tell(*TEXTS)
-            await call.say("a")
-            await hears(exchange, "a")
-            resumed = await opened(client, stream.last_event_id)
-            await hears(resumed, *TEXTS)
-            stream.read_on()
-            await stream.end()
-            assert told(stream.messages) == ["first", *TEXTS[: len(stream.messages) - 1]]
-            assert len(stream.messages) < len(TEXTS)
-
-
-async def test_a_call_of_an_older_client_is_not_cut(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = await old_client(one)
-        call, exchange = await talking.call(client)
-        exchange.stop_reading()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(call.say, *TEXTS)
-            await one_more_turn()
-            exchange.read_on()
-            await hears(exchange, *TEXTS)
-        call.answer()
-        await exchange.end()
-        assert told(exchange.messages) == [*TEXTS, "done"]
+        await hears(exchange, *TEXTS)
+    call.answer()
+    await exchange.end()
+    assert told(exchange.messages) == [*TEXTS, "done"]
 
 
 @pytest.mark.parametrize("standalone", [False, True], ids=["call", "standalone"])
@@ -181,34 +172,29 @@ async def read_some(exchange: Exchange, count: int) -> None:
     assert len(exchange.sent) == count + 1
 
 
-async def test_a_long_stream_is_read_page_by_page(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        session_id = await client.handshake()
-        _, last_event_id = await away(talking, client)
-        await say_on(log, session_id, log.streams(session_id)[0][0], 5 * EVENT_PAGE)
-        log.calls.clear()
-        resumed = await opened(client, last_event_id)
-        await hears(resumed, *(str(n) for n in range(5 * EVENT_PAGE)))
-        assert 5 <= log.counts()["read"] <= 7
-        assert len({event.id for event in resumed.events}) == 5 * EVENT_PAGE
+async def test_a_long_stream_is_read_page_by_page(log: FaultyLog, talking: Talking, client: Client) -> None:
+    session_id = str(client.session_id)
+    _, last_event_id = await away(talking, client)
+    await say_on(log, session_id, log.streams(session_id)[0][0], 5 * EVENT_PAGE)
+    log.calls.clear()
+    resumed = await opened(client, last_event_id)
+    await hears(resumed, *(str(n) for n in range(5 * EVENT_PAGE)))
+    assert 5 <= log.counts()["read"] <= 7
+    assert len({event.id for event in resumed.events}) == 5 * EVENT_PAGE
 
 
-async def test_who_follows_reads_for_its_own_streams_events_only(store: FaultyStore, log: FaultyLog) -> None:
-    talking = Talking()
-    async with instance(store, talking.notes, events=log) as one:
-        client = one.client()
-        await client.handshake()
-        calls = []
-        for _ in range(5):
-            call, last_event_id = await away(talking, client)
-            calls.append((call, await opened(client, last_event_id)))
-        await one_more_turn()
-        log.calls.clear()
-        for n in range(20):
-            await calls[0][0].say(str(n))
-            await hears(calls[0][1], *(str(m) for m in range(n + 1)))
-        # One for each event, and what the looks at the calls cost that say nothing.
-        assert log.counts()["append"] == 20
-        assert log.counts()["read"] < 2 * 20
+async def test_who_follows_reads_for_its_own_streams_events_only(
+    log: FaultyLog, talking: Talking, client: Client
+) -> None:
+    calls = []
+    for _ in range(5):
+        call, last_event_id = await away(talking, client)
+        calls.append((call, await opened(client, last_event_id)))
+    await one_more_turn()
+    log.calls.clear()
+    for n in range(20):
+        await calls[0][0].say(str(n))
+        await hears(calls[0][1], *(str(m) for m in range(n + 1)))
+    # One for each event, and what the looks at the calls cost that say nothing.
+    assert log.counts()["append"] == 20
+    assert log.counts()["read"] < 2 * 20
