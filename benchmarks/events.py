@@ -1,27 +1,32 @@
-"""What durable events cost: this package beside the drivers alone and beside mcp-persist, in one run.
+"""Measure the cost of durable events beside mcp-persist and beside the drivers alone, in one run.
 
     pip install 'mcp-persist[postgres,sqlite]>=2.2,<3'
     python -m benchmarks.events                            # SQLite in a temporary file
     python -m benchmarks.events postgresql://user@host/db  # and Postgres, on a database that may be filled
 
-Of several Postgres databases each is measured, such as one of a server with `fsync` and one of a server without.
-Two things are timed, with messages of 200 bytes and of 4 KiB:
+Of several Postgres databases each is measured, such as one on a server with `fsync` and one on a server without.
+Two operations are timed, with messages of 200 bytes and of 4 KiB:
 
 * storing: JSON-RPC notifications, for one session and for 100 sessions at once, each of which waits for an event
   to be stored before it stores the next;
-* replay: 10 000 events of one stream, from the database to messages that the SDK can send.
+* replay: the response to a GET with `Last-Event-ID`, at the ASGI boundary, until the client has 10 000 events of
+  one stream.
 
-All begin with the same message of the SDK, make a text of it and end with a row that is committed; and the other way
-round. This package and mcp-persist are called as the SDK's transport calls an event store, this package's log also
-without what lies between the two. mcp-persist is as it is when nothing is configured; the drivers alone insert into a
-table that has what a replay needs, and nothing else. What is written behind is acknowledged before it is committed, so
-that a crash loses it: it stands there for comparison. mcp-persist and the driver alone have equally many connections
-to Postgres, this package takes one for storing. On SQLite this package does not wait for the disk with each commit
-(`synchronous=NORMAL`), and mcp-persist does (`FULL`): each is measured both ways. Nobody removes old events meanwhile.
+Storing begins with the same message of the SDK and ends with a row that is committed. This package and mcp-persist are
+called as the SDK's transport calls an event store; this package's log is also timed without what lies between the two.
+The drivers alone insert into a table that has what a replay needs, and nothing else. What is written behind is
+acknowledged before it is committed, so that a crash loses it: it is shown for comparison.
 
-Every round times all of them in turn, in random order; a ratio is taken round by round, so that a machine that is
-slower for a while is slower for all. Printed are medians of the rounds, with the lowest and the highest. Garbage is
-collected between what is timed, for all alike.
+A replay is what a client gets: this package serves it under `durable_app(..., events=log)`, mcp-persist under the app
+of an `MCPServer` with `event_store=`. The drivers alone answer no GET, so they take no part.
+
+mcp-persist has its default configuration. mcp-persist and the driver alone have equally many connections to Postgres;
+this package takes one for storing. On SQLite this package does not wait for the disk with each commit
+(`synchronous=NORMAL`), and mcp-persist does (`FULL`): each is measured both ways. No old events are removed meanwhile.
+
+Each round times all of them in random order. The ratio is taken round by round, so that a machine that is slower for a
+while is slower for all. The median, lowest and highest of the rounds are printed. Garbage is collected between the
+timings, for all alike.
 """
 
 from __future__ import annotations
@@ -48,13 +53,18 @@ from typing import TYPE_CHECKING, Any, Final
 import aiosqlite
 import asyncpg
 import sqlalchemy as sa
-from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage
-from mcp_types import JSONRPCNotification, jsonrpc_message_adapter
+from mcp.server.mcpserver import MCPServer
+from mcp.server.streamable_http import GET_STREAM_KEY
+from mcp_types import JSONRPCNotification
 
+from benchmarks.replays import get_events
+from benchmarks.sessions import open_session
 from benchmarks.sweeping import percentile
+from mcp_session_store import durable_app, session_key
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Following
 from mcp_session_store.adapter.streams.recorder import EventRecorder
+from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
 from mcp_session_store.retention import EventPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
@@ -67,23 +77,27 @@ except ImportError:
     sys.exit("mcp-persist is missing; run: pip install 'mcp-persist[postgres,sqlite]>=2.2,<3'")
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
     from uuid import UUID
 
-    from mcp.server.streamable_http import EventCallback, EventStore
+    from mcp.server.streamable_http import EventStore
     from mcp_types import JSONRPCMessage
+    from starlette.applications import Starlette
 
+OPERATIONS: Final = ("storing", "replay")
 SIZES: Final = {"200 bytes": 200, "4 KiB": 4096}
-"""Bytes of a message, as JSON text."""
+"""Bytes of a message as JSON text."""
 SESSIONS: Final = 100
 REPLAYED: Final = 10_000
-"""Events that a replay reads."""
+"""Number of events that a replay sends."""
 CONNECTIONS: Final = 10
-"""To Postgres, of mcp-persist, whose pool has as many unless told otherwise, and of asyncpg alone."""
+"""Connections to Postgres of mcp-persist, whose pool has as many by default, and of asyncpg alone."""
 WARM_UP: Final = 4
-"""Events of each session that are stored before those that are timed."""
+"""Number of events of each session that are stored before the timed ones."""
 WRITTEN_BEHIND: Final = 64
-"""Events that mcp-persist gathers before it commits them: the default of its `BatchingEventStore`."""
+"""Number of events that mcp-persist gathers before it commits them: the default of its `BatchingEventStore`."""
+STORED_TOGETHER: Final = 100
+"""Number of events that are stored together in preparation of a replay, because that is faster."""
 
 KEEP_ALL: Final = EventPolicy(max_events_per_session=1_000_000, max_bytes_per_session=1024**3)
 
@@ -92,19 +106,15 @@ OURS: Final = "mcp-session-store"
 
 
 class Stream(ABC):
-    """A stream of a session of its own, where its events are kept."""
+    """Stream that stores its events somewhere, in a session of its own."""
 
     @abstractmethod
     async def store(self, message: JSONRPCMessage) -> int | str:
-        """Store an event; its id."""
-
-    @abstractmethod
-    async def replay(self, after: Any, send: EventCallback) -> None:
-        """Send all events that follow the one with this id."""
+        """Store an event, and return its id."""
 
 
 class StoreStream(Stream):
-    """One in an event store as the SDK's transport uses it, and gives it messages."""
+    """Stream in an event store, called with messages as the SDK's transport calls it."""
 
     def __init__(self, store: EventStore, name: str) -> None:
         self._store = store
@@ -115,12 +125,9 @@ class StoreStream(Stream):
         assert event_id
         return event_id
 
-    async def replay(self, after: str, send: EventCallback) -> None:
-        await self._store.replay_events_after(after, send)
-
 
 class LogStream(Stream):
-    """One in this package's event log, which knows nothing of the SDK: there messages are texts."""
+    """Stream in this package's event log, which knows nothing of the SDK: its messages are texts."""
 
     def __init__(self, log: SqlEventLog, key: UUID) -> None:
         self._log = log
@@ -141,22 +148,13 @@ class LogStream(Stream):
         assert sequence is not None
         return sequence
 
-    async def replay(self, after: int, send: EventCallback) -> None:
-        more = True
-        while more:
-            page = await self._log.read(self._key, self._name, after=after)
-            assert page is not None
-            await send_rows([(event.sequence, event.message or "") for event in page.events], send)
-            after = page.events[-1].sequence
-            more = page.more
-
 
 class AsyncpgStream(Stream):
-    """One in a table of its own on Postgres, with nothing but the driver.
+    """Stream in a table on Postgres, with nothing but the driver.
 
     Args:
-        connection: Perhaps that of other streams, too.
-        turn: Held by the one that uses the connection.
+        connection: Connection that other streams may use, too.
+        turn: Lock that is held while the connection is used.
     """
 
     TABLE: Final = "benchmark_asyncpg"
@@ -167,7 +165,6 @@ class AsyncpgStream(Stream):
         )
     """
     INSERT: Final = f"INSERT INTO {TABLE} (stream, message) VALUES ($1, $2) RETURNING id"
-    SELECT: Final = f"SELECT id, message FROM {TABLE} WHERE stream = $1 AND id > $2 ORDER BY id"
 
     def __init__(self, connection: Any, turn: asyncio.Lock) -> None:
         self._connection = connection
@@ -179,14 +176,9 @@ class AsyncpgStream(Stream):
             stored: int = await self._connection.fetchval(self.INSERT, self._name, text_of(message))
         return stored
 
-    async def replay(self, after: int, send: EventCallback) -> None:
-        async with self._turn:
-            rows = await self._connection.fetch(self.SELECT, self._name, after)
-        await send_rows(rows, send)
-
 
 class AiosqliteStream(Stream):
-    """One in a file of its own, with nothing but the driver: one connection in autocommit, which takes turns."""
+    """Stream in a SQLite file, with nothing but the driver: one connection in autocommit, which takes turns."""
 
     CREATE: Final = """
         CREATE TABLE event (
@@ -195,7 +187,6 @@ class AiosqliteStream(Stream):
     """
     INDEX: Final = "CREATE INDEX event_of_stream ON event (stream, id)"
     INSERT: Final = "INSERT INTO event (stream, message, created_at) VALUES (?, ?, julianday('now')) RETURNING id"
-    SELECT: Final = "SELECT id, message FROM event WHERE stream = ? AND id > ? ORDER BY id"
 
     def __init__(self, connection: aiosqlite.Connection) -> None:
         self._connection = connection
@@ -205,23 +196,14 @@ class AiosqliteStream(Stream):
         ((stored,),) = await self._connection.execute_fetchall(self.INSERT, (self._name, text_of(message)))
         return int(stored)
 
-    async def replay(self, after: int, send: EventCallback) -> None:
-        rows = await self._connection.execute_fetchall(self.SELECT, (self._name, after))
-        await send_rows([(row[0], row[1]) for row in rows], send)
-
-
-async def send_rows(rows: Sequence[tuple[int, str]], send: EventCallback) -> None:
-    for number, message in rows:
-        await send(EventMessage(jsonrpc_message_adapter.validate_json(message), str(number)))
-
 
 def text_of(message: JSONRPCMessage) -> str:
-    # As mcp-persist does it.
+    # The arguments of mcp-persist.
     return message.model_dump_json(by_alias=True, exclude_none=True)
 
 
 def message_of(size: int) -> JSONRPCMessage:
-    """A notification that is so many bytes long: of words, because Postgres compresses long texts."""
+    """Return a notification of that many bytes. Its text is words, because Postgres compresses long texts."""
     words = [word for word in (__doc__ or "").split() if word.isascii() and word.isalpha()]
     text = " ".join(random.Random(size).choices(words, k=size))
 
@@ -237,27 +219,36 @@ async def _nothing() -> None:
 
 
 @dataclass(frozen=True)
+class Resumption:
+    """Stream that a client comes back for."""
+
+    app: Starlette
+    session_id: bytes
+    last_event_id: bytes
+
+
+@dataclass(frozen=True)
 class Contender:
-    """One of those that are compared."""
+    """Way to store events, and perhaps to replay them, to compare with the others."""
 
     name: str
     open_stream: Callable[[], Awaitable[Stream]]
     beside: Sequence[str] = ()
-    """With which others it is compared."""
+    """Names of the contenders that it is compared with."""
     settle: Callable[[], Awaitable[object]] = _nothing
-    """Commit what has been acknowledged and is not committed yet."""
-    replays: bool = True
-    """Whether its replay is another than that of those before."""
+    """Commits what was acknowledged and is not committed yet."""
+    open_resumption: Callable[[JSONRPCMessage, int], Awaitable[Resumption]] | None = None
+    """Stores a stream of that many events for a client to come back for; `None` if it serves none of its own."""
 
 
 @dataclass
 class Timings:
-    """What the rounds of one contender took."""
+    """Results of the rounds of one contender."""
 
     rates: list[float] = field(default_factory=list)
-    """Events a second."""
+    """Events per second."""
     p50: list[float] = field(default_factory=list)
-    """Milliseconds, as `p99`, in which an event was stored. Nothing for a replay."""
+    """Milliseconds in which an event was stored, like `p99`. Empty for a replay."""
     p99: list[float] = field(default_factory=list)
 
     def shown(self) -> str:
@@ -267,12 +258,12 @@ class Timings:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """The median, with the lowest and the highest."""
+    """Return the median with the lowest and the highest value, as text."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 async def store_all(streams: Sequence[Stream], message: JSONRPCMessage, count: int) -> list[float]:
-    """Store so many events, each stream one after the other; how long each took, in seconds."""
+    """Store that many events, one at a time in each stream, and return the seconds that each took."""
     numbers, took = iter(range(count)), []
 
     async def client(stream: Stream) -> None:
@@ -305,23 +296,11 @@ async def time_storing(
     timings.p99.append(1000 * percentile(took, 99))
 
 
-async def time_replay(stream: Stream, first: int | str, timings: Timings, *, count: int) -> None:
-    sent: list[EventMessage] = []
-
-    async def send(event: EventMessage) -> None:
-        sent.append(event)
-
-    gc.collect()
-    gc.disable()
-    try:
-        began = time.perf_counter()
-        await stream.replay(first, send)
-        seconds = time.perf_counter() - began
-    finally:
-        gc.enable()
-    if len({event.event_id for event in sent}) != count:
-        raise RuntimeError(f"{type(stream).__name__}: {len(sent)} events of {count} were replayed")
-    timings.rates.append(count / seconds)
+async def time_replay(resumption: Resumption, timings: Timings, *, count: int) -> None:
+    response = await get_events(resumption.app, resumption.session_id, resumption.last_event_id, count=count)
+    if len(set(response.ids)) != count:
+        raise RuntimeError(f"{len(set(response.ids))} events of {count} were replayed")
+    timings.rates.append(count / response.seconds)
 
 
 def show(title: str, contenders: Sequence[Contender], timings: dict[str, Timings]) -> None:
@@ -329,54 +308,57 @@ def show(title: str, contenders: Sequence[Contender], timings: dict[str, Timings
     for contender in contenders:
         mine = timings[contender.name]
         print(f"  {contender.name:<42} {mine.shown()}")
-        for name in contender.beside:
+        for name in [name for name in contender.beside if name in timings]:
             pairs = zip(mine.rates, timings[name].rates, strict=True)
             print(f"      {spread([ours / theirs for ours, theirs in pairs], 2)} times {name}")
     sys.stdout.flush()
 
 
-async def compare(contenders: Sequence[Contender], rounds: int, scale: float) -> None:
-    for size_name, size in SIZES.items():
-        message = message_of(size)
-        for sessions, count in ((1, int(500 * scale)), (SESSIONS, int(3000 * scale))):
-            timings = {contender.name: Timings() for contender in contenders}
-            for _ in range(rounds):
-                for contender in random.sample(contenders, len(contenders)):
-                    await time_storing(
-                        contender, timings[contender.name], sessions=sessions, message=message, count=count
-                    )
-            show(f"storing, sessions: {sessions}, {size_name}", contenders, timings)
-        await compare_replays([contender for contender in contenders if contender.replays], rounds, scale, size_name)
+async def compare(contenders: Sequence[Contender], rounds: int, scale: float, operations: Collection[str]) -> None:
+    for size_name in SIZES:
+        if "storing" in operations:
+            await compare_storing(contenders, rounds, scale, size_name)
+        if "replay" in operations:
+            await compare_replays(contenders, rounds, scale, size_name)
+
+
+async def compare_storing(contenders: Sequence[Contender], rounds: int, scale: float, size_name: str) -> None:
+    message = message_of(SIZES[size_name])
+    for sessions, count in ((1, int(500 * scale)), (SESSIONS, int(3000 * scale))):
+        timings = {contender.name: Timings() for contender in contenders}
+        for _ in range(rounds):
+            for contender in random.sample(contenders, len(contenders)):
+                await time_storing(contender, timings[contender.name], sessions=sessions, message=message, count=count)
+        show(f"storing, sessions: {sessions}, {size_name}", contenders, timings)
 
 
 async def compare_replays(contenders: Sequence[Contender], rounds: int, scale: float, size_name: str) -> None:
     count = int(REPLAYED * scale)
     message = message_of(SIZES[size_name])
-    streams = {}
+    resumptions = {}
     for contender in contenders:
-        stream = await contender.open_stream()
-        streams[contender.name] = stream, await stream.store(message)
-        # Many at a time, only because that is faster.
-        await store_all([stream] * SESSIONS, message, count)
-        await time_replay(*streams[contender.name], Timings(), count=count)
-    timings = {contender.name: Timings() for contender in contenders}
+        if contender.open_resumption is not None:
+            resumptions[contender.name] = await contender.open_resumption(message, count)
+            await time_replay(resumptions[contender.name], Timings(), count=count)
+    timings = {name: Timings() for name in resumptions}
     for _ in range(rounds):
-        for contender in random.sample(contenders, len(contenders)):
-            await time_replay(*streams[contender.name], timings[contender.name], count=count)
-    show(f"replay of {count} events, {size_name}", contenders, timings)
+        for name in random.sample(list(resumptions), len(resumptions)):
+            await time_replay(resumptions[name], timings[name], count=count)
+    replaying = [contender for contender in contenders if contender.name in resumptions]
+    show(f"replay of {count} events, {size_name}", replaying, timings)
 
 
 async def open_ours(
     stack: AsyncExitStack, url: str, name: str, beside: Sequence[str], *, waits_for_disk: bool = False
 ) -> list[Contender]:
-    """This package: as the SDK sees it, and its log alone.
+    """Return this package, as the SDK and its clients see it, and its log alone.
 
     Args:
-        stack: Closes what is opened.
-        url: The database.
-        name: What it is called in the output.
-        beside: With which others it is compared.
-        waits_for_disk: On SQLite: whether a commit returns when it is on the disk.
+        stack: Stack that closes what is opened here.
+        url: URL of the database.
+        name: Name in the output.
+        beside: Names of the contenders that it is compared with.
+        waits_for_disk: Whether, on SQLite, a commit returns when it is on the disk.
     """
     await migrate.upgrade(url)
     store = SqlSessionStore(url)
@@ -402,7 +384,40 @@ async def open_ours(
     async def open_in_log() -> Stream:
         return LogStream(log, (await store.create(new_session())).key)
 
-    return [Contender(name, open_stream, beside), Contender(f"{name}, its log alone", open_in_log, beside[:1])]
+    app = durable_app(MCPServer("benchmark"), store, events=log, evict_after=None, sweep_interval=None)
+    await stack.enter_async_context(app.router.lifespan_context(app))
+
+    async def open_resumption(message: JSONRPCMessage, count: int) -> Resumption:
+        session_id = await open_session(app)
+        (last_event_id,) = (await get_events(app, session_id, None, count=1)).ids
+        key, text = session_key(session_id.decode()), text_of(message)
+        events = [
+            NewEvent(stream=STANDALONE_STREAM, position=position, kind=EventKind.NOTIFICATION, message=text)
+            for position in range(count)
+        ]
+        for start in range(0, count, STORED_TOGETHER):
+            await log.append(key, events[start : start + STORED_TOGETHER])
+        return Resumption(app, session_id, last_event_id)
+
+    return [
+        Contender(name, open_stream, beside, open_resumption=open_resumption),
+        Contender(f"{name}, its log alone", open_in_log, beside[:1]),
+    ]
+
+
+async def open_peer(stack: AsyncExitStack, store: EventStore, name: str) -> Contender:
+    """Return mcp-persist with one of its event stores."""
+    app = MCPServer("benchmark").streamable_http_app(event_store=store)
+    await stack.enter_async_context(app.router.lifespan_context(app))
+
+    async def open_resumption(message: JSONRPCMessage, count: int) -> Resumption:
+        session_id = await open_session(app)
+        stream = StoreStream(store, uuid.uuid4().hex)
+        first = await stream.store(message)
+        await store_all([stream] * STORED_TOGETHER, message, count)
+        return Resumption(app, session_id, first.encode())
+
+    return Contender(name, opens_peer(store), open_resumption=open_resumption)
 
 
 def opens_peer(store: EventStore) -> Callable[[], Awaitable[Stream]]:
@@ -439,15 +454,15 @@ async def open_postgres(stack: AsyncExitStack, url: str) -> list[Contender]:
         return AsyncpgStream(*next(shares))
 
     return [
-        Contender(PEER, opens_peer(peer)),
+        await open_peer(stack, peer, PEER),
         Contender("asyncpg alone", open_alone, [PEER]),
         *await open_ours(stack, url, OURS, [PEER, "asyncpg alone"]),
-        Contender(f"{PEER}, written behind", opens_peer(batching), [PEER], settle=batching.flush, replays=False),
+        Contender(f"{PEER}, written behind", opens_peer(batching), [PEER], settle=batching.flush),
     ]
 
 
 async def open_sqlite(stack: AsyncExitStack, folder: Path) -> list[Contender]:
-    """Each in a file of its own, the same twice: FULL, as mcp-persist is, and NORMAL, as this package is."""
+    """Return each contender twice, in a file of its own: FULL, the default of mcp-persist, and NORMAL, ours."""
     print(f"SQLite {aiosqlite.sqlite_version}; an fsync takes {1000 * time_of_fsync(folder):.2f} ms there", flush=True)
     contenders = []
     for synchronous in ("FULL", "NORMAL"):
@@ -478,21 +493,19 @@ async def open_sqlite(stack: AsyncExitStack, folder: Path) -> list[Contender]:
 
         peer_name, alone_name = f"{PEER}, {synchronous}", f"aiosqlite alone, {synchronous}"
         url = f"sqlite:///{folder / f'ours-{synchronous}.db'}"
-        # Both as they come, too.
+        # The defaults of both, too.
         beside = [peer_name, alone_name, *([] if as_it_comes else [f"{PEER}, FULL"])]
         contenders += [
-            Contender(peer_name, opens_peer(peer)),
+            await open_peer(stack, peer, peer_name),
             Contender(alone_name, open_alone, [peer_name]),
             *await open_ours(stack, url, f"{OURS}, {synchronous}", beside, waits_for_disk=as_it_comes),
-            Contender(
-                f"{peer_name}, written behind", opens_peer(behind), [peer_name], connection.commit, replays=False
-            ),
+            Contender(f"{peer_name}, written behind", opens_peer(behind), [peer_name], connection.commit),
         ]
     return contenders
 
 
 def time_of_fsync(folder: Path) -> float:
-    """Seconds that it takes until 4 KiB are on the disk, median."""
+    """Return the seconds until 4 KiB are on the disk, as a median."""
     took = []
     with (folder / "fsync").open("wb") as file:
         for _ in range(50):
@@ -504,23 +517,26 @@ def time_of_fsync(folder: Path) -> float:
     return statistics.median(took)
 
 
-async def run(postgres: Sequence[str], rounds: int, scale: float) -> None:
+async def run(postgres: Sequence[str], rounds: int, scale: float, operations: Collection[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         async with AsyncExitStack() as stack:
-            await compare(await open_sqlite(stack, Path(folder)), rounds, scale)
+            await compare(await open_sqlite(stack, Path(folder)), rounds, scale, operations)
     for url in postgres:
         async with AsyncExitStack() as stack:
-            await compare(await open_postgres(stack, url), rounds, scale)
+            await compare(await open_postgres(stack, url), rounds, scale, operations)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("postgres", nargs="*", help="URL of a Postgres database that may be migrated and filled")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies how many events there are in a round")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of events of a round")
+    parser.add_argument("--only", choices=OPERATIONS, help="time one operation instead of both")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    asyncio.run(run(arguments.postgres, arguments.rounds, arguments.scale))
+    asyncio.run(
+        run(arguments.postgres, arguments.rounds, arguments.scale, [arguments.only] if arguments.only else OPERATIONS)
+    )
 
 
 if __name__ == "__main__":

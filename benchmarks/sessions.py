@@ -71,20 +71,17 @@ def make_server() -> MCPServer[Any]:
     return server
 
 
-async def post(app: ASGIApp, message: dict[str, Any], session_id: bytes | None = None) -> dict[bytes, bytes]:
-    """POST one message, and return the headers of the answer once its body is complete."""
-    headers = [
-        (b"host", b"127.0.0.1:8000"),
-        (b"accept", b"application/json, text/event-stream"),
-        (b"content-type", b"application/json"),
-    ]
-    if session_id is not None:
-        headers += [(b"mcp-session-id", session_id), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
-    scope = {
+def headers_of(session_id: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the headers that each request of a session carries."""
+    return [(b"mcp-session-id", session_id), (b"mcp-protocol-version", PROTOCOL_VERSION.encode())]
+
+
+def scope_of(method: str, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
+    return {
         "type": "http",
         "asgi": {"version": "3.0"},
         "http_version": "1.1",
-        "method": "POST",
+        "method": method,
         "scheme": "http",
         "path": "/mcp",
         "raw_path": b"/mcp",
@@ -94,6 +91,17 @@ async def post(app: ASGIApp, message: dict[str, Any], session_id: bytes | None =
         "client": ("127.0.0.1", 50000),
         "server": ("127.0.0.1", 8000),
     }
+
+
+async def post(app: ASGIApp, message: dict[str, Any], session_id: bytes | None = None) -> dict[bytes, bytes]:
+    """POST one message, and return the headers of the answer once its body is complete."""
+    headers = [
+        (b"host", b"127.0.0.1:8000"),
+        (b"accept", b"application/json, text/event-stream"),
+        (b"content-type", b"application/json"),
+    ]
+    if session_id is not None:
+        headers += headers_of(session_id)
     body: list[Message] = [{"type": "http.request", "body": json.dumps(message).encode(), "more_body": False}]
     answer: dict[bytes, bytes] = {}
     status = 0
@@ -108,7 +116,7 @@ async def post(app: ASGIApp, message: dict[str, Any], session_id: bytes | None =
         if message["type"] == "http.response.start":
             status, answer = message["status"], dict(message["headers"])
 
-    await app(scope, receive, send)
+    await app(scope_of("POST", headers), receive, send)
     if status not in (200, 202):
         raise RuntimeError(f"{message['method']} was answered {status}")
     return answer

@@ -10,21 +10,20 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage, EventStore
+from mcp.server.streamable_http import GET_STREAM_KEY, EventStore
 from mcp_types import (
     CONNECTION_CLOSED,
     JSONRPCError,
     JSONRPCNotification,
     JSONRPCRequest,
     JSONRPCResponse,
-    jsonrpc_message_adapter,
 )
 from mcp_types.version import is_version_at_least
 
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.requests import POSTED_BODY
-from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, TRIMMED, call_error
+from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, call_error
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
 from mcp_session_store.adapter.streams.recorder import Outcome
 from mcp_session_store.event_log import STANDALONE_STREAM
@@ -140,49 +139,14 @@ class SessionEvents(EventStore):
         return await self._never_raising(stream, stream_id, message)
 
     async def replay_events_after(self, last_event_id: EventId, send_callback: EventCallback) -> StreamId | None:
-        """Replay what follows an event, page by page; for the SDK's own session manager.
+        """Refuse: `resumption` answers each GET with a `Last-Event-ID` before the transport sees it.
 
-        Returns:
-            The SDK's name of the stream; `None` for an id that this session has not given to anybody, and for a call
-            that is answered.
+        The SDK would go on with what this process says alone, and lose what is said between the two.
+
+        Raises:
+            NotImplementedError: Always.
         """
-        cursor = self.ids.read(last_event_id)
-        if cursor is None or cursor.final:
-            return None
-        # The SDK lets a client have a stream only when nobody else does.
-        self.resumed(cursor)
-        more = True
-        while more and not cursor.final:
-            page = await self.recorder.log.read(self.key, cursor.stream, after=cursor.sequence)
-            if page is None:
-                return None
-            misses = False
-            if not cursor.standalone:
-                misses = cursor.sequence > page.last or self.misses(cursor, page, cursor.sequence)
-            for event in page.events:
-                if not cursor.standalone:
-                    if event.position <= cursor.position:
-                        cursor = cursor.at(sequence=event.sequence)
-                        continue
-                    if misses := event.previous > cursor.position:
-                        break
-                cursor = cursor.at(
-                    sequence=event.sequence,
-                    position=event.position,
-                    final=event.kind.final and not cursor.standalone,
-                )
-                if event.message is not None:
-                    message = jsonrpc_message_adapter.validate_json(event.message, by_name=False)
-                    await send_callback(EventMessage(message, self.ids.write(cursor)))
-            if misses:
-                text = call_error(cursor.request_id, TRIMMED, code=CONNECTION_CLOSED, reason="trimmed")
-                message = jsonrpc_message_adapter.validate_json(text, by_name=False)
-                cursor = cursor.at(sequence=cursor.sequence, final=True)
-                await send_callback(EventMessage(message, self.ids.write(cursor)))
-            more = page.more
-        if cursor.standalone:
-            return GET_STREAM_KEY
-        return None if cursor.final else str(cursor.request_id)
+        raise NotImplementedError("a stream is resumed by serve_stream, not by the SDK's transport")
 
     # What the session manager calls
 
