@@ -51,7 +51,7 @@ async def settled(*stores: SessionStore | EventLog) -> None:
         leaving = [task for task in store._listener._tasks if task.cancelling()]
         for task in (*running, *leaving):
             await asyncio.wait({task})
-        for task in tuple(store._database.returning):
+        for task in tuple(store._database.closing):
             await asyncio.wait({task})
     for store in stores:
         assert connections_checked_out(store) == 0

@@ -81,12 +81,12 @@ class Database:
         if isinstance(url_or_engine, (str, tuple)):
             url, self.dialect = checked_url(url_or_engine)
             self.engine = make_engine(url, self.dialect, timeout=self.timeout)
-            self.hears = self.dialect.hears(url)
+            self.supports_listen = self.dialect.supports_listen(url)
             self._given: URL | AsyncEngine = url
             self._owned = True
         else:
             self.dialect = checked_engine(url_or_engine)
-            self.hears = True
+            self.supports_listen = self.dialect.has_notifications
             self.engine = self._given = url_or_engine
             self._owned = False
         self.schema: Final = checked_schema(schema, self.dialect)
@@ -95,12 +95,12 @@ class Database:
             self.engine if self._owned else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
         """The engine, for single statements: they need no transaction around them."""
-        self.writing: asyncio.Lock | None = asyncio.Lock() if self.dialect.single_writer else None
+        self.write_lock: asyncio.Lock | None = asyncio.Lock() if self.dialect.single_writer else None
         self._auto_upgrade = auto_upgrade
         self._contact: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        self.returning: set[asyncio.Task[None]] = set()
+        self.closing: set[asyncio.Task[None]] = set()
         """Connections on their way back to the pool."""
 
     def bind(self) -> asyncio.AbstractEventLoop:
@@ -136,7 +136,7 @@ class Database:
         Args:
             writes: Whether statements change anything.
         """
-        return Lease(self, self.writing if writes else None)
+        return Lease(self, self.write_lock if writes else None)
 
     def reopen(self) -> None:
         """Allow calls again after `aclose`, and make the next one check the schema."""
@@ -182,7 +182,7 @@ class Database:
         except SessionStoreError:
             raise
         except Exception as error:
-            raise self.ours(error) from error
+            raise self.translate(error) from error
 
     @contextlib.asynccontextmanager
     async def _checking(self) -> AsyncIterator[AsyncConnection]:
@@ -205,7 +205,7 @@ class Database:
             raise self._silent() from None
         finally:
             if connection is not None:
-                await self.give_back(connection, broken=broken)
+                await self.release(connection, broken=broken)
 
     async def _migrate(self) -> None:
         # Imported here: Alembic stays off the way of everybody who has migrated.
@@ -226,15 +226,15 @@ class Database:
     def _silent(self) -> StoreUnavailable:
         return StoreUnavailable(f"the database {self.shown_url} did not answer within {self.timeout:g} s")
 
-    async def give_back(self, connection: AsyncConnection, *, broken: bool) -> None:
+    async def release(self, connection: AsyncConnection, *, broken: bool) -> None:
         """Return a connection to the pool, or drop it when it is broken."""
         # In a task of its own: whoever is cancelled here leaves no connection behind.
-        task = spawn(_give_back(connection, broken=broken))
-        self.returning.add(task)
-        task.add_done_callback(self.returning.discard)
+        task = spawn(_release(connection, broken=broken))
+        self.closing.add(task)
+        task.add_done_callback(self.closing.discard)
         await asyncio.shield(task)
 
-    def ours(self, error: Exception) -> Exception:
+    def translate(self, error: Exception) -> Exception:
         """An error of ours for a driver's, or the error itself when it is a bug. To be raised from it."""
         if isinstance(error, SessionStoreError):
             return error
@@ -255,13 +255,13 @@ class Database:
         contact, self._contact = self._contact, None
         if contact is not None:
             await self.stop(contact)
-        if self.returning:
-            await asyncio.wait(self.returning, timeout=self.timeout)
+        if self.closing:
+            await asyncio.wait(self.closing, timeout=self.timeout)
         self._loop = None
         if self._owned:
             await self._dispose()
         if self.dialect.single_writer:
-            self.writing = asyncio.Lock()
+            self.write_lock = asyncio.Lock()
 
     async def stop(self, task: asyncio.Task[None]) -> None:
         """End a task that uses the database, within the timeout whatever it does."""
@@ -345,7 +345,7 @@ class Lease:
                 self._connection = await self._database.autocommit.connect()
             return await work(Attempt(self._connection, repeated))
         except Exception as error:
-            failure = self._database.ours(error)
+            failure = self._database.translate(error)
             kind = failure_kind(error, self._database.dialect)
             if kind is FailureKind.BROKEN and not isinstance(error, SQLAlchemyError):
                 await self._show_that_it_is_broken()
@@ -374,7 +374,7 @@ class Lease:
     async def _release(self, *, broken: bool) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            await self._database.give_back(connection, broken=broken)
+            await self._database.release(connection, broken=broken)
 
 
 @contextlib.asynccontextmanager
@@ -394,7 +394,7 @@ async def transaction(connection: AsyncConnection, dialect: Dialect) -> AsyncIte
     await connection.exec_driver_sql("COMMIT")
 
 
-async def _give_back(connection: AsyncConnection, *, broken: bool) -> None:
+async def _release(connection: AsyncConnection, *, broken: bool) -> None:
     # What is wrong with a connection was said where it was used.
     with contextlib.suppress(Exception):
         if broken and not connection.closed:

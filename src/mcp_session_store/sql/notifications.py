@@ -1,4 +1,4 @@
-"""Hints of changes as they come: one connection that listens, as long as it lasts."""
+"""Listen for notifications of changes: hints, which may be late, duplicated or lost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.sql.database import spawn
+from mcp_session_store.sql.dialects.channel import NotificationChannel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -21,51 +22,56 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store.sql.database import Database
-    from mcp_session_store.sql.dialects.channel import HintChannel
 
-__all__ = ["Listener"]
+__all__ = ["EVENT_CHANNEL", "SESSION_CHANNEL", "Listener"]
 
 logger = logging.getLogger(__name__)
 
+SESSION_CHANNEL: Final = NotificationChannel("mcp_session_change")
+"""Channel for the ends of sessions and for their new revisions."""
+EVENT_CHANNEL: Final = NotificationChannel("mcp_session_event")
+"""Channel for the new events of sessions."""
+
 HEARTBEAT: Final = 20.0
-"""Seconds after which a connection that says nothing is asked whether it lives."""
+"""Seconds of silence after which a statement shows whether the listening connection still works."""
 PROBE_TIMEOUT: Final = 3.0
-"""Seconds within which a hint that we send ourselves must arrive."""
+"""Seconds within which the listener's own probe must arrive."""
 DEAF_FOR: Final = (300.0, 600.0)
-"""Between how many seconds a database through which no hints arrive is left alone before it is tried again."""
+"""Least and most seconds until listening is tried again on a database through which no notifications arrive."""
 
 _PROBE: Final = "?"
-"""What the payload of a hint begins with that is sent only to see whether it arrives."""
+"""First character of a payload that only shows whether notifications arrive."""
 
 
 class Listener:
-    """Passes on the hints that a database sends.
+    """Passes on the notifications of one channel as hints.
 
-    It takes a connection out of the engine's pool, for itself: the pool makes another in its place.
+    While it listens, it takes a connection out of the engine's pool, which makes another in its place. Where the
+    database has no notifications, it waits without a connection.
 
     Args:
-        database: Where to listen.
-        channel: On which; `None`: the database has none.
-        heartbeat: Seconds after which a silent connection is asked whether it lives.
-        probe_timeout: Seconds within which a hint of ours must arrive.
-        deaf_for: Between how many seconds to wait when none does.
+        database: Database to listen to.
+        channel: Channel to listen on.
+        heartbeat: See `HEARTBEAT`.
+        probe_timeout: See `PROBE_TIMEOUT`.
+        deaf_for: See `DEAF_FOR`.
     """
 
     def __init__(
         self,
         database: Database,
-        channel: HintChannel | None,
+        channel: NotificationChannel,
         *,
         heartbeat: float = HEARTBEAT,
         probe_timeout: float = PROBE_TIMEOUT,
         deaf_for: tuple[float, float] = DEAF_FOR,
     ) -> None:
         self._database = database
-        self._channel = channel if database.hears else None
+        self._channel = channel
         self._heartbeat = heartbeat
         self._probe_timeout = probe_timeout
         self._deaf_for = deaf_for
-        self._told_deaf = False
+        self._logged_deaf = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
@@ -84,38 +90,35 @@ class Listener:
         task.result()
 
     async def aclose(self) -> None:
-        """End all who listen."""
+        """End all calls of `listen`."""
         if tasks := set(self._tasks):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=self._database.timeout)
 
     async def _listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        channel = self._channel
-        if channel is None:
+        if not self._database.supports_listen:
             await asyncio.Event().wait()
             return
         while True:
             try:
-                await self._listen_on_a_connection(channel, on_hint)
+                await self._listen_on_a_connection(on_hint)
             except Exception as error:
-                failure = self._database.ours(error)
+                failure = self._database.translate(error)
                 if failure is error:
                     raise
                 raise failure from error
-            if not self._told_deaf:
-                self._told_deaf = True
+            if not self._logged_deaf:
+                self._logged_deaf = True
                 logger.info(
-                    "hints of changes do not arrive from the database %s, as behind PgBouncer in transaction mode; "
-                    "changes are found by polling",
+                    "notifications of changes do not arrive from the database %s, as behind PgBouncer in transaction "
+                    "mode; changes are found by polling",
                     self._database.shown_url,
                 )
             await asyncio.sleep(random.uniform(*self._deaf_for))  # noqa: S311
 
-    async def _listen_on_a_connection(
-        self, channel: HintChannel, on_hint: Callable[[Collection[UUID] | None], None]
-    ) -> None:
-        """Listen until the connection is lost, or return when hints do not arrive on it."""
+    async def _listen_on_a_connection(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        """Listen until the connection is lost, or return when notifications do not arrive on it."""
         lost, arrived = asyncio.Event(), asyncio.Event()
         probe = f"{_PROBE}{uuid.uuid4()}"
 
@@ -123,23 +126,23 @@ class Listener:
             if payload == probe:
                 arrived.set()
             elif not payload.startswith(_PROBE):
-                on_hint(_keys(payload, channel))
+                on_hint(self._keys(payload))
 
         async with self._database.lease(writes=False) as lease:
-            # It tries again where a connection of the pool is broken, and then the pool lets go of all of its age.
+            # The lease replaces a broken connection, and then the pool drops all connections of the same age.
             await lease.run(lambda attempt: attempt.connection.exec_driver_sql("SELECT 1"))
         async with asyncio.timeout(self._database.timeout):
             connection = await self._database.autocommit.connect()
         try:
-            # What happens to it from here on is no business of the pool, which has room for another.
+            # The pool no longer counts it, and has room for another.
             await connection.run_sync(sa.Connection.detach)
             async with asyncio.timeout(self._database.timeout):
-                await channel.subscribe(connection, on_payload=receive, on_loss=lost.set)
-            if not await self._hints_arrive(channel, probe, arrived):
+                await self._channel.listen(connection, on_payload=receive, on_loss=lost.set)
+            if not await self._notifications_arrive(probe, arrived):
                 if lost.is_set():
                     raise self._is_lost()
                 return
-            on_hint(None)  # what changed while nobody listened
+            on_hint(None)  # because sessions may have changed before it listened
             while not lost.is_set():
                 try:
                     async with asyncio.timeout(self._heartbeat):
@@ -156,10 +159,10 @@ class Listener:
             f"the connection to the database {self._database.shown_url} that listens for changes is lost"
         )
 
-    async def _hints_arrive(self, channel: HintChannel, probe: str, arrived: asyncio.Event) -> bool:
-        """Whether a hint arrives that another connection sends. A pooler may take LISTEN, and tell nothing."""
+    async def _notifications_arrive(self, probe: str, arrived: asyncio.Event) -> bool:
+        """Whether another connection's probe arrives: a pooler may accept LISTEN, and forward no notification."""
         async with self._database.lease(writes=False) as lease:
-            await lease.run(lambda attempt: attempt.connection.execute(channel.send, {"payload": probe}))
+            await lease.run(lambda attempt: attempt.connection.execute(self._channel.send, {"payload": probe}))
         try:
             async with asyncio.timeout(self._probe_timeout):
                 await arrived.wait()
@@ -167,24 +170,23 @@ class Listener:
             return False
         return True
 
+    def _keys(self, payload: str) -> list[UUID] | None:
+        if payload == self._channel.ANY:
+            return None
+        try:
+            return [UUID(key) for key in payload.split(",")]
+        except ValueError:
+            return None  # not a payload of this package: to look for changes is never wrong
+
     def _close(self, connection: AsyncConnection) -> None:
-        # In a task of its own, that whoever closes the store waits for.
+        # In a task of its own, which the end of the database waits for.
         task = spawn(_close(connection, self._database.timeout))
-        self._database.returning.add(task)
-        task.add_done_callback(self._database.returning.discard)
+        self._database.closing.add(task)
+        task.add_done_callback(self._database.closing.discard)
 
 
 async def _close(connection: AsyncConnection, timeout: float) -> None:
-    # What is wrong with it was said where it was used. A connection whose other end is silent is dropped.
+    # Its error was raised where it was used. A connection whose other end is silent is dropped.
     with contextlib.suppress(Exception):
         async with asyncio.timeout(timeout):
             await connection.close()
-
-
-def _keys(payload: str, channel: HintChannel) -> list[UUID] | None:
-    if payload == channel.ANY:
-        return None
-    try:
-        return [UUID(key) for key in payload.split(",")]
-    except ValueError:
-        return None  # not one of ours: whatever it is, to look is never wrong

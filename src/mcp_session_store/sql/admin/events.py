@@ -269,7 +269,7 @@ class EventDirectory(Reader):
         if policy.max_age is None:
             return 0
         logs, events = self._logs.c, self._events.c
-        too_old = self._database.dialect.kept_since(self._events, policy.max_age)
+        too_old = self._database.dialect.sweep_cutoff(self._events, policy.max_age)
         due = sa.select(logs.key).where(logs.namespace == self._namespace, logs.oldest_at <= too_old)
         statement = sa.select(sa.func.count()).where(events.key.in_(due), events.created_at <= too_old)
 

@@ -390,7 +390,7 @@ class SessionDirectory(Reader):
         else:
             return conditions
         expired = which.state is SessionState.EXPIRED
-        return [*conditions, self._database.dialect.rarely(end) if expired else end]
+        return [*conditions, self._database.dialect.unlikely(end) if expired else end]
 
     def _columns(self) -> Sequence[sa.Column[Any]]:
         """In the order that `_stored` expects."""

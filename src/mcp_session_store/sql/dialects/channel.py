@@ -13,51 +13,51 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.dml import ReturningUpdate
 
-__all__ = ["HintChannel"]
+__all__ = ["NotificationChannel"]
 
 
-class HintChannel:
-    """How clients of a database tell each other at once that something changed: LISTEN and NOTIFY of Postgres.
+class NotificationChannel:
+    """Channel through which clients of a database notify one another at once that sessions have changed.
 
-    All of a database share it, whatever their namespace and schema.
+    All clients of a database share it, whatever their namespace and schema.
 
     Args:
-        name: The channel's.
+        name: Name of the channel.
     """
 
     _MAX_KEYS: Final = 200
-    """Keys that one notification tells of: a payload may have 8000 bytes ("NOTIFY" in the manual)."""
+    """Number of keys in one notification at most, because a payload has at most 8000 bytes ("NOTIFY" in the manual)."""
     ANY: Final = "*"
-    """The payload that stands for more keys than one has room for."""
+    """Payload that stands for more keys than fit."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self.send: Final = sa.select(sa.func.pg_notify(name, sa.bindparam("payload", type_=sa.Text)))
-        """Sends a payload."""
+        """Statement that sends a payload."""
 
-    def notification(self, key: sa.ColumnElement[UUID]) -> sa.Select[Any]:
-        """Tells, with the commit, of the keys that the caller selects; of none, nothing is told.
+    def notify(self, key: sa.ColumnElement[UUID]) -> sa.Select[Any]:
+        """Return a query that notifies, with the commit, of the keys that the caller selects, if there are any.
 
-        One notification at most: each takes a lock on the whole server.
+        It sends at most one notification, because each takes a lock on the whole server.
         """
         keys = sa.func.string_agg(sa.cast(key, sa.Text), ",")
         payload = sa.case((sa.func.count() <= self._MAX_KEYS, keys), else_=self.ANY)
         return sa.select(sa.func.pg_notify(self._name, payload).label("sent")).having(sa.func.count() > 0)
 
-    def sent_with(self, change: ReturningUpdate[Any]) -> sa.Select[Any]:
-        """A statement that makes a change, tells of its keys with the commit, and returns what the change returns."""
+    def with_notification(self, change: ReturningUpdate[Any]) -> sa.Select[Any]:
+        """Return a statement that makes a change, notifies of its keys with the commit, and returns its columns."""
         changed = change.cte("changed")
-        sent = self.notification(changed.c.key).select_from(changed).cte("sent")
-        # Joined, because a SELECT in WITH that nobody reads does not run.
+        sent = self.notify(changed.c.key).select_from(changed).cte("sent")
+        # Joined, because a SELECT in WITH whose result is not read does not run.
         return sa.select(*changed.c).select_from(changed.join(sent, sa.true()))
 
-    async def subscribe(
+    async def listen(
         self, connection: AsyncConnection, *, on_payload: Callable[[str], None], on_loss: Callable[[], None]
     ) -> None:
-        """Receive what is sent, on a connection that does nothing else, until it is closed.
+        """Receive payloads on a connection that is used for nothing else, until it is closed.
 
         Args:
-            connection: To a database of this kind.
+            connection: Connection to Postgres.
             on_payload: Called with each payload that arrives.
             on_loss: Called when the connection is lost or closed.
         """

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.type_api import TypeEngine
 
-    from mcp_session_store.sql.dialects.channel import HintChannel
     from mcp_session_store.sql.dialects.compiled import Statement, Steps
 
 __all__ = ["Batch", "Dialect", "FailureKind"]
@@ -54,7 +53,7 @@ class Batch(ABC):
         return self.rows.c
 
     @abstractmethod
-    def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    def in_batch(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
         """That a column has one of the values of the batch's column of the same name.
 
         Said beside a join with the batch, too: a planner that knows nothing of the table yet takes an
@@ -62,11 +61,11 @@ class Batch(ABC):
         """
 
     @abstractmethod
-    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
         """That a column has the value of the batch's column of the same name, in a join that reads the batch first."""
 
     @abstractmethod
-    def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
+    def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
         """The rows of the batch for which there is a row elsewhere, which is locked where the query for it says so.
 
         One is looked up after the other, in the order of the batch. For a join a planner that does not know how many
@@ -98,10 +97,8 @@ class Dialect(ABC):
     """Whether an empty database is migrated on first contact."""
     begin: str
     """Begins a transaction that changes something, in which each statement sees what is committed by then."""
-    channel: HintChannel | None
-    """How changes are told to others at once; `None`: they are not."""
-    event_channel: HintChannel | None
-    """How events are, likewise."""
+    has_notifications: bool
+    """Whether clients notify one another through the database; see `NotificationChannel`."""
     changes_in_with: bool
     """Whether a statement may make several changes, each after the other in its WITH clause."""
     has_partitions: bool
@@ -128,11 +125,11 @@ class Dialect(ABC):
         """That a column has one of the values that are selected, once and first, so that an index is used."""
 
     @abstractmethod
-    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+    def delete_joined(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
         """Delete the rows of a table that fulfil conditions with a row of a batch."""
 
     @abstractmethod
-    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+    def lock_numbers(self, numbers: Batch) -> sa.Select[Any] | None:
         """Wait for the locks with the numbers of a batch, in its order, and hold them to the end of the transaction.
 
         `None` where a transaction that was begun with `begin` excludes all others.
@@ -163,7 +160,7 @@ class Dialect(ABC):
         """Say what to do about a driver's error; `None` where its own text says enough."""
 
     @abstractmethod
-    def often(self, statement: sa.Executable) -> Statement:
+    def precompiled(self, statement: sa.Executable) -> Statement:
         """A statement that runs very often, with values and rows as the driver has them."""
 
     @abstractmethod
@@ -178,9 +175,9 @@ class Dialect(ABC):
         whoever gives the steps must be right with both.
         """
 
-    def hears(self, url: URL) -> bool:  # noqa: ARG002 - for what overrides it
-        """Whether hints may arrive on connections that are made with this URL."""
-        return True
+    @abstractmethod
+    def supports_listen(self, url: URL) -> bool:
+        """Whether notifications may arrive on connections that are made with this URL."""
 
     @abstractmethod
     def refuse_absent(self, url: URL) -> None:
@@ -240,7 +237,7 @@ class Dialect(ABC):
         """How many bytes tables take: their rows, and their indexes where these can be told apart."""
 
     @abstractmethod
-    def kept_since(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
+    def sweep_cutoff(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
         """The moment from before which a sweep removes rows, row by row.
 
         A subquery: Postgres compares an index with no function that may change within the statement, as a clock.
@@ -251,5 +248,5 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    def unlikely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
         """A condition that few rows fulfil, so that an index for it is the one to take."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.type_api import TypeEngine
 
-__all__ = ["MOMENT", "ONE", "After", "ArrivalClock", "ByteLength", "NotLookedUp", "StoreClock"]
+__all__ = ["MOMENT", "ONE", "After", "ArrivalClock", "ByteLength", "Unindexed", "StoreClock"]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -79,7 +79,7 @@ def _postgres_arrival(element: ArrivalClock, compiler: SQLCompiler, **options: A
     return _postgres_clock(element, compiler, **options).replace("clock_timestamp()", "statement_timestamp()", 1)
 
 
-class NotLookedUp(FunctionElement[Any]):
+class Unindexed(FunctionElement[Any]):
     """A column that no index is to be used for: it only confirms what another column has found.
 
     Planners know nothing of a table that is new, and on SQLite nothing of any, and then take one index for another.
@@ -92,15 +92,15 @@ class NotLookedUp(FunctionElement[Any]):
         self.type = column.type
 
 
-@compiles(NotLookedUp, "postgresql")
-def _postgres_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(Unindexed, "postgresql")
+def _postgres_unindexed(element: Unindexed, compiler: SQLCompiler, **options: Any) -> str:
     # The column itself to everybody but the planner, which does not see through this.
     column = compiler.process(element.clauses, **options)
     return f"greatest({column}, {column})"
 
 
-@compiles(NotLookedUp, "sqlite")
-def _sqlite_not_looked_up(element: NotLookedUp, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(Unindexed, "sqlite")
+def _sqlite_unindexed(element: Unindexed, compiler: SQLCompiler, **options: Any) -> str:
     # "The SQLite Query Optimizer Overview", 6.2: a unary plus takes a term away from the indexes.
     return f"+{compiler.process(element.clauses, **options)}"
 

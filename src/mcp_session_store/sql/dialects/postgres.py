@@ -12,7 +12,6 @@ from sqlalchemy.engine import AdaptedConnection
 from typing_extensions import override
 
 from mcp_session_store.errors import ConfigurationError
-from mcp_session_store.sql.dialects.channel import HintChannel
 from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
@@ -101,15 +100,15 @@ class _ArrayBatch(Batch):
         return sa.func.unnest(*arrays).table_valued(*typed, name=name).render_derived()
 
     @override
-    def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    def in_batch(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
         return column == sa.any_(self._arrays[column.name])
 
     @override
-    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        return sa.and_(column == self.c[column.name], self.among(column))
+    def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+        return sa.and_(column == self.c[column.name], self.in_batch(column))
 
     @override
-    def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
+    def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
         # Subqueries: of the arrays themselves Postgres knows the length while it plans for one execution alone, finds
         # that plan cheaper than one for any length, and so plans anew each time.
         rows = self._unnested([sa.select(array).scalar_subquery() for array in self._arrays.values()], None)
@@ -187,8 +186,7 @@ class Postgres(Dialect):
     interruptible = True
     migrates_when_empty = False
     begin = "BEGIN ISOLATION LEVEL READ COMMITTED"
-    channel = HintChannel("mcp_session_change")
-    event_channel = HintChannel("mcp_session_event")
+    has_notifications = True
     changes_in_with = True
     has_partitions = True
 
@@ -211,11 +209,11 @@ class Postgres(Dialect):
         return column == sa.any_(sa.func.array(selected.scalar_subquery(), type_=postgresql.ARRAY(column.type)))
 
     @override
-    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+    def delete_joined(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
         return sa.delete(table).where(*conditions)
 
     @override
-    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+    def lock_numbers(self, numbers: Batch) -> sa.Select[Any] | None:
         return sa.select(sa.func.pg_advisory_xact_lock(numbers.c.number)).select_from(numbers.rows)
 
     @override
@@ -278,7 +276,7 @@ class Postgres(Dialect):
         return
 
     @override
-    def hears(self, url: URL) -> bool:
+    def supports_listen(self, url: URL) -> bool:
         # A pooler takes LISTEN for the connection that it lends for one transaction.
         return url.query.get(_BEHIND_PGBOUNCER) != "true"
 
@@ -304,7 +302,7 @@ class Postgres(Dialect):
         return None
 
     @override
-    def often(self, statement: sa.Executable) -> Statement:
+    def precompiled(self, statement: sa.Executable) -> Statement:
         return Statement(statement, _sqlalchemy_dialect())
 
     @override
@@ -357,8 +355,8 @@ class Postgres(Dialect):
         return sa.select(sa.func.sum(rows).cast(sa.BigInteger), sa.func.sum(indexes).cast(sa.BigInteger))
 
     @override
-    def kept_since(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
-        """See `Dialect.kept_since`. What lies in a partition is left to be dropped with it; but not for ever."""
+    def sweep_cutoff(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
+        """See `Dialect.sweep_cutoff`. What lies in a partition is left to be dropped with it; but not for ever."""
         partitions = TablePartitions(table)
         seconds = max_age.total_seconds()
         ever = sa.cast(sa.literal("-infinity", sa.Text), postgresql.TIMESTAMP(timezone=True))
@@ -369,7 +367,7 @@ class Postgres(Dialect):
         return rows.scalar_subquery()
 
     @override
-    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    def unlikely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
         return condition  # its statistics tell
 
 

@@ -71,17 +71,17 @@ class _JsonBatch(Batch):
         ).subquery(name)
 
     @override
-    def among(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    def in_batch(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
         return column.in_(sa.select(self.rows.c[column.name]))
 
     @override
-    def looked_up(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
         # With more than that SQLite reads the table first, and all of the batch for each row of it.
         condition: sa.ColumnElement[bool] = column == self.c[column.name]
         return condition
 
     @override
-    def found(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
+    def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
         return sa.select(*self.c).where(look_up(self.c).exists())
 
     @override
@@ -147,8 +147,7 @@ class Sqlite(Dialect):
     interruptible = False
     migrates_when_empty = True
     begin = "BEGIN IMMEDIATE"
-    channel = None
-    event_channel = None
+    has_notifications = False
     changes_in_with = False
     has_partitions = False
 
@@ -178,7 +177,7 @@ class Sqlite(Dialect):
         return None
 
     @override
-    def often(self, statement: sa.Executable) -> Statement:
+    def precompiled(self, statement: sa.Executable) -> Statement:
         return Statement(statement, _sqlalchemy_dialect())
 
     @override
@@ -201,14 +200,14 @@ class Sqlite(Dialect):
         return column.in_(selected)
 
     @override
-    def delete_beside(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
+    def delete_joined(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
         # It deletes from one table, beside no other.
         key = table.primary_key.columns
         those = sa.select(*key).where(*conditions).correlate(None)
         return sa.delete(table).where(sa.tuple_(*key).in_(those))
 
     @override
-    def exclude_others(self, numbers: Batch) -> sa.Select[Any] | None:
+    def lock_numbers(self, numbers: Batch) -> sa.Select[Any] | None:
         return None
 
     @override
@@ -224,6 +223,10 @@ class Sqlite(Dialect):
                 "a SQLite database in memory ends with the process, and sessions are stored to outlive it; "
                 "give a file, as in sqlite:///sessions.db, or use MemorySessionStore in tests"
             )
+
+    @override
+    def supports_listen(self, url: URL) -> bool:
+        return False
 
     @override
     def refuse_absent(self, url: URL) -> None:
@@ -300,11 +303,11 @@ class Sqlite(Dialect):
         return sa.select(pages.c.page_count * size.c.page_size, sa.null()).select_from(pages.join(size, sa.true()))
 
     @override
-    def kept_since(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
+    def sweep_cutoff(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
         return sa.select(StoreClock(-max_age.total_seconds())).scalar_subquery()
 
     @override
-    def rarely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+    def unlikely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
         # Its statistics tell only how many rows a value has on average, and NULL is a value to them. Not a Boolean:
         # SQLAlchemy would write `= 1` after it, and then there is no range left to see.
         hinted: sa.ColumnElement[Any] = sa.func.likelihood(condition, sa.literal_column("0.000001"), type_=sa.Integer)

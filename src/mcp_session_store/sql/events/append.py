@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects.functions import NotLookedUp, StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock, Unindexed
 from mcp_session_store.sql.events.tail import notification
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.sessions.statements import live
@@ -68,7 +68,7 @@ class EventWriter:
         self._namespace = sa.literal(namespace, sa.Text)
 
         self._started = dialect.batch("started", {"key": sa.Uuid()})
-        self._start = dialect.often(self._start_statement())
+        self._start = dialect.precompiled(self._start_statement())
         self._growths = dialect.batch("grown", {"key": sa.Uuid(), "events": sa.BigInteger(), "bytes": sa.BigInteger()})
         # Each says how far it lies behind what its log has grown to.
         self._added = dialect.batch(
@@ -89,21 +89,23 @@ class EventWriter:
         self._store: Statement | None = None
         """Inserts the events; `None` where `_grow` does."""
         if dialect.changes_in_with:
-            self._grow, self._grow_one = (dialect.often(self._with_events(growth.cte("changed"))) for growth in growths)
+            self._grow, self._grow_one = (
+                dialect.precompiled(self._with_events(growth.cte("changed"))) for growth in growths
+            )
         else:
-            self._grow, self._grow_one = map(dialect.often, growths)
-            self._store = dialect.often(self._insertion_by_row())
+            self._grow, self._grow_one = map(dialect.precompiled, growths)
+            self._store = dialect.precompiled(self._insertion_by_row())
 
         self._sought = dialect.batch("sought", {"key": sa.Uuid(), "stream": sa.Text(), "position": sa.BigInteger()})
-        self._await = dialect.often(self._await_statement())
-        self._find = dialect.often(self._find_statement())
+        self._await = dialect.precompiled(self._await_statement())
+        self._find = dialect.precompiled(self._find_statement())
 
     def _live_session(self, key: sa.ColumnElement[Any]) -> sa.Select[Any]:
         sessions = self._sessions
         return sa.select(sessions.c.key).where(sessions.c.key == key, live(sessions, self._namespace, StoreClock()))
 
     def _of_namespace(self) -> sa.ColumnElement[bool]:
-        return NotLookedUp(self._logs.c.namespace) == self._namespace
+        return Unindexed(self._logs.c.namespace) == self._namespace
 
     def _may_grow(self) -> sa.ColumnElement[bool]:
         return self._of_namespace() & self._live_session(self._logs.c.key).exists()
@@ -111,7 +113,7 @@ class EventWriter:
     def _start_statement(self) -> sa.Insert:
         """Build the statement that makes the logs of live sessions that have none."""
         # Locked, so that a session that ends meanwhile does so before, or waits and takes its log along.
-        started = self._started.found(
+        started = self._started.matching(
             lambda started: self._live_session(started.key).with_for_update(read=True)
         ).subquery()
         nothing = sa.literal(0)
@@ -127,7 +129,7 @@ class EventWriter:
 
     def _growth_of_many(self) -> ReturningUpdate[Any]:
         logs = self._logs
-        growing = self._growths.found(
+        growing = self._growths.matching(
             lambda grown: (
                 sa.select(logs.c.key).where(logs.c.key == grown.key, self._may_grow()).with_for_update(of=logs)
             )
@@ -195,7 +197,7 @@ class EventWriter:
         It changes nothing while it holds the locks: once it has them, those events are stored.
         """
         logs = self._logs
-        return self._sought.found(
+        return self._sought.matching(
             lambda sought: sa.select(logs.c.key).where(logs.c.key == sought.key).with_for_update()
         )
 

@@ -40,7 +40,7 @@ class Instances:
         self._names = dialect.batch("named", {"name": sa.Text()})
         ago = sa.bindparam("beat_ago", type_=sa.Double)
         self._last_beats = sa.select(table.c.name, table.c.beat_at, now.label("now")).where(
-            self._names.among(table.c.name)
+            self._names.in_batch(table.c.name)
         )
         self._forget = sa.delete(table).where(table.c.beat_at < StoreClock(-ago))
 

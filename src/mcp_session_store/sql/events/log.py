@@ -20,7 +20,7 @@ from mcp_session_store.sql.events.read import EventReader, Read
 from mcp_session_store.sql.events.tail import LogTail
 from mcp_session_store.sql.events.trim import LOGS_PER_STEP, EventTrimming
 from mcp_session_store.sql.failures import hide_parameters, summary_of
-from mcp_session_store.sql.notifications import Listener
+from mcp_session_store.sql.notifications import EVENT_CHANNEL, Listener
 from mcp_session_store.sql.sessions.store import DEFAULT_TIMEOUT, SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, checked_namespace
 
@@ -97,7 +97,7 @@ class SqlEventLog(EventLog):
         self._tail = LogTail(dialect, schema=schema, namespace=namespace)
         self._trimming = EventTrimming(dialect, schema=schema, namespace=namespace, policy=self.policy)
         self._instances = Instances(dialect, schema=schema)
-        self._listener = Listener(self._database, dialect.event_channel)
+        self._listener = Listener(self._database, EVENT_CHANNEL)
         self._appends = Batcher(self._database, self._append_all, writes=True)
         # One call for each: a page has its own time, and its memory is given back as soon as it is sent.
         self._pages: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
@@ -143,7 +143,7 @@ class SqlEventLog(EventLog):
         return await self._ask(lambda attempt: self._tail.heads(attempt, keys)) if keys else {}
 
     async def follow(self, keys: Collection[UUID]) -> None:
-        if keys and self._database.dialect.event_channel is not None:
+        if keys and self._database.dialect.has_notifications:
             await self._do(lambda attempt: self._tail.follow(attempt, keys))
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:

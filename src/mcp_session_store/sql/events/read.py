@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import sqlalchemy as sa
 
 from mcp_session_store.records import EventKind, EventPage, StoredEvent
-from mcp_session_store.sql.dialects.functions import ONE, NotLookedUp
+from mcp_session_store.sql.dialects.functions import ONE, Unindexed
 from mcp_session_store.sql.schema.tables import events_table, logs_table
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class EventReader:
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
         self._dialect = dialect
         logs, events = logs_table(schema), events_table(schema)
-        of_namespace = NotLookedUp(logs.c.namespace) == sa.literal(namespace, sa.Text)
+        of_namespace = Unindexed(logs.c.namespace) == sa.literal(namespace, sa.Text)
         wanted = (
             events.c.key == sa.bindparam("read_key", type_=sa.Uuid),
             events.c.sequence > sa.bindparam("read_after", type_=sa.BigInteger),
@@ -78,7 +78,7 @@ class EventReader:
             .limit(ONE)
         )
         # One statement: what it tells of the log is as old as the events.
-        self._read = dialect.often(
+        self._read = dialect.precompiled(
             sa.select(
                 logs.c.sequence.label("last"),
                 sa.func.coalesce(oldest.scalar_subquery(), logs.c.sequence + 1).label("first"),

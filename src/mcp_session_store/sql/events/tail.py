@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects.functions import NotLookedUp, StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock, Unindexed
+from mcp_session_store.sql.notifications import EVENT_CHANNEL
 from mcp_session_store.sql.schema.tables import logs_table
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ class LogTail:
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
         logs = logs_table(schema)
-        of_namespace = NotLookedUp(logs.c.namespace) == sa.literal(namespace, sa.Text)
+        of_namespace = Unindexed(logs.c.namespace) == sa.literal(namespace, sa.Text)
         self._heads = dialect.batch("head", {"key": sa.Uuid()})
-        self._head = sa.select(logs.c.key, logs.c.sequence).where(self._heads.among(logs.c.key), of_namespace)
+        self._head = sa.select(logs.c.key, logs.c.sequence).where(self._heads.in_batch(logs.c.key), of_namespace)
         soon = sa.or_(logs.c.followed_until.is_(None), logs.c.followed_until < StoreClock(FOLLOWED_FOR / 2))
-        following = self._heads.found(
+        following = self._heads.matching(
             lambda head: sa.select(logs.c.key).where(logs.c.key == head.key, of_namespace, soon).with_for_update()
         ).cte("locked")
         self._follow = (
@@ -63,8 +64,7 @@ def notification(dialect: Dialect, grown: sa.CTE) -> list[sa.ColumnElement[Any]]
         dialect: The database's dialect.
         grown: The logs, with `key` and `followed_until`.
     """
-    channel = dialect.event_channel
-    if channel is None:
+    if not dialect.has_notifications:
         return []
-    followed = channel.notification(grown.c.key).where(grown.c.followed_until > StoreClock())
+    followed = EVENT_CHANNEL.notify(grown.c.key).where(grown.c.followed_until > StoreClock())
     return [sa.cast(followed.scalar_subquery(), sa.Text).label("told")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import sqlalchemy as sa
 
 from mcp_session_store.sql.database import transaction
-from mcp_session_store.sql.dialects.functions import ONE, ByteLength, NotLookedUp
+from mcp_session_store.sql.dialects.functions import ONE, ByteLength, Unindexed
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class EventTrimming:
         logs, events, sessions = logs_table(schema), events_table(schema), sessions_table(schema)
         name = sa.literal(namespace, sa.Text)
         too_old: sa.ColumnElement[Any] = (
-            sa.null() if policy.max_age is None else dialect.kept_since(events, policy.max_age)
+            sa.null() if policy.max_age is None else dialect.sweep_cutoff(events, policy.max_age)
         )
         self._due = (
             None
@@ -87,7 +87,7 @@ class EventTrimming:
         self._keys = dialect.batch("trimmed", {"key": sa.Uuid()})
         self._lock = (
             sa.select(logs.c.key, logs.c.sequence, logs.c.total_bytes, logs.c.trimmed, logs.c.trimmed_bytes)
-            .where(self._keys.among(logs.c.key), NotLookedUp(logs.c.namespace) == name)
+            .where(self._keys.in_batch(logs.c.key), Unindexed(logs.c.namespace) == name)
             .order_by(logs.c.key)
         )
         self._ranges = dialect.batch(
@@ -114,20 +114,20 @@ class EventTrimming:
         self._cuts = dialect.batch("cut", {"key": sa.Uuid(), "up_to": sa.BigInteger()})
         cut = self._cuts.c
         # The planner of Postgres would read all of the table, or all of each log, without what says the same again.
-        self._remove = dialect.delete_beside(
+        self._remove = dialect.delete_joined(
             events,
-            self._cuts.looked_up(events.c.key),
+            self._cuts.joined_on(events.c.key),
             events.c.sequence <= cut.up_to,
             events.c.sequence <= sa.bindparam("highest", type_=sa.BigInteger),
         )
 
-        self._note = sa.update(logs).where(self._keys.among(logs.c.key)).values(remaining_columns(logs, events))
+        self._note = sa.update(logs).where(self._keys.in_batch(logs.c.key)).values(remaining_columns(logs, events))
         # Without a record there is nobody who ends the session: none is kept, or it was removed by a version of this
         # package that knows of no events. As a subquery of each log: the planner would join with all sessions.
         record = sa.select(sessions.c.key).where(sessions.c.key == logs.c.key).limit(ONE)
         self._forget_empty = sa.delete(logs).where(
-            self._keys.among(logs.c.key),
-            NotLookedUp(logs.c.oldest_at).is_(None),
+            self._keys.in_batch(logs.c.key),
+            Unindexed(logs.c.oldest_at).is_(None),
             record.scalar_subquery().is_(None),
         )
 

@@ -54,13 +54,13 @@ class Limits:
         mine = table.c.namespace == sa.literal(namespace, sa.Text)
 
         self._locks = dialect.batch("locks", {"number": sa.BigInteger()})
-        self._lock = dialect.exclude_others(self._locks)
+        self._lock = dialect.lock_numbers(self._locks)
         self._keys = dialect.batch("created_keys", {"key": sa.Uuid()})
-        self._present = sa.select(table.c.key).where(self._keys.among(table.c.key))
+        self._present = sa.select(table.c.key).where(self._keys.in_batch(table.c.key))
 
         self._principals = dialect.batch("principals", {"principal_digest": sa.Text()})
         theirs = (
-            self._principals.among(table.c.principal_digest),
+            self._principals.in_batch(table.c.principal_digest),
             live(table, sa.literal(namespace, sa.Text), StoreClock(), by_key=False),
         )
         self._count = (
@@ -69,7 +69,7 @@ class Limits:
             .group_by(table.c.principal_digest)
         )
         # Times may be equal to the millisecond, and then a new session is the last that was seen.
-        is_new = sa.case((self._keys.among(table.c.key), 1), else_=0)
+        is_new = sa.case((self._keys.in_batch(table.c.key), 1), else_=0)
         rank = sa.func.row_number().over(
             partition_by=table.c.principal_digest,
             order_by=(table.c.last_seen_at.desc(), is_new.desc(), table.c.created_at.desc()),

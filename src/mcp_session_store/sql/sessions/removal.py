@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from mcp_session_store.sql.database import transaction
-from mcp_session_store.sql.dialects.functions import NotLookedUp, StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock, Unindexed
 from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
 from mcp_session_store.sql.sessions.statements import ended, live, locked, notify
 
@@ -45,11 +45,11 @@ class SessionRemoval:
         sessions, name, now = sessions_table(schema), sa.literal(namespace, sa.Text), StoreClock()
 
         self._ends = dialect.batch("ended", {"key": sa.Uuid(), "reason": sa.Text()})
-        ending = self._ends.found(lambda ended: locked(sessions, ended.key, live(sessions, name, now))).cte("locked")
+        ending = self._ends.matching(lambda ended: locked(sessions, ended.key, live(sessions, name, now))).cte("locked")
         self._end = notify(
             dialect,
             sa.update(sessions)
-            .where(sessions.c.key == ending.c.key, self._ends.among(sessions.c.key))
+            .where(sessions.c.key == ending.c.key, self._ends.in_batch(sessions.c.key))
             .values(ended(ending.c.reason) | {"changed_at": now})
             .returning(sessions.c.key, sessions.c.revision),
         )
@@ -57,24 +57,24 @@ class SessionRemoval:
             self._ends.rows,
             sa.and_(
                 sessions.c.key == self._ends.c.key,
-                self._ends.among(sessions.c.key),
-                NotLookedUp(sessions.c.namespace) == name,
+                self._ends.in_batch(sessions.c.key),
+                Unindexed(sessions.c.namespace) == name,
                 sessions.c.end_reason == self._ends.c.reason,
             ),
         )
 
         logs, events, journal = logs_table(schema), events_table(schema), journal_table(schema)
         self._removed = dialect.batch("forgotten", {"key": sa.Uuid()})
-        self._remove_journals = sa.delete(journal).where(self._removed.among(journal.c.key))
-        locked_logs = sa.select(logs.c.key).where(self._removed.among(logs.c.key)).order_by(logs.c.key)
+        self._remove_journals = sa.delete(journal).where(self._removed.in_batch(journal.c.key))
+        locked_logs = sa.select(logs.c.key).where(self._removed.in_batch(logs.c.key)).order_by(logs.c.key)
         self._remove_logs = (
             sa.delete(logs)
-            .where(logs.c.key.in_(locked_logs.with_for_update()), self._removed.among(logs.c.key))
+            .where(logs.c.key.in_(locked_logs.with_for_update()), self._removed.in_batch(logs.c.key))
             .returning(logs.c.key, (logs.c.sequence - logs.c.trimmed).label("kept"))
         )
-        self._remove_events = sa.delete(events).where(self._removed.among(events.c.key))
+        self._remove_events = sa.delete(events).where(self._removed.in_batch(events.c.key))
         self._count_events = sa.select(logs.c.key, logs.c.sequence - logs.c.trimmed).where(
-            self._removed.among(logs.c.key)
+            self._removed.in_batch(logs.c.key)
         )
 
     async def end(self, attempt: Attempt, ends: Sequence[End]) -> list[bool]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects.functions import MOMENT, After, ArrivalClock, NotLookedUp, StoreClock
+from mcp_session_store.sql.dialects.functions import MOMENT, After, ArrivalClock, StoreClock, Unindexed
+from mcp_session_store.sql.notifications import SESSION_CHANNEL
 from mcp_session_store.sql.schema.tables import sessions_table
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def live(
         moment: By the database's clock.
         by_key: Whether the sessions are looked up by their keys, and by nothing else.
     """
-    column: Callable[[sa.Column[Any]], sa.ColumnElement[Any]] = NotLookedUp if by_key else lambda column: column
+    column: Callable[[sa.Column[Any]], sa.ColumnElement[Any]] = Unindexed if by_key else lambda column: column
     return sa.and_(
         column(table.c.namespace) == namespace,
         column(table.c.ended_at).is_(None),
@@ -71,7 +72,7 @@ def ended(reason: sa.ColumnElement[str]) -> dict[str, Any]:
 
 def notify(dialect: Dialect, change: ReturningUpdate[Any]) -> sa.Select[Any] | ReturningUpdate[Any]:
     """A change that others are told of at once where the database can do so. It returns the key first."""
-    return change if dialect.channel is None else dialect.channel.sent_with(change)
+    return SESSION_CHANNEL.with_notification(change) if dialect.has_notifications else change
 
 
 # One object for each statement, and not one for each call: SQLAlchemy remembers with a statement what it
@@ -143,14 +144,14 @@ class SessionStatements:
         )
 
         self.loads = dialect.batch("loaded", _KEY)
-        self.load = sa.select(*record).where(self.loads.among(table.c.key), self._live(now))
+        self.load = sa.select(*record).where(self.loads.in_batch(table.c.key), self._live(now))
 
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
-        claimed = self.claims.found(lambda claimed: locked(table, claimed.key, self._live(now))).cte("locked")
+        claimed = self.claims.matching(lambda claimed: locked(table, claimed.key, self._live(now))).cte("locked")
         counted_already = (table.c.instance_hint == claimed.c.instance) & (table.c.restores > claimed.c.restores)
         self.claim = (
             sa.update(table)
-            .where(table.c.key == claimed.c.key, self.claims.among(table.c.key))
+            .where(table.c.key == claimed.c.key, self.claims.in_batch(table.c.key))
             .values(
                 instance_hint=claimed.c.instance,
                 restores=table.c.restores + sa.case((counted_already, 0), else_=1),
@@ -177,14 +178,14 @@ class SessionStatements:
 
         self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
         # Ages count back from when the report came: a lock that it waits for does not make a session older.
-        touched = self.touches.found(
+        touched = self.touches.matching(
             lambda touched: locked(table, touched.key, self._live(ArrivalClock(-touched.first_age)))
         ).cte("locked")
         last = ArrivalClock(-touched.c.last_age)
         seen = sa.case((table.c.last_seen_at < last, last), else_=table.c.last_seen_at)
         self.touch = (
             sa.update(table)
-            .where(table.c.key == touched.c.key, self.touches.among(table.c.key))
+            .where(table.c.key == touched.c.key, self.touches.in_batch(table.c.key))
             .values(
                 last_seen_at=seen,
                 expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=seen),

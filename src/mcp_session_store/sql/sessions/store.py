@@ -11,7 +11,7 @@ from mcp_session_store.records import check_session, check_texts
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Database
-from mcp_session_store.sql.notifications import Listener
+from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 from mcp_session_store.sql.sessions.creation import Creation
 from mcp_session_store.sql.sessions.journal import EntryWrite, JournalStatements
 from mcp_session_store.sql.sessions.limits import Limits
@@ -97,7 +97,7 @@ class SqlSessionStore(SessionStore):
             removal=self._removal,
         )
         self._sweep = Sweep(dialect, statements=self._for_policy(SweepStatements), removal=self._removal)
-        self._listener = Listener(self._database, dialect.channel)
+        self._listener = Listener(self._database, SESSION_CHANNEL)
         self._contacts = Batcher(self._database, _make_contact, writes=False)
         self._loads = Batcher(self._database, self._records.load, writes=False)
         self._creates = Batcher(self._database, self._creation.create, writes=True)

@@ -47,13 +47,13 @@ class SweepCandidates:
             None
             if retention.idle is None and retention.absolute is None
             else sa.select(table.c.key)
-            .where(mine, not_ended, dialect.rarely(table.c.expires_at.is_(None)))
+            .where(mine, not_ended, dialect.unlikely(table.c.expires_at.is_(None)))
             .order_by(table.c.expires_at, table.c.key)
         )
         """Live sessions without the expiry that the policy wants; `None` where it wants none."""
         self.expired = (
             sa.select(table.c.key)
-            .where(mine, not_ended, dialect.rarely(table.c.expires_at <= _ago(retention.sweep_grace)))
+            .where(mine, not_ended, dialect.unlikely(table.c.expires_at <= _ago(retention.sweep_grace)))
             .order_by(table.c.expires_at)
         )
         """Those that expired longer ago than the grace."""
