@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from interop_tests.pgbouncer import POOL_SIZE
-from mcp_session_store import Activity, EndReason, EventPolicy, InvalidValue, StoreUnavailable
+from mcp_session_store import EndReason, EventPolicy, InvalidValue, StoreUnavailable
+from mcp_session_store.records import Activity
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.schema import migrate

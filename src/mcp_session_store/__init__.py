@@ -1,42 +1,26 @@
-"""Durable, SQL-backed sessions for MCP servers on the official Python SDK."""
+"""Durable, SQL-backed sessions for MCP servers on the official Python SDK.
+
+The names here are those to write a server with. Other modules are public, too: `store`, `event_log`, `records`,
+`retention`, `errors` and `testing` for a store of one's own, and `migrations` for programs that migrate a database.
+"""
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_session_store.errors import (
     ConfigurationError,
-    EventTooLarge,
     InvalidValue,
-    JournalFull,
     RestoreRefused,
-    SchemaAhead,
-    SchemaBehind,
     SchemaError,
-    SchemaMissing,
-    SessionConflict,
-    SessionLimitReached,
     SessionStoreError,
     StoreUnavailable,
 )
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.memory import MemoryEventLog, MemorySessionStore
-from mcp_session_store.records import (
-    Activity,
-    Change,
-    Changes,
-    EndReason,
-    EventKind,
-    EventPage,
-    JournalEntry,
-    NewEvent,
-    NewSession,
-    Principal,
-    SessionRecord,
-    SessionRestoreMarker,
-    StoredEvent,
-    session_key,
-)
-from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
+from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker, session_key
+from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.settings import InstanceSettings
 from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
@@ -49,52 +33,33 @@ if TYPE_CHECKING:
 __all__ = [
     # Serve a server durably
     "durable_app",
+    "InstanceSettings",
     "DurableSessionManager",
     "JournaledMethod",
     "get_restore_marker",
     "RestoreHook",
     "EndHook",
-    # Stores
+    # Stores and event logs
     "SessionStore",
     "SqlSessionStore",
     "MemorySessionStore",
-    # Event logs
     "EventLog",
     "SqlEventLog",
     "MemoryEventLog",
     # Retention
     "RetentionPolicy",
-    "SweepReport",
     "EventPolicy",
-    "EventSweepReport",
     # Records
-    "Activity",
-    "Change",
-    "Changes",
     "EndReason",
-    "EventKind",
-    "EventPage",
-    "JournalEntry",
-    "NewEvent",
-    "NewSession",
-    "Principal",
     "SessionRecord",
     "SessionRestoreMarker",
-    "StoredEvent",
     "session_key",
     # Errors
     "SessionStoreError",
     "ConfigurationError",
-    "EventTooLarge",
     "InvalidValue",
-    "JournalFull",
     "RestoreRefused",
-    "SchemaAhead",
-    "SchemaBehind",
     "SchemaError",
-    "SchemaMissing",
-    "SessionConflict",
-    "SessionLimitReached",
     "StoreUnavailable",
 ]
 
@@ -108,18 +73,58 @@ _IMPORTED_WHEN_USED: Final = {
     "SqlEventLog": "sql",
     "SqlSessionStore": "sql",
 }
-"""Where the names are that need the SDK or SQLAlchemy, which take long to import: most commands need no SDK."""
+"""Modules of the names that need the SDK or SQLAlchemy, which take long to import: most commands need no SDK."""
+
+_MOVED: Final = {
+    **dict.fromkeys(
+        (
+            "Activity",
+            "Change",
+            "Changes",
+            "EventKind",
+            "EventPage",
+            "JournalEntry",
+            "NewEvent",
+            "NewSession",
+            "Principal",
+            "StoredEvent",
+        ),
+        "records",
+    ),
+    **dict.fromkeys(("EventSweepReport", "SweepReport"), "retention"),
+    **dict.fromkeys(
+        (
+            "EventTooLarge",
+            "JournalFull",
+            "SchemaAhead",
+            "SchemaBehind",
+            "SchemaMissing",
+            "SessionConflict",
+            "SessionLimitReached",
+        ),
+        "errors",
+    ),
+}
+"""Modules of the names that stood here before, and work here for one more version, with a warning."""
 
 
 # Type checkers know the names from above, and no others.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if (module := _IMPORTED_WHEN_USED.get(name)) is None:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-        globals()[name] = value
-        return value
+        if (module := _IMPORTED_WHEN_USED.get(name)) is not None:
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value
+            return value
+        if (module := _MOVED.get(name)) is not None:
+            warnings.warn(
+                f"{__name__}.{name} is deprecated and goes with the next version; "
+                f"write: from {__name__}.{module} import {name}",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from mcp_session_store import EndReason, StoreUnavailable, SweepReport, session_key
+from mcp_session_store import EndReason, StoreUnavailable, session_key
 from mcp_session_store.adapter import background, telemetry
 from mcp_session_store.adapter.background import Wake, run_again, run_every
-from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.retention import RetentionPolicy, SweepReport
 from tests.support.asgi import until
 from tests.support.instances import instance
 

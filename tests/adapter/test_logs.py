@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mcp_session_store import (
-    EventTooLarge,
-    RestoreRefused,
-    SessionRecord,
-    SessionRestoreMarker,
-    StoreUnavailable,
-)
+from mcp_session_store import RestoreRefused, SessionRecord, SessionRestoreMarker, StoreUnavailable
 from mcp_session_store.adapter.streams.recorder import sweep_events
+from mcp_session_store.errors import EventTooLarge
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal

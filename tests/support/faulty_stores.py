@@ -25,17 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
     from uuid import UUID
 
-    from mcp_session_store import (
-        Activity,
-        EndReason,
-        EventPolicy,
-        NewSession,
-        RetentionPolicy,
-        SessionRecord,
-        SweepReport,
-    )
-    from mcp_session_store.records import Changes, EventPage, JournalEntry, NewEvent, StoredEvent
-    from mcp_session_store.retention import EventSweepReport
+    from mcp_session_store import EndReason, EventPolicy, RetentionPolicy, SessionRecord
+    from mcp_session_store.records import Activity, Changes, EventPage, JournalEntry, NewEvent, NewSession, StoredEvent
+    from mcp_session_store.retention import EventSweepReport, SweepReport
 
 OPERATIONS = (
     "open",

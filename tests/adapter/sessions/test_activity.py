@@ -20,7 +20,7 @@ from tests.support.instances import Notes, instance, principal, running
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mcp_session_store import Activity
+    from mcp_session_store.records import Activity
     from tests.support.faulty_stores import FaultyStore, Sessions
     from tests.support.instances import Clock, Instance
 

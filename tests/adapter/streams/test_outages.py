@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from mcp_session_store import EventPolicy, EventTooLarge, SchemaBehind, StoreUnavailable
+from mcp_session_store import EventPolicy, StoreUnavailable
 from mcp_session_store.adapter.streams import recorder as recorder_module
+from mcp_session_store.errors import EventTooLarge, SchemaBehind
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind
 from tests.support.asgi import PATIENCE, until

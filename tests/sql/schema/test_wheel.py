@@ -65,13 +65,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_migrations(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    packaged = {name.removeprefix("mcp_session_store/") for name in names if "/migrations/" in name}
+    packaged = {name.removeprefix("mcp_session_store/sql/schema/") for name in names if "/migrations/" in name}
     there = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "migrations").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert packaged == there
+    # The module that programs import is no folder.
+    assert "mcp_session_store/migrations.py" in names
     assert "mcp_session_store/py.typed" in names
 
 
@@ -80,15 +82,16 @@ def test_the_installed_wheel_migrates_a_database(installed: Path, tmp_path: Path
 import asyncio, sys
 from pathlib import Path
 import mcp_session_store
-from mcp_session_store.sql.schema import migrate
+from mcp_session_store import migrations
+from mcp_session_store.sql.schema.migrate import migrations_folder
 
 package = Path(mcp_session_store.__file__).parent
 assert package.is_relative_to(sys.prefix), package
-assert migrate.migrations_folder() == package / "migrations"
+assert migrations_folder() == package / "sql" / "schema" / "migrations"
 url = "sqlite:///sessions.db"
-asyncio.run(migrate.upgrade(url))
-asyncio.run(migrate.check(url))
-print(asyncio.run(migrate.current(url)))
+asyncio.run(migrations.upgrade(url))
+asyncio.run(migrations.check(url))
+print(asyncio.run(migrations.current(url)))
 """
     assert _run([installed / "python", "-c", code], tmp_path).strip() == HEAD
 

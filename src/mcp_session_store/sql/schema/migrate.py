@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.resources
 import io
 import threading
 from pathlib import Path
@@ -149,11 +148,9 @@ def upgrade_sql(
 
 
 def migrations_folder() -> Path:
-    """Where the migrations are: in the installed package, or at the root of the checkout it runs from."""
-    for folder in (
-        Path(str(importlib.resources.files("mcp_session_store"))) / "migrations",
-        Path(__file__).resolve().parents[4] / "migrations",
-    ):
+    """Return the folder of the migrations: in the installed package, or at the root of the checkout it runs from."""
+    here = Path(__file__).resolve()
+    for folder in (here.parent / "migrations", here.parents[4] / "migrations"):
         if (folder / "env.py").is_file():
             return folder
     raise ConfigurationError("the migrations are missing from this installation; install mcp-session-store again")
