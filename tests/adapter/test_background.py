@@ -15,6 +15,7 @@ from mcp_session_store.adapter.background import Wake, run_again, run_every
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from tests.support.asgi import until
 from tests.support.instances import instance
+from tests.support.internals import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -291,7 +292,7 @@ async def test_a_sweep_that_fails_is_logged_counted_and_recovers(
         assert (await one.client(session_id).ping()).status == 404
         await one.client().handshake()
         store.up()
-        await until(lambda: store.inner._data.rows[session_key(session_id)].ended is not None)
+        await until(lambda: rows_of(store.inner)[session_key(session_id)].ended is not None)
 
 
 async def test_without_an_interval_nobody_sweeps(store: FaultyStore, sessions: Sessions) -> None:

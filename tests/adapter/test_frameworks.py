@@ -26,6 +26,7 @@ from tests.support.asgi import Client
 from tests.support.faulty_stores import FaultyStore
 from tests.support.frameworks import Events, Made
 from tests.support.instances import Notes, instance, running
+from tests.support.internals import rows_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -383,7 +384,7 @@ async def test_two_apps_of_one_server_keep_their_sessions_apart() -> None:
         await two.handshake()
         assert one.session_id != two.session_id
         assert (await Client(apps[1], second, session_id=one.session_id).ping()).status == 404
-        assert [len(store._data.rows) for store in stores] == [1, 1]
+        assert [len(rows_of(store)) for store in stores] == [1, 1]
 
 
 # What is imported

@@ -11,6 +11,7 @@ import pytest
 from mcp_session_store.memory import MemoryEventLog, MemorySessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE
 from mcp_session_store.testing import EventLogConformance, MakeLog, MakeStore, SessionStoreConformance
+from tests.support.internals import logs_of, rows_of
 from tests.support.sql_contracts import SqlEventLogConformance, SqlStoreConformance
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def expire(store: SessionStore, key: UUID) -> None:
     """Make a session of a store in memory have expired a second ago."""
     assert isinstance(store, MemorySessionStore)
-    row = store._data.rows[key]
+    row = rows_of(store)[key]
     row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=1))
 
 
@@ -39,7 +40,7 @@ class TestMemory(SessionStoreConformance):
 
     async def age_tombstone(self, store: SessionStore, key: UUID) -> None:
         assert isinstance(store, MemorySessionStore)
-        row = store._data.rows[key]
+        row = rows_of(store)[key]
         assert row.ended is not None
         row.ended_at = datetime.now(UTC) - timedelta(days=2)
 
@@ -70,7 +71,7 @@ class TestEventsInMemory(EventLogConformance):
 
     async def age_events(self, log: EventLog, key: UUID) -> None:
         assert isinstance(log, MemoryEventLog)
-        if (stored := log._data.logs.get(key)) is not None:
+        if (stored := logs_of(log).get(key)) is not None:
             long_ago = datetime.now(UTC) - timedelta(days=2)
             stored.events = [(stream, event, long_ago) for stream, event, _ in stored.events]
 

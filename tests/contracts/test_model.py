@@ -21,6 +21,7 @@ from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.testing import new_session
 from tests.support.databases import age_tombstone, execute, expire, settled
+from tests.support.internals import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -142,14 +143,14 @@ class Interleaving(RuleBasedStateMachine):
 
     @rule(name=names, ago=st.sampled_from([1.0, 3600.0]))
     def expire(self, name: int, ago: float) -> None:
-        row = self.models["one"]._data.rows.get(self.keys[name])
+        row = rows_of(self.models["one"]).get(self.keys[name])
         if row is not None:
             row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=ago))
         self.runner.run(expire(self.stores["one"], self.keys[name], ago=ago))
 
     @rule(name=names)
     def lose_the_expiry(self, name: int) -> None:
-        row = self.models["one"]._data.rows.get(self.keys[name])
+        row = rows_of(self.models["one"]).get(self.keys[name])
         if row is not None:
             row.record = replace(row.record, expires_at=None)
         table = sessions_table()
@@ -159,7 +160,7 @@ class Interleaving(RuleBasedStateMachine):
 
     @rule(name=names)
     def age_tombstone(self, name: int) -> None:
-        row = self.models["one"]._data.rows.get(self.keys[name])
+        row = rows_of(self.models["one"]).get(self.keys[name])
         if row is not None and row.ended_at is not None:
             row.ended_at = datetime.now(UTC) - timedelta(days=2)
         self.runner.run(age_tombstone(self.stores["one"], self.keys[name]))

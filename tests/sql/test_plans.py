@@ -19,6 +19,7 @@ from mcp_session_store.sql import SqlEventLog
 from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import engine_of, execute, sql_store
+from tests.support.internals import trim_waiting
 from tests.support.plans import plan_of, statements_of
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ async def use_one(store: SqlSessionStore) -> None:
     await log.read(key, "instance.1", after=0)
     await log.heads([key])
     await log.follow([key])
-    await log._do(lambda attempt: log._trimming.trim(attempt, [key], limit=10, wait=True))
+    await trim_waiting(log, key)
     await log.aclose()
     await store.end(key, reason=EndReason.CLIENT)
 

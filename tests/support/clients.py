@@ -34,7 +34,8 @@ class Watched:
         assert isinstance(content, TextContent)
         return content.text
 
-    def _note(self, headers: httpx2.Headers) -> None:
+    def note(self, headers: httpx2.Headers) -> None:
+        """Remember the session id that a request or an answer carries."""
         session_id = headers.get("mcp-session-id")
         if session_id is not None and session_id not in self.session_ids:
             self.session_ids.append(session_id)
@@ -51,10 +52,10 @@ async def official_client(url: str) -> AsyncIterator[Watched]:
     async def on_request(request: httpx2.Request) -> None:
         if request.method == "POST":
             watched.methods.append(json.loads(request.content).get("method", "(response)"))
-        watched._note(request.headers)
+        watched.note(request.headers)
 
     async def on_response(response: httpx2.Response) -> None:
-        watched._note(response.headers)
+        watched.note(response.headers)
 
     http = httpx2.AsyncClient(
         timeout=60, trust_env=False, event_hooks={"request": [on_request], "response": [on_response]}

@@ -20,6 +20,7 @@ from mcp_session_store import (
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT
 from mcp_session_store.store import SWEEP_LIMIT
 from tests.support.asgi import PATIENCE
+from tests.support.internals import logs_of, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -146,6 +147,10 @@ class _Faulty:
         (self._after if after else self._before)[operation] = held.stop_here
         return held
 
+    def before(self, operation: str, call: Callable[[], Awaitable[None]]) -> None:
+        """Have this happen before a call of this takes effect."""
+        self._before[operation] = call
+
     def up(self) -> None:
         """Nothing goes wrong any more. Calls that are held stay held."""
         self._before.clear()
@@ -200,7 +205,7 @@ class FaultyStore(_Faulty, SessionStore):
 
     async def ended(self, session_id: str) -> EndReason | None:
         """Why a session ended."""
-        return self.inner._data.rows[session_key(session_id)].ended
+        return rows_of(self.inner)[session_key(session_id)].ended
 
     async def expiry(self, session_id: str | None) -> timedelta | None:
         """How long a live session lives after its last activity that was stored; `None`: for ever."""
@@ -212,7 +217,7 @@ class FaultyStore(_Faulty, SessionStore):
     @property
     def records(self) -> int:
         """How many sessions were ever stored."""
-        return len(self.inner._data.rows)
+        return len(rows_of(self.inner))
 
     # The contract
 
@@ -328,7 +333,7 @@ class FaultyLog(_Faulty, EventLog):
     def streams(self, session_id: str | None) -> list[tuple[str, StoredEvent]]:
         """The same, with the names of their streams."""
         assert session_id is not None
-        log = self.inner._data.logs.get(session_key(session_id))
+        log = logs_of(self.inner).get(session_key(session_id))
         return [] if log is None else [(stream, event) for stream, event, _ in log.events]
 
     def messages(self, session_id: str | None) -> list[str]:
@@ -338,7 +343,7 @@ class FaultyLog(_Faulty, EventLog):
     def lose(self, session_id: str | None) -> None:
         """What was stored of a session is gone, as after a restored backup."""
         assert session_id is not None
-        del self.inner._data.logs[session_key(session_id)]
+        del logs_of(self.inner)[session_key(session_id)]
 
     # The contract
 

@@ -850,7 +850,7 @@ async def test_a_restore_of_a_session_that_keeps_changing_gives_up(
             async def change() -> None:
                 await set_level(elsewhere, "debug")
 
-            store._before["claim"] = change
+            store.before("claim", change)
             assert (await one.client(session_id).ping()).status == 503
             await until(lambda: one.manager._residents._leaving == {})
             one.assert_seats_match()

@@ -16,6 +16,7 @@ from mcp_session_store.adapter.sessions.activity import checked_interval
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.support.asgi import Client, until
 from tests.support.instances import Notes, instance, principal, running
+from tests.support.internals import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -535,7 +536,7 @@ async def test_a_report_learns_which_sessions_have_expired(store: FaultyStore, s
         stream = await expired.get_stream()
         await live.ping()
         # What this instance does not know of, such as a policy that another one has.
-        row = sessions._data.rows[session_key(str(expired.session_id))]
+        row = rows_of(sessions)[session_key(str(expired.session_id))]
         row.record = dataclasses.replace(row.record, expires_at=row.record.created_at)
         await report(one)
         await stream.end()

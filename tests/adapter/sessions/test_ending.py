@@ -19,6 +19,7 @@ from tests.support.asgi import Client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
+from tests.support.internals import is_listened_to, rows_of
 
 if TYPE_CHECKING:
     from mcp_session_store import SessionRecord
@@ -313,7 +314,7 @@ async def test_a_broken_listener_is_logged_counted_and_tried_again_and_polling_h
         await until(lambda: one.residents == 0)
         # It recovers by itself.
         store.up()
-        await until(lambda: store.inner._data.listeners != [])
+        await until(lambda: is_listened_to(store.inner))
 
 
 async def test_a_poll_that_fails_is_logged_and_tried_again_and_misses_nothing(
@@ -350,7 +351,7 @@ async def test_after_an_outage_that_outlives_tombstones_all_sessions_are_verifie
         store.down()
         await sessions.end(session_key(str(ended.session_id)), reason=EndReason.OPERATOR)
         clock.advance(MIN_TOMBSTONE)
-        del sessions._data.rows[session_key(str(ended.session_id))]
+        del rows_of(sessions)[session_key(str(ended.session_id))]
         store.up()
         if touch == "fails at first":
             store.down("touch")

@@ -13,6 +13,7 @@ from mcp_session_store.event_log import STANDALONE_STREAM
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance, principal
+from tests.support.internals import tag_of
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ async def bad_ids(client: Client, other: Client, talking: Talking) -> dict[str, 
 def _forged(session_id: str | None, payload: bytes) -> str:
     """What has the tag of an id of this session, and was written by no server."""
     ids = EventIds(session_key(str(session_id)))
-    return base64.urlsafe_b64encode(ids._tag(payload) + payload).decode().rstrip("=")
+    return base64.urlsafe_b64encode(tag_of(ids, payload) + payload).decode().rstrip("=")
 
 
 async def test_an_id_that_the_session_was_not_given_gets_the_same_400_always_and_costs_no_query(

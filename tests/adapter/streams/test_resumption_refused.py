@@ -439,7 +439,7 @@ async def test_a_long_replay_is_not_cut_by_a_log_that_fails_now_and_then(
             if log.counts()["read"] in failing:
                 raise StoreUnavailable("now and then")
 
-        log._before["read"] = fail
+        log.before("read", fail)
         resumed = client.open_stream(last_event_id)
         await resumed.end()
         assert told(resumed.messages) == [*texts, "done"]

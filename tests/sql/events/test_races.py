@@ -21,6 +21,7 @@ from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import engine_of, execute, settled
+from tests.support.internals import database_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,7 +141,7 @@ class Race:
 async def _commit(where: SqlSessionStore | SqlEventLog, *statements: sa.Executable) -> Sequence[sa.Row[Any]]:
     """Run statements beside a store, in one transaction; what the first returns."""
     async with engine_of(where).connect() as connection:
-        await connection.exec_driver_sql(where._database.dialect.begin)
+        await connection.exec_driver_sql(database_of(where).dialect.begin)
         first, *_ = [await _rows(connection, statement) for statement in statements]
         await connection.exec_driver_sql("COMMIT")
     return first

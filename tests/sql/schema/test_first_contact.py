@@ -18,6 +18,7 @@ from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.testing import new_session
 from tests.support.databases import execute
+from tests.support.internals import database_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,11 +112,12 @@ async def test_a_missing_schema_is_an_error_that_names_the_command(postgres_url:
     with pytest.raises(SchemaMissing) as failure:
         await store.open()
     message = str(failure.value)
-    shown = store._database.shown_url
+    shown = database_of(store).shown_url
     assert f"mcp-session-store upgrade --url {shown}" in message
     assert "alembic upgrade head" in message
-    assert store._database.engine.url.password is not None
-    assert store._database.engine.url.password not in message
+    password = database_of(store).engine.url.password
+    assert password is not None
+    assert password not in message
     await store.aclose()
 
 
