@@ -395,14 +395,14 @@ def maintain(place: Place, *, events_max_age: str | None, ahead: int, as_json: b
 
     done = run(change())
     if as_json:
-        print_json(asdict(done))
+        print_json({"created": done.created, "dropped": done.dropped, "astray": done.default_in_use})
         return
     for what, names in (("dropped", done.dropped), ("made", done.created)):
         for name in names:
             click.echo(f"{what} {name}")
     if not done.dropped and not done.created:
         click.echo("there was nothing to do")
-    if done.astray:
+    if done.default_in_use:
         click.echo(
             "the default partition holds events, for whose time there was no other: sweeps delete them one by one. "
             "Run this more often, or with a larger --ahead",

@@ -222,8 +222,8 @@ async def test_a_page_is_one_range_of_the_index_of_ages(database_url: str, page:
     async with EventDirectory(database_url) as directory:
         first = await directory.page(limit=3)
         position = None if page == 1 else (decode_cursor(first.next or "") or ("", ()))[1]
-        statement = directory._page_statement(limit=21, after=position)
-        async with directory._database.engine.connect() as connection:
+        statement = directory.page_statement(limit=21, after=position)
+        async with directory.database.engine.connect() as connection:
             word = "EXPLAIN" if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
             plan = "\n".join(str(row[-1]) for row in await connection.execute(Explain(word, statement)))
     assert "ix_mcp_session_log_oldest" in plan, plan

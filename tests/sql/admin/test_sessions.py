@@ -14,7 +14,8 @@ from sqlalchemy.pool import QueuePool
 from mcp_session_store.errors import ConfigurationError, SchemaMissing, StoreUnavailable
 from mcp_session_store.records import Principal
 from mcp_session_store.retention import RetentionPolicy, SweepReport
-from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionFilter, SessionState, _decode
+from mcp_session_store.sql.admin.session_list import SessionFilter, SessionState, session_position
+from mcp_session_store.sql.admin.sessions import SessionDirectory
 from tests.support.databases import execute, sql_store
 from tests.support.plans import Explain
 from tests.support.rows import cursor_of, insert_rows, session_row
@@ -300,9 +301,9 @@ async def test_a_question_that_takes_too_long_is_given_up_by_the_database_too(da
     await insert_rows(database_url, [session_row()])
     async with SessionDirectory(database_url, timeout=0.5) as directory:
         with pytest.raises(StoreUnavailable, match=r"within 0\.5 s.*--timeout"):
-            await directory._read(lambda connection, now: connection.exec_driver_sql(ENDLESS))
+            await directory.read(lambda connection, now: connection.exec_driver_sql(ENDLESS))
         assert await directory.count(SessionFilter()) == 1
-        pool = directory._database.engine.pool
+        pool = directory.database.engine.pool
         assert isinstance(pool, QueuePool)
         assert pool.checkedout() == 0
     if "postgres" in database_url:
@@ -319,7 +320,7 @@ async def test_a_directory_changes_nothing_even_if_it_wanted_to(postgres_url: st
     await insert_rows(postgres_url, [session_row()])
     async with SessionDirectory(postgres_url) as directory:
         with pytest.raises(StoreUnavailable, match=r"ReadOnly|read-only"):
-            await directory._read(lambda connection, now: connection.exec_driver_sql("DELETE FROM mcp_session"))
+            await directory.read(lambda connection, now: connection.exec_driver_sql("DELETE FROM mcp_session"))
         assert await directory.count(SessionFilter()) == 1
 
 
@@ -368,9 +369,9 @@ CHOSEN: dict[str, dict[str, Any]] = {
 async def _plan(directory: SessionDirectory, which: SessionFilter, *, page: int) -> str:
     """How the database reads a page of a list."""
     first = await directory.page(which, limit=3)
-    position = None if page == 1 else _decode(first.next or "", which.state)
-    statement = directory._page_statement(which, first.as_of, limit=21, after=position)
-    async with directory._database.engine.connect() as connection:
+    position = None if page == 1 else session_position(first.next or "", which.state)
+    statement = directory.lists.page_statement(which, first.as_of, limit=21, after=position)
+    async with directory.database.engine.connect() as connection:
         word = "EXPLAIN" if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
         return "\n".join(str(row[-1]) for row in await connection.execute(Explain(word, statement)))
 

@@ -368,7 +368,7 @@ async def test_events_of_a_time_without_a_partition_are_kept_and_swept(postgres_
         # Nobody has made one for now.
         await log.append(key, [new_event(1)])
         done = await maintain(postgres_url, ahead=2)
-        assert done.astray
+        assert done.default_in_use
         assert done.dropped == ["mcp_session_event_first"]
         assert len(done.created) == 2
         await log.append(key, [new_event(2)])
@@ -379,7 +379,7 @@ async def test_events_of_a_time_without_a_partition_are_kept_and_swept(postgres_
         await let_time_pass(postgres_url, 4 * LONG)
         await log.append(key, [new_event(3)])
         done = await maintain(postgres_url)
-        assert done.astray
+        assert done.default_in_use
         assert await events_swept(log) == 2
         assert await positions(log, key) == [3]
         assert await events_swept(log) == 0
@@ -391,10 +391,10 @@ async def test_partitions_of_times_to_come_are_made_once(postgres_url: str, sett
     for setting in settings:
         await execute(postgres_url, f"ALTER DATABASE {sa.make_url(postgres_url).database} SET {setting}")
     await partition(postgres_url, ahead=2)
-    assert await maintain(postgres_url, ahead=2) == partitions.Maintenance(created=[], dropped=[], astray=False)
+    assert await maintain(postgres_url, ahead=2) == partitions.Maintenance(created=[], dropped=[], default_in_use=False)
     done = await maintain(postgres_url, ahead=4)
     assert len(done.created) == 2
-    assert await maintain(postgres_url, ahead=4) == partitions.Maintenance(created=[], dropped=[], astray=False)
+    assert await maintain(postgres_url, ahead=4) == partitions.Maintenance(created=[], dropped=[], default_in_use=False)
     found = await found_on(postgres_url)
     assert [one.name for one in found][-3:] == [*done.created, "mcp_session_event_default"]
     bounds = [(one.since, one.until) for one in found[:-1]]

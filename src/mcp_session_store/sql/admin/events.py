@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from mcp_session_store.errors import ConfigurationError
-from mcp_session_store.sql.admin.partitions import Partition, partitions_of
 from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT, NO_CURSOR, Reader, decode_cursor, encode_cursor
 from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength
+from mcp_session_store.sql.dialects.partitions import Partition, PartitionedTable
 from mcp_session_store.sql.events.trim import remaining_columns
 from mcp_session_store.sql.schema.tables import events_table, instances_table, logs_table
 from mcp_session_store.store import DEFAULT_NAMESPACE
@@ -137,9 +137,9 @@ class EventDirectory(Reader):
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__(url_or_engine, namespace=namespace, schema=schema, timeout=timeout)
-        self._logs = logs_table(self._database.schema)
-        self._events = events_table(self._database.schema)
-        self._instances = instances_table(self._database.schema)
+        self._logs = logs_table(self.database.schema)
+        self._events = events_table(self.database.schema)
+        self._instances = instances_table(self.database.schema)
 
     async def page(self, *, limit: int = 50, after: str | None = None) -> LogPage:
         """A page of the list of logs that have events: those with the oldest events first.
@@ -161,14 +161,15 @@ class EventDirectory(Reader):
                 raise ConfigurationError(f"{after!r} is no cursor of a list of logs; {NO_CURSOR}")
 
         async def read(connection: AsyncConnection, now: datetime) -> LogPage:
-            rows = (await connection.execute(self._page_statement(limit=limit + 1, after=position))).all()
+            rows = (await connection.execute(self.page_statement(limit=limit + 1, after=position))).all()
             more = len(rows) > limit
             cursor = encode_cursor(_LOGS, (rows[limit - 1].noted_at, rows[limit - 1].key)) if more else None
             return LogPage(logs=[self._stored(row) for row in rows[:limit]], as_of=now, next=cursor)
 
-        return await self._read(read)
+        return await self.read(read)
 
-    def _page_statement(self, *, limit: int, after: Sequence[Any] | None) -> sa.Select[Any]:
+    def page_statement(self, *, limit: int, after: Sequence[Any] | None) -> sa.Select[Any]:
+        """Build the statement behind a page: at most `limit` logs, those after a position in the list."""
         c = self._logs.c
         conditions = [c.namespace == self._namespace]
         if after is None:
@@ -223,7 +224,7 @@ class EventDirectory(Reader):
                 next=events[limit - 1].sequence if more else None,
             )
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def statistics(self, *, top: int = 10) -> EventStatistics:
         """Counts and sizes. Reads the logs of the sessions, and no event.
@@ -246,7 +247,8 @@ class EventDirectory(Reader):
             .order_by(of_instances.beat_at.desc(), of_instances.name)
             .limit(top)
         )
-        dialect = self._database.dialect
+        dialect = self.database.dialect
+        partitioned = PartitionedTable(self._events, by=self._events.c.created_at)
 
         async def read(connection: AsyncConnection, now: datetime) -> EventStatistics:
             counts = (await connection.execute(counted)).mappings().one()
@@ -259,24 +261,24 @@ class EventDirectory(Reader):
                 table_bytes=table_bytes,
                 index_bytes=index_bytes,
                 instances=[StoredInstance(**row) for row in instances],
-                partitions=await partitions_of(connection, self._events) if dialect.has_partitions else [],
+                partitions=await partitioned.partitions(connection) if dialect.has_partitions else [],
             )
 
-        return await self._read(read)
+        return await self.read(read)
 
     async def preview(self, policy: EventPolicy) -> int:
         """How many events a sweep by a policy would remove now. Reads all of the sessions whose oldest are too old."""
         if policy.max_age is None:
             return 0
         logs, events = self._logs.c, self._events.c
-        too_old = self._database.dialect.sweep_cutoff(self._events, policy.max_age)
+        too_old = self.database.dialect.sweep_cutoff(self._events, policy.max_age)
         due = sa.select(logs.key).where(logs.namespace == self._namespace, logs.oldest_at <= too_old)
         statement = sa.select(sa.func.count()).where(events.key.in_(due), events.created_at <= too_old)
 
         async def read(connection: AsyncConnection, now: datetime) -> int:  # noqa: ARG001
             return (await connection.execute(statement)).scalar_one()
 
-        return await self._read(read)
+        return await self.read(read)
 
     def _select(self) -> sa.Select[Any]:
         c = self._logs.c

@@ -16,10 +16,10 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
-from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT, EPOCH
+from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT
 from mcp_session_store.sql.database import Database, transaction
-from mcp_session_store.sql.dialects.functions import MOMENT, StoreClock
-from mcp_session_store.sql.dialects.partitions import TablePartitions
+from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
+from mcp_session_store.sql.dialects.partitions import Partition, PartitionedTable, start_of_range
 from mcp_session_store.sql.schema.tables import events_table
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.database import Attempt
 
-__all__ = ["AHEAD", "EventPartitions", "Maintenance", "Partition", "partitions_of"]
+__all__ = ["AHEAD", "EventPartitions", "Maintenance", "Partition"]
 
 _T = TypeVar("_T")
 
@@ -54,22 +54,6 @@ _TIMED_OUT: Final = "57014"
 # A lock that was not to be had in time, a deadlock, an event that came into the default partition meanwhile.
 _TRY_AGAIN: Final = frozenset({"55P03", "40P01", "23514"})
 
-_FIRST: Final = "first"
-_DEFAULT: Final = "default"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Partition:
-    """One partition of the table of events."""
-
-    name: str
-    since: datetime | None
-    """The time of the earliest event that may be in it; `None`: of any."""
-    until: datetime | None
-    """Events of this time are in it no more. `None`: it is the default one, for those that belong to no other."""
-    size: int
-    """What it takes with its index, in bytes."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Maintenance:
@@ -79,7 +63,7 @@ class Maintenance:
     """Names of those that were made ahead of their time."""
     dropped: Sequence[str]
     """Names of those that were dropped with their events."""
-    astray: bool
+    default_in_use: bool
     """The default partition holds events, because there was none for their time."""
 
 
@@ -111,7 +95,8 @@ class EventPartitions:
                 f"{dialect.name} has no partitions: a sweep removes events one by one there, as it does on any "
                 "database unless told otherwise; partition them on Postgres only"
             )
-        self._table = events_table(self._database.schema)
+        events = events_table(self._database.schema)
+        self._table = PartitionedTable(events, by=events.c.created_at)
 
     async def __aenter__(self) -> Self:
         self._database.reopen()
@@ -147,15 +132,15 @@ class EventPartitions:
         _check(every, max_age)
 
         async def change(connection: AsyncConnection) -> bool:
-            if await self._is_partitioned(connection):
-                found = _length(await partitions_of(connection, self._table))
+            if await self._table.is_partitioned(connection):
+                found = _length(await self._table.partitions(connection))
                 if found != every:
                     raise ConfigurationError(
                         f"the events are partitioned already, every {found}; undo that first, with "
                         "mcp-session-store events unpartition"
                     )
                 return False
-            await self._convert(connection, every, ahead)
+            await self._table.divide(connection, every, ahead=ahead)
             return True
 
         return await self._change(change)
@@ -177,8 +162,8 @@ class EventPartitions:
         created: list[str] = []
         while (name := await self._change(lambda connection: self._add_next(connection, ahead))) is not None:
             created.append(name)
-        astray = await self._change(self._default_in_use)
-        return Maintenance(created=created, dropped=dropped, astray=astray)
+        default_in_use = await self._change(lambda connection: self._table.default_in_use(connection, EPOCH))
+        return Maintenance(created=created, dropped=dropped, default_in_use=default_in_use)
 
     async def unpartition(self) -> bool:
         """Make one table again, with all events in it.
@@ -193,9 +178,9 @@ class EventPartitions:
         """
 
         async def change(connection: AsyncConnection) -> bool:
-            if not await self._is_partitioned(connection):
+            if not await self._table.is_partitioned(connection):
                 return False
-            await self._reunite(connection)
+            await self._table.unite(connection)
             return True
 
         return await self._change(change)
@@ -235,92 +220,6 @@ class EventPartitions:
         async with database.lease(writes=False) as lease:
             return await lease.run(attempt)
 
-    async def _is_partitioned(self, connection: AsyncConnection) -> bool:
-        found = await connection.execute(
-            sa.text("SELECT count(*) FROM pg_partitioned_table WHERE partrelid = to_regclass(CAST(:name AS text))"),
-            {"name": self._name(connection)},
-        )
-        return bool(found.scalar_one())
-
-    def _name(self, connection: AsyncConnection, suffix: str = "") -> str:
-        """The table's name, or that of a table that belongs to it, as it stands in SQL."""
-        preparer = connection.dialect.identifier_preparer
-        name = preparer.quote(f"{self._table.name}_{suffix}" if suffix else self._table.name)
-        return name if self._table.schema is None else f"{preparer.quote(self._table.schema)}.{name}"
-
-    async def _convert(self, connection: AsyncConnection, every: timedelta, ahead: int) -> None:
-        run = connection.exec_driver_sql
-        whole, first = self._name(connection), self._name(connection, _FIRST)
-        await run(f"LOCK TABLE {whole} IN ACCESS EXCLUSIVE MODE")
-        # Read with the lock: whoever stores an event does so after that, and before or after the boundary.
-        now = (await connection.execute(sa.select(StoreClock()))).scalar_one()
-        boundary = _floor(now, every) + every
-        await run(f"ALTER TABLE {whole} RENAME TO {connection.dialect.identifier_preparer.quote(_of(_FIRST))}")
-        await self._drop_primary_key(connection, first)
-        await run(f"CREATE TABLE {whole} (LIKE {first} INCLUDING ALL) PARTITION BY RANGE (created_at)")
-        await self._give_rights(connection, of=first, to=whole)
-        # The column of the partitions must be part of it. A sequence is unique because its log gives it once.
-        await run(f"ALTER TABLE {whole} ADD PRIMARY KEY (key, sequence, created_at)")
-        await run(f"ALTER TABLE {first} ADD PRIMARY KEY (key, sequence, created_at)")
-        await run(f"ALTER TABLE {whole} ATTACH PARTITION {first} FOR VALUES FROM (MINVALUE) TO ({_literal(boundary)})")
-        await self._create(connection, _DEFAULT, "DEFAULT")
-        for number in range(max(1, ahead)):
-            since = boundary + number * every
-            await self._create(connection, *_range(since, since + every))
-
-    async def _reunite(self, connection: AsyncConnection) -> None:
-        run = connection.exec_driver_sql
-        parted, whole = self._name(connection), self._name(connection, "whole")
-        await run(f"LOCK TABLE {parted} IN ACCESS EXCLUSIVE MODE")
-        await run(f"CREATE TABLE {whole} (LIKE {parted} INCLUDING ALL EXCLUDING INDEXES)")
-        await self._give_rights(connection, of=parted, to=whole)
-        await run(f"INSERT INTO {whole} SELECT * FROM {parted}")  # noqa: S608 - our own names
-        await run(f"DROP TABLE {parted}")
-        await run(f"ALTER TABLE {whole} RENAME TO {connection.dialect.identifier_preparer.quote(self._table.name)}")
-        await run(f"ALTER TABLE {parted} ADD PRIMARY KEY (key, sequence)")
-
-    async def _drop_primary_key(self, connection: AsyncConnection, table: str) -> None:
-        found = await connection.execute(
-            sa.text(
-                "SELECT quote_ident(conname) FROM pg_constraint "
-                "WHERE conrelid = to_regclass(CAST(:name AS text)) AND contype = 'p'"
-            ),
-            {"name": table},
-        )
-        await connection.exec_driver_sql(f"ALTER TABLE {table} DROP CONSTRAINT {found.scalar_one()}")
-
-    async def _give_rights(self, connection: AsyncConnection, *, of: str, to: str) -> None:
-        """Have a table belong to whom another one does, and used by whom that may be."""
-        owner = await connection.execute(
-            sa.text(
-                "SELECT quote_ident(pg_get_userbyid(relowner)) FROM pg_class "
-                "WHERE oid = to_regclass(CAST(:name AS text)) AND pg_get_userbyid(relowner) <> current_user"
-            ),
-            {"name": of},
-        )
-        grants = await connection.execute(
-            sa.text(
-                "SELECT privilege_type || ' ON ' || :to || ' TO ' || "
-                "CASE WHEN grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END || "
-                "CASE WHEN is_grantable THEN ' WITH GRANT OPTION' ELSE '' END "
-                "FROM pg_class, aclexplode(relacl) "
-                "WHERE pg_class.oid = to_regclass(CAST(:name AS text)) AND grantee <> relowner"
-            ),
-            {"name": of, "to": to},
-        )
-        for grant in grants.scalars().all():
-            await connection.exec_driver_sql(f"GRANT {grant}")
-        if (other := owner.scalar()) is not None:
-            await connection.exec_driver_sql(f"ALTER TABLE {to} OWNER TO {other}")
-
-    async def _create(self, connection: AsyncConnection, suffix: str, bound: str) -> None:
-        """Make a partition beside the table, and attach it: that keeps nobody from storing."""
-        run = connection.exec_driver_sql
-        whole, partition = self._name(connection), self._name(connection, suffix)
-        await run(f"CREATE TABLE {partition} (LIKE {whole} INCLUDING ALL)")
-        await self._give_rights(connection, of=whole, to=partition)
-        await run(f"ALTER TABLE {whole} ATTACH PARTITION {partition} {bound}")
-
     async def _drop(self, connection: AsyncConnection, max_age: timedelta | None) -> list[str]:
         found, now = await self._present(connection)
         if max_age is None:
@@ -330,65 +229,43 @@ class EventPartitions:
         last = max((one.until for one in found if one.until is not None), default=None)
         names = [one.name for one in old if one.until != last]
         if names:
-            tables = ", ".join(self._name(connection, _suffix(name)) for name in names)
-            await connection.exec_driver_sql(f"DROP TABLE {tables}")
+            await self._table.drop(connection, names)
         return names
 
     async def _add_next(self, connection: AsyncConnection, ahead: int) -> str | None:
         """Make the earliest partition that is missing; its name, or `None` where there are enough."""
         found, now = await self._present(connection)
         every = _length(found)
-        current = _floor(now, every)
+        current = start_of_range(now, every)
         for number in range(ahead + 1):
             since, until = current + number * every, current + (number + 1) * every
             if any(one.until is not None and one.until > since and (one.since or since) < until for one in found):
                 continue
-            if number == 0 and await self._default_in_use(connection, since):
+            if number == 0 and await self._table.default_in_use(connection, since):
                 # Those of this time have a place already.
                 continue
-            suffix, bound = _range(since, until)
+            name = self._table.partition_name(since)
             await _set_timeouts(connection, lock=_LOCK_TIMEOUT, statement=_ATTACH_TIMEOUT)
             try:
-                await self._create(connection, suffix, bound)
+                await self._table.create(connection, since, until)
             except DBAPIError as error:
                 if getattr(error.orig, "sqlstate", None) != _TIMED_OUT:
                     raise
                 raise StoreUnavailable(
-                    f"the partition {_of(suffix)} was not made, because the default one holds so many events that to "
+                    f"the partition {name} was not made, because the default one holds so many events that to "
                     "look through them would take too long; try again when sweeps have removed them, or undo it all "
                     "and begin anew, with mcp-session-store events unpartition"
                 ) from error
-            return _of(suffix)
+            return name
         return None
 
     async def _present(self, connection: AsyncConnection) -> tuple[list[Partition], datetime]:
-        if not await self._is_partitioned(connection):
+        if not await self._table.is_partitioned(connection):
             raise ConfigurationError(
                 "the events are not partitioned; that is done with mcp-session-store events partition"
             )
         now = (await connection.execute(sa.select(StoreClock()))).scalar_one()
-        return await partitions_of(connection, self._table), now
-
-    async def _default_in_use(self, connection: AsyncConnection, since: datetime = EPOCH) -> bool:
-        """Whether the default partition holds events from some time on."""
-        created_at = sa.column("created_at", MOMENT)
-        default = sa.table(_of(_DEFAULT), created_at, schema=self._table.schema)
-        statement = sa.select(sa.exists().select_from(default).where(created_at >= sa.literal(since, MOMENT)))
-        return bool((await connection.execute(statement)).scalar_one())
-
-
-async def partitions_of(connection: AsyncConnection, table: sa.Table) -> list[Partition]:
-    """The partitions of a table of Postgres, the default one last; none of a table without. Within a transaction."""
-    await connection.exec_driver_sql("SET LOCAL datestyle = 'ISO'")
-    found = TablePartitions(table)
-    statement = (
-        sa.select(found.name, found.since, found.until, sa.func.pg_total_relation_size(found.oid))
-        .select_from(found.rows)
-        .where(found.among)
-        .order_by(found.is_default, sa.nulls_first(found.since))
-    )
-    rows = await connection.execute(statement)
-    return [Partition(name=name, since=since, until=until, size=size) for name, since, until, size in rows]
+        return await self._table.partitions(connection), now
 
 
 def _check(every: timedelta, max_age: timedelta | None) -> None:
@@ -415,29 +292,8 @@ async def _set_timeouts(connection: AsyncConnection, *, lock: float, statement: 
         await connection.exec_driver_sql(f"SET LOCAL {name} = {max(1, int(seconds * 1000))}")
 
 
-def _of(suffix: str) -> str:
-    return f"{events_table().name}_{suffix}"
-
-
-def _suffix(name: str) -> str:
-    return name.removeprefix(_of(""))
-
-
-def _range(since: datetime, until: datetime) -> tuple[str, str]:
-    """The suffix of a partition's name, and its bounds in SQL."""
-    return f"{since:%Y%m%d_%H%M%S}", f"FOR VALUES FROM ({_literal(since)}) TO ({_literal(until)})"
-
-
-def _literal(moment: datetime) -> str:
-    return f"'{moment.isoformat()}'"
-
-
 def _length(partitions: Sequence[Partition]) -> timedelta:
     """How long a time a partition is for: that of the latest one."""
     ranges = [(one.since, one.until) for one in partitions if one.since is not None and one.until is not None]
     since, until = max(ranges)
     return until - since
-
-
-def _floor(moment: datetime, every: timedelta) -> datetime:
-    return moment - (moment - EPOCH) % every

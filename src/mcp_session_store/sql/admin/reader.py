@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from uuid import UUID
 
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.sql.database import Database
-from mcp_session_store.sql.dialects.functions import StoreClock
+from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
 from mcp_session_store.store import DEFAULT_NAMESPACE, checked_namespace
 
 if TYPE_CHECKING:
@@ -26,13 +26,11 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.database import Attempt
 
-__all__ = ["DEFAULT_TIMEOUT", "EPOCH", "NO_CURSOR", "Position", "Reader", "decode_cursor", "encode_cursor"]
+__all__ = ["DEFAULT_TIMEOUT", "NO_CURSOR", "Position", "Reader", "decode_cursor", "encode_cursor"]
 
 _T = TypeVar("_T")
 
 DEFAULT_TIMEOUT: Final = 30.0
-
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 NO_CURSOR: Final = "give what the page before told as the next one"
 """What to do about a cursor that is none."""
@@ -68,11 +66,11 @@ class Reader:
         schema: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
-        self._database = Database(url_or_engine, schema=schema, auto_upgrade=False, timeout=timeout)
+        self.database = Database(url_or_engine, schema=schema, auto_upgrade=False, timeout=timeout)
         self._namespace = checked_namespace(namespace)
 
     async def __aenter__(self) -> Self:
-        self._database.reopen()
+        self.database.reopen()
         return self
 
     async def __aexit__(
@@ -82,12 +80,12 @@ class Reader:
 
     async def aclose(self) -> None:
         """Release connections. Idempotent."""
-        self._database.close_to_calls()
-        await self._database.aclose()
+        self.database.close_to_calls()
+        await self.database.aclose()
 
-    async def _read(self, read: Callable[[AsyncConnection, datetime], Awaitable[_T]]) -> _T:
+    async def read(self, read: Callable[[AsyncConnection, datetime], Awaitable[_T]]) -> _T:
         """Do something in a snapshot, with the time at which it was taken."""
-        database = self._database
+        database = self.database
         database.bind()
 
         async def attempt(attempt: Attempt) -> _T:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.type_api import TypeEngine
 
-__all__ = ["MOMENT", "ONE", "After", "ArrivalClock", "ByteLength", "Unindexed", "StoreClock"]
+__all__ = ["EPOCH", "MOMENT", "ONE", "After", "ArrivalClock", "ByteLength", "StoreClock", "Unindexed"]
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class _Milliseconds(sa.types.TypeDecorator[datetime]):
@@ -28,11 +28,11 @@ class _Milliseconds(sa.types.TypeDecorator[datetime]):
 
     @override
     def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> int | None:
-        return None if value is None else (value - _EPOCH) // timedelta(milliseconds=1)
+        return None if value is None else (value - EPOCH) // timedelta(milliseconds=1)
 
     @override
     def process_result_value(self, value: int | None, dialect: sa.Dialect) -> datetime | None:
-        return None if value is None else _EPOCH + timedelta(milliseconds=value)
+        return None if value is None else EPOCH + timedelta(milliseconds=value)
 
 
 MOMENT: Final[TypeEngine[datetime]] = _Milliseconds().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")

@@ -1,14 +1,25 @@
-"""Partitions of Postgres."""
+"""Partitions of a table of Postgres by a range of times: what its catalogs say, and the DDL that changes it."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-__all__ = ["TablePartitions", "regclass"]
+from mcp_session_store.sql.dialects.functions import EPOCH, MOMENT, StoreClock
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime, timedelta
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+__all__ = ["Partition", "PartitionedTable", "TablePartitions", "regclass", "start_of_range"]
+
+_FIRST: Final = "first"
+_DEFAULT: Final = "default"
 _ISO_MOMENT: Final = r"\d+-\d\d-\d\d [\d:.]+[+-][\d:]+"
 
 
@@ -53,3 +64,177 @@ def _quoted(table: sa.Table) -> str:
 def regclass(table: sa.Table) -> sa.ColumnElement[Any]:
     # The text is cast: the driver would send a number for a regclass.
     return sa.cast(sa.literal(_quoted(table), sa.Text), postgresql.REGCLASS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partition:
+    """One partition of the table of events."""
+
+    name: str
+    since: datetime | None
+    """The time of the earliest event that may be in it; `None`: of any."""
+    until: datetime | None
+    """Events of this time are in it no more. `None`: it is the default one, for those that belong to no other."""
+    size: int
+    """What it takes with its index, in bytes."""
+
+
+class PartitionedTable:
+    """A table that is, or can be, partitioned by a range of times. All within a transaction.
+
+    Beside the table there are tables whose names begin with its own: the default partition, the first one, which has
+    all that was there before, and one for each range of times.
+
+    Args:
+        table: The table, whose primary key is that of the table without partitions.
+        by: The column with the times.
+    """
+
+    def __init__(self, table: sa.Table, *, by: sa.Column[datetime]) -> None:
+        self._table = table
+        self._by = by.name
+        self._key = ", ".join(column.name for column in table.primary_key)
+
+    async def is_partitioned(self, connection: AsyncConnection) -> bool:
+        found = await connection.execute(
+            sa.text("SELECT count(*) FROM pg_partitioned_table WHERE partrelid = to_regclass(CAST(:name AS text))"),
+            {"name": self._name(connection)},
+        )
+        return bool(found.scalar_one())
+
+    async def partitions(self, connection: AsyncConnection) -> list[Partition]:
+        """The partitions, the default one last; none of a table without."""
+        await connection.exec_driver_sql("SET LOCAL datestyle = 'ISO'")
+        found = TablePartitions(self._table)
+        statement = (
+            sa.select(found.name, found.since, found.until, sa.func.pg_total_relation_size(found.oid))
+            .select_from(found.rows)
+            .where(found.among)
+            .order_by(found.is_default, sa.nulls_first(found.since))
+        )
+        rows = await connection.execute(statement)
+        return [Partition(name=name, since=since, until=until, size=size) for name, since, until, size in rows]
+
+    async def divide(self, connection: AsyncConnection, every: timedelta, *, ahead: int) -> None:
+        """Make it a table of partitions. What is there becomes the first one, as it is.
+
+        Args:
+            connection: Where.
+            every: How long a time each partition is for.
+            ahead: Partitions to make for times to come.
+        """
+        run = connection.exec_driver_sql
+        whole, first = self._name(connection), self._name(connection, _FIRST)
+        await run(f"LOCK TABLE {whole} IN ACCESS EXCLUSIVE MODE")
+        # Read with the lock: whoever stores an event does so after that, and before or after the boundary.
+        now = (await connection.execute(sa.select(StoreClock()))).scalar_one()
+        boundary = start_of_range(now, every) + every
+        quote = connection.dialect.identifier_preparer.quote
+        await run(f"ALTER TABLE {whole} RENAME TO {quote(self._name_with(_FIRST))}")
+        await self._drop_primary_key(connection, first)
+        await run(f"CREATE TABLE {whole} (LIKE {first} INCLUDING ALL) PARTITION BY RANGE ({self._by})")
+        await self._give_rights(connection, of=first, to=whole)
+        # The column of the partitions must be part of it. A sequence is unique because its log gives it once.
+        await run(f"ALTER TABLE {whole} ADD PRIMARY KEY ({self._key}, {self._by})")
+        await run(f"ALTER TABLE {first} ADD PRIMARY KEY ({self._key}, {self._by})")
+        await run(f"ALTER TABLE {whole} ATTACH PARTITION {first} FOR VALUES FROM (MINVALUE) TO ({_literal(boundary)})")
+        await self._create(connection, _DEFAULT, "DEFAULT")
+        for number in range(max(1, ahead)):
+            since = boundary + number * every
+            await self.create(connection, since, since + every)
+
+    async def unite(self, connection: AsyncConnection) -> None:
+        """Make it one table again, with all rows of its partitions."""
+        run = connection.exec_driver_sql
+        parted, whole = self._name(connection), self._name(connection, "whole")
+        await run(f"LOCK TABLE {parted} IN ACCESS EXCLUSIVE MODE")
+        await run(f"CREATE TABLE {whole} (LIKE {parted} INCLUDING ALL EXCLUDING INDEXES)")
+        await self._give_rights(connection, of=parted, to=whole)
+        await run(f"INSERT INTO {whole} SELECT * FROM {parted}")  # noqa: S608 - our own names
+        await run(f"DROP TABLE {parted}")
+        await run(f"ALTER TABLE {whole} RENAME TO {connection.dialect.identifier_preparer.quote(self._table.name)}")
+        await run(f"ALTER TABLE {parted} ADD PRIMARY KEY ({self._key})")
+
+    async def create(self, connection: AsyncConnection, since: datetime, until: datetime) -> None:
+        """Make a partition for a range of times."""
+        await self._create(connection, _suffix(since), f"FOR VALUES FROM ({_literal(since)}) TO ({_literal(until)})")
+
+    async def _create(self, connection: AsyncConnection, suffix: str, bound: str) -> None:
+        """Make a partition beside the table, and attach it: that keeps nobody from storing."""
+        run = connection.exec_driver_sql
+        whole, partition = self._name(connection), self._name(connection, suffix)
+        await run(f"CREATE TABLE {partition} (LIKE {whole} INCLUDING ALL)")
+        await self._give_rights(connection, of=whole, to=partition)
+        await run(f"ALTER TABLE {whole} ATTACH PARTITION {partition} {bound}")
+
+    async def drop(self, connection: AsyncConnection, names: Sequence[str]) -> None:
+        """Drop partitions, with their rows."""
+        tables = ", ".join(self._name(connection, name.removeprefix(self._name_with(""))) for name in names)
+        await connection.exec_driver_sql(f"DROP TABLE {tables}")
+
+    def partition_name(self, since: datetime) -> str:
+        """The name of the partition whose times begin with this one."""
+        return self._name_with(_suffix(since))
+
+    async def default_in_use(self, connection: AsyncConnection, since: datetime) -> bool:
+        """Whether the default partition holds rows from some time on."""
+        by = sa.column(self._by, MOMENT)
+        default = sa.table(self._name_with(_DEFAULT), by, schema=self._table.schema)
+        statement = sa.select(sa.exists().select_from(default).where(by >= sa.literal(since, MOMENT)))
+        return bool((await connection.execute(statement)).scalar_one())
+
+    async def _drop_primary_key(self, connection: AsyncConnection, table: str) -> None:
+        found = await connection.execute(
+            sa.text(
+                "SELECT quote_ident(conname) FROM pg_constraint "
+                "WHERE conrelid = to_regclass(CAST(:name AS text)) AND contype = 'p'"
+            ),
+            {"name": table},
+        )
+        await connection.exec_driver_sql(f"ALTER TABLE {table} DROP CONSTRAINT {found.scalar_one()}")
+
+    async def _give_rights(self, connection: AsyncConnection, *, of: str, to: str) -> None:
+        """Have a table belong to whom another one does, and used by whom that may be."""
+        owner = await connection.execute(
+            sa.text(
+                "SELECT quote_ident(pg_get_userbyid(relowner)) FROM pg_class "
+                "WHERE oid = to_regclass(CAST(:name AS text)) AND pg_get_userbyid(relowner) <> current_user"
+            ),
+            {"name": of},
+        )
+        grants = await connection.execute(
+            sa.text(
+                "SELECT privilege_type || ' ON ' || :to || ' TO ' || "
+                "CASE WHEN grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END || "
+                "CASE WHEN is_grantable THEN ' WITH GRANT OPTION' ELSE '' END "
+                "FROM pg_class, aclexplode(relacl) "
+                "WHERE pg_class.oid = to_regclass(CAST(:name AS text)) AND grantee <> relowner"
+            ),
+            {"name": of, "to": to},
+        )
+        for grant in grants.scalars().all():
+            await connection.exec_driver_sql(f"GRANT {grant}")
+        if (other := owner.scalar()) is not None:
+            await connection.exec_driver_sql(f"ALTER TABLE {to} OWNER TO {other}")
+
+    def _name(self, connection: AsyncConnection, suffix: str = "") -> str:
+        """The table's name, or that of a table that belongs to it, as it stands in SQL."""
+        preparer = connection.dialect.identifier_preparer
+        name = preparer.quote(self._name_with(suffix) if suffix else self._table.name)
+        return name if self._table.schema is None else f"{preparer.quote(self._table.schema)}.{name}"
+
+    def _name_with(self, suffix: str) -> str:
+        return f"{self._table.name}_{suffix}"
+
+
+def _suffix(since: datetime) -> str:
+    return f"{since:%Y%m%d_%H%M%S}"
+
+
+def _literal(moment: datetime) -> str:
+    return f"'{moment.isoformat()}'"
+
+
+def start_of_range(moment: datetime, every: timedelta) -> datetime:
+    """Return the start of the range of times with a moment: ranges begin at multiples of their length, in UTC."""
+    return moment - (moment - EPOCH) % every

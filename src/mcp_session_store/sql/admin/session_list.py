@@ -1,0 +1,259 @@
+"""Lists of sessions for operators: which sessions, in which order, and the cursor of the next page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.records import Principal
+from mcp_session_store.sql.admin.reader import NO_CURSOR, Position, decode_cursor, encode_cursor
+from mcp_session_store.sql.dialects.functions import EPOCH, MOMENT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime, timedelta
+    from uuid import UUID
+
+    from mcp_session_store.sql.dialects.dialect import Dialect
+
+__all__ = [
+    "SessionFilter",
+    "SessionList",
+    "SessionState",
+    "StoredSession",
+    "session_cursor",
+    "session_position",
+    "stored_session",
+]
+
+
+class SessionState(StrEnum):
+    """What has become of a session that is stored."""
+
+    LIVE = "live"
+    EXPIRED = "expired"
+    """Not live any more, and not yet swept."""
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionFilter:
+    """Which sessions: those in one state, of which all holds that is given.
+
+    Raises:
+        ConfigurationError: Nothing can fit.
+    """
+
+    state: SessionState = SessionState.LIVE
+    client: str | None = None
+    """What the client calls itself."""
+    principal: bytes | None = None
+    """The digest of whose it is, as `Principal.digest`."""
+    anonymous: bool = False
+    """That it is nobody's."""
+    instance: str | None = None
+    """The instance that last created or restored it."""
+    min_age: timedelta | None = None
+    """How long ago it was opened at least; how long ago it expired, or ended, for these states."""
+    max_age: timedelta | None = None
+    """How long ago at most."""
+
+    def __post_init__(self) -> None:
+        if self.anonymous and self.principal is not None:
+            raise ConfigurationError("no session has a principal and is anonymous; give one of the two")
+        if self.min_age is not None and self.max_age is not None and self.min_age >= self.max_age:
+            raise ConfigurationError(
+                f"no session is older than {self.min_age} and newer than {self.max_age}; exchange the two"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredSession:
+    """What is stored of a session, whatever its state. Times are the database's."""
+
+    key: UUID
+    state: SessionState
+    protocol_version: str
+    client_name: str
+    client_version: str
+    principal: Principal | None
+    instance_hint: str
+    """The instance that last created or restored the session."""
+    created_at: datetime
+    last_seen_at: datetime
+    expires_at: datetime | None
+    ended_at: datetime | None
+    end_reason: str | None
+    """An `EndReason`, or what a newer version of this package calls one."""
+    restores: int
+    revision: int
+
+
+class SessionList:
+    """The statements on lists of the sessions of one namespace.
+
+    Args:
+        dialect: The database's dialect.
+        sessions: The table of sessions.
+        namespace: The namespace.
+    """
+
+    def __init__(self, dialect: Dialect, sessions: sa.Table, *, namespace: str) -> None:
+        self._dialect = dialect
+        self._table = sessions
+        self._namespace = namespace
+
+    def columns(self) -> Sequence[sa.Column[Any]]:
+        """In the order that `stored_session` expects."""
+        c = self._table.c
+        return (
+            c.key,
+            c.protocol_version,
+            c.client_name,
+            c.client_version,
+            c.principal_digest,
+            c.principal_display,
+            c.instance_hint,
+            c.created_at,
+            c.last_seen_at,
+            c.expires_at,
+            c.ended_at,
+            c.end_reason,
+            c.restores,
+            c.revision,
+        )
+
+    def page_statement(
+        self, which: SessionFilter, now: datetime, *, limit: int, after: Position | None
+    ) -> sa.Select[Any]:
+        """The statement behind a page.
+
+        Args:
+            which: The list.
+            now: What the database's clock shows. A parameter: no index serves a condition with a volatile function.
+            limit: Rows at most.
+            after: The position of the last row before the page.
+        """
+        table = self._table
+        order = list(_position_columns(table, which.state))
+        if which.state is SessionState.LIVE:
+            # It is NULL in all of them. Postgres takes the index for the order only when all of its columns are in it.
+            order.insert(0, table.c.ended_at)
+        if which.anonymous and which.state is not SessionState.EXPIRED:
+            order.insert(0, table.c.principal_digest)
+        return (
+            sa.select(*self.columns())
+            .where(*self.conditions(which, now, after))
+            .order_by(*(column.desc() for column in order))
+            .limit(limit)
+        )
+
+    def conditions(
+        self, which: SessionFilter, now: datetime, after: Position | None = None
+    ) -> list[sa.ColumnElement[bool]]:
+        table = self._table
+        conditions = [table.c.namespace == self._namespace]
+        match which.state:
+            case SessionState.LIVE:
+                not_expired = sa.or_(table.c.expires_at.is_(None), table.c.expires_at > sa.literal(now, MOMENT))
+                conditions += [table.c.ended_at.is_(None), not_expired]
+            case SessionState.EXPIRED:
+                conditions.append(table.c.ended_at.is_(None))
+            case SessionState.ENDED:
+                conditions.append(table.c.ended_at.is_not(None))
+        if which.client is not None:
+            conditions.append(table.c.client_name == which.client)
+        if which.principal is not None:
+            conditions.append(table.c.principal_digest == which.principal.hex())
+        if which.anonymous:
+            conditions.append(table.c.principal_digest.is_(None))
+        if which.instance is not None:
+            conditions.append(table.c.instance_hint == which.instance)
+
+        position = _position_columns(table, which.state)
+        since = position[0]
+        if which.max_age is not None:
+            conditions.append(since > sa.literal(_before(now, which.max_age), MOMENT))
+        newest = now if which.state is SessionState.EXPIRED else None
+        if which.min_age is not None:
+            newest = _before(now, which.min_age)
+        # Only the tighter of the two ends of the range: SQLite begins to read at one of them, and at which is chance.
+        if after is not None and (newest is None or after[0] <= newest):
+            bounds = [sa.literal(value, column.type) for value, column in zip(after, position, strict=True)]
+            end = sa.tuple_(*position) < sa.tuple_(*bounds)
+        elif newest is not None:
+            end = since <= sa.literal(newest, MOMENT)
+        else:
+            return conditions
+        expired = which.state is SessionState.EXPIRED
+        return [*conditions, self._dialect.unlikely(end) if expired else end]
+
+
+def _position_columns(table: sa.Table, state: SessionState) -> Sequence[sa.Column[Any]]:
+    """What the list of a state is ordered by; the first is what the age is counted from."""
+    match state:
+        case SessionState.LIVE:
+            return table.c.created_at, table.c.key
+        case SessionState.EXPIRED:
+            return table.c.expires_at, table.c.key
+        case SessionState.ENDED:
+            return table.c.ended_at, table.c.created_at, table.c.key
+
+
+def _position(state: SessionState, session: StoredSession) -> Sequence[Any]:
+    """As `_position_columns`."""
+    match state:
+        case SessionState.LIVE:
+            return session.created_at, session.key
+        case SessionState.EXPIRED:
+            return session.expires_at, session.key
+        case SessionState.ENDED:
+            return session.ended_at, session.created_at, session.key
+
+
+def session_cursor(state: SessionState, session: StoredSession) -> str:
+    return encode_cursor(state.value, tuple(_position(state, session)))
+
+
+def session_position(cursor: str, state: SessionState) -> Position:
+    found, position = decode_cursor(cursor) or ("", ())
+    if found != state and found in [other.value for other in SessionState]:
+        raise ConfigurationError(
+            f"the cursor {cursor!r} is of the list of {found} sessions, not of {state} ones; {NO_CURSOR}"
+        )
+    if found != state or len(position) != (3 if state is SessionState.ENDED else 2):
+        raise ConfigurationError(f"{cursor!r} is no cursor of a list of sessions; {NO_CURSOR}")
+    return position
+
+
+def _before(now: datetime, age: timedelta) -> datetime:
+    """A moment that long ago, or the earliest that there is."""
+    try:
+        return max(now - age, EPOCH)
+    except OverflowError:
+        return EPOCH
+
+
+def stored_session(row: Any, now: datetime) -> StoredSession:
+    digest, display = row.principal_digest, row.principal_display
+    expired = row.expires_at is not None and row.expires_at <= now
+    return StoredSession(
+        key=row.key,
+        state=SessionState.ENDED if row.ended_at else SessionState.EXPIRED if expired else SessionState.LIVE,
+        protocol_version=row.protocol_version,
+        client_name=row.client_name,
+        client_version=row.client_version,
+        principal=None if digest is None else Principal(digest=bytes.fromhex(digest), display=display),
+        instance_hint=row.instance_hint,
+        created_at=row.created_at,
+        last_seen_at=row.last_seen_at,
+        expires_at=row.expires_at,
+        ended_at=row.ended_at,
+        end_reason=row.end_reason,
+        restores=row.restores,
+        revision=row.revision,
+    )
