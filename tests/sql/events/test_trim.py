@@ -10,14 +10,14 @@ import pytest
 import sqlalchemy as sa
 
 from mcp_session_store.event_log import NO_SESSION
-from mcp_session_store.retention import EventSweepReport
+from mcp_session_store.retention import EventPolicy, EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.events.trim import LOGS_PER_STEP
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.testing import new_event, new_session
-from tests.support.databases import age_events, events_swept, execute, settled, sql_store
+from tests.support.databases import age_events, engine_of, events_swept, execute, settled, sql_store
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -129,3 +129,27 @@ async def test_a_sweep_that_has_removed_all_that_was_too_old_is_over(database_ur
             await age_events(log, key)
         # What becomes too old meanwhile is for the next one, or it would never end.
         assert await log.sweep() == EventSweepReport(removed=3, more=False)
+
+
+async def test_events_are_stored_though_others_cannot_be_removed_and_the_log_record_names_the_session(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = EventPolicy(max_events_per_session=10)
+    async with sql_store(database_url) as store, SqlEventLog(store, policy=policy) as log:
+        key = (await store.create(new_session())).key
+
+        def fail(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+            if statement.startswith("DELETE FROM mcp_session_event"):
+                raise RuntimeError("no event is removed")
+
+        sync_engine = engine_of(store).sync_engine
+        sa.event.listen(sync_engine, "before_cursor_execute", fail)
+        assert await log.append(key, [new_event(number) for number in range(11)]) == 1
+        sa.event.remove(sync_engine, "before_cursor_execute", fail)
+        (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+        assert str(key) in record.getMessage()
+        assert "no event is removed" in record.getMessage()
+        assert await log.append(key, [new_event(11)]) == 12
+        page = await log.read(key, "instance.1", after=0)
+        assert page is not None
+        assert [event.position for event in page.events] == list(range(3, 12))

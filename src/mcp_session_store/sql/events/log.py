@@ -41,20 +41,22 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Call: TypeAlias = Callable[[Attempt], Awaitable[Any]]
 
-FORGET_INSTANCES: Final = timedelta(days=1)
-"""How long after its last beat an instance is remembered."""
+KEYS_SHOWN: Final = 5
+"""Keys of sessions that one log record names at most."""
+INSTANCES_KEPT: Final = timedelta(days=1)
+"""How long an instance is kept after its last heartbeat."""
 
 
 class SqlEventLog(EventLog):
     """Events in Postgres or SQLite, shared by any number of processes.
 
-    Events of all sessions that are stored at once share a commit; a lone one goes at once. Storing takes one
-    connection at most, reading another, and all else two; on Postgres `listen` takes one more.
+    Events of all sessions that are stored at once share a commit; a lone event is stored at once. Storing takes one
+    connection at most, reading another, and all other calls two; on Postgres `listen` takes one more.
 
     Args:
-        where: The store of the sessions that the events belong to, or where its database is: a URL or an engine, as
+        where: The store of the sessions that the events belong to, or a URL or engine of its database, as
             `SqlSessionStore` takes them. Of a store, the database, namespace and schema are taken, and its
-            connections are used: it must be open for as long as this log is.
+            connections are used: it must stay open as long as this log.
         namespace: As for the store that the sessions are in.
         schema: Postgres: the schema with the tables. The first of the search path unless given.
         auto_upgrade: Run the migrations on first contact where the schema is missing or behind.
@@ -99,9 +101,9 @@ class SqlEventLog(EventLog):
         self._instances = Instances(dialect, schema=schema)
         self._listener = Listener(self._database, EVENT_CHANNEL)
         self._appends = Batcher(self._database, self._append_all, writes=True)
-        # One call for each: a page has its own time, and its memory is given back as soon as it is sent.
+        # One call at a time, so that a page has its own timeout, and its memory is released as soon as it is sent.
         self._pages: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
-        # Not behind the pages: on these wait all who follow.
+        # Not behind the pages, because all followers wait for these.
         self._reads: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
         self._chores: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=True, max_batch=1)
 
@@ -147,7 +149,7 @@ class SqlEventLog(EventLog):
             await self._do(lambda attempt: self._tail.follow(attempt, keys))
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        """See `EventLog.listen`. On Postgres it takes a connection of its own, on SQLite there are no hints."""
+        """See `EventLog.listen`. On Postgres it takes a connection of its own; on SQLite there are no hints."""
         await self._listener.listen(on_hint)
 
     async def beat(self, instance: str) -> None:
@@ -164,13 +166,14 @@ class SqlEventLog(EventLog):
         return await self._ask(lambda attempt: self._instances.last_beats(attempt, names)) if names else {}
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
-        await self._do(lambda attempt: self._instances.forget(attempt, FORGET_INSTANCES))
+        await self._do(lambda attempt: self._instances.forget(attempt, INSTANCES_KEPT))
         due = await self._ask(lambda attempt: self._trimming.due(attempt, limit=limit))
         if not due:
             return EventSweepReport()
         each = max(1, limit // len(due))
         trimmed = await self._do(lambda attempt: self._trimming.trim(attempt, due, limit=each, wait=False))
-        # Those whose events went with a partition are only noted; and what becomes too old meanwhile is for the next.
+        # Logs whose events were dropped with a partition are only updated. Events that become too old meanwhile are
+        # left to the next sweep.
         full = len(due) >= min(limit, LOGS_PER_STEP)
         more = trimmed.more or (trimmed.logs > 0 and (full or not trimmed.removed))
         return EventSweepReport(removed=trimmed.removed, more=more)
@@ -187,10 +190,12 @@ class SqlEventLog(EventLog):
             try:
                 await self._trim(attempt, exceeded)
             except Exception as error:
-                # The events are stored; and the next ones find too many again.
+                # Not raised, because the events are stored, and the next append will find too many again.
                 hide_parameters(error)
                 logger.warning(
-                    "events that are too many could not be removed: %s", summary_of(error, self._database.dialect)
+                    "events beyond the policy's limits could not be removed from the logs of the sessions %s: %s",
+                    _shown(exceeded),
+                    summary_of(error, self._database.dialect),
                 )
         return first
 
@@ -198,6 +203,12 @@ class SqlEventLog(EventLog):
         more = True
         while more:
             more = (await self._trimming.trim(attempt, keys, limit=EVENT_SWEEP_LIMIT, wait=True)).more
+
+
+def _shown(keys: Sequence[UUID]) -> str:
+    """Return the keys as text; of many only the first."""
+    others = len(keys) - KEYS_SHOWN
+    return ", ".join(map(str, keys[:KEYS_SHOWN])) + (f" and {others} more" if others > 0 else "")
 
 
 async def _make_contact(attempt: Attempt) -> None:
