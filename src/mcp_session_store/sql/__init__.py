@@ -1,4 +1,4 @@
-"""Sessions in SQL databases, for any asyncio program: knows SQLAlchemy, and nothing of MCP's SDK."""
+"""Sessions and their events in SQL databases, for any asyncio program: knows SQLAlchemy and not MCP's SDK."""
 
 from mcp_session_store.sql.events.log import SqlEventLog
 from mcp_session_store.sql.sessions.store import DEFAULT_TIMEOUT, SqlSessionStore

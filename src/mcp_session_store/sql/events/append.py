@@ -70,7 +70,7 @@ class EventWriter:
         self._started = dialect.batch("started", {"key": sa.Uuid()})
         self._start = dialect.precompiled(self._start_statement())
         self._growths = dialect.batch("grown", {"key": sa.Uuid(), "events": sa.BigInteger(), "bytes": sa.BigInteger()})
-        # Each says how far it lies behind what its log has grown to.
+        # Each event says how far it lies behind the state that its log has grown to.
         self._added = dialect.batch(
             "added",
             {
@@ -84,7 +84,7 @@ class EventWriter:
                 "message": sa.Text(),
             },
         )
-        # A lone event is the most frequent case; Postgres plans a statement with arrays anew for so few.
+        # Another statement for one log, the most frequent case: Postgres would plan one with arrays anew for so few.
         growths = self._growth_of_many(), self._growth_of_one()
         self._store: Statement | None = None
         """Inserts the events; `None` where `_grow` does."""
@@ -112,7 +112,7 @@ class EventWriter:
 
     def _start_statement(self) -> sa.Insert:
         """Build the statement that makes the logs of live sessions that have none."""
-        # Locked, so that a session that ends meanwhile does so before, or waits and takes its log along.
+        # Locked, so that a session that ends meanwhile either ends before, or waits and removes the log with it.
         started = self._started.matching(
             lambda started: self._live_session(started.key).with_for_update(read=True)
         ).subquery()
@@ -186,7 +186,7 @@ class EventWriter:
         return sa.insert(self._events).from_select(list(values), rows)
 
     def _insertion_by_row(self) -> sa.Insert:
-        # Row by row, with the values that the log has grown to: there it is the fastest way.
+        # Row by row, with the values that the log has grown to, which is fastest on SQLite.
         events = self._events
         given = {column.name: sa.bindparam(f"new_{column.name}", type_=column.type) for column in events.c}
         return sa.insert(events).values(given | {"created_at": StoreClock()})
@@ -204,7 +204,7 @@ class EventWriter:
     def _find_statement(self) -> sa.Select[Any]:
         """Build the statement that looks for events by stream and position."""
         logs, events, sought = self._logs, self._events, self._sought.c
-        # From the newest on: what may have been stored was not long ago.
+        # From the newest on, because the events in question were stored not long ago if at all.
         there = (
             sa.select(events.c.sequence)
             .where(
@@ -225,7 +225,8 @@ class EventWriter:
         """Store events of any number of sessions.
 
         Returns:
-            The sequence of the first event of each append, `None` where the session is not live; and the logs.
+            The sequence of the first event of each append, `None` where the session is not live; and the state of
+            each log that has grown, by key.
         """
         steps = self._append(appends, repeated=attempt.repeated)
         return await self._dialect.run(attempt.connection, steps, writes=True)
@@ -240,14 +241,14 @@ class EventWriter:
         for number, append in enumerate(appends):
             if first[number] is None:
                 wanted.setdefault(append.key, []).append(number)
-        # In the order of keys: so logs are locked by all who store events.
+        # In the order of the keys, in which all writers lock logs.
         logs = {
             self._dialect.driver_key(key): [appends[number] for number in wanted[key]]
             for key in sorted(wanted, key=_as_number)
         }
         grown = (yield from self._append_to_logs(logs)) if logs else {}
         if missing := logs.keys() - grown.keys():
-            # Their first events: they have no log yet.
+            # These sessions have no log yet.
             new = {key: appends for key, appends in logs.items() if key in missing}
             yield self._start, self._started.parameters([(key,) for key in new])
             grown |= yield from self._append_to_logs(new)
@@ -312,12 +313,12 @@ class EventWriter:
         }
 
     def _find_among(self, appends: Sequence[Append], numbers: Sequence[int], first: list[int | None]) -> Steps[None]:
-        """Note the sequences of those that were stored before, by somebody who did not learn of it."""
+        """Note the sequences of the events that a call before this one stored, though its answer was lost."""
         sought = {}
         for number in numbers:
             event = appends[number].events[0]
             sought[number] = self._dialect.driver_key(appends[number].key), event.stream, event.position
-        # A try before this one, whose connection was lost, may still be under way on the server.
+        # Wait, because a try whose connection was lost may still be under way on the server.
         in_order = sorted(numbers, key=lambda number: appends[number].key.int)
         yield self._await, self._sought.parameters([sought[number] for number in in_order])
         rows = yield self._find, self._sought.parameters(list(sought.values()))

@@ -1,4 +1,4 @@
-"""The instances that run, as they say themselves."""
+"""The running instances, by their heartbeats."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["Instances"]
 
 
 class Instances:
-    """Who runs, and when it was last heard of.
+    """Statements on instances and their last heartbeats.
 
     Args:
-        dialect: The database they are in.
-        schema: Where the table is; the connection's default unless given.
+        dialect: The database's dialect.
+        schema: The schema with the table; the connection's default unless given.
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None) -> None:
@@ -45,21 +45,21 @@ class Instances:
         self._forget = sa.delete(table).where(table.c.beat_at < StoreClock(-ago))
 
     async def beat(self, attempt: Attempt, instance: str) -> None:
-        """Note that an instance runs now."""
+        """Record that an instance runs now."""
         parameters = {"beat_name": instance_name(instance), "beat_instance": instance}
         if (await attempt.connection.execute(self._beat, parameters)).first() is None:
             await attempt.connection.execute(self._begin, parameters)
 
     async def remove(self, attempt: Attempt, name: str) -> None:
-        """Note that an instance has stopped."""
+        """Record that an instance has stopped."""
         await attempt.connection.execute(self._remove, {"beat_name": name})
 
     async def last_beats(self, attempt: Attempt, names: Collection[str]) -> dict[str, timedelta]:
-        """How long ago each of these was heard of; without those of whom nothing is known."""
+        """Return how long ago each instance sent a heartbeat, by name and without those that are unknown."""
         parameters = self._names.parameters([(name,) for name in names])
         rows = await attempt.connection.execute(self._last_beats, parameters)
         return {row.name: row.now - row.beat_at for row in rows}
 
     async def forget(self, attempt: Attempt, unheard_for: timedelta) -> None:
-        """Remove those that have not been heard of for so long."""
+        """Remove the instances that have sent no heartbeat for that long."""
         await attempt.connection.execute(self._forget, {"beat_ago": unheard_for.total_seconds()})

@@ -28,7 +28,7 @@ WINDOW: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One page that is to be read."""
+    """A page to read."""
 
     key: UUID
     stream: str
@@ -52,11 +52,11 @@ class EventReader:
         wanted = (
             events.c.key == sa.bindparam("read_key", type_=sa.Uuid),
             events.c.sequence > sa.bindparam("read_after", type_=sa.BigInteger),
-            # A range, or the planner of Postgres may read and sort all that follows.
+            # A range, because otherwise the planner of Postgres may read and sort all events that follow.
             events.c.sequence <= sa.bindparam("read_up_to", type_=sa.BigInteger),
             events.c.stream == sa.bindparam("read_stream", type_=sa.Text),
         )
-        # Where room ends, known before any message is read: those of other streams count, too.
+        # The total of bytes at which the page is full, known before any message is read: other streams count, too.
         filled = sa.select(events.c.total_bytes + PAGE_BYTES).where(*wanted).order_by(events.c.sequence).limit(ONE)
         page = (
             sa.select(
@@ -77,7 +77,7 @@ class EventReader:
             .order_by(events.c.sequence)
             .limit(ONE)
         )
-        # One statement: what it tells of the log is as old as the events.
+        # One statement, so that the state of the log is as old as the events.
         self._read = dialect.precompiled(
             sa.select(
                 logs.c.sequence.label("last"),
@@ -91,7 +91,7 @@ class EventReader:
         )
 
     async def page(self, attempt: Attempt, read: Read) -> EventPage | None:
-        """Some events of one stream; `None` where the session has no log."""
+        """Return some events of one stream; `None` where the session has no log."""
         return await self._dialect.run(attempt.connection, self._page(read), writes=False)
 
     def _page(self, read: Read) -> Steps[EventPage | None]:
@@ -114,7 +114,7 @@ class EventReader:
                 return None
             last, oldest, is_full = rows[0][:3]
             if events and oldest > after + 1:
-                # Removed between the two reads. The next page shows it.
+                # Events were removed between the two reads; the next page shows the gap.
                 return EventPage(events=events, more=True, first=first, last=last)
             first = oldest
             found = [_stored_event(*row[3:]) for row in rows if row[3] is not None]
@@ -123,7 +123,7 @@ class EventReader:
             over = after + window >= last
             if more or over or len(events) == read.limit:
                 return EventPage(events=events, more=more or not over, first=first, last=last)
-            # The stream is one of many: the next of its events may be far.
+            # The next event of the stream may be far, because the stream is one of many.
             after, window = after + window, 4 * window
 
 

@@ -46,12 +46,12 @@ class LogTail:
         )
 
     async def heads(self, attempt: Attempt, keys: Collection[UUID]) -> dict[UUID, int]:
-        """The sequence of the newest event of each session that has a log."""
+        """Return the sequence of the newest event of each session that has a log."""
         parameters = self._heads.parameters([(key,) for key in keys])
         return {row.key: row.sequence for row in await attempt.connection.execute(self._head, parameters)}
 
     async def follow(self, attempt: Attempt, keys: Collection[UUID]) -> None:
-        """Have the next events of these sessions hinted at."""
+        """Request notifications of the next events of these sessions."""
         await attempt.connection.execute(self._follow, self._heads.parameters([(key,) for key in sorted(keys)]))
 
 
@@ -67,4 +67,4 @@ def notification(dialect: Dialect, grown: sa.CTE) -> list[sa.ColumnElement[Any]]
     if not dialect.has_notifications:
         return []
     followed = EVENT_CHANNEL.notify(grown.c.key).where(grown.c.followed_until > StoreClock())
-    return [sa.cast(followed.scalar_subquery(), sa.Text).label("told")]
+    return [sa.cast(followed.scalar_subquery(), sa.Text).label("notified")]

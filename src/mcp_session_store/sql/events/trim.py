@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["LOGS_PER_STEP", "EventTrimming", "remaining_columns"]
 
 LOGS_PER_STEP: Final = 100
-"""Sessions whose events one step of a sweep removes."""
+"""Logs that one step of a sweep trims."""
 KEPT: Final = 0.9
-"""What part of a log's limit is left when it is exceeded: so it is looked at once for every tenth of the limit."""
+"""Part of a log's limit that is kept when the limit is exceeded, so that a log is trimmed once per tenth of it."""
 
 
 def remaining_columns(logs: sa.Table, events: sa.Table) -> dict[str, sa.ColumnElement[Any]]:
-    """What a log is to say about the events that were removed, by name of its columns.
+    """Return the values of a log's columns that describe the events it has left, by name.
 
-    By what is there: the oldest may be gone in other ways, with a partition that was dropped.
+    They are read from the oldest event that is there, because events may have been dropped with a partition.
     """
 
     def of_oldest(value: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
@@ -48,24 +48,24 @@ def _bytes_before(events: sa.Table) -> sa.ColumnElement[int]:
 
 
 class TrimResult(NamedTuple):
-    """What was removed of some logs."""
+    """Result of trimming logs."""
 
     logs: int
-    """Those that nobody else had locked."""
+    """Number of logs trimmed: those that no other transaction had locked."""
     removed: int
-    """Events."""
+    """Number of events removed."""
     more: bool
-    """Whether they have more that is to be removed."""
+    """Whether these logs have more events to remove."""
 
 
 class EventTrimming:
-    """Removes the oldest events of sessions that go on.
+    """Statements that remove the oldest events of live sessions.
 
     Args:
-        dialect: The database they are in.
-        schema: Where the tables are; the connection's default unless given.
-        namespace: Whose sessions.
-        policy: Which events.
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace of the sessions.
+        policy: The policy that says which events.
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, policy: EventPolicy) -> None:
@@ -101,19 +101,20 @@ class EventTrimming:
             },
         )
         range_ = self._ranges.c
-        # The newest is kept, however large it is. First, because to tell the size of an event it may have to be read.
+        # The newest event is kept, however large. This condition is first, because the size of an event may have to be
+        # read.
         by_bytes = sa.and_(events.c.sequence < range_.newest, _bytes_before(events) < range_.by_bytes)
         reasons = [events.c.sequence <= range_.by_count, by_bytes]
         if policy.max_age is not None:
             reasons.append(events.c.created_at <= too_old)
-        # One log after the other, here and in removing: however many there are, of each only its range is read.
+        # One log after the other, here and in the removal, so that only the range of each is read, however many.
         last = sa.select(sa.func.max(events.c.sequence)).where(
             events.c.key == range_.key, events.c.sequence <= range_.at_most, sa.or_(*reasons)
         )
         self._find = sa.select(range_.key, last.scalar_subquery().label("up_to"))
         self._cuts = dialect.batch("cut", {"key": sa.Uuid(), "up_to": sa.BigInteger()})
         cut = self._cuts.c
-        # The planner of Postgres would read all of the table, or all of each log, without what says the same again.
+        # Conditions that follow from others, because without them Postgres would read the whole table, or whole logs.
         self._remove = dialect.delete_joined(
             events,
             self._cuts.joined_on(events.c.key),
@@ -122,34 +123,34 @@ class EventTrimming:
         )
 
         self._note = sa.update(logs).where(self._keys.in_batch(logs.c.key)).values(remaining_columns(logs, events))
-        # Without a record there is nobody who ends the session: none is kept, or it was removed by a version of this
-        # package that knows of no events. As a subquery of each log: the planner would join with all sessions.
+        # Without a record nothing will end the session: the record was removed by a version of this package that knows
+        # no events. A subquery for each log, because the planner would join with all sessions.
         record = sa.select(sessions.c.key).where(sessions.c.key == logs.c.key).limit(ONE)
-        self._forget_empty = sa.delete(logs).where(
+        self._remove_empty = sa.delete(logs).where(
             self._keys.in_batch(logs.c.key),
             Unindexed(logs.c.oldest_at).is_(None),
             record.scalar_subquery().is_(None),
         )
 
     async def due(self, attempt: Attempt, *, limit: int) -> list[UUID]:
-        """Some sessions with events that are too old, no more than that many."""
+        """Return some sessions with events that are too old, at most `limit`."""
         if self._due is None:
             return []
         limit = min(limit, LOGS_PER_STEP)
         return list((await attempt.connection.execute(self._due, {"limit": limit})).scalars())
 
     def exceeded(self, kept: int, kept_bytes: int) -> bool:
-        """Whether a log with so many events and bytes has to be trimmed."""
+        """Return whether a log with so many events and bytes has to be trimmed."""
         return kept > self._policy.max_events_per_session or kept_bytes > self._policy.max_bytes_per_session
 
     async def trim(self, attempt: Attempt, keys: Sequence[UUID], *, limit: int, wait: bool) -> TrimResult:
-        """Remove what the policy wants removed of these sessions.
+        """Remove the events of these sessions that the policy does not keep.
 
         Args:
-            attempt: Where from.
+            attempt: The connection.
             keys: The sessions.
-            limit: Events that are removed of each.
-            wait: Whether to wait for logs that others have locked, or to pass them over.
+            limit: Events removed of each at most.
+            wait: Whether to wait for logs that other transactions have locked, or to skip them.
         """
         execute = attempt.connection.execute
         async with transaction(attempt.connection, self._dialect):
@@ -167,13 +168,14 @@ class EventTrimming:
                 removed = (await execute(self._remove, parameters)).rowcount
             locked = self._keys.parameters([(log.key,) for log in logs])
             await execute(self._note, locked)
-            await execute(self._forget_empty, locked)
+            await execute(self._remove_empty, locked)
         sequences = {log.key: log.sequence for log in logs}
         more = any(up_to == at_most[key] < sequences[key] for key, up_to in cuts)
         return TrimResult(logs=len(logs), removed=removed, more=more)
 
     def _limits(self, log: Any) -> tuple[int, int, int]:
-        """Up to which sequence events are too many; up to which total of bytes, and before which one, too large."""
+        """Return the sequence up to which events are too many; the total of bytes up to which they are too large, and
+        the sequence of the newest event, which is kept."""
         policy = self._policy
         by_count, by_bytes, newest = log.trimmed, 0, 0
         if log.sequence - log.trimmed > policy.max_events_per_session:

@@ -1,4 +1,4 @@
-"""Creating sessions: those that the policy's limits admit, each once."""
+"""Creation of sessions, within the limits of the policy."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = ["Creation"]
 
 
 class Creation:
-    """Creates sessions of one namespace.
+    """Creation of the sessions of one namespace.
 
     Args:
-        dialect: The database they are in.
+        dialect: The database's dialect.
         namespace: The namespace.
-        records: Loads the sessions that exist already.
-        limits: The policy's limits.
-        removal: Ends the sessions that have to make room.
+        records: Loads sessions that exist already.
+        limits: The limits of the policy.
+        removal: Ends sessions to make room.
     """
 
     def __init__(
         self, dialect: Dialect, *, namespace: str, records: Records, limits: Limits, removal: SessionRemoval
     ) -> None:
         self.limits = limits
-        """May be replaced when the policy changes."""
+        """Limits of the policy; replaced when it is."""
         self._dialect = dialect
         self._namespace = namespace
         self._records = records
@@ -46,8 +46,12 @@ class Creation:
     async def create(
         self, attempt: Attempt, sessions: Sequence[NewSession]
     ) -> list[SessionRecord | SessionLimitReached | None]:
-        """The records; `None` where another one stands under the key."""
-        # Of several for one key the first is created, and the others find it there.
+        """Create sessions, each once.
+
+        Returns:
+            For each its record, the refusal, or `None` where another record stands under the key.
+        """
+        # Of several sessions with one key the first is created, and the others find it there.
         first: dict[UUID, NewSession] = {}
         for session in sessions:
             first.setdefault(session.key, session)
@@ -69,7 +73,7 @@ class Creation:
         ]
 
     async def _insert(self, attempt: Attempt, sessions: Sequence[NewSession]) -> dict[UUID, SessionRecord]:
-        """The records of those under whose key nothing was stored."""
+        """Insert the sessions whose keys are free, and return their records."""
         sql = self._records.statements
         by_key = {session.key: session for session in sessions}
         parameters = sql.creates.parameters([_row(session) for session in sessions])
@@ -97,7 +101,7 @@ class Creation:
 
 
 def _row(session: NewSession) -> tuple[object, ...]:
-    """The values of a session in the order of the columns of `SessionStatements.creates`."""
+    """Return the values of a session in the order of the columns of `SessionStatements.creates`."""
     principal = session.principal
     return (
         session.key,
@@ -132,7 +136,7 @@ def _new_record(
 
 
 def _same(record: SessionRecord, session: NewSession) -> bool:
-    """Whether a record is what creating this session made."""
+    """Return whether a record is the result of creating this session."""
     return (
         record.initialize_params == session.initialize_params
         and record.protocol_version == session.protocol_version

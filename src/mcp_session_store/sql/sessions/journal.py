@@ -1,4 +1,4 @@
-"""The journal of sessions: the calls that a restore replays."""
+"""The journals of sessions: the calls that a restore replays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["EntryWrite", "JournalStatements"]
 
 @dataclass(frozen=True, slots=True)
 class EntryWrite:
-    """One entry that is to be set, or removed where `params` is `None`."""
+    """An entry to set, or to remove where `params` is `None`."""
 
     key: UUID
     method: str
@@ -36,12 +36,12 @@ class EntryWrite:
 
 
 class JournalStatements:
-    """Reads and writes the journals of the sessions of one namespace.
+    """Statements on the journals of the sessions of one namespace, run for batches of calls.
 
     Args:
-        dialect: The database they are in.
-        schema: Where the tables are; the connection's default unless given.
-        namespace: Whose sessions.
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace of the sessions.
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
@@ -84,7 +84,7 @@ class JournalStatements:
         """Set or remove entries, one after the other.
 
         Returns:
-            For each the session's revision then, or `None` when it is not live.
+            For each the session's new revision, the refusal, or `None` where the session is not live.
         """
         return [await self._write(attempt, write) for write in writes]
 
@@ -93,7 +93,7 @@ class JournalStatements:
         name = {"journal_key": write.key, "journal_method": write.method, "journal_subject": write.subject}
         try:
             async with transaction(attempt.connection, self._dialect):
-                # First, because it locks the session: others who write its journal wait here.
+                # First, because it locks the session: other writers of its journal wait here.
                 row = (await execute(self._raise_revision, {"journal_key": write.key})).first()
                 if row is None:
                     return None
@@ -111,7 +111,7 @@ class JournalStatements:
         return revision
 
     async def read(self, attempt: Attempt, keys: Sequence[UUID]) -> list[list[JournalEntry]]:
-        """The entries of each live session, in the order in which they were last set."""
+        """Return the entries of each live session, in the order in which they were last set."""
         return [await self._read(attempt, key) for key in keys]
 
     async def _read(self, attempt: Attempt, key: UUID) -> list[JournalEntry]:

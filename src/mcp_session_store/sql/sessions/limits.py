@@ -1,4 +1,4 @@
-"""How many sessions there may be: what the retention policy asks of the transaction that creates some."""
+"""Limits on the number of sessions, enforced within the transaction that creates some."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ SPARE_FOR: Final = 10.0
 
 
 class Limits:
-    """The policy's limits on the sessions of one namespace.
+    """Limits of a policy on the sessions of one namespace.
 
-    What is counted is locked first, by principal, so that two instances that create at once do not
-    both find room for the last one. Sessions without a principal are many, and not counted each time: as long
-    as there was much room a moment ago, an instance may take a hundredth of it unseen.
+    A lock for each principal is taken before its sessions are counted, so that two instances that create at once do
+    not both find room for the last one. Sessions without a principal are many, and not counted each time: while
+    there was much room a moment ago, an instance may use a hundredth of it without counting.
 
     Args:
-        dialect: The database they are in.
-        schema: Where the tables are; the connection's default unless given.
-        namespace: Whose sessions.
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace of the sessions.
         retention: The policy.
     """
 
@@ -48,7 +48,7 @@ class Limits:
         self._namespace = namespace
         self._retention = retention
         self._spare = 0
-        """Sessions without a principal that may be created without being counted."""
+        """Number of sessions without a principal that may be created without counting."""
         self._spare_until = -math.inf
         table = sessions_table(schema)
         mine = table.c.namespace == sa.literal(namespace, sa.Text)
@@ -68,7 +68,7 @@ class Limits:
             .where(*theirs)
             .group_by(table.c.principal_digest)
         )
-        # Times may be equal to the millisecond, and then a new session is the last that was seen.
+        # Times may be equal to the millisecond; a new session then counts as the last that was seen.
         is_new = sa.case((self._keys.in_batch(table.c.key), 1), else_=0)
         rank = sa.func.row_number().over(
             partition_by=table.c.principal_digest,
@@ -78,7 +78,8 @@ class Limits:
         self._excess = sa.select(ranked.c.key).where(ranked.c.rank > sa.literal(retention.per_principal, sa.Integer))
 
         anonymous = mine & table.c.principal_digest.is_(None)
-        # The order of the index, in which principals come first, be they null or not: so it is read, and no more of it.
+        # In the order of the index, whose first column is the principal, null or not: so that the index is used, and
+        # no more of it is read.
         by_end = table.c.principal_digest, table.c.ended_at
         some = (
             sa.select(table.c.key).where(anonymous).order_by(*by_end).limit(sa.bindparam("at_most", type_=sa.Integer))
@@ -97,7 +98,7 @@ class Limits:
         )
 
     def concern(self, sessions: Collection[NewSession]) -> bool:
-        """Whether the policy may refuse any of these sessions, or end others for them."""
+        """Return whether the policy may refuse any of these sessions, or end others for them."""
         if any(session.principal is not None and self._limit_of(session) is not None for session in sessions):
             return True
         anonymous = sum(session.principal is None for session in sessions)
@@ -112,7 +113,7 @@ class Limits:
         return self._retention.anonymous if session.principal is None else self._retention.per_principal
 
     async def lock(self, attempt: Attempt, sessions: Collection[NewSession]) -> None:
-        """Wait for others who create sessions of the same principals, and keep them waiting until the commit."""
+        """Wait for others that create sessions of the same principals, and make them wait until the commit."""
         if self._lock is not None:
             numbers = sorted({self._number(session) for session in sessions if self._limit_of(session) is not None})
             parameters = self._locks.parameters([(number,) for number in numbers])
@@ -124,7 +125,7 @@ class Limits:
         return int.from_bytes(text.digest()[:8], signed=True)
 
     async def new_among(self, attempt: Attempt, sessions: Sequence[NewSession]) -> list[NewSession]:
-        """Those under whose key nothing is stored, anybody's: the others are not created, and need no room."""
+        """Return the sessions whose keys are free in all namespaces: the others are not created and need no room."""
         keys = self._keys.parameters([(session.key,) for session in sessions])
         present = set((await attempt.connection.execute(self._present, keys)).scalars())
         return [session for session in sessions if session.key not in present]
@@ -132,10 +133,10 @@ class Limits:
     async def refuse(
         self, attempt: Attempt, new: Sequence[NewSession]
     ) -> tuple[dict[UUID, SessionLimitReached], list[tuple[UUID, int]]]:
-        """Find those for which there is no room.
+        """Refuse the sessions for which there is no room.
 
         Returns:
-            The refusals, by key, and the tombstones that were removed to make room: their keys and revisions.
+            The refusals by key, and the keys and revisions of tombstones that were removed to make room.
         """
         anonymous = [session for session in new if session.principal is None]
         refused: dict[UUID, SessionLimitReached] = {}
@@ -182,7 +183,7 @@ class Limits:
         return refused
 
     async def excess(self, attempt: Attempt, created: Sequence[NewSession]) -> list[UUID]:
-        """The sessions that must end because these were created: of each principal, those longest not seen."""
+        """Return the sessions that end because these were created: of each principal, those not seen for longest."""
         digests = _digests(created)
         if not digests or self._retention.per_principal is None or self._retention.per_principal_excess != "end_oldest":
             return []

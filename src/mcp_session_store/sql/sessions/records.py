@@ -21,7 +21,7 @@ __all__ = ["Claim", "Records", "Touch"]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A restored session that an instance claims."""
+    """A claim of a session by the instance that restored it."""
 
     key: UUID
     instance: str
@@ -30,45 +30,47 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Touch:
-    """Activity of some sessions."""
+    """Activity of sessions, reported in one statement."""
 
     called_at: float
-    """By the event loop's clock: from then on the ages count back."""
+    """Time by the event loop's clock from which the ages count back."""
     rows: Sequence[tuple[UUID, float, float]]
-    """Keys, first and last ages."""
+    """Key, first age and last age of each session, in the order of the keys."""
 
 
 class Records:
-    """Runs the statements on the records of the sessions of one namespace.
+    """Statements on the records of one namespace, run for batches of calls.
 
-    Each method serves a batch of calls, and returns a result for each in their order.
+    Each method returns a result for each call, in their order.
 
     Args:
-        statements: The statements, which follow the policy.
+        statements: The statements for the policy.
         overlap: How far `changes` looks back before the moment that a call names.
     """
 
     def __init__(self, statements: SessionStatements, *, overlap: timedelta) -> None:
         self.statements = statements
-        """May be replaced when the policy changes."""
+        """Statements for the policy; replaced when it is."""
         self._overlap = overlap
 
     async def load(self, attempt: Attempt, keys: Sequence[UUID]) -> list[SessionRecord | None]:
+        """Return the record of each live session, and `None` for any other."""
         records = await self.load_live(attempt, set(keys))
         return [records.get(key) for key in keys]
 
     async def load_live(self, attempt: Attempt, keys: set[UUID]) -> dict[UUID, SessionRecord]:
-        """The records of those of the sessions that are live, by key."""
+        """Return the records of the sessions that are live, by key."""
         sql = self.statements
         result = await attempt.connection.execute(sql.load, sql.loads.parameters([(key,) for key in keys]))
         return {row[0]: _record(row) for row in result}
 
     async def claim(self, attempt: Attempt, claims: Sequence[Claim]) -> list[SessionRecord | None]:
+        """Claim sessions, and return the record of each as it then is; `None` where it is not live."""
         sql = self.statements
         results: dict[int, SessionRecord | None] = {}
         remaining = dict(enumerate(claims))
         while remaining:
-            # A statement changes a row once, and each claim of a session counts: so one round for each.
+            # One round for each claim of a session, because a statement changes a row once and each claim counts.
             turn: dict[UUID, int] = {}
             for position, claim in remaining.items():
                 turn.setdefault(claim.key, position)
@@ -84,11 +86,11 @@ class Records:
         return [results[position] for position in range(len(claims))]
 
     async def touch(self, attempt: Attempt, touches: Sequence[Touch]) -> list[set[UUID]]:
-        """The keys of the sessions that are not live, for each."""
+        """Record activity, and return for each report the keys of its sessions that are not live afterwards."""
         sql = self.statements
         not_live = []
         for touch in touches:
-            # What was waited for since, a connection or another try, has made it all older.
+            # The activity is older by the time that the report has waited, for a connection or another try.
             waited = asyncio.get_running_loop().time() - touch.called_at
             rows = [(key, first + waited, last + waited) for key, first, last in touch.rows]
             result = await attempt.connection.execute(sql.touch, sql.touches.parameters(rows))
@@ -97,13 +99,14 @@ class Records:
         return not_live
 
     async def replace_initialize(self, attempt: Attempt, replacements: Sequence[dict[str, Any]]) -> list[bool]:
-        """Whether each session was live. A replacement is the statement's parameters."""
+        """Replace initialize params, each given as the statement's parameters; return whether each session was live."""
         return [
             (await attempt.connection.execute(self.statements.replace_initialize, replacement)).first() is not None
             for replacement in replacements
         ]
 
     async def changes(self, attempt: Attempt, polls: Sequence[datetime | None]) -> list[Changes]:
+        """Return the changes since each moment; for `None` only the moment to go on from."""
         return [await self._changes(attempt, since) for since in polls]
 
     async def _changes(self, attempt: Attempt, since: datetime | None) -> Changes:
@@ -123,12 +126,12 @@ def _end_reason(stored: str) -> EndReason:
     try:
         return EndReason(stored)
     except ValueError:
-        # A newer version of this package, which runs beside this one during a deploy, may know more of them.
+        # A newer version of this package may know more reasons, and runs beside this one during a deploy.
         return EndReason.OPERATOR
 
 
 def _record(row: Sequence[Any]) -> SessionRecord:
-    """The record in a row with the columns that `SessionStatements` selects."""
+    """Return the record in a row with the columns that `SessionStatements` selects."""
     (
         key,
         namespace,

@@ -1,4 +1,4 @@
-"""Ending sessions, and removing what goes with them: the journal, the events, and the log of these."""
+"""Ends of sessions, and the removal of their journals, logs and events with them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = ["End", "SessionRemoval"]
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """A session that is to end."""
+    """A session to end, and the reason."""
 
     key: UUID
     reason: EndReason
 
 
 class SessionRemoval:
-    """Ends sessions of one namespace, with their journals and events.
+    """Statements that end sessions of one namespace, and remove their journals, logs and events.
 
     Args:
-        dialect: The database they are in.
-        schema: Where the tables are; the connection's default unless given.
-        namespace: Whose sessions.
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace of the sessions.
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
@@ -78,8 +78,8 @@ class SessionRemoval:
         )
 
     async def end(self, attempt: Attempt, ends: Sequence[End]) -> list[bool]:
-        """Whether each of these ended its session."""
-        # Of several for one session the first ends it, and the others find it ended.
+        """End sessions, and return whether each call did so."""
+        # Of several calls for one session the first ends it, and the others find it ended.
         first: dict[UUID, End] = {}
         for end in ends:
             first.setdefault(end.key, end)
@@ -87,45 +87,45 @@ class SessionRemoval:
         async with transaction(attempt.connection, self._dialect):
             ended = await self.end_within(attempt, wanted)
         if attempt.repeated and first.keys() - ended:
-            # The first try's commit may have been what ended them, and its answer was lost.
+            # The first try may have ended them, if its commit succeeded and the answer was lost.
             result = await attempt.connection.execute(self._ended_for_that_reason, self._ends.parameters(wanted))
             ended |= {row.key for row in result}
         return [end is first[end.key] and end.key in ended for end in ends]
 
     async def end_within(self, attempt: Attempt, ends: Sequence[tuple[UUID, str]]) -> set[UUID]:
-        """End those of the sessions that are live, each for its reason, within a transaction.
+        """End the sessions that are live, within the transaction that runs.
 
         Args:
-            attempt: Where.
+            attempt: The connection.
             ends: Keys and reasons, in the order of the keys.
 
         Returns:
-            The keys of those that ended.
+            The keys of the sessions that ended.
         """
         result = (await attempt.connection.execute(self._end, self._ends.parameters(ends))).all()
         await self.remove_with_session(attempt, [(row.key, row.revision) for row in result])
         return {row.key for row in result}
 
     async def remove_with_session(self, attempt: Attempt, ended: Collection[tuple[UUID, int]]) -> None:
-        """Remove the journals, logs and events of sessions that have ended within this transaction.
+        """Remove the journals, logs and events of sessions that have ended within the transaction that runs.
 
         Args:
-            attempt: Where from.
-            ended: Their keys and revisions: only where one is above 0 there can be a journal.
+            attempt: The connection.
+            ended: The keys and revisions of the sessions. Only one whose revision is above 0 can have a journal.
         """
         if not ended:
             return
         execute = attempt.connection.execute
         if with_journal := [key for key, revision in ended if revision]:
             await execute(self._remove_journals, self._parameters(with_journal))
-        # Whoever stores an event holds the lock of its log until the commit. So the events are removed by a statement
-        # of its own: one that began before it had the locks would not see the latest.
+        # A transaction that stores an event holds the lock of its log until the commit. So the events are removed by
+        # a statement of their own: one that began before it had the locks would not see the latest events.
         logs = await execute(self._remove_logs, self._parameters([key for key, _ in ended]))
         if with_events := [row.key for row in logs if row.kept]:
             await execute(self._remove_events, self._parameters(with_events))
 
     async def event_counts(self, attempt: Attempt, keys: Sequence[UUID]) -> list[int]:
-        """How many events each session has."""
+        """Return how many events each session has."""
         rows = (await attempt.connection.execute(self._count_events, self._parameters(keys))).all() if keys else []
         kept = {row[0]: row[1] for row in rows}
         return [kept.get(key, 0) for key in keys]

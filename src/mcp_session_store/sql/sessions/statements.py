@@ -28,13 +28,13 @@ _KEY: Final[dict[str, TypeEngine[Any]]] = {"key": sa.Uuid()}
 def live(
     table: sa.Table, namespace: sa.ColumnElement[str], moment: sa.ColumnElement[datetime], *, by_key: bool = True
 ) -> sa.ColumnElement[bool]:
-    """That a session is of a namespace, has not ended, and had not expired at a moment.
+    """Return the condition that a session is of a namespace, has not ended, and had not expired at a moment.
 
     Args:
-        table: The sessions.
-        namespace: Which one.
-        moment: By the database's clock.
-        by_key: Whether the sessions are looked up by their keys, and by nothing else.
+        table: The table of sessions.
+        namespace: The namespace.
+        moment: A time by the database's clock.
+        by_key: Whether the statement finds the sessions by their keys alone.
     """
     column: Callable[[sa.Column[Any]], sa.ColumnElement[Any]] = Unindexed if by_key else lambda column: column
     return sa.and_(
@@ -47,7 +47,7 @@ def live(
 def expiry(
     retention: RetentionPolicy, *, created_at: sa.ColumnElement[datetime], last_seen_at: sa.ColumnElement[datetime]
 ) -> sa.ColumnElement[Any]:
-    """When a session that was used expires by a policy, as `RetentionPolicy.expiry` says it."""
+    """Return when a session that was used expires by a policy: `RetentionPolicy.expiry` in SQL."""
     if retention.idle is None and retention.absolute is None:
         return sa.null()
     if retention.idle is None or retention.absolute is None:
@@ -60,36 +60,41 @@ def expiry(
 
 
 def locked(sessions: sa.Table, key: sa.ColumnElement[Any], condition: sa.ColumnElement[bool]) -> sa.Select[Any]:
-    """One session, if it fulfils a condition, that nobody else changes until the end of the transaction."""
+    """Select one session, if it fulfils a condition, and lock it until the end of the transaction."""
     selected = sa.select(sessions.c.key).where(sessions.c.key == key, condition)
     return selected.with_for_update(of=sessions, key_share=True)
 
 
 def ended(reason: sa.ColumnElement[str]) -> dict[str, Any]:
-    """What the end of a session sets. Its params go: a tombstone has no use for them."""
+    """Return the values that end a session. Its params are removed, because a tombstone has no use for them."""
     return {"ended_at": StoreClock(), "end_reason": reason, "initialize_params": ""}
 
 
 def notify(dialect: Dialect, change: ReturningUpdate[Any]) -> sa.Select[Any] | ReturningUpdate[Any]:
-    """A change that others are told of at once where the database can do so. It returns the key first."""
+    """Return a change that notifies other instances where the database supports that.
+
+    Args:
+        dialect: The database's dialect.
+        change: The change, which returns the session's key first.
+    """
     return SESSION_CHANNEL.with_notification(change) if dialect.has_notifications else change
 
 
-# One object for each statement, and not one for each call: SQLAlchemy remembers with a statement what it
-# needs to find it in its cache of compiled ones.
+# Each statement is one object and not made for each call, because SQLAlchemy keeps with a statement the key under
+# which it finds the compiled one in its cache.
 
 
 class SessionStatements:
-    """The statements on the table of sessions of one namespace.
+    """Statements on the records of the sessions of one namespace.
 
-    Those that change several rows lock them first, one after the other in the order of their batch, which is that of
-    their keys: two instances that change the same sessions then wait for each other, and never in a circle.
+    Those that change several rows lock them first, one after the other in the order of their batch, which is the
+    order of their keys: two instances that change the same sessions wait for each other, but never in a circle.
 
     Args:
-        dialect: The database they are for.
-        schema: Where the tables are; the connection's default unless given.
-        namespace: To which all statements are limited.
-        retention: By which sessions expire.
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace that all statements are limited to.
+        retention: The policy by which sessions expire.
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
@@ -177,7 +182,7 @@ class SessionStatements:
         )
 
         self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
-        # Ages count back from when the report came: a lock that it waits for does not make a session older.
+        # Ages count back from the arrival of the report, so that waiting for a lock makes no session older.
         touched = self.touches.matching(
             lambda touched: locked(table, touched.key, self._live(ArrivalClock(-touched.first_age)))
         ).cte("locked")
@@ -190,11 +195,11 @@ class SessionStatements:
                 last_seen_at=seen,
                 expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=seen),
             )
-            # A report may come so late that the session has expired again, and none reaches beyond the absolute limit.
+            # A report may arrive so late that the session has expired again; and none extends the absolute limit.
             .returning(table.c.key, table.c.expires_at, now.label("now"))
         )
 
-        # Joined to the clock, which is then told when nothing changed, too.
+        # Joined to the clock, so that the time is returned when nothing changed, too.
         clock = sa.select(now.label("until")).subquery("clock")
         changed = (table.c.namespace == self._namespace) & (
             table.c.changed_at >= sa.bindparam("changed_since", type_=MOMENT)

@@ -46,18 +46,18 @@ class SqlSessionStore(SessionStore):
     """Sessions in Postgres or SQLite, shared by any number of processes.
 
     The database's schema must have been made by this package's migrations. An empty SQLite file is
-    migrated on first use; any other database only with `auto_upgrade`. A database that is down when
-    the store is made, or later, makes calls fail with `StoreUnavailable` until it is back.
+    migrated on first use; any other database only with `auto_upgrade`. While a database is down, from the
+    start or later, calls fail with `StoreUnavailable`.
 
     Calls of one kind that are made at once share a statement. A store uses at most one connection for
-    each kind, and on SQLite one at a time for all that write. On Postgres `listen` takes one more, which
-    does not count in the pool; behind PgBouncer in transaction mode no hints arrive, and it waits without one.
+    each kind of call, and on SQLite one at a time for all that write. On Postgres `listen` takes one more, which
+    does not count in the pool; behind PgBouncer in transaction mode, where no hints arrive, it waits without one.
 
     Args:
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
-            `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is, and
-            never disposed; no PRAGMA is set on it. It should have a pool of at least
-            5 connections; 12 are the most that are used, one of them for hints, for as long as an app runs, and 5 more
+            `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is: it is
+            never disposed, and no PRAGMA is set on it. Its pool should have at least
+            5 connections; at most 12 are used, one of them for hints for as long as an app runs, and 5 more
             with an event log.
             Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
             from PgBouncer 1.21 on, with its `max_prepared_statements`.
@@ -102,9 +102,9 @@ class SqlSessionStore(SessionStore):
         self._loads = Batcher(self._database, self._records.load, writes=False)
         self._creates = Batcher(self._database, self._creation.create, writes=True)
         self._claims = Batcher(self._database, self._records.claim, writes=True)
-        # Fewer than of the others: each may have very many events, and all of them go with it.
+        # Fewer than of the others, because each may have very many events, which are removed with it.
         self._ends = Batcher(self._database, self._removal.end, writes=True, max_batch=20)
-        # One item for each statement: a second initialize within a session is rare, and a touch is a batch.
+        # One call for each statement, because a second initialize within a session is rare, and a touch is a batch.
         self._replacements = Batcher(self._database, self._records.replace_initialize, writes=True, max_batch=1)
         self._touches = Batcher(self._database, self._records.touch, writes=True, max_batch=1)
         self._journal_writes = Batcher(self._database, self._journal.write, writes=True, max_batch=1)
@@ -113,6 +113,7 @@ class SqlSessionStore(SessionStore):
         self._sweeps = Batcher(self._database, self._sweep.run, writes=True, max_batch=1)
 
     def _for_policy(self, statements: Callable[..., _T]) -> _T:
+        """Build statements that follow the policy."""
         database = self._database
         return statements(database.dialect, schema=database.schema, namespace=self._namespace, retention=self.retention)
 
@@ -125,7 +126,7 @@ class SqlSessionStore(SessionStore):
 
     @property
     def database(self) -> Database:
-        """Where the sessions are; the log of their events is there, too."""
+        """Database of the sessions, which an event log shares."""
         return self._database
 
     @property
@@ -214,7 +215,7 @@ class SqlSessionStore(SessionStore):
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         called_at = asyncio.get_running_loop().time()
-        # Several activities of one session are one: a statement changes a row once.
+        # Several activities of one session are merged, because a statement changes a row once.
         ages: dict[UUID, tuple[float, float]] = {}
         for activity in activities:
             first, last = ages.get(activity.key, (activity.first_age, activity.last_age))
@@ -231,16 +232,16 @@ class SqlSessionStore(SessionStore):
     async def changes(self, since: datetime | None) -> Changes:
         """See `SessionStore.changes`.
 
-        A change is dated when its statement runs, and can be seen when that is committed, so that one with an
-        earlier date may appear after one with a later. Between the two lies the timeout at most: within it all
-        that a call does has ended, with the locks that it waits for, or is cancelled. So what is told
-        begins twice as long before `since`; the rest is for a cancellation that takes its time, for
+        A change is dated when its statement runs, and visible when that is committed, so that a change with an
+        earlier date may appear after one with a later date. At most the timeout lies between the two, because within
+        it a call has ended, with the locks that it waits for, or is cancelled. So the changes returned
+        begin twice that long before `since`; the second half is for a cancellation that takes its time, for
         an instance with a longer timeout, and for a clock that is set.
         """
         return await self._polls.submit(since)
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        """See `SessionStore.listen`. On Postgres it takes a connection of its own, on SQLite there are no hints."""
+        """See `SessionStore.listen`. On Postgres it takes a connection of its own; on SQLite there are no hints."""
         await self._listener.listen(on_hint)
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:

@@ -1,4 +1,4 @@
-"""The sweep of sessions: which of them are to be swept, and the statements that do so a little at a time."""
+"""The sweep of sessions: which sessions it takes, and how it handles them a few at a time."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 __all__ = ["Sweep", "SweepCandidates", "SweepStep", "SweepStatements"]
 
 EVENTS_PER_STEP: Final = 20_000
-"""Events that the sessions have together which one step of a sweep ends, unless a single one has more."""
+"""Events of all the sessions together that one step of a sweep ends, unless a single session has more."""
 
 
 class SweepCandidates:
-    """The sessions that a sweep takes, each kind as a query for their keys in the order of an index.
+    """Sessions that a sweep takes: for each kind a query for their keys, in the order of an index.
 
     Args:
-        dialect: The database they are in.
-        schema: Where the tables are; the connection's default unless given.
-        namespace: Whose sessions.
-        retention: The policy that says so.
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace of the sessions.
+        retention: The policy.
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
@@ -50,44 +50,44 @@ class SweepCandidates:
             .where(mine, not_ended, dialect.unlikely(table.c.expires_at.is_(None)))
             .order_by(table.c.expires_at, table.c.key)
         )
-        """Live sessions without the expiry that the policy wants; `None` where it wants none."""
+        """Live sessions without an expiry, though the policy has a limit; `None` where it has no limit."""
         self.expired = (
             sa.select(table.c.key)
             .where(mine, not_ended, dialect.unlikely(table.c.expires_at <= _ago(retention.sweep_grace)))
             .order_by(table.c.expires_at)
         )
-        """Those that expired longer ago than the grace."""
+        """Sessions that expired longer ago than the grace."""
         kept = retention.tombstone_kept
         self.old_tombstones = (
             None
             if kept is None
             else sa.select(table.c.key).where(mine, table.c.ended_at <= _ago(kept)).order_by(table.c.ended_at)
         )
-        """Those that ended long enough ago to be removed; `None` where they are kept for ever."""
+        """Sessions that ended long enough ago to be removed; `None` where tombstones are kept for ever."""
 
 
 def _ago(duration: timedelta) -> sa.ColumnElement[Any]:
-    # A subquery: Postgres compares an index with no function that may change within the statement, as a clock.
+    # A subquery, because Postgres uses no index for a function that may change within the statement, as a clock does.
     return sa.select(StoreClock(-duration.total_seconds())).scalar_subquery()
 
 
 class SweepStatements:
-    """Each handles at most `limit` sessions, and returns the key and revision of each; `None` where there is nothing.
+    """Statements of a sweep. Each handles at most `limit` sessions, and returns the key and revision of each.
 
-    A session that another instance has locked is passed over: it is in use, or being swept. What makes it due is
-    looked at again once it is locked.
+    A session that another transaction has locked is skipped, because it is in use or being swept. The condition is
+    checked again once a session is locked.
 
     Args:
-        dialect: The database they are for.
-        schema: Where the tables are; the connection's default unless given.
-        namespace: To which all statements are limited.
-        retention: What they follow.
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace that all statements are limited to.
+        retention: The policy.
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
         table = sessions_table(schema)
         candidates = SweepCandidates(dialect, schema=schema, namespace=namespace, retention=retention)
-        # Written into the statement: of a parameter the planner of Postgres does not know that it is small.
+        # Written into the statement, because the planner of Postgres does not know that a parameter is small.
         limit = sa.bindparam("limit", type_=sa.Integer, literal_execute=True)
 
         def some(keys: sa.Select[Any], *, to_delete: bool = False) -> sa.ColumnElement[bool]:
@@ -95,7 +95,7 @@ class SweepStatements:
             return dialect.is_one_of(table.c.key, locked)
 
         self.expired = candidates.expired.limit(limit)
-        """The keys of those that `end_expired` takes, unless somebody else is faster."""
+        """Keys of the sessions that `end_expired` takes, unless another sweep is faster."""
 
         outcome = table.c.key, table.c.revision
         self.give_expiry = (
@@ -103,7 +103,7 @@ class SweepStatements:
             if candidates.without_expiry is None
             else sa.update(table)
             .where(some(candidates.without_expiry))
-            # As if they were used now: while they had no expiry, nobody had to report when they were.
+            # As if they were used now, because activity need not be reported of sessions without an expiry.
             .values(expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=StoreClock()))
             .returning(*outcome)
         )
@@ -122,33 +122,33 @@ class SweepStatements:
 
 @dataclass(frozen=True, slots=True)
 class SweepStep:
-    """One statement of a sweep, and how it is run."""
+    """A step of a sweep: one statement and its bounds."""
 
     statement: sa.Executable
     limit: int
     ends: bool
-    """Whether the sessions that it handles have ended."""
+    """Whether the sessions have ended after it."""
     candidates: sa.Executable | None = None
-    """Tells which sessions it is about to end: those with very many events are fewer at a time."""
+    """Selects the sessions that it is about to end, so that fewer are taken at a time if they have many events."""
 
 
 class Sweep:
-    """Runs the steps of a sweep of one namespace.
+    """Steps of a sweep of one namespace.
 
     Args:
-        dialect: The database.
-        statements: The statements, which follow the policy.
-        removal: Removes what belongs to sessions that end.
+        dialect: The database's dialect.
+        statements: The statements for the policy.
+        removal: Removes the journals and events of sessions that end.
     """
 
     def __init__(self, dialect: Dialect, *, statements: SweepStatements, removal: SessionRemoval) -> None:
         self.statements = statements
-        """May be replaced when the policy changes."""
+        """Statements for the policy; replaced when it is."""
         self._dialect = dialect
         self._removal = removal
 
     def steps(self, limit: int) -> tuple[SweepStep | None, SweepStep, SweepStep | None]:
-        """The steps that give an expiry, end, and purge, in this order; `None` for one that has nothing to do."""
+        """Return the steps that give an expiry, end and purge; `None` for one that the policy makes needless."""
         sql = self.statements
         return (
             None if sql.give_expiry is None else SweepStep(sql.give_expiry, limit, ends=False),
@@ -157,7 +157,7 @@ class Sweep:
         )
 
     async def run(self, attempt: Attempt, steps: Sequence[SweepStep]) -> list[tuple[int, bool]]:
-        """How many sessions each step has handled, and whether there may be more."""
+        """Run steps, and return for each how many sessions it has handled and whether there may be more."""
         return [await self._run(attempt, step) for step in steps]
 
     async def _run(self, attempt: Attempt, step: SweepStep) -> tuple[int, bool]:
