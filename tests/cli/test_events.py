@@ -303,7 +303,7 @@ def test_partitions_are_refused_on_sqlite_with_the_reason(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["list", "--after", "nonsense"], "no cursor"),
+        (["list", "--after", "nonsense"], "not a cursor"),
         (["list", "--limit", "0"], "--limit"),
         (["list", "--url", "sqlite:///{tmp_path}/typo.db"], "mcp-session-store upgrade"),
         (["show"], "ID_OR_KEY"),

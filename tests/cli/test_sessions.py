@@ -319,7 +319,7 @@ def test_statistics_are_drawn_for_people_and_written_for_programs(
     ("arguments", "named"),
     [
         (["list", "--state", "dead"], "'dead'"),
-        (["list", "--after", "nonsense"], "no cursor"),
+        (["list", "--after", "nonsense"], "not a cursor"),
         (["list", "--older-than", "2 moons"], "--older-than"),
         (["list", "--older-than", "none"], "--older-than"),
         (["list", "--older-than", "99999999999999999d"], "--older-than"),

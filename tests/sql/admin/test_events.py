@@ -105,7 +105,7 @@ async def test_a_log_whose_oldest_events_are_removed_is_not_left_out(database_ur
 )
 async def test_what_is_no_cursor_of_the_list_is_refused(sqlite_url: str, cursor: str) -> None:
     async with EventDirectory(sqlite_url) as directory:
-        with pytest.raises(ConfigurationError, match="no cursor of a list of logs"):
+        with pytest.raises(ConfigurationError, match="not a cursor of a list of logs"):
             await directory.page(after=cursor)
 
 
@@ -113,7 +113,7 @@ async def test_a_cursor_of_logs_is_none_of_sessions(sqlite_url: str) -> None:
     await insert_events(sqlite_url, [log_rows([HOUR]), log_rows([HOUR])])
     async with EventDirectory(sqlite_url) as directory, SessionDirectory(sqlite_url) as sessions:
         page = await directory.page(limit=1)
-        with pytest.raises(ConfigurationError, match="no cursor of a list of sessions"):
+        with pytest.raises(ConfigurationError, match="not a cursor of a list of sessions"):
             await sessions.page(SessionFilter(), after=page.next)
 
 

@@ -177,7 +177,7 @@ async def test_the_rows_of_a_page_stay_what_they_were_whatever_the_clock_says(
 )
 async def test_what_is_no_cursor_is_refused(sqlite_url: str, cursor: str) -> None:
     async with SessionDirectory(sqlite_url) as directory:
-        with pytest.raises(ConfigurationError, match="no cursor"):
+        with pytest.raises(ConfigurationError, match="not a cursor"):
             await directory.page(SessionFilter(), after=cursor)
 
 

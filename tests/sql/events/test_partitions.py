@@ -204,7 +204,7 @@ async def test_what_is_done_already_is_not_done_again(postgres_url: str) -> None
     [
         (timedelta(seconds=59), HOUR, "a minute or more"),
         (timedelta(seconds=90, milliseconds=1), HOUR, "whole seconds"),
-        (HOUR, None, "nothing is ever dropped"),
+        (HOUR, None, "no partition is ever dropped"),
         (HOUR, MINUTE, "much longer"),
         (MINUTE, timedelta(days=1), "1440 partitions"),
     ],

@@ -1,1 +1,1 @@
-"""What operators use: listings, statistics, and the partitions of the table of events."""
+"""What operators use: lists, statistics, and the partitions of the table of events."""

@@ -1,4 +1,4 @@
-"""What operators see of the events of a namespace: the logs of sessions, the events of one, statistics. Reads only."""
+"""The events of a namespace for operators: the logs of sessions, the events of one, statistics."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ if TYPE_CHECKING:
 __all__ = ["EventDirectory", "EventStatistics", "LogDetails", "LogPage", "LoggedEvent", "StoredInstance", "StoredLog"]
 
 _LOGS: Final = "logs"
-"""The name of the list in its cursors."""
+"""Name of the list in its cursors."""
 _SMALL: Final = 64 * 1024
-"""Bytes of a message that is read to see what it is about, though it was not asked for."""
+"""Bytes of a message up to which it is read without being asked for, to show what it is about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredLog:
-    """The log of one session. Times are the database's."""
+    """Log of one session. Times are by the database's clock."""
 
     key: UUID
     namespace: str
     events: int
-    """How many are kept."""
+    """Number of events kept."""
     bytes: int
-    """Of the messages that are kept."""
+    """Bytes of the messages kept."""
     first: int
-    """The sequence of the oldest event that is kept; of the next one, where none is."""
+    """Sequence of the oldest event kept; without any, of the next event."""
     last: int
-    """The sequence of the newest event."""
+    """Sequence of the newest event."""
     oldest_at: datetime | None
-    """When the oldest event that is kept was stored; `None`: none is."""
+    """When the oldest event kept was stored; `None` without any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogPage:
-    """Some logs of a list, and how to go on."""
+    """A page of the list of logs."""
 
     logs: Sequence[StoredLog]
     as_of: datetime
-    """By the database's clock."""
+    """Time of the read, by the database's clock."""
     next: str | None
-    """The cursor of the next page; `None`: there are no more."""
+    """Cursor of the next page; `None` on the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,63 +70,62 @@ class LoggedEvent:
     stream: str
     position: int
     kind: str
-    """An `EventKind`, or what a newer version of this package calls one."""
+    """An `EventKind`, or a kind that only a newer version of this package knows."""
     created_at: datetime
-    """When it was stored."""
+    """When the event was stored."""
     bytes: int
-    """Of its message."""
+    """Bytes of its message."""
     message: str | None = field(repr=False)
-    """The JSON-RPC message, as JSON text. `None` for an event without, and, unless all were asked for, for a large one.
-    """
+    """JSON-RPC message, as JSON text. `None` without one, and for a large one unless messages were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogDetails:
-    """The log of a session, and some of its events."""
+    """Log of a session, and a page of its events."""
 
     log: StoredLog
     events: Sequence[LoggedEvent]
     as_of: datetime
-    """By the database's clock."""
+    """Time of the read, by the database's clock."""
     next: int | None
-    """The sequence after which the next page begins; `None`: there are no more events."""
+    """Sequence after which the next page begins; `None` on the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredInstance:
-    """An instance that has noted that it runs."""
+    """An instance that sends heartbeats."""
 
     instance: str
     started_at: datetime
     beat_at: datetime
-    """When it was last heard of."""
+    """When it last sent a heartbeat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EventStatistics:
-    """What is stored, counted."""
+    """Counts and sizes of the stored events."""
 
     as_of: datetime
-    """By the database's clock."""
+    """Time of the read, by the database's clock."""
     sessions: int
-    """That have events."""
+    """Number of sessions with events."""
     events: int
     bytes: int
-    """Of messages."""
+    """Bytes of their messages."""
     oldest_at: datetime | None
-    """When the oldest event was stored; `None`: there is none."""
+    """When the oldest event was stored; `None` without any."""
     table_bytes: int
-    """What the tables take, all namespaces' events included; on SQLite, the file."""
+    """Size of the tables, with the events of all namespaces; on SQLite, of the file."""
     index_bytes: int | None
-    """What their indexes take beside that; `None` on SQLite, where they are in the file."""
+    """Size of their indexes beside that; `None` on SQLite, where they are in the file."""
     instances: Sequence[StoredInstance]
-    """Those that were heard of last, of all namespaces."""
+    """Instances of all namespaces with the latest heartbeats."""
     partitions: Sequence[Partition]
-    """Of the table of events; empty where it has none."""
+    """Partitions of the table of events; empty without any."""
 
 
 class EventDirectory(Reader):
-    """The events of a namespace, for operators. See `Reader`."""
+    """Events of a namespace, for operators. See `Reader`."""
 
     def __init__(
         self,
@@ -142,23 +141,23 @@ class EventDirectory(Reader):
         self._instances = instances_table(self.database.schema)
 
     async def page(self, *, limit: int = 50, after: str | None = None) -> LogPage:
-        """A page of the list of logs that have events: those with the oldest events first.
+        """Return a page of the list of logs that have events: those with the oldest events first.
 
-        One range scan along an index, and a look at the oldest event of each. A log whose oldest events are removed
-        meanwhile may appear once more, on a later page; none is left out.
+        One range scan along an index, and a look at the oldest event of each log. A log whose oldest events are
+        removed meanwhile may appear again on a later page; none is left out.
 
         Args:
             limit: Logs on the page at most.
             after: `next` of the page before.
 
         Raises:
-            ConfigurationError: The cursor is none of this list's.
+            ConfigurationError: The cursor does not belong to this list.
         """
         position = None
         if after is not None:
             name, position = decode_cursor(after) or ("", ())
             if name != _LOGS or len(position) != 2:
-                raise ConfigurationError(f"{after!r} is no cursor of a list of logs; {NO_CURSOR}")
+                raise ConfigurationError(f"{after!r} is not a cursor of a list of logs; {NO_CURSOR}")
 
         async def read(connection: AsyncConnection, now: datetime) -> LogPage:
             rows = (await connection.execute(self.page_statement(limit=limit + 1, after=position))).all()
@@ -188,7 +187,7 @@ class EventDirectory(Reader):
         after: int = 0,
         messages: bool = False,
     ) -> LogDetails | None:
-        """The log of one session with a page of its events, in their order; `None` where there is none.
+        """Return the log of one session with a page of its events, in their order; `None` where it has no log.
 
         Args:
             key: The session.
@@ -227,12 +226,12 @@ class EventDirectory(Reader):
         return await self.read(read)
 
     async def statistics(self, *, top: int = 10) -> EventStatistics:
-        """Counts and sizes. Reads the logs of the sessions, and no event.
+        """Return counts and sizes. Reads the logs of the sessions, and no events.
 
-        So they count events that were dropped with a partition until the next sweep.
+        Events that were dropped with a partition are therefore counted until the next sweep.
 
         Args:
-            top: Instances that are told.
+            top: Instances returned at most.
         """
         c = self._logs.c
         counted = sa.select(
@@ -267,7 +266,10 @@ class EventDirectory(Reader):
         return await self.read(read)
 
     async def preview(self, policy: EventPolicy) -> int:
-        """How many events a sweep by a policy would remove now. Reads all of the sessions whose oldest are too old."""
+        """Return how many events a sweep by a policy would remove now.
+
+        Reads all events of the sessions whose oldest event is too old.
+        """
         if policy.max_age is None:
             return 0
         logs, events = self._logs.c, self._events.c

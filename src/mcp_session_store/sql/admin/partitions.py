@@ -1,6 +1,7 @@
 """Events that are partitioned by time, on Postgres: old ones are dropped with their partition, not deleted one by one.
 
-All statements work on both layouts. An event whose time nobody made a partition for goes into the default one.
+All statements of this package work on both layouts. An event for whose time there is no partition is stored in the
+default partition.
 """
 
 from __future__ import annotations
@@ -37,52 +38,52 @@ __all__ = ["AHEAD", "EventPartitions", "Maintenance", "Partition"]
 _T = TypeVar("_T")
 
 AHEAD: Final = 3
-"""Partitions that are made before their time, unless it is told otherwise."""
+"""Partitions that are made before their time, unless given."""
 MAX_PARTITIONS: Final = 50
-"""That `max_age` may extend over: whoever reads or removes events looks into each."""
+"""Partitions that `max_age` may extend over, because reading and removing events looks into each."""
 SHORTEST: Final = timedelta(minutes=1)
-"""That a partition may be for."""
+"""Shortest time that a partition may be for."""
 
 _LOCK_TIMEOUT: Final = 0.3
-"""Seconds to wait for a lock: whoever stores or reads an event meanwhile waits behind us."""
+"""Seconds to wait for a lock, because calls that store or read events meanwhile wait behind it."""
 _ATTACH_TIMEOUT: Final = 1.0
-"""Seconds that Postgres may take to make sure that no event in the default partition belongs into a new one, for
-as long as which nobody reads."""
+"""Seconds that Postgres may take to check that no event in the default partition belongs into a new one. Events
+cannot be read meanwhile."""
 _PAUSE: Final = (0.05, 0.5)
-"""Seconds between two tries to get a lock."""
+"""Range of seconds between two tries to get a lock."""
 _TIMED_OUT: Final = "57014"
-# A lock that was not to be had in time, a deadlock, an event that came into the default partition meanwhile.
+# A lock that was not available in time, a deadlock, an event that was stored in the default partition meanwhile.
 _TRY_AGAIN: Final = frozenset({"55P03", "40P01", "23514"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Maintenance:
-    """What was done to the partitions."""
+    """Result of maintaining the partitions."""
 
     created: Sequence[str]
-    """Names of those that were made ahead of their time."""
+    """Names of the partitions that were made ahead of their time."""
     dropped: Sequence[str]
-    """Names of those that were dropped with their events."""
+    """Names of the partitions that were dropped with their events."""
     default_in_use: bool
-    """The default partition holds events, because there was none for their time."""
+    """Whether the default partition holds events, because there was no other for their time."""
 
 
 class EventPartitions:
-    """Makes the table of events one of partitions, keeps these up, and undoes it.
+    """Partitions of the table of events: makes them, maintains them, and undoes them.
 
-    All may be called at any time, beside running servers and beside one another: each change is one transaction under
-    the lock of migrations. It waits only briefly for other locks, during which nobody stores or reads, and tries
+    All methods may be called at any time, beside running servers and each other: each change is one transaction under
+    the lock of migrations. It waits only briefly for other locks, while events cannot be stored or read, and tries
     again until half of the timeout has passed.
 
-    The table is that of all namespaces. Who calls must be its owner.
+    The table is that of all namespaces. The database's user must be its owner.
 
     Args:
         url_or_engine: As for `SqlSessionStore`; Postgres.
         schema: The schema with the tables. The first of the search path unless given.
-        timeout: Seconds that a call takes at most. A call that does not end in time has changed nothing.
+        timeout: Seconds that a call takes at most. A call that fails because of it has changed nothing.
 
     Raises:
-        ConfigurationError: An argument cannot work, or the database is none of Postgres; the message names it.
+        ConfigurationError: An argument cannot work, or the database is not Postgres; the message names it.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class EventPartitions:
         if not dialect.has_partitions:
             raise ConfigurationError(
                 f"{dialect.name} has no partitions: a sweep removes events one by one there, as it does on any "
-                "database unless told otherwise; partition them on Postgres only"
+                "database where events are not partitioned; partition them on Postgres only"
             )
         events = events_table(self._database.schema)
         self._table = PartitionedTable(events, by=events.c.created_at)
@@ -113,21 +114,21 @@ class EventPartitions:
         await self._database.aclose()
 
     async def partition(self, every: timedelta, *, max_age: timedelta | None, ahead: int = AHEAD) -> bool:
-        """Partition the events from now on. Those that are there stay, in a first partition.
+        """Partition the events from now on. The present ones stay, in a first partition.
 
         Events can neither be stored nor read while an index on the present ones is built.
 
         Args:
-            every: How long a time each partition is for; they begin at multiples of it, in UTC.
-            max_age: How long events are kept, by the policy that `maintain` will have.
+            every: How long a time each partition is for. Partitions begin at multiples of it, in UTC.
+            max_age: How long events are kept, as `maintain` will be given it.
             ahead: Partitions to make for times to come.
 
         Returns:
-            False where that was done before.
+            False where the events are partitioned already.
 
         Raises:
-            ConfigurationError: It would not pay, or is impossible; or partitions of another length are there.
-            StoreUnavailable: It could not be done in time, and nothing has changed.
+            ConfigurationError: Partitions would not pay or are impossible, or there are partitions of another length.
+            StoreUnavailable: The timeout has passed, and nothing has changed.
         """
         _check(every, max_age)
 
@@ -146,17 +147,17 @@ class EventPartitions:
         return await self._change(change)
 
     async def maintain(self, *, max_age: timedelta | None, ahead: int = AHEAD) -> Maintenance:
-        """Drop the partitions of which all events are too old, and make those of times to come.
+        """Drop the partitions whose events are all too old, and make those for times to come.
 
-        What the logs of sessions tell about dropped events is set right by the next sweep of each namespace.
+        The next sweep of each namespace updates the logs of sessions whose events were dropped.
 
         Args:
-            max_age: How long events are kept; `None`: for ever. Of several namespaces the longest.
-            ahead: Partitions that there are to be for times to come.
+            max_age: How long events are kept; `None`: for ever. With several namespaces, the longest of theirs.
+            ahead: Partitions to have for times to come.
 
         Raises:
             ConfigurationError: The events are not partitioned.
-            StoreUnavailable: Not all could be done in time.
+            StoreUnavailable: The timeout has passed before all was done.
         """
         dropped = await self._change(lambda connection: self._drop(connection, max_age))
         created: list[str] = []
@@ -174,7 +175,7 @@ class EventPartitions:
             False where there were no partitions.
 
         Raises:
-            StoreUnavailable: It could not be done in time, and nothing has changed.
+            StoreUnavailable: The timeout has passed, and nothing has changed.
         """
 
         async def change(connection: AsyncConnection) -> bool:
@@ -186,7 +187,7 @@ class EventPartitions:
         return await self._change(change)
 
     async def _change(self, change: Callable[[AsyncConnection], Awaitable[_T]]) -> _T:
-        """Make a change in a transaction of its own, that nobody waits long for."""
+        """Make a change in a transaction of its own that blocks others only briefly."""
         database = self._database
         database.bind()
         begun = time.monotonic()
@@ -197,7 +198,7 @@ class EventPartitions:
                 try:
                     async with transaction(connection, database.dialect):
                         left = begun + 0.9 * database.timeout - time.monotonic()
-                        # The server's own timeouts: it would go on with a statement that the driver gives up.
+                        # Timeouts of the server, because it would go on with a statement that the driver gives up.
                         await _set_timeouts(connection, lock=_LOCK_TIMEOUT, statement=left)
                         await connection.run_sync(database.dialect.lock_migrations)
                         return await change(connection)
@@ -212,8 +213,8 @@ class EventPartitions:
                         raise
                     if time.monotonic() - begun > database.timeout / 2:
                         raise StoreUnavailable(
-                            "the events were in use whenever their table was to be locked, and nothing has changed; "
-                            "try again when there is less to do, or for longer with --timeout (timeout=)"
+                            "the events were in use at each try to lock their table, and nothing has changed; "
+                            "try again when there is less load, or for longer with --timeout (timeout=)"
                         ) from error
                 await asyncio.sleep(random.uniform(*_PAUSE))  # noqa: S311
 
@@ -225,7 +226,7 @@ class EventPartitions:
         if max_age is None:
             return []
         old = [one for one in found if one.until is not None and one.until <= now - max_age]
-        # The last one stays, so that one can see how long they are to be.
+        # The last one stays, because the length of new partitions is taken from it.
         last = max((one.until for one in found if one.until is not None), default=None)
         names = [one.name for one in old if one.until != last]
         if names:
@@ -233,7 +234,7 @@ class EventPartitions:
         return names
 
     async def _add_next(self, connection: AsyncConnection, ahead: int) -> str | None:
-        """Make the earliest partition that is missing; its name, or `None` where there are enough."""
+        """Make the earliest partition that is missing, and return its name; `None` where there are enough."""
         found, now = await self._present(connection)
         every = _length(found)
         current = start_of_range(now, every)
@@ -242,7 +243,7 @@ class EventPartitions:
             if any(one.until is not None and one.until > since and (one.since or since) < until for one in found):
                 continue
             if number == 0 and await self._table.default_in_use(connection, since):
-                # Those of this time have a place already.
+                # The events of this time are in the default partition.
                 continue
             name = self._table.partition_name(since)
             await _set_timeouts(connection, lock=_LOCK_TIMEOUT, statement=_ATTACH_TIMEOUT)
@@ -252,9 +253,9 @@ class EventPartitions:
                 if getattr(error.orig, "sqlstate", None) != _TIMED_OUT:
                     raise
                 raise StoreUnavailable(
-                    f"the partition {name} was not made, because the default one holds so many events that to "
-                    "look through them would take too long; try again when sweeps have removed them, or undo it all "
-                    "and begin anew, with mcp-session-store events unpartition"
+                    f"the partition {name} was not made, because the default one holds so many events that looking "
+                    "through them would take too long; try again when sweeps have removed them, or undo the "
+                    "partitions and begin anew, with mcp-session-store events unpartition"
                 ) from error
             return name
         return None
@@ -262,7 +263,7 @@ class EventPartitions:
     async def _present(self, connection: AsyncConnection) -> tuple[list[Partition], datetime]:
         if not await self._table.is_partitioned(connection):
             raise ConfigurationError(
-                "the events are not partitioned; that is done with mcp-session-store events partition"
+                "the events are not partitioned; partition them with mcp-session-store events partition"
             )
         now = (await connection.execute(sa.select(StoreClock()))).scalar_one()
         return await self._table.partitions(connection), now
@@ -273,7 +274,7 @@ def _check(every: timedelta, max_age: timedelta | None) -> None:
         raise ConfigurationError(f"--every (every=) {every} must be whole seconds, and a minute or more")
     if max_age is None:
         raise ConfigurationError(
-            "without --events-max-age (max_age=) nothing is ever dropped, and partitions do not pay; give one"
+            "without --events-max-age (max_age=) no partition is ever dropped, and partitions do not pay; give one"
         )
     if every > max_age:
         raise ConfigurationError(
@@ -282,8 +283,8 @@ def _check(every: timedelta, max_age: timedelta | None) -> None:
         )
     if max_age / every > MAX_PARTITIONS:
         raise ConfigurationError(
-            f"--events-max-age (max_age=) {max_age} is {max_age // every} partitions for {every}, and whoever reads or "
-            f"removes events looks into each; make them longer, so that there are {MAX_PARTITIONS} at most"
+            f"--events-max-age (max_age=) {max_age} is {max_age // every} partitions for {every}, and reading or "
+            f"removing events looks into each; make them longer, so that there are {MAX_PARTITIONS} at most"
         )
 
 
@@ -293,7 +294,7 @@ async def _set_timeouts(connection: AsyncConnection, *, lock: float, statement: 
 
 
 def _length(partitions: Sequence[Partition]) -> timedelta:
-    """How long a time a partition is for: that of the latest one."""
+    """Return how long a time the latest partition is for."""
     ranges = [(one.since, one.until) for one in partitions if one.since is not None and one.until is not None]
     since, until = max(ranges)
     return until - since

@@ -1,4 +1,4 @@
-"""What operators read with: each call sees one moment of the database, and lists are paged by cursors."""
+"""Reading for operators: each call sees one moment of the database, and lists are paged by cursors."""
 
 from __future__ import annotations
 
@@ -32,27 +32,26 @@ _T = TypeVar("_T")
 
 DEFAULT_TIMEOUT: Final = 30.0
 
-NO_CURSOR: Final = "give what the page before told as the next one"
-"""What to do about a cursor that is none."""
+NO_CURSOR: Final = "give the cursor that the page before returned"
+"""Remedy for a text that is not a cursor."""
 
 Position: TypeAlias = tuple[Any, ...]
-"""Where a row stands in a list: its values of the columns that the list is ordered by."""
+"""Position of a row in a list: its values of the columns that the list is ordered by."""
 
 
 class Reader:
-    """Reads what is stored for a namespace, for operators.
+    """Reader of what is stored for a namespace, for operators.
 
-    Changes nothing. Each call is one read-only transaction: what it returns was true at one moment, that of `as_of`
-    by the database's clock.
+    Each call is one read-only transaction: its result was true at one moment, `as_of` by the database's clock.
 
     Like a `SqlSessionStore`, it is used within one event loop, and its calls raise `StoreUnavailable` and
     `SchemaError`.
 
     Args:
         url_or_engine: As for `SqlSessionStore`.
-        namespace: Whose sessions.
+        namespace: The namespace of the sessions.
         schema: Postgres: the schema with the tables.
-        timeout: Seconds that a call takes at most; the database gives up after them, too.
+        timeout: Seconds that a call takes at most; the database stops working on it then, too.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it.
@@ -84,7 +83,7 @@ class Reader:
         await self.database.aclose()
 
     async def read(self, read: Callable[[AsyncConnection, datetime], Awaitable[_T]]) -> _T:
-        """Do something in a snapshot, with the time at which it was taken."""
+        """Call a function within a snapshot of the database, with the time at which the snapshot was taken."""
         database = self.database
         database.bind()
 
@@ -99,7 +98,7 @@ class Reader:
             async with database.lease(writes=False) as lease:
                 return await lease.run(attempt)
         except StoreUnavailable as error:
-            # Whoever noticed first, the driver, the database or we: the reader learns what he can do about it.
+            # The remedy is named whichever noticed the timeout first: the driver, the database or this package.
             if time.monotonic() - begun < database.timeout:
                 raise
             raise StoreUnavailable(
@@ -109,14 +108,14 @@ class Reader:
 
 
 def encode_cursor(name: str, position: Position) -> str:
-    """A cursor: the name of the list and the position, times and then a key, as text that nobody is to take apart."""
+    """Return a cursor, an opaque text, for the name of a list and a position in it: times and then a key."""
     *moments, key = position
     parts = [name, *((moment - EPOCH) // timedelta(microseconds=1) for moment in moments), key.hex]
     return base64.urlsafe_b64encode(json.dumps(parts, separators=(",", ":")).encode()).decode().rstrip("=")
 
 
 def decode_cursor(cursor: str) -> tuple[str, Position] | None:
-    """The name of the list and the position; `None` for what is no cursor."""
+    """Return the name of the list and the position; `None` for a text that is not a cursor."""
     try:
         parts = json.loads(base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True))
         name, *moments, key = parts

@@ -32,35 +32,35 @@ __all__ = [
 
 
 class SessionState(StrEnum):
-    """What has become of a session that is stored."""
+    """State of a stored session."""
 
     LIVE = "live"
     EXPIRED = "expired"
-    """Not live any more, and not yet swept."""
+    """Expired, and not yet swept."""
     ENDED = "ended"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionFilter:
-    """Which sessions: those in one state, of which all holds that is given.
+    """Filter of a list: the sessions in one state that fit every condition given.
 
     Raises:
-        ConfigurationError: Nothing can fit.
+        ConfigurationError: No session can fit.
     """
 
     state: SessionState = SessionState.LIVE
     client: str | None = None
-    """What the client calls itself."""
+    """Name that the client gives itself."""
     principal: bytes | None = None
-    """The digest of whose it is, as `Principal.digest`."""
+    """Digest of the principal: `Principal.digest`."""
     anonymous: bool = False
-    """That it is nobody's."""
+    """Whether to take only sessions without a principal."""
     instance: str | None = None
-    """The instance that last created or restored it."""
+    """Instance that last created or restored the session."""
     min_age: timedelta | None = None
-    """How long ago it was opened at least; how long ago it expired, or ended, for these states."""
+    """Time since the session was opened, at least; since it expired or ended, in these states."""
     max_age: timedelta | None = None
-    """How long ago at most."""
+    """The same time, at most."""
 
     def __post_init__(self) -> None:
         if self.anonymous and self.principal is not None:
@@ -73,7 +73,7 @@ class SessionFilter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredSession:
-    """What is stored of a session, whatever its state. Times are the database's."""
+    """What is stored of a session in any state. Times are by the database's clock."""
 
     key: UUID
     state: SessionState
@@ -94,7 +94,7 @@ class StoredSession:
 
 
 class SessionList:
-    """The statements on lists of the sessions of one namespace.
+    """Statements of the lists of the sessions of one namespace.
 
     Args:
         dialect: The database's dialect.
@@ -108,7 +108,7 @@ class SessionList:
         self._namespace = namespace
 
     def columns(self) -> Sequence[sa.Column[Any]]:
-        """In the order that `stored_session` expects."""
+        """Return the columns in the order that `stored_session` expects."""
         c = self._table.c
         return (
             c.key,
@@ -130,18 +130,19 @@ class SessionList:
     def page_statement(
         self, which: SessionFilter, now: datetime, *, limit: int, after: Position | None
     ) -> sa.Select[Any]:
-        """The statement behind a page.
+        """Build the statement of a page.
 
         Args:
             which: The list.
-            now: What the database's clock shows. A parameter: no index serves a condition with a volatile function.
+            now: The time by the database's clock: a parameter, because a condition with a volatile function uses no
+                index.
             limit: Rows at most.
             after: The position of the last row before the page.
         """
         table = self._table
         order = list(_position_columns(table, which.state))
         if which.state is SessionState.LIVE:
-            # It is NULL in all of them. Postgres takes the index for the order only when all of its columns are in it.
+            # NULL in all of them, and named because Postgres uses the index for the order only with all its columns.
             order.insert(0, table.c.ended_at)
         if which.anonymous and which.state is not SessionState.EXPIRED:
             order.insert(0, table.c.principal_digest)
@@ -155,6 +156,7 @@ class SessionList:
     def conditions(
         self, which: SessionFilter, now: datetime, after: Position | None = None
     ) -> list[sa.ColumnElement[bool]]:
+        """Build the conditions of a list, and of its rows after a position."""
         table = self._table
         conditions = [table.c.namespace == self._namespace]
         match which.state:
@@ -181,7 +183,7 @@ class SessionList:
         newest = now if which.state is SessionState.EXPIRED else None
         if which.min_age is not None:
             newest = _before(now, which.min_age)
-        # Only the tighter of the two ends of the range: SQLite begins to read at one of them, and at which is chance.
+        # Only the tighter of the two ends of the range, because SQLite begins to read at one of them, by chance.
         if after is not None and (newest is None or after[0] <= newest):
             bounds = [sa.literal(value, column.type) for value, column in zip(after, position, strict=True)]
             end = sa.tuple_(*position) < sa.tuple_(*bounds)
@@ -194,7 +196,7 @@ class SessionList:
 
 
 def _position_columns(table: sa.Table, state: SessionState) -> Sequence[sa.Column[Any]]:
-    """What the list of a state is ordered by; the first is what the age is counted from."""
+    """Return the columns that the list of a state is ordered by; ages count from the first."""
     match state:
         case SessionState.LIVE:
             return table.c.created_at, table.c.key
@@ -205,7 +207,7 @@ def _position_columns(table: sa.Table, state: SessionState) -> Sequence[sa.Colum
 
 
 def _position(state: SessionState, session: StoredSession) -> Sequence[Any]:
-    """As `_position_columns`."""
+    """Return the values of `_position_columns`."""
     match state:
         case SessionState.LIVE:
             return session.created_at, session.key
@@ -216,22 +218,28 @@ def _position(state: SessionState, session: StoredSession) -> Sequence[Any]:
 
 
 def session_cursor(state: SessionState, session: StoredSession) -> str:
+    """Return the cursor of the page after a session."""
     return encode_cursor(state.value, tuple(_position(state, session)))
 
 
 def session_position(cursor: str, state: SessionState) -> Position:
+    """Return the position in a list that a cursor stands for.
+
+    Raises:
+        ConfigurationError: The cursor belongs to another list, or is not one.
+    """
     found, position = decode_cursor(cursor) or ("", ())
     if found != state and found in [other.value for other in SessionState]:
         raise ConfigurationError(
             f"the cursor {cursor!r} is of the list of {found} sessions, not of {state} ones; {NO_CURSOR}"
         )
     if found != state or len(position) != (3 if state is SessionState.ENDED else 2):
-        raise ConfigurationError(f"{cursor!r} is no cursor of a list of sessions; {NO_CURSOR}")
+        raise ConfigurationError(f"{cursor!r} is not a cursor of a list of sessions; {NO_CURSOR}")
     return position
 
 
 def _before(now: datetime, age: timedelta) -> datetime:
-    """A moment that long ago, or the earliest that there is."""
+    """Return the moment that long before another, or the earliest there is."""
     try:
         return max(now - age, EPOCH)
     except OverflowError:
@@ -239,6 +247,7 @@ def _before(now: datetime, age: timedelta) -> datetime:
 
 
 def stored_session(row: Any, now: datetime) -> StoredSession:
+    """Return the session in a row with the columns of `SessionList`, in its state at a moment."""
     digest, display = row.principal_digest, row.principal_display
     expired = row.expires_at is not None and row.expires_at <= now
     return StoredSession(

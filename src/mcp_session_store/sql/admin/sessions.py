@@ -1,4 +1,4 @@
-"""What operators see of the sessions of a namespace: pages of a list, one session, statistics. Reads only."""
+"""The sessions of a namespace for operators: pages of a list, one session, statistics."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ AGES: Final = (
     timedelta(days=7),
     timedelta(days=30),
 )
-"""Where the classes of the statistics' ages end; one more has no end."""
+"""Ends of the age classes in statistics; one more class has no end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionPage:
-    """Some sessions of a list, and how to go on."""
+    """A page of a list of sessions."""
 
     sessions: Sequence[StoredSession]
     as_of: datetime
-    """By the database's clock."""
+    """Time of the read, by the database's clock."""
     next: str | None
-    """The cursor of the next page; `None`: there are no more."""
+    """Cursor of the next page; `None` on the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,40 +76,40 @@ class SessionDetails:
 
     session: StoredSession
     as_of: datetime
-    """By the database's clock."""
+    """Time of the read, by the database's clock."""
     initialize_params: str = field(repr=False)
-    """The `params` of the client's `initialize`, as JSON text; empty once it has ended."""
+    """`params` of the client's `initialize`, as JSON text; empty once the session has ended."""
     journal: Sequence[JournalEntry]
-    """In the order of a restore."""
+    """Entries in the order of a restore."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statistics:
-    """What is stored, counted."""
+    """Counts and sizes of the stored sessions."""
 
     as_of: datetime
-    """By the database's clock."""
+    """Time of the read, by the database's clock."""
     live: int
     expired: int
     ended: int
     ages: Sequence[tuple[timedelta | None, int]]
-    """Live sessions by how long ago they were opened: less than this, and not less than the one before."""
+    """Numbers of live sessions by age: below this one, and not below the one before."""
     clients: Sequence[tuple[str, int]]
-    """The clients with the most live sessions."""
+    """Clients with the most live sessions, and their numbers."""
     instances: Sequence[tuple[str, int]]
-    """The instances that created or restored the most live sessions."""
+    """Instances that created or restored the most live sessions, and their numbers."""
     mean_params_bytes: float | None
-    """Of live sessions' `initialize` params; `None` without any."""
+    """Mean size of live sessions' `initialize` params; `None` without any."""
     table_bytes: int
-    """What the tables take; on SQLite, the file."""
+    """Size of the tables; on SQLite, of the file."""
     index_bytes: int | None
-    """What their indexes take beside that; `None` on SQLite, where they are in the file."""
+    """Size of their indexes beside that; `None` on SQLite, where they are in the file."""
 
 
 class SessionDirectory(Reader):
-    """The sessions of a namespace, for operators. See `Reader`.
+    """Sessions of a namespace, for operators. See `Reader`.
 
-    To a list a session that has expired is no live one, swept or not.
+    In a list an expired session is not live, swept or not.
     """
 
     def __init__(
@@ -127,10 +127,10 @@ class SessionDirectory(Reader):
         """Statements of the lists."""
 
     async def page(self, which: SessionFilter, *, limit: int = 50, after: str | None = None) -> SessionPage:
-        """A page of a list: live sessions newest first, those that expired or ended latest first.
+        """Return a page of a list: live sessions newest first; expired or ended ones latest first.
 
-        One range scan along an index, wherever the page lies. Sessions that come and go meanwhile make none of the
-        others appear twice, or not at all.
+        One range scan along an index, wherever the page lies. Sessions that come and go meanwhile do not make others
+        appear twice, or not at all.
 
         Args:
             which: The list.
@@ -138,7 +138,7 @@ class SessionDirectory(Reader):
             after: `next` of the page before.
 
         Raises:
-            ConfigurationError: The cursor is none of this list's.
+            ConfigurationError: The cursor does not belong to this list.
         """
         position = None if after is None else session_position(after, which.state)
 
@@ -153,7 +153,7 @@ class SessionDirectory(Reader):
         return await self.read(read)
 
     async def count(self, which: SessionFilter) -> int:
-        """How many sessions a list has. Reads the range of an index that the list is in."""
+        """Return how many sessions a list has. Reads the list's range of an index."""
 
         async def read(connection: AsyncConnection, now: datetime) -> int:
             statement = sa.select(sa.func.count()).select_from(self._table).where(*self.lists.conditions(which, now))
@@ -162,7 +162,7 @@ class SessionDirectory(Reader):
         return await self.read(read)
 
     async def find(self, key: UUID) -> SessionDetails | None:
-        """All of one session, live or not; `None` for one that is unknown."""
+        """Return all that is stored of one session in any state; `None` for an unknown one."""
         table, journal = self._table, self._journal
 
         async def read(connection: AsyncConnection, now: datetime) -> SessionDetails | None:
@@ -189,7 +189,7 @@ class SessionDirectory(Reader):
         return await self.read(read)
 
     async def statistics(self, *, top: int = 10) -> Statistics:
-        """Counts and sizes. Reads all of the sessions.
+        """Return counts and sizes. Reads all sessions of the namespace.
 
         Args:
             top: Clients, and instances, that are counted one by one.
@@ -200,7 +200,7 @@ class SessionDirectory(Reader):
             live, expired, ended = (
                 sa.and_(*self.lists.conditions(SessionFilter(state=state), now)) for state in SessionState
             )
-            # An age class has all that are younger than its end; what the ones before it have is taken off below.
+            # Each counts all sessions younger than its end; those of the classes before it are subtracted below.
             younger = [sa.and_(live, table.c.created_at > sa.literal(now - age, MOMENT)) for age in AGES]
             counted = (
                 await connection.execute(
@@ -232,7 +232,7 @@ class SessionDirectory(Reader):
         return await self.read(read)
 
     async def preview(self, policy: RetentionPolicy) -> SweepReport:
-        """What a sweep by a policy would do now, all of its steps together. Reads the ranges of the sessions swept."""
+        """Return what a sweep by a policy would do now, all steps together. Reads the ranges of the sessions swept."""
         table = self._table
         candidates = SweepCandidates(
             self.database.dialect, schema=self.database.schema, namespace=self._namespace, retention=policy

@@ -68,25 +68,26 @@ def regclass(table: sa.Table) -> sa.ColumnElement[Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
-    """One partition of the table of events."""
+    """A partition of a table by a range of times."""
 
     name: str
     since: datetime | None
-    """The time of the earliest event that may be in it; `None`: of any."""
+    """Time of the earliest row that it may hold; `None`: any time."""
     until: datetime | None
-    """Events of this time are in it no more. `None`: it is the default one, for those that belong to no other."""
+    """Time from which rows belong to another partition; `None` for the default one, which holds all that belong to
+    no other."""
     size: int
-    """What it takes with its index, in bytes."""
+    """Bytes of the partition and its index."""
 
 
 class PartitionedTable:
-    """A table that is, or can be, partitioned by a range of times. All within a transaction.
+    """A table that is, or can be, partitioned by a range of times. All methods run within a transaction.
 
-    Beside the table there are tables whose names begin with its own: the default partition, the first one, which has
-    all that was there before, and one for each range of times.
+    The partitions are tables whose names begin with that of the table: the default partition, the first one, which
+    has all rows from before, and one for each range of times.
 
     Args:
-        table: The table, whose primary key is that of the table without partitions.
+        table: The table, with its primary key without partitions.
         by: The column with the times.
     """
 
@@ -96,6 +97,7 @@ class PartitionedTable:
         self._key = ", ".join(column.name for column in table.primary_key)
 
     async def is_partitioned(self, connection: AsyncConnection) -> bool:
+        """Return whether the table has partitions."""
         found = await connection.execute(
             sa.text("SELECT count(*) FROM pg_partitioned_table WHERE partrelid = to_regclass(CAST(:name AS text))"),
             {"name": self._name(connection)},
@@ -103,7 +105,7 @@ class PartitionedTable:
         return bool(found.scalar_one())
 
     async def partitions(self, connection: AsyncConnection) -> list[Partition]:
-        """The partitions, the default one last; none of a table without."""
+        """Return the partitions, the default one last; none of a table that is not partitioned."""
         await connection.exec_driver_sql("SET LOCAL datestyle = 'ISO'")
         found = TablePartitions(self._table)
         statement = (
@@ -116,17 +118,17 @@ class PartitionedTable:
         return [Partition(name=name, since=since, until=until, size=size) for name, since, until, size in rows]
 
     async def divide(self, connection: AsyncConnection, every: timedelta, *, ahead: int) -> None:
-        """Make it a table of partitions. What is there becomes the first one, as it is.
+        """Make the table one of partitions. The present table becomes the first of them, as it is.
 
         Args:
-            connection: Where.
+            connection: A connection in a transaction.
             every: How long a time each partition is for.
             ahead: Partitions to make for times to come.
         """
         run = connection.exec_driver_sql
         whole, first = self._name(connection), self._name(connection, _FIRST)
         await run(f"LOCK TABLE {whole} IN ACCESS EXCLUSIVE MODE")
-        # Read with the lock: whoever stores an event does so after that, and before or after the boundary.
+        # Read under the lock, so that each event stored later is either before or after the boundary.
         now = (await connection.execute(sa.select(StoreClock()))).scalar_one()
         boundary = start_of_range(now, every) + every
         quote = connection.dialect.identifier_preparer.quote
@@ -134,7 +136,7 @@ class PartitionedTable:
         await self._drop_primary_key(connection, first)
         await run(f"CREATE TABLE {whole} (LIKE {first} INCLUDING ALL) PARTITION BY RANGE ({self._by})")
         await self._give_rights(connection, of=first, to=whole)
-        # The column of the partitions must be part of it. A sequence is unique because its log gives it once.
+        # The column of the partitions must be part of the key. A sequence is unique because its log gives it once.
         await run(f"ALTER TABLE {whole} ADD PRIMARY KEY ({self._key}, {self._by})")
         await run(f"ALTER TABLE {first} ADD PRIMARY KEY ({self._key}, {self._by})")
         await run(f"ALTER TABLE {whole} ATTACH PARTITION {first} FOR VALUES FROM (MINVALUE) TO ({_literal(boundary)})")
@@ -144,7 +146,7 @@ class PartitionedTable:
             await self.create(connection, since, since + every)
 
     async def unite(self, connection: AsyncConnection) -> None:
-        """Make it one table again, with all rows of its partitions."""
+        """Make the partitions one table again, with all their rows."""
         run = connection.exec_driver_sql
         parted, whole = self._name(connection), self._name(connection, "whole")
         await run(f"LOCK TABLE {parted} IN ACCESS EXCLUSIVE MODE")
@@ -160,7 +162,7 @@ class PartitionedTable:
         await self._create(connection, _suffix(since), f"FOR VALUES FROM ({_literal(since)}) TO ({_literal(until)})")
 
     async def _create(self, connection: AsyncConnection, suffix: str, bound: str) -> None:
-        """Make a partition beside the table, and attach it: that keeps nobody from storing."""
+        """Make a partition beside the table and then attach it, which does not block inserts."""
         run = connection.exec_driver_sql
         whole, partition = self._name(connection), self._name(connection, suffix)
         await run(f"CREATE TABLE {partition} (LIKE {whole} INCLUDING ALL)")
@@ -173,11 +175,11 @@ class PartitionedTable:
         await connection.exec_driver_sql(f"DROP TABLE {tables}")
 
     def partition_name(self, since: datetime) -> str:
-        """The name of the partition whose times begin with this one."""
+        """Return the name of the partition that begins at a time."""
         return self._name_with(_suffix(since))
 
     async def default_in_use(self, connection: AsyncConnection, since: datetime) -> bool:
-        """Whether the default partition holds rows from some time on."""
+        """Return whether the default partition holds rows of a time or later."""
         by = sa.column(self._by, MOMENT)
         default = sa.table(self._name_with(_DEFAULT), by, schema=self._table.schema)
         statement = sa.select(sa.exists().select_from(default).where(by >= sa.literal(since, MOMENT)))
@@ -194,7 +196,7 @@ class PartitionedTable:
         await connection.exec_driver_sql(f"ALTER TABLE {table} DROP CONSTRAINT {found.scalar_one()}")
 
     async def _give_rights(self, connection: AsyncConnection, *, of: str, to: str) -> None:
-        """Have a table belong to whom another one does, and used by whom that may be."""
+        """Give a table the owner and the grants of another."""
         owner = await connection.execute(
             sa.text(
                 "SELECT quote_ident(pg_get_userbyid(relowner)) FROM pg_class "
@@ -218,7 +220,7 @@ class PartitionedTable:
             await connection.exec_driver_sql(f"ALTER TABLE {to} OWNER TO {other}")
 
     def _name(self, connection: AsyncConnection, suffix: str = "") -> str:
-        """The table's name, or that of a table that belongs to it, as it stands in SQL."""
+        """Return the name of the table, or of one of its partitions, quoted for SQL."""
         preparer = connection.dialect.identifier_preparer
         name = preparer.quote(self._name_with(suffix) if suffix else self._table.name)
         return name if self._table.schema is None else f"{preparer.quote(self._table.schema)}.{name}"
