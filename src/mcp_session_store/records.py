@@ -263,8 +263,27 @@ MAX_POSITION: Final = 2**63 - 1
 """Highest position of an event: a signed integer of 64 bits."""
 
 
+class _Measured:
+    """Event whose message is encoded once to learn its size: it may have megabytes, and is counted at each stop."""
+
+    __slots__ = ("_size",)
+
+    message: str | None
+    _size: tuple[int, bool]
+
+    def _measure(self, message: str) -> tuple[int, bool]:
+        """Return the bytes of a message that is not ASCII, in UTF-8, and whether it has no lone surrogate."""
+        try:
+            return self._size
+        except AttributeError:
+            size = _utf8_size(message)
+            measured = (len(message.encode(errors="surrogatepass")), False) if size is None else (size, True)
+            object.__setattr__(self, "_size", measured)  # the events are frozen
+            return measured
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NewEvent:
+class NewEvent(_Measured):
     """An event that is about to be stored."""
 
     stream: str
@@ -279,7 +298,7 @@ class NewEvent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredEvent:
+class StoredEvent(_Measured):
     """An event of one stream, as the log holds it."""
 
     sequence: int
@@ -295,13 +314,14 @@ def message_bytes(event: NewEvent | StoredEvent) -> int:
 
     Of one that cannot be encoded, too: to refuse it is up to the log.
     """
-    return 0 if event.message is None else len(event.message.encode(errors="surrogatepass"))
+    message = event.message
+    if message is None:
+        return 0
+    return len(message) if message.isascii() else event._measure(message)[0]
 
 
 def checked_size(event: NewEvent) -> int:
     """Return the size of an event as `message_bytes` does, and refuse texts that a database cannot store.
-
-    Both in one, because a message may have megabytes: it is encoded once at most.
 
     Raises:
         InvalidValue: The stream or the message holds a NUL or a lone surrogate.
@@ -311,9 +331,12 @@ def checked_size(event: NewEvent) -> int:
         check_texts(stream=stream)
     if message is None:
         return 0
-    size = len(message) if message.isascii() else _utf8_size(message)
-    if size is None:
-        raise InvalidValue("message holds a lone surrogate, which cannot be stored")
+    if message.isascii():
+        size = len(message)
+    else:
+        size, is_storable = event._measure(message)
+        if not is_storable:
+            raise InvalidValue("message holds a lone surrogate, which cannot be stored")
     if "\0" in message:
         raise InvalidValue("message holds a NUL character, which cannot be stored")
     return size

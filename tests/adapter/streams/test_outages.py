@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import anyio
@@ -11,9 +12,12 @@ import pytest
 
 from mcp_session_store import EventPolicy, StoreUnavailable
 from mcp_session_store.adapter.streams import recorder as recorder_module
+from mcp_session_store.adapter.streams.followers import Following
+from mcp_session_store.adapter.streams.recorder import EventRecorder, Outcome
 from mcp_session_store.errors import EventTooLarge, SchemaBehind
 from mcp_session_store.event_log import STANDALONE_STREAM
-from mcp_session_store.records import EventKind
+from mcp_session_store.records import EventKind, NewEvent, checked_size, message_bytes
+from mcp_session_store.testing import new_session
 from tests.support.asgi import PATIENCE, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance
@@ -21,6 +25,9 @@ from tests.support.streams import all_stored, away, one_more_turn, opened, witho
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
     from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyStore
     from tests.support.instances import Instance
@@ -545,6 +552,53 @@ async def test_an_instance_that_starts_while_the_log_is_down_gives_ids_when_it_i
         assert without_ids(exchange, "a", "done")
         log.up()
         await ids_come_back(client, talking)
+
+
+class Counted(str):
+    """A text that counts how often it is encoded."""
+
+    __slots__ = ("encoded",)
+
+    encoded: int
+
+    def encode(self, *arguments: str, **options: str) -> bytes:
+        self.encoded += 1
+        return super().encode(*arguments, **options)
+
+
+@pytest.mark.parametrize("character", ["é", "\ud800"], ids=["stored", "not taken"])
+async def test_a_message_is_encoded_once_on_its_way_through_an_outage(
+    store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch, character: str
+) -> None:
+    recorder = EventRecorder(log, Following(log, gone_after=timedelta(minutes=1)), instance="one:1:0123abcd")
+    await recorder.recover()
+    message = Counted(character * 100_000)
+    message.encoded = 0
+    key = (await store.inner.create(new_session())).key
+    event = NewEvent(stream=STANDALONE_STREAM, position=1, kind=EventKind.NOTIFICATION, message=message)
+    sizes: list[int] = []
+
+    async def append(_key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int:
+        # As each log measures them, the probe of one that is back among them.
+        sizes.extend(checked_size(event) for event in events)
+        return 1
+
+    monkeypatch.setattr(log.inner, "append", append)
+    log.down("append")
+    assert (await recorder.record(key, event, give=lambda _: False)).outcome is Outcome.KEPT
+    log.up()
+    await recorder.recover()
+    assert sizes == ([0, 200_000] if character == "é" else [0])
+    # One that UTF-8 has no bytes for is encoded a second time, with what stands for it, to be counted.
+    assert message.encoded == (1 if character == "é" else 2)
+
+
+async def test_a_message_in_ascii_is_not_encoded_to_be_measured() -> None:
+    message = Counted("a" * 100)
+    message.encoded = 0
+    event = NewEvent(stream=STANDALONE_STREAM, position=1, kind=EventKind.NOTIFICATION, message=message)
+    assert message_bytes(event) == checked_size(event) == 100
+    assert message.encoded == 0
 
 
 async def test_what_is_kept_is_stored_when_the_instance_stops(store: FaultyStore, log: FaultyLog) -> None:
