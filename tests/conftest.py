@@ -107,7 +107,7 @@ def serve(tmp_path: Path) -> Iterator[ServeFunction]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show with a failure what the servers of the test had to say."""
+    """Show the logs of the test's servers with a failure."""
     report = yield
     if report.failed:
         for server in servers.started:

@@ -42,7 +42,7 @@ class PgBouncer(ServerProcess):
     def __init__(self, server_url: str) -> None:
         program = _program()
         port = free_port()
-        # As root it becomes another user, who has to reach this, and TMPDIR may be root's own.
+        # As root it becomes another user, which has to reach this folder, and TMPDIR may be root's own.
         parent = "/tmp" if os.geteuid() == 0 else None
         self._folder = Path(tempfile.mkdtemp(prefix="mcp-session-store-pgbouncer-", dir=parent))
         settings = self._folder / "pgbouncer.ini"
@@ -114,7 +114,7 @@ def _settings(server_url: str, port: int, *, tracks_statements: bool) -> str:
     if os.geteuid() == 0:
         settings["user"] = "nobody"
     if tracks_statements:
-        # What older versions cannot do, and newer ones do not have to.
+        # Older versions cannot do it, and newer ones do not have to.
         settings["max_prepared_statements"] = 0
     password = str(url.password or "").replace("'", "''")
     server = f"host={url.host} port={url.port or 5432} user={url.username} password='{password}'"

@@ -48,7 +48,7 @@ async def some_sessions(store: SqlSessionStore) -> list[SessionRecord]:
 
 
 async def is_served(store: SqlSessionStore, records: list[SessionRecord]) -> bool:
-    """Whether the database answers the store again; then it holds what it held, and takes more."""
+    """Return whether the database answers the store again; then it must hold what it held, and store more."""
     try:
         loaded = await asyncio.gather(*(store.load(record.key) for record in records))
         await store.create(new_session())

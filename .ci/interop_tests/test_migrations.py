@@ -22,7 +22,7 @@ PROCESSES = 5
 
 
 async def run(*arguments: str) -> str:
-    """What a command of Python's prints; it must succeed."""
+    """Run a command of Python's, which must succeed; return its output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

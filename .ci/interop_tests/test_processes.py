@@ -58,7 +58,7 @@ async def test_sessions_are_used_on_two_processes_by_turns_and_after_a_restart(
 async def test_a_session_that_one_process_ends_is_served_by_no_other(
     application: Application, migrated_url: str
 ) -> None:
-    # No hint arrives through PgBouncer: what is seen here is polling.
+    # No notification arrives through PgBouncer: all changes come by polling.
     end_within, slack = 2.0, 8.0
     first, second = [application.serve(migrated_url, "stateful", end_within=end_within) for _ in range(2)]
     async with (

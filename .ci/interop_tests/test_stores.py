@@ -1,4 +1,4 @@
-"""Stores behind PgBouncer: the contract, many at once on few server connections, and what they leave behind there."""
+"""Stores behind PgBouncer: the contract, many at once on few server connections, and nothing left behind on these."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def use(store: SqlSessionStore, *, sessions: int = 20) -> None:
 
 
 async def use_events(store: SqlSessionStore, keys: Sequence[UUID]) -> None:
-    """Every kind of call for events, of sessions that have none yet."""
+    """Make every kind of call for events, for sessions without events."""
     log = SqlEventLog(store, policy=EventPolicy(max_events_per_session=10))
     for again in (False, True):
         appends = (log.append(key, [new_event(n) for n in range(3)], again=again) for key in keys)

@@ -18,7 +18,7 @@ def json_response(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def sessions() -> Sessions:
-    """What the stores share."""
+    """Sessions that the stores share."""
     return Sessions()
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def _environment(environment: Mapping[str, str] | None) -> dict[str, str]:
-    # Nor what makes rich take a pipe for a terminal, or a terminal for another.
+    # Nor variables that make rich take a pipe for a terminal, or a terminal for another.
     ours = ("MCP_SESSION_STORE_", "FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "TTY_")
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | dict(environment or {})
 
@@ -99,7 +99,7 @@ def terminal() -> TerminalFunction:
                 screen.write(typed.encode())
                 output = b""
                 deadline = time.monotonic() + 60
-                # Linux tells the end of a terminal by an error.
+                # On Linux a terminal ends with an error.
                 with contextlib.suppress(OSError):
                     while select.select([screen], [], [], max(0.0, deadline - time.monotonic()))[0]:
                         if not (part := screen.read(65536)):

@@ -37,7 +37,7 @@ async def store_url(database_url: str) -> str:
 
 @pytest.fixture
 def records(store_url: str) -> Records:
-    """What that database holds."""
+    """Records of sessions in that database."""
     return Records(store_url)
 
 

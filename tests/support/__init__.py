@@ -1,1 +1,1 @@
-"""What the tests stand on: databases, faulty networks, real server processes, raw HTTP clients."""
+"""Databases, faulty networks and stores, servers and clients for the tests."""

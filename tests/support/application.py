@@ -1,4 +1,4 @@
-"""The application of the process tests, on each framework: it tells who answers, and notes each handshake.
+"""The application of the process tests, on each framework: it names its process, and notes each handshake.
 
 uvicorn calls the factories by name (`--factory`), in each process of a server.
 """
@@ -42,7 +42,7 @@ _SETTINGS = "PROCESS_TEST_SETTINGS"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a test tells the application, through the environment."""
+    """Settings of the application, which a test passes through the environment."""
 
     url: str
     """Of the database."""
@@ -83,7 +83,7 @@ async def _note_handshake(method: str, ctx: object) -> None:
 
 
 def _who(ctx: object, client: types.InitializeRequestParams | None) -> dict[str, Any]:
-    """Who answers, for whom, and what it knows of a restore."""
+    """Return the process, the client's name, and the fields of the restore marker."""
     marker = get_restore_marker(ctx)
     return {
         "pid": os.getpid(),
@@ -104,13 +104,13 @@ class Talk:
     """The arguments of the tool `talk`, which says things on the stream of its call: progress, and then its result."""
 
     call: str
-    """A name for it."""
+    """Name of the call."""
     count: int
-    """How much progress it reports: 0, 1, 2 …"""
+    """Number of progress reports: 0, 1, 2 …"""
     pause: float = 0.0
     """Seconds between two things that it says."""
     leaves_before: tuple[int, ...] = ()
-    """What it says only when it has closed its stream, for the client to come back."""
+    """Things that it says only after it has closed its stream, so that the client comes back."""
     padding: int = 0
     """Dots at the end of each thing that it says."""
 

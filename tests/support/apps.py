@@ -24,7 +24,7 @@ def environment(name: str) -> str:
 
 @server.tool()
 async def count(ctx: Context, to: int) -> int:
-    """Tell each step as it is done."""
+    """Report progress at each step."""
     for step in range(to):
         await ctx.report_progress(step)
         await anyio.sleep(0)

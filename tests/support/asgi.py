@@ -1,4 +1,4 @@
-"""HTTP at the ASGI boundary: requests whose answer is seen message by message, while it is being sent."""
+"""HTTP at the ASGI boundary: the answer to a request, message by message, while it is being sent."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from tests.support.http import Message
 
 PATIENCE: Final = 10.0
-"""Seconds after which a test stops waiting for what must happen."""
+"""Seconds after which a test stops waiting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One server-sent event: what stands in its fields, `None` where there is none."""
+    """One server-sent event; `None` for a field that it does not have."""
 
     id: str | None
     data: str | None
@@ -41,7 +41,7 @@ class Event:
 
 
 class Exchange:
-    """One HTTP request that an app serves, and what it has sent so far.
+    """One HTTP request that an app serves, and its answer so far.
 
     Args:
         app: The app.
@@ -53,9 +53,9 @@ class Exchange:
         self.sent: list[ASGIMessage] = []
         """Each ASGI message of the answer."""
         self.over = anyio.Event()
-        """The app has returned."""
+        """Set when the app has returned."""
         self.started = anyio.Event()
-        """`http.response.start` was sent."""
+        """Set when `http.response.start` was sent."""
         self._app = app
         self._scope = scope
         self._incoming: list[ASGIMessage] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -77,19 +77,19 @@ class Exchange:
             self.over.set()
 
     def disconnect(self) -> None:
-        """The client goes away: the app learns it if it asks, and what it still sends is lost."""
+        """Disconnect the client: the app learns of it by `receive`, and all that it still sends is lost."""
         self._gone.set()
 
     def stop_reading(self) -> None:
-        """The client takes nothing more off its connection, and does not go away."""
+        """Stop reading from the connection, without closing it."""
         self._reads = anyio.Event()
 
     def read_on(self) -> None:
-        """It does again."""
+        """Read from the connection again."""
         self._reads.set()
 
     def cancel(self) -> None:
-        """The server stops serving the request, as some do when the client goes away."""
+        """Cancel the request in the server, as some servers do when the client disconnects."""
         self._gone.set()
         self._cancellation.cancel()
 
@@ -138,25 +138,25 @@ class Exchange:
             await self.started.wait()
 
     async def end(self) -> None:
-        """Wait until the app has returned, however that came."""
+        """Wait until the app has returned or raised."""
         with anyio.fail_after(PATIENCE):
             await self.over.wait()
 
     async def leave(self) -> str | None:
-        """The client's connection breaks, and the app notices: the last event id that the client has."""
+        """Break the connection, wait until the app has noticed, and return the client's last event id."""
         self.disconnect()
         await self.end()
         return self.last_event_id
 
     async def next(self) -> Message:
-        """The next JSON-RPC message of a stream."""
+        """Wait for the next JSON-RPC message of a stream."""
         await self.start()
         await until(lambda: len(self.messages) > self._taken)
         self._taken += 1
         return self.messages[self._taken - 1]
 
     async def answer(self) -> Answer:
-        """The whole answer. Raises what the app raised."""
+        """Return the whole answer, or raise the app's exception."""
         await self.end()
         if self._error is not None:
             raise self._error
@@ -183,13 +183,13 @@ class Exchange:
 
 
 class Client:
-    """A client that does nothing on its own, of an app in this process.
+    """A client of an app in this process, which sends nothing on its own.
 
     Args:
         app: The app.
-        tasks: Where its requests are served.
+        tasks: Task group in which its requests are served.
         session_id: The session to go on in.
-        user: What stands in the ASGI scope as the authenticated user.
+        user: The authenticated user in the ASGI scope.
         address: The client's address.
         headers: Sent with each request.
         path: The MCP endpoint.
@@ -221,7 +221,7 @@ class Client:
         Args:
             method: GET, POST, DELETE, or any other.
             message: The body: a message, or any bytes.
-            headers: Underscores stand for hyphens; `None` takes out a header that would be sent otherwise.
+            headers: Underscores stand for hyphens; `None` removes a header.
         """
         content = json.dumps(message).encode() if isinstance(message, dict) else message
         sent: dict[str, str | None] = {
@@ -257,7 +257,7 @@ class Client:
     def open_request(
         self, method: str, params: Message | None = None, *, request_id: str | int | None = None, **headers: str | None
     ) -> Exchange:
-        """Send a JSON-RPC request, under the next id unless told otherwise, and go on while it is served."""
+        """Send a JSON-RPC request, under the next id unless one is given, and return while it is served."""
         self._last_id += 1
         message: Message = {"jsonrpc": "2.0", "id": request_id, "method": method}
         if request_id is None:
@@ -287,7 +287,7 @@ class Client:
         return await self.open_call(name, arguments).answer()
 
     async def ping(self, **headers: str | None) -> Answer:
-        """The cheapest request there is."""
+        """Send `ping`, the cheapest request."""
         return await self.open_request("ping", None, **headers).answer()
 
     async def notify(self, method: str, params: Message | None = None) -> Answer:
@@ -304,7 +304,7 @@ class Client:
         return await self.open("DELETE", **headers).answer()
 
     async def get_stream(self, **headers: str | None) -> Exchange:
-        """Open the stream on which the server sends what belongs to no call."""
+        """Open the standalone stream, for messages that belong to no call."""
         stream = self.open("GET", **headers)
         await stream.start()
         return stream
@@ -321,7 +321,7 @@ class Client:
         return answer
 
     async def handshake(self, params: Message | None = None) -> str:
-        """`initialize` and `notifications/initialized`, which must succeed; the session's id."""
+        """Send `initialize` and `notifications/initialized`, which must succeed; return the session's id."""
         answer = await self.initialize(params)
         assert answer.status == 200, answer
         assert self.session_id is not None, answer
@@ -331,14 +331,14 @@ class Client:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait until it holds, looking again and again."""
+    """Poll a condition until it holds."""
     with anyio.fail_after(PATIENCE):
         while not condition():
             await anyio.sleep(0.002)
 
 
 def seen_by_a_client(answer: Answer) -> tuple[int, list[tuple[str, str]], bytes]:
-    """All that a client can tell two answers apart by."""
+    """Return everything by which a client can tell two answers apart."""
     return answer.status, sorted(answer.headers.multi_items()), answer.body
 
 

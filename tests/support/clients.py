@@ -1,4 +1,4 @@
-"""The official MCP client, watched: what it sends, and under which session ids."""
+"""The official MCP client, with a record of its methods and session ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Watched:
-    """An MCP client, and what travelled."""
+    """An MCP client, and its traffic."""
 
     client: Client
     methods: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The command line: how it is called, and what a test's fixtures for it give."""
+"""The command line: how it is called, and the types of the fixtures that call it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 COMMAND = [sys.executable, "-m", "mcp_session_store.cli"]
 
 UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
-"""A URL at which no database answers, with a password that may appear nowhere."""
+"""URL at which no database answers, with a password that may appear nowhere."""
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """A control sequence of a terminal."""
 
 
 class CommandFunction(Protocol):
-    """What the `command` fixture gives."""
+    """Type of the fixture `command`."""
 
     def __call__(
         self, *arguments: str, environment: Mapping[str, str] | None = None, stdin: str | None = None
@@ -32,19 +32,19 @@ class CommandFunction(Protocol):
 
 
 class ServeCommandFunction(Protocol):
-    """What the `serve_command` fixture gives."""
+    """Type of the fixture `serve_command`."""
 
     def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> ServerProcess: ...
 
 
 class InvokeFunction(Protocol):
-    """What the `invoke` fixture gives."""
+    """Type of the fixture `invoke`."""
 
     def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Result: ...
 
 
 class TerminalFunction(Protocol):
-    """What the `terminal` fixture gives."""
+    """Type of the fixture `terminal`."""
 
     def __call__(
         self, *arguments: str, environment: Mapping[str, str] | None = None, width: int = 80, typed: str = ""

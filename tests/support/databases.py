@@ -41,13 +41,13 @@ def connections_checked_out(store: SessionStore | EventLog) -> int:
 
 
 async def settled(*stores: SessionStore | EventLog) -> None:
-    """Wait until everything that stores on one engine began for calls is over, and then find no connection in use."""
+    """Wait until stores on one engine have finished their work, and check that no connection is in use."""
     for store in stores:
         assert isinstance(store, SqlSessionStore | SqlEventLog)
         batchers = [value for value in vars(store).values() if isinstance(value, Batcher)]
         assert batchers
         running = [batcher._drain_task for batcher in batchers if batcher._drain_task is not None]
-        # Who listened and was cancelled does not wait until its connection is put away.
+        # A listener that was cancelled does not wait until its connection is closed.
         leaving = [task for task in store._listener._tasks if task.cancelling()]
         for task in (*running, *leaving):
             await asyncio.wait({task})
@@ -59,7 +59,7 @@ async def settled(*stores: SessionStore | EventLog) -> None:
 
 @asynccontextmanager
 async def sql_store(url: str, **options: Any) -> AsyncIterator[SqlSessionStore]:
-    """A store on a database that is migrated here; at the end no connection may be checked out."""
+    """Migrate a database and open a store on it; at the end no connection may be checked out."""
     await migrate.upgrade(url, schema=options.get("schema"))
     async with SqlSessionStore(url, **options) as store:
         yield store
@@ -79,7 +79,7 @@ async def execute(store_or_url: SessionStore | str, statement: str | sa.Executab
 
 
 async def events_swept(log: EventLog) -> int:
-    """Sweep for as long as there is more; how many events were removed."""
+    """Sweep until no more is left; return the number of events that were removed."""
     report = EventSweepReport(more=True)
     for _ in range(50):
         if not report.more:
@@ -128,7 +128,7 @@ async def age_events(log: EventLog, key: UUID) -> None:
 
 @asynccontextmanager
 async def behind_proxy(url: str, **options: Any) -> AsyncIterator[tuple[SqlSessionStore, FaultProxy]]:
-    """A store whose database is reached through a network that fails on command."""
+    """Open a store whose database is reached through a network that fails on command."""
     await migrate.upgrade(url)
     target = make_url(url)
     assert target.host is not None

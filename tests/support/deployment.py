@@ -1,4 +1,4 @@
-"""The application of the process tests, served from processes, and what they noted in files."""
+"""The application of the process tests, served from processes, and their notes in files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Handshake:
 
 
 class Application:
-    """The application of `tests.support.application`, and what its processes noted in files.
+    """The application of `tests.support.application`, and the notes of its processes in files.
 
     Args:
-        serve: The fixture.
-        folder: Where the files are.
+        serve: The fixture `serve`.
+        folder: Folder of the files.
     """
 
     def __init__(self, serve: ServeFunction, folder: Path) -> None:
@@ -56,7 +56,7 @@ class Application:
         clock_ahead: float = 0.0,
         **arguments: Any,
     ) -> ServerProcess:
-        """A server process with the app that this factory makes, on this database.
+        """Start a server process with the app that a factory makes, on a database.
 
         Args:
             url: The database.
@@ -82,39 +82,39 @@ class Application:
             f"tests.support.application:{app}",
             environment={**settings.environment, **(environment or {})},
             workers=workers,
-            # Requests are many, and what is shown of the log with a failure is its end.
+            # Requests are many, and a failure shows only the end of the log.
             options=["--factory", "--no-access-log", *options],
         )
         self._servers.append(server)
         return server
 
     def hold(self, call: str) -> None:
-        """Have the tool `talk` say nothing in a call that it is not let say."""
+        """Hold a call of the tool `talk`, until `let_say` and `release`."""
         (self._said / call).touch()
 
     def let_say(self, call: str, things: int = 1) -> None:
-        """Let it say so many more things in a call that is held; its result is one of them."""
+        """Let a held call say so many more things; its result is one of them."""
         with (self._said / call).open("ab") as file:
             file.write(b"." * things)
 
     def release(self, call: str) -> None:
-        """Let it say all the rest in a call."""
+        """Let a held call say all the rest."""
         (self._said / call).unlink()
 
     def runs(self, call: str) -> int:
-        """How many times a call of `talk` has begun to run, in all processes together."""
+        """Return how many times a call of `talk` has begun to run, in all processes together."""
         return self.noted(replayed=False).count(f"talk {call}")
 
     def is_over(self, call: str) -> bool:
-        """Whether a call of `talk` has said all but its result."""
+        """Return whether a call of `talk` has said all but its result."""
         return f"talked {call}" in self.noted(replayed=False)
 
     def handshakes(self, method: str = "initialize", *, replayed: bool) -> list[Handshake]:
-        """What the processes saw, over all restarts: the clients' own, or the replayed ones."""
+        """Return the messages that the processes saw, over all restarts: the clients' own, or the replayed ones."""
         return [one for one in self._seen() if one.method == method and (one.replayed_in is not None) == replayed]
 
     def noted(self, *, replayed: bool) -> list[str]:
-        """The methods of all that was noted, in order."""
+        """Return the methods of all notes, in order."""
         return [one.method for one in self._seen() if (one.replayed_in is not None) == replayed]
 
     def _seen(self) -> list[Handshake]:
@@ -123,7 +123,7 @@ class Application:
         return [Handshake(**json.loads(line)) for line in self._handshakes.read_bytes().splitlines()]
 
     def check_logs(self) -> None:
-        """Whatever happened to the servers: nothing of ours broke, and their logs tell no secrets."""
+        """Check that the logs of the servers hold no traceback and no session id, whatever happened to the servers."""
         ids = {one.replayed_in for one in self.handshakes(replayed=True)}
         secrets = {session_id for session_id in ids if session_id is not None}
         for server in self._servers:

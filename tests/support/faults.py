@@ -21,7 +21,7 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class _Connection:
-    """One client's connection, and the one to the server that belongs to it."""
+    """A client's connection, and the connection to the server for it."""
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.client = client
@@ -50,7 +50,7 @@ class _Trap:
 
 
 class FaultProxy:
-    """Forwards TCP connections to a server until it is told to fail.
+    """Forwards TCP connections to a server, and fails on command.
 
     An async context manager; all methods are called in the event loop that entered it.
 
@@ -81,7 +81,7 @@ class FaultProxy:
     async def __aexit__(self, *_: object) -> None:
         self.refuse()
         self._flowing.set()
-        # What was accepted a moment ago has its task only when the event loop has come round.
+        # A connection that was accepted a moment ago gets its task in the next turn of the event loop.
         for _turn in range(3):
             await asyncio.sleep(0)
         tasks = list(self._connections)
@@ -104,7 +104,7 @@ class FaultProxy:
         self._flowing.clear()
 
     def resume(self) -> None:
-        """Forward again, first what was held back."""
+        """Forward again, beginning with the bytes that were held back."""
         self._flowing.set()
 
     def refuse(self) -> None:
@@ -211,7 +211,7 @@ async def breaking(proxy: FaultProxy, dice: random.Random, longest_pause: float 
     async def break_connections() -> None:
         longest = longest_pause
         while True:
-            # The moment is what is random here; nobody waits for it.
+            # Only the moment is random; no test waits for it.
             await asyncio.sleep(dice.uniform(0, longest))
             longest *= 1.01
             dice.choice(ways)()

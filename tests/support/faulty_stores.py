@@ -1,4 +1,4 @@
-"""A store and an event log that fail on command, and tell what they were asked."""
+"""A store and an event log that fail on command, and record their calls."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OPERATIONS = (
     "listen",
 )
 BACKGROUND = ("changes", "sweep", "listen")
-"""What no request causes: kept apart, because it comes when it comes."""
+"""Operations that no request causes: counted apart, because their time is not the test's."""
 LOG_OPERATIONS = (
     "open",
     "append",
@@ -71,7 +71,7 @@ class Sessions(MemorySessionStore):
 
 
 class Held:
-    """A call of a store that waits to be let go on."""
+    """Calls of a store that wait for the test."""
 
     def __init__(self) -> None:
         self.entered = anyio.Event()
@@ -80,16 +80,16 @@ class Held:
         self.calls = 0
 
     async def wait_entered(self) -> None:
-        """Wait until a call has come here."""
+        """Wait for the first call."""
         with anyio.fail_after(PATIENCE):
             await self.entered.wait()
 
     def release(self) -> None:
-        """Let it go on, and all later ones."""
+        """Release the calls, and all later ones."""
         self._released.set()
 
     def fail(self, failure: Exception) -> None:
-        """Let it raise this, and all later ones."""
+        """Make the calls, and all later ones, raise this."""
         self._failure = failure
         self._released.set()
 
@@ -105,54 +105,54 @@ class _Faulty:
     """Passes each call on, after or before something goes wrong.
 
     Args:
-        operations: What can be called.
-        background: Which of it no request causes.
+        operations: Names of the operations.
+        background: Names of those that no request causes.
     """
 
     def __init__(self, operations: Sequence[str], background: Sequence[str]) -> None:
         self.calls: list[str] = []
-        """The name of each call, in order, but for those of the background."""
+        """Names of the calls, in order, without those of the background."""
         self.background: Counter[str] = Counter()
-        """How many calls of those there were, by name."""
+        """Number of calls of the background, by name."""
         self._operations = operations
         self._in_background = background
         self._before: dict[str, Callable[[], Awaitable[None]]] = {}
         self._after: dict[str, Callable[[], Awaitable[None]]] = {}
 
     def counts(self) -> Counter[str]:
-        """How many calls there were, by name, but for those of the background."""
+        """Return the number of calls by name, without those of the background."""
         return Counter(self.calls)
 
-    # What goes wrong
+    # Faults
 
     def down(self, *operations: str) -> None:
-        """These (or all) raise StoreUnavailable before anything happens."""
+        """Make these operations, or all, raise StoreUnavailable before they take effect."""
         self.failing(StoreUnavailable("the test says it is down"), *operations)
 
     def broken(self, *operations: str) -> None:
-        """These (or all) have a bug."""
+        """Make these operations, or all, fail as by a bug."""
         self.failing(RuntimeError("a bug"), *operations)
 
     def failing(self, error: Exception, *operations: str) -> None:
-        """These (or all) raise this before anything happens."""
+        """Make these operations, or all, raise this before they take effect."""
         self._raise(error, operations or self._operations, self._before)
 
     def lose_the_answer_of(self, *operations: str) -> None:
-        """These take effect, and raise StoreUnavailable then."""
+        """Make these operations take effect and then raise StoreUnavailable."""
         self._raise(StoreUnavailable("the test says the answer is lost"), operations, self._after)
 
     def hold(self, operation: str, *, after: bool = False) -> Held:
-        """Calls of this wait until they are released, before or after they take effect."""
+        """Hold calls of an operation until they are released, before or after they take effect."""
         held = Held()
         (self._after if after else self._before)[operation] = held.stop_here
         return held
 
     def before(self, operation: str, call: Callable[[], Awaitable[None]]) -> None:
-        """Have this happen before a call of this takes effect."""
+        """Await `call` before each call of an operation takes effect."""
         self._before[operation] = call
 
     def up(self) -> None:
-        """Nothing goes wrong any more. Calls that are held stay held."""
+        """Remove all faults. Calls that are held stay held."""
         self._before.clear()
         self._after.clear()
 
@@ -160,7 +160,7 @@ class _Faulty:
         self, error: Exception, operations: Sequence[str], faults: dict[str, Callable[[], Awaitable[None]]]
     ) -> None:
         async def fail() -> None:
-            # One for each: what is raised again gathers the tracebacks of all times.
+            # A copy each time: an exception that is raised again gathers all tracebacks.
             raise copy.copy(error)
 
         faults.update(dict.fromkeys(operations, fail))
@@ -190,25 +190,25 @@ class FaultyStore(_Faulty, SessionStore):
         SessionStore.__init__(self)
         self.inner = inner or Sessions()
         self.touches: list[list[Activity]] = []
-        """What each `touch` was told."""
+        """The activities of each `touch`."""
         self.polled: list[tuple[datetime | None, Changes]] = []
-        """Since when each `changes` asked, and what it found."""
+        """Argument and result of each `changes`."""
         self.closed = 0
         self.hints = True
         """Whether hints of changes arrive."""
 
-    # What a test looks at, past all faults
+    # Contents, past all faults
 
     async def record(self, session_id: str) -> SessionRecord | None:
-        """The record of a live session."""
+        """Return the record of a live session."""
         return await self.inner.load(session_key(session_id))
 
     async def ended(self, session_id: str) -> EndReason | None:
-        """Why a session ended."""
+        """Return why a session ended."""
         return rows_of(self.inner)[session_key(session_id)].ended
 
     async def expiry(self, session_id: str | None) -> timedelta | None:
-        """How long a live session lives after its last activity that was stored; `None`: for ever."""
+        """Return the time from a live session's last stored activity to its expiry; `None`: it does not expire."""
         assert session_id is not None
         record = await self.record(session_id)
         assert record is not None, "the session is not live"
@@ -216,7 +216,7 @@ class FaultyStore(_Faulty, SessionStore):
 
     @property
     def records(self) -> int:
-        """How many sessions were ever stored."""
+        """Number of sessions that were ever stored."""
         return len(rows_of(self.inner))
 
     # The contract
@@ -310,7 +310,7 @@ class FaultyLog(_Faulty, EventLog):
     """An event log that fails on command.
 
     Args:
-        store: Whose sessions the events belong to; two of these on one store's sessions are one log.
+        store: Store of the sessions that the events belong to; two logs on one store's sessions are one log.
         policy: See `EventLog`.
     """
 
@@ -324,24 +324,24 @@ class FaultyLog(_Faulty, EventLog):
         self.hints = True
         """Whether hints of events arrive."""
 
-    # What a test looks at, past all faults
+    # Contents, past all faults
 
     def stored(self, session_id: str | None) -> list[StoredEvent]:
-        """The events of a session, of all streams, in their order."""
+        """Return the events of a session, of all streams, in their order."""
         return [event for _, event in self.streams(session_id)]
 
     def streams(self, session_id: str | None) -> list[tuple[str, StoredEvent]]:
-        """The same, with the names of their streams."""
+        """Return the events of a session with the names of their streams, in their order."""
         assert session_id is not None
         log = logs_of(self.inner).get(session_key(session_id))
         return [] if log is None else [(stream, event) for stream, event, _ in log.events]
 
     def messages(self, session_id: str | None) -> list[str]:
-        """The messages of a session that are stored, as JSON text."""
+        """Return the stored messages of a session, as JSON text."""
         return [event.message for event in self.stored(session_id) if event.message is not None]
 
     def lose(self, session_id: str | None) -> None:
-        """What was stored of a session is gone, as after a restored backup."""
+        """Lose the events of a session, as after a restored backup."""
         assert session_id is not None
         del logs_of(self.inner)[session_key(session_id)]
 

@@ -1,4 +1,4 @@
-"""Python processes that start fast: forked from one that has already imported what all servers import.
+"""Python processes that start fast: forked from one that has already imported the modules of all servers.
 
 A start of the interpreter, with the SDK and SQLAlchemy, takes about a second of a core, and the tests start hundreds of
 servers. What is imported here has no threads, and none of it reads the environment at import that a test may set.
@@ -34,7 +34,7 @@ class ForkedProcess:
 
     Args:
         module: The module to run as `__main__`.
-        arguments: What follows in `sys.argv`.
+        arguments: The rest of `sys.argv`.
         log: The file to which its output is appended.
         cwd: Its working directory; imports come from where this process takes them.
         env: All of its environment, as `os.environ` has it; `/proc` shows that of the process that forked it.
@@ -49,11 +49,11 @@ class ForkedProcess:
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
-        """Its exit code if it has ended (negative: the signal)."""
+        """Return the exit code if the process has ended (negative: the signal)."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code when it has ended.
+        """Wait for the end of the process, and return its exit code.
 
         Args:
             timeout: In seconds.

@@ -1,4 +1,4 @@
-"""A server of each framework, alike in what it offers."""
+"""A server of each framework, with the same tool, route and auth."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def add(a: int, b: int) -> int:
 
 
 class Events(EventStore):
-    """Keeps what is stored under its stream's id."""
+    """An event store of the SDK that notes the streams of the events."""
 
     def __init__(self) -> None:
         self.streams: list[str] = []

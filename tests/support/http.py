@@ -1,4 +1,4 @@
-"""An MCP client that shows what really travels: status, headers, JSON-RPC messages."""
+"""An MCP client that shows the traffic itself: status, headers, JSON-RPC messages."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class Event:
     """One event of a stream."""
 
     id: str | None
-    """`None`: it came without one."""
+    """`None`: the event came without an id."""
     message: Message | None
-    """`None`: it primes the client's `Last-Event-ID`, or tells when to come back."""
+    """`None`: the event primes the client's `Last-Event-ID`, or sets the time after which to come back."""
 
 
 class Stream:
@@ -80,7 +80,7 @@ class Stream:
         self.status = response.status_code
         self.headers = response.headers
         self.retry: int | None = None
-        """The milliseconds after which the client was last told to come back."""
+        """Milliseconds after which the client is to come back, as last set by the server."""
         self._response = response
         self._last_event_id = ""
         self._events = self._read()
@@ -206,13 +206,13 @@ class RawClient:
             return await stream.read()
 
     async def get(self, **headers: str | None) -> Answer:
-        """A GET whose answer ends: an error."""
+        """Send a GET whose answer ends, as an error does."""
         async with self.get_stream(**headers) as stream:
             assert stream.status != 200, "this GET opened a stream; use get_stream()"
             return await stream.read()
 
     def get_stream(self, **headers: str | None) -> AbstractAsyncContextManager[Stream]:
-        """Open the stream on which the server sends what belongs to no call."""
+        """Open the standalone stream, for messages that belong to no call."""
         return self.stream("GET", **headers)
 
     def message(self, method: str, params: Message | None = None) -> Message:
@@ -230,7 +230,7 @@ class RawClient:
         Args:
             method: GET, POST or DELETE.
             message: The body: a message, or any bytes.
-            headers: Underscores stand for hyphens; `None` takes out a header that would be sent otherwise.
+            headers: Underscores stand for hyphens; `None` removes a header.
         """
         assert self._http is not None, "use the client in an async with statement"
         content = json.dumps(message).encode() if isinstance(message, dict) else message

@@ -1,4 +1,4 @@
-"""The one place of the tests that names private members of the product: what each test needs of them, by name."""
+"""Private members of the product that tests need: the one module of the tests that names them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[Any]) -> str:
-    """How the database would run a statement: on Postgres both for its parameters, and whatever they are."""
+    """Return the plan of a statement: on Postgres both for its parameters and the generic one."""
     async with engine_of(store).connect() as connection:
         if connection.dialect.name == "sqlite":
             rows = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", tuple(parameters))
@@ -41,7 +41,7 @@ async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[A
 async def statements_of(
     store: SqlSessionStore, use: Callable[[SqlSessionStore], Awaitable[None]]
 ) -> dict[str, Sequence[Any]]:
-    """What a store, and the log on it, send when they are used, with the parameters."""
+    """Return the statements that a store and the log on it send when they are used, with their parameters."""
     seen: dict[str, Sequence[Any]] = {}
 
     def remember(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
@@ -66,7 +66,7 @@ async def statements_of(
 
 
 class Explain(Executable, ClauseElement):
-    """A statement with a word before it that makes the database tell how it would run it."""
+    """A statement after the word that makes the database explain it."""
 
     inherit_cache = False
 

@@ -12,7 +12,7 @@ _RANDOM = random.SystemRandom()
 
 
 def free_port() -> int:
-    """A port on 127.0.0.1 that nobody listens on, and that the kernel gives to no outgoing connection."""
+    """Return a free port on 127.0.0.1 that the kernel gives to no outgoing connection."""
     for _ in range(200):
         port = _RANDOM.randint(_FIRST, _LAST)
         with socket.socket() as probe:

@@ -155,7 +155,7 @@ class PostgresServer:
         return url.render_as_string(hide_password=False)
 
     def log(self) -> str:
-        """What the server has printed so far."""
+        """Return the output of the server so far."""
         return (self._folder / "log").read_text(errors="replace")
 
     def start(self) -> None:
@@ -218,7 +218,7 @@ class PostgresServer:
 
     @property
     def _environment(self) -> dict[str, str]:
-        # Nothing of PGHOST, PGDATA and their kin may leak in from whoever runs the tests.
+        # PGHOST, PGDATA and their like must not leak in from the environment of the test run.
         return {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC", "HOME": str(self._folder)}
 
     def _create(self, binaries: Path) -> None:
@@ -256,7 +256,7 @@ class PostgresServer:
             raise UnavailableError(f"{binaries}/initdb ended with {initdb.returncode}:\n{output[-2000:]}")
 
     def _ready(self) -> bool:
-        # What pg_ctl looks at: the eighth line of the lock file, in a file that this process wrote.
+        # As pg_ctl does: the eighth line of the lock file, in a file that this process wrote.
         try:
             lines = (self._folder / "data" / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
@@ -315,7 +315,7 @@ def find_binaries() -> Path:
     """The first binaries of this machine.
 
     Raises:
-        NoPostgresError: There are none; the message lists where it looked.
+        NoPostgresError: No binaries were found; the message lists the places.
     """
     return _first(BINARIES)
 
@@ -336,7 +336,7 @@ def given_server(environment: Mapping[str, str] = os.environ) -> str:
 def container_server(stack: ExitStack) -> str:
     """A server in a container, where a Docker daemon answers."""
     with warnings.catch_warnings():
-        # Docker's client leaves sockets to the garbage collector. What it warns of is not this project's.
+        # Docker's client leaves sockets to the garbage collector; the warnings are not about this project.
         warnings.simplefilter("ignore")
         try:
             return _container_server(stack)
@@ -367,7 +367,7 @@ def provide_postgres(stack: ExitStack) -> str:
     """The URL of a server for this test session: given, from Docker, or started from binaries.
 
     Args:
-        stack: Takes what has to be stopped at the end.
+        stack: Stops the server at the end.
 
     Raises:
         NoPostgresError: All ways failed; the message lists each of them with the reason.
@@ -416,13 +416,13 @@ def execute(url: str, statement: str) -> None:
 def create_database(server_url: str) -> str:
     """Create an empty database, and return its name."""
     name = f"test_{secrets.token_hex(6)}"
-    # From template0: nobody can be connected to it, and nobody has put anything in.
+    # From template0: it takes no connections, and is empty.
     execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0")
     return name
 
 
 def drop_database(server_url: str, name: str) -> None:
-    """Drop a database, and the connections to it that somebody left open."""
+    """Drop a database, and the connections to it that were left open."""
     execute(server_url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 

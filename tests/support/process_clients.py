@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.support.servers import ServerProcess
 
 PATIENCE = 30.0
-"""Seconds after which a test stops waiting for what should have happened long ago."""
+"""Seconds after which a test stops waiting."""
 BOUND = 20.0
 """Seconds within which a request is refused: five for a database that hangs, and much for a slow machine."""
 
@@ -35,11 +35,11 @@ BOUND = 20.0
 async def until(
     condition: Callable[[], bool] | Callable[[], Awaitable[bool]], what: str, *, within: float = PATIENCE
 ) -> None:
-    """Wait until it holds, looking again and again.
+    """Poll a condition until it holds.
 
     Args:
-        condition: What is waited for.
-        what: The same in words, for who reads the failure.
+        condition: The condition, polled.
+        what: The condition in words, for the message of a failure.
         within: Seconds.
     """
     with anyio.move_on_after(within):
@@ -52,12 +52,12 @@ async def until(
 
 
 def pid_of(instance: str) -> int:
-    """The process in an instance's id."""
+    """Return the process id in an instance's id."""
     return int(instance.rsplit(":", 2)[1])
 
 
 async def whoami(client: RawClient) -> dict[str, Any]:
-    """Call the tool, which must succeed, and return what it tells."""
+    """Call the tool `whoami`, which must succeed, and return its result."""
     answer = await client.call_tool("whoami")
     assert answer.status == 200, answer
     told: dict[str, Any] = json.loads(answer.text)
@@ -75,7 +75,7 @@ async def sessions(url: str, number: int) -> AsyncIterator[list[RawClient]]:
 
 
 def assert_unavailable(answer: Answer) -> None:
-    """It was refused for now: with a time to come again, and without a session id."""
+    """Check that a request was refused for now: with a time to come again, and without a session id."""
     assert answer.status == 503, answer
     assert int(answer.headers["retry-after"]) > 0
     assert answer.session_id is None
@@ -88,7 +88,7 @@ async def is_refused(request: Callable[[], Awaitable[Answer]]) -> None:
 
 
 def opens(client: RawClient) -> Callable[[], Awaitable[bool]]:
-    """Whether the server opens a session for this client now; until then it is told to come again."""
+    """Return whether the server opens a session for this client; if not, its answer must be a 503."""
 
     async def opened() -> bool:
         client.session_id = None
@@ -101,7 +101,7 @@ def opens(client: RawClient) -> Callable[[], Awaitable[bool]]:
 
 
 def everything(count: int) -> list[int | str]:
-    """What a call of `talk` says that reports so much progress, as `Talking.said` has it."""
+    """Return all that a call of `talk` with `count` reports says, as in `Talking.said`."""
     return [*range(count), "result"]
 
 
@@ -116,15 +116,15 @@ class Talking:
 
     def __init__(self, client: RawClient, call: str, **arguments: Any) -> None:
         self.said: list[int | str] = []
-        """What the client was told, in order: progress, and "result" or what an error has as its reason."""
+        """All that the client received, in order: progress, and "result" or the reason of an error."""
         self.event_ids: list[str] = []
-        """All that it got."""
+        """All event ids that the client received."""
         self.repeated: list[int] = []
-        """What it was told again, with an event id, after it had been told without one."""
+        """Progress that the client received again, with an event id, after it came without one."""
         self.answer: Message = {}
         """The message that ended the call."""
         self.retry: set[int | None] = set()
-        """What each response had for the time after which to come back."""
+        """Times after which to come back, of all responses."""
         self.name = call
         self._without_id: set[int] = set()
         self._client = client
@@ -237,15 +237,15 @@ class OfficialClient:
         self.methods: list[str] = []
         """The JSON-RPC methods that it sent, in order."""
         self.session_ids: set[str] = set()
-        """The session ids that it sent and was told."""
+        """Session ids that it sent and received."""
         self.statuses: Counter[int] = Counter()
         """The HTTP statuses that it was answered."""
         self.resumed_after: list[str] = []
         """Each `Last-Event-ID` that it sent."""
         self.said: dict[str, list[int | str]] = {}
-        """What it was told by each call of `talk`, in order: progress, and "result"."""
+        """What each call of `talk` said, in order: progress, and "result"."""
         self.announced: list[str] = []
-        """What it was told by calls of `announce`, in order."""
+        """What calls of `announce` said, in order."""
 
     async def talk(self, call: str, **arguments: Any) -> str:
         """Call the tool `talk`, which must succeed; the process that answered."""
@@ -267,7 +267,7 @@ class OfficialClient:
         assert not result.is_error, result
 
     async def whoami(self) -> dict[str, Any]:
-        """Call the tool, which must succeed, and return what it tells."""
+        """Call the tool `whoami`, which must succeed, and return its result."""
         result = await self.client.call_tool("whoami", {})
         assert not result.is_error, result
         assert result.content[0].type == "text"
@@ -305,12 +305,12 @@ async def official_client(url: str) -> AsyncIterator[OfficialClient]:
 
 
 class Load:
-    """Clients that call a tool in a loop, each in its session, and count what they are answered.
+    """Clients that call a tool in a loop, each in its session, and count their answers.
 
     An async context manager: they begin on entry, and have stopped on exit.
 
     Args:
-        clients: Each one is used by nobody else meanwhile.
+        clients: Used by nothing else meanwhile.
     """
 
     def __init__(self, clients: Sequence[RawClient]) -> None:

@@ -1,4 +1,4 @@
-"""A look past the server, at what the database holds of a session."""
+"""Records of sessions in the database, read and changed past the server."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Records:
         self._engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
 
     async def row(self, session_id: str | None) -> sa.RowMapping:
-        """The row of a session, which must be there."""
+        """Return the row of a session, which must exist."""
         assert session_id is not None
         async with self._engine.connect() as connection:
             query = sa.select(_TABLE).where(_TABLE.c.key == session_key(session_id))
             return (await connection.execute(query)).mappings().one()
 
     async def expire(self, session_id: str | None) -> None:
-        """Let a session have expired long ago."""
+        """Make a session have expired long ago."""
         assert session_id is not None
         async with self._engine.connect() as connection:
             past = datetime(2020, 1, 1, tzinfo=UTC)
@@ -48,18 +48,18 @@ class Records:
             assert (await connection.execute(update)).rowcount == 1
 
     async def count(self) -> int:
-        """How many sessions there are, live or not."""
+        """Return the number of sessions, live or not."""
         return int(await self._scalar(sa.select(sa.func.count()).select_from(_TABLE)))
 
     async def events(self, session_id: str | None) -> int:
-        """How many events of a session are stored."""
+        """Return the number of stored events of a session."""
         assert session_id is not None
         of_session = _EVENTS.c.key == session_key(session_id)
         return int(await self._scalar(sa.select(sa.func.count()).select_from(_EVENTS).where(of_session)))
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
-        """While open, nobody can store events."""
+        """Lock the database, so that no process can store events until the context ends."""
         async with self._engine.connect() as connection:
             if connection.dialect.name == "sqlite":
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -72,7 +72,7 @@ class Records:
                 await connection.exec_driver_sql("ROLLBACK")
 
     async def connections(self) -> int:
-        """Connections to this Postgres database, without the one that asks."""
+        """Return the number of connections to this Postgres database, without its own."""
         return int(
             await self._scalar(
                 sa.text(

@@ -1,4 +1,4 @@
-"""Rows of sessions and events as no store would make them: of any age, expired or ended at any time."""
+"""Rows of sessions and events of any age, expired or ended at any time, as no store would write them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def session_row(
         opened: How long ago.
         expires: How soon; negative for an expiry that has passed; `None` for never.
         ended: How long ago, if it has.
-        principal: Whose it is.
+        principal: Owner of the session.
         **changes: Values of other columns.
     """
     now = datetime.now(UTC)
@@ -74,7 +74,7 @@ def log_rows(
     Args:
         ages: How long ago each was stored, the oldest first.
         key: The session.
-        namespace: Whose session.
+        namespace: Namespace of the session.
         trimmed: How many events there were before, each with a message of ten bytes.
         message: That of each event.
         **changes: Values of other columns of each event.
@@ -180,5 +180,5 @@ async def insert_rows(
 
 
 def cursor_of(text: str) -> str:
-    """A cursor with this in it, as no list gives one."""
+    """Return a cursor with this text, as no list returns one."""
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")

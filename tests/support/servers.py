@@ -29,7 +29,7 @@ started: list[ServerProcess] = []
 
 
 class _Process(Protocol):
-    """What `subprocess.Popen` and `ForkedProcess` have in common."""
+    """Common interface of `subprocess.Popen` and `ForkedProcess`."""
 
     pid: int
 
@@ -63,7 +63,7 @@ class ServerProcess:
         self.port = free_port() if port is None else port
         self._command = [part.replace("{port}", str(self.port)) for part in command]
         self._log = log
-        # What somebody has set in the shell for a database of his own must not reach the tests.
+        # Settings in the shell for a real database must not reach the tests.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("MCP_SESSION_STORE_")}
         self._environment = {**inherited, "PYTHONUNBUFFERED": "1", **(environment or {})}
         self._process: _Process | None = None
@@ -105,7 +105,7 @@ class ServerProcess:
         return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
 
     def log(self) -> str:
-        """What it has printed so far, over all restarts."""
+        """Return the output so far, over all restarts."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def start(self) -> None:
@@ -236,7 +236,7 @@ def uvicorn_server(
 
 
 class ServeFunction(Protocol):
-    """What the `serve` fixture gives."""
+    """Type of the fixture `serve`."""
 
     def __call__(
         self,

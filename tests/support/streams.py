@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from tests.support.talking import Call
 
 OLD = "2025-06-18"
-"""A protocol version whose clients know no priming events."""
+"""Protocol version whose clients know no priming events."""
 
 
 async def old_client(one: Instance) -> Client:
-    """A client of the older version, after its handshake."""
+    """Return a client of the older version, after its handshake."""
     client = one.client(headers={"mcp-protocol-version": OLD})
     await client.handshake({**INITIALIZE_PARAMS, "protocolVersion": OLD})
     return client
 
 
 async def opened(client: Client, last_event_id: str | None = None) -> Exchange:
-    """A stream that is open: a fresh one has its first event."""
+    """Open a stream; return it when it is open, a fresh one with its first event."""
     stream = client.open_stream(last_event_id)
     await stream.start()
     assert stream.status == 200, stream.body
@@ -37,26 +37,26 @@ async def opened(client: Client, last_event_id: str | None = None) -> Exchange:
 
 
 async def one_more_turn() -> None:
-    """Let everything happen that can."""
+    """Let every task run that can."""
     for _ in range(50):
         await anyio.sleep(0)
 
 
 async def away(talking: Talking, client: Client) -> tuple[Call, str]:
-    """A call whose client has lost its connection, and the id that it has."""
+    """Begin a call and break its connection; return the call and the last event id that the client has."""
     call, exchange = await talking.call(client)
     await until(lambda: exchange.last_event_id is not None)
     return call, str(await exchange.leave())
 
 
 def without_ids(exchange: Exchange, *texts: str) -> bool:
-    """Whether this was told last, and not an id with it, not even an empty one, which would reset the client's."""
+    """Return whether the last events have these texts and no id, not even an empty one, which resets the client's."""
     last = exchange.events[-len(texts) :]
     return told([event.message for event in last]) == list(texts) and {event.id for event in last} == {None}
 
 
 async def all_stored(one: Instance) -> None:
-    """Wait until nothing is kept any more."""
+    """Wait until the backlog is stored."""
     assert one.manager._recorder is not None
     recorder = one.manager._recorder
     await until(lambda: not recorder._kept and not recorder.down)

@@ -1,4 +1,4 @@
-"""A server that says on its streams what a test tells it to say, when it tells it."""
+"""A server whose calls say on their streams what the test makes them say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """A call of the tool `talk` that runs."""
+    """A running call of the tool `talk`."""
 
     def __init__(self, ctx: RequestContext) -> None:
         self.ctx = ctx
@@ -38,12 +38,12 @@ class Call:
             await self.ctx.session.send_notification(_notification(text))
 
     async def close(self) -> None:
-        """Have the client come back for the call's stream."""
+        """Close the call's stream, so that the client comes back for it."""
         assert self.ctx.close_sse_stream is not None
         await self.ctx.close_sse_stream()
 
     async def close_standalone(self) -> None:
-        """Have the client come back for the standalone stream."""
+        """Close the standalone stream, so that the client comes back for it."""
         assert self.ctx.close_standalone_sse_stream is not None
         await self.ctx.close_standalone_sse_stream()
 
@@ -53,7 +53,7 @@ class Call:
         self._answered.set()
 
     async def run(self) -> str:
-        """What the tool does."""
+        """Run the tool: wait for the answer."""
         try:
             await self._answered.wait()
         except BaseException:
@@ -63,13 +63,13 @@ class Call:
 
 
 class Talking:
-    """A server whose tool `talk` says what the test tells it; one for each instance."""
+    """A server with the tool `talk`, whose calls the test controls; one for each instance."""
 
     def __init__(self) -> None:
         self.notes = Notes()
         self.notes.tools["talk"] = self._talk
         self.calls: list[Call] = []
-        """All calls that were ever begun."""
+        """All calls that have ever begun."""
         self._taken = 0
 
     async def _talk(self, ctx: RequestContext) -> str:
@@ -78,13 +78,13 @@ class Talking:
         return await call.run()
 
     async def begun(self) -> Call:
-        """The next call that has begun."""
+        """Wait for the next call to begin."""
         await until(lambda: len(self.calls) > self._taken)
         self._taken += 1
         return self.calls[self._taken - 1]
 
     async def call(self, client: Client, *, request_id: str | int | None = None) -> tuple[Call, Exchange]:
-        """Have a client call the tool: the call that runs, and the client's end of it."""
+        """Have a client call the tool; return the running call, and the client's end of it."""
         exchange = client.open_call("talk", request_id=request_id)
         with anyio.fail_after(PATIENCE):
             return await self.begun(), exchange
@@ -95,7 +95,7 @@ def _notification(text: str) -> types.ServerNotification:
 
 
 def told(messages: Sequence[Message]) -> list[Any]:
-    """What messages say, for short: the text of a notification, that of a result, the reason of an error."""
+    """Return the text of each message: of a notification, of a result, the reason of an error."""
     return [_told(message) for message in messages]
 
 
@@ -108,7 +108,7 @@ def _told(message: Message) -> Any:
 
 
 async def hears(exchange: Exchange, *texts: str) -> None:
-    """Wait until a stream has told all of this, and nothing else."""
+    """Wait until a stream has these texts, and check that it has no others."""
     await exchange.start()
     with anyio.move_on_after(PATIENCE):
         while len(exchange.messages) < len(texts):

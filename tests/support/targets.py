@@ -1,4 +1,4 @@
-"""What the command line is told to serve: servers as people have them, and things that are none."""
+"""Targets of the command `serve`: servers as people have them, and objects that are not servers."""
 
 from __future__ import annotations
 

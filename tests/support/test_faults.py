@@ -1,4 +1,4 @@
-"""The faulty network does what its methods say."""
+"""The faulty network fails as its methods say."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 
 class _Echo:
-    """A server that answers each line with `ok <line>`, and remembers what it got."""
+    """A server that answers each line with `ok <line>`, and remembers the lines."""
 
     def __init__(self) -> None:
         self.lines: list[bytes] = []

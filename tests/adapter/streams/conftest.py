@@ -25,7 +25,7 @@ def talking() -> Talking:
 
 @pytest.fixture
 async def one(store: FaultyStore, log: FaultyLog, talking: Talking) -> AsyncIterator[Instance]:
-    """An instance whose tool `talk` says what the test tells it to say."""
+    """An instance with an event log and the tool `talk`, whose calls the test controls."""
     async with instance(store, talking.notes, events=log) as one:
         yield one
 
