@@ -1,81 +1,34 @@
-"""The contract in memory: for tests, and as its reference reading. Nothing here survives the process."""
+"""The contract of session stores, in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
 import anyio
 
-from mcp_session_store.errors import EventTooLarge, InvalidValue, JournalFull, SessionConflict, SessionLimitReached
-from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
+from mcp_session_store.errors import JournalFull, SessionConflict, SessionLimitReached
+from mcp_session_store.memory.data import Data, OnHint, Row, current_time
 from mcp_session_store.records import (
-    MAX_POSITION,
     Change,
     Changes,
     EndReason,
-    EventPage,
     JournalEntry,
     SessionRecord,
-    StoredEvent,
     check_session,
     check_texts,
-    checked_size,
-    instance_name,
-    message_bytes,
 )
-from mcp_session_store.retention import MIN_TOMBSTONE, EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
+from mcp_session_store.retention import MIN_TOMBSTONE, RetentionPolicy, SweepReport
 from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SWEEP_LIMIT, SessionStore, checked_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from uuid import UUID
 
-    from mcp_session_store.records import Activity, NewEvent, NewSession
+    from mcp_session_store.records import Activity, NewSession
 
-__all__ = ["MemoryEventLog", "MemorySessionStore"]
-
-
-_OnHint: TypeAlias = Callable[[Collection["UUID"] | None], None]
-
-
-@dataclass(slots=True)
-class _Row:
-    record: SessionRecord
-    ended: EndReason | None = None
-    ended_at: datetime | None = None
-    changed_at: datetime | None = None
-    journal: dict[tuple[str, str], JournalEntry] = field(default_factory=dict)
-
-    def live_at(self, moment: datetime) -> bool:
-        return self.ended is None and not self.expired_at(moment)
-
-    def expired_at(self, moment: datetime) -> bool:
-        expires_at = self.record.expires_at
-        return expires_at is not None and expires_at <= moment
-
-
-@dataclass(slots=True)
-class _Log:
-    """The events of one session: those that are kept have consecutive sequences, of which `last` is the highest."""
-
-    events: list[tuple[str, StoredEvent, datetime]] = field(default_factory=list)
-    last: int = 0
-
-    @property
-    def first(self) -> int:
-        return self.last - len(self.events) + 1
-
-
-@dataclass(slots=True)
-class _Data:
-    rows: dict[UUID, _Row] = field(default_factory=dict)
-    listeners: list[_OnHint] = field(default_factory=list)
-    logs: dict[UUID, _Log] = field(default_factory=dict)
-    log_listeners: list[_OnHint] = field(default_factory=list)
-    beats: dict[str, datetime] = field(default_factory=dict)
+__all__ = ["MemorySessionStore"]
 
 
 class MemorySessionStore(SessionStore):
@@ -98,37 +51,34 @@ class MemorySessionStore(SessionStore):
     ) -> None:
         super().__init__(retention=retention)
         self._namespace = checked_namespace(namespace)
-        self._data: _Data = _Data() if shared_with is None else shared_with._data
+        self._data = Data() if shared_with is None else shared_with.data
 
     @property
     def namespace(self) -> str:
         return self._namespace
 
-    def _now(self) -> datetime:
-        return datetime.now(UTC)
+    @property
+    def data(self) -> Data:
+        """The sessions of all stores that share them, and their events."""
+        return self._data
 
-    def _row(self, key: UUID) -> _Row | None:
-        row = self._data.rows.get(key)
-        return row if row is not None and row.record.namespace == self._namespace else None
+    def _live(self, key: UUID) -> Row | None:
+        return self._data.live(key, namespace=self._namespace)
 
-    def _live(self, key: UUID) -> _Row | None:
-        row = self._row(key)
-        return row if row is not None and row.live_at(self._now()) else None
-
-    def _mine(self) -> Iterator[_Row]:
+    def _mine(self) -> Iterator[Row]:
         return (row for row in self._data.rows.values() if row.record.namespace == self._namespace)
 
     def _expiry(self, record: SessionRecord, last_seen_at: datetime) -> datetime | None:
         return self.retention.expiry(created_at=record.created_at, last_seen_at=last_seen_at)
 
-    def _changed(self, row: _Row) -> None:
-        row.changed_at = self._now()
+    def _changed(self, row: Row) -> None:
+        row.changed_at = current_time()
         for on_hint in list(self._data.listeners):
             on_hint([row.record.key])
 
     async def create(self, session: NewSession) -> SessionRecord:
         check_session(session)
-        now = self._now()
+        now = current_time()
         if (row := self._data.rows.get(session.key)) is not None:
             stored = row.record
             same = (
@@ -157,12 +107,12 @@ class MemorySessionStore(SessionStore):
             restores=0,
             revision=0,
         )
-        self._data.rows[session.key] = _Row(record)
+        self._data.rows[session.key] = Row(record)
         return record
 
     def _make_room(self, session: NewSession) -> None:
         """See that the policy allows one more session."""
-        policy, now = self.retention, self._now()
+        policy, now = self.retention, current_time()
         if (policy.anonymous if session.principal is None else policy.per_principal) is None:
             return
         rows = [row for row in self._mine() if row.record.principal == session.principal]
@@ -198,7 +148,7 @@ class MemorySessionStore(SessionStore):
         row = self._live(key)
         if row is None:
             return None
-        now = self._now()
+        now = current_time()
         repeated = row.record.instance_hint == instance and row.record.restores > restores
         row.record = replace(
             row.record,
@@ -258,7 +208,7 @@ class MemorySessionStore(SessionStore):
         return [] if row is None else list(row.journal.values())
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
-        now = self._now()
+        now = current_time()
         not_live: set[UUID] = set()
         # Of several for one session, all together count: the oldest first age and the youngest last age.
         ages: dict[UUID, tuple[float, float]] = {}
@@ -266,7 +216,7 @@ class MemorySessionStore(SessionStore):
             first, last = ages.get(activity.key, (activity.first_age, activity.last_age))
             ages[activity.key] = max(first, activity.first_age), min(last, activity.last_age)
         for key, (first, last) in ages.items():
-            row = self._row(key)
+            row = self._data.row(key, namespace=self._namespace)
             if row is not None and row.live_at(now - timedelta(seconds=first)):
                 seen = max(row.record.last_seen_at, now - timedelta(seconds=last))
                 row.record = replace(row.record, last_seen_at=seen, expires_at=self._expiry(row.record, seen))
@@ -282,9 +232,9 @@ class MemorySessionStore(SessionStore):
         self._changed(row)
         return True
 
-    def _end(self, row: _Row, reason: EndReason) -> None:
+    def _end(self, row: Row, reason: EndReason) -> None:
         row.ended = reason
-        row.ended_at = self._now()
+        row.ended_at = current_time()
         row.record = replace(row.record, initialize_params="")
         row.journal.clear()
         self._data.logs.pop(row.record.key, None)
@@ -295,9 +245,9 @@ class MemorySessionStore(SessionStore):
             for row in self._mine()
             if since is not None and row.changed_at is not None and row.changed_at >= since
         ]
-        return Changes(changes, until=self._now())
+        return Changes(changes, until=current_time())
 
-    async def listen(self, on_hint: _OnHint) -> None:
+    async def listen(self, on_hint: OnHint) -> None:
         self._data.listeners.append(on_hint)
         try:
             await anyio.sleep_forever()
@@ -305,7 +255,7 @@ class MemorySessionStore(SessionStore):
             self._data.listeners.remove(on_hint)
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
-        now, policy = self._now(), self.retention
+        now, policy = current_time(), self.retention
         for row in self._mine():
             if row.ended is None and row.record.expires_at is None:
                 row.record = replace(row.record, expires_at=self._expiry(row.record, now))
@@ -319,107 +269,3 @@ class MemorySessionStore(SessionStore):
         return SweepReport(
             expired=len(expired[:limit]), purged=len(old[:limit]), more=len(expired) > limit or len(old) > limit
         )
-
-
-class MemoryEventLog(EventLog):
-    """The events of the sessions of a `MemorySessionStore`, in a dictionary.
-
-    Args:
-        store: Whose sessions.
-        policy: See `EventLog`.
-    """
-
-    def __init__(self, store: MemorySessionStore, *, policy: EventPolicy | None = None) -> None:
-        super().__init__(policy=policy)
-        self._store = store
-        self._data = store._data
-
-    @property
-    def namespace(self) -> str:
-        return self._store.namespace
-
-    def _log(self, key: UUID) -> _Log | None:
-        return self._data.logs.get(key) if self._store._row(key) is not None else None
-
-    async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
-        if max(max(event.position, event.previous) for event in events) > MAX_POSITION:
-            raise InvalidValue(f"position is above {MAX_POSITION}, and cannot be stored")
-        if sum(map(checked_size, events)) > self.policy.max_bytes_per_session:
-            raise EventTooLarge(
-                f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
-            )
-        if self._store._live(key) is None:
-            return None
-        log = self._data.logs.setdefault(key, _Log())
-        if again:
-            for stream, stored, _ in log.events:
-                if (stream, stored.position) == (events[0].stream, events[0].position):
-                    return stored.sequence
-        first, now = log.last + 1, self._store._now()
-        for sequence, event in enumerate(events, first):
-            stored = StoredEvent(
-                sequence=sequence,
-                position=event.position,
-                previous=event.previous,
-                kind=event.kind,
-                message=event.message,
-            )
-            log.events.append((event.stream, stored, now))
-        log.last += len(events)
-        self._make_room(log)
-        for on_hint in list(self._data.log_listeners):
-            on_hint([key])
-        return first
-
-    def _make_room(self, log: _Log) -> None:
-        policy = self.policy
-        sizes = [message_bytes(event) for _, event, _ in log.events]
-        if len(sizes) > policy.max_events_per_session or sum(sizes) > policy.max_bytes_per_session:
-            while len(sizes) > 0.9 * policy.max_events_per_session or sum(sizes) > 0.9 * policy.max_bytes_per_session:
-                if len(sizes) == 1:
-                    break
-                del log.events[0], sizes[0]
-
-    async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
-        check_texts(stream=stream)
-        if (log := self._log(key)) is None:
-            return None
-        events = [event for name, event, _ in log.events if name == stream and event.sequence > after]
-        return EventPage(events=events[:limit], more=len(events) > limit, first=log.first, last=log.last)
-
-    async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
-        return {key: log.last for key in keys if (log := self._log(key)) is not None}
-
-    async def listen(self, on_hint: _OnHint) -> None:
-        self._data.log_listeners.append(on_hint)
-        try:
-            await anyio.sleep_forever()
-        finally:
-            self._data.log_listeners.remove(on_hint)
-
-    async def beat(self, instance: str) -> None:
-        check_texts(instance=instance)
-        self._data.beats[instance_name(instance)] = self._store._now()
-
-    async def retire(self, instance: str) -> None:
-        check_texts(instance=instance)
-        self._data.beats.pop(instance_name(instance), None)
-
-    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
-        for name in names:
-            check_texts(instance=name)
-        now = self._store._now()
-        return {name: now - beat for name in names if (beat := self._data.beats.get(name)) is not None}
-
-    async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
-        if self.policy.max_age is None:
-            return EventSweepReport()
-        too_old, removed = self._store._now() - self.policy.max_age, 0
-        for key in list(self._data.logs):
-            log = self._log(key)
-            while log is not None and log.events and log.events[0][2] <= too_old:
-                if removed == limit:
-                    return EventSweepReport(removed=removed, more=True)
-                del log.events[0]
-                removed += 1
-        return EventSweepReport(removed=removed)

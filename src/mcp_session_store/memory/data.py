@@ -1,0 +1,76 @@
+"""The data of stores in memory, which several stores may share as they would a database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from mcp_session_store.records import EndReason, JournalEntry, SessionRecord, StoredEvent
+
+
+OnHint: TypeAlias = Callable[[Collection["UUID"] | None], None]
+
+
+@dataclass(slots=True)
+class Row:
+    """A session, live or not, with its journal in the order in which the entries were last set."""
+
+    record: SessionRecord
+    ended: EndReason | None = None
+    ended_at: datetime | None = None
+    changed_at: datetime | None = None
+    journal: dict[tuple[str, str], JournalEntry] = field(default_factory=dict)
+
+    def live_at(self, moment: datetime) -> bool:
+        return self.ended is None and not self.expired_at(moment)
+
+    def expired_at(self, moment: datetime) -> bool:
+        expires_at = self.record.expires_at
+        return expires_at is not None and expires_at <= moment
+
+
+@dataclass(slots=True)
+class Log:
+    """The events of one session: those that are kept have consecutive sequences, of which `last` is the highest."""
+
+    events: list[tuple[str, StoredEvent, datetime]] = field(default_factory=list)
+    last: int = 0
+
+    @property
+    def first(self) -> int:
+        return self.last - len(self.events) + 1
+
+
+@dataclass(slots=True)
+class Data:
+    """All that stores which share their sessions hold, of every namespace."""
+
+    rows: dict[UUID, Row] = field(default_factory=dict)
+    listeners: list[OnHint] = field(default_factory=list)
+    logs: dict[UUID, Log] = field(default_factory=dict)
+    log_listeners: list[OnHint] = field(default_factory=list)
+    beats: dict[str, datetime] = field(default_factory=dict)
+
+    def row(self, key: UUID, *, namespace: str) -> Row | None:
+        """Return a session of a namespace, live or not."""
+        row = self.rows.get(key)
+        return row if row is not None and row.record.namespace == namespace else None
+
+    def live(self, key: UUID, *, namespace: str) -> Row | None:
+        """Return a live session of a namespace."""
+        row = self.row(key, namespace=namespace)
+        return row if row is not None and row.live_at(current_time()) else None
+
+    def log(self, key: UUID, *, namespace: str) -> Log | None:
+        """Return the events of a session of a namespace, if there are any."""
+        return self.logs.get(key) if self.row(key, namespace=namespace) is not None else None
+
+
+def current_time() -> datetime:
+    """Return the time by the one clock of all stores in memory."""
+    return datetime.now(UTC)

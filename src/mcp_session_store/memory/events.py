@@ -1,0 +1,140 @@
+"""The contract of event logs, in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+
+from mcp_session_store.errors import EventTooLarge, InvalidValue
+from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
+from mcp_session_store.memory.data import Data, Log, OnHint, current_time
+from mcp_session_store.records import (
+    MAX_POSITION,
+    EventPage,
+    StoredEvent,
+    check_texts,
+    checked_size,
+    instance_name,
+    message_bytes,
+)
+from mcp_session_store.retention import EventPolicy, EventSweepReport
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from datetime import timedelta
+    from uuid import UUID
+
+    from mcp_session_store.memory.sessions import MemorySessionStore
+    from mcp_session_store.records import NewEvent
+
+__all__ = ["MemoryEventLog"]
+
+
+class MemoryEventLog(EventLog):
+    """The events of the sessions of a `MemorySessionStore`, in a dictionary.
+
+    Args:
+        store: Whose sessions.
+        policy: See `EventLog`.
+    """
+
+    def __init__(self, store: MemorySessionStore, *, policy: EventPolicy | None = None) -> None:
+        super().__init__(policy=policy)
+        self._store = store
+        self._data = store.data
+
+    @property
+    def namespace(self) -> str:
+        return self._store.namespace
+
+    @property
+    def data(self) -> Data:
+        """The events of all logs that share them, and their sessions."""
+        return self._data
+
+    def _log(self, key: UUID) -> Log | None:
+        return self._data.log(key, namespace=self.namespace)
+
+    async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
+        if max(max(event.position, event.previous) for event in events) > MAX_POSITION:
+            raise InvalidValue(f"position is above {MAX_POSITION}, and cannot be stored")
+        if sum(map(checked_size, events)) > self.policy.max_bytes_per_session:
+            raise EventTooLarge(
+                f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
+            )
+        if self._data.live(key, namespace=self.namespace) is None:
+            return None
+        log = self._data.logs.setdefault(key, Log())
+        if again:
+            for stream, stored, _ in log.events:
+                if (stream, stored.position) == (events[0].stream, events[0].position):
+                    return stored.sequence
+        first, now = log.last + 1, current_time()
+        for sequence, event in enumerate(events, first):
+            stored = StoredEvent(
+                sequence=sequence,
+                position=event.position,
+                previous=event.previous,
+                kind=event.kind,
+                message=event.message,
+            )
+            log.events.append((event.stream, stored, now))
+        log.last += len(events)
+        self._make_room(log)
+        for on_hint in list(self._data.log_listeners):
+            on_hint([key])
+        return first
+
+    def _make_room(self, log: Log) -> None:
+        policy = self.policy
+        sizes = [message_bytes(event) for _, event, _ in log.events]
+        if len(sizes) > policy.max_events_per_session or sum(sizes) > policy.max_bytes_per_session:
+            while len(sizes) > 0.9 * policy.max_events_per_session or sum(sizes) > 0.9 * policy.max_bytes_per_session:
+                if len(sizes) == 1:
+                    break
+                del log.events[0], sizes[0]
+
+    async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
+        check_texts(stream=stream)
+        if (log := self._log(key)) is None:
+            return None
+        events = [event for name, event, _ in log.events if name == stream and event.sequence > after]
+        return EventPage(events=events[:limit], more=len(events) > limit, first=log.first, last=log.last)
+
+    async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        return {key: log.last for key in keys if (log := self._log(key)) is not None}
+
+    async def listen(self, on_hint: OnHint) -> None:
+        self._data.log_listeners.append(on_hint)
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self._data.log_listeners.remove(on_hint)
+
+    async def beat(self, instance: str) -> None:
+        check_texts(instance=instance)
+        self._data.beats[instance_name(instance)] = current_time()
+
+    async def retire(self, instance: str) -> None:
+        check_texts(instance=instance)
+        self._data.beats.pop(instance_name(instance), None)
+
+    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+        for name in names:
+            check_texts(instance=name)
+        now = current_time()
+        return {name: now - beat for name in names if (beat := self._data.beats.get(name)) is not None}
+
+    async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
+        if self.policy.max_age is None:
+            return EventSweepReport()
+        too_old, removed = current_time() - self.policy.max_age, 0
+        for key in list(self._data.logs):
+            log = self._log(key)
+            while log is not None and log.events and log.events[0][2] <= too_old:
+                if removed == limit:
+                    return EventSweepReport(removed=removed, more=True)
+                del log.events[0]
+                removed += 1
+        return EventSweepReport(removed=removed)
