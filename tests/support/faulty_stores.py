@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -24,6 +23,7 @@ from tests.support.internals import logs_of, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
+    from datetime import datetime, timedelta
     from uuid import UUID
 
     from mcp_session_store import EndReason, EventPolicy, RetentionPolicy, SessionRecord
@@ -64,10 +64,14 @@ LOG_BACKGROUND = ("open", "heads", "follow", "listen", "beat", "retire", "last_b
 class Sessions(MemorySessionStore):
     """Sessions in memory, with a clock that can be put forward."""
 
-    ahead = timedelta(0)
+    @property
+    def ahead(self) -> timedelta:
+        """How far the clock has been put forward."""
+        return self.data.ahead
 
-    def _now(self) -> datetime:
-        return datetime.now(UTC) + self.ahead
+    @ahead.setter
+    def ahead(self, ahead: timedelta) -> None:
+        self.data.ahead = ahead
 
 
 class Held:

@@ -8,7 +8,7 @@ import anyio
 
 from mcp_session_store.errors import EventTooLarge, InvalidValue
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
-from mcp_session_store.memory.data import Data, Log, OnHint, current_time
+from mcp_session_store.memory.data import Data, Log, OnHint
 from mcp_session_store.records import (
     MAX_POSITION,
     EventPage,
@@ -70,7 +70,7 @@ class MemoryEventLog(EventLog):
             for stream, stored, _ in log.events:
                 if (stream, stored.position) == (events[0].stream, events[0].position):
                     return stored.sequence
-        first, now = log.last + 1, current_time()
+        first, now = log.last + 1, self._data.now()
         for sequence, event in enumerate(events, first):
             stored = StoredEvent(
                 sequence=sequence,
@@ -114,7 +114,7 @@ class MemoryEventLog(EventLog):
 
     async def beat(self, instance: str) -> None:
         check_texts(instance=instance)
-        self._data.beats[instance_name(instance)] = current_time()
+        self._data.beats[instance_name(instance)] = self._data.now()
 
     async def retire(self, instance: str) -> None:
         check_texts(instance=instance)
@@ -123,13 +123,13 @@ class MemoryEventLog(EventLog):
     async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
         for name in names:
             check_texts(instance=name)
-        now = current_time()
+        now = self._data.now()
         return {name: now - beat for name in names if (beat := self._data.beats.get(name)) is not None}
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         if self.policy.max_age is None:
             return EventSweepReport()
-        too_old, removed = current_time() - self.policy.max_age, 0
+        too_old, removed = self._data.now() - self.policy.max_age, 0
         for key in list(self._data.logs):
             log = self._log(key)
             while log is not None and log.events and log.events[0][2] <= too_old:

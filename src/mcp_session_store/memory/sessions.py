@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from mcp_session_store.errors import JournalFull, SessionConflict, SessionLimitReached
-from mcp_session_store.memory.data import Data, OnHint, Row, current_time
+from mcp_session_store.memory.data import Data, OnHint, Row
 from mcp_session_store.records import (
     Change,
     Changes,
@@ -72,13 +72,13 @@ class MemorySessionStore(SessionStore):
         return self.retention.expiry(created_at=record.created_at, last_seen_at=last_seen_at)
 
     def _changed(self, row: Row) -> None:
-        row.changed_at = current_time()
+        row.changed_at = self._data.now()
         for on_hint in list(self._data.listeners):
             on_hint([row.record.key])
 
     async def create(self, session: NewSession) -> SessionRecord:
         check_session(session)
-        now = current_time()
+        now = self._data.now()
         if (row := self._data.rows.get(session.key)) is not None:
             stored = row.record
             same = (
@@ -112,7 +112,7 @@ class MemorySessionStore(SessionStore):
 
     def _make_room(self, session: NewSession) -> None:
         """See that the policy allows one more session."""
-        policy, now = self.retention, current_time()
+        policy, now = self.retention, self._data.now()
         if (policy.anonymous if session.principal is None else policy.per_principal) is None:
             return
         rows = [row for row in self._mine() if row.record.principal == session.principal]
@@ -148,7 +148,7 @@ class MemorySessionStore(SessionStore):
         row = self._live(key)
         if row is None:
             return None
-        now = current_time()
+        now = self._data.now()
         repeated = row.record.instance_hint == instance and row.record.restores > restores
         row.record = replace(
             row.record,
@@ -208,7 +208,7 @@ class MemorySessionStore(SessionStore):
         return [] if row is None else list(row.journal.values())
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
-        now = current_time()
+        now = self._data.now()
         not_live: set[UUID] = set()
         # Of several for one session, all together count: the oldest first age and the youngest last age.
         ages: dict[UUID, tuple[float, float]] = {}
@@ -234,7 +234,7 @@ class MemorySessionStore(SessionStore):
 
     def _end(self, row: Row, reason: EndReason) -> None:
         row.ended = reason
-        row.ended_at = current_time()
+        row.ended_at = self._data.now()
         row.record = replace(row.record, initialize_params="")
         row.journal.clear()
         self._data.logs.pop(row.record.key, None)
@@ -245,7 +245,7 @@ class MemorySessionStore(SessionStore):
             for row in self._mine()
             if since is not None and row.changed_at is not None and row.changed_at >= since
         ]
-        return Changes(changes, until=current_time())
+        return Changes(changes, until=self._data.now())
 
     async def listen(self, on_hint: OnHint) -> None:
         self._data.listeners.append(on_hint)
@@ -255,7 +255,7 @@ class MemorySessionStore(SessionStore):
             self._data.listeners.remove(on_hint)
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
-        now, policy = current_time(), self.retention
+        now, policy = self._data.now(), self.retention
         for row in self._mine():
             if row.ended is None and row.record.expires_at is None:
                 row.record = replace(row.record, expires_at=self._expiry(row.record, now))
