@@ -9,26 +9,26 @@ if TYPE_CHECKING:
 
     from mcp_session_store import MemoryEventLog, MemorySessionStore
     from mcp_session_store.adapter.streams.event_ids import EventIds
-    from mcp_session_store.memory import _Log, _Row
+    from mcp_session_store.memory.data import Log, Row
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
     from mcp_session_store.sql.database import Database
 
 # Of stores in memory
 
 
-def rows_of(store: MemorySessionStore) -> dict[UUID, _Row]:
+def rows_of(store: MemorySessionStore) -> dict[UUID, Row]:
     """The sessions that a store in memory holds, by their keys."""
-    return store._data.rows
+    return store.data.rows
 
 
 def is_listened_to(store: MemorySessionStore) -> bool:
     """Whether an instance listens for the changes of a store in memory."""
-    return store._data.listeners != []
+    return store.data.listeners != []
 
 
-def logs_of(log: MemoryEventLog) -> dict[UUID, _Log]:
+def logs_of(log: MemoryEventLog) -> dict[UUID, Log]:
     """The events that a log in memory holds, by the keys of their sessions."""
-    return log._data.logs
+    return log.data.logs
 
 
 # Of stores in a database
