@@ -62,7 +62,8 @@ from benchmarks.sessions import open_session
 from benchmarks.sweeping import percentile
 from mcp_session_store import durable_app, session_key
 from mcp_session_store.adapter.streams.event_store import SessionEvents
-from mcp_session_store.adapter.streams.followers import Following
+from mcp_session_store.adapter.streams.followers import Followers
+from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
@@ -372,7 +373,8 @@ async def open_ours(
 
     await stack.enter_async_context(store)
     log = await stack.enter_async_context(SqlEventLog(store, policy=KEEP_ALL))
-    recorder = EventRecorder(log, Following(log, gone_after=timedelta(minutes=1)), instance="benchmark")
+    instances = Instances(log, instance="benchmark", dead_after=timedelta(minutes=1))
+    recorder = EventRecorder(log, Followers(log, instances), instances)
     await recorder.recover()
 
     async def open_stream() -> Stream:

@@ -134,7 +134,7 @@ async def test_logs_hold_neither_session_ids_nor_payload(
 async def test_logs_of_events_hold_neither_session_ids_nor_event_ids_nor_payload(
     store: FaultyStore, log: FaultyLog, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcp_session_store.adapter.streams.resumption.RETRY", 0.01)
+    monkeypatch.setattr("mcp_session_store.adapter.streams.reader.RETRY", 0.01)
     caplog.set_level(logging.DEBUG, logger="mcp_session_store")
     secrets = [PAYLOAD]
     talking = Talking()

@@ -59,4 +59,4 @@ async def all_stored(one: Instance) -> None:
     """Wait until the backlog is stored."""
     assert one.manager._recorder is not None
     recorder = one.manager._recorder
-    await until(lambda: not recorder._kept and not recorder.down)
+    await until(lambda: recorder.settled)

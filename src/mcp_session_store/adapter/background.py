@@ -13,6 +13,7 @@ from mcp_session_store.errors import SessionStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from uuid import UUID
 
 __all__ = ["Wake", "report_failure", "run_again", "run_every"]
 
@@ -84,15 +85,23 @@ async def run_again(task: str, work: Callable[[], Awaitable[None]]) -> None:
         await anyio.sleep(_backoff(failures))
 
 
-def report_failure(task: str, error: Exception, *, log: bool = True) -> None:
-    """Count, and log, that something beside the requests failed."""
+def report_failure(task: str, error: Exception, *, key: UUID | None = None, log: bool = True) -> None:
+    """Count, and log, that something beside the requests failed.
+
+    Args:
+        task: Name of the task, in the log and in the metric.
+        error: Reason of the failure.
+        key: Key of the session that the failure is about, if it is about one.
+        log: Whether to log it.
+    """
     telemetry.background_failures.add(1, {"task": task})
     if not log:
         return
+    name = task if key is None else f"{task} of session {key}"
     if isinstance(error, SessionStoreError):
-        logger.warning("the background task %s failed, and tries again: %s", task, error)
+        logger.warning("the background task %s failed, and tries again: %s", name, error)
     else:
-        logger.error("the background task %s failed, and tries again", task, exc_info=error)
+        logger.error("the background task %s failed, and tries again", name, exc_info=error)
 
 
 async def _failures_after(failures: int, task: str, work: Callable[[], Awaitable[None]]) -> int:

@@ -48,7 +48,8 @@ from mcp_session_store.adapter.sessions.registry import Residents
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
 from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.event_store import SessionEvents
-from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Following
+from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Followers
+from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
 from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream, stream_refusal
 from mcp_session_store.errors import (
@@ -295,8 +296,9 @@ class DurableSessionManager(sdk.ManagerSeams):
             if self._close_event_log and self.event_log is not None:
                 stack.push_async_callback(_close, self.event_log)
             if self.event_log is not None:
-                following = Following(self.event_log, gone_after=timedelta(seconds=self._instance_timeout))
-                self._recorder = EventRecorder(self.event_log, following, instance=self.instance)
+                dead_after = timedelta(seconds=self._instance_timeout)
+                instances = Instances(self.event_log, instance=self.instance, dead_after=dead_after)
+                self._recorder = EventRecorder(self.event_log, Followers(self.event_log, instances), instances)
                 stack.push_async_callback(self._retire, self._recorder)
             # Made here, because they need the event loop.
             # The policy as it is now: another app may share the store, and have set it.
@@ -334,10 +336,10 @@ class DurableSessionManager(sdk.ManagerSeams):
                 # Beside it: where many are stored there may always be more that are too old.
                 start(run_every, "event sweep", self._sweep_interval, partial(sweep_events, self.event_log))
         if (recorder := self._recorder) is not None:
-            following = recorder.following
+            followers = recorder.followers
             start(partial(recorder.run, beat_interval=self._instance_timeout / 3))
-            start(partial(run_every, "streams", POLL_INTERVAL, following.poll, wake=following.wake))
-            start(run_again, "event hints", following.listen)
+            start(partial(run_every, "streams", POLL_INTERVAL, followers.poll, wake=followers.wake))
+            start(run_again, "event hints", followers.listen)
 
     async def _retire(self, recorder: EventRecorder) -> None:
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):

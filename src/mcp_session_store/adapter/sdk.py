@@ -184,28 +184,28 @@ def make_transport(
 
 
 class LiveStreams:
-    """The open responses of a transport, by the SDK's names of their streams."""
+    """Open responses of a transport, by the SDK's names of their streams."""
 
     def __init__(self, transport: StreamableHTTPServerTransport) -> None:
-        # What the transport's router passes messages on to; it drops those for which there is nothing.
+        # The transport's router passes messages on to these, and drops a message of any other stream.
         self._streams: Mapping[Any, tuple[MemoryObjectSendStream[Any], Any]] = transport._request_streams
-        # Looked up before it is wrapped below.
+        # Looked up before `_begin_streams` wraps it.
         self._close = transport.close_sse_stream
 
     def is_open(self, stream_id: str) -> bool:
-        """Whether a message on this stream goes to a client."""
+        """Return whether a message on this stream goes to a client."""
         return stream_id in self._streams
 
-    def is_stuck(self, stream_id: str) -> bool:
-        """Whether the next message on this stream waits until its client reads, and all of the session with it."""
+    def is_blocked(self, stream_id: str) -> bool:
+        """Return whether the next message on this stream, and with it all of the session, waits for its client."""
         if (stream := self._streams.get(stream_id)) is None:
             return False
-        # The one that was just stored is still to come.
+        # The message that was just stored is still to come.
         statistics = stream[0].statistics()
         return statistics.current_buffer_used >= statistics.max_buffer_size
 
     def close(self, stream_id: str) -> None:
-        """End the response; its client comes back for the rest."""
+        """Close the response; its client comes back for the rest."""
         self._close(stream_id)
 
 

@@ -499,7 +499,7 @@ async def test_nothing_is_left_of_a_session_that_was_ended_while_calls_ran(talki
     for open_response in (connected, resumed, stream):
         await open_response.end()
     await until(lambda: len(recorder.unfinished) == 1)
-    assert recorder.following.of(session_key(session_id)) == []
+    assert recorder.followers.of(session_key(session_id)) == []
     assert (await client.open_stream(last_event_id).answer()).status == 404
     goes_on.answer()
     await exchange.end()

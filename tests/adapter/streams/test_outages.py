@@ -11,8 +11,10 @@ import anyio
 import pytest
 
 from mcp_session_store import EventPolicy, StoreUnavailable
+from mcp_session_store.adapter.streams import backlog as backlog_module
 from mcp_session_store.adapter.streams import recorder as recorder_module
-from mcp_session_store.adapter.streams.followers import Following
+from mcp_session_store.adapter.streams.followers import Followers
+from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, Outcome
 from mcp_session_store.errors import EventTooLarge, SchemaBehind
 from mcp_session_store.event_log import STANDALONE_STREAM
@@ -402,9 +404,7 @@ async def test_the_loss_of_a_call_is_stored_when_the_log_is_back(
 # The bound
 
 
-@pytest.mark.parametrize(
-    ("bound", "value"), [("MAX_KEPT_EVENTS", 3), ("MAX_KEPT_BYTES", 300), ("MAX_KEPT_IN_ALL", 300)]
-)
+@pytest.mark.parametrize(("bound", "value"), [("MAX_EVENTS", 3), ("MAX_BYTES", 300), ("MAX_BYTES_IN_ALL", 300)])
 async def test_no_more_is_kept_than_there_is_room_for_and_an_answer_that_is_dropped_is_told(
     store: FaultyStore,
     other_store: FaultyStore,
@@ -414,7 +414,7 @@ async def test_no_more_is_kept_than_there_is_room_for_and_an_answer_that_is_drop
     bound: str,
     value: int,
 ) -> None:
-    monkeypatch.setattr(recorder_module, bound, value)
+    monkeypatch.setattr(backlog_module, bound, value)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
         client = one.client()
@@ -434,14 +434,14 @@ async def test_no_more_is_kept_than_there_is_room_for_and_an_answer_that_is_drop
         assert resumed.messages[-1]["id"] == client._last_id
         await all_stored(one)
         assert one.manager._recorder is not None
-        assert one.manager._recorder._kept_in_all == 0
+        assert one.manager._recorder._backlog._bytes == 0
         assert one.manager._recorder.unfinished == {}
 
 
 async def test_what_others_have_to_keep_is_not_lost_by_a_session_that_keeps_too_much(
     store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder_module, "MAX_KEPT_EVENTS", 3)
+    monkeypatch.setattr(backlog_module, "MAX_EVENTS", 3)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:
         greedy, modest = one.client(), one.client()
@@ -570,7 +570,8 @@ class Counted(str):
 async def test_a_message_is_encoded_once_on_its_way_through_an_outage(
     store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch, character: str
 ) -> None:
-    recorder = EventRecorder(log, Following(log, gone_after=timedelta(minutes=1)), instance="one:1:0123abcd")
+    instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
+    recorder = EventRecorder(log, Followers(log, instances), instances)
     await recorder.recover()
     message = Counted(character * 100_000)
     message.encoded = 0
@@ -585,7 +586,7 @@ async def test_a_message_is_encoded_once_on_its_way_through_an_outage(
 
     monkeypatch.setattr(log.inner, "append", append)
     log.down("append")
-    assert (await recorder.record(key, event, give=lambda _: False)).outcome is Outcome.KEPT
+    assert (await recorder.record(key, event, deliver=lambda _: False)).outcome is Outcome.BACKLOG
     log.up()
     await recorder.recover()
     assert sizes == ([0, 200_000] if character == "é" else [0])

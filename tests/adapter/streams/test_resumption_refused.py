@@ -14,7 +14,8 @@ from mcp_types import jsonrpc_message_adapter
 
 from mcp_session_store import EventPolicy, StoreUnavailable
 from mcp_session_store.adapter.streams.event_store import SessionEvents
-from mcp_session_store.adapter.streams.followers import Following
+from mcp_session_store.adapter.streams.followers import Followers
+from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
 from mcp_session_store.testing import new_session
 from tests.support.asgi import Client, seen_by_a_client, until
@@ -183,11 +184,11 @@ async def test_a_call_that_has_said_nothing_for_long_goes_on_on_another_instance
         assert recorder is not None
         count = len(log.stored(session_id))
         # What has been said since it was last looked is not old.
-        await recorder.refresh()
+        await recorder.refresh_idle_calls()
         assert len(log.stored(session_id)) == count
         clock.advance(timedelta(minutes=6))
         for refreshed in (2, 2, 4):
-            await recorder.refresh()
+            await recorder.refresh_idle_calls()
             assert len(log.stored(session_id)) == count + refreshed
         await sweep_events(log)
         assert len(log.stored(session_id)) == 4
@@ -230,14 +231,14 @@ async def test_a_call_whose_event_is_on_its_way_is_not_silent(store: FaultyStore
             tasks.start_soon(call.say, "a")
             await held.wait_entered()
             for _ in range(3):
-                await recorder.refresh()
+                await recorder.refresh_idle_calls()
             held.release()
         await hears(exchange, "a")
         assert [event.position for event in log.stored(session_id)] == [0, 1]
         log.failing(StoreUnavailable("it is down"), "append")
         await call.say("b")
         for _ in range(3):
-            await recorder.refresh()
+            await recorder.refresh_idle_calls()
         assert len(log.stored(session_id)) == 2
 
 
@@ -387,7 +388,7 @@ async def test_a_stream_that_is_followed_stays_open_while_the_log_is_down(
     elsewhere: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mcp_session_store.adapter.streams.resumption.RETRY", 0.02)
+    monkeypatch.setattr("mcp_session_store.adapter.streams.reader.RETRY", 0.02)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:
         client = one.client()
@@ -421,7 +422,7 @@ async def test_a_stream_that_is_followed_stays_open_while_the_log_is_down(
 async def test_a_long_replay_is_not_cut_by_a_log_that_fails_now_and_then(
     store: FaultyStore, log: FaultyLog, failing: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcp_session_store.adapter.streams.resumption.RETRY", 0.01)
+    monkeypatch.setattr("mcp_session_store.adapter.streams.reader.RETRY", 0.01)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:
         client = one.client()
@@ -640,7 +641,8 @@ async def test_a_server_with_neither_leaves_streams_to_the_sdk(store: FaultyStor
 async def view(store: FaultyStore, log: FaultyLog) -> SessionEvents:
     """That of a session on a log, with nothing around it."""
     record = await store.inner.create(new_session())
-    recorder = EventRecorder(log, Following(log, gone_after=timedelta(minutes=1)), instance="one:1:0123abcd")
+    instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
+    recorder = EventRecorder(log, Followers(log, instances), instances)
     await recorder.recover()
     events = SessionEvents(record.key, recorder)
     events.active = True

@@ -152,7 +152,7 @@ async def test_what_a_client_does_not_read_is_not_read_for_it(store: FaultyStore
         await one_more_turn()
         assert log.counts()["read"] <= 3 + 250 // EVENT_PAGE
         assert one.manager._recorder is not None
-        assert one.manager._recorder.following.of(session_key(session_id)) == []
+        assert one.manager._recorder.followers.of(session_key(session_id)) == []
 
 
 async def read_some(exchange: Exchange, count: int) -> None:

@@ -43,8 +43,8 @@ class CallStream:
     """Position of the last event that a reader must have seen."""
     under_way: int = 0
     """Number of the call's events that are on their way to the log."""
-    quiet: bool = False
-    """Whether nothing of it was stored since it was last looked."""
+    idle: bool = False
+    """Whether nothing of it was stored since the last search for idle calls."""
 
     def next_event(self, kind: EventKind, message: str | None) -> NewEvent:
         """Return an event that follows all others of the call."""

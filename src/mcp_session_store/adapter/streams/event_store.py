@@ -1,4 +1,4 @@
-"""The events of one session, as the SDK's transport stores them."""
+"""Events of one session, as the SDK's transport stores them."""
 
 from __future__ import annotations
 
@@ -39,29 +39,28 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sdk import LiveStreams
     from mcp_session_store.adapter.streams.calls import CallStream
     from mcp_session_store.adapter.streams.recorder import EventRecorder
-    from mcp_session_store.records import EventPage
 
 __all__ = ["RESUMABLE_SINCE", "SessionEvents"]
 
 logger = logging.getLogger(__name__)
 
 RESUMABLE_SINCE: Final = "2025-11-25"
-"""The protocol version from which on clients understand priming events, and come back for a stream."""
+"""First protocol version whose clients understand priming events, and come back for a stream."""
 
 _INTEGER: Final = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
 
 
 class SessionEvents(EventStore):
-    """One session's view of the event log: what it stores and replays belongs to this session.
+    """View of the event log that belongs to one session.
 
-    The SDK calls a stream by the id of its request, which clients use again. Here each call gets a stream of its own.
+    The SDK names a stream after the id of its request, which clients use again. Here each call has its own stream.
 
     `store_event` never raises, because that would end the SDK's message router, and with it the session.
 
     Args:
-        key: The session.
-        recorder: Stores events.
-        retry_interval: As for the SDK's transport, in milliseconds.
+        key: Key of the session.
+        recorder: Recorder that stores the events.
+        retry_interval: Milliseconds, as for the SDK's transport.
     """
 
     def __init__(
@@ -76,19 +75,22 @@ class SessionEvents(EventStore):
         self.ids = EventIds(key)
         self.retry_interval = retry_interval
         self.active = False
-        """Whether the session has a record: its handshake leaves no events."""
+        """Whether the session has a record, because its handshake leaves no events."""
         self.live: LiveStreams | None = None
-        """The open responses of the SDK's transport."""
+        """Open responses of the SDK's transport."""
         self._calls: dict[str, CallStream] = {}
+        """Calls without an answer, by the SDK's names of their streams."""
         self._identified = False
+        """Whether the client may have an id of the standalone stream to come back with."""
         self._returned: set[str] = set()
+        """Names of the streams of calls whose handler has returned, and whose answer is not recorded yet."""
         self.on_recorded: Callable[[], None] = lambda: None
-        """Called when the last answer that was still to be stored is."""
+        """Called when the last of these answers is recorded."""
         self._recorded: Latch | None = None
-        # All copies of a session write the one stream: their positions are apart by chance.
+        # All copies of a session write the one standalone stream; their positions are apart by chance.
         self._position = random.getrandbits(31) << 31
 
-    # What the SDK calls
+    # Called by the SDK
 
     async def prime(self, stream_id: str, protocol_version: str) -> dict[str, Any] | None:
         """Begin the stream of a call, and store its priming event; that as SSE, if the client is to get one.
@@ -123,11 +125,11 @@ class SessionEvents(EventStore):
         """Store an event of a stream.
 
         Args:
-            stream_id: The request id of the stream's call, as a text, or the SDK's name for the standalone stream.
-            message: The message; `None` for a priming event.
+            stream_id: Request id of the stream's call as text, or the SDK's name for the standalone stream.
+            message: Message of the event; `None` for a priming event.
 
         Returns:
-            The event's id, or an empty text, which the SDK does not send, for one that is not stored.
+            The id of the event, or an empty text, which the SDK does not send, if it is not stored.
         """
         if not self.active:
             return ""
@@ -135,7 +137,7 @@ class SessionEvents(EventStore):
         if stream_id != GET_STREAM_KEY:
             stream = self._calls.get(stream_id)
             if stream is None:
-                return ""  # the call is answered already, or nobody can resume it
+                return ""  # the call is answered already, or cannot be resumed
         return await self._never_raising(stream, stream_id, message)
 
     async def replay_events_after(self, last_event_id: EventId, send_callback: EventCallback) -> StreamId | None:
@@ -148,7 +150,7 @@ class SessionEvents(EventStore):
         """
         raise NotImplementedError("a stream is resumed by serve_stream, not by the SDK's transport")
 
-    # What the session manager calls
+    # Called by the session manager
 
     @property
     def busy(self) -> bool:
@@ -156,40 +158,26 @@ class SessionEvents(EventStore):
         return bool(self._returned)
 
     def returned(self, request_id: RequestId) -> None:
-        """A handler of a call has returned: its answer is still to be stored."""
+        """Note that the handler of a call has returned, so that its answer is on its way to the log."""
         stream = self._calls.get(str(request_id))
         if stream is not None and stream.answer is None:
             self._returned.add(stream.name)
 
-    def misses(self, cursor: Cursor, page: EventPage, seen: int) -> bool:
-        """Whether events of a call may have been removed that a client has not seen.
-
-        Args:
-            cursor: What it has seen of the call.
-            page: What follows.
-            seen: After which sequence the page begins.
-        """
-        if page.events or page.first <= seen + 1:
-            # Events say themselves what they follow.
-            return False
-        running = self.recorder.unfinished.get(cursor.stream)
-        return running is None or running.previous > cursor.position
-
     async def recorded(self) -> None:
-        """Wait until the answers of all handlers that have returned are stored, or kept because that has failed."""
+        """Wait until the answers of all handlers that have returned are stored, or in the backlog."""
         while self._returned:
             self._recorded = self._recorded or Latch()
             await self._recorded.wait()
 
     async def prime_standalone(self) -> Cursor | None:
-        """Store a priming event of the standalone stream; `None` when that cannot be done now."""
+        """Store a priming event of the standalone stream, and return its place; `None` if that cannot be done now."""
         if not self.active or self.recorder.down:
             return None
         event_id = await self._never_raising(None, GET_STREAM_KEY, None)
         return self.ids.read(event_id) if event_id else None
 
     def resumed(self, cursor: Cursor) -> None:
-        """A client comes back for a stream: whatever response carries it in this instance is not read any more."""
+        """Close all responses of this instance that carry a stream, because its client has come back for it."""
         if self.live is not None:
             for stream_id, stream in self._calls.items():
                 if stream.name == cursor.stream:
@@ -198,31 +186,30 @@ class SessionEvents(EventStore):
             if cursor.standalone:
                 self._identified = True
                 self.live.close(GET_STREAM_KEY)
-        for follower in self.recorder.following.of(self.key, cursor.stream):
+        for follower in self.recorder.followers.of(self.key, cursor.stream):
             follower.close()
 
     def can_come_back(self, stream_id: str) -> bool:
-        """Whether the client of a stream may have got an id to come back with."""
+        """Return whether the client of a stream may hold an event id to come back with."""
         if stream_id == GET_STREAM_KEY:
             return self._identified
         stream = self._calls.get(stream_id)
         return stream is not None and stream.identified
 
     def close_stream(self, stream_id: str) -> None:
-        """The server closes a stream, for its client to come back: also where it was resumed already."""
+        """Close the responses that resumed a stream, because the server has its client come back."""
         name = STANDALONE_STREAM if stream_id == GET_STREAM_KEY else None
         if name is None and (stream := self._calls.get(stream_id)) is not None:
             name = stream.name
         if name is not None:
-            for follower in self.recorder.following.of(self.key, name):
+            for follower in self.recorder.followers.of(self.key, name):
                 follower.close()
 
     def close(self, answer: str | None = None) -> None:
         """End all responses that follow streams of this session.
 
         Args:
-            answer: What the calls are told, as the message of a JSON-RPC error, because the session has ended, with all
-                its events; nothing unless given.
+            answer: Message of the JSON-RPC error for the calls, if the session has ended, with all its events.
         """
         if answer is not None:
             self.active = False
@@ -231,26 +218,26 @@ class SessionEvents(EventStore):
             self._calls.clear()
             self._returned.clear()
             self._all_recorded()
-        for follower in self.recorder.following.of(self.key):
+        for follower in self.recorder.followers.of(self.key):
             follower.close(answer)
 
     async def abandon(self) -> None:
-        """The copy of the session has left memory: no call of it that has not been answered ever will be."""
+        """End the calls without an answer, which will not get one, because the copy of the session has left memory."""
         calls, self._calls = self._calls, {}
         async with anyio.create_task_group() as tasks:
             for stream in calls.values():
-                # It may have left while an answer was being stored.
+                # The copy may have left while an answer was being stored.
                 tasks.start_soon(self._lose if stream.answer is None else self.recorder.record_again, stream)
         self._returned.clear()
         self._all_recorded()
 
     async def _lose(self, stream: CallStream) -> None:
         text = call_error(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
-        await self.recorder.record(self.key, stream.next_event(EventKind.ERROR, text), give=lambda _: False)
-        self._is_recorded(stream)
+        await self.recorder.record(self.key, stream.next_event(EventKind.ERROR, text), deliver=lambda _: False)
+        self._note_recorded(stream)
 
-    def _is_recorded(self, stream: CallStream) -> None:
-        """Nobody waits for the answer of a call any more."""
+    def _note_recorded(self, stream: CallStream) -> None:
+        """Note that the answer of a call is not on its way any more."""
         if stream.name in self._returned:
             self._returned.remove(stream.name)
             if not self._returned:
@@ -262,13 +249,13 @@ class SessionEvents(EventStore):
             self._recorded.set()
             self._recorded = None
 
-    # Both
+    # Storing
 
     async def _never_raising(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
         try:
             return await self._store(stream, stream_id, message)
         except Exception as error:
-            report_failure("events", error)
+            report_failure("events", error, key=self.key)
             return ""
 
     async def _store(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
@@ -276,8 +263,8 @@ class SessionEvents(EventStore):
         try:
             text = None if message is None else message.model_dump_json(by_alias=True, exclude_unset=True)
         except ValueError as error:
-            # Neither can the SDK send it, nor anybody else.
-            report_failure("events", error)
+            # The SDK cannot send it either.
+            report_failure("events", error, key=self.key)
             if stream is None or not kind.final:
                 return ""
             kind, text = EventKind.ERROR, call_error(stream.request_id, NOT_JSON, reason="lost")
@@ -289,14 +276,14 @@ class SessionEvents(EventStore):
             if kind.final:
                 stream.answer = event
         recorded = await self.recorder.record(
-            self.key, event, give=lambda followers: self._give(stream_id, event, followers)
+            self.key, event, deliver=lambda followers: self._deliver(stream_id, event, followers)
         )
         if stream is not None:
             if kind.final and self._calls.get(stream_id) is stream:
-                # What else comes under this id belongs to another call.
+                # Later events under this id belong to another call.
                 del self._calls[stream_id]
             if kind.final:
-                self._is_recorded(stream)
+                self._note_recorded(stream)
             if recorded.outcome is not Outcome.LIVE:
                 stream.previous = event.position
         if recorded.outcome is not Outcome.STORED:
@@ -305,9 +292,9 @@ class SessionEvents(EventStore):
             self._identified = True
         else:
             stream.identified = True
-        if self._is_stuck(stream, stream_id):
+        if self._is_blocked(stream, stream_id):
             # Its client does not read: it gets the rest from the log, and the session's other streams go on.
-            self._cut(stream_id)
+            self._close_response(stream_id)
         return self.ids.write(
             Cursor(
                 stream=event.stream,
@@ -318,21 +305,21 @@ class SessionEvents(EventStore):
             )
         )
 
-    def _give(self, stream_id: str, event: NewEvent, followers: bool) -> bool:
-        """Whether a client gets an event that is not stored: the SDK sends it where a response is open."""
+    def _deliver(self, stream_id: str, event: NewEvent, followers: bool) -> bool:
+        """Return whether a client gets an event that is not stored: the SDK sends it where a response is open."""
         if self.live is not None and self.live.is_open(stream_id):
-            if not (self._is_stuck(self._calls.get(stream_id), stream_id) and self.can_come_back(stream_id)):
+            if not (self._is_blocked(self._calls.get(stream_id), stream_id) and self.can_come_back(stream_id)):
                 return True
-            self._cut(stream_id)
+            self._close_response(stream_id)
         if event.message is None or not followers:
             return False
-        return any(f.offer(event) for f in self.recorder.following.of(self.key, event.stream))
+        return any(f.deliver(event) for f in self.recorder.followers.of(self.key, event.stream))
 
-    def _is_stuck(self, stream: CallStream | None, stream_id: str) -> bool:
+    def _is_blocked(self, stream: CallStream | None, stream_id: str) -> bool:
         resumable = stream is None or stream.resumable
-        return resumable and self.live is not None and self.live.is_stuck(stream_id)
+        return resumable and self.live is not None and self.live.is_blocked(stream_id)
 
-    def _cut(self, stream_id: str) -> None:
+    def _close_response(self, stream_id: str) -> None:
         if self.live is not None:
             self.live.close(stream_id)
 
@@ -352,10 +339,9 @@ def _kind_of(message: JSONRPCMessage | None) -> EventKind:
 
 
 def _call_of(stream_id: str, body: bytes) -> tuple[RequestId, str | None]:
-    """The id of a call, as the client wrote it, and its method where that matters.
+    """Return the id of a call as the client wrote it, and its method where that matters.
 
-    The SDK tells the id as a text only. It is looked into the body for what could make a difference before the body
-    is parsed, once more.
+    The SDK passes the id as text only. Search the body for what could make a difference before parsing it once more.
     """
     integer = _INTEGER.fullmatch(stream_id) is not None
     if b'"initialize"' in body or (integer and b'"%s"' % stream_id.encode() in body):

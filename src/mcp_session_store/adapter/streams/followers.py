@@ -1,4 +1,7 @@
-"""Who waits for the events of which sessions: woken by what is stored here, and by what others store."""
+"""Open responses that follow a stream, and how they learn of new events.
+
+At once from this instance, by notification or polling from others.
+"""
 
 from __future__ import annotations
 
@@ -14,79 +17,88 @@ from mcp_session_store.event_log import STANDALONE_STREAM
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
-    from datetime import timedelta
     from uuid import UUID
 
+    from mcp_session_store.adapter.streams.instances import Instances
     from mcp_session_store.event_log import EventLog
     from mcp_session_store.records import NewEvent
 
-__all__ = ["POLL_INTERVAL", "STANDALONE_INTERVAL", "Follower", "Following"]
+__all__ = ["POLL_INTERVAL", "STANDALONE_INTERVAL", "Follower", "Followers"]
 
 POLL_INTERVAL: Final = 0.25
-"""Seconds between two looks at whether other instances have stored anything, with one query for all who wait."""
+"""Seconds between two polls for events that other instances have stored, with one query for all followers."""
 STANDALONE_INTERVAL: Final = 2.0
-"""Seconds between two such looks on behalf of standalone streams."""
+"""Seconds between two polls on behalf of standalone streams."""
 KEYS_AT_ONCE: Final = 1000
-"""Sessions that one query is for."""
+"""Number of sessions that one query asks for."""
 GATHERING: Final = 0.005
-"""Seconds in which hints gather before the log is asked."""
+"""Seconds in which notifications gather before the log is asked."""
 ASK_AGAIN: Final = 30.0
-"""Seconds after which a log is asked again for hints; it gives them for longer."""
-MAX_OFFERED: Final = 16
-"""Messages that a client is given without an id before it has taken the first of them."""
+"""Seconds after which a log is asked again for notifications; it sends them for longer."""
+MAX_UNSENT: Final = 16
+"""Number of live messages without an id that wait for a client to take the first of them."""
 
 
 class Follower:
-    """One open response that follows a stream of a session."""
+    """Open response that follows one stream of a session.
+
+    Args:
+        key: Key of the session.
+        stream: Name of the stream.
+    """
 
     def __init__(self, key: UUID, stream: str) -> None:
         self.key = key
         self.stream = stream
         self.head = 0
-        """The newest event of the session that is known of."""
+        """Sequence of the newest event that is known of, of the session as polled or of the stream as stored here."""
         self.closed = False
-        """The response is to end."""
+        """Whether the response is to end."""
         self.answer: str | None = None
-        """What the call is told then, as the message of a JSON-RPC error; `None`: nothing, the client comes back."""
+        """Message of the JSON-RPC error for the call when the response ends; `None` if the client comes back."""
         self.waiting = False
-        """The client has got everything that is stored."""
-        self.offered: deque[NewEvent] = deque()
-        """Events that could not be stored, to be given to the client without an id."""
+        """Whether the client has received everything that is stored."""
+        self.unsent: deque[NewEvent] = deque()
+        """Events that could not be stored, to be sent without an id."""
         self._wake = anyio.Event()
 
     def wake(self) -> None:
-        """There may be something to do."""
+        """Have the response check whether there is something to do."""
         self._wake.set()
 
-    def moved(self, head: int) -> None:
-        """An event was stored in the session."""
+    def advance(self, head: int) -> None:
+        """Note that the log holds events up to this sequence."""
         if head > self.head:
             self.head = head
             self.wake()
 
-    def offer(self, event: NewEvent) -> bool:
-        """Give the client an event that cannot be stored, if it has all that is before it."""
-        if self.closed or not self.waiting or len(self.offered) >= MAX_OFFERED:
+    def deliver(self, event: NewEvent) -> bool:
+        """Deliver an event that cannot be stored, unless its client lacks events before it; return whether it will."""
+        if self.closed or not self.waiting or len(self.unsent) >= MAX_UNSENT:
             return False
-        self.offered.append(event)
+        self.unsent.append(event)
         self._wake.set()
         return True
 
     def close(self, answer: str | None = None) -> None:
-        """Have the response end."""
+        """End the response.
+
+        Args:
+            answer: Message of the JSON-RPC error for the call; unless given, the client comes back.
+        """
         self.closed = True
         self.answer = answer
         self._wake.set()
 
     async def wait(self, seen: int, *, seconds: float, pause: bool = False) -> None:
-        """Wait until there is more than was seen, or something else to do; no longer than this.
+        """Wait until there is an event that was not seen, or something else to do.
 
         Args:
-            seen: Up to which sequence of the session the client has got what there is.
-            seconds: How long.
-            pause: Whether to wait although there is more.
+            seen: Sequence of the session up to which the client has received the stream.
+            seconds: Seconds to wait at most.
+            pause: Whether to wait although there is more to read.
         """
-        if pause or (self.head <= seen and not self.closed and not self.offered):
+        if pause or (self.head <= seen and not self.closed and not self.unsent):
             self.waiting = self.head <= seen
             with anyio.move_on_after(seconds):
                 await self._wake.wait()
@@ -94,118 +106,117 @@ class Follower:
         self._wake = anyio.Event()
 
 
-class Following:
-    """All followers of an instance.
+class Followers:
+    """All open responses of this instance that tail a stream.
 
-    Those who wait for a call that runs elsewhere are few, and wait for every event. Standalone streams are many, nearly
-    one for each session, and what is said on them elsewhere is seldom and can wait a little: they are looked at less
-    often, and nobody is asked for hints about them. What is stored here wakes its followers at once.
+    Those that tail a call of another instance are few, and follow every event. Standalone streams are many, nearly one
+    for each session, and what other instances say on them is rare and can wait a little: they are polled less often,
+    and without notifications. An event that is stored here wakes its followers at once.
 
     Args:
-        log: What they follow.
-        gone_after: How long after its last heartbeat another instance counts as gone.
+        log: Log that holds the streams.
+        instances: Finds out which instances are dead.
     """
 
-    def __init__(self, log: EventLog, *, gone_after: timedelta) -> None:
+    def __init__(self, log: EventLog, instances: Instances) -> None:
         self._log = log
-        self._gone_after = gone_after
-        self._followers: dict[UUID, dict[Follower, None]] = {}
-        self._waiting: dict[str, dict[Follower, None]] = {}
-        """Those who wait for calls that run elsewhere, by the name of the other instance."""
-        self._gone: set[str] = set()
+        self._instances = instances
+        self._by_session: dict[UUID, dict[Follower, None]] = {}
+        self._by_instance: dict[str, dict[Follower, None]] = {}
+        """Followers of calls that run elsewhere, by the name of the other instance."""
+        self._dead: set[str] = set()
+        """Names of the instances in `_by_instance` that are dead."""
         self._asked_at = -math.inf
-        self._watched_at = -math.inf
+        """Time at which the log was last asked for notifications."""
+        self._checked_at = -math.inf
+        """Time at which the other instances were last checked."""
         self._standalone_at = -math.inf
-        self._some_wait = anyio.Event()
-        self.reliable_since = math.inf
-        """Since when our own heartbeats have succeeded, by anyio's clock: before, others' may have failed too."""
+        """Time of the last poll on behalf of standalone streams."""
+        self._tails_elsewhere = anyio.Event()
         self.wake: Final = Wake(gathering=GATHERING)
 
     def add(self, follower: Follower, *, instance: str | None) -> None:
-        """A response begins to follow.
+        """Add a response.
 
         Args:
-            follower: It.
-            instance: The name of the other instance that runs the call; `None`: there is none.
+            follower: The response.
+            instance: Name of the other instance that runs the call, or `None`.
         """
-        self._followers.setdefault(follower.key, {})[follower] = None
+        self._by_session.setdefault(follower.key, {})[follower] = None
         if instance is not None:
-            self._waiting.setdefault(instance, {})[follower] = None
-            self._asked_at = self._watched_at = -math.inf
-            self._some_wait.set()
+            self._by_instance.setdefault(instance, {})[follower] = None
+            self._asked_at = self._checked_at = -math.inf
+            self._tails_elsewhere.set()
             self.wake.set()
 
     def remove(self, follower: Follower, *, instance: str | None) -> None:
-        """It has ended."""
-        of_session = self._followers[follower.key]
+        """Remove a response that has ended, with the arguments of `add`."""
+        of_session = self._by_session[follower.key]
         del of_session[follower]
         if not of_session:
-            del self._followers[follower.key]
+            del self._by_session[follower.key]
         if instance is not None:
-            waiting = self._waiting[instance]
-            del waiting[follower]
-            if not waiting:
-                del self._waiting[instance]
-                self._gone.discard(instance)
+            of_instance = self._by_instance[instance]
+            del of_instance[follower]
+            if not of_instance:
+                del self._by_instance[instance]
+                self._dead.discard(instance)
 
     def of(self, key: UUID, stream: str | None = None) -> list[Follower]:
-        """Those who follow a session, or one stream of it, and are to go on."""
-        followers = self._followers.get(key, ())
+        """Return the responses of a session, or of one of its streams, that are not about to end."""
+        followers = self._by_session.get(key, ())
         return [f for f in followers if not f.closed and (stream is None or f.stream == stream)]
 
-    def moved(self, key: UUID, stream: str, sequence: int) -> None:
-        """An event was stored here, on a stream of a session."""
-        for follower in self._followers.get(key, ()):
+    def advance(self, key: UUID, stream: str, sequence: int) -> None:
+        """Wake the responses of a stream of which an event was stored here."""
+        for follower in self._by_session.get(key, ()):
             if follower.stream == stream:
-                follower.moved(sequence)
+                follower.advance(sequence)
 
-    def gone(self, instance: str) -> bool:
-        """Whether another instance, for one of whose calls somebody waits, is known not to run any more."""
-        return instance in self._gone
+    def is_dead(self, instance: str) -> bool:
+        """Return whether another instance, one of whose calls is followed here, is known to be dead."""
+        return instance in self._dead
 
     async def poll(self) -> None:
-        """Look once at what others have stored, and whether they run."""
+        """Check once what other instances have stored, and whether they run."""
         now = anyio.current_time()
-        keys = {follower.key for waiting in self._waiting.values() for follower in waiting}
+        keys = {follower.key for of_instance in self._by_instance.values() for follower in of_instance}
         if keys and now - self._asked_at > ASK_AGAIN:
-            # Before the look: what comes after it is hinted at.
+            # Before the poll, so that events which come after it are notified of.
             await self._log.follow(keys)
             self._asked_at = now
         if now - self._standalone_at > STANDALONE_INTERVAL:
-            keys.update(key for key in self._followers if self.of(key, STANDALONE_STREAM))
+            keys.update(key for key in self._by_session if self.of(key, STANDALONE_STREAM))
             self._standalone_at = now
         for some in _batched(keys, KEYS_AT_ONCE):
             for key, head in (await self._log.heads(some)).items():
-                for follower in self._followers.get(key, ()):
-                    follower.moved(head)
-        if self._waiting and now - self._watched_at > self._gone_after.total_seconds() / 10:
-            await self._watch()
-            self._watched_at = now
+                for follower in self._by_session.get(key, ()):
+                    follower.advance(head)
+        if self._by_instance and now - self._checked_at > self._instances.check_interval:
+            await self._check_instances()
+            self._checked_at = now
 
-    async def _watch(self) -> None:
-        """Learn which of the instances that somebody waits for have stopped."""
-        names = self._waiting.keys() - self._gone
-        beats = await self._log.last_beats(names)
-        # After an outage of the database nobody's heartbeat is young, and all run. Who stopped has none.
-        certain = anyio.current_time() - self.reliable_since > self._gone_after.total_seconds()
-        for name in names & self._waiting.keys():
-            if name not in beats or (certain and beats[name] > self._gone_after):
-                self._gone.add(name)
-                for follower in self._waiting[name]:
+    async def _check_instances(self) -> None:
+        """Wake the followers of calls whose instance is dead."""
+        for name in await self._instances.find_dead(self._by_instance.keys() - self._dead):
+            # Its followers may have ended meanwhile.
+            if (of_instance := self._by_instance.get(name)) is not None:
+                self._dead.add(name)
+                for follower in of_instance:
                     follower.wake()
 
     async def listen(self) -> None:
-        """Look as soon as the log hints at events, from when somebody first waits for a call that runs elsewhere."""
-        await self._some_wait.wait()
-        await self._log.listen(self._on_hint)
+        """Poll as soon as the log notifies of events, once a call that runs elsewhere is followed."""
+        await self._tails_elsewhere.wait()
+        await self._log.listen(self._on_notification)
 
-    def _on_hint(self, keys: Collection[UUID] | None) -> None:
-        if keys is None or not self._followers.keys().isdisjoint(keys):
+    def _on_notification(self, keys: Collection[UUID] | None) -> None:
+        if keys is None or not self._by_session.keys().isdisjoint(keys):
             self.wake.set()
 
 
 def _batched(keys: Iterable[UUID], size: int) -> Iterator[list[UUID]]:
-    """The keys, some at a time."""
+    """Return the keys, some at a time."""
     iterator = iter(keys)
     while some := list(islice(iterator, size)):
         yield some

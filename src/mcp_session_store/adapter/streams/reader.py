@@ -1,0 +1,198 @@
+"""Read a stream from the log for as long as it lasts: what was stored before, and what any instance stores next."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+from mcp_session_store.adapter import responses
+from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.streams.followers import Follower
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from uuid import UUID
+
+    from mcp_session_store.adapter.streams.event_ids import Cursor
+    from mcp_session_store.adapter.streams.recorder import EventRecorder
+    from mcp_session_store.records import EventPage
+
+__all__ = ["Ended", "Event", "Gap", "Item", "Lost", "StreamReader"]
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN: Final = 1.0
+"""Seconds after which a reader that has read everything checks whether its call still runs in this instance."""
+STAY: Final = 60.0
+"""Seconds that any other reader waits to be woken: by an event, by the loss of an instance, by its end."""
+RETRY: Final = 1.0
+"""Seconds after which the log is read again when it could not be read."""
+
+
+class Event(NamedTuple):
+    """Message of the stream."""
+
+    message: str
+    cursor: Cursor | None
+    """Place of the event; `None` for one that could not be stored, and so has no id."""
+    final: bool
+    """Whether it answers the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """End of a call some of whose events are not kept any more, though its client has not seen them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """End of a call that will not be answered, because it does not run any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """End of a call whose session has ended."""
+
+    answer: str
+    """Message of the JSON-RPC error for the call."""
+
+
+Item: TypeAlias = Event | Gap | Lost | Ended
+
+
+class StreamReader:
+    """Reader of one stream, for one response.
+
+    Args:
+        key: Key of the session.
+        recorder: Recorder of this instance, with the log and the followers of its streams.
+        cursor: Place of the last event that the client has.
+        page: Events that follow, if they are read already.
+    """
+
+    def __init__(self, key: UUID, recorder: EventRecorder, cursor: Cursor, page: EventPage | None) -> None:
+        self._key = key
+        self._recorder = recorder
+        self._page = page
+        self._follower = Follower(key, cursor.stream)
+        self._runs_here = cursor.instance == recorder.instances.name
+        self._seen = cursor.sequence
+        """Sequence of the session up to which there is nothing more for this stream."""
+        self._misses = False
+        """Whether events of the call are not kept any more that its client has not seen."""
+        self.cursor = cursor
+        """Place of the last event that was read."""
+
+    @contextmanager
+    def tailing(self) -> Iterator[None]:
+        """Follow the stream within this context, in place of all other responses."""
+        followers = self._recorder.followers
+        elsewhere = None if self.cursor.standalone or self._runs_here else self.cursor.instance
+        # MCP 2025-11-25, basic/transports, multiple connections: no message goes to two. The latest has them.
+        for other in followers.of(self._key, self.cursor.stream):
+            other.close()
+        followers.add(self._follower, instance=elsewhere)
+        try:
+            yield
+        finally:
+            followers.remove(self._follower, instance=elsewhere)
+
+    async def items(self) -> AsyncIterator[Item]:
+        """Return what the client gets, in its order, within `tailing`.
+
+        After the call's answer, `Gap`, `Lost` or `Ended` there is nothing more; nor when the client is to come back.
+        """
+        follower, is_call = self._follower, not self.cursor.standalone
+        page, self._page = self._page, None
+        # Events that were stored before `tailing` have woken no follower; and a call that has ended may have stored its
+        # answer.
+        latest = was_over = False
+        while not follower.closed:
+            if page is not None:
+                self._look_for_gap(page)
+                for event in self._events_of(page):
+                    yield event
+                if self._misses:
+                    yield Gap()
+                    return
+                if self.cursor.final:
+                    return
+                if not page.more:
+                    self._seen = max(self._seen, page.last)
+                    if was_over:
+                        yield Lost()
+                        return
+            is_over = self._is_over()
+            if latest and not is_over and (page is None or not page.more) and follower.head <= self._seen:
+                await follower.wait(self._seen, seconds=LOOK_AGAIN if self._runs_here else STAY)
+                # Delivered while the client had all that was stored, and so before whatever has been stored since.
+                while follower.unsent:
+                    unsent = follower.unsent.popleft()
+                    final = unsent.kind.final and is_call
+                    yield Event(unsent.message or "", None, final)
+                    if final:
+                        return
+                page = None
+                continue
+            page = await self._read()
+            latest = page is not None
+            was_over = is_over and page is not None
+        if follower.answer is not None and is_call:
+            yield Ended(follower.answer)
+
+    def _events_of(self, page: EventPage) -> Iterator[Event]:
+        """Return the events of a page that the client lacks, until one that follows others it will not get."""
+        is_call = not self.cursor.standalone
+        for event in page.events:
+            self._seen = event.sequence
+            if is_call:
+                if event.position <= self.cursor.position:
+                    continue  # repeated
+                if event.previous > self.cursor.position:
+                    self._misses = True
+                    return
+            final = event.kind.final and is_call
+            self.cursor = self.cursor.at(sequence=event.sequence, position=event.position, final=final)
+            if event.message is not None:
+                yield Event(event.message, self.cursor, final)
+            if final:
+                return
+
+    def _look_for_gap(self, page: EventPage) -> None:
+        """Find out whether events that the client has not seen may have been removed before those of a page."""
+        if page.first <= self._seen + 1:
+            return
+        if self.cursor.standalone:
+            logger.info(
+                "a client of session %s missed events of its standalone stream that are not kept any more", self._key
+            )
+        elif not page.events:
+            # Events would say themselves what they follow.
+            running = self._recorder.unfinished.get(self.cursor.stream)
+            self._misses = running is None or running.previous > self.cursor.position
+
+    def _is_over(self) -> bool:
+        """Return whether the call, which is not answered yet, will not be."""
+        if self.cursor.standalone:
+            return False
+        if self._runs_here:
+            return self.cursor.stream not in self._recorder.unfinished
+        return self._recorder.followers.is_dead(self.cursor.instance)
+
+    async def _read(self) -> EventPage | None:
+        """Return the next page; `None` if it cannot be read now, or if the stream has ended with its session."""
+        try:
+            page = await self._recorder.log.read(self._key, self.cursor.stream, after=self._seen)
+        except Exception as error:
+            report_failure("streams", error, key=self._key)
+            # The client keeps its connection, and gets the rest when it can be read.
+            await self._follower.wait(self._seen, seconds=RETRY, pause=True)
+            return None
+        if page is None:
+            # The log has gone with its session, and the copy here is about to learn of it.
+            self._follower.close(responses.SESSION_ENDED)
+        else:
+            self._follower.advance(page.last)
+        return page
