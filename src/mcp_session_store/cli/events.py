@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
+from mcp_session_store.cli.events_views import print_events, print_page, print_statistics
 from mcp_session_store.cli.options import (
-    DURATION,
     Failure,
     Group,
-    events_max_age_option,
     json_option,
-    place_options,
-    read_settings,
     run,
-    tables_options,
 )
 from mcp_session_store.cli.output import (
-    Column,
-    ago,
-    cell,
-    number,
-    plural,
     print_json,
-    print_table,
-    size,
     stdout,
 )
+from mcp_session_store.cli.partitions import maintain, partition, unpartition
 from mcp_session_store.cli.session_names import key_of
-from mcp_session_store.retention import EventPolicy
+from mcp_session_store.cli.target import place_options
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
-    from datetime import datetime, timedelta
+    from collections.abc import AsyncIterator
     from uuid import UUID
 
-    from rich.console import Console, RenderableType
-
-    from mcp_session_store.cli.options import Place
+    from mcp_session_store.cli.target import Place
     from mcp_session_store.sql.admin.events import (
         EventDirectory,
         EventStatistics,
         LogDetails,
-        LoggedEvent,
         LogPage,
-        StoredLog,
     )
-    from mcp_session_store.sql.admin.partitions import Maintenance, Partition
 
 __all__ = ["events"]
 
@@ -89,7 +72,7 @@ def list_(place: Place, *, limit: int | None, after: str | None, all_pages: bool
         count = 0
         async with place.event_directory() as directory:
             async for page in _pages(directory, limit=page_size, after=after):
-                _print_page(page, first=count == 0, all_pages=all_pages, as_json=as_json)
+                print_page(page, first=count == 0, all_pages=all_pages, as_json=as_json)
                 count += len(page.logs)
                 if not all_pages:
                     if page.next is not None and not as_json:
@@ -109,31 +92,6 @@ async def _pages(directory: EventDirectory, *, limit: int, after: str | None) ->
         if page.next is None:
             return
         after = page.next
-
-
-_LOG_COLUMNS: Final = (
-    Column(title="KEY", width=36),
-    Column(title="EVENTS", width=9, right=True),
-    Column(title="BYTES", width=9, right=True, rank=1),
-    Column(title="FIRST", width=9, right=True, rank=4),
-    Column(title="LAST", width=9, right=True, rank=3),
-    Column(title="OLDEST", width=10, rank=2),
-)
-
-
-def _print_page(page: LogPage, *, first: bool, all_pages: bool, as_json: bool) -> None:
-    if as_json and all_pages:
-        for log in page.logs:
-            print_json(asdict(log), indent=None)
-    elif as_json:
-        print_json({"as_of": page.as_of, "logs": [asdict(log) for log in page.logs], "next": page.next})
-    elif page.logs:
-        print_table(stdout(), _LOG_COLUMNS, [_log_row(log, page.as_of) for log in page.logs], header=first)
-
-
-def _log_row(log: StoredLog, now: datetime) -> Sequence[RenderableType]:
-    oldest = "" if log.oldest_at is None else ago(log.oldest_at, now)
-    return [str(log.key), number(log.events), size(log.bytes), str(log.first), str(log.last), oldest]
 
 
 @events.command()
@@ -180,7 +138,7 @@ def show(
                         f"no events are stored for the key {key} in namespace {place.namespace}: there never were any, "
                         "or the session has ended"
                     )
-                _print_events(page, first=count == 0, all_pages=all_pages, payloads=payloads, as_json=as_json)
+                print_events(page, first=count == 0, all_pages=all_pages, payloads=payloads, as_json=as_json)
                 count += len(page.events)
                 if not all_pages:
                     if page.next is not None and not as_json:
@@ -204,86 +162,6 @@ async def _pages_of(
         after = page.next
 
 
-_EVENT_COLUMNS: Final = (
-    Column(title="SEQUENCE", width=8, right=True),
-    Column(title="STREAM", width=12, flexible=True, rank=2),
-    Column(title="POSITION", width=8, right=True, rank=4),
-    Column(title="KIND", width=12),
-    Column(title="STORED", width=10, rank=1),
-    Column(title="BYTES", width=9, right=True, rank=3),
-    Column(title="ABOUT", width=12, flexible=True),
-)
-
-
-def _print_events(page: LogDetails, *, first: bool, all_pages: bool, payloads: bool, as_json: bool) -> None:
-    if as_json:
-        listed = [_event_as_json(event, payloads=payloads) for event in page.events]
-        if all_pages:
-            for event in listed:
-                print_json(event, indent=None)
-        else:
-            print_json({"as_of": page.as_of, "log": asdict(page.log), "events": listed, "next": page.next})
-    elif payloads:
-        _print_payloads(stdout(), page)
-    elif page.events:
-        rows = [_event_row(event, page.as_of) for event in page.events]
-        print_table(stdout(), _EVENT_COLUMNS, rows, header=first)
-
-
-def _event_row(event: LoggedEvent, now: datetime) -> Sequence[RenderableType]:
-    return [
-        cell(text)
-        for text in (
-            str(event.sequence),
-            event.stream,
-            str(event.position),
-            event.kind,
-            ago(event.created_at, now),
-            size(event.bytes),
-            _about(event),
-        )
-    ]
-
-
-def _print_payloads(console: Console, page: LogDetails) -> None:
-    for event in page.events:
-        parts = [
-            str(event.sequence),
-            f"stream {event.stream}, position {event.position}, {event.kind}",
-            f"{event.created_at:%Y-%m-%d %H:%M:%S} UTC, {size(event.bytes)}",
-        ]
-        console.print(cell("  ".join(parts), length=2000), soft_wrap=True)
-        if event.message is not None:
-            console.print(cell(event.message, length=len(event.message)), soft_wrap=True)
-
-
-def _event_as_json(event: LoggedEvent, *, payloads: bool) -> dict[str, Any]:
-    document = asdict(event)
-    message = document.pop("message")
-    document["method"], document["request_id"] = _method_and_id(event)
-    return document | ({"message": message} if payloads else {})
-
-
-def _about(event: LoggedEvent) -> str:
-    method, request_id = _method_and_id(event)
-    parts = [] if method is None else [method]
-    if request_id is not None:
-        parts.append(f"id {request_id}")
-    return " ".join(parts)
-
-
-def _method_and_id(event: LoggedEvent) -> tuple[str | None, str | int | None]:
-    """What a message is about; nothing, for what is no message or was not read."""
-    try:
-        message = json.loads(event.message or "")
-    except (ValueError, RecursionError):
-        return None, None
-    if not isinstance(message, dict):
-        return None, None
-    method, request_id = message.get("method"), message.get("id")
-    return method if isinstance(method, str) else None, request_id if isinstance(request_id, str | int) else None
-
-
 @events.command()
 @place_options
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1, 1000), help="Instances shown.")
@@ -303,127 +181,8 @@ def stats(place: Place, *, top: int, as_json: bool) -> None:
     if as_json:
         print_json(asdict(statistics))
     else:
-        _print_statistics(stdout(), statistics)
+        print_statistics(stdout(), statistics)
 
 
-def _print_statistics(console: Console, statistics: EventStatistics) -> None:
-    now = statistics.as_of
-    sessions = f"{number(statistics.sessions)} {plural('session', statistics.sessions)}"
-    counted = f"{number(statistics.events)} {plural('event', statistics.events)}"
-    oldest = "" if statistics.oldest_at is None else f", the oldest from {ago(statistics.oldest_at, now)}"
-    click.echo(f"{counted} of {sessions}, {size(statistics.bytes)} of messages{oldest}")
-    if statistics.index_bytes is None:
-        click.echo(f"the database file takes {size(statistics.table_bytes)}")
-    else:
-        click.echo(f"tables take {size(statistics.table_bytes)}, indexes {size(statistics.index_bytes)}")
-    if statistics.instances:
-        click.echo()
-        columns = (
-            Column(title="INSTANCE", width=24, flexible=True),
-            Column(title="STARTED", width=10, rank=1),
-            Column(title="LAST BEAT", width=10),
-        )
-        rows = [
-            [cell(text) for text in (one.instance, ago(one.started_at, now), ago(one.beat_at, now))]
-            for one in statistics.instances
-        ]
-        print_table(console, columns, rows)
-    if statistics.partitions:
-        click.echo()
-        partition_columns = (
-            Column(title="PARTITION", width=33, rank=1),
-            Column(title="FROM", width=16),
-            Column(title="TO", width=16),
-            Column(title="SIZE", width=9, right=True),
-        )
-        print_table(console, partition_columns, [_partition_row(one) for one in statistics.partitions])
-
-
-def _partition_row(partition: Partition) -> Sequence[RenderableType]:
-    def when(moment: datetime | None) -> str:
-        return "" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
-
-    return [cell(partition.name), when(partition.since), when(partition.until), size(partition.size)]
-
-
-_ahead_option = click.option(
-    "--ahead", type=click.IntRange(1, 20), default=3, show_default=True, help="Partitions made before their time."
-)
-
-
-@events.command()
-@tables_options
-@click.option(
-    "--every",
-    type=DURATION,
-    required=True,
-    metavar="DURATION",
-    help="How long a time a partition is for, as in 10m, 1h, 1d; from multiples of it on, in UTC.",
-)
-@events_max_age_option
-@_ahead_option
-def partition(place: Place, *, every: timedelta, events_max_age: str | None, ahead: int) -> None:
-    """Partition the events of all namespaces by time, on Postgres: old ones are dropped, and no longer deleted.
-
-    One transaction; the events stay. Nobody stores or reads one while an index on the present ones is built. From then
-    on run `events maintain` regularly, more often than a partition is long.
-    """
-
-    async def change() -> bool:
-        async with place.event_partitions() as partitions:
-            return await partitions.partition(every, max_age=_max_age(events_max_age), ahead=ahead)
-
-    done = run(change())
-    click.echo("the events are partitioned" if done else "the events were partitioned like that before")
-
-
-@events.command()
-@tables_options
-@events_max_age_option
-@_ahead_option
-@json_option
-def maintain(place: Place, *, events_max_age: str | None, ahead: int, as_json: bool) -> None:
-    """Drop the partitions whose events are all older than --events-max-age, and make those of times to come.
-
-    For cron. It may run at any time, twice at once too. Give it the --events-max-age of the servers, of several
-    namespaces the longest.
-    """
-
-    async def change() -> Maintenance:
-        async with place.event_partitions() as partitions:
-            return await partitions.maintain(max_age=_max_age(events_max_age), ahead=ahead)
-
-    done = run(change())
-    if as_json:
-        print_json({"created": done.created, "dropped": done.dropped, "astray": done.default_in_use})
-        return
-    for what, names in (("dropped", done.dropped), ("made", done.created)):
-        for name in names:
-            click.echo(f"{what} {name}")
-    if not done.dropped and not done.created:
-        click.echo("there was nothing to do")
-    if done.default_in_use:
-        click.echo(
-            "the default partition holds events, for whose time there was no other: sweeps delete them one by one. "
-            "Run this more often, or with a larger --ahead",
-            err=True,
-        )
-
-
-@events.command()
-@tables_options
-def unpartition(place: Place) -> None:
-    """Make the events one table again.
-
-    One transaction; the events stay. Nobody stores or reads one while they are copied: give many a longer --timeout.
-    """
-
-    async def change() -> bool:
-        async with place.event_partitions() as partitions:
-            return await partitions.unpartition()
-
-    click.echo("the events are one table again" if run(change()) else "the events were not partitioned")
-
-
-def _max_age(text: str | None) -> timedelta | None:
-    return read_settings(EventPolicy, {} if text is None else {"max_age": text}).max_age
+for command in (partition, maintain, unpartition):
+    events.add_command(command)

@@ -14,12 +14,12 @@ import click
 from mcp_session_store.cli.options import (
     event_options,
     json_option,
-    place_options,
     read_settings,
     run,
     sweep_retention_options,
 )
 from mcp_session_store.cli.output import number, plural, print_json, progress
+from mcp_session_store.cli.target import place_options
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
 from mcp_session_store.store import SWEEP_LIMIT
@@ -27,7 +27,7 @@ from mcp_session_store.store import SWEEP_LIMIT
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from mcp_session_store.cli.options import Place
+    from mcp_session_store.cli.target import Place
 
 __all__ = ["sweep"]
 

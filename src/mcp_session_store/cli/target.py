@@ -1,0 +1,119 @@
+"""The database and the namespace that a command is about."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mcp_session_store.cli.options import namespace_option, option, schema_option, url_option
+from mcp_session_store.store import DEFAULT_NAMESPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mcp_session_store.retention import EventPolicy, RetentionPolicy
+    from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+    from mcp_session_store.sql.admin.events import EventDirectory
+    from mcp_session_store.sql.admin.partitions import EventPartitions
+    from mcp_session_store.sql.admin.sessions import SessionDirectory
+
+__all__ = ["Place", "place_options", "tables_options"]
+
+_timeout_option = option(
+    "--timeout",
+    metavar="SECONDS",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="How long one question to the database may take.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the sessions are that a command is about."""
+
+    url: str = field(repr=False)
+    schema: str | None
+    namespace: str
+    timeout: float
+
+    def directory(self) -> SessionDirectory:
+        """To read them."""
+        from mcp_session_store.sql.admin.sessions import SessionDirectory
+
+        self._refuse_absent()
+        return SessionDirectory(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
+
+    def event_directory(self) -> EventDirectory:
+        """To read the events."""
+        from mcp_session_store.sql.admin.events import EventDirectory
+
+        self._refuse_absent()
+        return EventDirectory(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
+
+    def event_partitions(self) -> EventPartitions:
+        """To change how the events of all namespaces are laid out."""
+        from mcp_session_store.sql.admin.partitions import EventPartitions
+
+        return EventPartitions(self.url, schema=self.schema, timeout=self.timeout)
+
+    def store(self, retention: RetentionPolicy | None = None) -> SqlSessionStore:
+        """To change them.
+
+        Its calls take no longer than those of servers, however patient the command is: servers look for changes
+        that are no older.
+        """
+        from mcp_session_store.sql import DEFAULT_TIMEOUT, SqlSessionStore
+
+        self._refuse_absent()
+        return SqlSessionStore(
+            self.url,
+            namespace=self.namespace,
+            schema=self.schema,
+            timeout=min(self.timeout, DEFAULT_TIMEOUT),
+            retention=retention,
+        )
+
+    def event_log(self, store: SqlSessionStore, policy: EventPolicy) -> SqlEventLog:
+        """To change the events of a store's sessions."""
+        from mcp_session_store.sql import SqlEventLog
+
+        return SqlEventLog(store, policy=policy)
+
+    def _refuse_absent(self) -> None:
+        """Make no SQLite file where the name of one was mistyped."""
+        from mcp_session_store.sql.engine import checked_url
+
+        url, dialect = checked_url(self.url)
+        dialect.refuse_absent(url)
+
+
+def place_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where the sessions are; the command gets a `Place` as its first argument."""
+
+    @url_option
+    @schema_option
+    @namespace_option
+    @_timeout_option
+    @functools.wraps(command)
+    def with_place(*, url: str, schema: str | None, namespace: str, timeout: float, **others: Any) -> None:
+        command(Place(url=url, schema=schema, namespace=namespace, timeout=timeout), **others)
+
+    return with_place
+
+
+def tables_options(command: Callable[..., None]) -> Callable[..., None]:
+    """As `place_options`, for what concerns the tables, which all namespaces share."""
+
+    @url_option
+    @schema_option
+    @_timeout_option
+    @functools.wraps(command)
+    def with_place(*, url: str, schema: str | None, timeout: float, **others: Any) -> None:
+        command(Place(url=url, schema=schema, namespace=DEFAULT_NAMESPACE, timeout=timeout), **others)
+
+    return with_place
