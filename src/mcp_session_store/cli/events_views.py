@@ -115,7 +115,7 @@ def _about(event: LoggedEvent) -> str:
 
 
 def _method_and_id(event: LoggedEvent) -> tuple[str | None, str | int | None]:
-    """What a message is about; nothing, for what is no message or was not read."""
+    """Return the method and the request id of a message; `None` for a text that is not one, or was not read."""
     try:
         message = json.loads(event.message or "")
     except (ValueError, RecursionError):

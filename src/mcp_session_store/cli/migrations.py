@@ -1,4 +1,4 @@
-"""The commands that migrate a database, and that tell where it stands."""
+"""The commands that migrate a database, and that show its revision."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["check", "current", "downgrade", "upgrade"]
 @click.argument("revision", default="head")
 @url_option
 @schema_option
-@click.option("--sql", is_flag=True, help="Print the SQL and touch no database.")
+@click.option("--sql", is_flag=True, help="Print the SQL, and touch no database.")
 @click.option("--from", "from_revision", metavar="REVISION", help="With --sql: the revision to start from.")
 def upgrade(revision: str, url: str, schema: str | None, sql: bool, from_revision: str | None) -> None:
     """Bring the database's schema to REVISION (default: head).
 
-    Safe when many replicas run it at once: one migrates, the others wait and find it done.
+    Safe when many replicas run it at once: one migrates, and the others wait until it has.
     """
     from mcp_session_store.sql.schema import migrate
 

@@ -1,4 +1,4 @@
-"""What the commands have in common: options with their environment variables, where the sessions are, exit codes."""
+"""What the commands have in common: options with their environment variables, errors with their exit codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
-# The database's drivers are imported when a command uses them: `--help` does not.
+# The database's drivers are imported by the commands that use them, because `--help` does not.
 
 __all__ = [
     "DURATION",
@@ -47,17 +47,17 @@ _Settings = TypeVar("_Settings", bound="Settings")
 
 
 class Failure(click.ClickException):
-    """A check that failed, a database that does not answer: exit code 1."""
+    """Check that failed, or database that does not answer: exit code 1."""
 
 
 class _Misuse(click.ClickException):
-    """An argument or setting that cannot work: exit code 2, as click's own usage errors."""
+    """Argument or setting that cannot work: exit code 2, as click's own usage errors."""
 
     exit_code = 2
 
 
 class Group(click.Group):
-    """Commands whose errors of ours end with a message and an exit code, and not with a traceback."""
+    """Commands that end on an error of this package with a message and an exit code, and not with a traceback."""
 
     @override
     def invoke(self, ctx: click.Context) -> Any:
@@ -70,7 +70,7 @@ class Group(click.Group):
 
 
 class _Duration(click.ParamType[timedelta]):
-    """A duration, such as 90s, 30m, 24h or 7d."""
+    """Duration, such as 90s, 30m, 24h or 7d."""
 
     name = "duration"
 
@@ -115,7 +115,7 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def option(name: str, **attributes: Any) -> Callable[[_Command], _Command]:
-    """An option that an environment variable can set, too: `--some-name` is MCP_SESSION_STORE_SOME_NAME."""
+    """Return an option that an environment variable can set, too: MCP_SESSION_STORE_SOME_NAME for `--some-name`."""
     setting = name.split("/")[0].removeprefix("--").replace("-", "_")
     return click.option(name, envvar=variable(setting), show_envvar=True, **attributes)
 
@@ -124,10 +124,10 @@ url_option = option(
     "--url",
     required=True,
     metavar="URL",
-    help="The database: postgresql://user:password@host/database or sqlite:///path.",
+    help="Database: postgresql://user:password@host/database or sqlite:///path.",
 )
 schema_option = option(
-    "--schema", metavar="NAME", help="Postgres: the schema with the tables. Default: the search path's first."
+    "--schema", metavar="NAME", help="Schema with the tables, on Postgres. Default: the search path's first."
 )
 namespace_option = option(
     "--namespace",

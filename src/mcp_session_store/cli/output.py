@@ -1,4 +1,4 @@
-"""What the commands print: tables that fit the terminal, plain text in a pipe, JSON for programs."""
+"""Output of the commands: tables that fit the terminal, plain text in a pipe, JSON for programs."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ _WIDEST_TEXT: Final = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """One column of a table."""
+    """Column of a table."""
 
     title: str
     width: int
-    """Characters that it needs."""
+    """Characters that the column needs."""
     flexible: bool = False
-    """Whether it is cut on a terminal when there is not more room, and takes more when there is."""
+    """Whether the column takes more room on a wide terminal; its cells are cut to the room that it has."""
     rank: int = 0
-    """On a narrow terminal the columns with the highest go first."""
+    """Order in which columns are left out on a narrow terminal, the highest first."""
     right: bool = False
 
 
 def stdout() -> Console:
-    """What is printed on: as wide as the terminal, or as wide as it takes."""
+    """Return the console of the standard output: as wide as the terminal, or else as wide as it takes."""
     if hasattr(sys.stdout, "reconfigure"):
-        # A client's name must not be what a narrow encoding fails at.
+        # A client's name must not fail because the terminal's encoding lacks a character of it.
         sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
@@ -71,14 +71,14 @@ def stdout() -> Console:
 
 
 def cell(text: str, *, length: int = 500) -> Text:
-    """A text that others may have chosen: shown as it is, whatever looks like markup in it."""
+    """Return a text that a client may have chosen as it is to be shown: without control characters, markup as text."""
     return Text(display_text(text, length=length))
 
 
 def print_table(
     console: Console, columns: Sequence[Column], rows: Sequence[Sequence[RenderableType]], *, header: bool = True
 ) -> None:
-    """Print rows with a cell for each column; on a terminal only those columns that there is room for."""
+    """Print rows with a cell for each column; on a terminal, only the columns that there is room for."""
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_header=header, header_style="bold")
     shown = list(columns)
     share = 0
@@ -91,7 +91,7 @@ def print_table(
         table.add_column(
             column.title,
             justify="right" if column.right else "left",
-            # Pages that are printed one after the other have the same columns.
+            # Fixed, so that the columns of all pages stand below each other.
             min_width=wide if console.width >= column.width else None,
             max_width=wide if console.is_terminal else None,
             no_wrap=True,
@@ -114,11 +114,11 @@ def _room(console: Console, columns: Sequence[Column]) -> int:
 
 @contextlib.contextmanager
 def progress(description: str, *, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar while something goes on, where there is a terminal for messages. Gives what moves it on.
+    """Show a bar while work goes on, if messages go to a terminal. Yields a function that moves the bar on.
 
     Args:
-        description: What goes on.
-        total: How far it will go; `None` where nobody knows.
+        description: The work.
+        total: How far it will go; `None`: unknown.
     """
     console = Console(stderr=True)
     with Progress(
@@ -134,7 +134,7 @@ def progress(description: str, *, total: int | None) -> Iterator[Callable[[int],
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
-    """Print a JSON document. ASCII alone: what clients chose cannot reach the terminal's controls."""
+    """Print a JSON document, in ASCII alone, so that no text of a client reaches the terminal's controls."""
     click.echo(json.dumps(value, default=_plain, indent=indent))
 
 
@@ -152,7 +152,7 @@ def _plain(value: object) -> object:
 
 
 def session_as_json(session: StoredSession) -> dict[str, Any]:
-    """A session by the names of its fields."""
+    """Return a session by the names of its fields."""
     return asdict(session)
 
 
@@ -161,31 +161,31 @@ _SECONDS: Final = {"d": 86_400, "h": 3600, "min": 60, "s": 1}
 
 
 def span(length: timedelta) -> str:
-    """A length of time in its largest unit: 3 min."""
+    """Return a length of time in its largest unit: 3 min."""
     seconds = abs(length.total_seconds())
     unit = next(unit for least, unit in _UNITS if seconds >= least)
     return f"{int(seconds // _SECONDS[unit])} {unit}"
 
 
 def ago(moment: datetime | None, now: datetime) -> str:
-    """A moment as seen from another: 3 min ago, in 5 h; `never` where there is none."""
+    """Return a moment as seen from another: 3 min ago, in 5 h; `never` for `None`."""
     if moment is None:
         return "never"
     return f"in {span(moment - now)}" if moment > now else f"{span(now - moment)} ago"
 
 
 def number(count: int) -> str:
-    """A number with its thousands apart."""
+    """Return a number with its thousands apart."""
     return f"{count:,}".replace(",", " ")
 
 
 def plural(word: str, count: int) -> str:
-    """A word as it stands after a number."""
+    """Return a word as it stands after a number."""
     return word if count == 1 else f"{word}s"
 
 
 def size(count: float) -> str:
-    """A number of bytes in its largest unit: 3.2 MB."""
+    """Return a number of bytes in its largest unit: 3.2 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break

@@ -14,13 +14,13 @@ from mcp_session_store.retention import EventPolicy
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from mcp_session_store.cli.target import Place
+    from mcp_session_store.cli.target import Target
     from mcp_session_store.sql.admin.partitions import Maintenance
 
 __all__ = ["maintain", "partition", "unpartition"]
 
 _ahead_option = click.option(
-    "--ahead", type=click.IntRange(1, 20), default=3, show_default=True, help="Partitions made before their time."
+    "--ahead", type=click.IntRange(1, 20), default=3, show_default=True, help="Partitions to make before their time."
 )
 
 
@@ -31,19 +31,19 @@ _ahead_option = click.option(
     type=DURATION,
     required=True,
     metavar="DURATION",
-    help="How long a time a partition is for, as in 10m, 1h, 1d; from multiples of it on, in UTC.",
+    help="Time that a partition is for, as in 10m, 1h, 1d; it begins at a multiple of that, in UTC.",
 )
 @events_max_age_option
 @_ahead_option
-def partition(place: Place, *, every: timedelta, events_max_age: str | None, ahead: int) -> None:
-    """Partition the events of all namespaces by time, on Postgres: old ones are dropped, and no longer deleted.
+def partition(target: Target, *, every: timedelta, events_max_age: str | None, ahead: int) -> None:
+    """Partition the events of all namespaces by time, on Postgres: old events are dropped, and no longer deleted.
 
-    One transaction; the events stay. Nobody stores or reads one while an index on the present ones is built. From then
-    on run `events maintain` regularly, more often than a partition is long.
+    One transaction; the events stay. Servers neither store nor read an event while an index on the present ones is
+    built. From then on run `events maintain` regularly, more often than a partition is long.
     """
 
     async def change() -> bool:
-        async with place.event_partitions() as partitions:
+        async with target.event_partitions() as partitions:
             return await partitions.partition(every, max_age=_max_age(events_max_age), ahead=ahead)
 
     done = run(change())
@@ -55,15 +55,15 @@ def partition(place: Place, *, every: timedelta, events_max_age: str | None, ahe
 @events_max_age_option
 @_ahead_option
 @json_option
-def maintain(place: Place, *, events_max_age: str | None, ahead: int, as_json: bool) -> None:
+def maintain(target: Target, *, events_max_age: str | None, ahead: int, as_json: bool) -> None:
     """Drop the partitions whose events are all older than --events-max-age, and make those of times to come.
 
-    For cron. It may run at any time, twice at once too. Give it the --events-max-age of the servers, of several
-    namespaces the longest.
+    For cron. It may run at any time, also twice at once. Give it the --events-max-age of the servers; with several
+    namespaces, the longest of them.
     """
 
     async def change() -> Maintenance:
-        async with place.event_partitions() as partitions:
+        async with target.event_partitions() as partitions:
             return await partitions.maintain(max_age=_max_age(events_max_age), ahead=ahead)
 
     done = run(change())
@@ -77,22 +77,23 @@ def maintain(place: Place, *, events_max_age: str | None, ahead: int, as_json: b
         click.echo("there was nothing to do")
     if done.default_in_use:
         click.echo(
-            "the default partition holds events, for whose time there was no other: sweeps delete them one by one. "
-            "Run this more often, or with a larger --ahead",
+            "the default partition holds events, because there was no partition of their time: sweeps delete them one "
+            "by one. Run this command more often, or with a larger --ahead",
             err=True,
         )
 
 
 @click.command()
 @tables_options
-def unpartition(place: Place) -> None:
+def unpartition(target: Target) -> None:
     """Make the events one table again.
 
-    One transaction; the events stay. Nobody stores or reads one while they are copied: give many a longer --timeout.
+    One transaction; the events stay. Servers neither store nor read an event while they are copied: give many events a
+    longer --timeout.
     """
 
     async def change() -> bool:
-        async with place.event_partitions() as partitions:
+        async with target.event_partitions() as partitions:
             return await partitions.unpartition()
 
     click.echo("the events are one table again" if run(change()) else "the events were not partitioned")

@@ -32,19 +32,19 @@ from mcp_session_store.settings import InstanceSettings
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-# uvicorn, the SDK and the database's drivers are imported where they are needed: other commands need none of them.
+# uvicorn, the SDK and the database's drivers are imported where they are used, because other commands need none.
 
 __all__ = ["serve", "worker_app"]
 
 _WORKER_SETTINGS: Final = "_MCP_SESSION_STORE_SERVE"
-"""Carries the settings of `serve` to its workers, which uvicorn starts with nothing but an import string."""
+"""Environment variable with the settings of `serve`, because uvicorn gives its workers an import string alone."""
 
 _UVICORN_STARTUP_FAILED: Final = 3
 _OUR_LOGGER: Final = "mcp_session_store"
 
 
 class _ServeSettings(BaseModel):
-    """What a worker needs to build its app."""
+    """Values from which a worker builds its app."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -87,12 +87,12 @@ def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str 
 @url_option
 @schema_option
 @namespace_option
-@option("--auto-upgrade", is_flag=True, help="Migrate a server database at start. A new SQLite file always is.")
-@option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="The port to listen on.")
-@option("--workers", default=1, show_default=True, type=click.IntRange(1), help="The number of processes.")
-@option("--path", callback=_absolute_path, help="The MCP endpoint. Default: the framework's, /mcp.")
-@option("--json-response/--sse", default=None, help="How calls are answered. Default: the framework's, SSE.")
+@option("--auto-upgrade", is_flag=True, help="Migrate a server database at start; a new SQLite file always is.")
+@option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
+@option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Number of processes.")
+@option("--path", callback=_absolute_path, help="Path of the MCP endpoint. Default: the framework's, /mcp.")
+@option("--json-response/--sse", default=None, help="Form of the answers to calls. Default: the framework's, SSE.")
 @option(
     "--shutdown-timeout",
     default=10,
@@ -106,13 +106,17 @@ def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str 
     default="info",
     show_default=True,
     type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]),
-    help="Of uvicorn's log and of this package's.",
+    help="Level of uvicorn's log and of this package's.",
 )
 @retention_options
-@option("--events/--no-events", default=None, help="Keep the events of streams, so that they can be resumed.")
+@option(
+    "--events/--no-events",
+    default=None,
+    help="Store the events of streams, so that clients can resume them.",
+)
 @event_options
 @instance_options
-@option("--app-dir", default=".", show_default=True, help="Where MODULE is looked for first.")
+@option("--app-dir", default=".", show_default=True, help="Folder in which MODULE is looked for first.")
 def serve(
     target: str,
     url: str,
@@ -134,8 +138,8 @@ def serve(
 ) -> None:
     """Serve an MCPServer, a low-level Server or a FastMCP 4 server with durable sessions.
 
-    MODULE:ATTRIBUTE is where the server object is, as in `notes.server:mcp`; its code needs no change.
-    A database that is down does not keep the server from starting: clients get 503 until it answers.
+    MODULE:ATTRIBUTE names the server object, as in `notes.server:mcp`; its code needs no change.
+    The server starts although the database is down: clients get 503 until it answers.
     """
     read_settings(RetentionPolicy, retention)
     read_settings(EventPolicy, event_retention)
@@ -156,7 +160,7 @@ def serve(
         instance=instance,
         given=frozenset(name for name in _OF_THE_DATABASE if _is_given(name)),
     )
-    # Built here even if only workers will serve: what cannot work is told once, and before anything listens.
+    # Built here even if only workers will serve, so that what cannot work is said once, and before anything listens.
     app = _build(settings)
     run(_check_store(settings))
 
@@ -182,7 +186,7 @@ def serve(
 
 
 def worker_app() -> Starlette:
-    """The app of one of several workers; uvicorn calls this in each. For `serve` only."""
+    """Return the app of one of several workers; uvicorn calls this in each. For `serve` only."""
     return _build(_ServeSettings.model_validate_json(os.environ[_WORKER_SETTINGS]))
 
 
@@ -239,14 +243,14 @@ def _import_target(target: str, app_dir: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and module_name.endswith(".py"):
             module = module_name.removesuffix(".py").replace("/", ".")
             raise ConfigurationError(
-                f"{target!r} names a file, and a module is asked for: write {module}:{attributes}"
+                f"{target!r} names a file instead of a module: write {module}:{attributes}"
             ) from error
         if isinstance(error, ModuleNotFoundError) and _is_part_of(error.name, module_name):
             raise ConfigurationError(
                 f"there is no module {error.name!r} in {app_dir} or among the installed packages; "
                 "run the command where the module is, or give its folder with --app-dir"
             ) from error
-        # The last place in the user's own code; the machinery of imports says nothing to him.
+        # The last line of the user's own code, because the machinery of imports explains nothing.
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigurationError(
             f"the module {module_name!r} cannot be imported: {type(error).__name__}: {error} "
@@ -263,7 +267,7 @@ def _import_target(target: str, app_dir: str) -> Any:
 
 
 def _is_part_of(missing: str | None, module_name: str) -> bool:
-    """Whether it is the module asked for, or a package around it, that is missing, and not one that it imports."""
+    """Return whether the module itself is missing, or a package around it, and not a module that it imports."""
     return missing is not None and f"{module_name}.".startswith(f"{missing}.")
 
 
@@ -277,7 +281,7 @@ async def _check_store(settings: _ServeSettings) -> None:
         auto_upgrade=settings.auto_upgrade,
     )
     try:
-        # A new SQLite file is migrated here, before several workers would find it at once.
+        # A new SQLite file is migrated here, because several workers would find it at once.
         await store.open()
     except StoreUnavailable as error:
         click.echo(f"Warning: {error} Starting all the same: clients get 503 until it answers.", err=True)
@@ -286,7 +290,7 @@ async def _check_store(settings: _ServeSettings) -> None:
 
 
 def _log_config(level: str) -> dict[str, Any]:
-    """uvicorn's own, with this package's log beside it. The root logger is the framework's and the user's."""
+    """Return uvicorn's configuration of logs, with this package's beside it. The root logger is the user's."""
     from uvicorn.config import LOGGING_CONFIG
 
     level_name = "DEBUG" if level == "trace" else level.upper()

@@ -1,4 +1,4 @@
-"""How a session is named on the command line: by its key, or by its id, which goes no further."""
+"""Names of sessions on the command line: a key, or a session id, which is hashed at once and goes no further."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SESSION_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def key_of(names: Sequence[str]) -> UUID:
-    """The key of the one session that is named."""
+    """Return the key of the one session that is named."""
     keys = keys_of(names)
     if len(keys) != 1:
         raise click.UsageError("show takes one session: a session id, a key, or - to read it from standard input")
@@ -30,7 +30,7 @@ def key_of(names: Sequence[str]) -> UUID:
 
 
 def keys_of(names: Sequence[str]) -> list[UUID]:
-    """The keys of the sessions that are named, in their order and each once."""
+    """Return the keys of the sessions that are named, in their order and each once."""
     given = [name for name in names if name != "-"]
     if len(given) < len(names):
         given += sys.stdin.read().split()
@@ -42,11 +42,11 @@ def _key(name: str) -> UUID:
         key = UUID(name)
     except ValueError:
         key = None
-    # With dashes and of our version: a UUID that a server has for a session id is neither.
+    # With dashes, and of version 8: a server that has UUIDs for session ids has others.
     if key is not None and key.version == 8 and str(key) == name.lower():
         return key
     if not _SESSION_ID.fullmatch(name):
-        # It is not repeated: it may be most of a session id.
+        # The message does not repeat the name, which may be most of a session id.
         raise ConfigurationError(
             "a name is neither a key nor a session id (up to 128 visible ASCII characters); copy the key from "
             "mcp-session-store sessions list"

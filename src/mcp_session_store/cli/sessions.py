@@ -1,4 +1,4 @@
-"""The commands for the sessions that are stored: list them, show one, end some, count them."""
+"""The commands for stored sessions: list them, show one, end some, count them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ from mcp_session_store.cli.output import (
     progress,
     stdout,
 )
+from mcp_session_store.cli.pages import (
+    LARGE_PAGE,
+    all_option,
+    cursor_option,
+    limit_option,
+    page_size,
+    pages,
+    print_pages,
+)
 from mcp_session_store.cli.session_names import key_of, keys_of
 from mcp_session_store.cli.sessions_views import (
     details_as_json,
@@ -35,7 +44,7 @@ from mcp_session_store.cli.sessions_views import (
     print_statistics,
     statistics_as_json,
 )
-from mcp_session_store.cli.target import place_options
+from mcp_session_store.cli.target import target_options
 from mcp_session_store.records import EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
 
@@ -44,7 +53,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from uuid import UUID
 
-    from mcp_session_store.cli.target import Place
+    from mcp_session_store.cli.target import Target
     from mcp_session_store.retention import SweepReport
     from mcp_session_store.sql.admin.sessions import (
         SessionDetails,
@@ -56,9 +65,6 @@ if TYPE_CHECKING:
 
 __all__ = ["sessions"]
 
-_PAGE: Final = 50
-_LARGE_PAGE: Final = 500
-
 _DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
 
 
@@ -66,28 +72,30 @@ _DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
 def sessions() -> None:
     """List, show, end and count the sessions that are stored.
 
-    A session is named by its key, as it is listed: a UUID of version 8, with dashes. Anything else is taken for
-    a session id, which is hashed at once, and never printed or stored. With - it is read from the standard input, so
-    that it does not stand in the shell's history.
+    A session is named by its key, as `list` prints it: a UUID of version 8, with dashes. Any other name is taken for
+    a session id, which is hashed at once, and never printed or stored. A name of - stands for those on the standard
+    input, so that a session id need not stand in the shell's history.
     """
 
 
 def _filter_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that choose sessions; the command gets a `SessionFilter` as `which`."""
+    """Add the options that choose sessions; the command gets a `SessionFilter` as `which`."""
 
-    @click.option("--client", metavar="NAME", help="What the client calls itself, exactly.")
-    @click.option("--principal", metavar="CLIENT_ID", help="Whose: a client id, or a digest as show prints it.")
-    @click.option("--issuer", metavar="URL", help="With --principal: its issuer, where it has one.")
-    @click.option("--subject", metavar="NAME", help="With --principal: its subject, where it has one.")
-    @click.option("--no-principal", is_flag=True, help="Those that are nobody's.")
-    @click.option("--instance", metavar="ID", help="The instance that last created or restored it.")
+    @click.option("--client", metavar="NAME", help="Name that the client gave itself, exactly.")
+    @click.option(
+        "--principal", metavar="CLIENT_ID", help="Client id of the principal, or the digest that show prints."
+    )
+    @click.option("--issuer", metavar="URL", help="With --principal: its issuer, if it has one.")
+    @click.option("--subject", metavar="NAME", help="With --principal: its subject, if it has one.")
+    @click.option("--no-principal", is_flag=True, help="Sessions without a principal.")
+    @click.option("--instance", metavar="ID", help="Instance that last created or restored the session.")
     @click.option(
         "--older-than",
         type=DURATION,
         metavar="DURATION",
-        help="Opened that long ago or longer, as in 90s, 30m, 24h, 7d; with --state: expired or ended.",
+        help="Opened at least so long ago, as in 90s, 30m, 24h, 7d; with --state: expired or ended so long ago.",
     )
-    @click.option("--newer-than", type=DURATION, metavar="DURATION", help="Less long ago than that.")
+    @click.option("--newer-than", type=DURATION, metavar="DURATION", help="Opened, expired or ended less long ago.")
     @functools.wraps(command)
     def with_filter(
         *arguments: Any,
@@ -133,21 +141,21 @@ def _digest(principal: str | None, issuer: str | None, subject: str | None) -> b
 
 
 @sessions.command("list")
-@place_options
+@target_options
 @click.option(
     "--state",
     type=click.Choice(["live", "expired", "ended"]),
     default="live",
     show_default=True,
-    help="Newest first; or expired and not yet swept, or ended, the latest first.",
+    help="live: newest first. expired, and not yet swept, and ended: latest first.",
 )
 @_filter_options
-@click.option("--limit", type=click.IntRange(1, 10_000), metavar="N", help=f"Sessions on a page. Default: {_PAGE}.")
-@click.option("--after", metavar="CURSOR", help="Go on where a page ended, with what it printed.")
-@click.option("--all", "all_pages", is_flag=True, help="All pages, one after the other.")
+@limit_option
+@cursor_option
+@all_option
 @json_option
 def list_(
-    place: Place,
+    target: Target,
     *,
     state: str,
     which: SessionFilter,
@@ -158,48 +166,43 @@ def list_(
 ) -> None:
     """List sessions, a page at a time.
 
-    Ages are by the database's clock. --json prints one document: as_of, sessions, and next, which is the cursor for
-    --after or null. With --all it prints one line of JSON for each session.
+    Ages are by the database's clock. --json prints one document with as_of, sessions and next, which is the cursor for
+    --after or null; with --all, one line of JSON for each session.
     """
     from mcp_session_store.sql.admin.sessions import SessionState
 
     which = replace(which, state=SessionState(state))
-    page_size = limit or (_LARGE_PAGE if all_pages else _PAGE)
+    size = page_size(limit, all_pages=all_pages)
 
-    async def print_pages() -> None:
-        count = 0
-        async with place.directory() as directory:
-            async for page in _pages(directory, which, limit=page_size, after=after):
-                print_page(page, state, first=count == 0, all_pages=all_pages, as_json=as_json)
-                count += len(page.sessions)
-                if not all_pages:
-                    if page.next is not None and not as_json:
-                        click.echo(f"there are more: --after {page.next}", err=True)
-                    break
+    def show_page(page: SessionPage, first: bool) -> int:
+        print_page(page, state, first=first, all_pages=all_pages, as_json=as_json)
+        return len(page.sessions)
+
+    async def print_list() -> None:
+        async with target.directory() as directory:
+            listed = _listed(directory, which, size=size, after=after)
+            count = await print_pages(listed, show_page, all_pages=all_pages, as_json=as_json)
         if count == 0 and not as_json:
-            click.echo(f"no {state} sessions like that in namespace {place.namespace}", err=True)
+            click.echo(f"no {state} sessions like that in namespace {target.namespace}", err=True)
 
-    run(print_pages())
+    run(print_list())
 
 
-async def _pages(
-    directory: SessionDirectory, which: SessionFilter, *, limit: int = _LARGE_PAGE, after: str | None = None
+def _listed(
+    directory: SessionDirectory, which: SessionFilter, *, size: int = LARGE_PAGE, after: str | None = None
 ) -> AsyncIterator[SessionPage]:
-    """The pages of a list, at least one."""
-    while True:
-        page = await directory.page(which, limit=limit, after=after)
-        yield page
-        if page.next is None:
-            return
-        after = page.next
+    async def read(cursor: str | None) -> SessionPage:
+        return await directory.page(which, limit=size, after=cursor)
+
+    return pages(read, after)
 
 
 @sessions.command()
 @click.argument("names", nargs=-1, required=True, metavar="ID_OR_KEY|-")
-@place_options
-@click.option("--params", is_flag=True, help="The client's params, too: they may be confidential.")
+@target_options
+@click.option("--params", is_flag=True, help="Show the client's params, which may be confidential.")
 @json_option
-def show(place: Place, *, names: tuple[str, ...], params: bool, as_json: bool) -> None:
+def show(target: Target, *, names: tuple[str, ...], params: bool, as_json: bool) -> None:
     """Show all that is stored of one session, live or not.
 
     Exit code 1 when there is no such session. Params are JSON texts, in --json too.
@@ -207,13 +210,13 @@ def show(place: Place, *, names: tuple[str, ...], params: bool, as_json: bool) -
     key = key_of(names)
 
     async def find() -> SessionDetails | None:
-        async with place.directory() as directory:
+        async with target.directory() as directory:
             return await directory.find(key)
 
     found = run(find())
     if found is None:
         raise Failure(
-            f"no session has the key {key} in namespace {place.namespace}: it never had, or it ended and was swept"
+            f"no session has the key {key} in namespace {target.namespace}: it never had, or it ended and was swept"
         )
     if as_json:
         print_json(details_as_json(found, params=params))
@@ -223,14 +226,14 @@ def show(place: Place, *, names: tuple[str, ...], params: bool, as_json: bool) -
 
 @sessions.command()
 @click.argument("names", nargs=-1, metavar="[ID_OR_KEY|-]...")
-@place_options
+@target_options
 @_filter_options
-@click.option("--all", "all_sessions", is_flag=True, help="All live sessions of the namespace.")
-@click.option("--yes", is_flag=True, help="Ask nothing.")
-@click.option("--dry-run", is_flag=True, help="Only tell how many would end.")
+@click.option("--all", "all_sessions", is_flag=True, help="End all live sessions of the namespace.")
+@click.option("--yes", is_flag=True, help="End them without a question.")
+@click.option("--dry-run", is_flag=True, help="Print how many would end, and end none.")
 @json_option
 def end(
-    place: Place,
+    target: Target,
     *,
     names: tuple[str, ...],
     which: SessionFilter,
@@ -239,7 +242,7 @@ def end(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """End sessions for good, on all instances: those that are named, or all live ones that the options choose.
+    """End sessions for good, on all instances: named sessions, or all live ones that the options choose.
 
     Exit code 1 when a session that was named was not live.
     """
@@ -251,15 +254,15 @@ def end(
     not_live: list[UUID] = []
     if names:
         keys = keys_of(names)
-        live = run(_live(place, keys)) if dry_run else run(_end_named(place, keys))
+        live = run(_live(target, keys)) if dry_run else run(_end_named(target, keys))
         ended = len(live)
         not_live = [key for key in keys if key not in live]
     else:
-        ended = run(_count(place, which))
+        ended = run(_count(target, which))
         if not dry_run and ended:
             if not yes:
-                _ask(ended, place)
-            ended = run(_end_chosen(place, which, expected=ended))
+                _ask(ended, target)
+            ended = run(_end_chosen(target, which, expected=ended))
     if as_json:
         print_json({"dry_run": dry_run, "ended": ended, "not_live": not_live})
     else:
@@ -270,46 +273,49 @@ def end(
         raise click.exceptions.Exit(1)
 
 
-def _ask(count: int, place: Place) -> None:
+def _ask(count: int, target: Target) -> None:
     if not sys.stdin.isatty():
         raise click.UsageError(
-            f"{number(count)} {plural('session', count)} would end, and there is nobody to ask; "
+            f"{number(count)} {plural('session', count)} would end, and without a terminal there is no question; "
             "give --yes to end them, or --dry-run"
         )
-    question = f"End {number(count)} live {plural('session', count)} in namespace {place.namespace}?"
+    question = f"End {number(count)} live {plural('session', count)} in namespace {target.namespace}?"
     click.confirm(question, abort=True, err=True)
 
 
-async def _count(place: Place, which: SessionFilter) -> int:
-    async with place.directory() as directory:
+async def _count(target: Target, which: SessionFilter) -> int:
+    async with target.directory() as directory:
         return await directory.count(which)
 
 
-async def _live(place: Place, keys: Sequence[UUID]) -> set[UUID]:
+async def _live(target: Target, keys: Sequence[UUID]) -> set[UUID]:
     from mcp_session_store.sql.admin.sessions import SessionState
 
-    async with place.directory() as directory:
+    async with target.directory() as directory:
         found = [await directory.find(key) for key in keys]
     return {one.session.key for one in found if one is not None and one.session.state is SessionState.LIVE}
 
 
-async def _end_named(place: Place, keys: Sequence[UUID]) -> set[UUID]:
-    """Those among them that were live, and have ended."""
+async def _end_named(target: Target, keys: Sequence[UUID]) -> set[UUID]:
+    """End sessions, and return the keys of those that were live."""
     ended: set[UUID] = set()
-    async with place.store() as store:
-        for start in range(0, len(keys), _LARGE_PAGE):
-            some = keys[start : start + _LARGE_PAGE]
+    async with target.store() as store:
+        for start in range(0, len(keys), LARGE_PAGE):
+            some = keys[start : start + LARGE_PAGE]
             answers = await asyncio.gather(*(store.end(key, reason=EndReason.OPERATOR) for key in some))
             ended.update(key for key, answer in zip(some, answers, strict=True) if answer)
     return ended
 
 
-async def _end_chosen(place: Place, which: SessionFilter, *, expected: int) -> int:
-    """How many ended. Of those that are opened meanwhile hardly any is among them: the list goes from new to old."""
+async def _end_chosen(target: Target, which: SessionFilter, *, expected: int) -> int:
+    """End the sessions of a filter, and return how many.
+
+    Hardly any session that is opened meanwhile is among them, because the list goes from new to old.
+    """
     ended = 0
-    async with place.directory() as directory, place.store() as store:
+    async with target.directory() as directory, target.store() as store:
         with progress("ending", total=expected) as advance:
-            async for page in _pages(directory, which):
+            async for page in _listed(directory, which):
                 answers = await asyncio.gather(
                     *(store.end(session.key, reason=EndReason.OPERATOR) for session in page.sessions)
                 )
@@ -319,20 +325,20 @@ async def _end_chosen(place: Place, which: SessionFilter, *, expected: int) -> i
 
 
 @sessions.command()
-@place_options
+@target_options
 @click.option("--top", default=10, show_default=True, type=click.IntRange(1, 1000), help="Clients and instances shown.")
 @retention_options
 @json_option
-def stats(place: Place, *, top: int, retention: Mapping[str, str], as_json: bool) -> None:
-    """Count the sessions, by state, age, client and instance, and tell what they take.
+def stats(target: Target, *, top: int, retention: Mapping[str, str], as_json: bool) -> None:
+    """Count the sessions by state, age, client and instance, and show the size of their tables.
 
-    Reads all of them, changes none, and holds up nobody; give a large table a longer --timeout. What the next sweep
-    would take is by the policy of the options, so give those that the servers have.
+    Reads all sessions, and blocks no server; give a large table a longer --timeout. The next sweep's figures follow
+    the policy of the options, so give those that the servers have.
     """
     policy = read_settings(RetentionPolicy, retention)
 
     async def read() -> tuple[Statistics, SweepReport]:
-        async with place.directory() as directory:
+        async with target.directory() as directory:
             return await directory.statistics(top=top), await directory.preview(policy)
 
     statistics, preview = run(read())

@@ -1,4 +1,4 @@
-"""The command that sweeps: for cron, or where the servers are told not to."""
+"""The command that sweeps: for cron, where the servers do not sweep themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mcp_session_store.cli.options import (
     sweep_retention_options,
 )
 from mcp_session_store.cli.output import number, plural, print_json, progress
-from mcp_session_store.cli.target import place_options
+from mcp_session_store.cli.target import target_options
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
 from mcp_session_store.store import SWEEP_LIMIT
@@ -27,31 +27,31 @@ from mcp_session_store.store import SWEEP_LIMIT
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from mcp_session_store.cli.target import Place
+    from mcp_session_store.cli.target import Target
 
 __all__ = ["sweep"]
 
 _KILLED_BY: Final = 128
-"""What a shell adds to the number of the signal that ended a command."""
+"""Number that a shell adds to that of the signal that ended a command."""
 
 
 @click.command()
-@place_options
+@target_options
 @sweep_retention_options
 @event_options
-@click.option("--dry-run", is_flag=True, help="Only tell what would go.")
+@click.option("--dry-run", is_flag=True, help="Print what a sweep would do, and do nothing.")
 @click.option(
     "--limit-per-step",
     default=SWEEP_LIMIT,
     show_default=True,
     type=click.IntRange(1, 100_000),
     metavar="N",
-    help="Sessions of each kind that one short transaction handles at most.",
+    help="Most sessions of each kind that one short transaction handles.",
 )
-@click.option("--no-pause", is_flag=True, help="Do not rest after each step for as long as it took.")
+@click.option("--no-pause", is_flag=True, help="Do not pause after each step for as long as it took.")
 @json_option
 def sweep(
-    place: Place,
+    target: Target,
     *,
     retention: Mapping[str, str],
     event_retention: Mapping[str, str],
@@ -62,20 +62,20 @@ def sweep(
 ) -> None:
     """End sessions that have expired, and remove those that ended long ago and events that are too old.
 
-    It goes on until there are no more. Each session goes by the expiry that the servers gave it; with --idle or
-    --absolute, one that has none gets one by that, as if it were used now. Events go by the options: give those that
-    the servers have. Any number of sweeps may run at once, beside the servers' own. SIGINT and SIGTERM stop it after
-    the step that runs; the exit code is then 130 or 143, and what is left is swept the next time.
+    The sweep goes on until there are no more. A session expires when the servers said; with --idle or --absolute, a
+    session without an expiry gets one by that policy, as if it were used now. Events are removed by the options, so
+    give those that the servers have. Any number of sweeps may run at once, beside the servers' own. SIGINT and SIGTERM
+    stop it after the step that runs; the exit code is then 130 or 143, and the next sweep does the rest.
     """
     policy = read_settings(RetentionPolicy, retention)
     if not {"idle", "absolute"} & policy.model_fields_set:
-        # Each session goes by the expiry that the servers gave it, and one without any is theirs to judge.
+        # A session without an expiry stays so: the policy of the servers wants none.
         policy = policy.model_copy(update={"idle": None})
     for_events = read_settings(EventPolicy, event_retention)
     if dry_run:
-        _report(*run(_preview(place, policy, for_events)), dry_run=True, as_json=as_json)
+        _report(*run(_preview(target, policy, for_events)), dry_run=True, as_json=as_json)
         return
-    sweeping = _Sweep(place, policy, for_events, limit=limit_per_step, pause=not no_pause)
+    sweeping = _Sweep(target, policy, for_events, limit=limit_per_step, pause=not no_pause)
     try:
         run(sweeping.run())
     except BaseException:
@@ -88,9 +88,9 @@ def sweep(
 
 
 async def _preview(
-    place: Place, policy: RetentionPolicy, for_events: EventPolicy
+    target: Target, policy: RetentionPolicy, for_events: EventPolicy
 ) -> tuple[SweepReport, EventSweepReport]:
-    async with place.directory() as directory, place.event_directory() as event_directory:
+    async with target.directory() as directory, target.event_directory() as event_directory:
         events = await event_directory.preview(for_events)
         return await directory.preview(policy), EventSweepReport(removed=events, more=events > 0)
 
@@ -113,12 +113,12 @@ def _report(report: SweepReport, events: EventSweepReport, *, dry_run: bool, as_
 
 
 class _Sweep:
-    """A sweep from its first step to its last, or until a signal."""
+    """Sweep from its first step to its last, or until a signal."""
 
     def __init__(
-        self, place: Place, policy: RetentionPolicy, for_events: EventPolicy, *, limit: int, pause: bool
+        self, target: Target, policy: RetentionPolicy, for_events: EventPolicy, *, limit: int, pause: bool
     ) -> None:
-        self._place = place
+        self._target = target
         self._policy = policy
         self._for_events = for_events
         self._limit = limit
@@ -132,13 +132,13 @@ class _Sweep:
         with self._stopping_at_signals(stop):
             total = None
             if sys.stderr.isatty():
-                # For the bar, which does without it where the count takes too long.
+                # For the bar, which goes without a total when the count takes too long.
                 with contextlib.suppress(StoreUnavailable):
-                    expected, events = await _preview(self._place, self._policy, self._for_events)
+                    expected, events = await _preview(self._target, self._policy, self._for_events)
                     total = expected.expired + expected.purged + events.removed
             async with (
-                self._place.store(self._policy) as store,
-                self._place.event_log(store, self._for_events) as log,
+                self._target.store(self._policy) as store,
+                self._target.event_log(store, self._for_events) as log,
             ):
                 with progress("sweeping", total=total) as advance:
                     while self.done.more and not stop.is_set():
@@ -155,7 +155,7 @@ class _Sweep:
                         await self._rest(stop, begun, more=of_events.more)
 
     async def _rest(self, stop: asyncio.Event, begun: float, *, more: bool) -> None:
-        """Leave the database to others for as long as a step took."""
+        """Leave the database to the servers for as long as a step took."""
         if self._pause and more:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), time.monotonic() - begun)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.admin.partitions import EventPartitions
     from mcp_session_store.sql.admin.sessions import SessionDirectory
 
-__all__ = ["Place", "place_options", "tables_options"]
+__all__ = ["Target", "target_options", "tables_options"]
 
 _timeout_option = option(
     "--timeout",
@@ -28,13 +28,13 @@ _timeout_option = option(
     default=30.0,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
-    help="How long one question to the database may take.",
+    help="How long one query of the database may take.",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the sessions are that a command is about."""
+class Target:
+    """Database and namespace that a command is about, and what a command opens there."""
 
     url: str = field(repr=False)
     schema: str | None
@@ -42,30 +42,30 @@ class Place:
     timeout: float
 
     def directory(self) -> SessionDirectory:
-        """To read them."""
+        """Return what reads the sessions."""
         from mcp_session_store.sql.admin.sessions import SessionDirectory
 
         self._refuse_absent()
         return SessionDirectory(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
 
     def event_directory(self) -> EventDirectory:
-        """To read the events."""
+        """Return what reads the events."""
         from mcp_session_store.sql.admin.events import EventDirectory
 
         self._refuse_absent()
         return EventDirectory(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
 
     def event_partitions(self) -> EventPartitions:
-        """To change how the events of all namespaces are laid out."""
+        """Return what partitions the table of events, which all namespaces share."""
         from mcp_session_store.sql.admin.partitions import EventPartitions
 
         return EventPartitions(self.url, schema=self.schema, timeout=self.timeout)
 
     def store(self, retention: RetentionPolicy | None = None) -> SqlSessionStore:
-        """To change them.
+        """Return what changes the sessions.
 
-        Its calls take no longer than those of servers, however patient the command is: servers look for changes
-        that are no older.
+        Its calls take no longer than those of a server, whatever --timeout says, because servers look back for changes
+        only as far as such a call can take.
         """
         from mcp_session_store.sql import DEFAULT_TIMEOUT, SqlSessionStore
 
@@ -79,41 +79,41 @@ class Place:
         )
 
     def event_log(self, store: SqlSessionStore, policy: EventPolicy) -> SqlEventLog:
-        """To change the events of a store's sessions."""
+        """Return what changes the events of a store's sessions."""
         from mcp_session_store.sql import SqlEventLog
 
         return SqlEventLog(store, policy=policy)
 
     def _refuse_absent(self) -> None:
-        """Make no SQLite file where the name of one was mistyped."""
+        """Refuse a SQLite file that does not exist: a name that was mistyped must not make one."""
         from mcp_session_store.sql.engine import checked_url
 
         url, dialect = checked_url(self.url)
         dialect.refuse_absent(url)
 
 
-def place_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where the sessions are; the command gets a `Place` as its first argument."""
+def target_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options for the database and the namespace; the command gets a `Target` as its first argument."""
 
     @url_option
     @schema_option
     @namespace_option
     @_timeout_option
     @functools.wraps(command)
-    def with_place(*, url: str, schema: str | None, namespace: str, timeout: float, **others: Any) -> None:
-        command(Place(url=url, schema=schema, namespace=namespace, timeout=timeout), **others)
+    def with_target(*, url: str, schema: str | None, namespace: str, timeout: float, **others: Any) -> None:
+        command(Target(url=url, schema=schema, namespace=namespace, timeout=timeout), **others)
 
-    return with_place
+    return with_target
 
 
 def tables_options(command: Callable[..., None]) -> Callable[..., None]:
-    """As `place_options`, for what concerns the tables, which all namespaces share."""
+    """Add the options for the database alone, for a command about tables, which all namespaces share."""
 
     @url_option
     @schema_option
     @_timeout_option
     @functools.wraps(command)
-    def with_place(*, url: str, schema: str | None, timeout: float, **others: Any) -> None:
-        command(Place(url=url, schema=schema, namespace=DEFAULT_NAMESPACE, timeout=timeout), **others)
+    def with_target(*, url: str, schema: str | None, timeout: float, **others: Any) -> None:
+        command(Target(url=url, schema=schema, namespace=DEFAULT_NAMESPACE, timeout=timeout), **others)
 
-    return with_place
+    return with_target
