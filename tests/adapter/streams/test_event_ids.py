@@ -248,6 +248,8 @@ async def bad_ids(client: Client, other: Client, talking: Talking) -> dict[str, 
                 b"f" * 17 + b"/1/*/",
                 b"1/" + b"f" * 17 + b"/*/",
                 b"1/1/\0/",
+                b"1/1/\0//1",
+                b"1/1/\xed\xa0\x80//1",
             )
         )
     }

@@ -13,6 +13,7 @@ import json
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mcp_session_store.event_log import STANDALONE_STREAM
+from mcp_session_store.records import check_texts
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -98,6 +99,7 @@ class EventIds:
             sequence, position, stream, final, *request = payload.decode(errors="surrogatepass").split("/", 4)
             cursor = Cursor(stream, int(sequence, 16), int(position, 16), final=final == _FINAL)
             request_id = json.loads(request[0]) if request else None
+            check_texts(stream=stream)
         except ValueError:
             return None
         if not (0 <= cursor.sequence < _MAX_SEQUENCE and 0 <= cursor.position < _MAX_POSITION):
