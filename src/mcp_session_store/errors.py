@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose, under one root."""
+"""The errors of this package, under one root."""
 
 from __future__ import annotations
 
@@ -24,31 +24,33 @@ class SessionStoreError(Exception):
 
 
 class ConfigurationError(SessionStoreError, ValueError):
-    """An argument, option or setting that cannot work; the message names it and the remedy."""
+    """An argument, option or setting cannot work; the message names it and the remedy."""
 
 
 class StoreUnavailable(SessionStoreError):
     """The store could not be reached, did not answer in time, or has too much queued.
 
-    Nothing is known to have changed, and trying again later is right: over HTTP this is a 503
-    with `Retry-After`.
+    The call may or may not have taken effect, and should be repeated later: over HTTP this is a 503 with `Retry-After`.
     """
 
 
 class SessionConflict(SessionStoreError):
-    """A session cannot be created because another record already stands under its key."""
+    """A session cannot be created, because there is another record under its key already."""
 
 
 class SessionLimitReached(SessionStoreError):
-    """A session cannot be created because the retention policy allows no more of its kind: 503 over HTTP."""
+    """A session cannot be created, because the retention policy allows no more of its principal, or without one.
+
+    Over HTTP this is a 503.
+    """
 
 
 class JournalFull(SessionStoreError):
-    """A call cannot be journaled because the session's journal holds as many entries as it may."""
+    """A call cannot be journaled because the session's journal is full."""
 
 
 class EventTooLarge(SessionStoreError):
-    """An event cannot be stored because it alone takes more bytes than the events of a session may."""
+    """Events cannot be stored, because they alone exceed the bytes that the policy allows a session."""
 
 
 class InvalidValue(SessionStoreError, ValueError):
@@ -63,7 +65,7 @@ class SchemaError(SessionStoreError):
 
 
 class SchemaMissing(SchemaError):
-    """The database holds none of our tables."""
+    """The database has no tables of this package."""
 
 
 class SchemaBehind(SchemaError):
@@ -71,8 +73,8 @@ class SchemaBehind(SchemaError):
 
 
 class SchemaAhead(SchemaError):
-    """The database's schema has another major version than this version of the package can use."""
+    """The database's schema has a major version that this version of the package cannot use."""
 
 
 class RestoreRefused(SessionStoreError):
-    """Raised by an application's `on_restore` hook: the session ends, and the client gets 404."""
+    """An application's `on_restore` hook refuses a session: the session ends, and the client gets 404."""

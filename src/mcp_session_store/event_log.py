@@ -27,36 +27,38 @@ __all__ = [
 ]
 
 STANDALONE_STREAM: Final = "*"
-"""The stream of a session that belongs to no call: what a client gets by GET. All instances share it."""
+"""Name of a session's stream that belongs to no call, and that a client opens by GET. All instances share it."""
 
 NO_SESSION: Final = UUID(int=0)
-"""The key of no session: an event of it is never stored, and trying to tells whether others would be."""
+"""Key that no session has. Its events are never stored, so that an append of one shows whether others would be."""
 
 EVENT_PAGE: Final = 500
-"""Events that are read at once, unless it is told otherwise."""
+"""Most events of a page, unless `limit` is given."""
 
 EVENT_SWEEP_LIMIT: Final = 5000
-"""Events that one step of a sweep removes, more or less, unless it is told otherwise."""
+"""Number of events that one step of a sweep removes, more or less, unless `limit` is given."""
 
 
 class EventLog(Store):
-    """Keeps the events of sessions' streams, so that a stream that broke can be resumed, on any instance.
+    """Store of the events of sessions' streams, so that a broken stream can be resumed on any instance.
 
     Each session has a log of its own. An event gets the next sequence of its session when it is stored, whichever
-    stream it belongs to and whichever instance stores it, and who can read an event can read all before it that
+    stream it belongs to and whichever instance stores it. A reader that can read an event can read all before it that
     are still kept: no event appears later than one that follows it. A log is a part of its session: events of a
     session that is not live are not stored, and a session that ends loses its log in the same moment.
 
-    It also knows which instances are running, so that a client learns whether the call that it waits for has died.
+    A log also knows which instances are running, so that a client learns whether the call that it waits for is lost.
 
-    The rules for all methods are those of `SessionStore`, but that repeating a call after a failure may do it twice,
-    where it does not say otherwise: a log itself repeats nothing that may have taken effect. All methods with an
-    argument that is a text, and `append` with the texts of its events, raise `InvalidValue` as described there; so
-    does `append` for a `position` or `previous` above `MAX_POSITION`. One such event refuses its whole append, and no
-    other call.
+    The rules for all methods are those of `SessionStore`, with two differences:
+
+    * Failure: a call that is repeated after a failure may take effect twice, unless its method says otherwise. A log
+      itself repeats nothing that may have taken effect.
+    * Values: every method with a text as an argument raises `InvalidValue` for one that cannot be stored, and
+      `append` for the texts of its events and for a `position` or `previous` above `MAX_POSITION`. One such event
+      refuses its whole append, and no other call.
 
     Args:
-        policy: How long events are kept, and how many; the default policy unless given.
+        policy: Age, number and size of the events that are kept; the default policy unless given.
     """
 
     def __init__(self, *, policy: EventPolicy | None = None) -> None:
@@ -64,92 +66,108 @@ class EventLog(Store):
 
     @property
     def policy(self) -> EventPolicy:
-        """How long events are kept, and how many of a session."""
+        """Age, number and size of the events that are kept."""
         return self._policy
 
     @abstractmethod
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
-        """Store events of one session, all or none, in this order; durable when this returns.
+        """Store events of one session, all or none, in this order, durably before this returns.
 
         Args:
-            key: The session.
-            events: At least one, each of which gets a sequence one above the one before.
-            again: Whether a call before this one, with the same events, may have stored them: then they are not
-                stored twice. Stream and position of the first tell.
+            key: Key of the session.
+            events: Events to store, at least one. Each gets a sequence one above that of the event before.
+            again: Whether an earlier call with the same events may have stored them. Then they are not
+                stored twice; they are recognized by the stream and position of the first.
 
         Returns:
-            The sequence of the first, or `None` when the session is not live, and then nothing is stored.
+            The sequence of the first event, or `None` when the session is not live; then nothing is stored.
 
         Raises:
-            InvalidValue: One of them cannot be stored.
-            EventTooLarge: They take more bytes than the policy allows the whole session.
+            EventTooLarge: The events take more bytes than the policy allows the whole session.
+            InvalidValue: An event cannot be stored.
         """
 
     @abstractmethod
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
-        """Some events of one stream, in their order.
+        """Return a page of events of one stream, in their order.
 
         Args:
-            key: The session: events of another are never among them.
-            stream: One of its streams.
-            after: The sequence of the last event that is known.
-            limit: Events at most. There may be fewer where they are large.
+            key: Key of the session. Events of other sessions are never returned.
+            stream: Name of the stream.
+            after: Sequence of the last event that the caller knows.
+            limit: Most events of the page. It may have fewer because they are large.
 
         Returns:
-            The page, or `None` where the session has no log.
+            The page, or `None` when the session has no log.
+
+        Raises:
+            InvalidValue: No stream can have this name.
         """
 
     @abstractmethod
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
-        """The sequence of the newest event of each session, without those that have no log."""
+        """Return the sequence of the newest event by session, without sessions that have no log."""
 
     async def follow(self, keys: Collection[UUID]) -> None:  # noqa: ARG002
-        """Ask for hints about events of these sessions, for a minute or more."""
+        """Ask for hints of new events of these sessions, for a minute or more."""
         return
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:  # noqa: ARG002
-        """Pass on hints that events were stored in sessions that somebody follows, until cancelled.
+        """Pass on hints that events were stored in sessions that any instance follows, until cancelled.
 
-        A hint may come late, twice, or never; `heads` tells the truth. A log that has no hints waits for
-        ever, as this one does.
+        Hints may be late, duplicated or lost; `heads` is authoritative. A log without hints waits for ever, as this
+        method does.
 
         Args:
-            on_hint: Called with the keys of sessions, or with `None` for any.
+            on_hint: Called with the keys of sessions, or with `None` when any may have new events.
 
         Raises:
-            StoreUnavailable: Hints come no more; calling again is right.
+            StoreUnavailable: No more hints will come from this call; it should be repeated.
         """
         await anyio.sleep_forever()
 
     @abstractmethod
     async def beat(self, instance: str) -> None:
-        """Note that an instance is running. May be repeated.
+        """Record that an instance is running. May be repeated.
 
         Args:
-            instance: Its id, whose part after the last colon is unique.
+            instance: Id of the instance, whose part after the last colon is unique.
+
+        Raises:
+            InvalidValue: The id cannot be stored.
         """
 
     @abstractmethod
     async def retire(self, instance: str) -> None:
-        """Note that an instance has stopped. May be repeated."""
+        """Record that an instance has stopped. May be repeated.
+
+        Args:
+            instance: Id of the instance, as given to `beat`.
+
+        Raises:
+            InvalidValue: No instance can have this id.
+        """
 
     @abstractmethod
     async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
-        """How long ago instances have last noted that they run, by the store's clock.
+        """Return the time since the last `beat` of instances, by the store's clock.
 
         Args:
-            names: The parts after the last colon of their ids.
+            names: Parts after the last colon of the instances' ids.
 
         Returns:
-            By name. One that has stopped, or was never heard of, is not there.
+            The times by name, without instances that have stopped or are unknown.
+
+        Raises:
+            InvalidValue: No instance can have one of these names.
         """
 
     @abstractmethod
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
-        """Do one short step of what the policy wants removed: the caller goes on while there is `more`.
+        """Remove some of the events that are older than the policy keeps. The caller repeats it while there is `more`.
 
-        Any number of instances may do so at once: none waits for another.
+        Any number of instances may sweep at once: none waits for another.
 
         Args:
-            limit: Events that are removed, more or less.
+            limit: Number of events to remove, more or less.
         """

@@ -1,4 +1,4 @@
-"""What is stored of a session, and what the application learns of a restore: frozen values, nothing else."""
+"""Values that stores keep and return, and that an application learns of a restore; all are frozen."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ __all__ = [
 
 _NOT_SHOWN = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
 DISPLAY_LENGTH = 200
-"""Characters that are kept of a text which clients choose themselves."""
+"""Number of characters kept of a text that a client chose."""
 
 
 def session_key(session_id: str) -> UUID:
-    """The primary key under which a session is stored.
+    """Return the primary key under which a session is stored.
 
     A version 8 UUID (RFC 9562, section 5.8) made from the SHA-256 of the session id. Session ids
-    are random (MCP 2025-11-25, basic/transports, session management), so the hash needs no salt,
-    and somebody who reads the database cannot use what he finds as a session id.
+    are random (MCP 2025-11-25, basic/transports, session management), so the hash needs no salt, and a
+    reader of the database finds nothing that could be used as a session id.
 
     Args:
         session_id: The `Mcp-Session-Id`, as it travels in the header.
@@ -63,14 +63,14 @@ def session_key(session_id: str) -> UUID:
 
 
 def display_text(value: object, *, length: int = DISPLAY_LENGTH) -> str:
-    """A text that a client chose, made fit for terminals and logs; empty for what is no text.
+    """Return a text that a client chose, made fit for terminals and logs; an empty one for any other value.
 
-    Control, format, surrogate and unassigned characters (Unicode general category C) come out, and so do
+    Control, format, surrogate and unassigned characters (Unicode general category C) are removed, and so are
     separators of lines and paragraphs (Zl, Zp).
 
     Args:
-        value: What the client sent.
-        length: Characters that are kept.
+        value: The value that the client sent.
+        length: Number of characters to keep.
     """
     if not isinstance(value, str):
         return ""
@@ -92,7 +92,7 @@ def check_texts(**texts: str) -> None:
     for name, text in texts.items():
         if "\0" in text:
             raise InvalidValue(f"{name} holds a NUL character, which cannot be stored")
-        # The characters of a text remember whether they are ASCII, so that most texts are not looked through.
+        # Python knows of each text whether it is ASCII, so that most are not encoded for this.
         if not text.isascii() and _utf8_size(text) is None:
             raise InvalidValue(f"{name} holds a lone surrogate, which cannot be stored")
 
@@ -107,53 +107,53 @@ def _utf8_size(text: str) -> int | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Principal:
-    """Whose session it is: a digest to compare, and a text to show.
+    """The authenticated user of a session: a digest to compare, and a text to show.
 
-    Two principals are equal when client id, issuer and subject are, as the SDK compares them.
+    Two principals are equal when their client ids, issuers and subjects are, as the SDK compares them.
     """
 
     digest: bytes
     """SHA-256 over client id, issuer and subject; 32 bytes."""
     display: str = field(compare=False)
-    """The three of them, for people: control characters removed, cut. Never compared."""
+    """Client id, issuer and subject for people to read: without control characters, cut. Never compared."""
 
     @classmethod
     def of(cls, *, client_id: str, issuer: str | None = None, subject: str | None = None) -> Principal:
-        """The principal of these three components; one that is not known is `None`."""
+        """Return the principal of a client id, an issuer and a subject; `None` stands for an unknown component."""
         components = [client_id, issuer, subject]
         digest = hashlib.sha256(json.dumps(components).encode()).digest()
         return cls(digest=digest, display=display_text(" ".join(c for c in components if c)))
 
 
 class EndReason(StrEnum):
-    """Why a session ended."""
+    """Reason why a session ended."""
 
     CLIENT = "client"
     """The client sent DELETE."""
     REFUSED = "refused"
-    """The application's `on_restore` hook refused to have it back."""
+    """The application's `on_restore` hook refused it."""
     OPERATOR = "operator"
-    """Somebody ended it from outside of the conversation."""
+    """An operator or the application ended it, outside of the conversation."""
     EXPIRED = "expired"
-    """It was idle, or had lived, for as long as the retention policy allows."""
+    """Its idle time or its absolute lifetime, as the retention policy sets them, was over."""
     LIMIT = "limit"
-    """Its principal opened more sessions than the retention policy allows, and this one was idle for longest."""
+    """Its principal opened more sessions than the retention policy allows, and this one had been idle for longest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewSession:
-    """A session that is about to be stored for the first time."""
+    """A session to be stored for the first time."""
 
     key: UUID
     initialize_params: str
     """The `params` of the client's `initialize`, as JSON text."""
     protocol_version: str
-    """The version that the handshake negotiated."""
+    """Protocol version that the handshake negotiated."""
     client_name: str = ""
     client_version: str = ""
     principal: Principal | None = None
     instance: str
-    """The instance that serves the session."""
+    """Id of the instance that serves the session."""
 
 
 def check_session(session: NewSession) -> None:
@@ -174,7 +174,7 @@ def check_session(session: NewSession) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionRecord:
-    """What the store holds of a live session. Times are the store's own."""
+    """A live session as stored. Times are by the store's clock."""
 
     key: UUID
     namespace: str
@@ -184,83 +184,83 @@ class SessionRecord:
     client_version: str
     principal: Principal | None
     instance_hint: str
-    """The instance that last created or restored the session."""
+    """Id of the instance that last created or restored the session."""
     created_at: datetime
     last_seen_at: datetime
     expires_at: datetime | None
-    """When it stops being live; `None`: never."""
+    """Time at which the session stops being live; `None`: never."""
     restores: int
-    """How many times it was restored."""
+    """Number of times that the session was restored."""
     revision: int
-    """Rises with each change of what a restore replays."""
+    """Number of changes to the messages that a restore replays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activity:
-    """That a session was in use, in seconds before now on the reporting instance's monotonic clock.
+    """A report that a session was in use, in seconds before now on the reporting instance's monotonic clock.
 
-    Ages, not times: the store subtracts them from its own clock, so that an instance whose wall
-    clock is wrong reports the same as any other.
+    Ages instead of times, because the store subtracts them from its own clock: an instance whose wall clock is
+    wrong reports the same as any other.
     """
 
     key: UUID
     first_age: float
-    """How long ago the first activity was that has not been reported yet, in seconds."""
+    """Seconds since the first activity that has not been reported yet."""
     last_age: float
-    """How long ago the last one was, in seconds; at most `first_age`."""
+    """Seconds since the last activity; at most `first_age`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JournalEntry:
-    """A call that set state of a session which the handshake does not hold, to be replayed in a restore."""
+    """A call that set state of a session, which a restore replays after the handshake."""
 
     method: str
     subject: str
-    """What the state is about, such as the URI of a resource; empty where a session has one such state."""
+    """Object of the state, such as the URI of a resource; empty where a session has only one such state."""
     params: str = field(repr=False)
     """The call's `params`, as JSON text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What copies of a session must learn: that it ended, or that there is more to replay than they know."""
+    """A change that copies of a session must learn of: its end, or more to replay."""
 
     key: UUID
     revision: int
     ended: EndReason | None
-    """Why it ended; `None`: it has not."""
+    """Reason of the end; `None` while the session has not ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Changes of sessions up to a moment."""
+    """Changes of sessions up to a time."""
 
     changes: Sequence[Change]
     until: datetime
-    """By the store's clock: where the next call goes on."""
+    """Time by the store's clock, at which the next call continues."""
 
 
 class EventKind(StrEnum):
-    """What an event of a stream is."""
+    """Kind of an event of a stream."""
 
     PRIMING = "priming"
-    """No message: it only gives the client an id to resume from."""
+    """An event without a message, which gives the client an id to resume from."""
     REQUEST = "request"
-    """A question of the server to the client."""
+    """A request of the server to the client."""
     NOTIFICATION = "notification"
     RESPONSE = "response"
-    """The result of the call that the stream belongs to: the last event of it."""
+    """The result of the stream's call: the last event of the stream."""
     ERROR = "error"
-    """The JSON-RPC error of that call: the last event of it, too."""
+    """The JSON-RPC error of the stream's call: the last event of the stream, too."""
 
     @property
     def final(self) -> bool:
-        """Whether nothing follows it on the stream of a call."""
+        """Whether an event of this kind is the last one on the stream of a call."""
         return self in (EventKind.RESPONSE, EventKind.ERROR)
 
 
 MAX_POSITION: Final = 2**63 - 1
-"""Highest position of an event: a signed integer of 64 bits."""
+"""Highest position of an event, the largest signed integer of 64 bits."""
 
 
 class _Measured:
@@ -284,14 +284,14 @@ class _Measured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewEvent(_Measured):
-    """An event that is about to be stored."""
+    """An event to be stored."""
 
     stream: str
-    """The stream of a call, by a name that no other call of the session has, or `STANDALONE_STREAM`."""
+    """Name of a call's stream, which no other call of the session has, or `STANDALONE_STREAM`."""
     position: int
-    """Unique in its stream, and above that of the event before it."""
+    """Place in the stream, unique and above that of the event before; at most `MAX_POSITION`."""
     previous: int = -1
-    """The position of the last event before it that whoever reads the stream must have seen; -1: there is none."""
+    """Position of the last event before this one that a reader of the stream must have seen; -1: no such event."""
     kind: EventKind
     message: str | None = field(repr=False)
     """The JSON-RPC message, as JSON text; `None` for a priming event."""
@@ -299,10 +299,10 @@ class NewEvent(_Measured):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredEvent(_Measured):
-    """An event of one stream, as the log holds it."""
+    """An event of one stream, as stored."""
 
     sequence: int
-    """Its place among all events of the session."""
+    """Place among all events of the session."""
     position: int
     previous: int
     kind: EventKind
@@ -310,9 +310,9 @@ class StoredEvent(_Measured):
 
 
 def message_bytes(event: NewEvent | StoredEvent) -> int:
-    """How many bytes an event counts for: those of its message, in UTF-8.
+    """Return the number of bytes that an event counts for: those of its message, in UTF-8.
 
-    Of one that cannot be encoded, too: to refuse it is up to the log.
+    Messages that cannot be encoded have a size, too, because it is the log that refuses them: see `checked_size`.
     """
     message = event.message
     if message is None:
@@ -343,38 +343,35 @@ def checked_size(event: NewEvent) -> int:
 
 
 def instance_name(instance: str) -> str:
-    """The unique part of an instance's id: what follows its last colon."""
+    """Return the unique part of an instance's id, which follows its last colon."""
     return instance.rpartition(":")[2]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EventPage:
-    """Some events of one stream, and between which ones the log of the session stands."""
+    """Consecutive events of one stream, and the range of the session's log at that time."""
 
     events: Sequence[StoredEvent]
     more: bool
-    """There may be further events of the stream, for which the page had no room."""
+    """Whether the stream may have further events, for which the page had no room."""
     first: int
-    """The sequence of the oldest event of the session, of any stream, that is kept. Where none is, that of the next."""
+    """Sequence of the oldest event of the session that is kept, on any stream; that of the next event if none is."""
     last: int
-    """The sequence of the newest event of the session, of any stream: where to go on when there is no more."""
+    """Sequence of the newest event of the session, on any stream: where to continue when `more` is False."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionRestoreMarker:
-    """What the application finds in its context when the session was restored.
-
-    See `get_restore_marker`.
-    """
+    """The mark of a restored session, which the application finds in its context with `get_restore_marker`."""
 
     session_id: str = field(repr=False)
     created_at: datetime
-    """When the session was opened, by the store's clock."""
+    """Time at which the session was opened, by the store's clock."""
     restored_at: datetime
-    """When this instance began to restore it, by this instance's clock."""
+    """Time at which this instance began the restore, by this instance's clock."""
     restores: int
-    """How many times the session has been restored, this one included."""
+    """Number of restores of the session, this one included."""
     previous_instance: str
-    """The instance that created or restored the session before."""
+    """Id of the instance that created or restored the session before."""
     replaying: bool
-    """True on the messages that are replayed, False on the client's own afterwards."""
+    """True on messages that are replayed, False on those that the client sends afterwards."""

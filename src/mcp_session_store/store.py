@@ -1,4 +1,4 @@
-"""The contract of a session store: what an adapter may rely on, whatever is underneath."""
+"""The contract of a session store: what callers may rely on, and an implementation has to do."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ __all__ = [
 ]
 
 DEFAULT_NAMESPACE: Final = "default"
+"""Namespace of a store that is given none."""
 
 MAX_JOURNAL_ENTRIES: Final = 1000
-"""Entries that the journal of a session may hold."""
+"""Most entries that the journal of a session may hold."""
 
 SWEEP_LIMIT: Final = 100
-"""Sessions that one step of a sweep handles at most, unless it is told otherwise."""
+"""Most sessions of each kind that one step of a sweep handles, unless `limit` is given."""
 
 
 def checked_namespace(namespace: str) -> str:
@@ -64,24 +65,24 @@ def checked_namespace(namespace: str) -> str:
 
 
 class Store(ABC):
-    """What is opened and closed, and belongs to a namespace."""
+    """A resource of one namespace, which is opened before its use and closed after it."""
 
     @property
     @abstractmethod
     def namespace(self) -> str:
-        """What keeps servers that share a database apart."""
+        """Name that keeps servers apart which share a database."""
 
     async def open(self) -> None:
-        """Make contact and check that what is there fits. May be called again, and need not be called.
+        """Connect, and check that the stored schema fits. May be called more than once, and may be left out.
 
         Raises:
-            StoreUnavailable: It cannot be reached now. The store stays usable and recovers by itself.
+            StoreUnavailable: The database cannot be reached now. The store stays usable and recovers by itself.
             SchemaError: The schema does not fit; the message names the command to run.
         """
         return
 
     async def aclose(self) -> None:
-        """Release connections and tasks. Calls that wait end with `StoreUnavailable`. Idempotent."""
+        """Release connections and tasks. Waiting calls fail with `StoreUnavailable`. May be called more than once."""
         return
 
     async def __aenter__(self) -> Self:
@@ -95,30 +96,30 @@ class Store(ABC):
 
 
 class SessionStore(Store):
-    """Keeps session records, for any number of instances at once.
+    """Store of session records, shared by any number of instances.
 
     A store sees keys (`session_key`), never session ids, and only the sessions of its own namespace:
     to every method a session of another namespace is one that does not exist. A session is *live*
-    when it was created, has not ended, and has not expired. Which is decided by one clock, the
+    when it was created, has not ended, and has not expired. Expiry is decided by one clock, the
     store's own; an ended session never becomes live again, and an expired one only when activity from before its
     expiry is reported.
 
     The rules for all methods:
 
-    * Concurrency: they may be called at any time, by many tasks and instances at once, and take
+    * Concurrency: methods may be called at any time, by many tasks and instances at once, and take
       effect one after the other in some order.
     * Failure: `StoreUnavailable` when the store cannot be reached or does not answer within a bound
-      of seconds that it sets itself; `SchemaError` when what is there does not fit. The call may or
-      may not have taken effect. Each one is idempotent, so that calling it again is right.
-    * Cancellation: as failure. A call that is cancelled disturbs no other call.
-    * Values: `InvalidValue` when a text that is to be stored holds a NUL or a lone surrogate (`check_texts` of
-      `mcp_session_store.records`), or when the store refuses a value for a reason of its own, such as its length.
-      Nothing of that call is stored, and no other call is affected. `create`, `claim`, `replace_initialize` and
-      `write_journal` raise it.
-    * A store is used within one event loop.
+      of seconds that it sets itself; `SchemaError` when the stored schema does not fit. The call may or
+      may not have taken effect. Each call is idempotent, so that it may be repeated.
+    * Cancellation: as failure. A cancelled call disturbs no other call.
+    * Values: `InvalidValue` when a text to be stored holds a NUL or a lone surrogate (`check_texts` of
+      `mcp_session_store.records` finds them), or when the store refuses a value for a reason of its own, such as its
+      length. Nothing of that call is stored, and no other call is affected. `create`, `claim`, `replace_initialize`
+      and `write_journal` raise it.
+    * Event loop: all calls of one store are made in the same loop.
 
     Args:
-        retention: How long sessions live, and how many there may be; the default policy unless given.
+        retention: Lifetimes of sessions and limits on their number; the default policy unless given.
     """
 
     def __init__(self, *, retention: RetentionPolicy | None = None) -> None:
@@ -126,7 +127,7 @@ class SessionStore(Store):
 
     @property
     def retention(self) -> RetentionPolicy:
-        """How long sessions live, and how many there may be. May be set before the store is used."""
+        """Lifetimes of sessions and limits on their number. May be set before the store is used."""
         return self._retention
 
     @retention.setter
@@ -135,36 +136,41 @@ class SessionStore(Store):
 
     @abstractmethod
     async def create(self, session: NewSession) -> SessionRecord:
-        """Store a new session; durable when this returns.
+        """Store a new session, durably before this returns.
 
-        The record lives for the policy's `new_session_lifetime`. To create the same session again changes
-        nothing and returns the record. Where the policy says so, another session of the principal ends by it.
+        The record lives for the policy's `new_session_lifetime`. Creating the same session again changes
+        nothing and returns the record. With the policy's `per_principal` and `end_oldest`, another session of the
+        principal may end by it.
 
         Raises:
-            SessionConflict: Another record stands under this key, or the session has ended.
-            SessionLimitReached: The policy allows no more sessions of this principal, or without one.
+            SessionConflict: There is another record under this key, or the session has ended or expired.
+            SessionLimitReached: The policy allows no more sessions of this principal, or without a principal.
+            InvalidValue: A text of the session cannot be stored.
         """
 
     @abstractmethod
     async def load(self, key: UUID) -> SessionRecord | None:
-        """The record of a live session; `None` for one that is unknown, ended or expired."""
+        """Return the record of a live session, or `None` for one that is unknown, ended or expired."""
 
     @abstractmethod
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
-        """Note that an instance restored the session, and return the record as it then is.
+        """Record that an instance restored the session, and return the changed record.
 
-        Sets the instance hint, counts the restore, and is an activity: `last_seen_at` is now, and the session
-        expires as the policy says from now on. When several instances claim one session, each restore
-        counts and the last one is the hint.
+        A claim sets the instance hint, counts the restore, and is an activity: `last_seen_at` becomes now, and the
+        session expires as the policy says from now on. When several instances claim one session, each restore
+        counts and the last instance is the hint.
 
         Args:
-            key: The session.
-            instance: The instance that restored it.
-            restores: `restores` of the record that the restore began from: what makes it one claim,
-                however often it is called.
+            key: Key of the session.
+            instance: Id of the instance that restored it.
+            restores: `restores` of the record that the restore began from. A claim that is repeated with the
+                same number and instance counts once.
 
         Returns:
-            The record, or `None` when the session is not live, and then nothing is changed.
+            The record, or `None` when the session is not live; then nothing is changed.
+
+        Raises:
+            InvalidValue: The instance's id cannot be stored.
         """
 
     @abstractmethod
@@ -177,93 +183,100 @@ class SessionStore(Store):
         client_name: str,
         client_version: str,
     ) -> bool:
-        """Replace what a restore replays, because the client initialized again within its session.
+        """Replace the handshake that a restore replays, because the client initialized again within its session.
 
-        Raises the revision, and is a change. Returns False when the session is not live, and then nothing
-        is changed.
+        This raises the revision, and `changes` returns it.
+
+        Returns:
+            True when the handshake is replaced. False when the session is not live; then nothing is changed.
+
+        Raises:
+            InvalidValue: A text cannot be stored.
         """
 
     @abstractmethod
     async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
         """Set or remove one entry of a session's journal.
 
-        Raises the revision, and is a change. A call that is repeated after a failure may raise it twice.
+        This raises the revision, and `changes` returns it. A call that is repeated after a failure may raise the
+        revision twice.
 
         Args:
-            key: The session.
-            method: The method that is to be replayed.
-            subject: What the state is about; method and subject name the entry.
+            key: Key of the session.
+            method: Method to be replayed.
+            subject: Object of the state; method and subject name the entry.
             params: The call's `params`, as JSON text; `None` removes the entry, if there is one.
 
         Returns:
-            The session's revision, or `None` when it is not live, and then nothing is changed.
+            The session's new revision, or `None` when the session is not live; then nothing is changed.
 
         Raises:
-            JournalFull: There are `MAX_JOURNAL_ENTRIES` already, and this would be one more.
+            JournalFull: The journal has `MAX_JOURNAL_ENTRIES` already, and this would be one more.
+            InvalidValue: A text cannot be stored.
         """
 
     @abstractmethod
     async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
-        """The journal of a session, in the order in which the entries were last set; empty for an unknown one.
+        """Return the journal of a session in the order in which the entries were last set.
 
-        A session whose revision is 0 has none.
+        The journal of a session that is not live is empty, and so is that of one whose revision is 0.
         """
 
     @abstractmethod
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
-        """Record activity of any number of sessions in one statement.
+        """Record activity of any number of sessions at once.
 
         A session is extended when its first reported activity lies before its expiry, even if the
-        report comes after it; `last_seen_at` never goes back. It then expires as the policy says from its
-        `last_seen_at` on.
+        report comes after the expiry; `last_seen_at` never goes back. The session then expires as the policy says
+        from its `last_seen_at` on.
 
         Returns:
-            The keys among them of sessions that are not live afterwards: ended, expired, unknown.
+            The keys of reported sessions that are not live afterwards: ended, expired or unknown.
         """
 
     @abstractmethod
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
-        """End a session for good. It is a change. What is kept is a tombstone, without the params.
+        """End a session for good. `changes` returns the end; a tombstone without the params is kept.
 
         Returns:
-            True when the session was live and is now ended. False when it was not live, and then
+            True when the session was live and is now ended. False when the session was not live; then
             nothing is changed.
         """
 
     @abstractmethod
     async def changes(self, since: datetime | None) -> Changes:
-        """What copies of sessions must learn: sessions that ended, and that have a new revision.
+        """Return the sessions that ended or have a new revision, for the copies that instances hold of them.
 
-        Sessions that expired are not among them: an instance knows when its own will.
+        Sessions that expired are not returned, because an instance knows when its own will.
 
         Args:
-            since: `until` of the call before. No change that was committed after that call is
-                missing; one may be told again. `None` tells nothing but where to go on.
+            since: `until` of the previous call. No change that was committed after that call is
+                missing; some may be returned again. With `None` no changes are returned, only the time to continue at.
         """
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:  # noqa: ARG002
-        """Pass on hints that something changed, until cancelled.
+        """Pass on hints that sessions changed, until cancelled.
 
-        A hint may come late, twice, or never; `changes` tells the truth. A store that has no hints waits for
-        ever, as this one does.
+        Hints may be late, duplicated or lost; `changes` is authoritative. A store without hints waits for ever, as
+        this method does.
 
         Args:
-            on_hint: Called with the keys of sessions that changed, or with `None` for any.
+            on_hint: Called with the keys of sessions that changed, or with `None` when any may have changed.
 
         Raises:
-            StoreUnavailable: Hints come no more; calling again is right.
+            StoreUnavailable: No more hints will come from this call; it should be repeated.
         """
         await anyio.sleep_forever()
 
     @abstractmethod
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
-        """Do one short step of what is to be swept, by the policy: the caller goes on while there is `more`.
+        """Do one short step of a sweep by the policy. The caller repeats it while the report says `more`.
 
-        Sessions that expired end, after the policy's `sweep_grace`, within which a last activity can still
-        be reported; those that ended a `tombstone` ago are removed for good. Live sessions that have no
+        Expired sessions end, after the policy's `sweep_grace`, within which a last activity can still
+        be reported; tombstones as old as the policy's `tombstone` are removed for good. Live sessions that have no
         expiry, because the policy had no limit when they were last used, are given one as if they were used now.
-        Any number of instances may do so at once: none waits for another, and no session is handled twice.
+        Any number of instances may sweep at once: none waits for another, and no session is handled twice.
 
         Args:
-            limit: Sessions that are handled at most, of each kind.
+            limit: Most sessions of each kind that this step handles.
         """
