@@ -17,7 +17,20 @@ from mcp_session_store.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["NOT_GIVEN", "InstanceSettings", "NotGiven", "Unit", "checked_seconds"]
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "NOT_GIVEN",
+    "OPERATOR_TIMEOUT",
+    "InstanceSettings",
+    "NotGiven",
+    "Unit",
+    "checked_seconds",
+]
+
+DEFAULT_TIMEOUT: Final = 5.0
+"""Seconds that a call of a store or an event log in a database takes at most, unless given."""
+OPERATOR_TIMEOUT: Final = 30.0
+"""Seconds that a call of an operator's command to the database takes at most, unless given."""
 
 
 class NotGiven(Enum):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mcp_session_store.cli.options import namespace_option, option, schema_option, url_option
+from mcp_session_store.settings import DEFAULT_TIMEOUT, OPERATOR_TIMEOUT
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = ["Target", "target_options", "tables_options"]
 _timeout_option = option(
     "--timeout",
     metavar="SECONDS",
-    default=30.0,
+    default=OPERATOR_TIMEOUT,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
     help="How long one query of the database may take.",
@@ -67,7 +68,7 @@ class Target:
         Its calls take no longer than those of a server, whatever --timeout says, because servers look back for changes
         only as far as such a call can take.
         """
-        from mcp_session_store.sql import DEFAULT_TIMEOUT, SqlSessionStore
+        from mcp_session_store.sql import SqlSessionStore
 
         self._refuse_absent()
         return SqlSessionStore(

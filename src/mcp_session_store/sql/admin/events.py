@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from mcp_session_store.errors import ConfigurationError
-from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT, NO_CURSOR, Reader, decode_cursor, encode_cursor
+from mcp_session_store.settings import OPERATOR_TIMEOUT
+from mcp_session_store.sql.admin.reader import NO_CURSOR, Reader, decode_cursor, encode_cursor
 from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength
 from mcp_session_store.sql.dialects.partitions import Partition, PartitionedTable
 from mcp_session_store.sql.events.trim import remaining_columns
@@ -133,7 +134,7 @@ class EventDirectory(Reader):
         *,
         namespace: str = DEFAULT_NAMESPACE,
         schema: str | None = None,
-        timeout: float = DEFAULT_TIMEOUT,
+        timeout: float = OPERATOR_TIMEOUT,
     ) -> None:
         super().__init__(url_or_engine, namespace=namespace, schema=schema, timeout=timeout)
         self._logs = logs_table(self.database.schema)

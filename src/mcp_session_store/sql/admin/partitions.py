@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
-from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT
+from mcp_session_store.settings import OPERATOR_TIMEOUT
 from mcp_session_store.sql.database import Database, transaction
 from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
 from mcp_session_store.sql.dialects.partitions import Partition, PartitionedTable, start_of_range
@@ -87,7 +87,7 @@ class EventPartitions:
     """
 
     def __init__(
-        self, url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None, timeout: float = DEFAULT_TIMEOUT
+        self, url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None, timeout: float = OPERATOR_TIMEOUT
     ) -> None:
         self._database = Database(url_or_engine, schema=schema, auto_upgrade=False, timeout=timeout)
         dialect = self._database.dialect

@@ -12,6 +12,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from mcp_session_store.errors import StoreUnavailable
+from mcp_session_store.settings import OPERATOR_TIMEOUT
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
 from mcp_session_store.store import DEFAULT_NAMESPACE, checked_namespace
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.database import Attempt
 
-__all__ = ["DEFAULT_TIMEOUT", "NO_CURSOR", "Position", "Reader", "decode_cursor", "encode_cursor"]
+__all__ = ["NO_CURSOR", "Position", "Reader", "decode_cursor", "encode_cursor"]
 
 _T = TypeVar("_T")
-
-DEFAULT_TIMEOUT: Final = 30.0
 
 NO_CURSOR: Final = "give the cursor that the page before returned"
 """Remedy for a text that is not a cursor."""
@@ -63,7 +62,7 @@ class Reader:
         *,
         namespace: str = DEFAULT_NAMESPACE,
         schema: str | None = None,
-        timeout: float = DEFAULT_TIMEOUT,
+        timeout: float = OPERATOR_TIMEOUT,
     ) -> None:
         self.database = Database(url_or_engine, schema=schema, auto_upgrade=False, timeout=timeout)
         self._namespace = checked_namespace(namespace)

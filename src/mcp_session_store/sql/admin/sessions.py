@@ -11,7 +11,8 @@ import sqlalchemy as sa
 
 from mcp_session_store.records import JournalEntry
 from mcp_session_store.retention import SweepReport
-from mcp_session_store.sql.admin.reader import DEFAULT_TIMEOUT, Reader
+from mcp_session_store.settings import OPERATOR_TIMEOUT
+from mcp_session_store.sql.admin.reader import Reader
 from mcp_session_store.sql.admin.session_list import (
     SessionFilter,
     SessionList,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from mcp_session_store.retention import RetentionPolicy
 
 __all__ = [
-    "DEFAULT_TIMEOUT",
     "SessionDetails",
     "SessionDirectory",
     "SessionFilter",
@@ -118,7 +118,7 @@ class SessionDirectory(Reader):
         *,
         namespace: str = DEFAULT_NAMESPACE,
         schema: str | None = None,
-        timeout: float = DEFAULT_TIMEOUT,
+        timeout: float = OPERATOR_TIMEOUT,
     ) -> None:
         super().__init__(url_or_engine, namespace=namespace, schema=schema, timeout=timeout)
         self._table = sessions_table(self.database.schema)

@@ -12,6 +12,7 @@ from mcp_session_store.errors import ConfigurationError, EventTooLarge
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
 from mcp_session_store.records import check_texts, checked_size, instance_name
 from mcp_session_store.retention import EventSweepReport
+from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, Database
 from mcp_session_store.sql.events.append import Append, EventWriter
@@ -21,7 +22,7 @@ from mcp_session_store.sql.events.tail import LogTail
 from mcp_session_store.sql.events.trim import LOGS_PER_STEP, EventTrimming
 from mcp_session_store.sql.failures import hide_parameters, summary_of
 from mcp_session_store.sql.notifications import EVENT_CHANNEL, Listener
-from mcp_session_store.sql.sessions.store import DEFAULT_TIMEOUT, SqlSessionStore
+from mcp_session_store.sql.sessions.store import SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, checked_namespace
 
 if TYPE_CHECKING:

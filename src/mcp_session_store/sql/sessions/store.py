@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from mcp_session_store.errors import SessionConflict, SessionStoreError
 from mcp_session_store.records import check_session, check_texts
 from mcp_session_store.retention import SweepReport
+from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
@@ -33,11 +34,9 @@ if TYPE_CHECKING:
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.database import Attempt
 
-__all__ = ["DEFAULT_TIMEOUT", "SqlSessionStore"]
+__all__ = ["SqlSessionStore"]
 
 _T = TypeVar("_T")
-
-DEFAULT_TIMEOUT: Final = 5.0
 
 TOUCHES_PER_STATEMENT: Final = 500
 
