@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from sqlalchemy.sql.dml import ReturningUpdate
+    from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
     from sqlalchemy.sql.type_api import TypeEngine
 
     from mcp_session_store.retention import RetentionPolicy
@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["SessionStatements", "ended", "expiry", "live", "locked", "notify"]
 
 _KEY: Final[dict[str, TypeEngine[Any]]] = {"key": sa.Uuid()}
+_CREATED: Final = (
+    "key",
+    "initialize_params",
+    "protocol_version",
+    "client_name",
+    "client_version",
+    "principal_digest",
+    "principal_display",
+    "instance_hint",
+)
+"""Columns whose values come with a new session."""
 
 
 def live(
@@ -98,76 +109,77 @@ class SessionStatements:
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
-        table = self._table = sessions_table(schema)
+        self._dialect = dialect
+        self._retention = retention
         self._namespace = sa.literal(namespace, sa.Text)
-        now = StoreClock()
-        # In the order that `_record` in `records` expects.
-        record = (
-            table.c.key,
-            table.c.namespace,
-            table.c.initialize_params,
-            table.c.protocol_version,
-            table.c.client_name,
-            table.c.client_version,
-            table.c.principal_digest,
-            table.c.principal_display,
-            table.c.instance_hint,
-            table.c.created_at,
-            table.c.last_seen_at,
-            table.c.expires_at,
-            table.c.restores,
-            table.c.revision,
-        )
+        table = self._table = sessions_table(schema)
 
-        self.creates = dialect.batch(
-            "created",
-            {
-                column: table.c[column].type
-                for column in (
-                    "key",
-                    "initialize_params",
-                    "protocol_version",
-                    "client_name",
-                    "client_version",
-                    "principal_digest",
-                    "principal_display",
-                    "instance_hint",
-                )
-            },
-        )
+        self.creates = dialect.batch("created", {column: table.c[column].type for column in _CREATED})
+        self.create = self._creation()
+        self.loads = dialect.batch("loaded", _KEY)
+        self.load = sa.select(*self._record()).where(self.loads.in_batch(table.c.key), self._live(StoreClock()))
+        self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
+        self.claim = self._claim()
+        self.replace_initialize = self._replacement()
+        self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
+        self.touch = self._touch()
+        self.until = sa.select(StoreClock())
+        self.changes = self._changes()
+
+    def _creation(self) -> ReturningInsert[Any]:
+        table, now = self._table, StoreClock()
         given = {column.name: column for column in self.creates.c}
         values = given | {
             "namespace": self._namespace,
             "created_at": now,
             "last_seen_at": now,
-            "expires_at": StoreClock(retention.new_session_lifetime.total_seconds()),
+            "expires_at": StoreClock(self._retention.new_session_lifetime.total_seconds()),
             "restores": sa.literal(0, sa.Integer),
             "revision": sa.literal(0, sa.Integer),
         }
-        self.create = dialect.insert_if_absent(table, list(values), sa.select(*values.values())).returning(
-            table.c.key, table.c.created_at, table.c.last_seen_at, table.c.expires_at
+        insert = self._dialect.insert_if_absent(table, list(values), sa.select(*values.values()))
+        return insert.returning(table.c.key, table.c.created_at, table.c.last_seen_at, table.c.expires_at)
+
+    def _record(self) -> tuple[sa.Column[Any], ...]:
+        """Return the columns of a record, in the order that `_record` in `records` expects."""
+        c = self._table.c
+        return (
+            c.key,
+            c.namespace,
+            c.initialize_params,
+            c.protocol_version,
+            c.client_name,
+            c.client_version,
+            c.principal_digest,
+            c.principal_display,
+            c.instance_hint,
+            c.created_at,
+            c.last_seen_at,
+            c.expires_at,
+            c.restores,
+            c.revision,
         )
 
-        self.loads = dialect.batch("loaded", _KEY)
-        self.load = sa.select(*record).where(self.loads.in_batch(table.c.key), self._live(now))
-
-        self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
+    def _claim(self) -> ReturningUpdate[Any]:
+        table, now = self._table, StoreClock()
         claimed = self.claims.matching(lambda claimed: locked(table, claimed.key, self._live(now))).cte("locked")
         counted_already = (table.c.instance_hint == claimed.c.instance) & (table.c.restores > claimed.c.restores)
-        self.claim = (
+        return (
             sa.update(table)
             .where(table.c.key == claimed.c.key, self.claims.in_batch(table.c.key))
             .values(
                 instance_hint=claimed.c.instance,
                 restores=table.c.restores + sa.case((counted_already, 0), else_=1),
                 last_seen_at=now,
-                expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=now),
+                expires_at=expiry(self._retention, created_at=table.c.created_at, last_seen_at=now),
             )
-            .returning(*record)
+            .returning(*self._record())
         )
 
-        self.replace_initialize = notify(
-            dialect,
+    def _replacement(self) -> sa.Select[Any] | ReturningUpdate[Any]:
+        table, now = self._table, StoreClock()
+        return notify(
+            self._dialect,
             sa.update(table)
             .where(table.c.key == sa.bindparam("replaced_key", type_=sa.Uuid), self._live(now))
             .values(
@@ -181,31 +193,33 @@ class SessionStatements:
             .returning(table.c.key),
         )
 
-        self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
+    def _touch(self) -> ReturningUpdate[Any]:
+        table = self._table
         # Ages count back from the arrival of the report, so that waiting for a lock makes no session older.
         touched = self.touches.matching(
             lambda touched: locked(table, touched.key, self._live(ArrivalClock(-touched.first_age)))
         ).cte("locked")
         last = ArrivalClock(-touched.c.last_age)
         seen = sa.case((table.c.last_seen_at < last, last), else_=table.c.last_seen_at)
-        self.touch = (
+        return (
             sa.update(table)
             .where(table.c.key == touched.c.key, self.touches.in_batch(table.c.key))
             .values(
                 last_seen_at=seen,
-                expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=seen),
+                expires_at=expiry(self._retention, created_at=table.c.created_at, last_seen_at=seen),
             )
             # A report may arrive so late that the session has expired again; and none extends the absolute limit.
-            .returning(table.c.key, table.c.expires_at, now.label("now"))
+            .returning(table.c.key, table.c.expires_at, StoreClock().label("now"))
         )
 
+    def _changes(self) -> sa.Select[Any]:
+        table = self._table
         # Joined to the clock, so that the time is returned when nothing changed, too.
-        clock = sa.select(now.label("until")).subquery("clock")
+        clock = sa.select(StoreClock().label("until")).subquery("clock")
         changed = (table.c.namespace == self._namespace) & (
             table.c.changed_at >= sa.bindparam("changed_since", type_=MOMENT)
         )
-        self.until = sa.select(now)
-        self.changes = sa.select(clock.c.until, table.c.key, table.c.revision, table.c.end_reason).select_from(
+        return sa.select(clock.c.until, table.c.key, table.c.revision, table.c.end_reason).select_from(
             clock.outerjoin(table, changed)
         )
 
