@@ -82,13 +82,13 @@ class StoredSession:
     client_version: str
     principal: Principal | None
     instance_hint: str
-    """The instance that last created or restored the session."""
+    """Instance that last created or restored the session."""
     created_at: datetime
     last_seen_at: datetime
     expires_at: datetime | None
     ended_at: datetime | None
     end_reason: str | None
-    """An `EndReason`, or what a newer version of this package calls one."""
+    """An `EndReason`, or a reason that only a newer version of this package knows."""
     restores: int
     revision: int
 

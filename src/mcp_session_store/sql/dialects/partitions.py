@@ -24,12 +24,12 @@ _ISO_MOMENT: Final = r"\d+-\d\d-\d\d [\d:.]+[+-][\d:]+"
 
 
 class TablePartitions:
-    """The partitions of a table of Postgres by a range of times, as its catalogs tell.
+    """Partitions of a table of Postgres by a range of times, as its catalogs list them.
 
-    Times are told where `DateStyle` is ISO, as it is unless set: other ways to write them can be ambiguous.
+    Their times are read where `DateStyle` is ISO, the default, because other ways to write them can be ambiguous.
 
     Args:
-        table: What they are partitions of.
+        table: The table with the partitions.
     """
 
     def __init__(self, table: sa.Table) -> None:
@@ -43,17 +43,17 @@ class TablePartitions:
             return sa.cast(sa.func.substring(bound, pattern), postgresql.TIMESTAMP(timezone=True))
 
         self.rows: Final = inherits.join(classes, classes.c.oid == inherits.c.inhrelid)
-        """What to select from; see `among`."""
-        self.among: Final = inherits.c.inhparent == regclass(table)
-        """Which rows there are the table's."""
+        """Rows to select from, of all tables; see `of_table`."""
+        self.of_table: Final = inherits.c.inhparent == regclass(table)
+        """Condition that a row belongs to the table."""
         self.oid: Final = classes.c.oid
         self.name: Final = sa.cast(classes.c.relname, sa.Text)
         self.is_default: Final = bound == "DEFAULT"
-        """Whether it is the one for whatever belongs to no other."""
+        """Whether the partition is the one for rows that belong to no other."""
         self.since: Final = moment(rf"FROM \('({_ISO_MOMENT})'\)")
-        """NULL: since ever; or it is the default one."""
+        """Start of its times; NULL without one, and for the default partition."""
         self.until: Final = moment(rf"TO \('({_ISO_MOMENT})'\)")
-        """NULL: it is the default one."""
+        """End of its times; NULL for the default partition."""
 
 
 def _quoted(table: sa.Table) -> str:
@@ -62,6 +62,7 @@ def _quoted(table: sa.Table) -> str:
 
 
 def regclass(table: sa.Table) -> sa.ColumnElement[Any]:
+    """Return the object id of a table."""
     # The text is cast: the driver would send a number for a regclass.
     return sa.cast(sa.literal(_quoted(table), sa.Text), postgresql.REGCLASS)
 
@@ -111,7 +112,7 @@ class PartitionedTable:
         statement = (
             sa.select(found.name, found.since, found.until, sa.func.pg_total_relation_size(found.oid))
             .select_from(found.rows)
-            .where(found.among)
+            .where(found.of_table)
             .order_by(found.is_default, sa.nulls_first(found.since))
         )
         rows = await connection.execute(statement)

@@ -349,7 +349,7 @@ class Postgres(Dialect):
             # A table that is made of partitions takes nothing itself.
             partitions = TablePartitions(table)
             selects.append(sa.select(*_sizes(regclass(table))))
-            selects.append(sa.select(*_sizes(partitions.oid)).select_from(partitions.rows).where(partitions.among))
+            selects.append(sa.select(*_sizes(partitions.oid)).select_from(partitions.rows).where(partitions.of_table))
         each = sa.union_all(*selects).subquery()
         rows, indexes = each.c
         return sa.select(sa.func.sum(rows).cast(sa.BigInteger), sa.func.sum(indexes).cast(sa.BigInteger))
@@ -363,7 +363,7 @@ class Postgres(Dialect):
         oldest = sa.func.min(sa.func.coalesce(partitions.since, ever))
         # A table without partitions has no oldest one, and both functions pass over NULL.
         kept = sa.func.greatest(StoreClock(-DROPPED_WITHIN * seconds), sa.func.least(StoreClock(-seconds), oldest))
-        rows = sa.select(kept).select_from(partitions.rows).where(partitions.among, sa.not_(partitions.is_default))
+        rows = sa.select(kept).select_from(partitions.rows).where(partitions.of_table, sa.not_(partitions.is_default))
         return rows.scalar_subquery()
 
     @override

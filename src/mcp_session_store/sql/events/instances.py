@@ -42,7 +42,7 @@ class Instances:
         self._last_beats = sa.select(table.c.name, table.c.beat_at, now.label("now")).where(
             self._names.in_batch(table.c.name)
         )
-        self._forget = sa.delete(table).where(table.c.beat_at < StoreClock(-ago))
+        self._remove_silent = sa.delete(table).where(table.c.beat_at < StoreClock(-ago))
 
     async def beat(self, attempt: Attempt, instance: str) -> None:
         """Record that an instance runs now."""
@@ -60,6 +60,6 @@ class Instances:
         rows = await attempt.connection.execute(self._last_beats, parameters)
         return {row.name: row.now - row.beat_at for row in rows}
 
-    async def forget(self, attempt: Attempt, unheard_for: timedelta) -> None:
+    async def remove_silent(self, attempt: Attempt, silent_for: timedelta) -> None:
         """Remove the instances that have sent no heartbeat for that long."""
-        await attempt.connection.execute(self._forget, {"beat_ago": unheard_for.total_seconds()})
+        await attempt.connection.execute(self._remove_silent, {"beat_ago": silent_for.total_seconds()})

@@ -167,7 +167,7 @@ class SqlEventLog(EventLog):
         return await self._ask(lambda attempt: self._instances.last_beats(attempt, names)) if names else {}
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
-        await self._do(lambda attempt: self._instances.forget(attempt, INSTANCES_KEPT))
+        await self._do(lambda attempt: self._instances.remove_silent(attempt, INSTANCES_KEPT))
         due = await self._ask(lambda attempt: self._trimming.due(attempt, limit=limit))
         if not due:
             return EventSweepReport()

@@ -64,7 +64,7 @@ class SessionRemoval:
         )
 
         logs, events, journal = logs_table(schema), events_table(schema), journal_table(schema)
-        self._removed = dialect.batch("forgotten", {"key": sa.Uuid()})
+        self._removed = dialect.batch("removed", {"key": sa.Uuid()})
         self._remove_journals = sa.delete(journal).where(self._removed.in_batch(journal.c.key))
         locked_logs = sa.select(logs.c.key).where(self._removed.in_batch(logs.c.key)).order_by(logs.c.key)
         self._remove_logs = (

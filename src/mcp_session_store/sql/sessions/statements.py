@@ -1,4 +1,4 @@
-"""The SQL of the session store: every statement, built once for each store."""
+"""Statements on the records of sessions, and the conditions that other statements share with them."""
 
 from __future__ import annotations
 
