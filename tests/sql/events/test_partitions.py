@@ -486,7 +486,7 @@ async def test_a_default_partition_that_takes_too_long_to_look_through_stops_not
             "INSERT INTO mcp_session_event SELECT gen_random_uuid(), n, '', n, n, '', 0, clock_timestamp() "
             "FROM generate_series(1, 100000) AS n",
         )
-        monkeypatch.setattr(partitions, "_ATTACH_TIMEOUT", 0.001)
+        monkeypatch.setattr(partitions, "ATTACH_TIMEOUT", 0.001)
         with pytest.raises(StoreUnavailable, match=r"take too long.*events unpartition"):
             await maintain(postgres_url)
         # What could be done before is done.

@@ -20,7 +20,15 @@ from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.settings import OPERATOR_TIMEOUT
 from mcp_session_store.sql.database import Database, transaction
 from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
-from mcp_session_store.sql.dialects.partitions import Partition, PartitionedTable, start_of_range
+from mcp_session_store.sql.dialects.partitions import (
+    TIMED_OUT,
+    TRY_AGAIN,
+    Partition,
+    PartitionedTable,
+    set_timeouts,
+    sqlstate_of,
+    start_of_range,
+)
 from mcp_session_store.sql.schema.tables import events_table
 
 if TYPE_CHECKING:
@@ -44,16 +52,13 @@ MAX_PARTITIONS: Final = 50
 SHORTEST: Final = timedelta(minutes=1)
 """Shortest time that a partition may be for."""
 
-_LOCK_TIMEOUT: Final = 0.3
+LOCK_TIMEOUT: Final = 0.3
 """Seconds to wait for a lock, because calls that store or read events meanwhile wait behind it."""
-_ATTACH_TIMEOUT: Final = 1.0
+ATTACH_TIMEOUT: Final = 1.0
 """Seconds that Postgres may take to check that no event in the default partition belongs into a new one. Events
 cannot be read meanwhile."""
 _PAUSE: Final = (0.05, 0.5)
 """Range of seconds between two tries to get a lock."""
-_TIMED_OUT: Final = "57014"
-# A lock that was not available in time, a deadlock, an event that was stored in the default partition meanwhile.
-_TRY_AGAIN: Final = frozenset({"55P03", "40P01", "23514"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,17 +204,17 @@ class EventPartitions:
                     async with transaction(connection, database.dialect):
                         left = begun + 0.9 * database.timeout - time.monotonic()
                         # Timeouts of the server, because it would go on with a statement that the driver gives up.
-                        await _set_timeouts(connection, lock=_LOCK_TIMEOUT, statement=left)
+                        await set_timeouts(connection, lock=LOCK_TIMEOUT, statement=left)
                         await connection.run_sync(database.dialect.lock_migrations)
                         return await change(connection)
                 except DBAPIError as error:
-                    state = getattr(error.orig, "sqlstate", None)
-                    if state == _TIMED_OUT:
+                    state = sqlstate_of(error)
+                    if state == TIMED_OUT:
                         raise StoreUnavailable(
                             f"the database {database.shown_url} took too long, and nothing has changed; give it more "
                             "time with --timeout (timeout=)"
                         ) from error
-                    if state not in _TRY_AGAIN:
+                    if state not in TRY_AGAIN:
                         raise
                     if time.monotonic() - begun > database.timeout / 2:
                         raise StoreUnavailable(
@@ -246,11 +251,11 @@ class EventPartitions:
                 # The events of this time are in the default partition.
                 continue
             name = self._table.partition_name(since)
-            await _set_timeouts(connection, lock=_LOCK_TIMEOUT, statement=_ATTACH_TIMEOUT)
+            await set_timeouts(connection, lock=LOCK_TIMEOUT, statement=ATTACH_TIMEOUT)
             try:
                 await self._table.create(connection, since, until)
             except DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) != _TIMED_OUT:
+                if sqlstate_of(error) != TIMED_OUT:
                     raise
                 raise StoreUnavailable(
                     f"the partition {name} was not made, because the default one holds so many events that looking "
@@ -286,11 +291,6 @@ def _check(every: timedelta, max_age: timedelta | None) -> None:
             f"--events-max-age (max_age=) {max_age} is {max_age // every} partitions for {every}, and reading or "
             f"removing events looks into each; make them longer, so that there are {MAX_PARTITIONS} at most"
         )
-
-
-async def _set_timeouts(connection: AsyncConnection, *, lock: float, statement: float) -> None:
-    for name, seconds in (("lock_timeout", lock), ("statement_timeout", statement)):
-        await connection.exec_driver_sql(f"SET LOCAL {name} = {max(1, int(seconds * 1000))}")
 
 
 def _length(partitions: Sequence[Partition]) -> timedelta:

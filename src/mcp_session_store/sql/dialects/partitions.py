@@ -14,9 +14,27 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime, timedelta
 
+    from sqlalchemy.exc import DBAPIError
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["Partition", "PartitionedTable", "TablePartitions", "regclass", "start_of_range"]
+__all__ = [
+    "TIMED_OUT",
+    "TRY_AGAIN",
+    "Partition",
+    "PartitionedTable",
+    "TablePartitions",
+    "regclass",
+    "set_timeouts",
+    "sqlstate_of",
+    "start_of_range",
+]
+
+TIMED_OUT: Final = "57014"
+"""SQLSTATE of a statement that has reached its timeout."""
+TRY_AGAIN: Final = frozenset({"55P03", "40P01", "23514"})
+"""SQLSTATEs of a lock that was not available in time, of a deadlock, and of a row that was inserted into the default
+partition meanwhile."""
+
 
 _FIRST: Final = "first"
 _DEFAULT: Final = "default"
@@ -236,6 +254,17 @@ def _suffix(since: datetime) -> str:
 
 def _literal(moment: datetime) -> str:
     return f"'{moment.isoformat()}'"
+
+
+async def set_timeouts(connection: AsyncConnection, *, lock: float, statement: float) -> None:
+    """Set the seconds that the server waits for a lock and works on a statement, until the end of the transaction."""
+    for name, seconds in (("lock_timeout", lock), ("statement_timeout", statement)):
+        await connection.exec_driver_sql(f"SET LOCAL {name} = {max(1, int(seconds * 1000))}")
+
+
+def sqlstate_of(error: DBAPIError) -> str | None:
+    """Return the SQLSTATE of an error, if it has one."""
+    return getattr(error.orig, "sqlstate", None)
 
 
 def start_of_range(moment: datetime, every: timedelta) -> datetime:
