@@ -236,7 +236,7 @@ class EventWriter:
     ) -> Steps[tuple[list[int | None], dict[UUID, LogState]]]:
         first: list[int | None] = [None] * len(appends)
         if sought := [number for number, append in enumerate(appends) if repeated or append.again]:
-            yield from self._find_among(appends, sought, first)
+            yield from self._find_stored(appends, sought, first)
         wanted: dict[UUID, list[int]] = {}
         for number, append in enumerate(appends):
             if first[number] is None:
@@ -312,7 +312,7 @@ class EventWriter:
             "new_total_bytes": log.total_bytes - bytes_behind,
         }
 
-    def _find_among(self, appends: Sequence[Append], numbers: Sequence[int], first: list[int | None]) -> Steps[None]:
+    def _find_stored(self, appends: Sequence[Append], numbers: Sequence[int], first: list[int | None]) -> Steps[None]:
         """Note the sequences of the events that a call before this one stored, though its answer was lost."""
         sought = {}
         for number in numbers:

@@ -122,7 +122,9 @@ class EventTrimming:
             events.c.sequence <= sa.bindparam("highest", type_=sa.BigInteger),
         )
 
-        self._note = sa.update(logs).where(self._keys.in_batch(logs.c.key)).values(remaining_columns(logs, events))
+        self._update_logs = (
+            sa.update(logs).where(self._keys.in_batch(logs.c.key)).values(remaining_columns(logs, events))
+        )
         # Without a record nothing will end the session: the record was removed by a version of this package that knows
         # no events. A subquery for each log, because the planner would join with all sessions.
         record = sa.select(sessions.c.key).where(sessions.c.key == logs.c.key).limit(ONE)
@@ -167,7 +169,7 @@ class EventTrimming:
                 parameters = self._cuts.parameters(cuts) | {"highest": max(up_to for _, up_to in cuts)}
                 removed = (await execute(self._remove, parameters)).rowcount
             locked = self._keys.parameters([(log.key,) for log in logs])
-            await execute(self._note, locked)
+            await execute(self._update_logs, locked)
             await execute(self._remove_empty, locked)
         sequences = {log.key: log.sequence for log in logs}
         more = any(up_to == at_most[key] < sequences[key] for key, up_to in cuts)

@@ -89,7 +89,7 @@ class Creation:
         limits, removal = self.limits, self._removal
         async with transaction(attempt.connection, self._dialect):
             await limits.lock(attempt, sessions)
-            new = await limits.new_among(attempt, sessions)
+            new = await limits.uncreated(attempt, sessions)
             refused, removed = await limits.refuse(attempt, new)
             await removal.remove_with_session(attempt, removed)
             admitted = [session for session in new if session.key not in refused]

@@ -124,7 +124,7 @@ class Limits:
         text = hashlib.sha256(b"\0".join((b"mcp_session", self._namespace.encode(), digest)))
         return int.from_bytes(text.digest()[:8], signed=True)
 
-    async def new_among(self, attempt: Attempt, sessions: Sequence[NewSession]) -> list[NewSession]:
+    async def uncreated(self, attempt: Attempt, sessions: Sequence[NewSession]) -> list[NewSession]:
         """Return the sessions whose keys are free in all namespaces: the others are not created and need no room."""
         keys = self._keys.parameters([(session.key,) for session in sessions])
         present = set((await attempt.connection.execute(self._present, keys)).scalars())
