@@ -11,8 +11,8 @@ from mcp_session_store import StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
+from tests.support.clients import until
 from tests.support.databases import settled
-from tests.support.process_clients import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -57,10 +57,11 @@ async def test_workers_share_the_sessions_and_a_kill_of_all_of_them_ends_none(
     environment = _migrated(command, database_url)
     server = serve_command("tests.support.targets:mcpserver", "--workers", "2", environment=environment)
     async with official_client(server.mcp_url) as client:
-        first = await _answering_pids(server.mcp_url, client.session_ids[0])
+        (session_id,) = client.session_ids
+        first = await _answering_pids(server.mcp_url, session_id)
         assert server.pid not in first, "workers answer, not their parent"
         server.restart()
-        second = await _answering_pids(server.mcp_url, client.session_ids[0])
+        second = await _answering_pids(server.mcp_url, session_id)
         assert not first & second
         await client.text("whoami")
         assert client.methods.count("initialize") == 1
@@ -319,7 +320,8 @@ async def test_a_server_keeps_events_that_operators_see(
     server = serve_command("tests.support.targets:mcpserver", "--url", sqlite_url, *(["--events"] if kept else []))
     async with official_client(server.mcp_url) as client:
         await client.text("whoami")
-        done = command("events", "show", client.session_ids[0], "--json", "--url", sqlite_url)
+        (session_id,) = client.session_ids
+        done = command("events", "show", session_id, "--json", "--url", sqlite_url)
         assert (done.returncode == 0) == kept, done.stderr
         if kept:
             events = json.loads(done.stdout)["events"]

@@ -13,9 +13,9 @@ import httpx2
 import pytest
 from mcp import Client
 
+from tests.support.clients import BOUND, Load, assert_unavailable, is_refused, opens, sessions, until, whoami
 from tests.support.faults import FaultProxy, breaking
 from tests.support.http import RawClient
-from tests.support.process_clients import BOUND, Load, assert_unavailable, is_refused, opens, sessions, until, whoami
 from tests.support.records import Records
 
 if TYPE_CHECKING:

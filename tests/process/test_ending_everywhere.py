@@ -13,8 +13,8 @@ from sqlalchemy.pool import NullPool
 
 from mcp_session_store import EndReason, SqlSessionStore, session_key
 from mcp_session_store.sql.schema import migrate
+from tests.support.clients import sessions, until, whoami
 from tests.support.http import RawClient
-from tests.support.process_clients import sessions, until, whoami
 
 if TYPE_CHECKING:
     from tests.support.deployment import Application

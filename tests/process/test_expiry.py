@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
+from tests.support.clients import until, whoami
 from tests.support.http import RawClient
-from tests.support.process_clients import until, whoami
 
 if TYPE_CHECKING:
     from tests.support.deployment import Application

@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from mcp_session_store.event_log import EVENT_PAGE
+from tests.support.clients import Talking, everything, until, whoami
 from tests.support.http import RawClient
-from tests.support.process_clients import Talking, everything, until, whoami
 
 if TYPE_CHECKING:
     from tests.support.deployment import Application

@@ -9,8 +9,8 @@ import pytest
 from mcp import MCPError
 from mcp_types import CONNECTION_CLOSED
 
+from tests.support.clients import PATIENCE, Talking, everything, official_client, until
 from tests.support.http import RawClient
-from tests.support.process_clients import PATIENCE, Talking, everything, official_client, until
 from tests.support.proxy import RoundRobinProxy
 from tests.support.servers import ServerProcess
 

@@ -9,8 +9,8 @@ import anyio
 import httpx2
 import pytest
 
+from tests.support.clients import official_client, pid_of, until, whoami
 from tests.support.http import INITIALIZE_PARAMS, RawClient
-from tests.support.process_clients import official_client, pid_of, until, whoami
 
 if TYPE_CHECKING:
     from tests.support.deployment import Application

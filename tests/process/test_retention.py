@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
+from tests.support.clients import sessions, until, whoami
 from tests.support.http import RawClient
-from tests.support.process_clients import sessions, until, whoami
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,8 +9,8 @@ from sqlalchemy.engine import make_url
 
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
+from tests.support.clients import whoami
 from tests.support.http import RawClient
-from tests.support.process_clients import whoami
 
 if TYPE_CHECKING:
     from tests.support.deployment import Application

@@ -10,8 +10,8 @@ import pytest
 
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
+from tests.support.clients import official_client, pid_of, sessions, until, whoami
 from tests.support.http import RawClient
-from tests.support.process_clients import official_client, pid_of, sessions, until, whoami
 from tests.support.proxy import RoundRobinProxy
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from tests.support.process_clients import Load, official_client, sessions
+from tests.support.clients import Load, official_client, sessions
 
 if TYPE_CHECKING:
     from tests.support.deployment import Application

@@ -12,8 +12,8 @@ import httpx2
 import pytest
 
 from mcp_session_store.sql.schema import migrate
+from tests.support.clients import sessions, until, whoami
 from tests.support.http import RawClient
-from tests.support.process_clients import sessions, until, whoami
 from tests.support.records import Records
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import anyio
 import pytest
 from sqlalchemy.engine import make_url
 
+from tests.support.clients import BOUND, Load, is_refused, opens, sessions, until, whoami
 from tests.support.http import RawClient
-from tests.support.process_clients import BOUND, Load, is_refused, opens, sessions, until, whoami
 
 if TYPE_CHECKING:
     from tests.support.deployment import Application

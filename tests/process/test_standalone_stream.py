@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
+from tests.support.clients import PATIENCE, official_client, until
 from tests.support.http import RawClient
-from tests.support.process_clients import PATIENCE, official_client, until
 from tests.support.proxy import RoundRobinProxy
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from mcp_session_store import session_key
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
+from tests.support.clients import Talking, everything, whoami
 from tests.support.http import INITIALIZE_PARAMS, RawClient
-from tests.support.process_clients import Talking, everything, whoami
 from tests.support.rows import insert_rows, session_row
 
 if TYPE_CHECKING:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
+from tests.support.clients import PATIENCE, Talking, everything, official_client, until
 from tests.support.faults import FaultProxy
 from tests.support.http import RawClient
-from tests.support.process_clients import PATIENCE, Talking, everything, official_client, until
 from tests.support.proxy import RoundRobinProxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from tests.support.clients import OfficialClient
     from tests.support.deployment import Application
-    from tests.support.process_clients import OfficialClient
     from tests.support.servers import ServerProcess
 
 pytestmark = pytest.mark.anyio
