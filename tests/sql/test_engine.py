@@ -22,6 +22,7 @@ from mcp_session_store.sql.failures import failure_kind, summary_of
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 from tests.support.databases import connections_checked_out, engine_of, execute, settled, sql_store
+from tests.support.internals import pool_timeout_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -121,8 +122,7 @@ async def test_an_engine_of_ours_waits_for_nothing_longer_than_the_timeout(postg
     async with sql_store(postgres_url, timeout=0.5) as store:
         engine = engine_of(store)
         assert engine.sync_engine.hide_parameters
-        assert isinstance(engine.pool, QueuePool)
-        assert engine.pool._timeout == 0.5
+        assert pool_timeout_of(engine) == 0.5
         async with asyncio.timeout(20):
             async with engine.connect() as connection:
                 with pytest.raises(TimeoutError):

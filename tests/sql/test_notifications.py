@@ -18,11 +18,12 @@ from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.records import Activity, EndReason
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
+from mcp_session_store.sql.notifications import SESSION_CHANNEL
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import connections_checked_out, execute, settled, sql_store
 from tests.support.faults import FaultProxy
+from tests.support.internals import channel_name, database_of, listen_anew, listening_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection
@@ -83,7 +84,7 @@ class Hints:
 
 async def left(store: SqlSessionStore | SqlEventLog) -> None:
     """Wait until a listener that ended has put everything away."""
-    for task in [*store._listener._tasks, *store._database.closing]:
+    for task in [*listening_of(store), *database_of(store).closing]:
         await asyncio.wait({task})
 
 
@@ -141,7 +142,7 @@ async def test_events_of_one_statement_are_one_hint_and_many_a_hint_at_anything(
 
 async def test_what_others_send_on_the_channel_is_a_hint_at_anything(postgres_url: str) -> None:
     async with sql_store(postgres_url) as store, Hints(store) as hints:
-        await execute(postgres_url, f"SELECT pg_notify('{SESSION_CHANNEL._name}', 'what is this?')")
+        await execute(postgres_url, f"SELECT pg_notify('{channel_name()}', 'what is this?')")
         assert await hints.next() is None
 
 
@@ -170,7 +171,7 @@ async def test_a_listener_whose_connection_falls_silent_says_so(postgres_url: st
     async with FaultProxy(target.host, target.port) as proxy:
         there = target.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
         async with SqlSessionStore(there, timeout=0.5) as store:
-            store._listener = Listener(store._database, SESSION_CHANNEL, heartbeat=0.05)
+            listen_anew(store, heartbeat=0.05)
             async with Hints(store) as hints:
                 proxy.hang()
                 with pytest.raises(StoreUnavailable, match=r"did not answer|lost|cannot serve"):
@@ -215,7 +216,7 @@ async def test_a_listener_may_be_cancelled_at_any_moment(postgres_url: str) -> N
                 await listening
         await left(store)
         await settled(store)
-        assert store._listener._tasks == set()
+        assert listening_of(store) == set()
         pooled = await backends(postgres_url)
         await backends_are(postgres_url, min(pooled, 1))
 
@@ -251,7 +252,7 @@ async def test_where_hints_do_not_arrive_it_is_said_once_and_nothing_is_held(
         with monkeypatch.context() as patch:
             # As behind PgBouncer, where LISTEN reaches one connection of the server, and who listens has another.
             patch.setattr(SESSION_CHANNEL, "send", elsewhere)
-            store._listener = Listener(store._database, SESSION_CHANNEL, probe_timeout=0.01, deaf_for=(0.3, 0.3))
+            listen_anew(store, probe_timeout=0.01, deaf_for=(0.3, 0.3))
             hints: list[object] = []
             listening = asyncio.ensure_future(store.listen(hints.append))
             async with asyncio.timeout(20):

@@ -12,12 +12,12 @@ from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table, make_tables, sessions_table
 from tests.support.faults import FaultProxy
+from tests.support.internals import database_of, drains_of, listening_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def engine_of(store: SessionStore | EventLog) -> AsyncEngine:
     assert isinstance(store, SqlSessionStore | SqlEventLog)
-    return store._database.engine
+    return database_of(store).engine
 
 
 def connections_checked_out(store: SessionStore | EventLog) -> int:
@@ -44,14 +44,11 @@ async def settled(*stores: SessionStore | EventLog) -> None:
     """Wait until stores on one engine have finished their work, and check that no connection is in use."""
     for store in stores:
         assert isinstance(store, SqlSessionStore | SqlEventLog)
-        batchers = [value for value in vars(store).values() if isinstance(value, Batcher)]
-        assert batchers
-        running = [batcher._drain_task for batcher in batchers if batcher._drain_task is not None]
         # A listener that was cancelled does not wait until its connection is closed.
-        leaving = [task for task in store._listener._tasks if task.cancelling()]
-        for task in (*running, *leaving):
+        leaving = [task for task in listening_of(store) if task.cancelling()]
+        for task in (*drains_of(store), *leaving):
             await asyncio.wait({task})
-        for task in tuple(store._database.closing):
+        for task in tuple(database_of(store).closing):
             await asyncio.wait({task})
     for store in stores:
         assert connections_checked_out(store) == 0

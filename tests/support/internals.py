@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.pool import QueuePool
+
+from mcp_session_store.sql.batching import Batcher
+from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 
 if TYPE_CHECKING:
+    import asyncio
     from uuid import UUID
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from mcp_session_store import MemoryEventLog, MemorySessionStore
     from mcp_session_store.adapter.streams.event_ids import EventIds
@@ -37,6 +45,34 @@ def logs_of(log: MemoryEventLog) -> dict[UUID, Log]:
 def database_of(store: SqlSessionStore | SqlEventLog) -> Database:
     """The way of a store or a log to its database."""
     return store._database
+
+
+def drains_of(store: SqlSessionStore | SqlEventLog) -> list[asyncio.Task[None]]:
+    """The running tasks of all batchers of a store or a log, which has some."""
+    batchers = [value for value in vars(store).values() if isinstance(value, Batcher)]
+    assert batchers
+    return [batcher._drain_task for batcher in batchers if batcher._drain_task is not None]
+
+
+def listening_of(store: SqlSessionStore | SqlEventLog) -> set[asyncio.Task[None]]:
+    """The tasks that listen for a store or a log, and those that are closing their connections."""
+    return store._listener._tasks
+
+
+def listen_anew(store: SqlSessionStore, **options: Any) -> None:
+    """Give a store another listener, with these options."""
+    store._listener = Listener(store._database, SESSION_CHANNEL, **options)
+
+
+def channel_name() -> str:
+    """The channel of changes, by the name that Postgres knows."""
+    return SESSION_CHANNEL._name
+
+
+def pool_timeout_of(engine: AsyncEngine) -> float:
+    """Seconds for which a call waits for a connection of the pool, which SQLAlchemy keeps for itself."""
+    assert isinstance(engine.pool, QueuePool)
+    return engine.pool._timeout
 
 
 async def trim_waiting(log: SqlEventLog, key: UUID) -> None:
