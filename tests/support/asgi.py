@@ -70,7 +70,7 @@ class Exchange:
         """Have the app serve the request."""
         try:
             with self._cancellation:
-                await self._app(self._scope, self._receive, self._send)
+                await self._app(self._scope, self._receive, self.send)
         except Exception as error:
             self._error = error
         finally:
@@ -169,7 +169,8 @@ class Exchange:
         await self._gone.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: ASGIMessage) -> None:
+    async def send(self, message: ASGIMessage) -> None:
+        """Take a message of the answer, when the client reads."""
         while not (self._reads.is_set() or self._gone.is_set()):
             async with anyio.create_task_group() as either:
                 either.start_soon(_cancel_after, self._reads, either.cancel_scope)

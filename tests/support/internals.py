@@ -11,8 +11,10 @@ from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 
 if TYPE_CHECKING:
     import asyncio
+    from contextlib import AsyncExitStack
     from uuid import UUID
 
+    from mcp.server.context import ServerRequestContext
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from mcp_session_store import MemoryEventLog, MemorySessionStore
@@ -86,3 +88,8 @@ async def trim_waiting(log: SqlEventLog, key: UUID) -> None:
 def tag_of(ids: EventIds, payload: bytes) -> bytes:
     """The tag that makes a payload an event id of a session."""
     return ids._tag(payload)
+
+
+def exit_stack_of(ctx: ServerRequestContext[Any, Any]) -> AsyncExitStack:
+    """The exit stack of the SDK's connection that a request came on."""
+    return ctx.session._connection.exit_stack

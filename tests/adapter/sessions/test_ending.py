@@ -19,7 +19,7 @@ from tests.support.asgi import Client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
-from tests.support.internals import is_listened_to, rows_of
+from tests.support.internals import exit_stack_of, is_listened_to, rows_of
 
 if TYPE_CHECKING:
     from mcp_session_store import SessionRecord
@@ -174,7 +174,7 @@ async def test_the_session_is_refused_while_its_copy_still_leaves(store: FaultyS
     proceed = anyio.Event()
 
     async def push(ctx: RequestContext) -> None:
-        ctx.session._connection.exit_stack.push_async_callback(proceed.wait)
+        exit_stack_of(ctx).push_async_callback(proceed.wait)
 
     notes.on_initialize = push
     async with instance(store, notes, end_within=LONG) as one:
@@ -198,7 +198,7 @@ async def test_a_client_that_reads_no_answer_does_not_keep_the_copy(
         async def stuck(_message: Any) -> None:
             await anyio.sleep_forever()
 
-        monkeypatch.setattr(call, "_send", stuck)
+        monkeypatch.setattr(call, "send", stuck)
         await until(lambda: one.notes.waiting == 1)
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0 and one.notes.waiting == 0)

@@ -16,6 +16,7 @@ from mcp_session_store.adapter.responses import MemoryFull
 from tests.support.asgi import Client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
+from tests.support.internals import exit_stack_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -173,7 +174,7 @@ def hold_the_exit(notes: Notes) -> tuple[anyio.Event, anyio.Event]:
         await proceed.wait()
 
     async def push(ctx: RequestContext) -> None:
-        ctx.session._connection.exit_stack.push_async_callback(clean_up)
+        exit_stack_of(ctx).push_async_callback(clean_up)
 
     notes.on_initialize = push
     return leaving, proceed

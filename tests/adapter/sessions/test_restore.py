@@ -21,6 +21,7 @@ from mcp_session_store import EndReason, MemorySessionStore, RestoreRefused, Ses
 from tests.support.asgi import Client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, open_session, principal, wait_for
+from tests.support.internals import exit_stack_of
 
 if TYPE_CHECKING:
     from mcp.server.context import HandlerResult
@@ -480,7 +481,7 @@ async def test_a_replay_that_hangs_and_does_not_let_itself_be_cancelled_is_answe
             # As a call that runs in a thread does.
             with anyio.CancelScope(shield=True):
                 await proceed.wait()
-        ctx.session._connection.exit_stack.push_async_callback(proceed.wait)
+        exit_stack_of(ctx).push_async_callback(proceed.wait)
         await proceed.wait()
 
     notes.on_initialize = hang
