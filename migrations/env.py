@@ -1,4 +1,4 @@
-"""Alembic's environment: where the database is, for the `alembic` command and for the package's own."""
+"""Alembic's environment: finds the database, for the `alembic` command and for the package's own commands."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mcp_session_store.errors import SessionStoreError
 from mcp_session_store.sql.schema.migrate import run_offline, run_online
 
 config = context.config
-given = config.attributes  # by `mcp_session_store.sql.schema.migrate`
+given = config.attributes  # set by `mcp_session_store.sql.schema.migrate`
 asked = context.get_x_argument(as_dictionary=True)
 
 if config.cmd_opts is not None and config.config_file_name is not None:
-    # Under the `alembic` command only: a program that migrates has its own logging.
+    # Under the `alembic` command only, because a program that migrates has its own logging.
     fileConfig(config.config_file_name, disable_existing_loggers=False)
 
 schema = given["schema"] if "schema" in given else asked.get("schema", os.environ.get("MCP_SESSION_STORE_SCHEMA"))
@@ -24,7 +24,9 @@ url = given.get("url") or asked.get("url") or os.environ.get("MCP_SESSION_STORE_
 connection = given.get("connection")
 
 if url is None and connection is None:
-    raise CommandError("which database? Set MCP_SESSION_STORE_URL, or say: alembic -x url=postgresql://… upgrade head")
+    raise CommandError(
+        "no database is named; set MCP_SESSION_STORE_URL, or run: alembic -x url=postgresql://… upgrade head"
+    )
 
 try:
     if context.is_offline_mode():

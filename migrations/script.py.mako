@@ -1,6 +1,6 @@
 """${message}
 
-What it locks, and for how long: say it here.
+Say here which tables it locks, and for how long.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The table of sessions.
 
-Locks nothing that exists: it creates a table. The way back drops it, and every session with it.
+It creates a table, and locks no other. The downgrade drops the table, and every session with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# SQLite has no type for times: whole milliseconds since 1970 there.
+# Whole milliseconds since 1970 on SQLite, which has no type for moments.
 moment = sa.BigInteger().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")
 
 

@@ -1,6 +1,6 @@
-"""What retention needs: indexes to sweep and to look things up by, when copies have something to learn, a journal.
+"""Retention: indexes to sweep and to look sessions up by, the time of the last change, and the journal.
 
-Adds only. Building the indexes keeps writers waiting for as long as it takes to read the table.
+It only adds. Writers wait while the indexes are built, which takes as long as reading the table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ down_revision = "1_0001_sessions"
 branch_labels = None
 depends_on = None
 
-# SQLite has no type for times: whole milliseconds since 1970 there.
+# Whole milliseconds since 1970 on SQLite, which has no type for moments.
 moment = sa.BigInteger().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")
 
 LOOKED_UP_BY = {

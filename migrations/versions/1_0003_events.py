@@ -1,7 +1,7 @@
-"""What streams that resume need: the events of sessions, their logs, and the instances that run.
+"""Streams that resume: the events of sessions, their logs, and the running instances.
 
-Adds only; sessions that are there already get a log with their first event. The way back drops all events, and refuses
-to where their table is partitioned.
+It only adds; a session that exists gets a log with its first event. The downgrade drops all events, and is refused
+while their table is partitioned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ down_revision = "1_0002_retention"
 branch_labels = None
 depends_on = None
 
-# SQLite has no type for times: whole milliseconds since 1970 there.
+# Whole milliseconds since 1970 on SQLite, which has no type for moments.
 moment = sa.BigInteger().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")
 
 
@@ -61,7 +61,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     schema = op.get_context().version_table_schema
     if _is_partitioned(schema):
-        raise CommandError("the events are partitioned; undo that first: mcp-session-store events unpartition")
+        raise CommandError("the events are partitioned; run first: mcp-session-store events unpartition")
     op.drop_table("mcp_session_instance", schema=schema)
     op.drop_table("mcp_session_event", schema=schema)
     op.drop_index("ix_mcp_session_log_oldest", "mcp_session_log", schema=schema)

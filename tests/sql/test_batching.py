@@ -102,7 +102,7 @@ async def test_more_than_the_bound_may_not_wait(migrated_url: str) -> None:
         first = await calls.first_is_running()
         waiting = [calls.submit(item) for item in (1, 2, 3)]
         await asyncio.sleep(0)
-        with pytest.raises(StoreUnavailable, match="3 calls wait"):
+        with pytest.raises(StoreUnavailable, match="3 calls already wait"):
             await calls.batcher.submit(4)
         calls.go.set()
         assert await asyncio.gather(first, *waiting) == [0, 10, 20, 30]

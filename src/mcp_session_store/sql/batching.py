@@ -1,4 +1,4 @@
-"""Calls that arrive while a statement runs share the next one."""
+"""Share statements: calls that arrive while a statement runs share the next one."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 MAX_BATCH: Final = 500
-"""Items that share a statement at most."""
+"""Number of items that share a statement at most."""
 MAX_WAITING: Final = 10_000
-"""Items that may wait for a statement; beyond it the store is unavailable."""
+"""Number of items that may wait for a statement; beyond it calls fail."""
 BATCHES_PER_LEASE: Final = 50
-"""Statements after which a busy batcher gives its connection back, so that others get their turn."""
+"""Number of statements after which a busy batcher returns its connection, so that others get their turn."""
 
 
 class Batcher(Generic[_Item, _Result]):
-    """Runs one kind of statement, for as many items at a time as are waiting.
+    """Runs one kind of statement for all items that wait at the time.
 
-    A lone item goes at once. While its statement runs others gather, and share the next: under load
+    A lone item goes at once. While its statement runs others gather, and share the next statement: under load
     the cost of a round trip and of a commit is divided among them, and one connection serves them all.
 
-    Whoever waits does so for the database's timeout at most, may be cancelled, and may bring an item
-    that the database refuses: no other notices.
+    A caller waits for the database's timeout at most, may be cancelled, and may bring an item that the database
+    refuses, without an effect on the other callers.
 
     Args:
-        database: Where statements run.
-        execute: Runs the statement for some items, and returns a result for each in their order. May
-            be run again with the same items.
+        database: Database to run statements on.
+        execute: Runs the statement for some items, and returns their results in the same order. It may run again
+            with the same items.
         writes: Whether the statement changes anything.
-        max_batch: Items that share a statement at most.
-        max_waiting: Items that may wait.
+        max_batch: See `MAX_BATCH`.
+        max_waiting: See `MAX_WAITING`.
     """
 
     def __init__(
@@ -60,31 +60,31 @@ class Batcher(Generic[_Item, _Result]):
         self._writes = writes
         self._max_batch = max_batch
         self._max_waiting = max_waiting
-        # Ordered as they came; by the future, so that one who gives up leaves no trace.
+        # In the order of arrival; by future, so that the item of a cancelled call is easily removed.
         self._waiting: dict[asyncio.Future[_Result], _Item] = {}
         self._served: dict[asyncio.Future[_Result], _Item] = {}
         self._drain_task: asyncio.Task[None] | None = None
-        # As all wait equally long, the first to come is the first to give up: one timer does for all.
+        # All wait equally long, so that the first to come is the first to time out: one timer serves all.
         self._deadlines: deque[tuple[float, asyncio.Future[_Result]]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     async def submit(self, item: _Item) -> _Result:
-        """Have the statement run for an item, and wait for its result.
+        """Run the statement for an item, together with others, and return its result.
 
         Raises:
-            StoreUnavailable: Too much waits already, or there is no answer within the timeout.
-            SessionStoreError: What `execute` raised for this item.
+            StoreUnavailable: Too many items wait already, or no answer came within the timeout.
+            SessionStoreError: `execute` raised it for this item.
         """
         loop = self._database.bind()
         if len(self._waiting) >= self._max_waiting:
             raise StoreUnavailable(
-                f"{self._max_waiting} calls wait for the database {self._database.shown_url} already"
+                f"{self._max_waiting} calls already wait for the database {self._database.shown_url}; try again later"
             )
         future: asyncio.Future[_Result] = loop.create_future()
         self._waiting[future] = item
         self._deadlines.append((loop.time() + self._database.timeout, future))
         if self._timer is None:
-            self._give_up()
+            self._time_out()
         if self._drain_task is None:
             self._drain_task = spawn(self._drain())
         try:
@@ -92,15 +92,15 @@ class Batcher(Generic[_Item, _Result]):
         finally:
             self._waiting.pop(future, None)
 
-    def _give_up(self) -> None:
-        """Fail those who have waited for too long, and come again when the next one will have."""
+    def _time_out(self) -> None:
+        """Fail the calls that have waited for the timeout, and set the timer for the next one."""
         loop = asyncio.get_running_loop()
         self._timer = None
         while self._deadlines:
             deadline, future = self._deadlines[0]
             if not future.done():
                 if deadline > loop.time():
-                    self._timer = loop.call_at(deadline, self._give_up)
+                    self._timer = loop.call_at(deadline, self._time_out)
                     return
                 _fail(
                     future,
@@ -111,7 +111,7 @@ class Batcher(Generic[_Item, _Result]):
             self._deadlines.popleft()
 
     async def aclose(self) -> None:
-        """Fail all who wait, and stop."""
+        """Fail all waiting calls, and stop."""
         for future in (*self._waiting, *self._served):
             _fail(future, StoreUnavailable("the session store was closed"))
         self._waiting.clear()
@@ -133,7 +133,7 @@ class Batcher(Generic[_Item, _Result]):
                         await self._serve(lease, self._served)
                         while self._deadlines and self._deadlines[0][1].done():
                             self._deadlines.popleft()
-                        # Who was answered may have the next call ready: it finds the connection open.
+                        # A caller that was answered may have its next call ready, and finds the connection open.
                         await asyncio.sleep(0)
         finally:
             self._drain_task = None
@@ -184,8 +184,8 @@ def _fail(future: asyncio.Future[_Result], error: Exception) -> None:
     if future.done():
         return
     if isinstance(error, SessionStoreError):
-        # One for each: what several tasks raise gathers the tracebacks of all of them.
-        mine = type(error)(*error.args)
-        mine.__cause__ = error.__cause__
-        error = mine
+        # One for each call, because an error that several tasks raise collects the tracebacks of all.
+        copy = type(error)(*error.args)
+        copy.__cause__ = error.__cause__
+        error = copy
     future.set_exception(error)

@@ -1,4 +1,4 @@
-"""The one way to a connection: time bounds, one retry, the schema check, and driver errors turned into ours."""
+"""The one way to a connection: time limits, one retry, the schema check, and translated driver errors."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ MIGRATION_TIMEOUT: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try to do something in the database."""
+    """One try of a piece of work, with its connection."""
 
     connection: AsyncConnection
     repeated: bool
-    """Whether a try before this one may have taken effect, and its answer was lost."""
+    """Whether an earlier try may have taken effect without an answer."""
 
 
 class Database:
-    """A database with our tables: an engine, its dialect, and what is known of its schema.
+    """A database with the tables of this package: its engine, its dialect, and the check of its schema.
 
     Args:
-        url_or_engine: A URL, from which an engine of ours is made, or an engine that stays its owner's.
-        schema: Where the tables are; the connection's default unless given.
+        url_or_engine: URL, from which an engine is made, or an engine that the caller disposes.
+        schema: Schema with the tables; the connection's default unless given.
         auto_upgrade: Whether a schema that is missing or behind is migrated on first contact.
-        timeout: Seconds that anything may take.
+        timeout: Seconds that a piece of work may take.
 
     Raises:
         ConfigurationError: An argument cannot work.
@@ -94,24 +94,24 @@ class Database:
         self.autocommit: Final = (
             self.engine if self._owned else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
-        """The engine, for single statements: they need no transaction around them."""
+        """Engine whose connections run each statement as a transaction of its own."""
         self.write_lock: asyncio.Lock | None = asyncio.Lock() if self.dialect.single_writer else None
         self._auto_upgrade = auto_upgrade
         self._contact: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.closing: set[asyncio.Task[None]] = set()
-        """Connections on their way back to the pool."""
+        """Tasks that return a connection to the pool, or close it."""
 
     def bind(self) -> asyncio.AbstractEventLoop:
-        """Check that a call can be served: in the event loop of the first one, and not after `aclose`.
+        """Check that a call comes in the event loop of the first call, and not after `aclose`.
 
         Returns:
-            That loop.
+            The event loop.
 
         Raises:
-            StoreUnavailable: The store was closed.
-            ConfigurationError: There is another event loop, or none of asyncio's.
+            StoreUnavailable: The store is closed.
+            ConfigurationError: Another event loop runs, or none of asyncio's.
         """
         try:
             loop = asyncio.get_running_loop()
@@ -131,10 +131,10 @@ class Database:
         return loop
 
     def lease(self, *, writes: bool) -> Lease:
-        """A connection for a while, opened when it is first needed.
+        """Return a lease of a connection, which is opened when it is first needed.
 
         Args:
-            writes: Whether statements change anything.
+            writes: Whether its statements change anything.
         """
         return Lease(self, self.write_lock if writes else None)
 
@@ -145,10 +145,10 @@ class Database:
             self._contact = None
 
     async def first_contact(self) -> None:
-        """Check the schema, once; and again after a failure. Who comes meanwhile waits for the same check."""
+        """Check the schema once, and again after a failure. Concurrent callers wait for the same check."""
         contact = self._contact
         if contact is None or (contact.done() and _failed(contact)):
-            # A task of its own: one caller's timeout must not stop a migration that others wait for.
+            # A task of its own, because one caller's timeout must not stop a migration that others wait for.
             contact = self._contact = spawn(self._check())
         if not contact.done():
             await asyncio.wait({contact})
@@ -157,7 +157,7 @@ class Database:
         contact.result()
 
     def forget_contact(self) -> None:
-        """Check the schema again with the next call: a table was not there."""
+        """Make the next call check the schema again, because a table was missing."""
         if self._contact is not None and self._contact.done():
             self._contact = None
 
@@ -186,9 +186,9 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def _checking(self) -> AsyncIterator[AsyncConnection]:
-        """A connection to look at the schema with: one that falls silent is dropped after the timeout.
+        """Lend a connection for the schema check, and drop it when it falls silent for the timeout.
 
-        A bound of its own, because whoever waits for the check gives up and does not end it.
+        The check has a time limit of its own, because callers that give up waiting do not end it.
         """
         connection: AsyncConnection | None = None
         broken = True
@@ -208,14 +208,14 @@ class Database:
                 await self.release(connection, broken=broken)
 
     async def _migrate(self) -> None:
-        # Imported here: Alembic stays off the way of everybody who has migrated.
+        # Imported here, because Alembic is not needed where the schema fits.
         from mcp_session_store.sql.schema import migrate
 
         task = spawn(migrate.upgrade(self._given, schema=self.schema))
         try:
             done, _ = await asyncio.wait({task}, timeout=MIGRATION_TIMEOUT)
         finally:
-            # Not waited for: on a connection that has fallen silent it has no end.
+            # Not waited for, because on a connection that has fallen silent it never ends.
             task.cancel()
         if not done:
             raise StoreUnavailable(
@@ -228,14 +228,14 @@ class Database:
 
     async def release(self, connection: AsyncConnection, *, broken: bool) -> None:
         """Return a connection to the pool, or drop it when it is broken."""
-        # In a task of its own: whoever is cancelled here leaves no connection behind.
+        # In a task of its own, so that a cancelled caller leaves no connection behind.
         task = spawn(_release(connection, broken=broken))
         self.closing.add(task)
         task.add_done_callback(self.closing.discard)
         await asyncio.shield(task)
 
     def translate(self, error: Exception) -> Exception:
-        """An error of ours for a driver's, or the error itself when it is a bug. To be raised from it."""
+        """Return this package's error for a driver's, to be raised from it; a bug is returned as it is."""
         if isinstance(error, SessionStoreError):
             return error
         hide_parameters(error)
@@ -251,7 +251,7 @@ class Database:
         self._closed = True
 
     async def aclose(self) -> None:
-        """Close connections if the engine is ours. Nothing may be under way any more."""
+        """Close connections, unless the caller made the engine. All calls must have ended."""
         contact, self._contact = self._contact, None
         if contact is not None:
             await self.stop(contact)
@@ -264,7 +264,7 @@ class Database:
             self.write_lock = asyncio.Lock()
 
     async def stop(self, task: asyncio.Task[None]) -> None:
-        """End a task that uses the database, within the timeout whatever it does."""
+        """End a task that uses the database, and wait for its end no longer than the timeout."""
         if not self.dialect.interruptible:
             await asyncio.wait({task}, timeout=self.timeout)
         task.cancel()
@@ -273,8 +273,8 @@ class Database:
     async def _dispose(self) -> None:
         patience = self.timeout
         while True:
-            # To close a connection whose other end is silent takes for ever; cancelled, it is dropped, and
-            # the next one's turn comes.
+            # Closing a connection whose other end is silent never ends. Cancelled, it is dropped, and the next
+            # connection is closed.
             try:
                 async with asyncio.timeout(patience):
                     return await self.engine.dispose()
@@ -283,7 +283,7 @@ class Database:
 
 
 class Lease:
-    """A connection that is kept from statement to statement, opened on demand and replaced when it breaks."""
+    """A connection that is kept from one statement to the next, opened on demand and replaced when it breaks."""
 
     def __init__(self, database: Database, writing: asyncio.Lock | None) -> None:
         self._database = database
@@ -305,24 +305,24 @@ class Lease:
                 self._writing.release()
 
     async def run(self, work: Callable[[Attempt], Awaitable[_T]]) -> _T:
-        """Do something with the connection, and once more with another when it broke on the way.
+        """Do a piece of work with the connection, and once more with another connection when the first one broke.
 
         Args:
-            work: What to do.
+            work: The work; it may run twice.
 
         Raises:
-            StoreUnavailable: No connection, broken twice, or no answer within the timeout. A database
-                whose driver cannot be interrupted may take longer: the caller bounds his own wait.
+            StoreUnavailable: There is no connection, two broke, or no answer came within the timeout. Where a
+                statement cannot be interrupted this may take longer, and the caller bounds its own wait.
             SchemaError: The schema does not fit.
-            InvalidValue: The database does not take a value.
+            InvalidValue: The database refuses a value.
         """
         try:
             interruptible = self._database.dialect.interruptible
             async with asyncio.timeout(self._database.timeout if interruptible else None):
                 await self._database.first_contact()
                 if self._writing is not None and not self._holds_writing:
-                    # Who gets it later than this would wait for the file, too, until after its caller has given
-                    # up, and commit what was refused.
+                    # Half of the timeout, because the wait for the file comes on top: the caller would have given up
+                    # by then, and what was refused would be committed.
                     async with asyncio.timeout(self._database.timeout / 2):
                         await self._writing.acquire()
                     self._holds_writing = True
@@ -349,12 +349,12 @@ class Lease:
             kind = failure_kind(error, self._database.dialect)
             if kind is FailureKind.BROKEN and not isinstance(error, SQLAlchemyError):
                 await self._show_that_it_is_broken()
-            # After bad data too: a statement whose values could not be sent is still open on the server, in a
-            # transaction that asyncpg does not end, and behind PgBouncer that keeps a server connection from others.
+            # After an invalid value too: a statement whose values could not be sent is still open on the server, in a
+            # transaction that asyncpg does not end, which behind PgBouncer keeps a server connection from others.
             await self._release(broken=True)
             if kind is FailureKind.WRONG_SCHEMA:
                 self._database.forget_contact()
-                # It tells what is wrong, and which command to run.
+                # The check raises an error that says what is wrong, and which command to run.
                 await self._database.first_contact()
             if not isinstance(failure, InvalidValue):
                 if failure is error:
@@ -366,7 +366,7 @@ class Lease:
         raise failure
 
     async def _show_that_it_is_broken(self) -> None:
-        """Let SQLAlchemy see what was met beside it: then it takes no other connection from its pool that is as old."""
+        """Let SQLAlchemy meet the broken connection, so that its pool drops all connections that are as old."""
         if self._connection is not None:
             with contextlib.suppress(Exception):
                 await self._connection.exec_driver_sql("SELECT 1")
@@ -379,15 +379,15 @@ class Lease:
 
 @contextlib.asynccontextmanager
 async def transaction(connection: AsyncConnection, dialect: Dialect) -> AsyncIterator[None]:
-    """Commit what is done within, or undo it when that raises.
+    """Commit the statements of a block, or roll them back when the block raises.
 
-    Whoever is cancelled within drops the connection, as a `Lease` does, and that undoes it too.
+    A block that is cancelled must drop the connection, as a `Lease` does, which rolls back too.
     """
     await connection.exec_driver_sql(dialect.begin)
     try:
         yield
     except Exception:
-        # Where this fails the connection is broken, and then there is nothing to undo.
+        # Where this fails the connection is broken, which rolls back too.
         with contextlib.suppress(Exception):
             await connection.exec_driver_sql("ROLLBACK")
         raise
@@ -395,7 +395,7 @@ async def transaction(connection: AsyncConnection, dialect: Dialect) -> AsyncIte
 
 
 async def _release(connection: AsyncConnection, *, broken: bool) -> None:
-    # What is wrong with a connection was said where it was used.
+    # The error of a broken connection was raised where it was used.
     with contextlib.suppress(Exception):
         if broken and not connection.closed:
             await connection.invalidate()
@@ -404,7 +404,7 @@ async def _release(connection: AsyncConnection, *, broken: bool) -> None:
 
 
 def spawn(coroutine: Coroutine[object, object, _T]) -> asyncio.Task[_T]:
-    """A task that belongs to nobody's request: it inherits no context variables."""
+    """Start a task that belongs to no request: it inherits no context variables."""
     return asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
 
 

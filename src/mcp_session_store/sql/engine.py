@@ -1,4 +1,4 @@
-"""From a database URL to an engine: drivers, time bounds, and what cannot work said before it is tried."""
+"""From a database URL to an engine: drivers, time limits, and checks that come before the first connection."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ __all__ = [
 _SYNONYMS: Final = {"postgres": "postgresql"}
 
 _MIGRATION_TIMEOUT: Final = 60.0
-"""Seconds to connect, or to wait for SQLite's lock: another process may be migrating."""
+"""Seconds to connect, or to wait for SQLite's lock, because another process may be migrating."""
 
 
 def checked_url(url: str | URL) -> tuple[URL, Dialect]:
-    """A database URL with the driver that this package uses, and the dialect that goes with it.
+    """Return a database URL with the driver that this package uses, and its dialect.
 
     Args:
         url: `postgresql://`, `postgres://` or `sqlite:///`, with or without the driver.
@@ -47,7 +47,7 @@ def checked_url(url: str | URL) -> tuple[URL, Dialect]:
     try:
         parsed = make_url(url)
         backend, _, driver = parsed.drivername.partition("+")
-        parsed.port  # noqa: B018 - read here, where a bad one is told from other faults
+        parsed.port  # noqa: B018 - a port that is no number raises here
     except (ArgumentError, ValueError, AttributeError):
         # Without the cause and its text, which quote the URL.
         raise ConfigurationError(
@@ -64,10 +64,10 @@ def checked_url(url: str | URL) -> tuple[URL, Dialect]:
 
 
 def checked_engine(engine: AsyncEngine) -> Dialect:
-    """The dialect of an engine that somebody else made.
+    """Return the dialect of an engine that the caller made.
 
     Raises:
-        ConfigurationError: It cannot be used; the message says why.
+        ConfigurationError: The engine cannot be used; the message says why.
     """
     if isinstance(engine, sa.Engine):
         raise ConfigurationError(
@@ -87,49 +87,51 @@ def checked_engine(engine: AsyncEngine) -> Dialect:
 
 
 def checked_schema(schema: str | None, dialect: Dialect) -> str | None:
-    """The schema, if it can be one.
+    """Return a schema that the database can have.
 
     Raises:
-        ConfigurationError: It cannot.
+        ConfigurationError: The database cannot have it.
     """
     if schema is None:
         return None
     if not dialect.has_schemas:
-        raise ConfigurationError(f"schema={schema!r}: {dialect.name} has no schemas; leave it out")
+        raise ConfigurationError(f"schema={schema!r}: {dialect.name} has no schemas; give none")
     # 63 bytes is where Postgres cuts a name, without an error: "Identifiers and Key Words" in its manual.
-    # Alembic takes what a dot parts for two names.
+    # Alembic reads a dot as the end of one name and the beginning of another.
     if not isinstance(schema, str) or not schema or {"\0", "."} & set(schema) or len(schema.encode()) > 63:
-        raise ConfigurationError(f"schema={schema!r} is no name of a schema: 1 to 63 bytes, without NUL or a dot")
+        raise ConfigurationError(
+            f"schema={schema!r} cannot be a schema's name: give 1 to 63 bytes without NUL or a dot"
+        )
     return schema
 
 
 def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
-    """An engine of ours, in which nothing waits longer than `timeout` seconds and errors hide parameters."""
+    """Return an engine in which each wait ends after `timeout` seconds, and whose errors hide parameters."""
     driver_url, arguments = dialect.engine_arguments(url, timeout=timeout, command_timeout=timeout)
     engine = create_async_engine(
         driver_url,
         poolclass=AsyncAdaptedQueuePool,
         pool_timeout=timeout,
         hide_parameters=True,
-        # Statements stand alone; where several belong together, a transaction is begun in SQL.
+        # Each statement is a transaction; where several belong together, SQL begins one.
         isolation_level="AUTOCOMMIT",
-        # A connection that goes back to the pool has nothing to undo, and a round trip to say so is not made.
+        # A connection that goes back to the pool has nothing to roll back, which saves a round trip.
         skip_autocommit_rollback=True,
         **arguments,
     )
-    # After SQLAlchemy's own listener, which makes asyncpg forget the types that it has learned.
+    # After SQLAlchemy's own listener, because that makes asyncpg forget the types that it has looked up.
     sa.event.listen(engine.sync_engine, "connect", lambda connection, _: dialect.on_connect(connection, url))
     return engine
 
 
 def make_migration_engine(url: URL, dialect: Dialect) -> AsyncEngine:
-    """An engine of ours to migrate with: a migration may take its time, and keeps no connection afterwards."""
+    """Return an engine for migrations: statements have no time limit, and no connection is kept."""
     url, arguments = dialect.engine_arguments(url, timeout=_MIGRATION_TIMEOUT, command_timeout=None)
     return create_async_engine(url, poolclass=NullPool, hide_parameters=True, isolation_level="AUTOCOMMIT", **arguments)
 
 
 def shown_url(url: URL) -> str:
-    """The URL as it may stand in a message: without password, driver and options."""
+    """Return a URL as text for messages: without password, driver and options."""
     return URL.create(
         url.drivername.partition("+")[0],
         username=url.username,
@@ -140,6 +142,6 @@ def shown_url(url: URL) -> str:
 
 
 def shown_options(url: URL, schema: str | None) -> str:
-    """The options of this package's commands for a database, to be pasted into a shell."""
+    """Return the options with which this package's commands find a database, quoted for a shell."""
     options: Mapping[str, str | None] = {"--url": shown_url(url), "--schema": schema}
     return " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None)

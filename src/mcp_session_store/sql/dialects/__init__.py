@@ -20,10 +20,10 @@ DIALECTS: Final[Mapping[str, Dialect]] = {dialect.name: dialect for dialect in (
 
 
 def dialect_named(name: str) -> Dialect:
-    """The dialect with SQLAlchemy's name for it.
+    """Return the dialect of a database, by SQLAlchemy's name.
 
     Raises:
-        ConfigurationError: This package does not work on it.
+        ConfigurationError: This package does not work on that database.
         ImportError: An installed library does not fit; the message names the versions that do.
     """
     if (dialect := DIALECTS.get(name)) is None:

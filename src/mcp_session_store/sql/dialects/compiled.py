@@ -1,4 +1,4 @@
-"""Statements that are compiled once and given to the driver itself."""
+"""Statements that are compiled once, and then run by the driver itself."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _T = TypeVar("_T")
 
 
 class Statement:
-    """A statement that runs very often: it is compiled once, and given to the driver itself.
+    """A statement that runs very often, precompiled for the driver.
 
-    SQLAlchemy's part would take longer than the database's.
+    The driver runs it itself, because SQLAlchemy's part would take longer than the database's.
 
     Args:
         expression: The statement.
-        dialect: SQLAlchemy's, for the driver.
+        dialect: SQLAlchemy's dialect with the driver.
     """
 
     def __init__(self, expression: sa.Executable, dialect: sa.Dialect) -> None:
@@ -35,14 +35,15 @@ class Statement:
         }
 
     def arguments(self, parameters: dict[str, object]) -> list[object]:
-        """What the driver is given for the parameters."""
+        """Return the driver's positional arguments for named parameters."""
         given = self._constants | parameters if self._constants else parameters
         return [given[name] for name in self._names]
 
 
 Rows: TypeAlias = Sequence[Sequence[Any]]
 Steps: TypeAlias = Generator[tuple[Statement, dict[str, object] | list[dict[str, object]]], Rows, _T]
-"""Statements that are run one after the other: each is yielded with its parameters, and its rows are sent back.
+"""Statements to run one after the other: each is yielded with its parameters, and its rows are sent back.
 
-With a list of parameters it is run for each of them, which only SQLite's driver does well, and its rows are not told.
+A statement with a list of parameters runs for each of them, and no rows are sent back. Only SQLite's driver does that
+well.
 """

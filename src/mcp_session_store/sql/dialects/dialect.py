@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a kind of database."""
+"""The contract of a dialect: everything that the package asks of a kind of database, without SQL."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 class FailureKind(Enum):
-    """What a driver's error means for the caller."""
+    """Classes of driver errors, by what the caller can do."""
 
     BROKEN = auto()
     """The connection is lost, or what was prepared on it is. Another connection may work at once."""
@@ -42,67 +42,68 @@ class FailureKind(Enum):
 class Batch(ABC):
     """Rows that travel to the database as parameters, in a statement whose text never varies.
 
-    Drivers and SQLAlchemy then prepare and compile the statement once, however many rows it is for.
+    SQLAlchemy and the driver then compile and prepare the statement once, whatever the number of rows.
     """
 
     rows: sa.FromClause
-    """What a statement selects from: a table with the batch's columns."""
+    """The batch as a table to select from."""
 
     @property
     def c(self) -> ReadOnlyColumnCollection[str, Any]:
+        """Columns of the batch."""
         return self.rows.c
 
     @abstractmethod
     def in_batch(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        """That a column has one of the values of the batch's column of the same name.
+        """Return the condition that a column has one of the values of the batch's column of the same name.
 
-        Said beside a join with the batch, too: a planner that knows nothing of the table yet takes an
-        index for this, where for the join alone it reads all of the table.
+        It also stands beside a join with the batch, because a planner that has no statistics of the table takes an
+        index for this condition, and reads all of the table for the join alone.
         """
 
     @abstractmethod
     def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        """That a column has the value of the batch's column of the same name, in a join that reads the batch first."""
+        """Return the condition of a join on the column of the same name, which makes the join read the batch first."""
 
     @abstractmethod
     def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
-        """The rows of the batch for which there is a row elsewhere, which is locked where the query for it says so.
+        """Return the rows of the batch that have a matching row elsewhere.
 
-        One is looked up after the other, in the order of the batch. For a join a planner that does not know how many
-        there are may compare each with each.
+        They are looked up one after the other, in the order of the batch, because a planner that does not know the
+        number of rows may run a join by comparing each with each. A lock that the look-up asks for is taken.
 
         Args:
-            look_up: Selects that row, by columns of the batch.
+            look_up: Selects the matching row, by columns of the batch.
         """
 
     @abstractmethod
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
-        """The statement's parameters for these rows, each with its values in the order of the columns."""
+        """Return the statement's parameters for these rows, whose values are in the order of the columns."""
 
 
 class Dialect(ABC):
-    """What the rest of the package does not want to know about a kind of database."""
+    """One kind of database: what it can do, and the SQL and settings that are its own."""
 
     name: str
     """SQLAlchemy's name of the database."""
     driver: str
-    """The driver that this package uses for it."""
+    """Name of the driver that this package uses."""
     has_schemas: bool
     """Whether tables may live in a named schema."""
     single_writer: bool
-    """Whether writers exclude one another, so that one connection of a process writes at a time."""
+    """Whether writers exclude one another, so that a process writes on one connection at a time."""
     interruptible: bool
-    """Whether a statement that runs can be given up, so that its connection and its locks are gone."""
+    """Whether a running statement can be abandoned, which ends its connection and its locks."""
     migrates_when_empty: bool
     """Whether an empty database is migrated on first contact."""
     begin: str
-    """Begins a transaction that changes something, in which each statement sees what is committed by then."""
+    """Statement that begins a transaction for changes, in which each statement sees what is committed by then."""
     has_notifications: bool
     """Whether clients notify one another through the database; see `NotificationChannel`."""
     changes_in_with: bool
-    """Whether a statement may make several changes, each after the other in its WITH clause."""
+    """Whether one statement may make several changes, one after the other in its WITH clause."""
     has_partitions: bool
-    """Whether a table can be made of partitions, which are dropped as a whole."""
+    """Whether a table may be partitioned, so that a partition is dropped as a whole."""
 
     @abstractmethod
     def check_libraries(self) -> None:
@@ -114,41 +115,44 @@ class Dialect(ABC):
 
     @abstractmethod
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
-        """A batch with these columns, for one statement."""
+        """Return a batch with these columns, for one statement."""
 
     @abstractmethod
     def insert_if_absent(self, table: sa.Table, columns: Sequence[str], rows: sa.Select[Any]) -> sa.Insert:
-        """Insert what is selected, without the rows whose primary key is there already."""
+        """Return the insertion of the selected rows, except those whose primary key is taken."""
 
     @abstractmethod
     def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
-        """That a column has one of the values that are selected, once and first, so that an index is used."""
+        """Return the condition that a column has one of the selected values.
+
+        They are selected once and first, so that an index on the column is used.
+        """
 
     @abstractmethod
     def delete_joined(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
-        """Delete the rows of a table that fulfil conditions with a row of a batch."""
+        """Return the deletion of the rows of a table that fulfil the conditions together with a row of a batch."""
 
     @abstractmethod
     def lock_numbers(self, numbers: Batch) -> sa.Select[Any] | None:
-        """Wait for the locks with the numbers of a batch, in its order, and hold them to the end of the transaction.
+        """Return a query that takes the locks with the numbers of a batch, in its order, until the transaction ends.
 
         `None` where a transaction that was begun with `begin` excludes all others.
         """
 
     @abstractmethod
     def checked_url(self, url: URL) -> URL:
-        """The URL as the driver understands it.
+        """Return the URL with its options as the driver names them.
 
         Raises:
-            ConfigurationError: It cannot work.
+            ConfigurationError: The URL cannot work.
         """
 
     @abstractmethod
     def refuse_volatile(self, url: URL) -> None:
-        """Refuse a database that does not outlive the process.
+        """Refuse a database in memory, which ends with the process.
 
         Raises:
-            ConfigurationError: It is one.
+            ConfigurationError: The URL is that of one.
         """
 
     @abstractmethod
@@ -161,18 +165,18 @@ class Dialect(ABC):
 
     @abstractmethod
     def precompiled(self, statement: sa.Executable) -> Statement:
-        """A statement that runs very often, with values and rows as the driver has them."""
+        """Compile a statement that runs very often; its values and rows are those of the driver."""
 
     @abstractmethod
     def driver_key(self, key: UUID) -> object:
-        """A session's key as the driver takes and returns it."""
+        """Return a session's key as the driver takes and returns it."""
 
     @abstractmethod
     def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> Awaitable[_T]:
-        """Run statements on a connection in autocommit; what the steps return.
+        """Run statements on a connection in autocommit, and return what the steps return.
 
-        Where writers exclude one another, those that write are a transaction, and otherwise each statement is one:
-        whoever gives the steps must be right with both.
+        Where writers exclude one another, steps that write share one transaction; elsewhere each statement is a
+        transaction. Steps must be correct either way.
         """
 
     @abstractmethod
@@ -181,72 +185,73 @@ class Dialect(ABC):
 
     @abstractmethod
     def refuse_absent(self, url: URL) -> None:
-        """Refuse a database that connecting to would create.
+        """Refuse a database that a connection would create.
 
         Raises:
-            ConfigurationError: It does not exist yet.
+            ConfigurationError: The database does not exist.
         """
 
     @abstractmethod
     def engine_arguments(
         self, url: URL, *, timeout: float, command_timeout: float | None
     ) -> tuple[URL, dict[str, Any]]:
-        """What an engine of ours is made with: the URL, and arguments of `create_async_engine`.
+        """Return the URL and the arguments of `create_async_engine` for an engine of this package.
 
         Args:
-            url: A URL that was checked.
+            url: URL that `checked_url` returned.
             timeout: Seconds to connect, and to wait for a lock on the whole database.
-            command_timeout: Seconds for a statement; `None` for as long as it takes.
+            command_timeout: Seconds that a statement may take; `None` for no limit.
         """
 
     @abstractmethod
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
-        """Set what belongs to each new connection of an engine of ours, which was made from a URL."""
+        """Set up a new connection of an engine that this package made from a URL."""
 
     @abstractmethod
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
-        """Begin a transaction on a connection in autocommit that no other migration runs beside.
+        """Begin a transaction that excludes other migrations, on a connection in autocommit.
 
-        The revision must be read after it: whoever waited here finds what the other has done.
+        The revision must be read after it, because another migration may have changed it during the wait.
         """
 
     def lock_migrations(self, connection: sa.Connection) -> None:  # noqa: B027 - where one writer excludes others
-        """Keep migrations, and others who do this, out until the end of the transaction that runs."""
+        """Exclude migrations, and other callers of this method, until the running transaction ends."""
 
     @abstractmethod
     def migration_preamble(self, schema: str | None) -> Sequence[str]:
-        """What a migration that is printed as SQL does before anything else, within its transaction."""
+        """Return the statements that begin the transaction of a migration that is printed as SQL."""
 
     @abstractmethod
     async def prepare(self, connection: AsyncConnection) -> None:
-        """Set, on first contact with an engine of ours, what belongs to the database as a whole."""
+        """Set up the database as a whole, on first contact with an engine of this package."""
 
     @abstractmethod
     def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AbstractAsyncContextManager[None]:
-        """A transaction that only reads, of what was committed when it began, on a connection in autocommit.
+        """Read what is committed now, in one transaction, on a connection in autocommit.
 
-        When it fails, the connection is of no use any more.
+        A connection on which it failed must be dropped.
 
         Args:
-            connection: Where it begins.
-            timeout: Seconds after which the database gives up a statement in it.
+            connection: Connection to read on.
+            timeout: Seconds after which the database abandons a statement of it.
         """
 
     @abstractmethod
     def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
-        """How many bytes tables take: their rows, and their indexes where these can be told apart."""
+        """Return a query for the bytes of tables: of their rows, and of their indexes where these are counted apart."""
 
     @abstractmethod
     def sweep_cutoff(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
-        """The moment from before which a sweep removes rows, row by row.
+        """Return the moment before which a sweep removes rows one by one.
 
-        A subquery: Postgres compares an index with no function that may change within the statement, as a clock.
+        A subquery, because Postgres uses no index for a comparison with a function that may change within the
+        statement, as a clock does.
 
         Args:
-            table: What is swept; it may be made of partitions.
-            max_age: How long a row is to be kept.
+            table: Table that is swept; it may be partitioned.
+            max_age: Time for which a row is kept.
         """
 
     @abstractmethod
     def unlikely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        """A condition that few rows fulfil, so that an index for it is the one to take."""
+        """Return a condition with the planner's hint that few rows fulfil it, so that its index is the one to use."""

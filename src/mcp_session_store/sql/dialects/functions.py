@@ -1,4 +1,4 @@
-"""SQL functions that Postgres and SQLite write differently: clocks, times, the length of a text, hints to planners."""
+"""SQL that Postgres and SQLite write differently: clocks, times, the length of a text, hints to planners."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class _Milliseconds(sa.types.TypeDecorator[datetime]):
-    """A time as whole milliseconds since 1970, where the database has no type of its own for times."""
+    """A moment as whole milliseconds since 1970, for a database without a type for moments."""
 
     impl = sa.BigInteger
     cache_ok = True
@@ -36,11 +36,11 @@ class _Milliseconds(sa.types.TypeDecorator[datetime]):
 
 
 MOMENT: Final[TypeEngine[datetime]] = _Milliseconds().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")
-"""A point in time on the database's clock; an aware `datetime` in Python."""
+"""Type of a moment on the database's clock; an aware `datetime` in Python."""
 
 
 class StoreClock(FunctionElement[datetime]):
-    """What the database's clock shows, plus a number of seconds."""
+    """The present moment on the database's clock, plus a number of seconds."""
 
     type = MOMENT
     inherit_cache = True
@@ -53,7 +53,7 @@ class StoreClock(FunctionElement[datetime]):
 
 @compiles(StoreClock, "postgresql")
 def _postgres_clock(element: StoreClock, compiler: SQLCompiler, **options: Any) -> str:
-    # Not now(), which is the start of the transaction.
+    # Not now(), which is the moment at which the transaction began.
     if not element.clauses.clauses:
         return "clock_timestamp()"
     return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
@@ -69,7 +69,7 @@ def _sqlite_clock(element: StoreClock, compiler: SQLCompiler, **options: Any) ->
 
 
 class ArrivalClock(StoreClock):
-    """What the clock showed when the statement arrived, whatever lock it has waited for since."""
+    """The moment at which the statement arrived, however long it has waited for locks since."""
 
     inherit_cache = True
 
@@ -80,9 +80,9 @@ def _postgres_arrival(element: ArrivalClock, compiler: SQLCompiler, **options: A
 
 
 class Unindexed(FunctionElement[Any]):
-    """A column that no index is to be used for: it only confirms what another column has found.
+    """A column that must not be looked up in an index, because another column has found the row.
 
-    Planners know nothing of a table that is new, and on SQLite nothing of any, and then take one index for another.
+    Planners have no statistics of a new table, and on SQLite of no table, and then take one index for another.
     """
 
     inherit_cache = True
@@ -94,7 +94,7 @@ class Unindexed(FunctionElement[Any]):
 
 @compiles(Unindexed, "postgresql")
 def _postgres_unindexed(element: Unindexed, compiler: SQLCompiler, **options: Any) -> str:
-    # The column itself to everybody but the planner, which does not see through this.
+    # Equal to the column, but the planner does not see that.
     column = compiler.process(element.clauses, **options)
     return f"greatest({column}, {column})"
 
@@ -106,11 +106,11 @@ def _sqlite_unindexed(element: Unindexed, compiler: SQLCompiler, **options: Any)
 
 
 ONE: Final = sa.literal_column("1", sa.Integer)
-"""To limit a query to its first row. Of a parameter a planner does not know that it is so small."""
+"""Limit of a query to its first row; not a parameter, whose value a planner does not know."""
 
 
 class ByteLength(FunctionElement[int]):
-    """How many bytes a text takes, encoded and not compressed."""
+    """The number of bytes of a text, encoded and not compressed."""
 
     type = sa.BigInteger()
     inherit_cache = True

@@ -37,8 +37,8 @@ __all__ = ["Postgres"]
 _T = TypeVar("_T")
 
 
-# What asyncpg.connect() and SQLAlchemy's dialect for it take from a URL's query. An unknown one would make
-# every attempt to connect fail, and that looks like a database that is down.
+# Options that asyncpg.connect() and SQLAlchemy's dialect for it take from a URL's query. An unknown option would make
+# every attempt to connect fail, which looks like a database that is down.
 _POSTGRES_OPTIONS: Final = frozenset(
     {
         "host",
@@ -57,10 +57,10 @@ _POSTGRES_OPTIONS: Final = frozenset(
     }
 )
 _INTEGER_OPTIONS: Final = frozenset(name for name in _POSTGRES_OPTIONS if name.endswith(("_size", "_lifetime")))
-# How libpq, and so most providers of databases, spell what asyncpg.connect() takes under another name.
+# Options that libpq, and so most providers of databases, spell in another way than asyncpg.connect().
 _LIBPQ_OPTIONS: Final = {"sslmode": "ssl"}
-# Ours, by the name that other libraries have given it: whether a pooler is between us and the database that gives a
-# server connection to a client for one transaction only.
+# An option of this package, by the name that other libraries give it: whether a pooler stands before the database that
+# lends a server connection to a client for one transaction only.
 _BEHIND_PGBOUNCER: Final = "pgbouncer"
 
 
@@ -109,7 +109,7 @@ class _ArrayBatch(Batch):
 
     @override
     def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
-        # Subqueries: of the arrays themselves Postgres knows the length while it plans for one execution alone, finds
+        # Subqueries, because Postgres knows the length of an array itself while it plans for a single execution, finds
         # that plan cheaper than one for any length, and so plans anew each time.
         rows = self._unnested([sa.select(array).scalar_subquery() for array in self._arrays.values()], None)
         return sa.select(*rows.c).join_from(rows, look_up(rows.c).lateral(), sa.true())
@@ -123,11 +123,11 @@ _connecting: Final[set[asyncio.Task[asyncpg.Connection]]] = set()
 
 
 async def _connect(*arguments: Any, **options: Any) -> asyncpg.Connection:
-    """Connect, in a task that goes on when whoever waits for it is cancelled, and then puts the connection away.
+    """Connect in a task that goes on when the caller is cancelled, and then closes the connection.
 
-    Cancelled while it connects, asyncpg leaves an exception that nobody asks for, and asyncio's log shows it.
+    asyncpg that is cancelled while it connects leaves an exception that is never retrieved, and asyncio logs it.
     """
-    import asyncpg  # who uses SQLite does without
+    import asyncpg  # imported here, because users of SQLite do without it
 
     task = asyncio.get_running_loop().create_task(asyncpg.connect(*arguments, **options))
     _connecting.add(task)
@@ -135,41 +135,40 @@ async def _connect(*arguments: Any, **options: Any) -> asyncpg.Connection:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        task.add_done_callback(_put_away)
+        task.add_done_callback(_close)
         raise
 
 
-def _put_away(task: asyncio.Task[asyncpg.Connection]) -> None:
+def _close(task: asyncio.Task[asyncpg.Connection]) -> None:
     if not task.cancelled() and task.exception() is None:
         task.result().terminate()
 
 
 async def _learn_array_types(connection: asyncpg.Connection) -> None:
-    """Make asyncpg ask what the types of our batches are, which it does once for each connection, in a transaction.
+    """Make asyncpg look up the types of batches in a transaction; it looks them up once for each connection.
 
-    It turns `jit` off while it asks. Behind PgBouncer, and outside of a transaction, that would reach one server
-    connection, and what turns it on again another.
+    It turns `jit` off for the look-up. Outside of a transaction, behind PgBouncer, that would reach one server
+    connection, and the statement that turns it on again another.
     """
     try:
         async with connection.transaction():
             await connection.prepare(_ARRAYS, name="")
     except BaseException:
-        # SQLAlchemy before 2.1 leaves a connection open that it has not finished to set up.
+        # SQLAlchemy before 2.1 does not close a connection whose set-up failed.
         connection.terminate()
         raise
 
 
 _ARRAYS: Final = "SELECT $1::uuid[], $2::text[], $3::float8[], $4::int4[], $5::int8[]"
-"""Has a parameter of each type that a column of a batch may have."""
+"""Statement with a parameter of each type that a column of a batch may have."""
 
 
-# Held to the end of the transaction, whichever way it ends. The number is ours by nothing but being odd.
+# Held until the transaction ends, whichever way. The number is arbitrary, so that other programs do not use it.
 _LOCK_MIGRATIONS: Final = "SELECT pg_advisory_xact_lock(7307198256364015989)"
 
 
 DROPPED_WITHIN: Final = 3.0
-"""How many times as old as they are to become the rows of a partition get, before a sweep no longer waits for
-somebody to drop it."""
+"""Multiple of `max_age` at which a sweep removes the rows of a partition that should have been dropped."""
 
 
 def _sqlalchemy_dialect() -> sa.Dialect:
@@ -205,7 +204,7 @@ class Postgres(Dialect):
 
     @override
     def is_one_of(self, column: sa.Column[Any], selected: sa.Select[Any]) -> sa.ColumnElement[bool]:
-        # An array, because a semijoin may read all of the table, or select more than once.
+        # An array, because a semijoin may read all of the table, or select the values more than once.
         return column == sa.any_(sa.func.array(selected.scalar_subquery(), type_=postgresql.ARRAY(column.type)))
 
     @override
@@ -220,11 +219,13 @@ class Postgres(Dialect):
     def checked_url(self, url: URL) -> URL:
         query = {_LIBPQ_OPTIONS.get(name, name): value for name, value in url.query.items()}
         if (behind := query.get(_BEHIND_PGBOUNCER, "false")) not in ("true", "false"):
-            raise ConfigurationError(f"{_BEHIND_PGBOUNCER}={behind!r} in the database URL must be true or false")
+            raise ConfigurationError(
+                f"{_BEHIND_PGBOUNCER}={behind!r} in the database URL is not valid; write true or false"
+            )
         if unknown := sorted(query.keys() - _POSTGRES_OPTIONS - {_BEHIND_PGBOUNCER}):
             raise ConfigurationError(
                 f"the database URL has the option {', '.join(unknown)}, which asyncpg does not take from a URL; "
-                "leave it out, or make an AsyncEngine with connect_args and give that"
+                "remove it, or give an AsyncEngine that was made with connect_args"
             )
         return url.set(query=query)
 
@@ -243,8 +244,8 @@ class Postgres(Dialect):
             connect["command_timeout"] = command_timeout
         connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
         if query.pop(_BEHIND_PGBOUNCER, None) == "true":
-            # Without its cache asyncpg sends an unnamed statement again with the values, in one message: nothing has
-            # to be on the server connection from before, and nothing stays on it.
+            # Without its cache asyncpg sends an unnamed statement together with the values, in one message: it needs
+            # nothing that was on the server connection before, and leaves nothing on it.
             connect |= {
                 "statement_cache_size": 0,
                 "prepared_statement_cache_size": 0,
@@ -254,10 +255,10 @@ class Postgres(Dialect):
 
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
-        # At a higher level the snapshot would be as old as the wait for the lock.
+        # At a higher isolation level the snapshot would be from before the wait for the lock.
         connection.exec_driver_sql(self.begin)
         self.lock_migrations(connection)
-        # IF NOT EXISTS asks for the right to create a schema even where there is nothing to create.
+        # IF NOT EXISTS needs the right to create a schema even where the schema exists.
         if schema is not None and not sa.inspect(connection).has_schema(schema):
             connection.execute(sa.schema.CreateSchema(schema))
 
@@ -277,7 +278,7 @@ class Postgres(Dialect):
 
     @override
     def supports_listen(self, url: URL) -> bool:
-        # A pooler takes LISTEN for the connection that it lends for one transaction.
+        # A pooler runs LISTEN on a server connection that it lends for one transaction.
         return url.query.get(_BEHIND_PGBOUNCER) != "true"
 
     @override
@@ -337,7 +338,7 @@ class Postgres(Dialect):
     @contextlib.asynccontextmanager
     async def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AsyncIterator[None]:
         await connection.exec_driver_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        # The driver's own timeout abandons a statement, and the server would go on with it.
+        # The driver's own timeout abandons a statement, but the server goes on with it.
         await connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, int(timeout * 1000))}")
         yield
         await connection.exec_driver_sql("COMMIT")
@@ -346,7 +347,7 @@ class Postgres(Dialect):
     def stored_bytes(self, tables: Sequence[sa.Table]) -> sa.Executable:
         selects = []
         for table in tables:
-            # A table that is made of partitions takes nothing itself.
+            # A partitioned table takes no space itself.
             partitions = TablePartitions(table)
             selects.append(sa.select(*_sizes(regclass(table))))
             selects.append(sa.select(*_sizes(partitions.oid)).select_from(partitions.rows).where(partitions.of_table))
@@ -356,19 +357,19 @@ class Postgres(Dialect):
 
     @override
     def sweep_cutoff(self, table: sa.Table, max_age: timedelta) -> sa.ScalarSelect[Any]:
-        """See `Dialect.sweep_cutoff`. What lies in a partition is left to be dropped with it; but not for ever."""
+        """See `Dialect.sweep_cutoff`. Rows in a partition are left to be dropped with it, but not for ever."""
         partitions = TablePartitions(table)
         seconds = max_age.total_seconds()
         ever = sa.cast(sa.literal("-infinity", sa.Text), postgresql.TIMESTAMP(timezone=True))
         oldest = sa.func.min(sa.func.coalesce(partitions.since, ever))
-        # A table without partitions has no oldest one, and both functions pass over NULL.
+        # A table without partitions has no oldest partition: NULL, which both functions ignore.
         kept = sa.func.greatest(StoreClock(-DROPPED_WITHIN * seconds), sa.func.least(StoreClock(-seconds), oldest))
         rows = sa.select(kept).select_from(partitions.rows).where(partitions.of_table, sa.not_(partitions.is_default))
         return rows.scalar_subquery()
 
     @override
     def unlikely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        return condition  # its statistics tell
+        return condition  # its statistics say so
 
 
 def _sizes(oid: sa.ColumnElement[Any]) -> tuple[sa.ColumnElement[int], sa.ColumnElement[int]]:

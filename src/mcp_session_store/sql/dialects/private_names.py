@@ -49,7 +49,7 @@ def call_in_thread(driver: Any, function: Callable[[Any, _Argument], _T], argume
 
 
 def check_compiler(dialect: sa.Dialect) -> None:
-    """Check that SQLAlchemy tells the order of parameters.
+    """Check that SQLAlchemy gives the order of parameters.
 
     Raises:
         ImportError: It does not; the message names the versions that do.
@@ -65,7 +65,7 @@ def check_creator() -> None:
     Raises:
         ImportError: It does not; the message names the versions that do.
     """
-    # Its signature does not tell, because it takes any argument, and gives to asyncpg what it does not know.
+    # Its signature does not say so, because it accepts any argument, and passes the rest on to asyncpg.
     if CREATOR not in AsyncAdapt_asyncpg_dbapi.connect.__code__.co_consts:
         raise _does_not_fit("sqlalchemy", f"its connect() for asyncpg does not know {CREATOR}")
 

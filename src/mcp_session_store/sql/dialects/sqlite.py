@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-_STEPS_BETWEEN_QUESTIONS: Final = 10_000
+_STEPS_BETWEEN_CHECKS: Final = 10_000
 
 # "Result and Error Codes" of SQLite, without their extended bits.
 _FAILURES: Final = {
@@ -76,7 +76,7 @@ class _JsonBatch(Batch):
 
     @override
     def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        # With more than that SQLite reads the table first, and all of the batch for each row of it.
+        # With `in_batch` beside it SQLite reads the table first, and all of the batch for each row of the table.
         condition: sa.ColumnElement[bool] = column == self.c[column.name]
         return condition
 
@@ -86,10 +86,10 @@ class _JsonBatch(Batch):
 
     @override
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
-        # A text ends for SQLite's JSON functions where a NUL stands. Postgres refuses such a text too.
+        # SQLite's JSON functions end a text at a NUL. Postgres refuses such a text.
         if any("\0" in value for row in rows for value in row if isinstance(value, str)):
-            raise ValueError("a text contains NUL")
-        # Not ASCII alone: then a lone surrogate is found here and not in the database.
+            raise ValueError("a text holds a NUL character, which cannot be stored")
+        # Not escaped to ASCII, so that a lone surrogate is found here, and does not reach the database.
         return {self._name: json.dumps(rows, ensure_ascii=False, allow_nan=False, default=_json_value)}
 
 
@@ -99,7 +99,7 @@ def _code(error: BaseException | None) -> int | None:
 
 
 def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
-    """Run steps that write, in the thread in which the connection is used."""
+    """Run steps that write in one transaction, in the thread in which the connection is used."""
     connection.execute(Sqlite.begin)
     try:
         result = _one_after_the_other(connection, steps)
@@ -142,8 +142,8 @@ class Sqlite(Dialect):
     driver = "aiosqlite"
     has_schemas = False
     single_writer = True
-    # A statement runs in a thread. One that is given up goes on there, and when it has a RETURNING clause then
-    # holds the lock on the file, because nobody fetches its rows, until the garbage collector finds it.
+    # A statement runs in a thread, and goes on there when its caller gives it up. With a RETURNING clause it then keeps
+    # the lock on the file until the garbage collector finds it, because its rows are not fetched.
     interruptible = False
     migrates_when_empty = True
     begin = "BEGIN IMMEDIATE"
@@ -166,7 +166,7 @@ class Sqlite(Dialect):
             return None
         if kind := _FAILURES.get(code):
             return kind
-        # SQLITE_ERROR stands for everything that is wrong with a statement; only its text tells the cases apart.
+        # SQLITE_ERROR stands for everything that is wrong with a statement; only its text distinguishes the cases.
         missing = ("no such table", "no such column", "has no column")
         return FailureKind.WRONG_SCHEMA if any(text in str(error) for text in missing) else FailureKind.UNAVAILABLE
 
@@ -201,7 +201,7 @@ class Sqlite(Dialect):
 
     @override
     def delete_joined(self, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Delete:
-        # It deletes from one table, beside no other.
+        # SQLite deletes from one table, without a join.
         key = table.primary_key.columns
         those = sa.select(*key).where(*conditions).correlate(None)
         return sa.delete(table).where(sa.tuple_(*key).in_(those))
@@ -220,7 +220,7 @@ class Sqlite(Dialect):
         database = url.database or ""
         if not database or ":memory:" in database or url.query.get("mode") == "memory":
             raise ConfigurationError(
-                "a SQLite database in memory ends with the process, and sessions are stored to outlive it; "
+                "a SQLite database in memory ends with the process, and its sessions with it; "
                 "give a file, as in sqlite:///sessions.db, or use MemorySessionStore in tests"
             )
 
@@ -232,20 +232,20 @@ class Sqlite(Dialect):
     def refuse_absent(self, url: URL) -> None:
         database = url.database or ""
         if not database.startswith("file:") and not Path(database).exists():
-            raise ConfigurationError(f"there is no file {database!r}; mcp-session-store upgrade makes it")
+            raise ConfigurationError(f"there is no file {database!r}; make it with mcp-session-store upgrade")
 
     @override
     def engine_arguments(
         self, url: URL, *, timeout: float, command_timeout: float | None
     ) -> tuple[URL, dict[str, Any]]:
-        # Becomes SQLite's busy_timeout. Its wait cannot be cancelled: with the wait for our other writers, half of
-        # the whole at most, it ends before its caller gives up, so that what was refused is not done afterwards.
+        # SQLite's busy_timeout, a wait that cannot be cancelled. Together with the wait for this process's own writers,
+        # which is half of the timeout at most, it ends before the caller gives up: a refused call is not done later.
         return url, {"connect_args": {"timeout": timeout * 0.4}}
 
     @override
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
         cursor = connection.cursor()
-        # A commit is durable when the process dies; when the operating system does, the last may be lost.
+        # Commits survive the death of the process; the last ones may be lost when the operating system dies.
         cursor.execute("PRAGMA synchronous=NORMAL")
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
@@ -260,10 +260,10 @@ class Sqlite(Dialect):
 
     @override
     async def prepare(self, connection: AsyncConnection) -> None:
-        """Turn the write-ahead log on where it is not, so that readers and the writer do not wait for each other.
+        """Turn the write-ahead log on where it is off, so that readers and the writer do not wait for each other.
 
-        The file remembers it. Processes that turn it on at once can get "database is locked" whatever
-        `busy_timeout` says, because SQLite does not wait where waiting could be a deadlock.
+        The file keeps that setting. Processes that turn it on at the same time can get "database is locked" whatever
+        the `busy_timeout`, because SQLite does not wait where that could be a deadlock.
         """
         while True:
             try:
@@ -273,13 +273,13 @@ class Sqlite(Dialect):
             except OperationalError as error:
                 if _code(error.orig) not in _BUSY:
                     raise
-                # Without a bound: whoever waits for it does so no longer than he wants to.
+                # Without a bound, because each caller bounds its own wait.
                 await asyncio.sleep(random.uniform(0.005, 0.05))  # noqa: S311
                 continue
             if mode != "wal":
                 logger.warning(
-                    "SQLite keeps journal mode %s and not wal: readers will wait for writers; "
-                    "put the file on a local file system",
+                    "SQLite stays in journal mode %s, and readers will wait for writers; for journal mode wal, put the "
+                    "file on a local file system",
                     mode,
                 )
             return
@@ -289,8 +289,8 @@ class Sqlite(Dialect):
     async def snapshot(self, connection: AsyncConnection, *, timeout: float) -> AsyncIterator[None]:
         driver: Any = (await connection.get_raw_connection()).driver_connection
         deadline = time.monotonic() + timeout
-        # A statement runs in a thread and cannot be given up from outside; it asks now and then.
-        await driver.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS_BETWEEN_QUESTIONS)
+        # A statement runs in a thread and cannot be interrupted from outside; it checks the time now and then.
+        await driver.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS_BETWEEN_CHECKS)
         await connection.exec_driver_sql("BEGIN")
         yield
         await connection.exec_driver_sql("COMMIT")
@@ -308,7 +308,7 @@ class Sqlite(Dialect):
 
     @override
     def unlikely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
-        # Its statistics tell only how many rows a value has on average, and NULL is a value to them. Not a Boolean:
-        # SQLAlchemy would write `= 1` after it, and then there is no range left to see.
+        # SQLite's statistics hold only the average number of rows of a value, and count NULL as a value. Not a Boolean,
+        # because SQLAlchemy would write `= 1` after it, and SQLite would no longer see a range.
         hinted: sa.ColumnElement[Any] = sa.func.likelihood(condition, sa.literal_column("0.000001"), type_=sa.Integer)
         return hinted

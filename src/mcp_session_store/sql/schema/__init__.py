@@ -1,1 +1,1 @@
-"""The tables, the migrations that make them, and the check that a database has the ones that this version needs."""
+"""The tables, the migrations that create them, and the check that a database has the tables of this version."""

@@ -1,4 +1,4 @@
-"""Run the migrations: from the command line, from a program, or as SQL text for somebody else to run.
+"""Run the migrations: from the command line, from a program, or as SQL text to be run elsewhere.
 
 Importing this module imports Alembic.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["check", "current", "downgrade", "migrations_folder", "run_offline", "run_online", "upgrade", "upgrade_sql"]
 
 _alembic: Final = threading.Lock()
-"""Alembic keeps what it works on in globals of its modules: two migrations at once would take each other's database."""
+"""Lock around Alembic, which works on globals of its modules: two migrations at once would mix up their databases."""
 
 _CONNECTION: Final = "connection"
 _SCHEMA: Final = "schema"
@@ -50,13 +50,12 @@ _URL: Final = "url"
 async def upgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None, revision: str = "head") -> None:
     """Bring a database's schema to a newer revision.
 
-    All in one transaction, and safe when many processes do it at once: one migrates, the others wait,
-    and find it done.
+    All in one transaction, which is safe when many processes do it at once: one migrates, and the others wait.
 
     Args:
-        url_or_engine: The database.
-        schema: Postgres: the schema for the tables; it is created where it is not there.
-        revision: Where to go; the newest unless given.
+        url_or_engine: URL of the database, or an engine.
+        schema: Postgres: the schema for the tables; it is created where it is missing.
+        revision: Revision to reach; the newest unless given.
 
     Raises:
         SchemaAhead: The schema is of a newer major version.
@@ -66,7 +65,7 @@ async def upgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None 
     async with _connected(url_or_engine, schema) as connection:
         found = await read_revision(connection, schema)
         if found is not None and is_newer(found):
-            # Alembic would only say that it cannot find it.
+            # Alembic would only say that it cannot find the revision.
             await check_schema(connection, schema)
             return
     await _migrate(url_or_engine, schema, lambda config: command.upgrade(config, revision))
@@ -76,9 +75,9 @@ async def downgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | Non
     """Take a database's schema back to an older revision; `base` removes all tables, and the sessions with them.
 
     Args:
-        url_or_engine: The database.
+        url_or_engine: URL of the database, or an engine.
         schema: Postgres: the schema with the tables.
-        revision: Where to go.
+        revision: Revision to return to.
 
     Raises:
         ConfigurationError: An argument cannot work.
@@ -88,10 +87,10 @@ async def downgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | Non
 
 
 async def current(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None) -> str | None:
-    """The revision that a database's schema is at; `None` where nothing has been migrated.
+    """Return the revision of a database's schema; `None` before the first migration.
 
     Args:
-        url_or_engine: The database.
+        url_or_engine: URL of the database, or an engine.
         schema: Postgres: the schema with the tables.
 
     Raises:
@@ -106,11 +105,11 @@ async def check(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = 
     """Check that a database's schema fits this version of the package.
 
     Args:
-        url_or_engine: The database.
+        url_or_engine: URL of the database, or an engine.
         schema: Postgres: the schema with the tables.
 
     Raises:
-        SchemaError: It does not; the message names the command to run.
+        SchemaError: The schema does not fit; the message names the command to run.
         ConfigurationError: An argument cannot work.
         StoreUnavailable: The database cannot be reached.
     """
@@ -121,13 +120,13 @@ async def check(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = 
 def upgrade_sql(
     url: str | URL, *, schema: str | None = None, revision: str = "head", from_revision: str | None = None
 ) -> str:
-    """What `upgrade` would run, as SQL text; no database is touched.
+    """Return the SQL that `upgrade` would run, without a connection to the database.
 
     Args:
-        url: The kind of database; where it is plays no part.
+        url: URL that names the kind of database; the rest of it plays no part.
         schema: Postgres: the schema for the tables.
-        revision: Where to go.
-        from_revision: Where to start; from an empty database unless given.
+        revision: Revision to reach.
+        from_revision: Revision to start from; an empty database unless given.
 
     Raises:
         ConfigurationError: An argument cannot work.
@@ -136,7 +135,7 @@ def upgrade_sql(
     parsed, dialect = checked_url(url)
     buffer = io.StringIO()
     config = _config({_SCHEMA: checked_schema(schema, dialect), _URL: parsed}, output=buffer)
-    # Not waited for: who holds it may be another task of the event loop that this would block.
+    # Not waited for, because its holder may be another task of the event loop that this would block.
     if not _alembic.acquire(blocking=False):
         raise StoreUnavailable("another migration runs in this process; try again when it is done")
     try:
@@ -175,7 +174,13 @@ def _alembic_errors() -> Iterator[None]:
 async def _connected(
     url_or_engine: str | URL | AsyncEngine, schema: str | None, *, existing: bool = False
 ) -> AsyncIterator[AsyncConnection]:
-    """A connection in autocommit, whose driver's errors become ours; to look only, to a database that exists."""
+    """Lend a connection in autocommit, and translate driver errors.
+
+    Args:
+        url_or_engine: URL of the database, or an engine.
+        schema: Postgres: the schema with the tables.
+        existing: Whether to refuse a database that the connection would create.
+    """
     engine: AsyncEngine
     if isinstance(url_or_engine, (str, tuple)):
         url, dialect = checked_url(url_or_engine)
@@ -210,7 +215,7 @@ async def _migrate(url_or_engine: str | URL | AsyncEngine, schema: str | None, r
             run(_config({_CONNECTION: connection, _SCHEMA: schema}))
 
     async with _connected(url_or_engine, schema) as connection:
-        # Tried again and again: a blocking wait would stop the event loop in which the other one runs.
+        # Polled, because a blocking wait would stop the event loop in which the other migration runs.
         while not _alembic.acquire(blocking=False):  # noqa: ASYNC110 - it may be held in another loop or thread
             await asyncio.sleep(0.01)
         try:
@@ -220,15 +225,15 @@ async def _migrate(url_or_engine: str | URL | AsyncEngine, schema: str | None, r
 
 
 def run_online(context: ModuleType, target: sa.Connection | str | None, *, schema: str | None) -> None:
-    """For `env.py`: run what Alembic was told to, in one transaction that excludes other migrations.
+    """Run Alembic's migrations for `env.py`, in one transaction that excludes other migrations.
 
-    The transaction begins and ends in SQL, on a connection in autocommit: Python's driver for SQLite
-    commits before DDL otherwise.
+    The transaction begins and ends in SQL, on a connection in autocommit, because Python's driver for SQLite
+    otherwise commits before DDL.
 
     Args:
         context: `alembic.context`.
-        target: A connection in autocommit, or the URL of a database to connect to.
-        schema: Where the tables are.
+        target: Connection in autocommit, or URL of a database to connect to.
+        schema: Schema with the tables.
     """
     if not isinstance(target, sa.Connection):
         return asyncio.run(_run_online_at(context, target or "", schema))
@@ -255,12 +260,12 @@ async def _run_online_at(context: ModuleType, url: str, schema: str | None) -> N
 
 
 def run_offline(context: ModuleType, url: str | URL | None, *, schema: str | None) -> None:
-    """For `env.py`: print what Alembic was told to run.
+    """Print Alembic's migrations as SQL for `env.py`.
 
     Args:
         context: `alembic.context`.
-        url: The kind of database.
-        schema: Where the tables are.
+        url: URL that names the kind of database.
+        schema: Schema with the tables.
     """
     _, dialect = checked_url(url or "")
     checked_schema(schema, dialect)

@@ -1,4 +1,4 @@
-"""The tables, as the statements and the migrations' tests see them."""
+"""The tables, for statements and for the tests of the migrations."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = [
 ]
 
 VERSION_TABLE: Final = "mcp_session_version"
-"""Where Alembic notes the revision: not `alembic_version`, which may be the application's."""
+"""Table in which Alembic keeps the revision; not `alembic_version`, which may be the application's."""
 
 
 @functools.cache
 def make_tables(schema: str | None = None) -> sa.MetaData:
-    """All tables of this package, in a schema of the database."""
+    """Return all tables of this package, in a schema of the database."""
     metadata = sa.MetaData(schema=schema)
     # Tables lead with the session's key, so that they can be partitioned or distributed on it.
     sessions = sa.Table(
@@ -48,19 +48,19 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         sa.Column("end_reason", sa.Text),
         sa.Column("restores", sa.Integer, nullable=False),
         sa.Column("revision", sa.Integer, nullable=False),
-        # When something happened that copies in other instances must learn of: an end, a new revision.
+        # When the session last changed in a way that copies in other instances must learn of: an end, a new revision.
         sa.Column("changed_at", MOMENT),
     )
     c = sessions.c
-    # Live sessions have no `ended_at`: so each of these finds them in the order in which they were created, and
-    # those that ended in the order in which they did.
-    for name, looked_up_by in {
+    # Live sessions have no `ended_at`. So each of these indexes finds live sessions in the order of their creation, and
+    # ended ones in the order of their ends.
+    for name, first_columns in {
         "ended": [],
         "principal": [c.principal_digest],
         "client": [c.client_name],
         "instance": [c.instance_hint],
     }.items():
-        sa.Index(f"ix_mcp_session_{name}", c.namespace, *looked_up_by, c.ended_at, c.created_at, c.key)
+        sa.Index(f"ix_mcp_session_{name}", c.namespace, *first_columns, c.ended_at, c.created_at, c.key)
     for name, columns, where in (
         ("expires", [c.namespace, c.expires_at, c.key], c.ended_at.is_(None)),
         ("changed", [c.namespace, c.changed_at], c.changed_at.is_not(None)),
@@ -73,31 +73,30 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         sa.Column("method", sa.Text, primary_key=True),
         sa.Column("subject", sa.Text, primary_key=True),
         sa.Column("params", sa.Text, nullable=False),
-        # The session's, when the entry was last set: the order in which a restore replays.
+        # Revision of the session when the entry was last set: the order in which a restore replays.
         sa.Column("revision", sa.Integer, nullable=False),
     )
-    # No foreign keys from here on: the SDK's own sessions have no row; and to drop a partition of a table with
-    # one would lock the sessions.
+    # No foreign keys from here on, because dropping a partition of a table with one would lock the sessions.
     logs = sa.Table(
         "mcp_session_log",
         metadata,
         sa.Column("key", sa.Uuid, primary_key=True),
         sa.Column("namespace", sa.Text, nullable=False),
-        # Of the newest event. Who stores one locks this row to the commit, so that events appear in their order.
+        # Sequence of the newest event. An append locks this row until its commit, so that events appear in their order.
         sa.Column("sequence", sa.BigInteger, nullable=False),
-        # Of all messages that were ever stored.
+        # Bytes of all messages that were ever stored.
         sa.Column("total_bytes", sa.BigInteger, nullable=False),
-        # Up to which sequence events were removed, and the total at that one.
+        # Sequence up to which events were removed, and `total_bytes` of that event.
         sa.Column("trimmed", sa.BigInteger, nullable=False),
         sa.Column("trimmed_bytes", sa.BigInteger, nullable=False),
-        # When the oldest event that is kept was stored. Changes seldom, and so no index has to, when events are stored.
+        # When the oldest event that is left was stored. It rarely changes, so that appends rarely change its index.
         sa.Column("oldest_at", MOMENT),
-        # Until when another instance wants hints about it.
+        # When the notifications of new events end that another instance asked for.
         sa.Column("followed_until", MOMENT),
     )
     sa.Index("ix_mcp_session_log_oldest", logs.c.namespace, logs.c.oldest_at, logs.c.key)
-    # One index: what is asked for is always a range of one session's events. An event takes its place in it, and
-    # in the table, beside those of its session.
+    # One index, because each query is for a range of one session's events. In the index and in the table an event lies
+    # beside the events of its session.
     sa.Table(
         "mcp_session_event",
         metadata,
@@ -107,16 +106,16 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         sa.Column("position", sa.BigInteger, nullable=False),
         sa.Column("previous", sa.BigInteger, nullable=False),
         sa.Column("kind", sa.Text, nullable=False),
-        # Of the session's messages up to this one, of any stream.
+        # Bytes of the session's messages up to this one, of any stream.
         sa.Column("total_bytes", sa.BigInteger, nullable=False),
         sa.Column("created_at", MOMENT, nullable=False),
-        # The last: to what comes after a long text, SQLite reads all of it.
+        # The last column, because SQLite reads all of a long text to reach the columns behind it.
         sa.Column("message", sa.Text),
     )
     sa.Table(
         "mcp_session_instance",
         metadata,
-        # The unique part of the instance's id.
+        # Unique part of the instance's id.
         sa.Column("name", sa.Text, primary_key=True),
         sa.Column("instance", sa.Text, nullable=False),
         sa.Column("started_at", MOMENT, nullable=False),
@@ -126,27 +125,27 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
 
 
 def sessions_table(schema: str | None = None) -> sa.Table:
-    """The table of sessions."""
+    """Return the table of sessions."""
     return _table("mcp_session", schema)
 
 
 def journal_table(schema: str | None = None) -> sa.Table:
-    """The table of the calls that a restore replays."""
+    """Return the table of the calls that a restore replays."""
     return _table("mcp_session_journal", schema)
 
 
 def logs_table(schema: str | None = None) -> sa.Table:
-    """The table of event logs, one for each session that has events."""
+    """Return the table of event logs, with a row for each session that has events."""
     return _table("mcp_session_log", schema)
 
 
 def events_table(schema: str | None = None) -> sa.Table:
-    """The table of events."""
+    """Return the table of events."""
     return _table("mcp_session_event", schema)
 
 
 def instances_table(schema: str | None = None) -> sa.Table:
-    """The table of the instances that run."""
+    """Return the table of running instances."""
     return _table("mcp_session_instance", schema)
 
 

@@ -1,4 +1,4 @@
-"""Whether a database's schema fits this version of the package, told without Alembic."""
+"""Check without Alembic whether a database's schema fits this version of the package."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["HEAD", "check_revision", "check_schema", "is_empty", "is_newer", "re
 logger = logging.getLogger(__name__)
 
 HEAD: Final = "1_0003_events"
-"""The newest revision, as a constant: Alembic need not be imported where nothing is migrated."""
+"""The newest revision; a constant, so that Alembic is imported for migrations only."""
 
 # Major version of the schema, and number of the migration. Within a major version migrations only add.
 _REVISION: Final = re.compile(r"(\d+)_(\d+)_\w+", re.ASCII)
 
 
 async def read_revision(connection: AsyncConnection, schema: str | None) -> str | None:
-    """The revision that a database is at; `None` where nothing has been migrated."""
+    """Return the revision of a database; `None` before the first migration."""
     exists = await connection.run_sync(lambda sync: sa.inspect(sync).has_table(VERSION_TABLE, schema=schema))
     if not exists:
         return None
@@ -36,14 +36,14 @@ async def read_revision(connection: AsyncConnection, schema: str | None) -> str 
 
 
 def is_newer(revision: str) -> bool:
-    """Whether a revision is one that this version of the package does not know yet."""
+    """Whether a revision is newer than this version of the package."""
     found, known = _REVISION.fullmatch(revision), _REVISION.fullmatch(HEAD)
     assert known is not None
     return found is None or (int(found[1]), int(found[2])) > (int(known[1]), int(known[2]))
 
 
 async def is_empty(connection: AsyncConnection) -> bool:
-    """Whether a database holds no tables at all, anybody's."""
+    """Whether a database holds no table of any program."""
     return not await connection.run_sync(lambda sync: sa.inspect(sync).get_table_names())
 
 
@@ -51,27 +51,27 @@ async def check_schema(connection: AsyncConnection, schema: str | None) -> None:
     """Check the schema of a database.
 
     Raises:
-        SchemaError: It does not fit; the message names the command to run.
+        SchemaError: The schema does not fit; the message names the command to run.
     """
     revision = await read_revision(connection, schema)
     check_revision(revision, options=shown_options(connection.engine.url, schema))
 
 
 def check_revision(revision: str | None, *, options: str) -> None:
-    """Check a revision. A newer one of the same major version is good, with a warning.
+    """Check a revision. A newer one of the same major version passes, with a warning.
 
     Args:
-        revision: What the database is at.
-        options: Those of the command that the message names, to point it at the database.
+        revision: Revision of the database.
+        options: Options with which the command that the message names finds the database.
 
     Raises:
-        SchemaMissing: Nothing has been migrated.
-        SchemaBehind: It is older than this version of the package needs.
-        SchemaAhead: Its major version is newer, or it is none that this package's schema can have.
+        SchemaMissing: The database was never migrated.
+        SchemaBehind: The revision is older than this version of the package needs.
+        SchemaAhead: Its major version is newer, or it is not a revision of this package.
     """
     if revision == HEAD:
         return
-    # Alembic has its own way to name a schema.
+    # Alembic takes a schema in another way.
     or_alembic = "" if "--schema" in options else " (or: alembic upgrade head)"
     upgrade = f"run: mcp-session-store upgrade {options}{or_alembic}"
     if revision is None:
