@@ -1,4 +1,4 @@
-"""How long sessions live, how many there may be, and what a sweep did: frozen values."""
+"""Policies for the lifetime and number of sessions and events, and reports of sweeps; all are frozen."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = [
 ]
 
 NEW_SESSION_LIFETIME: Final = timedelta(minutes=10)
-"""How long a new record lives at most unless a first activity, or a claim, follows.
+"""Longest life of a new record that no activity and no claim follows.
 
-A client that was answered goes on at once (MCP 2025-11-25, basic/lifecycle: `notifications/initialized`
-follows `initialize`), so what stays behind is a record whose commit nobody learned of.
+A client that was answered continues at once (MCP 2025-11-25, basic/lifecycle: `notifications/initialized`
+follows `initialize`), so a record that stays unused is one whose commit was not acknowledged.
 """
 
 MIN_TOMBSTONE: Final = timedelta(minutes=1)
-"""How long an ended session is kept whatever the policy: so long may an instance take to learn of it."""
+"""Shortest time for which an ended session is kept, because an instance may take that long to learn of the end."""
 
 MAX_SWEEP_GRACE: Final = timedelta(minutes=1)
 
@@ -39,46 +39,46 @@ _Kept = Annotated[timedelta, Field(ge=timedelta(0), le=_LONGEST)]
 
 
 class RetentionPolicy(Settings):
-    """How long the sessions of a store live, how long their traces are kept, and how many there may be.
+    """Lifetimes of a store's sessions and of their tombstones, and limits on their number.
 
     Durations are `timedelta`s, or texts such as `30m`, `24h`, `7d`; `None`, as a text `none`, means no limit.
-    A session keeps the expiry that its last activity gave it, so that a policy that is changed applies to a
+    A session keeps the expiry that its last activity gave it, so that a changed policy applies to a
     session from its next activity on.
 
-    Limits on how many there may be are exact, and have a price: sessions of one principal, and those without
-    one, are then opened one transaction after the other, on all instances, and each counts along an index what is
-    there. Up to a thousand that is a matter of milliseconds.
+    Limits on the number of sessions are exact, and have a price: sessions of one principal, and those without
+    a principal, are then opened one transaction after the other, on all instances, and each transaction counts the
+    stored sessions along an index. Up to a thousand sessions this takes milliseconds.
 
     Raises:
-        pydantic.ValidationError: A value that makes no sense, by its name.
+        pydantic.ValidationError: A value cannot work; the error names its field.
     """
 
     idle: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(hours=24)
-    """How long a session lives after its last activity."""
+    """Time from its last activity after which a session expires."""
     absolute: Annotated[_Lifetime | None, BeforeValidator(duration)] = None
-    """How long a session lives after it was opened, active or not."""
+    """Time from its opening after which a session expires, active or not."""
     tombstone: Annotated[_Kept | None, BeforeValidator(duration)] = timedelta(hours=24)
-    """How long a session that has ended is kept, so that it is told apart from an unknown one. At least
-    `MIN_TOMBSTONE`, within which all instances learn of the end."""
+    """Time for which an ended session is kept, so that it can be distinguished from an unknown one. At least
+    `MIN_TOMBSTONE` in effect, within which all instances learn of the end."""
     per_principal: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(none_or)] = None
-    """How many live sessions a principal may have."""
+    """Most live sessions of a principal."""
     per_principal_excess: Literal["end_oldest", "refuse"] = "end_oldest"
-    """What happens when a principal opens one more: the session of his that has been idle for longest ends,
-    or the new one is refused (503). Which one that is, the stored `last_seen_at` tells, which lags by up to a
-    twentieth of `idle` for one that is in use."""
+    """Effect of opening one session more: the principal's session that has been idle for longest ends, or the new
+    one is refused (503). Idleness is judged by the stored `last_seen_at`, which lags by up to a twentieth of `idle`
+    for a session in use."""
     anonymous: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(none_or)] = None
-    """How many sessions without a principal may be stored, ended ones that are still kept included; one more
-    is refused (503). Tombstones of such sessions make room when it is needed. Where there is much room
-    sessions are not counted one by one: each instance may exceed the limit by a hundredth of that room."""
+    """Most stored sessions without a principal, tombstones included; one more is refused (503). Tombstones of such
+    sessions are removed when room is needed. While there is much room, sessions are not counted one by one: each
+    instance may exceed the limit by a hundredth of that room."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.per_principal is None and self.per_principal_excess != "end_oldest":
-            raise ValueError("per_principal_excess says nothing without per_principal; give both, or neither")
+            raise ValueError("per_principal_excess has no effect without per_principal; give both, or neither")
         return self
 
     def expiry(self, *, created_at: datetime, last_seen_at: datetime) -> datetime | None:
-        """When a session that was used expires; `None`: never."""
+        """Return the time at which a session that was used expires; `None`: never."""
         limits = []
         if self.idle is not None:
             limits.append(last_seen_at + self.idle)
@@ -88,67 +88,67 @@ class RetentionPolicy(Settings):
 
     @property
     def new_session_lifetime(self) -> timedelta:
-        """How long a new session lives unless it is used."""
+        """Life of a new session until its first use."""
         return min(limit for limit in (NEW_SESSION_LIFETIME, self.idle, self.absolute) if limit is not None)
 
     @property
     def sweep_grace(self) -> timedelta:
-        """How long a sweep leaves a session alone that has expired: its last activity may be on its way."""
+        """Time for which a sweep leaves an expired session alone, because its last activity may not be reported yet."""
         return MAX_SWEEP_GRACE if self.idle is None else min(self.idle / 4, MAX_SWEEP_GRACE)
 
     @property
     def tombstone_kept(self) -> timedelta | None:
-        """How long an ended session is kept in fact; `None`: for ever."""
+        """Time for which an ended session is kept in effect; `None`: for ever."""
         return None if self.tombstone is None else max(self.tombstone, MIN_TOMBSTONE)
 
 
 class EventPolicy(Settings):
-    """How long the events of streams are kept, and how many of a session: so far back can a client resume.
+    """Age, number and size of the events that are kept of a session, which a client can resume from.
 
-    Whatever comes first removes the oldest events of a session. A session that ends loses all of them at once.
+    The limit that is reached first removes the oldest events of the session. A session that ends loses all its
+    events at once.
 
     Raises:
-        pydantic.ValidationError: A value that makes no sense, by its name.
+        pydantic.ValidationError: A value cannot work; the error names its field.
     """
 
     prefix: ClassVar[str] = "events_"
 
     max_age: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(hours=1)
-    """How long an event is kept; a sweep removes what is older. `None`: as long as its session lives. Events that are
-    partitioned, on Postgres, are removed when all of a partition are that old, or else when they are three times as
-    old."""
+    """Age at which a sweep removes an event; `None`: only with its session. Partitioned events, on Postgres, are
+    removed when all events of their partition are that old, or else when they are three times as old."""
     max_events_per_session: Annotated[int, Field(ge=10, le=1_000_000)] = 10_000
-    """How many events of a session are kept. When there are more, a tenth goes at once."""
+    """Most events kept of a session. When there are more, a tenth is removed at once."""
     max_bytes_per_session: Annotated[int, Field(ge=1024, le=1024**3)] = 16 * 1024**2
-    """How many bytes of messages of a session are kept. When there are more, a tenth goes at once. An event that is
-    larger than all of it is not stored: it reaches only a client that is connected."""
+    """Most bytes of messages kept of a session. When there are more, a tenth is removed at once. An event that is
+    larger than this limit is not stored, and reaches only a client that is connected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepReport:
-    """What a sweep did."""
+    """Report of a sweep of sessions."""
 
     expired: int = 0
-    """Sessions that ended because they had expired."""
+    """Number of expired sessions that were ended."""
     purged: int = 0
-    """Ended sessions that were removed for good."""
+    """Number of tombstones that were removed."""
     more: bool = False
-    """There is, or may be, more to do."""
+    """Whether there may be more to do."""
 
     def __add__(self, later: SweepReport) -> SweepReport:
-        """The report of both, in this order."""
+        """Return the report of both sweeps, the later one second."""
         return SweepReport(expired=self.expired + later.expired, purged=self.purged + later.purged, more=later.more)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EventSweepReport:
-    """What a sweep of events did."""
+    """Report of a sweep of events."""
 
     removed: int = 0
-    """Events that were removed."""
+    """Number of events that were removed."""
     more: bool = False
-    """There is, or may be, more to do."""
+    """Whether there may be more to do."""
 
     def __add__(self, later: EventSweepReport) -> EventSweepReport:
-        """The report of both, in this order."""
+        """Return the report of both sweeps, the later one second."""
         return EventSweepReport(removed=self.removed + later.removed, more=later.more)
