@@ -1,4 +1,4 @@
-"""The data of stores in memory, which several stores may share as they would a database."""
+"""Data of stores in memory, which several stores may share as they would a database."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OnHint: TypeAlias = Callable[[Collection["UUID"] | None], None]
 
 @dataclass(slots=True)
 class Row:
-    """A session, live or not, with its journal in the order in which the entries were last set."""
+    """Session, live or not, and its journal in the order in which the entries were last set."""
 
     record: SessionRecord
     ended: EndReason | None = None
@@ -36,9 +36,10 @@ class Row:
 
 @dataclass(slots=True)
 class Log:
-    """The events of one session: those that are kept have consecutive sequences, of which `last` is the highest."""
+    """Events of one session. Those that are kept have consecutive sequences, of which `last` is the highest."""
 
     events: list[tuple[str, StoredEvent, datetime]] = field(default_factory=list)
+    """Stream, event and time of storing, in the order of sequences."""
     last: int = 0
 
     @property
@@ -48,15 +49,16 @@ class Log:
 
 @dataclass(slots=True)
 class Data:
-    """All that stores which share their sessions hold, of every namespace."""
+    """Sessions and events of all namespaces, instances, listeners and the clock of stores that share them."""
 
     rows: dict[UUID, Row] = field(default_factory=dict)
     listeners: list[OnHint] = field(default_factory=list)
     logs: dict[UUID, Log] = field(default_factory=dict)
     log_listeners: list[OnHint] = field(default_factory=list)
     beats: dict[str, datetime] = field(default_factory=dict)
+    """Time of the last heartbeat of each running instance, by the unique part of its id."""
     ahead: timedelta = timedelta(0)
-    """How far the one clock of the stores is ahead of this machine's, so that a test can let time pass."""
+    """Difference of the stores' one clock to this machine's, so that a test can let time pass."""
 
     def now(self) -> datetime:
         """Return the time by the clock of the stores."""

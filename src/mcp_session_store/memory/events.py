@@ -1,4 +1,4 @@
-"""The contract of event logs, in memory."""
+"""Event log in memory, the reference of its contract."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = ["MemoryEventLog"]
 
 
 class MemoryEventLog(EventLog):
-    """The events of the sessions of a `MemorySessionStore`, in a dictionary.
+    """Event log of the sessions of a `MemorySessionStore`, in a dictionary.
 
     Args:
-        store: Whose sessions.
+        store: Store of the sessions.
         policy: See `EventLog`.
     """
 
@@ -50,7 +50,7 @@ class MemoryEventLog(EventLog):
 
     @property
     def data(self) -> Data:
-        """The events of all logs that share them, and their sessions."""
+        """Events of all logs that share them, and their sessions."""
         return self._data
 
     def _log(self, key: UUID) -> Log | None:

@@ -1,4 +1,4 @@
-"""The contract of session stores, in memory."""
+"""Session store in memory, the reference of its contract."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ __all__ = ["MemorySessionStore"]
 
 
 class MemorySessionStore(SessionStore):
-    """Sessions in a dictionary.
+    """Session store in a dictionary.
 
-    No method but `listen` awaits anything, so each call takes effect as a whole.
+    No method but `listen` awaits anything, so that each call takes effect as a whole.
 
     Args:
-        namespace: What keeps servers that share the sessions apart.
+        namespace: Name that keeps servers apart which share the sessions.
         retention: See `SessionStore`.
-        shared_with: A store whose sessions this one shares, as two stores on one database do.
+        shared_with: Store whose sessions this one shares, as two stores on one database do.
+
+    Raises:
+        ConfigurationError: The namespace cannot be one.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class MemorySessionStore(SessionStore):
 
     @property
     def data(self) -> Data:
-        """The sessions of all stores that share them, and their events."""
+        """Sessions of all stores that share them, and their events."""
         return self._data
 
     def _live(self, key: UUID) -> Row | None:
@@ -111,7 +114,11 @@ class MemorySessionStore(SessionStore):
         return record
 
     def _make_room(self, session: NewSession) -> None:
-        """See that the policy allows one more session."""
+        """Make room for one more session, as the policy says.
+
+        Raises:
+            SessionLimitReached: The policy allows no more.
+        """
         policy, now = self.retention, self._data.now()
         if (policy.anonymous if session.principal is None else policy.per_principal) is None:
             return
@@ -210,7 +217,7 @@ class MemorySessionStore(SessionStore):
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         now = self._data.now()
         not_live: set[UUID] = set()
-        # Of several for one session, all together count: the oldest first age and the youngest last age.
+        # Several activities of one session count as one, with the oldest first age and the youngest last age.
         ages: dict[UUID, tuple[float, float]] = {}
         for activity in activities:
             first, last = ages.get(activity.key, (activity.first_age, activity.last_age))

@@ -1,9 +1,9 @@
-"""Conformance tests of the `SessionStore` and `EventLog` contracts, for anybody who writes one. Needs pytest.
+"""Conformance tests of the `SessionStore` and `EventLog` contracts, for authors of implementations. Needs pytest.
 
 ```python
-from collections.abc import Iterator
 import pytest
-from mcp_session_store.testing import MakeStore, SessionStoreConformance
+from mcp_session_store import EventLog, EventPolicy, SessionStore
+from mcp_session_store.testing import EventLogConformance, MakeLog, MakeStore, SessionStoreConformance
 
 class TestMyStore(SessionStoreConformance):
     @pytest.fixture
@@ -35,9 +35,9 @@ class TestMyLog(EventLogConformance):
         await log.set_times_to_two_days_ago(key)
 ```
 
-Write `pytest.register_assert_rewrite("mcp_session_store.testing")` into your `conftest.py`, before the import: a
-test that fails then says what it compared. The tests are asynchronous and run under the pytest plugin of anyio,
-which this package depends on.
+Call `pytest.register_assert_rewrite("mcp_session_store.testing")` in your `conftest.py` before the import, so that a
+failing test shows the values that it compared. The tests are asynchronous and run under the pytest plugin of anyio,
+which this package depends on. Each suite is put together from one class a capability; their names may change.
 """
 
 from mcp_session_store.testing.events import EventLogConformance, MakeLog

@@ -1,4 +1,4 @@
-"""Sessions and events that can be stored."""
+"""Factories of sessions and events that can be stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mcp_session_store.records import EventKind, NewEvent, NewSession, Principal
 
 
 def new_session(**changes: Any) -> NewSession:
-    """A session that can be created, under a key of its own; with other fields where they are given."""
+    """Return a session that can be created, under a new key; `changes` replace its fields."""
     fields: dict[str, Any] = {
         "key": uuid.uuid4(),
         "initialize_params": '{"protocolVersion": "2025-11-25", "capabilities": {}}',
@@ -24,7 +24,7 @@ def new_session(**changes: Any) -> NewSession:
 
 
 def new_event(position: int = 0, **changes: Any) -> NewEvent:
-    """An event that can be stored; with other fields where they are given."""
+    """Return an event that can be stored; `changes` replace its fields."""
     fields: dict[str, Any] = {
         "stream": "instance.1",
         "position": position,

@@ -1,4 +1,4 @@
-"""Texts that cannot be stored, and the refusal of a call that would store one."""
+"""Texts that cannot be stored, and the check that a call refuses them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNSTORABLE_TEXTS = [
 
 
 async def refused(call: Awaitable[Any]) -> None:
-    """Assert that a call raises `InvalidValue`, which shows nothing of the value, nor does an error that caused it."""
+    """Assert that a call raises `InvalidValue`, and that neither it nor its cause shows the value."""
     with pytest.raises(InvalidValue) as refusal:
         await call
     assert _PAYLOAD not in "".join(traceback.format_exception(refusal.value))

@@ -1,4 +1,4 @@
-"""The conformance suite of event logs, put together from its parts."""
+"""Conformance suite for event logs, one module a capability."""
 
 from mcp_session_store.testing.events.appending import Appending
 from mcp_session_store.testing.events.calls import Calls
@@ -18,4 +18,7 @@ __all__ = ["EventLogConformance", "MakeLog"]
 class EventLogConformance(
     Appending, Reading, SessionEnds, Limits, Sweeping, Namespaces, HeadsAndHints, Instances, Values, Calls
 ):
-    """What every `EventLog` does. Subclass it, and give the fixture `make_log` and the two methods."""
+    """Tests that every `EventLog` passes.
+
+    Subclass it, and override the fixture `make_log` and the methods `expire` and `age_events`.
+    """

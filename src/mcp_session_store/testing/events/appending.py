@@ -1,4 +1,4 @@
-"""Storing events: order, concurrency, and appends that are repeated."""
+"""Cases of the suite for event logs: storing events: order, concurrency and repeated appends."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class Appending(LogSuite):
+    """Storing events: order, concurrency and repeated appends."""
+
     async def test_an_event_is_read_as_it_was_stored(self, store: SessionStore, log: EventLog) -> None:
         key = await self._opened(store)
         event = new_event(7, previous=3)
@@ -150,9 +152,9 @@ class Appending(LogSuite):
         firsts = await asyncio.gather(
             *(log.append(key, [new_event(number)], again=number < 3) for key, number in calls)
         )
-        told = dict(zip(calls, firsts, strict=True))
-        assert {call: told[call] for call in before} == before
+        sequences = dict(zip(calls, firsts, strict=True))
+        assert {call: sequences[call] for call in before} == before
         for key in keys:
             events = await read_all(log, key)
             assert sorted(event.position for event in events) == [0, 1, 2, 3]
-            assert {event.position: event.sequence for event in events} == {n: told[key, n] for n in range(4)}
+            assert {event.position: event.sequence for event in events} == {n: sequences[key, n] for n in range(4)}

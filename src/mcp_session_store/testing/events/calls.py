@@ -1,4 +1,4 @@
-"""Cancelled calls, and opening and closing of a log."""
+"""Cases of the suite for event logs: cancelled calls, and opening and closing a log."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 class Calls(LogSuite):
+    """Cancelled calls, and opening and closing a log."""
+
     async def test_an_append_that_is_cancelled_disturbs_no_other(self, store: SessionStore, log: EventLog) -> None:
         key = await self._opened(store)
         tasks = [asyncio.ensure_future(log.append(key, [new_event(number)])) for number in range(30)]

@@ -1,4 +1,4 @@
-"""Heads of logs, and hints of new events."""
+"""Cases of the suite for event logs: heads of logs, and hints of new events."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class HeadsAndHints(LogSuite):
+    """Heads of logs, and hints of new events."""
+
     async def test_heads_tell_of_all_that_have_a_log(self, store: SessionStore, log: EventLog) -> None:
         keys = [await self._opened(store) for _ in range(3)]
         assert await log.heads([]) == {}

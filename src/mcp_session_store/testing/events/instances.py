@@ -1,4 +1,4 @@
-"""Heartbeats of instances."""
+"""Cases of the suite for event logs: heartbeats of instances."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 class Instances(LogSuite):
+    """Heartbeats of instances."""
+
     async def test_an_instance_that_notes_that_it_runs_is_known_until_it_stops(self, make_log: MakeLog) -> None:
         (_, here), (_, there) = make_log(), make_log()
         names = [uuid.uuid4().hex for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Limits on the number and size of a session's events."""
+"""Cases of the suite for event logs: limits on the number and size of a session's events."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mcp_session_store.testing.factories import new_event
 
 
 class Limits(LogSuite):
+    """Limits on the number and size of a session's events."""
+
     async def test_a_log_keeps_its_newest_events(self, make_log: MakeLog) -> None:
         store, log = make_log(policy=EventPolicy(max_events_per_session=20))
         key, other = await self._opened(store), await self._opened(store)
@@ -25,7 +27,7 @@ class Limits(LogSuite):
             assert first == start + number
             page = await read_page(log, key)
             assert page.last == first
-            # All that is kept is there, and no more is kept than may be, and not much less.
+            # All events in the range are there, at most as many as the policy keeps, and not many fewer.
             assert 18 <= page.last - page.first + 1 <= 20 or number < 20
             kept = [*await read_all(log, key, "instance.0"), *await read_all(log, key, "instance.1")]
             assert sorted(event.sequence for event in kept) == list(range(page.first, page.last + 1))

@@ -1,4 +1,4 @@
-"""Separation of the events of namespaces."""
+"""Cases of the suite for event logs: separation of the events of different namespaces."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from mcp_session_store.testing.factories import new_event
 
 
 class Namespaces(LogSuite):
+    """Separation of the events of different namespaces."""
+
     async def test_logs_of_one_namespace_see_the_same_events(self, make_log: MakeLog) -> None:
         (store, here), (_, there) = make_log(), make_log()
         key = await self._opened(store)

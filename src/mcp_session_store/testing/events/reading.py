@@ -1,4 +1,4 @@
-"""Reading streams page by page."""
+"""Cases of the suite for event logs: reading streams page by page."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 class Reading(LogSuite):
+    """Reading streams page by page."""
+
     async def test_a_session_without_events_has_no_log(self, store: SessionStore, log: EventLog) -> None:
         key = await self._opened(store)
         assert await log.read(key, "instance.1", after=0) is None

@@ -1,4 +1,4 @@
-"""Events of sessions that end or expire."""
+"""Cases of the suite for event logs: events of sessions that end or expire."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 class SessionEnds(LogSuite):
+    """Events of sessions that end or expire."""
+
     async def test_events_of_a_session_that_is_not_live_are_not_stored(
         self, store: SessionStore, log: EventLog
     ) -> None:

@@ -1,4 +1,4 @@
-"""What the parts of the suite for event logs share: fixtures, methods to override, and helpers."""
+"""Fixtures, methods to override and steps that all parts of the suite for event logs use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class MakeLog(Protocol):
-    """Makes a log, and the store of its sessions, for a namespace. All that one function makes share their data."""
+    """Function that makes a log, and the store of its sessions, for a namespace.
+
+    All logs and stores that one function makes share their data.
+    """
 
     def __call__(
         self, namespace: str = DEFAULT_NAMESPACE, *, policy: EventPolicy | None = None
@@ -41,7 +44,7 @@ async def read_page(
 
 
 async def read_all(log: EventLog, key: UUID, stream: str = "instance.1", *, limit: int = 100) -> list[StoredEvent]:
-    """A stream from its beginning, page by page."""
+    """Return all events of a stream, read page by page."""
     events: list[StoredEvent] = []
     after, more = 0, True
     while more:
@@ -53,7 +56,7 @@ async def read_all(log: EventLog, key: UUID, stream: str = "instance.1", *, limi
 
 
 async def sweep_events(log: EventLog, *, limit: int = 500) -> int:
-    """Sweep for as long as there is more; how many events were removed."""
+    """Sweep until there is no more to do, and return the number of events that were removed."""
     report = EventSweepReport(more=True)
     for _ in range(200):
         if not report.more:
@@ -63,22 +66,22 @@ async def sweep_events(log: EventLog, *, limit: int = 500) -> int:
 
 
 def sized(size: int, position: int, **changes: Any) -> NewEvent:
-    """An event whose message takes so many bytes."""
+    """Return an event with a message of so many bytes."""
     return new_event(position, message='"' + "x" * (size - 2) + '"', **changes)
 
 
 @pytest.mark.anyio
 class LogSuite:
-    """The log under test: what a subclass gives, and what all parts of the suite use."""
+    """The log under test, and the store of its sessions."""
 
     @pytest.fixture
     def anyio_backend(self) -> str:
-        """The event loop: asyncio. Override it for a log that needs another."""
+        """Name of the event loop. Override it for a log that needs another than asyncio."""
         return "asyncio"
 
     @pytest.fixture
     def make_log(self) -> MakeLog:
-        """A function that makes logs over data of this test's own. It may be an async fixture that cleans up."""
+        """Function that makes logs over data of this test's own. It may be an async fixture that cleans up."""
         raise NotImplementedError("override the fixture make_log")
 
     @pytest.fixture
@@ -94,11 +97,11 @@ class LogSuite:
         return made[1]
 
     async def expire(self, store: SessionStore, key: UUID) -> None:
-        """Make a session of the store have expired one second ago."""
+        """Set the expiry of a session of the store to one second ago."""
         raise NotImplementedError("override the method expire")
 
     async def age_events(self, log: EventLog, key: UUID) -> None:
-        """Make all events that a session has by now have been stored two days ago."""
+        """Set the times of all present events of a session to two days ago."""
         raise NotImplementedError("override the method age_events")
 
     async def _opened(self, store: SessionStore, **changes: Any) -> UUID:

@@ -1,4 +1,4 @@
-"""Sweeps of old events."""
+"""Cases of the suite for event logs: sweeps of old events."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 class Sweeping(LogSuite):
+    """Sweeps of old events."""
+
     async def test_a_sweep_removes_events_that_are_too_old_and_nothing_else(
         self, store: SessionStore, log: EventLog
     ) -> None:
@@ -45,7 +47,7 @@ class Sweeping(LogSuite):
         page = await read_page(log, key)
         assert [event.position for event in page.events] == [2]
         assert (page.first, page.last) == (first + 2, first + 2)
-        # And gets old again.
+        # The new event grows old in turn.
         assert await sweep_events(log) == 0
         await self.age_events(log, key)
         assert await sweep_events(log) == 1

@@ -1,4 +1,4 @@
-"""The conformance suite of session stores, put together from its parts."""
+"""Conformance suite for session stores, one module a capability."""
 
 from mcp_session_store.testing.sessions.calls import Calls
 from mcp_session_store.testing.sessions.changes import ChangesAndHints
@@ -18,4 +18,7 @@ __all__ = ["SessionStoreConformance", "MakeStore"]
 class SessionStoreConformance(
     Records, Claims, Lifetimes, Sweeping, ChangesAndHints, Journal, Limits, Namespaces, Values, Calls
 ):
-    """What every `SessionStore` does. Subclass it, and give the fixture `make_store` and the two methods."""
+    """Tests that every `SessionStore` passes.
+
+    Subclass it, and override the fixture `make_store` and the methods `expire` and `age_tombstone`.
+    """

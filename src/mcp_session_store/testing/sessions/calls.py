@@ -1,4 +1,4 @@
-"""Cancelled calls, and opening and closing of a store."""
+"""Cases of the suite for session stores: cancelled calls, and opening and closing a store."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 
 class Calls(StoreSuite):
+    """Cancelled calls, and opening and closing a store."""
+
     async def test_a_call_that_is_cancelled_disturbs_no_other(self, store: SessionStore) -> None:
         sessions = [new_session() for _ in range(30)]
         tasks = [asyncio.ensure_future(store.create(session)) for session in sessions]

@@ -1,4 +1,4 @@
-"""Changes that copies of sessions must learn, and hints of them."""
+"""Cases of the suite for session stores: changes that copies of sessions must learn of, and hints of them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class ChangesAndHints(StoreSuite):
+    """Changes that copies of sessions must learn of, and hints of them."""
+
     async def test_changes_begin_with_the_moment_to_go_on_from(self, store: SessionStore) -> None:
         created = await store.create(new_session())
         await store.end(created.key, reason=EndReason.CLIENT)
@@ -61,7 +63,7 @@ class ChangesAndHints(StoreSuite):
     async def test_no_change_is_missing_however_often_it_is_asked(self, make_store: MakeStore) -> None:
         here, there = make_store("default"), make_store("default")
         sessions = [await there.create(new_session()) for _ in range(40)]
-        told: set[UUID] = set()
+        seen: set[UUID] = set()
         since = (await here.changes(None)).until
 
         async def end_all() -> None:
@@ -75,9 +77,9 @@ class ChangesAndHints(StoreSuite):
             await asyncio.sleep(0)
             changes = await here.changes(since)
             since = changes.until
-            told |= {change.key for change in changes.changes}
+            seen |= {change.key for change in changes.changes}
         await ending
-        assert told == {session.key for session in sessions}
+        assert seen == {session.key for session in sessions}
 
     async def test_who_waits_for_hints_may_be_cancelled(self, store: SessionStore) -> None:
         hints: list[object] = []

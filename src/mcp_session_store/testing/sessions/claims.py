@@ -1,4 +1,4 @@
-"""Claims, by which an instance takes a session over."""
+"""Cases of the suite for session stores: claims of sessions by the instances that restore them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 class Claims(StoreSuite):
+    """Claims of sessions by the instances that restore them."""
+
     async def test_a_claim_counts_the_restore_and_names_the_instance(self, store: SessionStore) -> None:
         created = await store.create(new_session())
         claimed = await store.claim(created.key, instance="instance-b", restores=0)

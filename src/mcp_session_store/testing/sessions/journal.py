@@ -1,4 +1,4 @@
-"""The journal of calls that a restore replays."""
+"""Cases of the suite for session stores: the journal of calls that a restore replays."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from mcp_session_store.testing.sessions.suite import MakeStore, StoreSuite, swee
 
 
 class Journal(StoreSuite):
+    """The journal of calls that a restore replays."""
+
     async def test_a_new_session_has_no_journal(self, store: SessionStore) -> None:
         created = await store.create(new_session())
         assert await store.read_journal(created.key) == []
@@ -82,7 +84,7 @@ class Journal(StoreSuite):
             )
         )
         assert sorted(revision or 0 for revision in revisions) == list(range(1, 21))
-        # The last that was written for each subject, in the order in which they were.
+        # The last write for each subject stands, in the order of the writes.
         order = sorted(range(20), key=lambda number: revisions[number] or 0)
         last = {number % 4: number for number in order}
         expected = [str(number) for number in order if last[number % 4] == number]
@@ -94,7 +96,7 @@ class Journal(StoreSuite):
         def write(subject: str, params: str | None = "{}") -> Any:
             return store.write_journal(key, method="m", subject=subject, params=params)
 
-        # Not all at once: each call has its time, and waits for those before it.
+        # In steps, because each call has a time limit and waits for those before it.
         for start in range(0, MAX_JOURNAL_ENTRIES, 100):
             await asyncio.gather(*(write(str(number)) for number in range(start, start + 100)))
         with pytest.raises(JournalFull):

@@ -1,4 +1,4 @@
-"""Expiry, activity that extends a session, and ends."""
+"""Cases of the suite for session stores: expiry, activity that extends a session, and ends."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 
 class Lifetimes(StoreSuite):
+    """Expiry, activity that extends a session, and ends."""
+
     async def test_an_expired_session_is_not_found(self, store: SessionStore) -> None:
         session = new_session()
         await store.create(session)

@@ -1,4 +1,4 @@
-"""Limits on the number of sessions."""
+"""Cases of the suite for session stores: limits on the number of sessions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 class Limits(StoreSuite):
+    """Limits on the number of sessions."""
+
     async def _open_in_order(self, store: SessionStore, count: int, **changes: Any) -> list[UUID]:
         keys = []
         for _ in range(count):

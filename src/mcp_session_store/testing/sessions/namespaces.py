@@ -1,4 +1,4 @@
-"""Separation of the sessions of namespaces."""
+"""Cases of the suite for session stores: separation of the sessions of different namespaces."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from mcp_session_store.testing.sessions.suite import SHORT, MakeStore, StoreSuit
 
 
 class Namespaces(StoreSuite):
+    """Separation of the sessions of different namespaces."""
+
     async def test_a_session_of_another_namespace_does_not_exist(self, make_store: MakeStore) -> None:
         mine, theirs = make_store("mine"), make_store("theirs")
         created = await theirs.create(new_session())

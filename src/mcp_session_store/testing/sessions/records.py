@@ -1,4 +1,4 @@
-"""Creating, loading and replacing records."""
+"""Cases of the suite for session stores: creating and loading sessions, and replacing their handshakes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 class Records(StoreSuite):
+    """Creating and loading sessions, and replacing their handshakes."""
+
     async def test_a_created_session_is_loaded_as_it_was_created(self, store: SessionStore) -> None:
         session = new_session()
         created = await store.create(session)

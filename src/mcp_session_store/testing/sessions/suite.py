@@ -1,4 +1,4 @@
-"""What the parts of the suite for session stores share: fixtures, methods to override, and helpers."""
+"""Fixtures, methods to override and steps that all parts of the suite for session stores use."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 MakeStore = Callable[[str], SessionStore]
-"""Makes a store for a namespace. All that one function makes share their data."""
+"""Function that makes a store for a namespace. All stores that one function makes share their data."""
 
 UNLIMITED = RetentionPolicy(idle=None, absolute=None)
 SHORT = RetentionPolicy(idle=timedelta(milliseconds=40))
-"""With a grace so short that a sweep takes at once what `expire` made."""
+"""Policy with a grace so short that a sweep ends a session as soon as `expire` made it expire."""
 
 POLICIES = [
     RetentionPolicy(idle=timedelta(hours=1)),
@@ -47,7 +47,7 @@ def assert_expires_by(policy: RetentionPolicy, record: SessionRecord) -> None:
 
 
 async def sweep_sessions(store: SessionStore, *, limit: int = 500) -> SweepReport:
-    """Sweep for as long as there is more."""
+    """Sweep until there is no more to do, and return the report of all steps."""
     report = SweepReport(more=True)
     for _ in range(100):
         if not report.more:
@@ -62,16 +62,16 @@ def ordered(changes: Sequence[Change]) -> list[Change]:
 
 @pytest.mark.anyio
 class StoreSuite:
-    """The store under test: what a subclass gives, and what all parts of the suite use."""
+    """The store under test."""
 
     @pytest.fixture
     def anyio_backend(self) -> str:
-        """The event loop: asyncio. Override it for a store that needs another."""
+        """Name of the event loop. Override it for a store that needs another than asyncio."""
         return "asyncio"
 
     @pytest.fixture
     def make_store(self) -> MakeStore:
-        """A function that makes stores over data of this test's own. It may be an async fixture that cleans up."""
+        """Function that makes stores over data of this test's own. It may be an async fixture that cleans up."""
         raise NotImplementedError("override the fixture make_store")
 
     @pytest.fixture
@@ -79,11 +79,11 @@ class StoreSuite:
         return make_store("default")
 
     async def expire(self, store: SessionStore, key: UUID) -> None:
-        """Make a session of the store have expired one second ago."""
+        """Set the expiry of a session of the store to one second ago."""
         raise NotImplementedError("override the method expire")
 
     async def age_tombstone(self, store: SessionStore, key: UUID) -> None:
-        """Make a session of the store that has ended have done so two days ago."""
+        """Set the end of an ended session of the store to two days ago."""
         raise NotImplementedError("override the method age_tombstone")
 
     async def _ended_two_days_ago(self, store: SessionStore, **changes: Any) -> NewSession:

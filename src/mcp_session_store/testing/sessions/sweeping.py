@@ -1,4 +1,4 @@
-"""Sweeps of expired sessions and old tombstones."""
+"""Cases of the suite for session stores: sweeps of expired sessions and old tombstones."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from mcp_session_store.testing.sessions.suite import (
 
 
 class Sweeping(StoreSuite):
+    """Sweeps of expired sessions and old tombstones."""
+
     async def test_a_sweep_ends_what_has_expired_and_nothing_else(self, make_store: MakeStore) -> None:
         store = make_store("default")
         live, expired = await store.create(new_session()), await store.create(new_session())

@@ -1,4 +1,4 @@
-"""Values that cannot be stored."""
+"""Cases of the suite for session stores: values that cannot be stored."""
 
 from __future__ import annotations
 
