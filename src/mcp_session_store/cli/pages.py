@@ -61,7 +61,7 @@ async def print_pages(
 
     Args:
         pages: The list.
-        print_page: Prints a page, and returns the number of its lines; it is told whether they are the first.
+        print_page: Prints a page, and returns the number of its lines; the argument says whether they come first.
         all_pages: Whether to go on after the first page.
         as_json: Whether programs read it: where the list goes on is in the document then.
     """
