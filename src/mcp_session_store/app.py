@@ -66,33 +66,33 @@ def durable_app(
     with any number of workers, or mounted in another app, whose lifespan then enters this app's
     (`app.router.lifespan_context(app)`).
 
-    What is not given here is taken from the environment, as the commands take it, so that a server and
+    An argument that is not given is read from the environment, as the commands read it, so that a server and
     `mcp-session-store sessions list` look into the same place: `MCP_SESSION_STORE_URL`, `…_NAMESPACE`, `…_SCHEMA`,
-    `…_AUTO_UPGRADE`, `…_EVENTS`, those of `RetentionPolicy` and `EventPolicy`, and those of `InstanceSettings`.
+    `…_AUTO_UPGRADE`, `…_EVENTS`, and the variables of `RetentionPolicy`, `EventPolicy` and `InstanceSettings`. When the
+    app starts, it logs the namespace and the schema, and where each comes from.
 
     Args:
         server: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
-        store: A database URL (`postgresql://…`, `sqlite:///…`), or a `SessionStore`. A store that is made
-            here is closed when the app stops; a store that is given stays the caller's to close, and has its own
-            namespace, schema and policy, whatever the environment says. Unless given, `MCP_SESSION_STORE_URL`.
-        namespace: With a URL: keeps servers that share a database apart. Unless given, what the environment asks for,
-            or else `default`.
-        schema: With a Postgres URL: the schema with the tables; `None`: the first of the search path. Unless given,
-            what the environment asks for.
+        store: Database URL (`postgresql://…`, `sqlite:///…`), or a `SessionStore`; `MCP_SESSION_STORE_URL` unless
+            given. The app closes a store that is made here when it stops. A store that is given stays the caller's to
+            close, and keeps its own namespace, schema and policy, whatever the environment says.
+        namespace: With a URL: name that keeps servers apart which share a database; `default` unless given here or in
+            the environment.
+        schema: With a Postgres URL: schema with the tables; `None`, and unless given here or in the environment: the
+            first of the search path.
         auto_upgrade: With a Postgres URL: whether to run the migrations on first contact. Without it the
             database must have been migrated (`mcp-session-store upgrade`). A SQLite file that is empty
-            is always migrated. Unless given, what the environment asks for.
-        retention: With a URL: how long sessions live, and how many there may be. Unless given, what the
-            environment asks for: see `RetentionPolicy.from_environment`.
+            is always migrated.
+        retention: With a URL: how long sessions live, and how many there may be;
+            `RetentionPolicy.from_environment()` unless given.
         events: Whether streams can be resumed: a client that lost its connection, or its server, comes back with
-            `Last-Event-ID` and gets what it missed. Events are kept in the database of the sessions, by the policy that
-            is given; with `True` by the one that the environment asks for: see `EventPolicy.from_environment`. With a
-            store that is not one of this package's, give its `EventLog`. Unless given, what the environment asks for.
+            `Last-Event-ID` and gets the messages that it missed. Events are kept in the database of the sessions, by
+            the policy that is given, or with `True` by `EventPolicy.from_environment()`. With a store that is not one
+            of this package's, give its `EventLog`.
         on_restore: See `DurableSessionManager`.
         on_end: See `DurableSessionManager`.
-        settings: The numbers of this process. A field that is not set in it, and a keyword that is not given, is taken
-            from the environment.
-        evict_after: See `InstanceSettings`; seconds. This and the following cannot be given beside `settings`.
+        settings: Numbers of this process. A field that is not set in them is read from the environment.
+        evict_after: See `InstanceSettings`; seconds. Numbers are given by keyword or in `settings`, not both.
         max_sessions: See `InstanceSettings`.
         end_within: See `InstanceSettings`; seconds.
         sweep_interval: See `InstanceSettings`; seconds.
@@ -101,9 +101,9 @@ def durable_app(
         replay_timeout: See `InstanceSettings`; seconds.
         max_initialize_params: See `InstanceSettings`; bytes.
         journaled_methods: See `DurableSessionManager`.
-        **options: For the framework's own factory (`streamable_http_app`, `http_app`), by its names.
-            `session_idle_timeout` sets the policy's idle time here, for all instances. FastMCP takes
-            `max_request_body_size` too.
+        **options: Options of the framework's own factory (`streamable_http_app`, `http_app`), by its names.
+            `session_idle_timeout` sets the policy's idle time here, for all instances. `max_request_body_size` can be
+            given for FastMCP, too.
 
     Raises:
         ConfigurationError: The server, the URL or a setting cannot work; the message names it.
@@ -153,7 +153,7 @@ def _sql_store(
     auto_upgrade: bool | NotGiven,
     retention: RetentionPolicy | None,
 ) -> tuple[SqlSessionStore, str]:
-    """Return the store of an app that was given none, and what its log says of the place of the sessions."""
+    """Make the store of an app; return it with the text about its namespace and schema for the log."""
     if url is None and not (url := os.environ.get(variable("url"))):
         raise ConfigurationError(
             "no database is named: give its URL, or a SessionStore, as the second argument of durable_app, or set "
@@ -173,7 +173,7 @@ def _shown(schema: str | None) -> str:
 
 
 def _setting(name: str, given: _T | NotGiven, default: _T, read: Callable[[str], _T]) -> tuple[_T, str]:
-    """Return a setting, and where it comes from. As in the commands, a variable that is empty does not count."""
+    """Return a setting and where it comes from. As in the commands, an empty variable does not count."""
     if not isinstance(given, NotGiven):
         return given, _ARGUMENT
     if text := os.environ.get(variable(name)):
@@ -202,7 +202,7 @@ def _event_arguments(store: SessionStore, events: object, source: str) -> dict[s
 
 
 def _announced(app: Starlette, place: str) -> Starlette:
-    """Have an app log, each time it starts, in which place its sessions are."""
+    """Log the place of an app's sessions each time it starts."""
     serve = app.router.lifespan_context
 
     @contextlib.asynccontextmanager

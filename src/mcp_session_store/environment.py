@@ -119,7 +119,7 @@ class Settings(BaseModel):
 
     @classmethod
     def _explain(cls, error: ValidationError, name: Callable[[str], str]) -> str:
-        """Say in a line what is wrong."""
+        """Return the problems in a line, each with the name of its setting."""
         problems = []
         for problem in error.errors():
             said = problem["msg"].removeprefix("Value error, ")

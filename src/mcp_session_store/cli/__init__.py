@@ -1,4 +1,4 @@
-"""The command line. Settings are read here only."""
+"""The command line, `mcp-session-store`: a module for each command, and modules for what they share."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["main", "worker_app"]
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mcp-session-store")
 def main() -> None:
-    """Durable sessions for MCP servers: migrate the database, serve a server that exists, look after the sessions.
+    """Durable sessions for MCP servers: migrate the database, serve a server object, look after the sessions.
 
     Exit codes: 0 done; 1 a check or an operation failed (schema, database, start of the server, a session
-    that is not there); 2 wrong usage (arguments, settings, the thing to serve).
+    that is not there); 2 wrong usage (arguments, settings, the server object).
     """
 
 

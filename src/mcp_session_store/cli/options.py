@@ -167,7 +167,7 @@ def settings_option(
         field: The name of the field.
         metavar: The form of the text.
         help_text: A sentence about it.
-        default: What holds without the option, where it is not the model's default.
+        default: Text of the default; the model's default unless given.
     """
     if default is None:
         default = shown_default(model.model_fields[field].default)
@@ -181,7 +181,7 @@ def _settings_options(
     *,
     defaults: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return the options of a model's fields, for a command that gets the texts of those that are set as `keyword`."""
+    """Return a decorator that adds the options of a model's fields; the command gets the texts given as `keyword`."""
 
     def with_options(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -199,7 +199,7 @@ def _settings_options(
 
 
 retention_options = _settings_options(RetentionPolicy, "retention", _RETENTION_HELP)
-"""The options of the retention policy; the command gets as `retention` the texts of those that are set."""
+"""Add the options of the retention policy; the command gets the texts that are given as `retention`."""
 sweep_retention_options = _settings_options(
     RetentionPolicy,
     "retention",
@@ -208,10 +208,10 @@ sweep_retention_options = _settings_options(
 )
 """As `retention_options`, for a command that gives no session an expiry unless one of the two is set."""
 event_options = _settings_options(EventPolicy, "event_retention", _EVENT_HELP)
-"""The options of the policy for events; the command gets as `event_retention` the texts of those that are set."""
+"""Add the options of the policy for events; the command gets the texts that are given as `event_retention`."""
 events_max_age_option = settings_option(EventPolicy, "max_age", *_EVENT_HELP["max_age"])
 instance_options = _settings_options(InstanceSettings, "instance", _INSTANCE_HELP)
-"""The options of a process that serves; the command gets as `instance` the texts of those that are set."""
+"""Add the options of a process that serves; the command gets the texts that are given as `instance`."""
 
 
 def read_settings(model: type[_Settings], texts: Mapping[str, str]) -> _Settings:

@@ -71,7 +71,7 @@ def stdout() -> Console:
 
 
 def cell(text: str, *, length: int = 500) -> Text:
-    """Return a text that a client may have chosen as it is to be shown: without control characters, markup as text."""
+    """Return the cell for a text that a client may have chosen: without control characters, and markup as text."""
     return Text(display_text(text, length=length))
 
 
