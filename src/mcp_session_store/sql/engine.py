@@ -99,9 +99,7 @@ def checked_schema(schema: str | None, dialect: Dialect) -> str | None:
     # 63 bytes is where Postgres cuts a name, without an error: "Identifiers and Key Words" in its manual.
     # Alembic reads a dot as the end of one name and the beginning of another.
     if not isinstance(schema, str) or not schema or {"\0", "."} & set(schema) or len(schema.encode()) > 63:
-        raise ConfigurationError(
-            f"schema={schema!r} cannot be a schema's name: give 1 to 63 bytes without NUL or a dot"
-        )
+        raise ConfigurationError(f"schema={schema!r} is no name of a schema; give 1 to 63 bytes, without NUL or a dot")
     return schema
 
 
