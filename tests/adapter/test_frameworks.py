@@ -26,7 +26,7 @@ from tests.support.asgi import Client
 from tests.support.faulty_stores import FaultyStore
 from tests.support.frameworks import Events, Made
 from tests.support.instances import Notes, instance, running
-from tests.support.internals import rows_of
+from tests.support.internals import max_initialize_params_of, rows_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -242,7 +242,7 @@ async def test_options_reach_the_manager(store: FaultyStore, kind: str) -> None:
     assert store.retention.idle == timedelta(seconds=7.5)
     assert manager.max_sessions == 3
     assert manager.max_request_body_size == 1000
-    assert manager.max_initialize_params == 500
+    assert max_initialize_params_of(manager) == 500
     assert manager.store is store
 
 

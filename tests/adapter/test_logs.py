@@ -15,6 +15,7 @@ from mcp_session_store.errors import EventTooLarge
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal
+from tests.support.internals import registry_of, stopping_in
 from tests.support.streams import all_stored, opened
 from tests.support.talking import Talking
 
@@ -109,11 +110,11 @@ async def test_logs_hold_neither_session_ids_nor_payload(
                 await client.ping()
                 store.up()
                 for fate[0] in ("bug", "replay", "hang", "refuse", "nothing"):
-                    await until(lambda: not one.manager._residents._leaving)
+                    await until(lambda: not stopping_in(one.manager))
                     if ids[-1] in one.manager._server_instances:
                         await one.terminate(ids[-1])
                     await client.ping()
-                for session in list(one.manager._residents):
+                for session in list(registry_of(one.manager)):
                     ids.append(session.session_id)
                     await one.client(session.session_id, user=session.owner and alice).delete()
         for _ in range(6):

@@ -22,6 +22,7 @@ from tests.support.asgi import seen_by_a_client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
 from tests.support.frameworks import Made
 from tests.support.instances import Notes, instance, principal
+from tests.support.internals import registry_of, stopping_in
 
 if TYPE_CHECKING:
     from tests.support.instances import Clock
@@ -123,7 +124,7 @@ async def test_an_idle_timeout_ends_sessions_on_all_instances(sessions: Sessions
         client = one.client()
         session_id = await client.handshake()
         assert (await two.client(session_id).ping()).status == 200
-        await until(lambda: not any(s.busy for i in (one, two) for s in i.manager._residents))
+        await until(lambda: not any(s.busy for i in (one, two) for s in registry_of(i.manager)))
         for each in (one, two):
             await each.manager._activity.report(everything=True)
         clock.advance(timedelta(seconds=61))
@@ -211,7 +212,7 @@ async def test_one_session_too_many_is_answered_503_without_an_id(
             assert int(refused.headers["retry-after"]) > 0
             assert refused.session_id is None
         assert limit in caplog.text
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert one.residents == 2
         one.assert_seats_match()
         for client in clients:

@@ -15,6 +15,7 @@ from mcp.server.lowlevel.server import Server
 
 from mcp_session_store import DurableSessionManager, durable_app, get_restore_marker
 from tests.support.asgi import PATIENCE, Client, until
+from tests.support.internals import registry_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -153,11 +154,11 @@ class Instance:
 
     def assert_seats_match(self) -> None:
         """Nobody sits on a seat but residents."""
-        assert self.manager._residents.seats == self.residents == len(list(self.manager._residents))
+        assert registry_of(self.manager).reserved == self.residents == len(list(registry_of(self.manager)))
 
     async def at_rest(self) -> None:
         """Wait until all notifications are handled, which their 202 precedes; calls of `wait` may still run."""
-        await until(lambda: sum(session.unsettled for session in self.manager._residents) <= self.notes.waiting)
+        await until(lambda: sum(session.in_flight for session in registry_of(self.manager)) <= self.notes.waiting)
 
     async def first_poll(self) -> None:
         """Wait for the first poll of changes, which verifies what is in memory, and so is a report of activity."""

@@ -11,13 +11,16 @@ from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Mapping
     from contextlib import AsyncExitStack
     from uuid import UUID
 
     from mcp.server.context import ServerRequestContext
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store import MemoryEventLog, MemorySessionStore
+    from mcp_session_store import DurableSessionManager, MemoryEventLog, MemorySessionStore
+    from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.adapter.streams.event_ids import EventIds
     from mcp_session_store.memory.data import Log, Row
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
@@ -93,3 +96,25 @@ def tag_of(ids: EventIds, payload: bytes) -> bytes:
 def exit_stack_of(ctx: ServerRequestContext[Any, Any]) -> AsyncExitStack:
     """The exit stack of the SDK's connection that a request came on."""
     return ctx.session._connection.exit_stack
+
+
+def registry_of(manager: DurableSessionManager) -> Registry:
+    """The registry of the sessions in a manager's memory."""
+    return manager._registry
+
+
+def stopping_in(manager: DurableSessionManager) -> Mapping[str, ResidentSession]:
+    """The evicted copies whose server tasks have not ended yet, by session id."""
+    return manager._registry._stopping
+
+
+def resident_of(manager: DurableSessionManager, session_id: str) -> ResidentSession:
+    """The resident copy of a session, which has to be there."""
+    session = manager._registry.get(session_id)
+    assert session is not None
+    return session
+
+
+def max_initialize_params_of(manager: DurableSessionManager) -> int:
+    """Bytes of `initialize` params that a manager stores."""
+    return manager._max_initialize_params

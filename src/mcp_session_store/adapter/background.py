@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 MIN_BACKOFF: Final = 0.25
 MAX_BACKOFF: Final = 30.0
-"""Seconds between two tries of what keeps failing."""
+"""Seconds between two tries of a task that keeps failing."""
 
 
 class Wake:
-    """Wakes a task that waits for its time.
+    """Wakes a task before its time.
 
     Args:
-        gathering: Seconds between being woken and running, in which others may have more to do.
+        gathering: Seconds between the wake and the run, in which more work may gather.
     """
 
     def __init__(self, *, gathering: float) -> None:
@@ -36,11 +36,11 @@ class Wake:
         self._event = anyio.Event()
 
     def set(self) -> None:
-        """Have it run soon."""
+        """Let the task run soon."""
         self._event.set()
 
     async def wait(self, seconds: float) -> None:
-        """Wait until woken, no longer than this."""
+        """Wait until woken, but no longer than this many seconds."""
         with anyio.move_on_after(seconds):
             await self._event.wait()
             await anyio.sleep(self._gathering)
@@ -50,22 +50,22 @@ class Wake:
 async def run_every(
     task: str, seconds: float, work: Callable[[], Awaitable[None]], *, wake: Wake | None = None
 ) -> None:
-    """Do a task at intervals, until cancelled.
+    """Run a task at intervals, until cancelled.
 
-    The intervals are up to a fifth shorter, at random: many instances that start at once do not stay in step.
+    The intervals are up to a fifth shorter, at random, so that many instances that start at once do not stay in step.
 
     Args:
-        task: What it is called in the log.
-        seconds: From one run's end to the next run.
+        task: Name of the task in the log.
+        seconds: Seconds from the end of one run to the next run.
         work: The task.
-        wake: Has it run before its time.
+        wake: Wakes the task before its time.
     """
     wake = wake or Wake(gathering=0)
     failures = 0
     while True:
         pause = seconds * random.uniform(0.8, 1.0)  # noqa: S311 - jitter
         if failures:
-            # Nobody wakes what has just failed: its back-off is the answer to that.
+            # A task that has just failed is not woken: it backs off instead.
             await anyio.sleep(min(_backoff(failures), pause))
         else:
             await wake.wait(pause)
@@ -73,7 +73,7 @@ async def run_every(
 
 
 async def run_again(task: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Do a task that is not meant to end, and again when it fails, until cancelled."""
+    """Run a task that is not meant to end, and again when it fails, until cancelled."""
     failures = 0
     while True:
         began = anyio.current_time()
@@ -105,12 +105,12 @@ def report_failure(task: str, error: Exception, *, key: UUID | None = None, log:
 
 
 async def _failures_after(failures: int, task: str, work: Callable[[], Awaitable[None]]) -> int:
-    """How often a task has failed in a row when it has run once more."""
+    """Run a task once more; return how often it has now failed in a row."""
     try:
         await work()
     except Exception as error:
         failures += 1
-        # In a long outage the log gets shorter: the 1st, 2nd, 4th, 8th failure is told, and so on. All are counted.
+        # In a long outage the log gets shorter: the 1st, 2nd, 4th, 8th failure is logged, and so on. All are counted.
         report_failure(task, error, log=failures & (failures - 1) == 0)
         return failures
     if failures:

@@ -30,7 +30,7 @@ _ONLY_IF_GIVEN: Final = ("session_idle_timeout",)
 
 
 class _FastMCPSessionManager(DurableSessionManager):
-    def event_store_for(self, session_id: str) -> EventStore | None:
+    def _event_store_for(self, session_id: str) -> EventStore | None:
         return None if self.event_store is None else sdk.scope_event_store(self.event_store, session_id)
 
 
@@ -75,7 +75,7 @@ def build_app(
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         nonlocal manager
-        if manager.was_started:
+        if sdk.was_started(manager):
             # A manager runs once, an app may be started again: FastMCP makes a new one each time, too.
             manager = new_manager()
         async with manager.run():

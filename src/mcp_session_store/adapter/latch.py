@@ -1,4 +1,4 @@
-"""An event that costs next to nothing until somebody has to wait for it."""
+"""An event that costs next to nothing until a task has to wait for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Latch"]
 class Latch:
     """`anyio.Event`, made when it is first waited for.
 
-    A session has several, and most are set before anybody asks. `anyio.Event` looks up its
+    A session has several, and most are set before a task waits for them. `anyio.Event` looks up its
     backend when it is made, which shows in what a handshake costs.
     """
 
@@ -21,17 +21,17 @@ class Latch:
         self._event: anyio.Event | None = None
 
     def is_set(self) -> bool:
-        """Whether it happened."""
+        """Return whether the event happened."""
         return self._is_set
 
     def set(self) -> None:
-        """It happened; whoever waits goes on."""
+        """Note that the event happened, and let the tasks go on that wait for it."""
         self._is_set = True
         if self._event is not None:
             self._event.set()
 
     async def wait(self) -> None:
-        """Wait until it happens; at once when it has."""
+        """Wait until the event happens; return at once when it has."""
         if self._is_set:
             return
         if self._event is None:

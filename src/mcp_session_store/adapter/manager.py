@@ -23,7 +23,6 @@ from starlette.requests import Request
 
 from mcp_session_store.adapter import responses, sdk, telemetry
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
-from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.replay.replay import Replay
@@ -40,11 +39,12 @@ from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.changes import ChangeWatch
 from mcp_session_store.adapter.sessions.handshake import (
-    HANDSHAKE,
     Handshake,
 )
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
-from mcp_session_store.adapter.sessions.registry import Residents
+from mcp_session_store.adapter.sessions.lookup import Lookup
+from mcp_session_store.adapter.sessions.recording import RECORD_WRITER, RecordWriter
+from mcp_session_store.adapter.sessions.registry import Registry, Restore
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
 from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.event_store import SessionEvents
@@ -54,7 +54,6 @@ from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_even
 from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream, stream_refusal
 from mcp_session_store.errors import (
     ConfigurationError,
-    JournalFull,
     RestoreRefused,
     SessionStoreError,
     StoreUnavailable,
@@ -62,8 +61,6 @@ from mcp_session_store.errors import (
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.records import (
     EndReason,
-    NewSession,
-    Principal,
     SessionRecord,
     SessionRestoreMarker,
     display_text,
@@ -74,7 +71,7 @@ from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, ch
 from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+    from collections.abc import AsyncIterator, Collection, Sequence
     from uuid import UUID
 
     from anyio.abc import TaskStatus
@@ -82,13 +79,12 @@ if TYPE_CHECKING:
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.lowlevel.server import Server
     from mcp.server.mcpserver import MCPServer
-    from mcp.server.streamable_http import EventStore, StreamableHTTPServerTransport
+    from mcp.server.streamable_http import EventStore
     from mcp.server.transport_security import TransportSecuritySettings
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
-    from mcp_session_store.adapter.replay.journal import JournaledMethod, JournalWrite
-    from mcp_session_store.adapter.sessions.handshake import InitializeParams
+    from mcp_session_store.adapter.replay.journal import JournaledMethod
     from mcp_session_store.records import Change, JournalEntry
 
 __all__ = [
@@ -114,21 +110,6 @@ LEAVE_TIMEOUT: Final = 10.0
 """Seconds that a restore waits for an earlier copy: the SDK gives a connection's `exit_stack` five."""
 RESTORE_ATTEMPTS: Final = 3
 """How often a restore begins anew because the record changed meanwhile."""
-
-
-class _Restore:
-    """One restore under way, and everybody who waits for it."""
-
-    def __init__(self, key: UUID) -> None:
-        self.key = key
-        self.over = Latch()
-        self.waiters = 0
-        self.session: ResidentSession | None = None
-        self.failure: Exception | None = None
-        self.ended = False
-        """The session ended while it was being restored."""
-        self.stale_since = 0
-        """The highest revision that was heard of meanwhile."""
 
 
 class DurableSessionManager(sdk.ManagerSeams):
@@ -265,19 +246,19 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._close_event_log = close_event_log
         self._recorder: EventRecorder | None = None
         self._security = TransportSecurityMiddleware(security_settings)
-        self.journal = Journal(journaled_methods)
+        self._journal = Journal(journaled_methods)
         self._evict_after = math.inf if settings.evict_after is None else settings.evict_after
         self._end_within = settings.end_within
         checked_interval(settings.activity_interval, store.retention)
         self._activity_interval = settings.activity_interval
         self._sweep_interval = settings.sweep_interval
-        self._residents = Residents(self.transports, self.owners, max_sessions=settings.max_sessions)
-        self._restores: dict[str, _Restore] = {}
-
-    @property
-    def max_initialize_params(self) -> int:
-        """Bytes of `initialize` params that are stored at most."""
-        return self._max_initialize_params
+        self._tasks = sdk.ManagerTasks(self)
+        self._registry = Registry(
+            sdk.transports_of(self), sdk.owners_of(self), self._tasks, capacity=settings.max_sessions
+        )
+        self._lookup = Lookup(store)
+        self._serve_session = self._serve_request
+        self._evict_transport = self._registry.evict_transport
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
@@ -303,8 +284,18 @@ class DurableSessionManager(sdk.ManagerSeams):
             # Made here, because they need the event loop.
             # The policy as it is now: another app may share the store, and have set it.
             interval = checked_interval(self._activity_interval, self.store.retention)
-            self._activity = ActivityReporter(self.store, self._residents, interval=interval)
-            self._watch = ChangeWatch(self.store, concerns=self._concerns, learn=self._learn, verify=self._verify)
+            self._activity = ActivityReporter(self.store, self._registry, interval=interval)
+            self._watch = ChangeWatch(
+                self.store, concerns=self._registry.concerns, learn=self._learn, verify=self._verify
+            )
+            self._writer = RecordWriter(
+                self.store,
+                self._registry,
+                self._journal,
+                self._drop_not_live,
+                instance=self.instance,
+                max_initialize_params=self._max_initialize_params,
+            )
             try:
                 await self.store.open()
                 # From here on no end of a session that is served here goes by unseen.
@@ -324,7 +315,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                     await self._shut_down()
 
     def _start_background_tasks(self) -> None:
-        start = self.tasks.start_soon
+        start = self._tasks.start_soon
         poll_interval = self._end_within / 2
         start(partial(run_every, "activity", self._activity.interval, self._report, wake=self._activity.wake))
         start(partial(run_every, "changes", poll_interval, self._watch.poll, wake=self._watch.wake))
@@ -352,7 +343,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._report_all)
                 # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
-                for session in self._residents:
+                for session in self._registry:
                     tasks.start_soon(self._put_away, session)
 
     async def _put_away(self, session: ResidentSession) -> None:
@@ -361,7 +352,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             with anyio.move_on_after(ANSWERS_TIMEOUT):
                 await session.events.recorded()
         with anyio.move_on_after(SHUTDOWN_TIMEOUT):
-            await self._residents.evict(session)
+            await self._registry.evict(session)
 
     async def _report_all(self) -> None:
         try:
@@ -372,7 +363,7 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     # One request
 
-    async def serve_session_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request of the handshake era: by its resident session, after a restore, or by a new one."""
         session_id = session_id_of(scope)
         user = scope.get("user")
@@ -380,7 +371,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         if session_id is None:
             await self._open(requestor, scope, receive, send)
             return
-        session = self._residents.get(session_id)
+        session = self._registry.get(session_id)
         method = scope["method"]
         if session is None or not session.serving or session.owner != requestor or method not in ("POST", "GET"):
             found = await self._find(session_id, requestor, scope, receive)
@@ -399,6 +390,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         """Give a request to its resident session."""
         self._activity.note(session)
         scope[RESIDENT_SESSION] = session
+        scope[RECORD_WRITER] = self._writer
         if session.marker is not None:
             scope[RESTORE_MARKER] = session.marker
         if scope["method"] == "GET":
@@ -414,7 +406,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         if may_initialize(message):
             handshake = Handshake()
             held = HeldResponse(handshake, session.session_id, scope, receive, send, opening=False)
-            with _held_by(session, handshake, scope):
+            with session.loop.holding(handshake, scope):
                 await held.answered_by(partial(session.transport.handle_request, scope, receive))
             return
         await session.transport.handle_request(scope, receive, send)
@@ -491,18 +483,19 @@ class DurableSessionManager(sdk.ManagerSeams):
         handshake = Handshake()
         held = HeldResponse(handshake, session.session_id, scope, receive, send, opening=True)
         scope[RESIDENT_SESSION] = session
+        scope[RECORD_WRITER] = self._writer
 
         async def serve(send: Send) -> None:
-            await self.tasks.start(self._run_session, session)
+            await self._tasks.start(self._run_session, session)
             await session.transport.handle_request(scope, receive, send)
 
         try:
-            with _held_by(session, handshake, scope):
+            with session.loop.holding(handshake, scope):
                 await held.answered_by(serve)
         finally:
             session.unpin()
             if not held.opened:
-                await self._residents.evict(session)
+                await self._registry.evict(session)
 
     def _admit(self, session_id: str, owner: AuthorizationContext | None, *, may_evict: bool = True) -> ResidentSession:
         """Take a seat for a session that is to become resident.
@@ -510,95 +503,23 @@ class DurableSessionManager(sdk.ManagerSeams):
         Raises:
             MemoryFull: There is none.
         """
-        if (evicted := self._residents.take_seat(may_evict=may_evict)) is not None:
-            self.tasks.start_soon(self._have_leave, evicted)
+        self._registry.reserve(may_evict=may_evict)
         events: SessionEvents | None = None
         if self._recorder is not None:
             events = SessionEvents(session_key(session_id), self._recorder, retry_interval=self.retry_interval)
-        return ResidentSession(session_id, owner, sdk.make_transport(self, session_id, events), self, events)
+        return ResidentSession(
+            session_id, owner, sdk.make_transport(self, session_id, events), self._registry.usage_changed, events
+        )
 
     async def _run_session(
         self, session: ResidentSession, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
-        await session.run(self, self._residents.gone, task_status=task_status)
+        try:
+            await session.loop.run(partial(sdk.serve_loop, self), session.read, task_status=task_status)
+        finally:
+            self._registry.on_stopped(session)
         if session.events is not None:
             await session.events.abandon()
-
-    async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
-        """Commit a handshake; the session's first one makes it resident."""
-        try:
-            if session.record is None:
-                await self._store_handshake(session, params, version)
-                return True
-            async with session.recording:
-                return await self._replace_handshake(session, session.record, params, version)
-        except Exception as error:
-            responses.refuse(error, session_key(session.session_id))
-            raise
-
-    async def _store_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> None:
-        record = await self.store.create(
-            NewSession(
-                key=session_key(session.session_id),
-                initialize_params=params.text,
-                protocol_version=version,
-                client_name=params.client_name,
-                client_version=params.client_version,
-                principal=_principal(session.owner),
-                instance=self.instance,
-            )
-        )
-        session.stored(record, self.store.retention, new=True)
-        telemetry.created.add(1)
-        self._residents.publish(session)
-
-    async def _replace_handshake(
-        self, session: ResidentSession, record: SessionRecord, params: InitializeParams, version: str
-    ) -> bool:
-        live = await self.store.replace_initialize(
-            record.key,
-            initialize_params=params.text,
-            protocol_version=version,
-            client_name=params.client_name,
-            client_version=params.client_version,
-        )
-        if live:
-            session.record = dataclasses.replace(
-                record,
-                initialize_params=params.text,
-                protocol_version=version,
-                client_name=params.client_name,
-                client_version=params.client_version,
-                revision=record.revision + 1,
-            )
-            # The `notifications/initialized` that follows is not the one that was replayed.
-            session.swallow_initialized = False
-        else:
-            await self._drop_not_live([record.key])
-        return live
-
-    async def record_call(self, session: ResidentSession, write: JournalWrite) -> bool:
-        """Commit what a call changes in the journal of its session."""
-        async with session.recording:
-            assert session.record is not None
-            try:
-                revision = await self.store.write_journal(
-                    session.record.key, method=write.method, subject=write.subject, params=write.params
-                )
-            except JournalFull:
-                raise
-            except Exception as error:
-                responses.log_unavailable(error, session.record.key)
-                raise
-            if revision is None:
-                await self._drop_not_live([session.record.key])
-                return False
-            if revision == session.record.revision + 1:
-                session.record = dataclasses.replace(session.record, revision=revision)
-            else:
-                # Another copy has changed something that this one does not have.
-                session.stale_since = max(session.stale_since, revision)
-            return True
 
     # A session that is not in memory
 
@@ -610,34 +531,28 @@ class DurableSessionManager(sdk.ManagerSeams):
             MemoryFull: Memory is full, and all of it in use.
             SessionStoreError: The store did not answer.
         """
-        session = self._residents.get(session_id)
+        session = self._registry.get(session_id)
         if session is None or not session.serving or session.owner != requestor:
             # A resident session of somebody else's costs the query as well: neither the time that the answer
             # takes nor a store that is down tells it from one that does not exist.
-            record = await self._record_of(session_id, requestor)
+            record = await self._lookup.record_of(session_id, requestor)
             # It may have been restored while the query ran.
-            session = self._residents.get(session_id)
+            session = self._registry.get(session_id)
             if session is None or not session.serving:
                 return await self._join_restore(session_id, record, requestor, scope)
         session.pin()
         return session
 
-    async def _record_of(self, session_id: str, requestor: AuthorizationContext | None) -> SessionRecord:
-        record = await self.store.load(session_key(session_id))
-        if record is None or record.principal != _principal(requestor):
-            raise SessionNotFound
-        return record
-
     async def _join_restore(
         self, session_id: str, record: SessionRecord, requestor: AuthorizationContext | None, scope: Scope
     ) -> ResidentSession:
         """Wait for the one restore of this session, beginning it if nobody has; whoever joins is its principal."""
-        restore = self._restores.get(session_id)
+        restore = self._registry.restores.get(session_id)
         if restore is None:
-            restore = self._restores[session_id] = _Restore(record.key)
+            restore = self._registry.restores[session_id] = Restore(record.key)
             # A task of the manager's: the disconnect of this request fails nobody else's. It inherits
             # this request's context variables.
-            self.tasks.start_soon(self._run_restore, restore, session_id, record, requestor, scope)
+            self._tasks.start_soon(self._run_restore, restore, session_id, record, requestor, scope)
         restore.waiters += 1
         try:
             await restore.over.wait()
@@ -653,7 +568,7 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def _run_restore(
         self,
-        restore: _Restore,
+        restore: Restore,
         session_id: str,
         record: SessionRecord,
         requestor: AuthorizationContext | None,
@@ -672,12 +587,12 @@ class DurableSessionManager(sdk.ManagerSeams):
         finally:
             if restore.session is None and restore.failure is None:
                 restore.failure = StoreUnavailable("the manager is shutting down")
-            del self._restores[session_id]
+            del self._registry.restores[session_id]
             restore.over.set()
 
     async def _restore(
         self,
-        restore: _Restore,
+        restore: Restore,
         session_id: str,
         record: SessionRecord,
         requestor: AuthorizationContext | None,
@@ -702,31 +617,31 @@ class DurableSessionManager(sdk.ManagerSeams):
                 claimed = await self._replay(session, marker, record, journal, scope)
                 if restore.ended:
                     raise SessionNotFound
-                if not session.serving or session.gone.is_set():
+                if not session.serving or session.loop.stopped.is_set():
                     raise StoreUnavailable("the server loop of a session ended while it was being restored")
                 if claimed.revision == record.revision:
                     session.stored(claimed, self.store.retention, new=False)
                     session.stale_since = restore.stale_since
                     session.marker = dataclasses.replace(marker, restores=claimed.restores, replaying=False)
-                    self._residents.publish(session)
+                    self._registry.publish(session)
                     telemetry.restored.add(1)
                     return session
             finally:
-                if self._residents.get(session_id) is not session:
-                    await self._residents.evict(session)
+                if self._registry.get(session_id) is not session:
+                    await self._registry.evict(session)
             # What was replayed has been replaced meanwhile, on another instance.
             record = claimed
         raise StoreUnavailable("the session kept changing while it was restored")
 
     async def _await_predecessor(self, session_id: str) -> None:
         """Wait until an earlier copy of this session has left, clean-up included."""
-        if (not_serving := self._residents.get(session_id)) is not None:
-            await self._residents.evict(not_serving)
-        predecessor = self._residents.leaving(session_id)
+        if (not_serving := self._registry.get(session_id)) is not None:
+            await self._registry.evict(not_serving)
+        predecessor = self._registry.stopping(session_id)
         if predecessor is None:
             return
         with anyio.move_on_after(LEAVE_TIMEOUT):
-            await predecessor.gone.wait()
+            await predecessor.loop.stopped.wait()
             return
         raise StoreUnavailable("an earlier copy of the session has not left memory yet; a handler of it does not end")
 
@@ -750,13 +665,13 @@ class DurableSessionManager(sdk.ManagerSeams):
         scope: Scope,
     ) -> SessionRecord:
         """Replay the handshake and the journal into a session that nobody can reach yet, and claim it."""
-        session.swallow_initialized = True
-        session.request_ids = RequestIds()
-        replay = session.replay = Replay(
+        session.loop.swallow_initialized = True
+        session.loop.request_ids = RequestIds()
+        replay = session.loop.replay = Replay(
             record, journal, marker, scope, binding={RESIDENT_SESSION: session}, timeout=self._replay_timeout
         )
         # Its timeout for the answer to `initialize`, for the notification's handler, and with room for the journal.
-        self.tasks.start_soon(self._run_session, session)
+        self._tasks.start_soon(self._run_session, session)
         with anyio.move_on_after((4 if journal else 2) * self._replay_timeout):
             await replay.over.wait()
         if not replay.over.is_set():
@@ -795,57 +710,52 @@ class DurableSessionManager(sdk.ManagerSeams):
                 done.set()
 
         # A task of the manager's: what is committed is carried through, whether the client stays or not.
-        self.tasks.start_soon(end)
+        self._tasks.start_soon(end)
         await done.wait()
         if failure is not None:
             raise failure
 
     async def _end(self, session_id: str, requestor: AuthorizationContext | None) -> None:
-        session = self._residents.get(session_id)
+        session = self._registry.get(session_id)
         if session is None or session.owner != requestor:
-            await self._record_of(session_id, requestor)
+            await self._lookup.record_of(session_id, requestor)
         ended = await self.store.end(session_key(session_id), reason=EndReason.CLIENT)
-        if (restore := self._restores.get(session_id)) is not None:
+        if (restore := self._registry.restores.get(session_id)) is not None:
             restore.ended = True
         if not ended:
             # Somebody else has ended it.
             await self._drop_not_live([session_key(session_id)])
             raise SessionNotFound
-        session = self._residents.get(session_id)
+        session = self._registry.get(session_id)
         if session is not None:
-            await self._residents.evict(session, answer=responses.SESSION_ENDED)
+            await self._registry.evict(session, answer=responses.SESSION_ENDED)
         telemetry.ended.add(1, {"reason": EndReason.CLIENT.value})
         if session is not None:
             await self._tell_application(session, EndReason.CLIENT)
 
-    def _concerns(self, key: UUID) -> bool:
-        """Whether a session is in memory, or about to be."""
-        return self._residents.with_key(key) is not None or any(r.key == key for r in self._restores.values())
-
     def _learn(self, change: Change) -> None:
         """Another instance, or an operator, ended a session, or changed what a restore of it replays."""
-        for restore in self._restores.values():
-            if restore.key == change.key:
-                restore.ended = restore.ended or change.ended is not None
-                restore.stale_since = max(restore.stale_since, change.revision)
-        session = self._residents.with_key(change.key)
+        for restore in self._registry.restores_of(change.key):
+            restore.ended = restore.ended or change.ended is not None
+            restore.stale_since = max(restore.stale_since, change.revision)
+        session = self._registry.with_key(change.key)
         if session is None:
             return
         if change.ended is not None:
             self._drop_ended(session, change.ended)
         else:
             session.stale_since = max(session.stale_since, change.revision)
-            self._drop_stale(session)
+            self._registry.usage_changed(session)
 
     def _drop_ended(self, session: ResidentSession, reason: EndReason) -> None:
         """Serve a session no more that has ended, and tell the application."""
-        self._residents.withdraw(session)
+        self._registry.unpublish(session)
 
         async def drop() -> None:
-            await self._have_leave(session, answer=responses.SESSION_ENDED)
+            await self._registry.stop(session, answer=responses.SESSION_ENDED)
             await self._tell_application(session, reason)
 
-        self.tasks.start_soon(drop)
+        self._tasks.start_soon(drop)
 
     async def _tell_application(self, session: ResidentSession, reason: EndReason) -> None:
         if self._on_end is None or session.record is None:
@@ -856,47 +766,17 @@ class DurableSessionManager(sdk.ManagerSeams):
         except Exception:
             logger.exception("the on_end hook failed")
 
-    # Memory
-
-    def used(self, session: ResidentSession) -> None:
-        """A copy became busy, or ceased to be."""
-        self._residents.used(session)
-        self._drop_stale(session)
-
-    def _drop_stale(self, session: ResidentSession) -> None:
-        """Evict a copy when another one has changed what a restore replays: the next request restores all of it."""
-        if session.stale and not session.busy and not session.leaving:
-            self._withdraw(session)
-
-    def _withdraw(self, session: ResidentSession) -> None:
-        """Let no request find a copy any more, and have it leave."""
-        self._residents.withdraw(session)
-        self.tasks.start_soon(self._have_leave, session)
-
-    async def _have_leave(self, session: ResidentSession, *, answer: str | None = None) -> None:
-        try:
-            await session.leave(answer=answer)
-        except Exception as error:
-            report_failure("eviction", error)
-
-    async def discard(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
-        """Evict the session of this transport; one that was restored under the same id stays."""
-        session = self._residents.get(session_id)
-        if session is not None and session.transport is transport:
-            await self._residents.evict(session)
-
     # Beside the requests
 
     async def _evict_unused(self) -> None:
         """Evict copies that nobody has used for a while, and those whose session has lived for as long as it may."""
-        for session in self._residents.idle_since(anyio.current_time() - self._evict_after):
-            self._withdraw(session)
-        for session in self._residents:
-            if session.outlived:
+        self._registry.evict_idle(anyio.current_time() - self._evict_after)
+        for session in self._registry:
+            if session.lifetime.past_absolute:
                 self._drop_ended(session, EndReason.EXPIRED)
-            elif session.expired:
+            elif session.past_idle:
                 # The store knows whether it was used elsewhere.
-                self._withdraw(session)
+                self._registry.evict_soon(session)
 
     async def _report(self) -> None:
         """Report activity, and learn which sessions are live no more."""
@@ -904,7 +784,7 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def _drop_not_live(self, keys: Collection[UUID]) -> None:
         """Serve sessions no more that turned out not to be live, for the reason for which they ended."""
-        if any(self._residents.with_key(key) for key in keys):
+        if any(self._registry.with_key(key) for key in keys):
             try:
                 await self._watch.poll()
             except SessionStoreError as error:
@@ -918,7 +798,7 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     def _drop_expired(self, keys: Collection[UUID]) -> None:
         for key in keys:
-            if (session := self._residents.with_key(key)) is not None:
+            if (session := self._registry.with_key(key)) is not None:
                 self._drop_ended(session, EndReason.EXPIRED)
 
     async def _sweep(self) -> None:
@@ -960,27 +840,12 @@ def _set_idle(store: SessionStore, session_idle_timeout: float | None) -> None:
     store.retention = RetentionPolicy.model_validate(policy.model_dump(exclude_unset=True) | {"idle": idle})
 
 
-def _principal(owner: AuthorizationContext | None) -> Principal | None:
-    return None if owner is None else Principal.of(**owner)
-
-
-@contextlib.contextmanager
-def _held_by(session: ResidentSession, handshake: Handshake, scope: Scope) -> Iterator[None]:
-    """While an HTTP answer waits for what may be a handshake: the middleware finds it, the copy's end settles it."""
-    scope[HANDSHAKE] = handshake
-    session.held.add(handshake)
-    try:
-        yield
-    finally:
-        session.held.discard(handshake)
-
-
 def _watch_stream(session: ResidentSession, send: Send) -> Send:
     """`send` of a GET, watched for the standalone stream's opening."""
 
     async def watched(message: Message) -> None:
         await send(message)
         if message["type"] == "http.response.start" and message["status"] == 200:
-            session.standalone_stream_open.set()
+            session.loop.standalone_stream_open.set()
 
     return watched

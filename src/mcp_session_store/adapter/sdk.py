@@ -21,7 +21,7 @@ from mcp_session_store.adapter.supported import SUPPORTED_SDK
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from anyio.abc import TaskGroup
     from anyio.streams.memory import MemoryObjectSendStream
@@ -41,14 +41,18 @@ if TYPE_CHECKING:
 __all__ = [
     "LiveStreams",
     "ManagerSeams",
+    "ManagerTasks",
     "TransportEvents",
     "is_fastmcp",
     "make_transport",
     "mcp_endpoint",
+    "owners_of",
     "scope_event_store",
     "serve_loop",
     "set_session_manager",
+    "transports_of",
     "underlying_server",
+    "was_started",
 ]
 
 # The transport's class and the server loop are looked up in this module when they are called, because
@@ -84,55 +88,63 @@ _check_sdk()
 
 
 class ManagerSeams(StreamableHTTPSessionManager):
-    """The SDK's session manager, with the seams that it keeps private under names of ours."""
+    """The SDK's session manager, with the seams that the session layer plugs into."""
 
-    async def serve_session_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request of the handshake era (2025-11-25 and earlier)."""
-        raise NotImplementedError
-
-    async def discard(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
-        """Have a transport leave memory, if it is this one that is resident."""
-        raise NotImplementedError
+    _serve_session: Callable[[Scope, Receive, Send], Awaitable[None]]
+    """Serves one request of the handshake era (2025-11-25 and earlier)."""
+    _evict_transport: Callable[[str, StreamableHTTPServerTransport], Awaitable[None]]
+    """Evicts the copy of a session that has this transport."""
 
     # The SDK decides here between a resident session, a new one, and 404: everything that a store
     # changes begins with this decision. Requests of the modern era (2026-07-28) never come here.
     async def _handle_stateful_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.serve_session_request(scope, receive, send)
+        await self._serve_session(scope, receive, send)
 
-    # The SDK forgets a session by its id, but copies share their id with their successors: whoever
-    # still calls this must not remove a successor.
+    # The SDK forgets a session by its id, but copies share their id with their successors: a late call
+    # of this must not remove a successor.
     async def _discard_session(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
-        await self.discard(session_id, transport)
+        await self._evict_transport(session_id, transport)
 
-    def event_store_for(self, session_id: str) -> EventStore | None:  # noqa: ARG002 - for who overrides it
-        """The event store that the transport of this session gets."""
+    def _event_store_for(self, session_id: str) -> EventStore | None:  # noqa: ARG002 - for overrides
+        """Return the event store that the transport of this session gets."""
         return self.event_store
 
-    @property
-    def transports(self) -> dict[str, StreamableHTTPServerTransport]:
-        """The SDK's own table of what is resident; FastMCP and users' tests read it, so it is kept true."""
-        return self._server_instances
 
-    @property
-    def owners(self) -> dict[str, AuthorizationContext]:
-        """The SDK's own table of whose session each one is; kept true for the same readers."""
-        return self._session_owners
+class ManagerTasks:
+    """The task group that a manager holds open while it runs; its tasks outlive the request that starts them.
 
-    @property
-    def tasks(self) -> TaskGroup:
-        """The task group that `run()` holds open; session tasks outlive the request that starts them."""
-        # The SDK's handler has refused the request before anybody gets here without one.
-        return cast("TaskGroup", self._task_group)
+    Args:
+        manager: The manager.
+    """
 
-    @property
-    def was_started(self) -> bool:
-        """Whether `run()` was entered, which it can be once."""
-        return self._has_started
+    __slots__ = ("_manager",)
 
-    @property
-    def lifespan_state(self) -> Any:
-        """What the server's lifespan yielded, for the server loop of each session."""
-        return self._lifespan_state
+    def __init__(self, manager: ManagerSeams) -> None:
+        self._manager = manager
+
+    def start_soon(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
+        """Start a task and do not wait for it."""
+        # The SDK refuses each request that comes while the manager does not run.
+        cast("TaskGroup", self._manager._task_group).start_soon(function, *args)
+
+    def start(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Awaitable[Any]:
+        """Start a task and wait until it says that it has started."""
+        return cast("TaskGroup", self._manager._task_group).start(function, *args)
+
+
+def transports_of(manager: ManagerSeams) -> dict[str, StreamableHTTPServerTransport]:
+    """Return the SDK's own table of resident transports; FastMCP and users' tests read it, so it is kept true."""
+    return manager._server_instances
+
+
+def owners_of(manager: ManagerSeams) -> dict[str, AuthorizationContext]:
+    """Return the SDK's own table of the principals of resident sessions; kept true for the same readers."""
+    return manager._session_owners
+
+
+def was_started(manager: ManagerSeams) -> bool:
+    """Return whether `run()` of a manager was entered, which it can be once."""
+    return manager._has_started
 
 
 class TransportEvents(Protocol):
@@ -169,7 +181,7 @@ def make_transport(
         session_id: The session.
         events: Where its events go; `None`: to the manager's event store, if it has one.
     """
-    event_store = manager.event_store_for(session_id) if events is None else events
+    event_store = manager._event_store_for(session_id) if events is None else events
     transport: StreamableHTTPServerTransport = _manager_module.StreamableHTTPServerTransport(
         mcp_session_id=session_id,
         is_json_response_enabled=manager.json_response,
@@ -234,7 +246,7 @@ def serve_loop(
 ) -> Awaitable[None]:
     """The SDK's server loop over this pair of streams."""
     loop: Awaitable[None] = _manager_module.serve_loop(
-        manager.app, read, write, lifespan_state=manager.lifespan_state, session_id=session_id
+        manager.app, read, write, lifespan_state=manager._lifespan_state, session_id=session_id
     )
     return loop
 

@@ -1,4 +1,4 @@
-"""What the adapter counts, through OpenTelemetry's API: no payload, no session id."""
+"""Counters of the adapter, through OpenTelemetry's API: they hold no payload and no session id."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from mcp_session_store.adapter.replay.journal import MAX_PARAMS, MAX_SUBJECT, Jo
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, wait_for
+from tests.support.internals import registry_of, resident_of, stopping_in
 
 if TYPE_CHECKING:
     from tests.support.asgi import Client
@@ -95,7 +96,7 @@ async def revision(store: FaultyStore, session_id: str) -> int:
 
 
 def resident_revision(one: Instance) -> int:
-    (session,) = one.manager._residents
+    (session,) = registry_of(one.manager)
     assert session.record is not None
     return session.record.revision
 
@@ -304,7 +305,7 @@ async def test_a_journaled_call_in_a_session_that_has_ended_is_answered_by_an_er
         assert answer.error["message"] in ("Session not found", "Session ended")
         assert (await client.ping()).status == 404
         await one.manager._watch.poll()
-        await until(lambda: one.manager._residents._leaving == {})
+        await until(lambda: stopping_in(one.manager) == {})
         one.assert_seats_match()
         await until(lambda: ends != [])
     assert ends == [EndReason.OPERATOR]
@@ -386,7 +387,7 @@ async def test_notifications_of_a_journaled_method_are_not_journaled(store: Faul
         await client.handshake()
         await client.notify("logging/setLevel", {"level": "debug"})
         await client.ping()
-        await until(lambda: not one.manager._residents._published[str(client.session_id)].busy)
+        await until(lambda: not resident_of(one.manager, str(client.session_id)).busy)
         assert store.counts()["write_journal"] == 0
 
 
@@ -535,7 +536,7 @@ async def test_a_replayed_call_that_hangs_keeps_no_session_from_coming_back(
         await until(lambda: len(notes.set_again) == 3)
         # The late answer, and what came with it, is nothing for the client.
         assert (await client.ping()).result == {}
-        await until(lambda: not any(session.unsettled for session in two.manager._residents))
+        await until(lambda: not any(session.in_flight for session in registry_of(two.manager)))
         assert stream.messages == []
         # All that was replayed was known to be.
         assert other_store.counts()["write_journal"] == 0
@@ -655,7 +656,7 @@ async def test_a_busy_copy_with_an_older_revision_is_evicted_when_it_is_not_busy
             used = client.open_call("wait")
             await until(lambda: notes.waiting == 1)
         await subscribe(two.client(session_id), "notes://1")
-        await until(lambda: one.manager._residents._published[session_id].stale)
+        await until(lambda: resident_of(one.manager, session_id).stale)
         await one.manager._watch.poll()
         assert (await client.ping()).status == 200
         assert one.residents == 1
@@ -852,7 +853,7 @@ async def test_a_restore_of_a_session_that_keeps_changing_gives_up(
 
             store.before("claim", change)
             assert (await one.client(session_id).ping()).status == 503
-            await until(lambda: one.manager._residents._leaving == {})
+            await until(lambda: stopping_in(one.manager) == {})
             one.assert_seats_match()
             store.up()
             assert (await one.client(session_id).ping()).status == 200

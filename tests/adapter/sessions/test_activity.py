@@ -16,7 +16,7 @@ from mcp_session_store.adapter.sessions.activity import checked_interval
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.support.asgi import Client, until
 from tests.support.instances import Notes, instance, principal, running
-from tests.support.internals import rows_of
+from tests.support.internals import registry_of, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -215,15 +215,15 @@ async def test_activity_that_was_held_back_is_reported_before_the_session_expire
         client = one.client()
         await client.handshake()
         await reported(one, store)
-        await until(lambda: one.manager._residents.with_key(session_key(str(client.session_id))) is not None)
+        await until(lambda: registry_of(one.manager).with_key(session_key(str(client.session_id))) is not None)
         clock.advance(timedelta(minutes=30))
         await client.ping()
         await report(one)
         assert store.touches == []
         # Nothing more is heard of the client; the report that fits in still comes.
-        session = one.manager._residents.with_key(session_key(str(client.session_id)))
+        session = registry_of(one.manager).with_key(session_key(str(client.session_id)))
         assert session is not None
-        session.reported_at += 86400
+        session.lifetime.reported_at += 86400
         clock.advance(timedelta(hours=22))
         await report(one)
         assert len(store.touches) == 1
@@ -531,8 +531,8 @@ async def test_a_report_learns_which_sessions_have_expired(store: FaultyStore, s
         await live.handshake()
         await reported(one, store)
         # Due, without the time that would have the poll verify all.
-        for session in one.manager._residents:
-            session.reported_at -= 7200
+        for session in registry_of(one.manager):
+            session.lifetime.reported_at -= 7200
         stream = await expired.get_stream()
         await live.ping()
         # What this instance does not know of, such as a policy that another one has.

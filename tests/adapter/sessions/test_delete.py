@@ -12,6 +12,7 @@ from mcp_session_store.adapter import manager
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
+from tests.support.internals import stopping_in
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -235,7 +236,7 @@ async def test_a_delete_that_comes_during_a_restore_wins(store: FaultyStore, ste
         if claim is not None:
             claim.release()
         assert (await first.answer()).status == 404
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert one.residents == 0
         one.assert_seats_match()
         assert (await client.ping()).status == 404

@@ -19,7 +19,7 @@ from tests.support.asgi import Client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
-from tests.support.internals import exit_stack_of, is_listened_to, rows_of
+from tests.support.internals import exit_stack_of, is_listened_to, registry_of, rows_of, stopping_in
 
 if TYPE_CHECKING:
     from mcp_session_store import SessionRecord
@@ -81,7 +81,7 @@ class Used:
         assert (await self.client.ping()).status == 404
         assert (await self.client.open("GET").answer()).status == 404
         assert (await self.client.delete()).status == 404
-        await until(lambda: self.one.manager._residents._leaving == {})
+        await until(lambda: stopping_in(self.one.manager) == {})
         assert self.one.residents == 0
         self.one.assert_seats_match()
 
@@ -181,7 +181,7 @@ async def test_the_session_is_refused_while_its_copy_still_leaves(store: FaultyS
         session_id = await one.client().handshake()
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0)
-        assert one.manager._residents.leaving(session_id) is not None
+        assert registry_of(one.manager).stopping(session_id) is not None
         assert (await one.client(session_id).ping()).status == 404
         proceed.set()
 
@@ -202,7 +202,7 @@ async def test_a_client_that_reads_no_answer_does_not_keep_the_copy(
         await until(lambda: one.notes.waiting == 1)
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0 and one.notes.waiting == 0)
-        await until(lambda: one.manager._residents._leaving == {})
+        await until(lambda: stopping_in(one.manager) == {})
         one.assert_seats_match()
         call.cancel()
 
@@ -408,7 +408,7 @@ async def test_a_session_that_ends_elsewhere_while_it_is_restored_is_not_publish
         claim.release()
         assert (await call.answer()).status == 404
         assert one.notes.genuine("tools/call") == []
-        await until(lambda: one.manager._residents._leaving == {})
+        await until(lambda: stopping_in(one.manager) == {})
         assert one.residents == 0
         one.assert_seats_match()
         assert (await one.client(session_id).ping()).status == 404
@@ -624,7 +624,7 @@ async def test_a_session_that_ends_elsewhere_during_its_second_initialize_is_ove
         await until(lambda: one.residents == 0)
         answer = await again.answer()
         assert answer.status in (404, 503) or answer.error["message"] == "Session ended"
-        await until(lambda: one.manager._residents._leaving == {})
+        await until(lambda: stopping_in(one.manager) == {})
         one.assert_seats_match()
         assert (await client.ping()).status == 404
         proceed.set()

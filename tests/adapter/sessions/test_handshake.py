@@ -16,6 +16,7 @@ from sse_starlette import EventSourceResponse
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS, Answer
 from tests.support.instances import Notes, instance, wait_for
+from tests.support.internals import stopping_in
 
 if TYPE_CHECKING:
     from mcp.server.context import HandlerResult
@@ -30,7 +31,7 @@ INITIALIZE: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": "initialize",
 
 def assert_nothing_stays(one: Instance) -> None:
     assert one.residents == 0
-    assert one.manager._residents._leaving == {}
+    assert stopping_in(one.manager) == {}
     one.assert_seats_match()
 
 
@@ -104,7 +105,7 @@ async def test_a_handshake_that_cannot_be_stored_is_answered_503_without_an_id(
         store.down("create")
         client = one.client()
         assert_unavailable(await client.initialize())
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
         assert [entry for entry in caplog.records if entry.name.startswith("mcp_session_store")], "it is not silent"
         store.up()
@@ -119,7 +120,7 @@ async def test_a_commit_whose_outcome_is_unknown_is_answered_503_without_an_id(
         store.lose_the_answer_of("create")
         assert_unavailable(await one.client().initialize())
         assert store.records == 1
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
 
 
@@ -127,7 +128,7 @@ async def test_a_bug_while_a_handshake_is_stored_is_answered_503(store: FaultySt
     async with instance(store, json_response=json_response) as one:
         store.broken("create")
         assert_unavailable(await one.client().initialize())
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
 
 
@@ -158,7 +159,7 @@ async def test_a_handshake_that_a_middleware_refuses_opens_nothing(
         assert answer.status == 200
         assert answer.error["code"] == -32001
         assert answer.session_id is None
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
         assert store.records == 0
 
@@ -184,7 +185,7 @@ async def test_params_that_cannot_be_stored_are_refused_and_open_nothing(
         assert answer.status == 200
         assert answer.error["code"] == types.INVALID_PARAMS
         assert answer.session_id is None
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
         assert store.records == 0
 
@@ -223,7 +224,7 @@ async def test_an_opening_request_that_is_refused_carries_no_id(
         answer = await one.client().open(method, message, **headers).answer()
         assert 400 <= answer.status < 500
         assert answer.session_id is None
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
         assert store.counts()["create"] == 0
 
@@ -245,7 +246,7 @@ async def test_a_client_that_leaves_before_the_commit_leaves_nothing_behind(
         opening.cancel()
         await opening.end()
         assert opening.sent == []
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
         assert store.records == 0
 
@@ -258,7 +259,7 @@ async def test_a_client_that_leaves_during_the_commit_leaves_no_copy(store: Faul
         opening.cancel()
         await opening.end()
         assert opening.sent == []
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
 
 
@@ -271,7 +272,7 @@ async def test_the_end_of_an_event_stream_during_the_commit_leaves_no_copy(store
         opening.disconnect()
         await opening.end()
         assert opening.sent == []
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
         assert store.records == 0
 
@@ -285,7 +286,7 @@ async def test_a_server_loop_that_cannot_start_is_answered_503(
     async with instance(store, json_response=json_response) as one:
         monkeypatch.setattr(streamable_http_manager, "serve_loop", broken)
         assert_unavailable(await one.client().initialize())
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert_nothing_stays(one)
 
 

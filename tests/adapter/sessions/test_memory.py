@@ -16,7 +16,7 @@ from mcp_session_store.adapter.responses import MemoryFull
 from tests.support.asgi import Client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
-from tests.support.internals import exit_stack_of
+from tests.support.internals import exit_stack_of, registry_of, stopping_in
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -155,9 +155,9 @@ async def test_a_request_that_pins_a_session_is_not_given_a_leaving_copy(store: 
             call = client.open_call("add", {"a": 1, "b": 2})
             for _ in range(turns):
                 await anyio.lowlevel.checkpoint()
-            session = one.manager._residents.get(session_id)
+            session = registry_of(one.manager).get(session_id)
             if session is not None and not session.busy:
-                await one.manager._residents.evict(session)
+                await registry_of(one.manager).evict(session)
             assert (await call.answer()).text == "3"
         one.assert_seats_match()
 
@@ -181,9 +181,9 @@ def hold_the_exit(notes: Notes) -> tuple[anyio.Event, anyio.Event]:
 
 
 async def evict(one: Instance, session_id: str) -> None:
-    session = one.manager._residents.get(session_id)
+    session = registry_of(one.manager).get(session_id)
     assert session is not None
-    await one.manager._residents.evict(session)
+    await registry_of(one.manager).evict(session)
 
 
 async def terminate(one: Instance, session_id: str) -> None:
@@ -212,7 +212,7 @@ async def test_a_successor_waits_until_the_copy_before_it_has_cleaned_up(
         proceed.set()
         assert (await call.answer()).text == "3"
         assert one.residents == 1
-        assert one.manager._residents._leaving == {}
+        assert stopping_in(one.manager) == {}
         one.assert_seats_match()
 
 
@@ -226,7 +226,7 @@ async def test_a_copy_that_does_not_leave_is_answered_503(store: FaultyStore, mo
         await evict(one, session_id)
         assert (await client.ping()).status == 503
         proceed.set()
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert (await client.ping()).status == 200
 
 
@@ -248,7 +248,7 @@ async def test_a_copy_that_is_discarded_late_does_not_remove_its_successor(store
         client = one.client(user=alice)
         session_id = await client.handshake()
         old = one.manager._server_instances[session_id]
-        old_session = one.manager._residents.get(session_id)
+        old_session = registry_of(one.manager).get(session_id)
         assert old_session is not None
         await one.terminate(session_id)
         assert (await client.ping()).status == 200
@@ -256,8 +256,8 @@ async def test_a_copy_that_is_discarded_late_does_not_remove_its_successor(store
         assert successor is not old
         for _ in range(2):
             await one.manager._discard_session(session_id, old)
-            await one.manager._residents.evict(old_session)
-            one.manager._residents.gone(old_session)
+            await registry_of(one.manager).evict(old_session)
+            registry_of(one.manager).on_stopped(old_session)
         assert one.manager._server_instances[session_id] is successor
         assert one.manager._session_owners[session_id]["client_id"] == "alice"
         one.assert_seats_match()
@@ -382,7 +382,7 @@ async def test_a_wrong_principal_and_unknown_ids_take_no_seat(store: FaultyStore
         exchanges = [one.client(f"{n:032x}").open_request("ping") for n in range(10)]
         exchanges.append(one.client(session_id, user=principal("mallory")).open_request("ping"))
         await until(lambda: load.calls == 11)
-        assert one.manager._residents.seats == 0
+        assert registry_of(one.manager).reserved == 0
         load.release()
         assert {(await exchange.answer()).status for exchange in exchanges} == {404}
         assert (await one.client(session_id).ping()).status == 200
@@ -475,9 +475,9 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
             # The SDK's 500 is for a request from under which a DELETE, or `terminate()`, took the session.
             if exchange.sent and not any(text in exchange.body for text in TAKEN_AWAY):
                 assert exchange.status in (200, 202, 404, 409, 503), exchange.body
-        await until(lambda: not one.manager._restores and not one.manager._residents._leaving)
+        await until(lambda: not registry_of(one.manager).restores and not stopping_in(one.manager))
         one.assert_seats_match()
-        await until(lambda: one.residents == 0 or all(s.unsettled for s in one.manager._residents))
+        await until(lambda: one.residents == 0 or all(s.in_flight for s in registry_of(one.manager)))
         one.assert_seats_match()
         assert (await one.client().initialize()).status == 200
 
@@ -487,7 +487,7 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
 
 def in_memory(one: Instance) -> set[str]:
     """The sessions whose copies requests find."""
-    return {session.session_id for session in one.manager._residents}
+    return {session.session_id for session in registry_of(one.manager)}
 
 
 async def test_ten_seats_serve_any_number_of_sessions_that_are_used_one_after_another(
@@ -503,13 +503,13 @@ async def test_ten_seats_serve_any_number_of_sessions_that_are_used_one_after_an
         for client in clients:
             await client.handshake()
             assert one.residents <= 10
-            assert one.manager._residents.seats <= 10
+            assert registry_of(one.manager).reserved <= 10
         for turn in range(3):
             for number, client in enumerate(clients):
                 answer = await client.call("add", {"a": number, "b": turn})
                 assert (answer.status, answer.text) == (200, str(number + turn))
                 assert one.residents <= 10
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         one.assert_seats_match()
         assert one.residents == 10
         calls = one.notes.genuine("tools/call")
@@ -540,7 +540,7 @@ async def test_the_copy_that_nobody_has_used_for_longest_makes_room(store: Fault
         # A restore takes a seat as well.
         assert (await clients[2].ping()).status == 200
         assert in_memory(one) == {ids[2], fourth, fifth}
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         one.assert_seats_match()
 
 
@@ -581,7 +581,7 @@ async def test_a_copy_in_use_makes_no_room(store: FaultyStore, json_response: bo
         assert int(refused.headers["retry-after"]) > 0
         assert refused.session_id is None
         assert in_memory(one) == before
-        assert one.manager._residents.seats == 1
+        assert registry_of(one.manager).reserved == 1
         # It is over, and there is room.
         notes.on_initialize = notes.on_initialized = None
         proceed.set()
@@ -591,9 +591,9 @@ async def test_a_copy_in_use_makes_no_room(store: FaultyStore, json_response: bo
         elif use == "stream":
             stream.disconnect()
             await stream.end()
-        await until(lambda: [session.busy for session in one.manager._residents] == [False])
+        await until(lambda: [session.busy for session in registry_of(one.manager)] == [False])
         assert (await one.client().initialize()).status == 200
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert one.residents == 1
 
 
@@ -605,14 +605,14 @@ async def test_copies_whose_clean_up_hangs_do_not_pile_up(store: FaultyStore) ->
         for _ in range(4):
             ids.append(await one.client().handshake())
             await one.at_rest()
-        assert len(one.manager._residents._leaving) == 2
+        assert len(stopping_in(one.manager)) == 2
         refused = await one.client().initialize()
         assert refused.status == 503
         assert int(refused.headers["retry-after"]) > 0
         assert (await one.client(ids[-1]).ping()).status == 200
         assert in_memory(one) == set(ids[2:])
         proceed.set()
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert (await one.client().initialize()).status == 200
         one.assert_seats_match()
 
@@ -658,7 +658,7 @@ async def test_requests_at_once_for_more_sessions_than_seats_are_served_or_told_
                     if answer.status == 200:
                         assert answer.text == str(number)
                         done.add(number)
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         one.assert_seats_match()
 
 
@@ -675,7 +675,7 @@ async def test_a_copy_leaves_when_nobody_has_used_it_for_a_while(store: FaultySt
         clock.advance(timedelta(minutes=2))
         await one.manager._evict_unused()
         assert in_memory(one) == {used.session_id}
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         one.assert_seats_match()
         assert (await quiet.ping()).status == 200
         assert len(one.notes.replayed("initialize")) == 1
@@ -736,13 +736,13 @@ async def test_an_initialize_whose_body_comes_in_pieces_has_another_copy_make_ro
 def test_the_table_of_copies_is_in_order_whatever_happens(store: FaultyStore) -> None:
     async def run() -> None:
         manager = manager_module.DurableSessionManager(Notes().server, store, max_sessions=2)
-        residents = manager._residents
-        assert residents.take_seat(may_evict=True) is None
-        assert residents.take_seat(may_evict=True) is None
-        assert residents.seats == 2
+        registry = registry_of(manager)
+        registry.reserve(may_evict=True)
+        registry.reserve(may_evict=True)
+        assert registry.reserved == 2
         # Nobody is published, so nobody can make room.
         with pytest.raises(MemoryFull):
-            residents.take_seat(may_evict=True)
-        assert residents.seats == 2
+            registry.reserve(may_evict=True)
+        assert registry.reserved == 2
 
     anyio.run(run)

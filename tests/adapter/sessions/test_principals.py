@@ -10,6 +10,7 @@ import pytest
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.support.asgi import Client, seen_by_a_client, until
 from tests.support.instances import Notes, instance, principal, wait_for
+from tests.support.internals import registry_of
 
 if TYPE_CHECKING:
     from tests.support.asgi import Exchange
@@ -181,7 +182,7 @@ async def test_a_wrong_principal_does_not_keep_a_session_busy_or_prolong_it(stor
         wrong = one.client(session_id, user=principal("mallory"))
         for kind in ("a call", "a notification", "GET"):
             assert (await same_request(wrong, kind).answer()).status == 404
-        (resident,) = one.manager._residents
+        (resident,) = registry_of(one.manager)
         assert resident.pins == 0
         await one.manager._report()
         assert store.touches == []

@@ -21,7 +21,7 @@ from mcp_session_store import EndReason, MemorySessionStore, RestoreRefused, Ses
 from tests.support.asgi import Client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, open_session, principal, wait_for
-from tests.support.internals import exit_stack_of
+from tests.support.internals import exit_stack_of, registry_of, stopping_in
 
 if TYPE_CHECKING:
     from mcp.server.context import HandlerResult
@@ -218,7 +218,7 @@ async def test_the_disconnect_of_the_request_that_led_a_restore_fails_none_of_th
         assert [(await other.answer()).text for other in others] == [str(n) for n in range(10)]
         assert len(notes.replayed("initialize")) == 1
         await leader.end()
-        await until(lambda: next(iter(one.manager._residents)).pins == 0)
+        await until(lambda: next(iter(registry_of(one.manager))).pins == 0)
 
 
 async def test_a_restore_that_nobody_waits_for_any_more_is_carried_through(store: FaultyStore) -> None:
@@ -233,7 +233,7 @@ async def test_a_restore_that_nobody_waits_for_any_more_is_carried_through(store
         await first.end()
         proceed.set()
         await until(lambda: one.residents == 1)
-        assert not next(iter(one.manager._residents)).busy
+        assert not next(iter(registry_of(one.manager))).busy
         assert (await client.ping()).status == 200
         assert len(notes.replayed("initialize")) == 1
 
@@ -443,7 +443,7 @@ async def test_a_handshake_that_turns_out_otherwise_is_answered_404_and_leaves_t
             answer = await deployed.client(session_id).ping()
             assert answer.status == 404
             assert answer.session_id is None
-        await until(lambda: not deployed.manager._residents._leaving)
+        await until(lambda: not stopping_in(deployed.manager))
         deployed.assert_seats_match()
         assert notes.initialized == []
         assert await store.record(session_id) == before
@@ -461,7 +461,7 @@ async def test_a_replay_that_hangs_is_answered_503(store: FaultyStore, json_resp
         answers = [await exchange.answer() for exchange in exchanges]
         assert {answer.status for answer in answers} == {503}
         assert all("retry-after" in answer.headers for answer in answers)
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         one.assert_seats_match()
         assert await store.record(session_id) == before
         proceed.set()
@@ -492,7 +492,7 @@ async def test_a_replay_that_hangs_and_does_not_let_itself_be_cancelled_is_answe
                 assert (await exchange.answer()).status == 503
         finally:
             proceed.set()
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         one.assert_seats_match()
         assert (await one.client(session_id).ping()).status == 200
 
@@ -521,7 +521,7 @@ async def test_a_server_loop_that_ends_while_the_claim_runs_is_answered_503(
             exchange = client.open_request("ping")
             await claim.wait_entered()
             crash.set()
-            await until(lambda: one.manager._residents.seats == 0)
+            await until(lambda: registry_of(one.manager).reserved == 0)
             claim.release()
             assert (await exchange.answer()).status == 503
         one.assert_seats_match()
@@ -562,7 +562,7 @@ async def test_a_store_that_fails_during_a_restore_is_answered_503(
             assert answer.status == 503
             assert int(answer.headers["retry-after"]) > 0
             assert answer.session_id is None
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert one.residents == 0
         one.assert_seats_match()
         store.up()
@@ -581,7 +581,7 @@ async def test_a_session_that_ends_elsewhere_while_it_is_restored_is_answered_40
         assert (await two.client(session_id).delete()).status == 200
         proceed.set()
         assert (await exchange.answer()).status == 404
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         assert one.residents == 0
         one.assert_seats_match()
 
@@ -601,7 +601,7 @@ async def test_a_session_that_is_initialized_again_elsewhere_while_it_is_restore
         told = json.loads((await exchange.answer()).text)
         assert told["params"]["clientInfo"]["name"] == "newer"
         assert len(notes.replayed("initialize")) == 2
-        await until(lambda: not one.manager._residents._leaving)
+        await until(lambda: not stopping_in(one.manager))
         one.assert_seats_match()
 
 
@@ -773,7 +773,7 @@ async def test_a_spray_of_unknown_ids_leaves_nothing_in_memory(store: FaultyStor
         assert {(await exchange.answer()).status for exchange in exchanges} == {404}
         assert one.notes.seen == []
         assert store.counts() == {"open": 1, "load": 200}
-        assert one.manager._restores == {}
+        assert registry_of(one.manager).restores == {}
         assert_empty(one)
 
 

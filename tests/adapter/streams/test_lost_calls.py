@@ -18,6 +18,7 @@ from mcp_session_store.settings import InstanceSettings
 from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog, FaultyStore
 from tests.support.instances import instance
+from tests.support.internals import registry_of, stopping_in
 from tests.support.streams import away, one_more_turn, opened, without_ids
 from tests.support.talking import Talking, hears, told
 
@@ -365,9 +366,9 @@ async def test_an_answer_that_is_being_stored_when_its_copy_leaves_is_not_lost(
     call.answer("precious")
     await held.wait_entered()
     log.up()
-    session = one.manager._residents.get(session_id)
+    session = registry_of(one.manager).get(session_id)
     assert session is not None
-    await one.manager._residents.evict(session)
+    await registry_of(one.manager).evict(session)
     resumed = client.open_stream(last_event_id)
     await resumed.end()
     assert told(resumed.messages) == ["precious"]
@@ -382,7 +383,7 @@ async def test_a_copy_whose_answers_are_not_stored_yet_is_in_use(store: FaultySt
         client = one.client()
         session_id = await client.handshake()
         call, last_event_id = await away(talking, client)
-        session = one.manager._residents.get(session_id)
+        session = registry_of(one.manager).get(session_id)
         assert session is not None
         # Another copy has changed what a restore replays: this one leaves as soon as nobody uses it.
         session.stale_since = 99
@@ -519,7 +520,7 @@ async def test_the_end_of_a_session_is_told_though_the_log_hangs(
     await resumed.end()
     assert told(connected.messages) == ["Session ended"]
     assert told(resumed.messages) == ["ended"]
-    await until(lambda: not one.manager._residents._leaving)
+    await until(lambda: not stopping_in(one.manager))
     await one_more_turn()
     # Its events are gone with it: none is asked for, and none is stored.
     assert held.calls == 0
@@ -626,9 +627,9 @@ async def test_an_answer_whose_copy_is_leaving_is_stored_before_its_instance_sto
         await held.wait_entered()
         # Storing it is cancelled, and begun again.
         again = log.hold("append")
-        session = one.manager._residents.get(session_id)
+        session = registry_of(one.manager).get(session_id)
         assert session is not None
-        await one.manager._residents.evict(session)
+        await registry_of(one.manager).evict(session)
         await again.wait_entered()
 
         async def release() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from uuid import UUID
 
-    from mcp_session_store.adapter.sessions.registry import Residents
+    from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.store import SessionStore
@@ -66,13 +66,13 @@ class ActivityReporter:
 
     Args:
         store: Where to.
-        residents: The copies that are in memory. One that is busy is active.
+        registry: Registry of the copies in memory. One that is busy is active.
         interval: Seconds between two reports.
     """
 
-    def __init__(self, store: SessionStore, residents: Residents, *, interval: float) -> None:
+    def __init__(self, store: SessionStore, registry: Registry, *, interval: float) -> None:
         self._store = store
-        self._residents = residents
+        self._registry = registry
         self.interval: Final = interval
         idle = store.retention.idle
         self._gap = GAP_WITHOUT_IDLE if idle is None else idle.total_seconds() / 20
@@ -102,12 +102,13 @@ class ActivityReporter:
 
     def _expires_soon(self, session: ResidentSession, now: float) -> bool:
         """Whether a session will expire unless its activity is reported: it is new, or was not used for long."""
-        can_be_extended = session.expiry_reported < session.ends_at
-        return can_be_extended and now > session.expiry_reported - 2 * self.interval
+        lifetime = session.lifetime
+        can_be_extended = lifetime.expiry_reported < lifetime.ends_at
+        return can_be_extended and now > lifetime.expiry_reported - 2 * self.interval
 
     def gather(self, *, everything: bool = False) -> None:
         """Note which copies are in use now; if asked for, of all others when they were last used."""
-        for session in self._residents:
+        for session in self._registry:
             if session.record is None:
                 continue
             if session.busy:
@@ -115,7 +116,7 @@ class ActivityReporter:
             elif (unreported := self._unreported.get(session.record.key)) is not None:
                 # It was in use until its last request was over.
                 unreported.last = max(unreported.last, session.idle_since)
-            elif everything and session.reported_at > -math.inf:
+            elif everything and session.lifetime.reported_at > -math.inf:
                 # Not those that are new and were never used.
                 self._unreported[session.record.key] = _Unreported(session.idle_since, session.idle_since)
 
@@ -158,15 +159,15 @@ class ActivityReporter:
         finally:
             self._under_way = [others for others in self._under_way if others is not reported]
         for key in reported.keys() - not_live:
-            if (session := self._residents.with_key(key)) is not None:
-                session.reported(reported[key].last, self._store.retention)
+            if (session := self._registry.with_key(key)) is not None:
+                session.lifetime.reported(reported[key].last, self._store.retention)
         return not_live
 
     def _is_due(self, key: UUID, now: float) -> bool:
-        session = self._residents.with_key(key)
+        session = self._registry.with_key(key)
         if session is None:
             return True
-        return now >= session.reported_at + self._gap or self._expires_soon(session, now)
+        return now >= session.lifetime.reported_at + self._gap or self._expires_soon(session, now)
 
 
 def _merge(some: dict[UUID, _Unreported], *, into: dict[UUID, _Unreported]) -> None:

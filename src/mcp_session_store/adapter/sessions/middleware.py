@@ -1,4 +1,4 @@
-"""The one entry of ours in `Server.middleware`: it stores what a restore replays, and learns when handlers return."""
+"""The one middleware of ours in `Server.middleware`: it stores what a restore replays, and notes handlers' returns."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mcp_session_store.adapter.sessions.handshake import (
     held_handshake,
     negotiated_version,
 )
+from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import resident_session
 from mcp_session_store.errors import JournalFull
 
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
     from mcp.server.lowlevel.server import Server
 
+    from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = ["install", "session_middleware"]
 
 
 def install(server: Server[Any]) -> None:
-    """Make it the outermost middleware of the server; again changes nothing.
+    """Make the session middleware the outermost one of the server; a second call changes nothing.
 
     Outermost, because what is stored is what the whole chain let through, and because a failure to
     store still vetoes the handshake: the SDK commits it only when the chain has succeeded.
@@ -40,34 +42,36 @@ def install(server: Server[Any]) -> None:
 
 
 async def session_middleware(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
-    """See the module. Messages outside of a resident session (stdio, 2026-07-28) pass untouched."""
-    session = resident_session(ctx.request)
+    """Store handshakes and journaled calls; messages outside of a resident session (stdio, 2026-07-28) pass by."""
+    request: Any = ctx.request
+    session = resident_session(request)
     if session is None:
         return await call_next(ctx)
-    replay = session.replay or session.late_replay
+    replay = session.loop.replay or session.loop.late_replay
     try:
-        if replay is not None and replay.owns(ctx.request):
+        if replay is not None and replay.owns(request):
             return await call_next(ctx)
-        handshake = held_handshake(ctx.request)
+        handshake = held_handshake(request)
         if ctx.method == "initialize" and ctx.request_id is not None:
-            return await _store(ctx, call_next, session, handshake or Handshake())
+            return await _store_handshake(ctx, call_next, session, handshake or Handshake())
         if handshake is not None:
             handshake.settle(HandshakeOutcome.NOT_OPENED)
-        if ctx.request_id is not None and session.recorder.journal.holds(ctx.method):
-            return await _journal(ctx, call_next, session)
+        if ctx.request_id is not None and request.scope[RECORD_WRITER].journal.holds(ctx.method):
+            return await _store_call(ctx, call_next, session)
         return await call_next(ctx)
     finally:
-        session.settled(ctx.request_id)
-        if replay is not None and ctx.method == "notifications/initialized" and replay.owns(ctx.request):
+        session.finished(ctx.request_id)
+        if replay is not None and ctx.method == "notifications/initialized" and replay.owns(request):
             replay.handler_done()
 
 
-async def _store(
+async def _store_handshake(
     ctx: ServerRequestContext[Any, Any], call_next: CallNext, session: ResidentSession, handshake: Handshake
 ) -> HandlerResult:
     handshake.request_id = ctx.request_id
-    session.handshake = handshake
-    params = InitializeParams.encode(ctx.params, limit=session.recorder.max_initialize_params)
+    session.loop.handshake = handshake
+    writer = _writer_of(ctx)
+    params = InitializeParams.encode(ctx.params, limit=writer.max_initialize_params)
     result = await call_next(ctx)
     if isinstance(result, ErrorData):
         # A middleware may refuse by returning it; the SDK makes an error of it after the chain.
@@ -78,7 +82,7 @@ async def _store(
     if not version:
         raise MCPError(code=INTERNAL_ERROR, message="The server answered initialize without a protocolVersion")
     try:
-        live = await session.recorder.record_handshake(session, params, version)
+        live = await writer.record_handshake(session, params, version)
     except Exception as error:
         answer = answer_to(error)
         handshake.settle(answer)
@@ -90,14 +94,17 @@ async def _store(
     return result
 
 
-async def _journal(ctx: ServerRequestContext[Any, Any], call_next: CallNext, session: ResidentSession) -> HandlerResult:
-    """Let a call set its state, and commit it before it is answered."""
-    write = session.recorder.journal.write(ctx.method, ctx.params)
+async def _store_call(
+    ctx: ServerRequestContext[Any, Any], call_next: CallNext, session: ResidentSession
+) -> HandlerResult:
+    """Let a call set its state, and commit the call before it is answered."""
+    writer = _writer_of(ctx)
+    write = writer.journal.write(ctx.method, ctx.params)
     result = await call_next(ctx)
     if isinstance(result, ErrorData):
         return result
     try:
-        live = await session.recorder.record_call(session, write)
+        live = await writer.record_call(session, write)
     except JournalFull as error:
         raise MCPError(code=INVALID_REQUEST, message=str(error)) from error
     except Exception as error:
@@ -105,3 +112,9 @@ async def _journal(ctx: ServerRequestContext[Any, Any], call_next: CallNext, ses
     if not live:
         raise MCPError(code=SESSION_NOT_FOUND.code, message=SESSION_NOT_FOUND.message)
     return result
+
+
+def _writer_of(ctx: ServerRequestContext[Any, Any]) -> RecordWriter:
+    request: Any = ctx.request
+    writer: RecordWriter = request.scope[RECORD_WRITER]
+    return writer

@@ -1,4 +1,4 @@
-"""The copies of sessions that this instance has in memory: who is there, who has a seat, who leaves first."""
+"""The registry of the sessions in this process: resident, being restored, or stopping; capacity and eviction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from mcp_session_store.adapter import telemetry
+from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.responses import MemoryFull
+from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
@@ -15,77 +18,108 @@ if TYPE_CHECKING:
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
 
+    from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
-__all__ = ["Residents"]
+__all__ = ["Registry", "Restore"]
 
 logger = logging.getLogger(__name__)
 
 
-class Residents:
-    """Memory as a cache of sessions.
+class Restore:
+    """One restore under way, and what the requests that wait for it need to know."""
+
+    __slots__ = ("ended", "failure", "key", "over", "session", "stale_since", "waiters")
+
+    def __init__(self, key: UUID) -> None:
+        self.key = key
+        self.over = Latch()
+        self.waiters = 0
+        """Number of requests that wait for the restore."""
+        self.session: ResidentSession | None = None
+        """The restored session, when the restore is over and succeeded."""
+        self.failure: Exception | None = None
+        """Why the restore failed, when it is over and failed."""
+        self.ended = False
+        """Whether the session ended while it was being restored."""
+        self.stale_since = 0
+        """Highest revision of the record that was heard of during the restore."""
+
+
+class Registry:
+    """The sessions in this process's memory, which is a cache of the sessions in the store.
+
+    To evict a copy is to unpublish it, so that no request finds it any more, and then to stop it. The record stays.
 
     Args:
-        transports: The SDK's table of what is resident, which is kept true.
-        owners: The SDK's table of whose it is.
-        max_sessions: Copies at most; `None`: any number.
+        transports: The SDK's table of resident transports, which the registry keeps true.
+        owners: The SDK's table of the principals of resident sessions, which the registry keeps true.
+        tasks: Task group in which copies are evicted in the background.
+        capacity: Highest number of copies in memory; `None`: any number.
     """
 
     def __init__(
         self,
         transports: MutableMapping[str, StreamableHTTPServerTransport],
         owners: MutableMapping[str, AuthorizationContext],
+        tasks: ManagerTasks,
         *,
-        max_sessions: int | None,
+        capacity: int | None,
     ) -> None:
         self._transports = transports
         self._owners = owners
-        self._max_sessions = max_sessions
+        self._tasks = tasks
+        self._capacity = capacity
         self._published: dict[str, ResidentSession] = {}
         self._by_key: dict[UUID, ResidentSession] = {}
-        self._leaving: dict[str, ResidentSession] = {}
+        self._stopping: dict[str, ResidentSession] = {}
         self._idle: dict[ResidentSession, None] = {}
-        """Published and not busy, those idle for longest first."""
-        self.seats = 0
-        """Copies in memory: published, or being opened or restored."""
+        """Copies that are published and not busy, the longest idle first."""
+        self.restores: dict[str, Restore] = {}
+        """Restores under way, by session id."""
+        self.reserved = 0
+        """Number of copies in memory: published, or being opened or restored."""
 
     def __iter__(self) -> Iterator[ResidentSession]:
         return iter(list(self._published.values()))
 
     def get(self, session_id: str) -> ResidentSession | None:
-        """The copy that requests for this session find."""
+        """Return the copy that requests for this session find."""
         return self._published.get(session_id)
 
     def with_key(self, key: UUID) -> ResidentSession | None:
-        """The copy of the session that is stored under this key."""
+        """Return the resident copy of the session that is stored under this key."""
         return self._by_key.get(key)
 
-    def leaving(self, session_id: str) -> ResidentSession | None:
-        """The copy of this session that is on its way out of memory."""
-        return self._leaving.get(session_id)
+    def stopping(self, session_id: str) -> ResidentSession | None:
+        """Return the evicted copy of this session whose server task has not ended yet."""
+        return self._stopping.get(session_id)
 
-    def take_seat(self, *, may_evict: bool) -> ResidentSession | None:
-        """Have room for one more copy.
+    def restores_of(self, key: UUID) -> Iterator[Restore]:
+        """Return the restores under way of the session that is stored under this key."""
+        return (restore for restore in self.restores.values() if restore.key == key)
+
+    def concerns(self, key: UUID) -> bool:
+        """Return whether the session that is stored under this key is resident or being restored."""
+        return key in self._by_key or any(self.restores_of(key))
+
+    def reserve(self, *, may_evict: bool) -> None:
+        """Reserve capacity for one more copy.
 
         Args:
-            may_evict: Whether another one may have to make room.
-
-        Returns:
-            The copy that had to make room, because nobody has used it for longest: it is withdrawn, and has to leave.
+            may_evict: Whether the copy that has been idle for longest may be evicted in its favour.
 
         Raises:
-            MemoryFull: There is none.
+            MemoryFull: All capacity is in use.
         """
-        evicted: ResidentSession | None = None
-        if self._max_sessions is not None and self.seats >= self._max_sessions:
+        if self._capacity is not None and self.reserved >= self._capacity:
             evicted = next(iter(self._idle), None) if may_evict else None
             # Copies whose clean-up hangs must not pile up.
-            if evicted is None or len(self._leaving) >= self._max_sessions:
-                logger.warning("%d sessions are in memory, as many as max_sessions allows", self.seats)
+            if evicted is None or len(self._stopping) >= self._capacity:
+                logger.warning("%d sessions are in memory, as many as max_sessions allows", self.reserved)
                 raise MemoryFull
-            self.withdraw(evicted)
-        self.seats += 1
-        return evicted
+            self.evict_soon(evicted)
+        self.reserved += 1
 
     def publish(self, session: ResidentSession) -> None:
         """Let requests find a copy."""
@@ -95,25 +129,56 @@ class Residents:
         self._transports[session.session_id] = session.transport
         if session.owner is not None:
             self._owners[session.session_id] = session.owner
-        self.used(session)
-
-    def used(self, session: ResidentSession) -> None:
-        """A copy became busy, or ceased to be."""
-        self._idle.pop(session, None)
-        if not session.busy and self._published.get(session.session_id) is session:
+        # A restored copy that is stale already is evicted after the requests that wait for it, not before.
+        if not session.busy:
             self._idle[session] = None
 
-    def idle_since(self, moment: float) -> list[ResidentSession]:
-        """The copies that nobody has used since then, by anyio's clock."""
-        found = []
-        for session in self._idle:
-            if session.idle_since > moment:
-                break
-            found.append(session)
-        return found
+    def usage_changed(self, session: ResidentSession) -> None:
+        """Note that a copy became busy or idle, and evict an idle one that is stale.
 
-    def withdraw(self, session: ResidentSession) -> None:
-        """Let no request find this copy any more; a successor under the same id is left alone."""
+        The next request for a stale session restores all of it.
+        """
+        self._idle.pop(session, None)
+        if session.busy:
+            return
+        if self._published.get(session.session_id) is session:
+            self._idle[session] = None
+        if session.stale and not session.stopping:
+            self.evict_soon(session)
+
+    def evict_idle(self, since: float) -> None:
+        """Evict the copies that have been idle since a moment of anyio's clock, in the background."""
+        idle = []
+        for session in self._idle:
+            if session.idle_since > since:
+                break
+            idle.append(session)
+        for session in idle:
+            self.evict_soon(session)
+
+    def evict_soon(self, session: ResidentSession) -> None:
+        """Unpublish a copy and stop it in the background."""
+        self.unpublish(session)
+        self._tasks.start_soon(self.stop, session)
+
+    async def evict(self, session: ResidentSession, *, answer: str | None = None) -> None:
+        """Unpublish a copy and stop it.
+
+        Args:
+            session: The copy.
+            answer: Message of the JSON-RPC error with which its calls in flight are answered; `None`: they get none.
+        """
+        self.unpublish(session)
+        await session.stop(answer=answer)
+
+    async def evict_transport(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
+        """Evict the copy with this transport; a copy that was restored under the same id stays."""
+        session = self._published.get(session_id)
+        if session is not None and session.transport is transport:
+            await self.evict(session)
+
+    def unpublish(self, session: ResidentSession) -> None:
+        """Let no request find a copy any more, and free its capacity; a successor under the same id stays."""
         if self._published.get(session.session_id) is session:
             del self._published[session.session_id]
             self._owners.pop(session.session_id, None)
@@ -122,26 +187,23 @@ class Residents:
         if self._transports.get(session.session_id) is session.transport:
             del self._transports[session.session_id]
         self._idle.pop(session, None)
-        if not session.leaving:
-            session.leaving = True
-            self.seats -= 1
+        if not session.stopping:
+            session.stopping = True
+            self.reserved -= 1
             if session.record is not None:
                 telemetry.evicted.add(1)
-            if session.running and not session.gone.is_set():
-                self._leaving[session.session_id] = session
+            if session.loop.running and not session.loop.stopped.is_set():
+                self._stopping[session.session_id] = session
 
-    async def evict(self, session: ResidentSession, *, answer: str | None = None) -> None:
-        """Drop a copy from memory; the record stays.
+    async def stop(self, session: ResidentSession, answer: str | None = None) -> None:
+        """Stop an unpublished copy; a failure is reported and not raised."""
+        try:
+            await session.stop(answer=answer)
+        except Exception as error:
+            report_failure("eviction", error, key=session_key(session.session_id))
 
-        Args:
-            session: The copy.
-            answer: What its calls in flight are told, as the message of a JSON-RPC error; nothing unless given.
-        """
-        self.withdraw(session)
-        await session.leave(answer=answer)
-
-    def gone(self, session: ResidentSession) -> None:
-        """The server task of a copy has ended: evicted, crashed, or its transport was terminated by others."""
-        self.withdraw(session)
-        if self._leaving.get(session.session_id) is session:
-            del self._leaving[session.session_id]
+    def on_stopped(self, session: ResidentSession) -> None:
+        """Forget a copy whose server task has ended: evicted, crashed, or its transport terminated by others."""
+        self.unpublish(session)
+        if self._stopping.get(session.session_id) is session:
+            del self._stopping[session.session_id]

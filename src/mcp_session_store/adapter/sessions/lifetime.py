@@ -1,0 +1,57 @@
+"""How long a session lives: its absolute end, and its end when it is idle."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import anyio
+
+if TYPE_CHECKING:
+    from mcp_session_store.records import SessionRecord
+    from mcp_session_store.retention import RetentionPolicy
+
+__all__ = ["Lifetime"]
+
+
+class Lifetime:
+    """The life of a session as far as this instance knows; the store knows for sure.
+
+    All moments are by anyio's clock, and come from differences of the store's own times: a wall clock that is wrong
+    changes nothing.
+    """
+
+    __slots__ = ("ends_at", "expiry_reported", "idle", "reported_at")
+
+    def __init__(self) -> None:
+        self.ends_at = math.inf
+        """Moment at which the absolute lifetime is over."""
+        self.idle = math.inf
+        """Seconds for which the session lives without being used."""
+        self.reported_at = -math.inf
+        """Moment of the last activity that is stored."""
+        self.expiry_reported = -math.inf
+        """Moment at which the session expires by the activity that is stored."""
+
+    @property
+    def past_absolute(self) -> bool:
+        """Whether the absolute lifetime is over."""
+        return self.ends_at < math.inf and anyio.current_time() >= self.ends_at
+
+    def begin(self, record: SessionRecord, policy: RetentionPolicy, *, new: bool) -> None:
+        """Take the lifetime from the record that was just stored."""
+        now = anyio.current_time()
+        if policy.absolute is not None:
+            self.ends_at = now + (record.created_at + policy.absolute - record.last_seen_at).total_seconds()
+        if new:
+            self.idle = policy.new_session_lifetime.total_seconds()
+            # Until its first activity is stored it lives on borrowed time.
+            self.expiry_reported = -math.inf
+        else:
+            self.reported(now, policy)
+
+    def reported(self, moment: float, policy: RetentionPolicy) -> None:
+        """Note that the activity up to a moment is stored."""
+        self.reported_at = moment
+        self.idle = math.inf if policy.idle is None else policy.idle.total_seconds()
+        self.expiry_reported = min(moment + self.idle, self.ends_at)

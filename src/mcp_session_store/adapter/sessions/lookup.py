@@ -1,0 +1,50 @@
+"""The record of a session, for the principal that may see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mcp_session_store.adapter.responses import SessionNotFound
+from mcp_session_store.records import Principal, session_key
+
+if TYPE_CHECKING:
+    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
+
+    from mcp_session_store.records import SessionRecord
+    from mcp_session_store.store import SessionStore
+
+__all__ = ["Lookup", "principal_of"]
+
+
+class Lookup:
+    """Looks up sessions for their principals.
+
+    Args:
+        store: The store that keeps the sessions.
+    """
+
+    __slots__ = ("_store",)
+
+    def __init__(self, store: SessionStore) -> None:
+        self._store = store
+
+    async def record_of(self, session_id: str, requestor: AuthorizationContext | None) -> SessionRecord:
+        """Return the record of a live session.
+
+        Args:
+            session_id: Id of the session.
+            requestor: Principal that asks for it.
+
+        Raises:
+            SessionNotFound: There is no such session for this principal.
+            SessionStoreError: The store did not answer.
+        """
+        record = await self._store.load(session_key(session_id))
+        if record is None or record.principal != principal_of(requestor):
+            raise SessionNotFound
+        return record
+
+
+def principal_of(requestor: AuthorizationContext | None) -> Principal | None:
+    """Return the principal of a request, as records hold it; `None` for an anonymous one."""
+    return None if requestor is None else Principal.of(**requestor)

@@ -1,0 +1,148 @@
+"""Commits what a restore replays: handshakes and journaled calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Final
+
+from mcp_session_store.adapter import telemetry
+from mcp_session_store.adapter.responses import log_unavailable, refuse
+from mcp_session_store.adapter.sessions.lookup import principal_of
+from mcp_session_store.errors import JournalFull
+from mcp_session_store.records import NewSession, session_key
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection
+    from uuid import UUID
+
+    from mcp_session_store.adapter.replay.journal import Journal, JournalWrite
+    from mcp_session_store.adapter.sessions.handshake import InitializeParams
+    from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.records import SessionRecord
+    from mcp_session_store.store import SessionStore
+
+__all__ = ["RECORD_WRITER", "RecordWriter"]
+
+RECORD_WRITER: Final = "mcp_session_store.record_writer"
+"""Key of a request's ASGI scope under which the writer of its session's record stands."""
+
+
+class RecordWriter:
+    """Writes what handshakes and journaled calls change in the records of resident sessions.
+
+    Args:
+        store: The store that keeps the records.
+        registry: Registry in which a session is published when its record is committed.
+        journal: Rules that say which calls are stored, and as what.
+        on_not_live: Called with the keys of sessions that turn out not to be live any more.
+        instance: Id of this instance.
+        max_initialize_params: Highest number of bytes of `initialize` params, as JSON, that are stored.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore,
+        registry: Registry,
+        journal: Journal,
+        on_not_live: Callable[[Collection[UUID]], Awaitable[None]],
+        *,
+        instance: str,
+        max_initialize_params: int,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._on_not_live = on_not_live
+        self._instance = instance
+        self.journal: Final = journal
+        self.max_initialize_params: Final = max_initialize_params
+
+    async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
+        """Commit a handshake; the session's first one makes it resident.
+
+        Returns:
+            Whether the session is live.
+
+        Raises:
+            SessionStoreError: The handshake could not be stored.
+        """
+        try:
+            if session.record is None:
+                await self._create(session, params, version)
+                return True
+            async with session.recording:
+                return await self._replace(session, session.record, params, version)
+        except Exception as error:
+            refuse(error, session_key(session.session_id))
+            raise
+
+    async def _create(self, session: ResidentSession, params: InitializeParams, version: str) -> None:
+        record = await self._store.create(
+            NewSession(
+                key=session_key(session.session_id),
+                initialize_params=params.text,
+                protocol_version=version,
+                client_name=params.client_name,
+                client_version=params.client_version,
+                principal=principal_of(session.owner),
+                instance=self._instance,
+            )
+        )
+        session.stored(record, self._store.retention, new=True)
+        telemetry.created.add(1)
+        self._registry.publish(session)
+
+    async def _replace(
+        self, session: ResidentSession, record: SessionRecord, params: InitializeParams, version: str
+    ) -> bool:
+        live = await self._store.replace_initialize(
+            record.key,
+            initialize_params=params.text,
+            protocol_version=version,
+            client_name=params.client_name,
+            client_version=params.client_version,
+        )
+        if live:
+            session.record = dataclasses.replace(
+                record,
+                initialize_params=params.text,
+                protocol_version=version,
+                client_name=params.client_name,
+                client_version=params.client_version,
+                revision=record.revision + 1,
+            )
+            # The `notifications/initialized` that follows is not the one that was replayed.
+            session.loop.swallow_initialized = False
+        else:
+            await self._on_not_live([record.key])
+        return live
+
+    async def record_call(self, session: ResidentSession, write: JournalWrite) -> bool:
+        """Commit what a call changes in the journal of its session.
+
+        Returns:
+            Whether the session is live.
+
+        Raises:
+            SessionStoreError: The call could not be stored.
+        """
+        async with session.recording:
+            assert session.record is not None
+            try:
+                revision = await self._store.write_journal(
+                    session.record.key, method=write.method, subject=write.subject, params=write.params
+                )
+            except JournalFull:
+                raise
+            except Exception as error:
+                log_unavailable(error, session.record.key)
+                raise
+            if revision is None:
+                await self._on_not_live([session.record.key])
+                return False
+            if revision == session.record.revision + 1:
+                session.record = dataclasses.replace(session.record, revision=revision)
+            else:
+                # Another copy has changed something that this one does not have.
+                session.stale_since = max(session.stale_since, revision)
+            return True

@@ -1,0 +1,258 @@
+"""The SDK's server loop of one session, between its transport and the streams that the loop reads and writes."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Self
+
+import anyio
+from mcp.shared.message import SessionMessage
+from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
+
+from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.responses import UNAVAILABLE
+from mcp_session_store.adapter.sessions.handshake import HANDSHAKE, HandshakeOutcome
+from mcp_session_store.records import session_key
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from contextvars import Context
+    from types import TracebackType
+    from typing import TypeAlias
+
+    from anyio.abc import TaskStatus
+    from mcp.server.streamable_http import StreamableHTTPServerTransport
+    from mcp_types import JSONRPCMessage
+    from starlette.types import Scope
+
+    from mcp_session_store.adapter.replay.replay import Replay
+    from mcp_session_store.adapter.replay.request_ids import RequestIds
+    from mcp_session_store.adapter.sdk import MessageReadStream, MessageWriteStream
+    from mcp_session_store.adapter.sessions.handshake import Handshake
+
+    ServeLoop: TypeAlias = Callable[[MessageReadStream, MessageWriteStream, str], Awaitable[None]]
+    """The SDK's server loop over a pair of streams, for the session of this id."""
+
+__all__ = ["ServerLoop"]
+
+logger = logging.getLogger(__name__)
+
+STANDALONE_STREAM_WAIT: Final = 30.0
+"""Seconds for which a question that a replayed handler asks waits for the client to open its GET stream.
+
+After a restart the client's stream is gone, and the SDK drops what it cannot deliver. The official
+clients come back within seconds.
+"""
+
+
+class ServerLoop:
+    """The server loop of one copy of a session, with what it replays and the handshake that it handles.
+
+    Args:
+        session_id: Id of the session.
+        transport: The SDK's transport, not connected yet.
+    """
+
+    __slots__ = (
+        "_scope",
+        "handshake",
+        "held",
+        "late_replay",
+        "replay",
+        "request_ids",
+        "running",
+        "session_id",
+        "standalone_stream_open",
+        "stopped",
+        "swallow_initialized",
+        "transport",
+        "writer",
+    )
+
+    def __init__(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
+        self.session_id = session_id
+        self.transport = transport
+        self.replay: Replay | None = None
+        """The replay, until it is over."""
+        self.late_replay: Replay | None = None
+        """A replay that is over, and some of whose calls have not been answered."""
+        self.request_ids: RequestIds | None = None
+        """Keeps the ids of a restored copy's own requests apart from those of the session's other copies."""
+        self.swallow_initialized = False
+        """The client's own `notifications/initialized` was replayed before it came."""
+        self.handshake: Handshake | None = None
+        """The genuine `initialize` that the server handles now."""
+        self.held: set[Handshake] = set()
+        """Handshakes, or requests that may be one, whose HTTP answers wait."""
+        self.running = False
+        """The server task has begun."""
+        self.stopped = Latch()
+        """The server task has ended, clean-up included."""
+        self.standalone_stream_open = Latch()
+        """The client has opened its GET stream."""
+        self.writer: MessageWriteStream | None = None
+        """The stream that goes to the client, once the transport is connected."""
+        self._scope = anyio.CancelScope()
+
+    async def run(
+        self,
+        serve_loop: ServeLoop,
+        on_read: Callable[[JSONRPCMessage], None],
+        *,
+        task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve the session until it leaves memory; for new and restored sessions alike.
+
+        Args:
+            serve_loop: The SDK's server loop.
+            on_read: Called with each message that a handler is going to get.
+            task_status: Started when requests can be given to the transport.
+        """
+        self.running = True
+        try:
+            with self._scope:
+                async with self.transport.connect() as (read, write):
+                    self.writer = write
+                    task_status.started()
+                    await serve_loop(_Inbound(read, self, on_read), _Outbound(write, self), self.session_id)
+        except Exception:
+            key = session_key(self.session_id)
+            logger.exception("the server loop of the session %s crashed; the session can be restored", key)
+        finally:
+            # Each request that waits for a decision of this loop gets one.
+            for handshake in self.held:
+                handshake.settle(UNAVAILABLE)
+            if self.replay is not None:
+                self.replay.cut_short("the server loop ended during the replay")
+            self.stopped.set()
+
+    @contextmanager
+    def holding(self, handshake: Handshake, scope: Scope) -> Iterator[None]:
+        """Hold the HTTP answer to a request that may be a handshake.
+
+        The middleware finds the handshake in the request's ASGI scope, and the end of the loop decides it.
+        """
+        scope[HANDSHAKE] = handshake
+        self.held.add(handshake)
+        try:
+            yield
+        finally:
+            self.held.discard(handshake)
+
+    def cancel(self) -> None:
+        """Cancel the server task."""
+        self._scope.cancel()
+
+
+class _Inbound:
+    """What the server loop reads: the messages to replay, then the client's.
+
+    It wraps without a task or a buffer of its own, so that a message costs one more call.
+    """
+
+    __slots__ = ("_context", "_inner", "_loop", "_on_read")
+
+    def __init__(self, inner: MessageReadStream, loop: ServerLoop, on_read: Callable[[JSONRPCMessage], None]) -> None:
+        self._inner = inner
+        self._loop = loop
+        self._on_read = on_read
+        self._context: Context | None = None
+
+    @property
+    def last_context(self) -> Context | None:
+        # The SDK's dispatcher reads it by this name, to run a handler in its sender's context.
+        return self._context if self._context is not None else getattr(self._inner, "last_context", None)
+
+    async def receive(self) -> SessionMessage | Exception:
+        loop = self._loop
+        if loop.replay is not None:
+            item = await loop.replay.next()
+            if item is not None:
+                self._context = loop.replay.context
+                self._on_read(item.message)
+                return item
+            if loop.replay.failure is not None:
+                raise anyio.EndOfStream
+            if loop.replay.unanswered:
+                loop.late_replay = loop.replay
+            loop.replay = None
+            self._context = None
+        while True:
+            received = await self._inner.receive()
+            if isinstance(received, SessionMessage):
+                message = received.message
+                if isinstance(message, JSONRPCRequest | JSONRPCNotification):
+                    if loop.swallow_initialized and message.method == "notifications/initialized":
+                        continue
+                    self._on_read(message)
+                if loop.request_ids is not None:
+                    received = loop.request_ids.inbound(received)
+            return received
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SessionMessage | Exception:
+        try:
+            return await self.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class _Outbound:
+    """What the server loop writes: answers to replayed messages come off, all else goes to the client."""
+
+    __slots__ = ("_inner", "_loop")
+
+    def __init__(self, inner: MessageWriteStream, loop: ServerLoop) -> None:
+        self._inner = inner
+        self._loop = loop
+
+    async def send(self, item: SessionMessage) -> None:
+        message = item.message
+        loop = self._loop
+        if loop.replay is not None:
+            if loop.replay.takes(item):
+                return
+            if isinstance(message, JSONRPCRequest):
+                loop.replay.handler_done()
+                with anyio.move_on_after(STANDALONE_STREAM_WAIT):
+                    await loop.standalone_stream_open.wait()
+        elif loop.late_replay is not None and loop.late_replay.takes(item):
+            return
+        if loop.handshake is not None:
+            self._settle(loop.handshake, message)
+        if loop.request_ids is not None:
+            item = loop.request_ids.outbound(item)
+        await self._inner.send(item)
+
+    def _settle(self, handshake: Handshake, message: JSONRPCMessage) -> None:
+        """Decide a handshake by its answer, before the answer goes on."""
+        if not isinstance(message, JSONRPCResponse | JSONRPCError) or message.id != handshake.request_id:
+            return
+        self._loop.handshake = None
+        stored = isinstance(message, JSONRPCResponse) and handshake.recorded
+        handshake.settle(HandshakeOutcome.STORED if stored else HandshakeOutcome.NOT_OPENED)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
