@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from uuid import uuid4
@@ -25,8 +24,6 @@ from mcp_session_store.adapter import responses, sdk, telemetry
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
-from mcp_session_store.adapter.replay.replay import Replay
-from mcp_session_store.adapter.replay.request_ids import RequestIds
 from mcp_session_store.adapter.requests import (
     POSTED_BODY,
     may_initialize,
@@ -34,27 +31,28 @@ from mcp_session_store.adapter.requests import (
     replayed_receive,
     session_id_of,
 )
-from mcp_session_store.adapter.responses import MemoryFull, SessionNotFound
+from mcp_session_store.adapter.responses import SessionNotFound
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
+from mcp_session_store.adapter.sessions.admission import Admission
 from mcp_session_store.adapter.sessions.changes import ChangeWatch
 from mcp_session_store.adapter.sessions.handshake import (
     Handshake,
 )
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.lookup import Lookup
+from mcp_session_store.adapter.sessions.opening import Opener
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER, RecordWriter
-from mcp_session_store.adapter.sessions.registry import Registry, Restore
+from mcp_session_store.adapter.sessions.registry import Registry
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
+from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
 from mcp_session_store.adapter.streams.event_ids import EventIds
-from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Followers
 from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
 from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream, stream_refusal
 from mcp_session_store.errors import (
     ConfigurationError,
-    RestoreRefused,
     SessionStoreError,
     StoreUnavailable,
 )
@@ -62,7 +60,6 @@ from mcp_session_store.event_log import EventLog
 from mcp_session_store.records import (
     EndReason,
     SessionRecord,
-    SessionRestoreMarker,
     display_text,
     session_key,
 )
@@ -74,7 +71,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Sequence
     from uuid import UUID
 
-    from anyio.abc import TaskStatus
     from fastmcp import FastMCP
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.lowlevel.server import Server
@@ -85,7 +81,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from mcp_session_store.adapter.replay.journal import JournaledMethod
-    from mcp_session_store.records import Change, JournalEntry
+    from mcp_session_store.records import Change
 
 __all__ = [
     "DurableSessionManager",
@@ -95,7 +91,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-RestoreHook: TypeAlias = Callable[[SessionRestoreMarker, SessionRecord], Awaitable[None]]
 EndHook: TypeAlias = Callable[[SessionRecord, EndReason], Awaitable[None]]
 
 SHUTDOWN_TIMEOUT: Final = 5.0
@@ -106,10 +101,6 @@ END_HOOK_TIMEOUT: Final = 5.0
 """Seconds that an `on_end` hook may hold up the answer to a DELETE."""
 MAX_SESSION_ID: Final = 128
 """Characters; a longer id costs no query. The SDK's own have 32."""
-LEAVE_TIMEOUT: Final = 10.0
-"""Seconds that a restore waits for an earlier copy: the SDK gives a connection's `exit_stack` five."""
-RESTORE_ATTEMPTS: Final = 3
-"""How often a restore begins anew because the record changed meanwhile."""
 
 
 class DurableSessionManager(sdk.ManagerSeams):
@@ -296,6 +287,24 @@ class DurableSessionManager(sdk.ManagerSeams):
                 instance=self.instance,
                 max_initialize_params=self._max_initialize_params,
             )
+            admission = Admission(
+                self._registry,
+                partial(sdk.make_transport, self),
+                partial(sdk.serve_loop, self),
+                self._recorder,
+                retry_interval=self.retry_interval,
+            )
+            self._opener = Opener(self._registry, admission, self._writer, self._tasks)
+            self._restorer = Restorer(
+                self.store,
+                self._registry,
+                self._lookup,
+                admission,
+                self._tasks,
+                instance=self.instance,
+                on_restore=self._on_restore,
+                replay_timeout=self._replay_timeout,
+            )
             try:
                 await self.store.open()
                 # From here on no end of a session that is served here goes by unseen.
@@ -369,7 +378,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         user = scope.get("user")
         requestor = authorization_context(user) if isinstance(user, AuthenticatedUser) else None
         if session_id is None:
-            await self._open(requestor, scope, receive, send)
+            await self._opener.open(requestor, scope, receive, send)
             return
         session = self._registry.get(session_id)
         method = scope["method"]
@@ -460,232 +469,9 @@ class DurableSessionManager(sdk.ManagerSeams):
             if request.method == "DELETE":
                 await self._delete(session_id, requestor)
                 return responses.session_ended(session_id)
-            return await self._restored(session_id, requestor, scope)
+            return await self._restorer.restored(session_id, requestor, scope)
         except Exception as error:
             return responses.refuse(error, session_key(session_id)).response()
-
-    # A new session
-
-    async def _open(self, requestor: AuthorizationContext | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request without a session id: an `initialize` opens a session, all else is refused by the SDK."""
-        message = await receive()
-        receive = replayed_receive(message, receive)
-        # Nobody makes room for what opens no session.
-        opens = scope["method"] == "POST" and may_initialize(message)
-        session_id = uuid4().hex
-        try:
-            session = self._admit(session_id, requestor, may_evict=opens)
-        except MemoryFull as error:
-            await responses.refuse(error, session_key(session_id)).response()(scope, receive, send)
-            return
-        # Until it is answered it is in use.
-        session.pin()
-        handshake = Handshake()
-        held = HeldResponse(handshake, session.session_id, scope, receive, send, opening=True)
-        scope[RESIDENT_SESSION] = session
-        scope[RECORD_WRITER] = self._writer
-
-        async def serve(send: Send) -> None:
-            await self._tasks.start(self._run_session, session)
-            await session.transport.handle_request(scope, receive, send)
-
-        try:
-            with session.loop.holding(handshake, scope):
-                await held.answered_by(serve)
-        finally:
-            session.unpin()
-            if not held.opened:
-                await self._registry.evict(session)
-
-    def _admit(self, session_id: str, owner: AuthorizationContext | None, *, may_evict: bool = True) -> ResidentSession:
-        """Take a seat for a session that is to become resident.
-
-        Raises:
-            MemoryFull: There is none.
-        """
-        self._registry.reserve(may_evict=may_evict)
-        events: SessionEvents | None = None
-        if self._recorder is not None:
-            events = SessionEvents(session_key(session_id), self._recorder, retry_interval=self.retry_interval)
-        return ResidentSession(
-            session_id, owner, sdk.make_transport(self, session_id, events), self._registry.usage_changed, events
-        )
-
-    async def _run_session(
-        self, session: ResidentSession, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
-    ) -> None:
-        try:
-            await session.loop.run(partial(sdk.serve_loop, self), session.read, task_status=task_status)
-        finally:
-            self._registry.on_stopped(session)
-        if session.events is not None:
-            await session.events.abandon()
-
-    # A session that is not in memory
-
-    async def _restored(self, session_id: str, requestor: AuthorizationContext | None, scope: Scope) -> ResidentSession:
-        """The session, resident and pinned.
-
-        Raises:
-            SessionNotFound: To this requestor there is no such session.
-            MemoryFull: Memory is full, and all of it in use.
-            SessionStoreError: The store did not answer.
-        """
-        session = self._registry.get(session_id)
-        if session is None or not session.serving or session.owner != requestor:
-            # A resident session of somebody else's costs the query as well: neither the time that the answer
-            # takes nor a store that is down tells it from one that does not exist.
-            record = await self._lookup.record_of(session_id, requestor)
-            # It may have been restored while the query ran.
-            session = self._registry.get(session_id)
-            if session is None or not session.serving:
-                return await self._join_restore(session_id, record, requestor, scope)
-        session.pin()
-        return session
-
-    async def _join_restore(
-        self, session_id: str, record: SessionRecord, requestor: AuthorizationContext | None, scope: Scope
-    ) -> ResidentSession:
-        """Wait for the one restore of this session, beginning it if nobody has; whoever joins is its principal."""
-        restore = self._registry.restores.get(session_id)
-        if restore is None:
-            restore = self._registry.restores[session_id] = Restore(record.key)
-            # A task of the manager's: the disconnect of this request fails nobody else's. It inherits
-            # this request's context variables.
-            self._tasks.start_soon(self._run_restore, restore, session_id, record, requestor, scope)
-        restore.waiters += 1
-        try:
-            await restore.over.wait()
-        except BaseException:
-            if restore.session is not None:
-                restore.session.unpin()
-            restore.waiters -= 1
-            raise
-        if restore.session is None:
-            assert restore.failure is not None
-            raise restore.failure
-        return restore.session
-
-    async def _run_restore(
-        self,
-        restore: Restore,
-        session_id: str,
-        record: SessionRecord,
-        requestor: AuthorizationContext | None,
-        scope: Scope,
-    ) -> None:
-        try:
-            session = await self._restore(restore, session_id, record, requestor, scope)
-            # Pinned for everybody who waits, before anything else can run: none of them meets a leaving copy.
-            session.pin(restore.waiters)
-            restore.session = session
-        except (SessionNotFound, MemoryFull, SessionStoreError) as failure:
-            restore.failure = failure
-        except Exception:
-            logger.exception("a session could not be restored")
-            restore.failure = StoreUnavailable("the session could not be restored")
-        finally:
-            if restore.session is None and restore.failure is None:
-                restore.failure = StoreUnavailable("the manager is shutting down")
-            del self._registry.restores[session_id]
-            restore.over.set()
-
-    async def _restore(
-        self,
-        restore: Restore,
-        session_id: str,
-        record: SessionRecord,
-        requestor: AuthorizationContext | None,
-        scope: Scope,
-    ) -> ResidentSession:
-        """Make a session resident from its record."""
-        previous_instance = record.instance_hint
-        for _ in range(RESTORE_ATTEMPTS):
-            await self._await_predecessor(session_id)
-            marker = SessionRestoreMarker(
-                session_id=session_id,
-                created_at=record.created_at,
-                restored_at=datetime.now(UTC),
-                restores=record.restores + 1,
-                previous_instance=previous_instance,
-                replaying=True,
-            )
-            await self._ask_application(marker, record)
-            journal = await self.store.read_journal(record.key) if record.revision else ()
-            session = self._admit(session_id, requestor)
-            try:
-                claimed = await self._replay(session, marker, record, journal, scope)
-                if restore.ended:
-                    raise SessionNotFound
-                if not session.serving or session.loop.stopped.is_set():
-                    raise StoreUnavailable("the server loop of a session ended while it was being restored")
-                if claimed.revision == record.revision:
-                    session.stored(claimed, self.store.retention, new=False)
-                    session.stale_since = restore.stale_since
-                    session.marker = dataclasses.replace(marker, restores=claimed.restores, replaying=False)
-                    self._registry.publish(session)
-                    telemetry.restored.add(1)
-                    return session
-            finally:
-                if self._registry.get(session_id) is not session:
-                    await self._registry.evict(session)
-            # What was replayed has been replaced meanwhile, on another instance.
-            record = claimed
-        raise StoreUnavailable("the session kept changing while it was restored")
-
-    async def _await_predecessor(self, session_id: str) -> None:
-        """Wait until an earlier copy of this session has left, clean-up included."""
-        if (not_serving := self._registry.get(session_id)) is not None:
-            await self._registry.evict(not_serving)
-        predecessor = self._registry.stopping(session_id)
-        if predecessor is None:
-            return
-        with anyio.move_on_after(LEAVE_TIMEOUT):
-            await predecessor.loop.stopped.wait()
-            return
-        raise StoreUnavailable("an earlier copy of the session has not left memory yet; a handler of it does not end")
-
-    async def _ask_application(self, marker: SessionRestoreMarker, record: SessionRecord) -> None:
-        if self._on_restore is None:
-            return
-        try:
-            with anyio.fail_after(self._replay_timeout):
-                await self._on_restore(marker, record)
-        except RestoreRefused:
-            await self.store.end(record.key, reason=EndReason.REFUSED)
-            telemetry.ended.add(1, {"reason": EndReason.REFUSED.value})
-            raise SessionNotFound from None
-
-    async def _replay(
-        self,
-        session: ResidentSession,
-        marker: SessionRestoreMarker,
-        record: SessionRecord,
-        journal: Sequence[JournalEntry],
-        scope: Scope,
-    ) -> SessionRecord:
-        """Replay the handshake and the journal into a session that nobody can reach yet, and claim it."""
-        session.loop.swallow_initialized = True
-        session.loop.request_ids = RequestIds()
-        replay = session.loop.replay = Replay(
-            record, journal, marker, scope, binding={RESIDENT_SESSION: session}, timeout=self._replay_timeout
-        )
-        # Its timeout for the answer to `initialize`, for the notification's handler, and with room for the journal.
-        self._tasks.start_soon(self._run_session, session)
-        with anyio.move_on_after((4 if journal else 2) * self._replay_timeout):
-            await replay.over.wait()
-        if not replay.over.is_set():
-            raise StoreUnavailable("the replay of a session took too long")
-        if replay.broken:
-            raise StoreUnavailable(f"a session could not be restored: {replay.failure}")
-        if replay.failure is not None:
-            # The record stays: in a rolling deploy other instances still serve the session.
-            logger.warning("a session cannot be restored by this instance: %s", replay.failure)
-            raise SessionNotFound
-        claimed = await self.store.claim(record.key, instance=self.instance, restores=record.restores)
-        if claimed is None:
-            raise SessionNotFound
-        return claimed
 
     # Ending
 

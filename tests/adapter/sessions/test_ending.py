@@ -12,8 +12,8 @@ import pytest
 
 from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
 from mcp_session_store.adapter import background, telemetry
-from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter.sessions import resident as session_module
+from mcp_session_store.adapter.sessions import restoring
 from mcp_session_store.retention import MIN_TOMBSTONE
 from tests.support.asgi import Client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
@@ -536,7 +536,7 @@ async def test_an_instance_whose_wall_clock_is_wrong_behaves_like_any_other(
             return datetime_module.datetime.now(tz) + skew
 
     real = time.time
-    monkeypatch.setattr(manager_module, "datetime", Skewed)
+    monkeypatch.setattr(restoring, "datetime", Skewed)
     monkeypatch.setattr(time, "time", lambda: real() + skew.total_seconds())
     store = FaultyStore(sessions)
     ends = Ends()

@@ -13,6 +13,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_session_store import EndReason, RestoreRefused, session_key
 from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter.responses import MemoryFull
+from mcp_session_store.adapter.sessions import restoring
 from tests.support.asgi import Client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
@@ -217,7 +218,7 @@ async def test_a_successor_waits_until_the_copy_before_it_has_cleaned_up(
 
 
 async def test_a_copy_that_does_not_leave_is_answered_503(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "LEAVE_TIMEOUT", 0.05)
+    monkeypatch.setattr(restoring, "STOP_TIMEOUT", 0.05)
     notes = Notes()
     _, proceed = hold_the_exit(notes)
     async with instance(store, notes) as one:

@@ -1,0 +1,73 @@
+"""Copies of sessions: what a copy is made of, and its server task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+
+from mcp_session_store.adapter.sessions.resident import ResidentSession
+from mcp_session_store.adapter.streams.event_store import SessionEvents
+from mcp_session_store.records import session_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import TaskStatus
+    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
+    from mcp.server.streamable_http import StreamableHTTPServerTransport
+
+    from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.sessions.server_loop import ServeLoop
+    from mcp_session_store.adapter.streams.recorder import EventRecorder
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    """Makes copies of sessions and runs their server loops, for new and restored sessions alike.
+
+    Args:
+        registry: Registry in which each copy reserves its place.
+        make_transport: Makes the SDK's transport for a session id, and for the session's events if it has any.
+        serve_loop: The SDK's server loop.
+        recorder: Stores the events of streams; `None`: no stream can be resumed.
+        retry_interval: Milliseconds after which clients are to come back for a stream, as for the SDK's transport.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        make_transport: Callable[[str, SessionEvents | None], StreamableHTTPServerTransport],
+        serve_loop: ServeLoop,
+        recorder: EventRecorder | None,
+        *,
+        retry_interval: int | None,
+    ) -> None:
+        self._registry = registry
+        self._make_transport = make_transport
+        self._serve_loop = serve_loop
+        self._recorder = recorder
+        self._retry_interval = retry_interval
+
+    def admit(self, session_id: str, owner: AuthorizationContext | None, *, may_evict: bool = True) -> ResidentSession:
+        """Reserve a place in memory for a session, and return its copy, which is not published yet.
+
+        Raises:
+            MemoryFull: All places are in use.
+        """
+        self._registry.reserve(may_evict=may_evict)
+        events: SessionEvents | None = None
+        if self._recorder is not None:
+            events = SessionEvents(session_key(session_id), self._recorder, retry_interval=self._retry_interval)
+        transport = self._make_transport(session_id, events)
+        return ResidentSession(session_id, owner, transport, self._registry.usage_changed, events)
+
+    async def run(self, session: ResidentSession, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Run the server loop of a copy until it leaves memory."""
+        try:
+            await session.loop.run(self._serve_loop, session.read, task_status=task_status)
+        finally:
+            self._registry.on_stopped(session)
+        if session.events is not None:
+            await session.events.abandon()

@@ -1,0 +1,73 @@
+"""Requests without a session id: an `initialize` opens a session, the SDK refuses all others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from mcp_session_store.adapter.requests import may_initialize, replayed_receive
+from mcp_session_store.adapter.responses import MemoryFull, refuse
+from mcp_session_store.adapter.sessions.handshake import Handshake
+from mcp_session_store.adapter.sessions.held_response import HeldResponse
+from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
+from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
+from mcp_session_store.records import session_key
+
+if TYPE_CHECKING:
+    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
+    from starlette.types import Receive, Scope, Send
+
+    from mcp_session_store.adapter.sdk import ManagerTasks
+    from mcp_session_store.adapter.sessions.admission import Admission
+    from mcp_session_store.adapter.sessions.recording import RecordWriter
+    from mcp_session_store.adapter.sessions.registry import Registry
+
+__all__ = ["Opener"]
+
+
+class Opener:
+    """Opens sessions.
+
+    Args:
+        registry: Registry that evicts the copy when the request opens no session.
+        admission: Makes the copy and runs its server loop.
+        writer: Commits the record, which publishes the session.
+        tasks: Task group in which the server loop runs.
+    """
+
+    def __init__(self, registry: Registry, admission: Admission, writer: RecordWriter, tasks: ManagerTasks) -> None:
+        self._registry = registry
+        self._admission = admission
+        self._writer = writer
+        self._tasks = tasks
+
+    async def open(self, requestor: AuthorizationContext | None, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request without a session id."""
+        message = await receive()
+        receive = replayed_receive(message, receive)
+        # A request that opens no session evicts none.
+        opens = scope["method"] == "POST" and may_initialize(message)
+        session_id = uuid4().hex
+        try:
+            session = self._admission.admit(session_id, requestor, may_evict=opens)
+        except MemoryFull as error:
+            await refuse(error, session_key(session_id)).response()(scope, receive, send)
+            return
+        # Until it is answered it is in use.
+        session.pin()
+        handshake = Handshake()
+        held = HeldResponse(handshake, session_id, scope, receive, send, opening=True)
+        scope[RESIDENT_SESSION] = session
+        scope[RECORD_WRITER] = self._writer
+
+        async def serve(send: Send) -> None:
+            await self._tasks.start(self._admission.run, session)
+            await session.transport.handle_request(scope, receive, send)
+
+        try:
+            with session.loop.holding(handshake, scope):
+                await held.answered_by(serve)
+        finally:
+            session.unpin()
+            if not held.opened:
+                await self._registry.evict(session)
