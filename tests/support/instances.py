@@ -15,7 +15,7 @@ from mcp.server.lowlevel.server import Server
 
 from mcp_session_store import DurableSessionManager, durable_app, get_restore_marker
 from tests.support.asgi import PATIENCE, Client, until
-from tests.support.internals import registry_of
+from tests.support.internals import has_polled, registry_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -162,7 +162,7 @@ class Instance:
 
     async def first_poll(self) -> None:
         """Wait for the first poll of changes, which verifies what is in memory, and so is a report of activity."""
-        await until(lambda: self.manager._watch._since is not None)
+        await until(lambda: has_polled(self.manager))
 
     async def terminate(self, session_id: str) -> None:
         """Terminate a transport as FastMCP does at shutdown, past the manager."""

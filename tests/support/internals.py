@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from mcp_session_store import DurableSessionManager, MemoryEventLog, MemorySessionStore
+    from mcp_session_store.adapter.sessions.changes import ChangeWatch
+    from mcp_session_store.adapter.sessions.ending import Ender
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.adapter.streams.event_ids import EventIds
@@ -118,3 +120,23 @@ def resident_of(manager: DurableSessionManager, session_id: str) -> ResidentSess
 def max_initialize_params_of(manager: DurableSessionManager) -> int:
     """Bytes of `initialize` params that a manager stores."""
     return manager._max_initialize_params
+
+
+def ender_of(manager: DurableSessionManager) -> Ender:
+    """What ends the sessions of a running manager."""
+    return manager._ender
+
+
+def changes_of(manager: DurableSessionManager) -> ChangeWatch:
+    """What learns of the changes that others make to the sessions of a running manager."""
+    return manager._ender.changes
+
+
+def has_polled(manager: DurableSessionManager) -> bool:
+    """Whether a manager has polled for changes."""
+    return manager._ender.changes._since is not None
+
+
+def notify_of_changes(manager: DurableSessionManager) -> None:
+    """Notify a manager that any sessions may have changed."""
+    manager._ender.changes._on_notification(None)

@@ -7,81 +7,55 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import uuid4
 
 import anyio
-from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
-from mcp.server.streamable_http import SESSION_ID_PATTERN
 from mcp.server.streamable_http_manager import DEFAULT_MAX_REQUEST_BODY_SIZE
 from mcp.server.transport_security import TransportSecurityMiddleware
-from starlette.requests import Request
 
-from mcp_session_store.adapter import responses, sdk, telemetry
+from mcp_session_store.adapter import sdk, telemetry
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
 from mcp_session_store.adapter.replay.journal import Journal
-from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
-from mcp_session_store.adapter.requests import (
-    POSTED_BODY,
-    may_initialize,
-    read_body,
-    replayed_receive,
-    session_id_of,
-)
-from mcp_session_store.adapter.responses import SessionNotFound
+from mcp_session_store.adapter.routing import Router
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.admission import Admission
-from mcp_session_store.adapter.sessions.changes import ChangeWatch
-from mcp_session_store.adapter.sessions.handshake import (
-    Handshake,
-)
-from mcp_session_store.adapter.sessions.held_response import HeldResponse
+from mcp_session_store.adapter.sessions.ending import Ender, EndHook
 from mcp_session_store.adapter.sessions.lookup import Lookup
 from mcp_session_store.adapter.sessions.opening import Opener
-from mcp_session_store.adapter.sessions.recording import RECORD_WRITER, RecordWriter
+from mcp_session_store.adapter.sessions.recording import RecordWriter
 from mcp_session_store.adapter.sessions.registry import Registry
-from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
 from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
-from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Followers
 from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
-from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream, stream_refusal
 from mcp_session_store.errors import (
     ConfigurationError,
-    SessionStoreError,
     StoreUnavailable,
 )
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.records import (
     EndReason,
-    SessionRecord,
     display_text,
-    session_key,
 )
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, checked_seconds
 from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Sequence
-    from uuid import UUID
+    from collections.abc import AsyncIterator, Sequence
 
     from fastmcp import FastMCP
-    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.lowlevel.server import Server
     from mcp.server.mcpserver import MCPServer
     from mcp.server.streamable_http import EventStore
     from mcp.server.transport_security import TransportSecuritySettings
-    from starlette.responses import Response
-    from starlette.types import Message, Receive, Scope, Send
 
     from mcp_session_store.adapter.replay.journal import JournaledMethod
-    from mcp_session_store.records import Change
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = [
     "DurableSessionManager",
@@ -91,16 +65,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-EndHook: TypeAlias = Callable[[SessionRecord, EndReason], Awaitable[None]]
-
 SHUTDOWN_TIMEOUT: Final = 5.0
 """Seconds for what is still to be written when the manager stops."""
 ANSWERS_TIMEOUT: Final = 6.0
 """Seconds that a stop waits for answers on their way to the event log: by default longer than a log tries to store."""
-END_HOOK_TIMEOUT: Final = 5.0
-"""Seconds that an `on_end` hook may hold up the answer to a DELETE."""
-MAX_SESSION_ID: Final = 128
-"""Characters; a longer id costs no query. The SDK's own have 32."""
 
 
 class DurableSessionManager(sdk.ManagerSeams):
@@ -236,7 +204,6 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._close_store = close_store
         self._close_event_log = close_event_log
         self._recorder: EventRecorder | None = None
-        self._security = TransportSecurityMiddleware(security_settings)
         self._journal = Journal(journaled_methods)
         self._evict_after = math.inf if settings.evict_after is None else settings.evict_after
         self._end_within = settings.end_within
@@ -247,8 +214,6 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._registry = Registry(
             sdk.transports_of(self), sdk.owners_of(self), self._tasks, capacity=settings.max_sessions
         )
-        self._lookup = Lookup(store)
-        self._serve_session = self._serve_request
         self._evict_transport = self._registry.evict_transport
 
     @contextlib.asynccontextmanager
@@ -272,43 +237,11 @@ class DurableSessionManager(sdk.ManagerSeams):
                 instances = Instances(self.event_log, instance=self.instance, dead_after=dead_after)
                 self._recorder = EventRecorder(self.event_log, Followers(self.event_log, instances), instances)
                 stack.push_async_callback(self._retire, self._recorder)
-            # Made here, because they need the event loop.
-            # The policy as it is now: another app may share the store, and have set it.
-            interval = checked_interval(self._activity_interval, self.store.retention)
-            self._activity = ActivityReporter(self.store, self._registry, interval=interval)
-            self._watch = ChangeWatch(
-                self.store, concerns=self._registry.concerns, learn=self._learn, verify=self._verify
-            )
-            self._writer = RecordWriter(
-                self.store,
-                self._registry,
-                self._journal,
-                self._drop_not_live,
-                instance=self.instance,
-                max_initialize_params=self._max_initialize_params,
-            )
-            admission = Admission(
-                self._registry,
-                partial(sdk.make_transport, self),
-                partial(sdk.serve_loop, self),
-                self._recorder,
-                retry_interval=self.retry_interval,
-            )
-            self._opener = Opener(self._registry, admission, self._writer, self._tasks)
-            self._restorer = Restorer(
-                self.store,
-                self._registry,
-                self._lookup,
-                admission,
-                self._tasks,
-                instance=self.instance,
-                on_restore=self._on_restore,
-                replay_timeout=self._replay_timeout,
-            )
+            self._wire()
             try:
                 await self.store.open()
-                # From here on no end of a session that is served here goes by unseen.
-                await self._watch.poll()
+                # Start watching before serving, so that no end is missed.
+                await self._ender.changes.poll()
                 if self._recorder is not None:
                     # Before any call can be waited for that runs here.
                     await self._recorder.recover()
@@ -323,12 +256,57 @@ class DurableSessionManager(sdk.ManagerSeams):
                 finally:
                     await self._shut_down()
 
+    def _wire(self) -> None:
+        """Make the collaborators that need the event loop, the instance's id and the policy as it is now."""
+        # Another app may share the store, and have set its policy.
+        interval = checked_interval(self._activity_interval, self.store.retention)
+        self._activity = ActivityReporter(self.store, self._registry, interval=interval)
+        lookup = Lookup(self.store)
+        self._ender = Ender(self.store, self._registry, lookup, self._activity, self._tasks, on_end=self._on_end)
+        writer = RecordWriter(
+            self.store,
+            self._registry,
+            self._journal,
+            self._ender.end_not_live,
+            instance=self.instance,
+            max_initialize_params=self._max_initialize_params,
+        )
+        admission = Admission(
+            self._registry,
+            partial(sdk.make_transport, self),
+            partial(sdk.serve_loop, self),
+            self._recorder,
+            retry_interval=self.retry_interval,
+        )
+        opener = Opener(self._registry, admission, writer, self._tasks)
+        restorer = Restorer(
+            self.store,
+            self._registry,
+            lookup,
+            admission,
+            self._tasks,
+            instance=self.instance,
+            on_restore=self._on_restore,
+            replay_timeout=self._replay_timeout,
+        )
+        router = Router(
+            self._registry,
+            opener,
+            restorer,
+            self._ender,
+            self._activity,
+            writer,
+            TransportSecurityMiddleware(self.security_settings),
+            has_event_store=self.event_store is not None,
+        )
+        self._serve_session = router.serve
+
     def _start_background_tasks(self) -> None:
         start = self._tasks.start_soon
         poll_interval = self._end_within / 2
         start(partial(run_every, "activity", self._activity.interval, self._report, wake=self._activity.wake))
-        start(partial(run_every, "changes", poll_interval, self._watch.poll, wake=self._watch.wake))
-        start(run_again, "hints", self._watch.listen)
+        start(partial(run_every, "changes", poll_interval, self._ender.changes.poll, wake=self._ender.changes.wake))
+        start(run_again, "hints", self._ender.changes.listen)
         start(run_every, "eviction", min(self._evict_after / 4, poll_interval), self._evict_unused)
         if self._sweep_interval is not None:
             start(run_every, "sweep", self._sweep_interval, self._sweep)
@@ -370,222 +348,14 @@ class DurableSessionManager(sdk.ManagerSeams):
         except Exception as error:
             report_failure("activity", error)
 
-    # One request
-
-    async def _serve_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request of the handshake era: by its resident session, after a restore, or by a new one."""
-        session_id = session_id_of(scope)
-        user = scope.get("user")
-        requestor = authorization_context(user) if isinstance(user, AuthenticatedUser) else None
-        if session_id is None:
-            await self._opener.open(requestor, scope, receive, send)
-            return
-        session = self._registry.get(session_id)
-        method = scope["method"]
-        if session is None or not session.serving or session.owner != requestor or method not in ("POST", "GET"):
-            found = await self._find(session_id, requestor, scope, receive)
-            if not isinstance(found, ResidentSession):
-                await found(scope, receive, send)
-                return
-            session = found
-        else:
-            session.pin()
-        try:
-            await self._serve(session, scope, receive, send)
-        finally:
-            session.unpin()
-
-    async def _serve(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
-        """Give a request to its resident session."""
-        self._activity.note(session)
-        scope[RESIDENT_SESSION] = session
-        scope[RECORD_WRITER] = self._writer
-        if session.marker is not None:
-            scope[RESTORE_MARKER] = session.marker
-        if scope["method"] == "GET":
-            with session.stream():
-                await self._serve_stream(session, scope, receive, _watch_stream(session, send))
-            return
-        message = await receive()
-        if session.events is not None:
-            message = await read_body(message, receive)
-            POSTED_BODY.set(message.get("body", b""))
-        receive = replayed_receive(message, receive)
-        # The handshake's own answer promises durability.
-        if may_initialize(message):
-            handshake = Handshake()
-            held = HeldResponse(handshake, session.session_id, scope, receive, send, opening=False)
-            with session.loop.holding(handshake, scope):
-                await held.answered_by(partial(session.transport.handle_request, scope, receive))
-            return
-        await session.transport.handle_request(scope, receive, send)
-
-    async def _serve_stream(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a GET: from the event log where there is one, as what was said elsewhere and before is there."""
-        if session.events is not None:
-            served = await serve_stream(session.events, session.session_id, self._security, scope, receive, send)
-        else:
-            served = self.event_store is None and await self._answer_without_events(session, scope, receive, send)
-        if not served:
-            await session.transport.handle_request(scope, receive, send)
-
-    async def _answer_without_events(
-        self, session: ResidentSession, scope: Scope, receive: Receive, send: Send
-    ) -> bool:
-        """Answer a client that comes back with an event id, perhaps from a time when there was an event log.
-
-        Returns:
-            False for what the transport answers: that of somebody who wants any standalone stream, too.
-        """
-        request = Request(scope, receive)
-        last_event_id = request.headers.get("last-event-id")
-        if not last_event_id:
-            return False
-        cursor = EventIds(session_key(session.session_id)).read(last_event_id)
-        if cursor is not None and cursor.standalone:
-            # The SDK sends no response at all where there is nothing to replay from.
-            scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"last-event-id"]
-            return False
-        response = await stream_refusal(request, self._security)
-        if response is None:
-            response = (
-                responses.BAD_EVENT_ID.response() if cursor is None else not_resumable(session.session_id, cursor)
-            )
-        await response(scope, receive, send)
-        return True
-
-    async def _find(
-        self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, receive: Receive
-    ) -> ResidentSession | Response:
-        """The session of a request, pinned, or the answer that it gets instead."""
-        request = Request(scope, receive)
-        if (refusal := await self._security.validate_request(request, is_post=request.method == "POST")) is not None:
-            return refusal
-        if request.method not in ("POST", "GET", "DELETE"):
-            return responses.METHOD_NOT_ALLOWED.response()
-        try:
-            if len(session_id) > MAX_SESSION_ID or not SESSION_ID_PATTERN.fullmatch(session_id):
-                raise SessionNotFound
-            if request.method == "DELETE":
-                await self._delete(session_id, requestor)
-                return responses.session_ended(session_id)
-            return await self._restorer.restored(session_id, requestor, scope)
-        except Exception as error:
-            return responses.refuse(error, session_key(session_id)).response()
-
-    # Ending
-
-    async def _delete(self, session_id: str, requestor: AuthorizationContext | None) -> None:
-        """End a session for its principal, resident or not.
-
-        Raises:
-            SessionNotFound: To this requestor there is no such session.
-            SessionStoreError: The store did not answer, and the copy stays as it is.
-        """
-        done = anyio.Event()
-        failure: Exception | None = StoreUnavailable("the manager is shutting down")
-
-        async def end() -> None:
-            nonlocal failure
-            try:
-                await self._end(session_id, requestor)
-                failure = None
-            except Exception as error:
-                failure = error
-            finally:
-                done.set()
-
-        # A task of the manager's: what is committed is carried through, whether the client stays or not.
-        self._tasks.start_soon(end)
-        await done.wait()
-        if failure is not None:
-            raise failure
-
-    async def _end(self, session_id: str, requestor: AuthorizationContext | None) -> None:
-        session = self._registry.get(session_id)
-        if session is None or session.owner != requestor:
-            await self._lookup.record_of(session_id, requestor)
-        ended = await self.store.end(session_key(session_id), reason=EndReason.CLIENT)
-        if (restore := self._registry.restores.get(session_id)) is not None:
-            restore.ended = True
-        if not ended:
-            # Somebody else has ended it.
-            await self._drop_not_live([session_key(session_id)])
-            raise SessionNotFound
-        session = self._registry.get(session_id)
-        if session is not None:
-            await self._registry.evict(session, answer=responses.SESSION_ENDED)
-        telemetry.ended.add(1, {"reason": EndReason.CLIENT.value})
-        if session is not None:
-            await self._tell_application(session, EndReason.CLIENT)
-
-    def _learn(self, change: Change) -> None:
-        """Another instance, or an operator, ended a session, or changed what a restore of it replays."""
-        for restore in self._registry.restores_of(change.key):
-            restore.ended = restore.ended or change.ended is not None
-            restore.stale_since = max(restore.stale_since, change.revision)
-        session = self._registry.with_key(change.key)
-        if session is None:
-            return
-        if change.ended is not None:
-            self._drop_ended(session, change.ended)
-        else:
-            session.stale_since = max(session.stale_since, change.revision)
-            self._registry.usage_changed(session)
-
-    def _drop_ended(self, session: ResidentSession, reason: EndReason) -> None:
-        """Serve a session no more that has ended, and tell the application."""
-        self._registry.unpublish(session)
-
-        async def drop() -> None:
-            await self._registry.stop(session, answer=responses.SESSION_ENDED)
-            await self._tell_application(session, reason)
-
-        self._tasks.start_soon(drop)
-
-    async def _tell_application(self, session: ResidentSession, reason: EndReason) -> None:
-        if self._on_end is None or session.record is None:
-            return
-        try:
-            with anyio.fail_after(END_HOOK_TIMEOUT):
-                await self._on_end(session.record, reason)
-        except Exception:
-            logger.exception("the on_end hook failed")
-
-    # Beside the requests
-
     async def _evict_unused(self) -> None:
-        """Evict copies that nobody has used for a while, and those whose session has lived for as long as it may."""
+        """Evict copies that have been idle for a while, and stop serving sessions whose life is over."""
         self._registry.evict_idle(anyio.current_time() - self._evict_after)
-        for session in self._registry:
-            if session.lifetime.past_absolute:
-                self._drop_ended(session, EndReason.EXPIRED)
-            elif session.past_idle:
-                # The store knows whether it was used elsewhere.
-                self._registry.evict_soon(session)
+        self._ender.end_past_life()
 
     async def _report(self) -> None:
-        """Report activity, and learn which sessions are live no more."""
-        await self._drop_not_live(await self._activity.report())
-
-    async def _drop_not_live(self, keys: Collection[UUID]) -> None:
-        """Serve sessions no more that turned out not to be live, for the reason for which they ended."""
-        if any(self._registry.with_key(key) for key in keys):
-            try:
-                await self._watch.poll()
-            except SessionStoreError as error:
-                report_failure("changes", error)
-            # What was not ended has expired.
-            self._drop_expired(keys)
-
-    async def _verify(self) -> None:
-        """Learn which of all sessions in memory are live no more."""
-        self._drop_expired(await self._activity.report(everything=True))
-
-    def _drop_expired(self, keys: Collection[UUID]) -> None:
-        for key in keys:
-            if (session := self._registry.with_key(key)) is not None:
-                self._drop_ended(session, EndReason.EXPIRED)
+        """Report activity, and stop serving sessions that are not live any more."""
+        await self._ender.end_not_live(await self._activity.report())
 
     async def _sweep(self) -> None:
         # What is in use here must not look unused. While that cannot be told, nothing is swept either.
@@ -624,14 +394,3 @@ def _set_idle(store: SessionStore, session_idle_timeout: float | None) -> None:
             "session_idle_timeout and the retention policy's idle say the same; leave session_idle_timeout out"
         )
     store.retention = RetentionPolicy.model_validate(policy.model_dump(exclude_unset=True) | {"idle": idle})
-
-
-def _watch_stream(session: ResidentSession, send: Send) -> Send:
-    """`send` of a GET, watched for the standalone stream's opening."""
-
-    async def watched(message: Message) -> None:
-        await send(message)
-        if message["type"] == "http.response.start" and message["status"] == 200:
-            session.loop.standalone_stream_open.set()
-
-    return watched

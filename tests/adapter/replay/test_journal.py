@@ -16,7 +16,7 @@ from mcp_session_store.adapter.replay.journal import MAX_PARAMS, MAX_SUBJECT, Jo
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, wait_for
-from tests.support.internals import registry_of, resident_of, stopping_in
+from tests.support.internals import changes_of, registry_of, resident_of, stopping_in
 
 if TYPE_CHECKING:
     from tests.support.asgi import Client
@@ -304,7 +304,7 @@ async def test_a_journaled_call_in_a_session_that_has_ended_is_answered_by_an_er
         answer = await client.request("logging/setLevel", {"level": "debug"})
         assert answer.error["message"] in ("Session not found", "Session ended")
         assert (await client.ping()).status == 404
-        await one.manager._watch.poll()
+        await changes_of(one.manager).poll()
         await until(lambda: stopping_in(one.manager) == {})
         one.assert_seats_match()
         await until(lambda: ends != [])
@@ -632,7 +632,7 @@ async def test_an_idle_copy_with_an_older_revision_is_evicted_and_restored_with_
         assert (await client.ping()).status == 200
         assert notes.set_again == [("resources/subscribe", "notes://1")]
         # The copy that journaled it is up to date, and stays.
-        await two.manager._watch.poll()
+        await changes_of(two.manager).poll()
         assert two.residents == 1
         assert len(two.notes.replayed("initialize")) == 1
     assert ends == []
@@ -657,7 +657,7 @@ async def test_a_busy_copy_with_an_older_revision_is_evicted_when_it_is_not_busy
             await until(lambda: notes.waiting == 1)
         await subscribe(two.client(session_id), "notes://1")
         await until(lambda: resident_of(one.manager, session_id).stale)
-        await one.manager._watch.poll()
+        await changes_of(one.manager).poll()
         assert (await client.ping()).status == 200
         assert one.residents == 1
         assert not used.over.is_set()
@@ -685,7 +685,7 @@ async def test_a_second_initialize_elsewhere_makes_a_copy_stale_too(
         await until(lambda: one.residents == 0)
         told = json.loads((await client.call("client")).text)
         assert told["params"]["clientInfo"]["name"] == "newer"
-        await two.manager._watch.poll()
+        await changes_of(two.manager).poll()
         assert two.residents == 1
 
 
@@ -706,7 +706,7 @@ async def test_of_two_copies_that_journal_at_once_the_stale_one_is_evicted(
         # This one learns by its own write that it has missed something.
         await subscribe(elsewhere, "notes://2")
         await until(lambda: two.residents == 0)
-        await one.manager._watch.poll()
+        await changes_of(one.manager).poll()
         await until(lambda: one.residents == 0)
         for each in (one, two):
             assert (await each.client(session_id).ping()).status == 200
@@ -722,7 +722,7 @@ async def test_journaled_calls_that_run_at_once_in_one_copy_keep_it(store: Fault
         calls = [client.open_request("resources/subscribe", {"uri": f"notes://{n}"}) for n in range(20)]
         for call in calls:
             assert (await call.answer()).result == {}
-        await one.manager._watch.poll()
+        await changes_of(one.manager).poll()
         assert resident_revision(one) == await revision(store, session_id) == 20
         assert one.residents == 1
         assert (await client.ping()).status == 200
@@ -747,7 +747,7 @@ async def test_a_journaled_call_waits_for_the_one_before_to_be_committed(store: 
         held.release()
         for call in (first, second):
             assert (await call.answer()).result == {}
-        await one.manager._watch.poll()
+        await changes_of(one.manager).poll()
         assert resident_revision(one) == 2
         assert (await client.ping()).status == 200
         assert notes.replayed("initialize") == []
@@ -769,7 +769,7 @@ async def test_a_second_initialize_waits_for_a_journaled_call_to_be_committed(st
         held.release()
         assert (await call.answer()).result == {}
         assert (await again.answer()).status == 200
-        await one.manager._watch.poll()
+        await changes_of(one.manager).poll()
         assert resident_revision(one) == 2
         assert (await client.ping()).status == 200
         assert notes.replayed("initialize") == []
@@ -786,7 +786,7 @@ async def test_a_change_that_is_told_before_the_write_that_made_it_has_returned_
         held = store.hold("write_journal", after=True)
         call = client.open_request("logging/setLevel", {"level": "debug"})
         await held.wait_entered()
-        await one.manager._watch.poll()
+        await changes_of(one.manager).poll()
         held.release()
         assert (await call.answer()).result == {}
         await anyio.wait_all_tasks_blocked()

@@ -16,7 +16,7 @@ from mcp_session_store.adapter.sessions.activity import checked_interval
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.support.asgi import Client, until
 from tests.support.instances import Notes, instance, principal, running
-from tests.support.internals import registry_of, rows_of
+from tests.support.internals import ender_of, registry_of, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -507,7 +507,7 @@ async def test_the_copy_of_a_session_that_turns_out_to_be_over_leaves_memory(
         # The store is always right: whatever the instance believes of the time that has passed.
         sessions.ahead = timedelta(hours=25)
         await one.manager._activity.report(everything=True)
-        await one.manager._verify()
+        await ender_of(one.manager).verify()
         await stream.end()
         answer = await call.answer()
         assert answer.error["message"] == "Session ended"

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from mcp_session_store import EndReason, SessionRecord
-from mcp_session_store.adapter import manager
+from mcp_session_store.adapter.sessions import ending
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
@@ -280,7 +280,7 @@ async def test_a_delete_is_only_for_the_sessions_principal(store: FaultyStore) -
 async def test_an_end_hook_that_fails_or_hangs_does_not_break_the_answer(
     store: FaultyStore, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(manager, "END_HOOK_TIMEOUT", 0.05)
+    monkeypatch.setattr(ending, "END_HOOK_TIMEOUT", 0.05)
 
     async def on_end(_record: SessionRecord, _reason: EndReason) -> None:
         if way == "bug":

@@ -19,7 +19,15 @@ from tests.support.asgi import Client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
-from tests.support.internals import exit_stack_of, is_listened_to, registry_of, rows_of, stopping_in
+from tests.support.internals import (
+    changes_of,
+    exit_stack_of,
+    is_listened_to,
+    notify_of_changes,
+    registry_of,
+    rows_of,
+    stopping_in,
+)
 
 if TYPE_CHECKING:
     from mcp_session_store import SessionRecord
@@ -88,7 +96,7 @@ class Used:
 
 async def learned(one: Instance) -> None:
     """Let an instance ask once what has changed, without waiting for its time."""
-    await one.manager._watch.poll()
+    await changes_of(one.manager).poll()
 
 
 @pytest.mark.parametrize("how", ["hint", "polling"])
@@ -289,7 +297,7 @@ async def test_a_hint_that_names_nobody_is_for_all(store: FaultyStore) -> None:
     async with instance(store, end_within=LONG) as one:
         await one.first_poll()
         polls = store.background["changes"]
-        one.manager._watch._on_hint(None)
+        notify_of_changes(one.manager)
         await until(lambda: store.background["changes"] == polls + 1)
 
 

@@ -1,4 +1,4 @@
-"""Learning what other instances did to the sessions of this one: by polling, and sooner by hints."""
+"""Changes that other instances made to sessions of this one: found by polling, and sooner by notifications."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 __all__ = ["ChangeWatch"]
 
 GATHERING: Final = 0.02
-"""Seconds in which hints gather before the store is asked."""
+"""Seconds in which notifications gather before the store is asked."""
 LONGEST_GAP: Final = MIN_TOMBSTONE.total_seconds() / 2
-"""Seconds between two polls, after which the tombstone of a session that ended meanwhile may be gone."""
+"""Seconds between two polls after which the tombstone of a session that ended meanwhile may be purged."""
 
 
 class ChangeWatch:
-    """Asks the store what has changed: one query for all sessions, however many there are.
+    """Polls the store for changes: one query for all sessions, however many there are.
 
     Args:
-        store: Whom to ask.
-        concerns: Whether a session is in memory, or about to be.
-        learn: Called with each change of such a session; it may be told again.
-        verify: Called when changes may have been missed: after an outage, and at first.
+        store: The store that keeps the sessions.
+        concerns: Returns whether the session with a key is resident or being restored.
+        learn: Called with each change of such a session; the same change may come again.
+        verify: Called when changes may have been missed: after an outage, and at the first poll.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ChangeWatch:
         self.wake: Final = Wake(gathering=GATHERING)
 
     async def poll(self) -> None:
-        """Ask once."""
+        """Ask the store once."""
         now = anyio.current_time()
         found = await self._store.changes(self._since)
         for change in found.changes:
@@ -65,9 +65,9 @@ class ChangeWatch:
         self._polled_at = now
 
     async def listen(self) -> None:
-        """Ask as soon as the store hints at a change that concerns this instance."""
-        await self._store.listen(self._on_hint)
+        """Poll as soon as the store notifies of a change that concerns this instance."""
+        await self._store.listen(self._on_notification)
 
-    def _on_hint(self, keys: Collection[UUID] | None) -> None:
+    def _on_notification(self, keys: Collection[UUID] | None) -> None:
         if keys is None or any(map(self._concerns, keys)):
             self.wake.set()

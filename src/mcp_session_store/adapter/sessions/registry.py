@@ -134,16 +134,21 @@ class Registry:
             self._idle[session] = None
 
     def usage_changed(self, session: ResidentSession) -> None:
-        """Note that a copy became busy or idle, and evict an idle one that is stale.
-
-        The next request for a stale session restores all of it.
-        """
+        """Note that a copy became busy or idle, and evict an idle one that is stale."""
         self._idle.pop(session, None)
         if session.busy:
             return
         if self._published.get(session.session_id) is session:
             self._idle[session] = None
         if session.stale and not session.stopping:
+            self.evict_soon(session)
+
+    def evict_if_stale(self, session: ResidentSession) -> None:
+        """Evict an idle copy when another copy has changed what a restore replays.
+
+        The next request restores all of it.
+        """
+        if session.stale and not session.busy and not session.stopping:
             self.evict_soon(session)
 
     def evict_idle(self, since: float) -> None:

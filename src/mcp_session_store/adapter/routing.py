@@ -1,0 +1,185 @@
+"""Routes each request of the handshake era: to its resident session, a restore, an opening, or an end."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
+from mcp.server.streamable_http import SESSION_ID_PATTERN
+from starlette.requests import Request
+
+from mcp_session_store.adapter import responses
+from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
+from mcp_session_store.adapter.requests import POSTED_BODY, may_initialize, read_body, replayed_receive, session_id_of
+from mcp_session_store.adapter.responses import SessionNotFound
+from mcp_session_store.adapter.sessions.handshake import Handshake
+from mcp_session_store.adapter.sessions.held_response import HeldResponse
+from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
+from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
+from mcp_session_store.adapter.streams.event_ids import EventIds
+from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream, stream_refusal
+from mcp_session_store.records import session_key
+
+if TYPE_CHECKING:
+    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
+    from mcp.server.transport_security import TransportSecurityMiddleware
+    from starlette.responses import Response
+    from starlette.types import Message, Receive, Scope, Send
+
+    from mcp_session_store.adapter.sessions.activity import ActivityReporter
+    from mcp_session_store.adapter.sessions.ending import Ender
+    from mcp_session_store.adapter.sessions.opening import Opener
+    from mcp_session_store.adapter.sessions.recording import RecordWriter
+    from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.sessions.restoring import Restorer
+
+__all__ = ["Router"]
+
+MAX_SESSION_ID: Final = 128
+"""Characters of a session id; a longer one costs no query. The SDK's own have 32."""
+
+
+class Router:
+    """Decides for each request of the handshake era (2025-11-25 and earlier) what serves it.
+
+    Args:
+        registry: Registry of the sessions in memory.
+        opener: Serves requests without a session id.
+        restorer: Restores sessions that are not in memory.
+        ender: Ends sessions.
+        activity: Notes which sessions are in use.
+        writer: Commits what requests change in the record of their session.
+        security: Check that each request passes before a session is looked up; the SDK has it in its transport.
+        has_event_store: Whether the SDK's transports have an event store of the user's.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        opener: Opener,
+        restorer: Restorer,
+        ender: Ender,
+        activity: ActivityReporter,
+        writer: RecordWriter,
+        security: TransportSecurityMiddleware,
+        *,
+        has_event_store: bool,
+    ) -> None:
+        self._registry = registry
+        self._opener = opener
+        self._restorer = restorer
+        self._ender = ender
+        self._activity = activity
+        self._writer = writer
+        self._security = security
+        self._has_event_store = has_event_store
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request: by its resident session, after a restore, or by a new session."""
+        session_id = session_id_of(scope)
+        user = scope.get("user")
+        requestor = authorization_context(user) if isinstance(user, AuthenticatedUser) else None
+        if session_id is None:
+            await self._opener.open(requestor, scope, receive, send)
+            return
+        session = self._registry.get(session_id)
+        method = scope["method"]
+        if session is None or not session.serving or session.owner != requestor or method not in ("POST", "GET"):
+            found = await self._find(session_id, requestor, scope, receive)
+            if not isinstance(found, ResidentSession):
+                await found(scope, receive, send)
+                return
+            session = found
+        else:
+            session.pin()
+        try:
+            self._activity.note(session)
+            scope[RESIDENT_SESSION] = session
+            scope[RECORD_WRITER] = self._writer
+            if session.marker is not None:
+                scope[RESTORE_MARKER] = session.marker
+            if method == "GET":
+                with session.stream():
+                    await self._serve_stream(session, scope, receive, _noting_standalone_stream(session, send))
+                return
+            message = await receive()
+            if session.events is not None:
+                message = await read_body(message, receive)
+                POSTED_BODY.set(message.get("body", b""))
+            receive = replayed_receive(message, receive)
+            if may_initialize(message):
+                # The answer to a handshake promises durability.
+                handshake = Handshake()
+                held = HeldResponse(handshake, session_id, scope, receive, send, opening=False)
+                with session.loop.holding(handshake, scope):
+                    await held.answered_by(partial(session.transport.handle_request, scope, receive))
+                return
+            await session.transport.handle_request(scope, receive, send)
+        finally:
+            session.unpin()
+
+    async def _find(
+        self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, receive: Receive
+    ) -> ResidentSession | Response:
+        """Return the session of a request, pinned, or the answer that the request gets instead."""
+        request = Request(scope, receive)
+        if (refusal := await self._security.validate_request(request, is_post=request.method == "POST")) is not None:
+            return refusal
+        if request.method not in ("POST", "GET", "DELETE"):
+            return responses.METHOD_NOT_ALLOWED.response()
+        try:
+            if len(session_id) > MAX_SESSION_ID or not SESSION_ID_PATTERN.fullmatch(session_id):
+                raise SessionNotFound
+            if request.method == "DELETE":
+                await self._ender.delete(session_id, requestor)
+                return responses.session_ended(session_id)
+            return await self._restorer.restored(session_id, requestor, scope)
+        except Exception as error:
+            return responses.refuse(error, session_key(session_id)).response()
+
+    async def _serve_stream(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a GET: from the event log where there is one, which has earlier events and other instances' events."""
+        if session.events is not None:
+            served = await serve_stream(session.events, session.session_id, self._security, scope, receive, send)
+        else:
+            served = not self._has_event_store and await self._answer_without_events(session, scope, receive, send)
+        if not served:
+            await session.transport.handle_request(scope, receive, send)
+
+    async def _answer_without_events(
+        self, session: ResidentSession, scope: Scope, receive: Receive, send: Send
+    ) -> bool:
+        """Answer a client that comes back with an event id, perhaps from a time when there was an event log.
+
+        Returns:
+            False for requests that the transport answers, a request for any standalone stream among them.
+        """
+        request = Request(scope, receive)
+        last_event_id = request.headers.get("last-event-id")
+        if not last_event_id:
+            return False
+        cursor = EventIds(session_key(session.session_id)).read(last_event_id)
+        if cursor is not None and cursor.standalone:
+            # The SDK sends no response at all where there is nothing to replay from.
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"last-event-id"]
+            return False
+        response = await stream_refusal(request, self._security)
+        if response is None:
+            if cursor is None:
+                response = responses.BAD_EVENT_ID.response()
+            else:
+                response = not_resumable(session.session_id, cursor)
+        await response(scope, receive, send)
+        return True
+
+
+def _noting_standalone_stream(session: ResidentSession, send: Send) -> Send:
+    """Return the `send` of a GET that notes when the standalone stream opens."""
+
+    async def noting(message: Message) -> None:
+        await send(message)
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            session.loop.standalone_stream_open.set()
+
+    return noting

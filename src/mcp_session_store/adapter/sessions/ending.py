@@ -1,0 +1,177 @@
+"""Ends of sessions: by DELETE, on another instance or by an operator, and by expiry."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import anyio
+
+from mcp_session_store.adapter import telemetry
+from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.responses import SESSION_ENDED, SessionNotFound
+from mcp_session_store.adapter.sessions.changes import ChangeWatch
+from mcp_session_store.errors import SessionStoreError, StoreUnavailable
+from mcp_session_store.records import EndReason, SessionRecord, session_key
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from uuid import UUID
+
+    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
+
+    from mcp_session_store.adapter.sdk import ManagerTasks
+    from mcp_session_store.adapter.sessions.activity import ActivityReporter
+    from mcp_session_store.adapter.sessions.lookup import Lookup
+    from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.records import Change
+    from mcp_session_store.store import SessionStore
+
+__all__ = ["EndHook", "Ender"]
+
+logger = logging.getLogger(__name__)
+
+EndHook: TypeAlias = Callable[[SessionRecord, EndReason], Awaitable[None]]
+
+END_HOOK_TIMEOUT: Final = 5.0
+"""Seconds that an `on_end` hook may hold up the answer to a DELETE."""
+
+
+class Ender:
+    """Ends sessions, and stops serving those that ended elsewhere.
+
+    Args:
+        store: The store that keeps the sessions.
+        registry: Registry of the sessions in memory and of the restores under way.
+        lookup: Looks up the record of a session for its principal.
+        activity: Reports activity, and so learns which sessions are not live any more.
+        tasks: Task group in which sessions are ended.
+        on_end: The application's hook, called once for each resident session that ends.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore,
+        registry: Registry,
+        lookup: Lookup,
+        activity: ActivityReporter,
+        tasks: ManagerTasks,
+        *,
+        on_end: EndHook | None,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._lookup = lookup
+        self._activity = activity
+        self._tasks = tasks
+        self._on_end = on_end
+        self.changes: Final = ChangeWatch(store, concerns=registry.concerns, learn=self.learn, verify=self.verify)
+        """Learns which sessions ended elsewhere."""
+
+    async def delete(self, session_id: str, requestor: AuthorizationContext | None) -> None:
+        """End a session for its principal, resident or not.
+
+        Raises:
+            SessionNotFound: There is no such session for this principal.
+            SessionStoreError: The store did not answer, and the copy stays as it is.
+        """
+        done = anyio.Event()
+        failure: Exception | None = StoreUnavailable("the manager is shutting down")
+
+        async def end() -> None:
+            nonlocal failure
+            try:
+                await self._delete(session_id, requestor)
+                failure = None
+            except Exception as error:
+                failure = error
+            finally:
+                done.set()
+
+        # In the manager's task group: what is committed is carried through, whether the client stays or not.
+        self._tasks.start_soon(end)
+        await done.wait()
+        if failure is not None:
+            raise failure
+
+    async def _delete(self, session_id: str, requestor: AuthorizationContext | None) -> None:
+        session = self._registry.get(session_id)
+        if session is None or session.owner != requestor:
+            await self._lookup.record_of(session_id, requestor)
+        key = session_key(session_id)
+        ended = await self._store.end(key, reason=EndReason.CLIENT)
+        if (restore := self._registry.restores.get(session_id)) is not None:
+            restore.ended = True
+        if not ended:
+            # It ended elsewhere.
+            await self.end_not_live([key])
+            raise SessionNotFound
+        session = self._registry.get(session_id)
+        if session is not None:
+            await self._registry.evict(session, answer=SESSION_ENDED)
+        telemetry.ended.add(1, {"reason": EndReason.CLIENT.value})
+        if session is not None:
+            await self._notify_application(session, EndReason.CLIENT)
+
+    def learn(self, change: Change) -> None:
+        """Take over a change by another instance or an operator: an end, or a change of what a restore replays."""
+        for restore in self._registry.restores_of(change.key):
+            restore.ended = restore.ended or change.ended is not None
+            restore.stale_since = max(restore.stale_since, change.revision)
+        session = self._registry.with_key(change.key)
+        if session is None:
+            return
+        if change.ended is not None:
+            self._end_copy(session, change.ended)
+        else:
+            session.stale_since = max(session.stale_since, change.revision)
+            self._registry.evict_if_stale(session)
+
+    async def end_not_live(self, keys: Collection[UUID]) -> None:
+        """Stop serving sessions that turned out not to be live, with the reason for which each one ended."""
+        if any(self._registry.with_key(key) for key in keys):
+            try:
+                await self.changes.poll()
+            except SessionStoreError as error:
+                report_failure("changes", error)
+            # A session that did not end has expired.
+            self._end_expired(keys)
+
+    async def verify(self) -> None:
+        """Find out which of all sessions in memory are not live any more, and stop serving them."""
+        self._end_expired(await self._activity.report(everything=True))
+
+    def end_past_life(self) -> None:
+        """Stop serving sessions whose absolute lifetime is over, and evict those that were idle for too long."""
+        for session in self._registry:
+            if session.lifetime.past_absolute:
+                self._end_copy(session, EndReason.EXPIRED)
+            elif session.past_idle:
+                # The store knows whether it was used elsewhere.
+                self._registry.evict_soon(session)
+
+    def _end_expired(self, keys: Collection[UUID]) -> None:
+        for key in keys:
+            if (session := self._registry.with_key(key)) is not None:
+                self._end_copy(session, EndReason.EXPIRED)
+
+    def _end_copy(self, session: ResidentSession, reason: EndReason) -> None:
+        """Stop serving a session that has ended, and notify the application."""
+        self._registry.unpublish(session)
+
+        async def end() -> None:
+            await self._registry.stop(session, answer=SESSION_ENDED)
+            await self._notify_application(session, reason)
+
+        self._tasks.start_soon(end)
+
+    async def _notify_application(self, session: ResidentSession, reason: EndReason) -> None:
+        if self._on_end is None or session.record is None:
+            return
+        try:
+            with anyio.fail_after(END_HOOK_TIMEOUT):
+                await self._on_end(session.record, reason)
+        except Exception:
+            logger.exception("the on_end hook failed for the session %s", session.record.key)
