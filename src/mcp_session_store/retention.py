@@ -17,6 +17,7 @@ __all__ = [
     "NEW_SESSION_LIFETIME",
     "RetentionPolicy",
     "SweepReport",
+    "sweep_pause",
 ]
 
 NEW_SESSION_LIFETIME: Final = timedelta(minutes=10)
@@ -152,3 +153,12 @@ class EventSweepReport:
     def __add__(self, later: EventSweepReport) -> EventSweepReport:
         """Return the report of both sweeps, the later one second."""
         return EventSweepReport(removed=self.removed + later.removed, more=later.more)
+
+
+def sweep_pause(took: float) -> float:
+    """Return the seconds that a sweep rests after a step, so that half of the time is for the requests.
+
+    Args:
+        took: Seconds that the step took.
+    """
+    return took

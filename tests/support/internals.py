@@ -119,7 +119,7 @@ def resident_of(manager: DurableSessionManager, session_id: str) -> ResidentSess
 
 def max_initialize_params_of(manager: DurableSessionManager) -> int:
     """Bytes of `initialize` params that a manager stores."""
-    return manager._max_initialize_params
+    return manager._settings.max_initialize_params
 
 
 def ender_of(manager: DurableSessionManager) -> Ender:

@@ -44,9 +44,9 @@ def build_app(
     """The app that the server's framework builds, with a `DurableSessionManager` in it.
 
     Args:
-        server: A server of any framework that we know.
-        store: Where its sessions are kept.
-        options: For the framework's app factory, by its names.
+        server: A server of any framework that is known here.
+        store: Store that keeps the server's sessions.
+        options: Options of the framework's app factory, by its names.
         arguments: For `DurableSessionManager`, by its names.
 
     Raises:
@@ -76,7 +76,7 @@ def build_app(
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         nonlocal manager
         if sdk.was_started(manager):
-            # A manager runs once, an app may be started again: FastMCP makes a new one each time, too.
+            # A manager runs once, an app may be started again: FastMCP makes a new manager each time, too.
             manager = new_manager()
         async with manager.run():
             yield
@@ -93,7 +93,7 @@ _STATELESS: Final = (
 def _sdk_app(server: Any, options: Mapping[str, Any]) -> tuple[Starlette, dict[str, Any]]:
     app: Starlette = server.streamable_http_app(**options)
     stock = sdk.mcp_endpoint(app).session_manager
-    # What the framework made of its options, defaults and all. Its default of the idle timeout is none of ours.
+    # The values that the framework made of its options, defaults and all. Its default of the idle timeout is not ours.
     return app, {
         **{name: options[name] for name in _ONLY_IF_GIVEN if name in options},
         "event_store": stock.event_store,

@@ -1,4 +1,4 @@
-"""The session manager with a store: memory is a cache of the sessions in it."""
+"""The session manager with a store: memory is a cache of the sessions in the store."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from mcp_session_store.records import (
     EndReason,
     display_text,
 )
-from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.retention import RetentionPolicy, sweep_pause
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, checked_seconds
 from mcp_session_store.store import SessionStore
 
@@ -66,7 +66,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT: Final = 5.0
-"""Seconds for what is still to be written when the manager stops."""
+"""Seconds for all that is still to be written when the manager stops."""
 ANSWERS_TIMEOUT: Final = 6.0
 """Seconds that a stop waits for answers on their way to the event log: by default longer than a log tries to store."""
 
@@ -80,24 +80,24 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     Args:
         app: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
-        store: Where the sessions are kept. The manager opens it when it starts to run. A store that
+        store: Store that keeps the sessions. The manager opens it when it starts to run. A store that
             cannot be reached then stops nothing: requests that need it are answered 503.
         event_store: As for the SDK's manager; not with `event_log`.
-        event_log: Where the events of streams are kept, so that a client that lost its connection gets what it missed,
+        event_log: Log that keeps the events of streams, so that a client that lost its connection gets what it missed,
             on any instance. The manager opens it when it starts to run. Without one no stream can be resumed.
         json_response: As for the SDK's manager.
         stateless: Refused: a stateless server has no sessions to store.
         security_settings: As for the SDK's manager. A request is checked before a session is restored.
         retry_interval: As for the SDK's manager, in milliseconds.
-        session_idle_timeout: Seconds after which a session that nobody uses ends, on all instances: when it is
+        session_idle_timeout: Seconds after which an idle session ends, on all instances: when it is
             given, it is the idle time of the store's retention policy. `None`: never.
         max_request_body_size: As for the SDK's manager, in bytes.
         on_restore: Called with the marker and the record before the replay. It may raise
             `RestoreRefused`: the session ends, and the client gets 404. Any other error, and a hook
             that takes longer than `replay_timeout`, is answered 503.
         on_end: Called once with the record and the reason, in each instance in which the session is
-            resident when it ends, wherever that was; not when a copy leaves memory. Of a session that expires
-            because nobody used it no copy is left as a rule, and none is told.
+            resident when it ends, wherever that was; not when a copy leaves memory. A session that expires
+            because it was idle has no copy left as a rule, and then no hook is called for it.
         settings: The numbers of this process, for which the environment is not read. Each of them can be given by
             keyword instead.
         evict_after: See `InstanceSettings`; seconds.
@@ -108,13 +108,13 @@ class DurableSessionManager(sdk.ManagerSeams):
         instance_timeout: See `InstanceSettings`; seconds.
         replay_timeout: See `InstanceSettings`; seconds.
         max_initialize_params: See `InstanceSettings`; bytes.
-        journaled_methods: Methods of the application's own whose calls set state of their session: they are
-            stored, and replayed in a restore, as `logging/setLevel` and `resources/subscribe` are.
+        journaled_methods: Methods of the application's own whose calls set state of their session: the calls are
+            stored, and replayed in a restore, as those of `logging/setLevel` and `resources/subscribe` are.
         close_store: Close the store when the manager stops.
         close_event_log: Close the event log when the manager stops, before the store.
 
     Raises:
-        ConfigurationError: A value that cannot work, by its name.
+        ConfigurationError: A value cannot work; the message names it.
     """
 
     def __init__(
@@ -195,21 +195,15 @@ class DurableSessionManager(sdk.ManagerSeams):
         self.store = store
         self.event_log = event_log
         self.instance = ""
-        """Names the process; made when the manager starts to run, because processes fork before."""
+        """Id of this process; made when the manager starts to run, because processes fork before."""
         self._on_restore = on_restore
         self._on_end = on_end
-        self._replay_timeout = settings.replay_timeout
-        self._max_initialize_params = settings.max_initialize_params
-        self._instance_timeout = settings.instance_timeout
+        self._settings = settings
         self._close_store = close_store
         self._close_event_log = close_event_log
         self._recorder: EventRecorder | None = None
         self._journal = Journal(journaled_methods)
-        self._evict_after = math.inf if settings.evict_after is None else settings.evict_after
-        self._end_within = settings.end_within
         checked_interval(settings.activity_interval, store.retention)
-        self._activity_interval = settings.activity_interval
-        self._sweep_interval = settings.sweep_interval
         self._tasks = sdk.ManagerTasks(self)
         self._registry = Registry(
             sdk.transports_of(self), sdk.owners_of(self), self._tasks, capacity=settings.max_sessions
@@ -220,7 +214,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def run(self) -> AsyncIterator[None]:
         """Serve sessions while the context is open; once for each manager, as the SDK's.
 
-        When it closes, what is resident leaves memory. No session ends by it.
+        When the context closes, the resident sessions leave memory. No session ends by it.
 
         Raises:
             SchemaError: The database answers, and its schema does not fit.
@@ -233,7 +227,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             if self._close_event_log and self.event_log is not None:
                 stack.push_async_callback(_close, self.event_log)
             if self.event_log is not None:
-                dead_after = timedelta(seconds=self._instance_timeout)
+                dead_after = timedelta(seconds=self._settings.instance_timeout)
                 instances = Instances(self.event_log, instance=self.instance, dead_after=dead_after)
                 self._recorder = EventRecorder(self.event_log, Followers(self.event_log, instances), instances)
                 stack.push_async_callback(self._retire, self._recorder)
@@ -243,7 +237,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 # Start watching before serving, so that no end is missed.
                 await self._ender.changes.poll()
                 if self._recorder is not None:
-                    # Before any call can be waited for that runs here.
+                    # Before a client can wait for any call that runs here.
                     await self._recorder.recover()
             except StoreUnavailable as error:
                 logger.warning("the session store cannot be reached; requests that need it get 503: %s", error)
@@ -259,7 +253,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     def _wire(self) -> None:
         """Make the collaborators that need the event loop, the instance's id and the policy as it is now."""
         # Another app may share the store, and have set its policy.
-        interval = checked_interval(self._activity_interval, self.store.retention)
+        interval = checked_interval(self._settings.activity_interval, self.store.retention)
         self._activity = ActivityReporter(self.store, self._registry, interval=interval)
         lookup = Lookup(self.store)
         self._ender = Ender(self.store, self._registry, lookup, self._activity, self._tasks, on_end=self._on_end)
@@ -269,7 +263,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             self._journal,
             self._ender.end_not_live,
             instance=self.instance,
-            max_initialize_params=self._max_initialize_params,
+            max_initialize_params=self._settings.max_initialize_params,
         )
         admission = Admission(
             self._registry,
@@ -287,7 +281,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             self._tasks,
             instance=self.instance,
             on_restore=self._on_restore,
-            replay_timeout=self._replay_timeout,
+            replay_timeout=self._settings.replay_timeout,
         )
         router = Router(
             self._registry,
@@ -303,19 +297,22 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     def _start_background_tasks(self) -> None:
         start = self._tasks.start_soon
-        poll_interval = self._end_within / 2
+        settings = self._settings
+        poll_interval = settings.end_within / 2
+        changes = self._ender.changes
         start(partial(run_every, "activity", self._activity.interval, self._report, wake=self._activity.wake))
-        start(partial(run_every, "changes", poll_interval, self._ender.changes.poll, wake=self._ender.changes.wake))
-        start(run_again, "hints", self._ender.changes.listen)
-        start(run_every, "eviction", min(self._evict_after / 4, poll_interval), self._evict_unused)
-        if self._sweep_interval is not None:
-            start(run_every, "sweep", self._sweep_interval, self._sweep)
+        start(partial(run_every, "changes", poll_interval, changes.poll, wake=changes.wake))
+        start(run_again, "hints", changes.listen)
+        evict_after = math.inf if settings.evict_after is None else settings.evict_after
+        start(run_every, "eviction", min(evict_after / 4, poll_interval), self._evict_unused)
+        if settings.sweep_interval is not None:
+            start(run_every, "sweep", settings.sweep_interval, self._sweep)
             if self.event_log is not None:
-                # Beside it: where many are stored there may always be more that are too old.
-                start(run_every, "event sweep", self._sweep_interval, partial(sweep_events, self.event_log))
+                # In a task of its own: where many events are stored there may always be more that are too old.
+                start(run_every, "event sweep", settings.sweep_interval, partial(sweep_events, self.event_log))
         if (recorder := self._recorder) is not None:
             followers = recorder.followers
-            start(partial(recorder.run, beat_interval=self._instance_timeout / 3))
+            start(partial(recorder.run, beat_interval=settings.instance_timeout / 3))
             start(partial(run_every, "streams", POLL_INTERVAL, followers.poll, wake=followers.wake))
             start(run_again, "event hints", followers.listen)
 
@@ -326,16 +323,16 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def _shut_down(self) -> None:
         with anyio.move_on_after(ANSWERS_TIMEOUT + SHUTDOWN_TIMEOUT, shield=True):
             self._activity.gather(everything=True)
-            # Beside each other: a store that is slow leaves no stream open, and no client leaves activity unreported.
+            # Concurrently, so that a slow store leaves no stream open, and no client leaves activity unreported.
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._report_all)
                 # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
                 for session in self._registry:
-                    tasks.start_soon(self._put_away, session)
+                    tasks.start_soon(self._evict_at_stop, session)
 
-    async def _put_away(self, session: ResidentSession) -> None:
+    async def _evict_at_stop(self, session: ResidentSession) -> None:
         if session.events is not None:
-            # Also an answer that waits behind others, of a call that is over.
+            # Wait also for an answer of a call that is over which waits behind others.
             with anyio.move_on_after(ANSWERS_TIMEOUT):
                 await session.events.recorded()
         with anyio.move_on_after(SHUTDOWN_TIMEOUT):
@@ -350,7 +347,8 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     async def _evict_unused(self) -> None:
         """Evict copies that have been idle for a while, and stop serving sessions whose life is over."""
-        self._registry.evict_idle(anyio.current_time() - self._evict_after)
+        if self._settings.evict_after is not None:
+            self._registry.evict_idle(anyio.current_time() - self._settings.evict_after)
         self._ender.end_past_life()
 
     async def _report(self) -> None:
@@ -358,7 +356,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         await self._ender.end_not_live(await self._activity.report())
 
     async def _sweep(self) -> None:
-        # What is in use here must not look unused. While that cannot be told, nothing is swept either.
+        # A session in use here must not look unused: nothing is swept until the activity is reported.
         await self._report()
         while True:
             began = anyio.current_time()
@@ -369,12 +367,11 @@ class DurableSessionManager(sdk.ManagerSeams):
                 telemetry.purged.add(report.purged)
             if not report.more:
                 break
-            # Half of the time is for the requests.
-            await anyio.sleep(anyio.current_time() - began)
+            await anyio.sleep(sweep_pause(anyio.current_time() - began))
 
 
 def instance_id() -> str:
-    """A name for this process: host, process id, and a random part, because the first two come again."""
+    """Return a name for this process: host, process id, and a random part, because the first two come again."""
     return f"{display_text(socket.gethostname(), length=80)}:{os.getpid()}:{uuid4().hex[:8]}"
 
 

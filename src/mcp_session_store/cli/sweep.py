@@ -21,7 +21,7 @@ from mcp_session_store.cli.options import (
 from mcp_session_store.cli.output import number, plural, print_json, progress
 from mcp_session_store.cli.target import target_options
 from mcp_session_store.errors import StoreUnavailable
-from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepReport
+from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepReport, sweep_pause
 from mcp_session_store.store import SWEEP_LIMIT
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class _Sweep:
         """Leave the database to the servers for as long as a step took."""
         if self._pause and more:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), time.monotonic() - begun)
+                await asyncio.wait_for(stop.wait(), sweep_pause(time.monotonic() - begun))
 
     @contextlib.contextmanager
     def _stopping_at_signals(self, stop: asyncio.Event) -> Iterator[None]:

@@ -1,1 +1,1 @@
-"""Restore by replay: what is replayed, and how the application learns of it."""
+"""Restore by replay: the messages that are replayed, and how the application learns of it."""

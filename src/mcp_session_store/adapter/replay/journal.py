@@ -1,4 +1,4 @@
-"""Calls that set state which the handshake does not hold: stored before they are answered, and replayed."""
+"""Journaled calls, which set state that the handshake does not hold: stored before their answer, and replayed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["JOURNALED_METHODS", "Journal", "JournalWrite", "JournaledMethod"]
 
 MAX_SUBJECT: Final = 500
-"""Bytes of a subject that are stored as they are; of a longer one its SHA-256 is."""
+"""Bytes of a subject that is stored as it is; a longer one is stored as its SHA-256."""
 MAX_PARAMS: Final = 8 * 1024
-"""Bytes of a journaled call's params, as JSON."""
+"""Highest number of bytes of a journaled call's params, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,11 +32,11 @@ class JournaledMethod:
     """
 
     method: str
-    """The method that is replayed."""
+    """Method that is replayed."""
     subject: str | None = None
-    """The parameter that tells what the state is about, such as `uri`; `None`: a session has one such state."""
+    """Parameter that names the subject of the state, such as `uri`; `None`: a session has one such state."""
     undone_by: str | None = None
-    """The method that undoes it, with the same parameter; after it nothing is replayed."""
+    """Method that undoes the call with the same parameter; after it nothing is replayed."""
 
 
 JOURNALED_METHODS: Final = (
@@ -45,7 +45,7 @@ JOURNALED_METHODS: Final = (
     # MCP 2025-11-25, server/resources, subscriptions.
     JournaledMethod(method="resources/subscribe", subject="uri", undone_by="resources/unsubscribe"),
 )
-"""What the protocol has of them."""
+"""The journaled methods of the protocol."""
 
 
 _UNFIT: Final = {
@@ -57,22 +57,22 @@ _UNFIT: Final = {
 
 @dataclass(frozen=True, slots=True)
 class JournalWrite:
-    """What a call changes in its session's journal."""
+    """Change of a session's journal by one call."""
 
     method: str
     subject: str
     params: str | None
-    """JSON text; `None`: the entry goes."""
+    """JSON text; `None`: the entry is removed."""
 
 
 class Journal:
-    """Tells which calls are journaled, and as what.
+    """Rules that say which calls are journaled, and as what.
 
     Args:
-        methods: In addition to the protocol's own.
+        methods: Methods in addition to the protocol's own.
 
     Raises:
-        ConfigurationError: One cannot be journaled.
+        ConfigurationError: A method cannot be journaled.
     """
 
     def __init__(self, methods: Iterable[JournaledMethod] = ()) -> None:
@@ -90,18 +90,18 @@ class Journal:
                     table[name] = method
 
     def holds(self, method: str) -> bool:
-        """Whether calls of this method are journaled."""
+        """Return whether calls of this method are journaled."""
         return method in self._setting or method in self._undoing
 
     def write(self, method: str, params: Mapping[str, Any] | None) -> JournalWrite:
-        """What a call changes.
+        """Return what a call changes in the journal.
 
         Args:
-            method: One that is journaled.
-            params: As the client sent them.
+            method: A journaled method.
+            params: Params of the call, as the client sent them.
 
         Raises:
-            MCPError: INVALID_PARAMS; they cannot be stored.
+            MCPError: INVALID_PARAMS; the params cannot be stored.
         """
         rule = self._setting.get(method)
         undoing = rule is None
@@ -126,7 +126,7 @@ class Journal:
 
 
 def _subject(value: object) -> str:
-    # As JSON: ASCII, and without NUL, whatever it holds. A text, as nearly all are, stands for itself.
+    # As JSON: ASCII without NUL, whatever the value holds. A text, as nearly all values are, stands for itself.
     text = json.dumps(value, sort_keys=True)
     plain = isinstance(value, str) and not value.startswith(("=", "sha256:"))
     text = text[1:-1] if plain else f"={text}"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["RESTORE_MARKER", "get_restore_marker"]
 
 RESTORE_MARKER: Final = "mcp_session_store.restore_marker"
-"""Where the marker stands in the ASGI scope of a request."""
+"""Key of a request's ASGI scope under which the marker stands."""
 
 # From each context that the SDK and FastMCP hand out, the way to the Starlette request: the SDK's
 # ServerRequestContext and FastMCP's wrapper of it have `request`, both `Context` classes have
@@ -21,7 +21,7 @@ _WAYS: Final = ("request", "request_context", "fastmcp_context")
 
 
 def get_restore_marker(ctx: object) -> SessionRestoreMarker | None:
-    """Tell whether the session of this context was restored, on the replayed messages and on all later ones.
+    """Return the restore marker of a context, on the replayed messages of a restored session and on all later ones.
 
     Args:
         ctx: Any context that the SDK or FastMCP hands to a tool, a handler or a middleware, or the

@@ -111,10 +111,18 @@ class Replay:
                 await self._answered.wait()
             if self._answer is None:
                 if not self.unanswered:
-                    logger.warning("a journaled call of %s is slow to be answered when it is replayed", entry.method)
+                    logger.warning(
+                        "a journaled call of %s of the session %s is slow to be answered when it is replayed",
+                        entry.method,
+                        self._record.key,
+                    )
                 self.unanswered = True
             elif isinstance(self._answer, JSONRPCError):
-                logger.warning("a journaled call of %s was answered by an error when it was replayed", entry.method)
+                logger.warning(
+                    "a journaled call of %s of the session %s was answered by an error when it was replayed",
+                    entry.method,
+                    self._record.key,
+                )
 
     def _request_for(self, method: str, params: str) -> JSONRPCRequest:
         self._request_id = f"restore-{uuid4().hex}"

@@ -33,7 +33,7 @@ class RequestIds:
         self._offset = random.randrange(1, _COPIES) * _REQUESTS_OF_A_COPY  # noqa: S311 - to differ, not to be secret
 
     def outbound(self, item: SessionMessage) -> SessionMessage:
-        """What goes to the client for a message that the server writes."""
+        """Return the message that goes to the client for one that the server writes."""
         message = item.message
         if isinstance(message, JSONRPCRequest) and isinstance(message.id, int):
             # The SDK's dispatcher takes a request's id for its progress token, too.
@@ -46,7 +46,7 @@ class RequestIds:
         return item
 
     def inbound(self, item: SessionMessage) -> SessionMessage:
-        """What the server reads for a message of the client's."""
+        """Return the message that the server reads for one of the client's."""
         message = item.message
         if isinstance(message, JSONRPCResponse | JSONRPCError) and message.id is not None:
             request_id = coerce_request_id(message.id)
@@ -68,6 +68,6 @@ def _with_token(params: dict[str, Any] | None, token: int, shifted: int) -> dict
 
 
 def _with(item: SessionMessage, message: Any, **changes: Any) -> SessionMessage:
-    # Only what was set: the transport leaves out what was not.
+    # Change only fields that were set: the transport leaves out the others.
     changed = {name: value for name, value in changes.items() if name in message.model_fields_set}
     return replace(item, message=message.model_copy(update=changed))

@@ -1,4 +1,4 @@
-"""Which sessions are in use, gathered in memory and reported to the store in one statement for all."""
+"""Activity of sessions, gathered in memory and reported to the store in one statement for all."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ GAP_WITHOUT_IDLE: Final = 300.0
 
 
 def checked_interval(requested: float | None, policy: RetentionPolicy) -> float:
-    """Seconds between two reports.
+    """Return the seconds between two reports.
 
     Args:
         requested: The setting `activity_interval`.
-        policy: A quarter of its idle time is the most: a session that is in use must not expire unreported.
+        policy: Policy whose idle time sets the longest interval, a quarter of it: a session in use must not expire
+            unreported.
 
     Raises:
         ConfigurationError: It cannot work.
@@ -59,13 +60,13 @@ class _Unreported:
 
 
 class ActivityReporter:
-    """Gathers activity, and reports it.
+    """Gathers activity and reports it.
 
     A session is reported at most once in a twentieth of the idle time, unless it is about to expire, or
     has left memory.
 
     Args:
-        store: Where to.
+        store: Store that the activity is reported to.
         registry: Registry of the copies in memory. One that is busy is active.
         interval: Seconds between two reports.
     """
@@ -80,11 +81,11 @@ class ActivityReporter:
         self._urgent: set[UUID] = set()
         self._all_due_at = -math.inf
         self._under_way: list[dict[UUID, _Unreported]] = []
-        """What reports tell that the store has not answered yet."""
+        """Activity in reports that the store has not answered yet."""
         self.wake: Final = Wake(gathering=GATHERING)
 
     def note(self, session: ResidentSession) -> None:
-        """A session is in use now."""
+        """Note that a session is in use now."""
         assert session.record is not None
         now = anyio.current_time()
         if self._note(session.record.key, now) and self._expires_soon(session, now):
@@ -92,7 +93,7 @@ class ActivityReporter:
             self.wake.set()
 
     def _note(self, key: UUID, now: float) -> bool:
-        """Note activity; whether it is the first that is unreported."""
+        """Note activity; return whether it is the first that is unreported."""
         unreported = self._unreported.get(key)
         if unreported is None:
             self._unreported[key] = _Unreported(now, now)
@@ -101,13 +102,13 @@ class ActivityReporter:
         return False
 
     def _expires_soon(self, session: ResidentSession, now: float) -> bool:
-        """Whether a session will expire unless its activity is reported: it is new, or was not used for long."""
+        """Return whether a session expires unless its activity is reported: it is new, or was idle for long."""
         lifetime = session.lifetime
         can_be_extended = lifetime.expiry_reported < lifetime.ends_at
         return can_be_extended and now > lifetime.expiry_reported - 2 * self.interval
 
     def gather(self, *, everything: bool = False) -> None:
-        """Note which copies are in use now; if asked for, of all others when they were last used."""
+        """Note which copies are in use now; with `everything`, also when all others were last used."""
         for session in self._registry:
             if session.record is None:
                 continue
@@ -121,16 +122,16 @@ class ActivityReporter:
                 self._unreported[session.record.key] = _Unreported(session.idle_since, session.idle_since)
 
     async def report(self, *, everything: bool = False) -> Collection[UUID]:
-        """Report what is due.
+        """Report the activity that is due.
 
         Args:
-            everything: All that is unreported, and all copies that are in memory.
+            everything: Report all unreported activity, and all copies in memory.
 
         Returns:
             The keys of sessions that are not live any more.
 
         Raises:
-            SessionStoreError: The store did not take it; it will be reported the next time.
+            SessionStoreError: The store did not take the report; its activity is in the next one.
         """
         now = anyio.current_time()
         if everything or not self._urgent or now >= self._all_due_at:
@@ -143,7 +144,7 @@ class ActivityReporter:
         self._urgent = set()
         reported = {key: self._unreported.pop(key) for key in due}
         if everything:
-            # Those that are under way may fail, and nobody may be there any more to report them again.
+            # A report that is under way may fail when no task is left that reports again.
             for others in self._under_way:
                 _merge(others, into=reported)
         if not reported:

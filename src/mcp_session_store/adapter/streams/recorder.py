@@ -18,6 +18,7 @@ from mcp_session_store.adapter.streams.calls import CallStream, call_error
 from mcp_session_store.errors import SchemaError, StoreUnavailable
 from mcp_session_store.event_log import NO_SESSION, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
+from mcp_session_store.retention import sweep_pause
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -368,8 +369,7 @@ async def sweep_events(log: EventLog) -> None:
             telemetry.removed_events.add(report.removed)
         if not report.more:
             return
-        # Half of the time is for the requests.
-        await anyio.sleep(anyio.current_time() - began)
+        await anyio.sleep(sweep_pause(anyio.current_time() - began))
 
 
 def _ends_call(event: NewEvent) -> bool:
