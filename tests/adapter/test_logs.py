@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import mcp_types as types
 import pytest
+from mcp.server import streamable_http_manager
+from mcp.server.streamable_http import StreamableHTTPServerTransport
 
-from mcp_session_store import RestoreRefused, SessionRecord, SessionRestoreMarker, StoreUnavailable
+from mcp_session_store import (
+    RestoreRefused,
+    RetentionPolicy,
+    SessionRecord,
+    SessionRestoreMarker,
+    StoreUnavailable,
+    session_key,
+)
 from mcp_session_store.adapter.streams.recorder import sweep_events
 from mcp_session_store.errors import EventTooLarge
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal
-from tests.support.internals import registry_of, stopping_in
+from tests.support.internals import registry_of, resident_of, stopping_in
 from tests.support.streams import all_stored, opened
 from tests.support.talking import Talking
 
@@ -26,6 +37,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 PAYLOAD = "xyzzy-payload"
+KEY = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+"""What a session's key looks like."""
 PARAMS = {
     **INITIALIZE_PARAMS,
     "clientInfo": {"name": f"{PAYLOAD}-name", "version": f"{PAYLOAD}-version"},
@@ -130,6 +143,125 @@ async def test_logs_hold_neither_session_ids_nor_payload(
         assert PAYLOAD not in text
         for session_id in ids:
             assert session_id not in text
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The messages that this package has logged."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("mcp_session_store")]
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("down", "for now"), ("broken", "unexpected error")])
+@pytest.mark.parametrize("operation", ["load", "claim", "replace_initialize", "write_journal", "end"])
+async def test_a_request_that_the_store_refuses_is_logged_with_its_sessions_key(
+    store: FaultyStore, operation: str, fault: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with instance(store) as one:
+        session_id = await one.client().handshake()
+    notes = Notes()
+
+    async def handle(_ctx: RequestContext, _params: Any) -> types.EmptyResult:
+        return types.EmptyResult()
+
+    notes.server.add_request_handler("logging/setLevel", types.SetLevelRequestParams, handle)
+    async with instance(store, notes) as one:
+        client = one.client(session_id)
+        if operation not in ("load", "claim"):
+            await client.ping()
+        getattr(store, fault)(operation)
+        if operation == "replace_initialize":
+            await client.initialize()
+        elif operation == "write_journal":
+            await client.request("logging/setLevel", {"level": "debug"})
+        elif operation == "end":
+            await client.delete()
+        else:
+            await client.ping()
+        key = session_key(session_id)
+        assert any(f"the session {key} is refused" in text and reason in text for text in logged(caplog)) or (
+            # What is unexpected in a restore is logged there, with its traceback.
+            (operation, fault) == ("claim", "broken") and f"the session {key} could not be restored" in logged(caplog)
+        )
+
+
+async def test_a_new_session_that_is_refused_is_logged_with_its_key(
+    store: FaultyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.retention = RetentionPolicy(anonymous=1)
+    async with instance(store) as one:
+        await one.client().handshake()
+        assert (await one.client().initialize()).status == 503
+        assert any(re.match(f"the new session {KEY} is refused: ", text) for text in logged(caplog))
+        store.down("create")
+        assert (await one.client().initialize()).status == 503
+        assert any(re.match(f"a request for the session {KEY} is refused for now", text) for text in logged(caplog))
+
+
+async def test_a_restore_that_fails_is_logged_with_the_sessions_key(
+    store: FaultyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def on_restore(*_: Any) -> None:
+        raise RuntimeError("the application's bug")
+
+    notes = Notes()
+
+    async def refuse(_ctx: RequestContext) -> None:
+        raise RuntimeError("the application's bug")
+
+    async with instance(store) as one:
+        session_id = await one.client().handshake()
+    key = session_key(session_id)
+    async with instance(store, on_restore=on_restore) as one:
+        assert (await one.client(session_id).ping()).status == 503
+        assert f"the session {key} could not be restored" in logged(caplog)
+    notes.on_initialize = refuse
+    async with instance(store, notes) as one:
+        assert (await one.client(session_id).ping()).status == 404
+        assert any(text.startswith(f"the session {key} cannot be restored by this instance") for text in logged(caplog))
+
+
+async def test_a_server_loop_that_crashes_is_logged_with_the_sessions_key(
+    store: FaultyStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    async with instance(store) as one:
+        session_id = await one.client().handshake()
+    monkeypatch.setattr(streamable_http_manager, "serve_loop", broken)
+    async with instance(store) as one:
+        assert (await one.client(session_id).ping()).status == 503
+    assert f"the server loop of the session {session_key(session_id)} crashed; the session can be restored" in logged(
+        caplog
+    )
+
+
+async def test_a_handshake_that_cannot_be_served_is_logged_with_its_sessions_key(
+    store: FaultyStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(StreamableHTTPServerTransport, "handle_request", broken)
+    async with instance(store) as one:
+        assert (await one.client().initialize()).status == 503
+    assert any(re.fullmatch(f"a handshake of the session {KEY} could not be served", text) for text in logged(caplog))
+
+
+async def test_an_eviction_that_fails_is_logged_with_the_sessions_key(
+    store: FaultyStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    async with instance(store) as one:
+        session_id = await one.client().handshake()
+        await one.at_rest()
+        session = resident_of(one.manager, session_id)
+        with monkeypatch.context() as patch:
+            patch.setattr(session.transport, "terminate", broken)
+            registry_of(one.manager).evict_soon(session)
+            failed = f"the background task eviction failed for the session {session_key(session_id)}, and tries again"
+            await until(lambda: failed in logged(caplog))
 
 
 async def test_logs_of_events_hold_neither_session_ids_nor_event_ids_nor_payload(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
     from mcp_session_store.sql.database import Database
 
+
 # Of stores in memory
 
 

@@ -502,7 +502,8 @@ async def test_a_replayed_call_that_is_answered_by_an_error_is_logged_and_skippe
         assert (await client.ping()).status == 200
         assert notes.set_again == [("logging/setLevel", "debug")]
         ours = [record.getMessage() for record in caplog.records if "mcp_session_store" in record.name]
-        assert any("resources/subscribe" in text for text in ours)
+        key = str(session_key(session_id))
+        assert any("resources/subscribe" in text and key in text for text in ours)
         assert not any("secret" in text for text in ours)
         # The record stays: another instance may be able to.
         assert len(await rows(store, session_id)) == 2

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from mcp_session_store import EndReason, SessionRecord
+from mcp_session_store import EndReason, SessionRecord, session_key
 from mcp_session_store.adapter.sessions import ending
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.http import INITIALIZE_PARAMS
@@ -292,7 +292,7 @@ async def test_an_end_hook_that_fails_or_hangs_does_not_break_the_answer(
         session_id = await client.handshake()
         assert (await client.delete()).status == 200
         assert await store.ended(session_id) is EndReason.CLIENT
-        assert "on_end" in caplog.text
+        assert f"the on_end hook failed for the session {session_key(session_id)}" in caplog.text
 
 
 async def test_the_end_hook_runs_when_the_session_has_ended_and_cannot_be_reached(store: FaultyStore) -> None:

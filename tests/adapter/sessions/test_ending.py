@@ -389,7 +389,7 @@ async def test_an_end_hook_that_fails_is_logged_and_the_copy_leaves(
     async with instance(store, end_within=LONG, on_end=on_end) as one:
         session_id = await one.client().handshake()
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
-        await until(lambda: "on_end" in caplog.text)
+        await until(lambda: f"the on_end hook failed for the session {session_key(session_id)}" in caplog.text)
         assert one.residents == 0
         # The instance goes on.
         await one.client().handshake()
