@@ -15,7 +15,7 @@ from mcp_session_store.adapter.background import Wake, run_again, run_every
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from tests.support.asgi import until
 from tests.support.instances import instance
-from tests.support.internals import rows_of
+from tests.support.internals import rows_of, sweep_store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -243,7 +243,7 @@ async def test_a_sweep_goes_on_in_steps_until_there_is_no_more(
     monkeypatch.setattr(sessions, "sweep", two_at_once)
     async with instance(store, sweep_interval=FOREVER) as one:
         store.background.clear()
-        await one.manager._sweep()
+        await sweep_store(one.manager)
         assert store.background["sweep"] == 4
         assert {await store.ended(session_id) for session_id in ids} == {EndReason.EXPIRED}
 
@@ -270,7 +270,7 @@ async def test_half_of_the_time_of_a_sweep_is_for_the_requests(
             patched.setattr(sessions, "sweep", slow)
             patched.setattr(anyio, "current_time", lambda: now)
             patched.setattr(anyio, "sleep", pause)
-            await one.manager._sweep()
+            await sweep_store(one.manager)
     assert pauses == [0.5, 0.5, 0.5]
 
 

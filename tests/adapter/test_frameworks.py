@@ -26,7 +26,7 @@ from tests.support.asgi import Client
 from tests.support.faulty_stores import FaultyStore
 from tests.support.frameworks import Events, Made
 from tests.support.instances import Notes, instance, running
-from tests.support.internals import max_initialize_params_of, rows_of
+from tests.support.internals import max_initialize_params_of, rows_of, transports_in
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -68,7 +68,7 @@ async def test_the_session_manager_of_the_app_and_of_the_server_is_ours(store: F
     async with running(app) as tasks:
         assert made.lowlevel.session_manager is manager
         await Client(app, tasks).handshake()
-        assert len(manager._server_instances) == 1
+        assert len(transports_in(manager)) == 1
 
 
 async def test_an_app_can_be_started_again(kind: str, store: FaultyStore, json_response: bool) -> None:

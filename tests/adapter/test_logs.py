@@ -26,7 +26,7 @@ from mcp_session_store.errors import EventTooLarge
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal
-from tests.support.internals import registry_of, resident_of, stopping_in
+from tests.support.internals import recorder_of, registry_of, resident_of, stopping_in, transports_in
 from tests.support.streams import all_stored, opened
 from tests.support.talking import Talking
 
@@ -118,13 +118,13 @@ async def test_logs_hold_neither_session_ids_nor_payload(
                 await client.delete()
                 await one.client(user=alice).initialize(PARAMS)
                 await one.client(ids[-1], user=principal("mallory")).ping()
-                if ids[-1] in one.manager._server_instances:
+                if ids[-1] in transports_in(one.manager):
                     await one.terminate(ids[-1])
                 await client.ping()
                 store.up()
                 for fate[0] in ("bug", "replay", "hang", "refuse", "nothing"):
                     await until(lambda: not stopping_in(one.manager))
-                    if ids[-1] in one.manager._server_instances:
+                    if ids[-1] in transports_in(one.manager):
                         await one.terminate(ids[-1])
                     await client.ping()
                 for session in list(registry_of(one.manager)):
@@ -134,7 +134,7 @@ async def test_logs_hold_neither_session_ids_nor_payload(
             client = one.client(user=alice)
             if (await client.initialize(PARAMS)).status == 200:
                 await client.get_stream()
-        ids += list(one.manager._server_instances)
+        ids += list(transports_in(one.manager))
     ours = [record for record in caplog.records if record.name.startswith("mcp_session_store")]
     assert len({record.getMessage() for record in ours}) >= 8, "the scenario reaches most of what is logged"
     formatter = logging.Formatter("%(message)s")
@@ -260,7 +260,7 @@ async def test_an_eviction_that_fails_is_logged_with_the_sessions_key(
         with monkeypatch.context() as patch:
             patch.setattr(session.transport, "terminate", broken)
             registry_of(one.manager).evict_soon(session)
-            failed = f"the background task eviction failed for the session {session_key(session_id)}, and tries again"
+            failed = f"the background task eviction of session {session_key(session_id)} failed, and tries again"
             await until(lambda: failed in logged(caplog))
 
 
@@ -282,7 +282,7 @@ async def test_logs_of_events_hold_neither_session_ids_nor_event_ids_nor_payload
                 resumed = await opened(client, await exchange.leave())
                 log.failing(error, operation)
                 with contextlib.suppress(type(error)):
-                    await one.manager._recorder.beat()  # type: ignore[union-attr]
+                    await recorder_of(one.manager).beat()
                     await sweep_events(log)
                 await call.say(PAYLOAD, PAYLOAD)
                 await call.tell(PAYLOAD, "\ud800")

@@ -22,7 +22,7 @@ from tests.support.asgi import seen_by_a_client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
 from tests.support.frameworks import Made
 from tests.support.instances import Notes, instance, principal
-from tests.support.internals import registry_of, stopping_in
+from tests.support.internals import activity_of, registry_of, stopping_in
 
 if TYPE_CHECKING:
     from tests.support.instances import Clock
@@ -126,7 +126,7 @@ async def test_an_idle_timeout_ends_sessions_on_all_instances(sessions: Sessions
         assert (await two.client(session_id).ping()).status == 200
         await until(lambda: not any(s.busy for i in (one, two) for s in registry_of(i.manager)))
         for each in (one, two):
-            await each.manager._activity.report(everything=True)
+            await activity_of(each.manager).report(everything=True)
         clock.advance(timedelta(seconds=61))
         for each in (one, two):
             assert (await each.client(session_id).ping()).status == 404
@@ -261,7 +261,7 @@ async def test_one_session_too_many_ends_the_oldest_wherever_it_is(
             clock.advance(timedelta(minutes=1))
         # Used again, and stored so: the other one is idle for longer.
         await used.ping()
-        await one.manager._activity.report(everything=True)
+        await activity_of(one.manager).report(everything=True)
         stream = await oldest.get_stream()
         newest = two.client(user=alice)
         await newest.handshake()

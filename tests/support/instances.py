@@ -15,7 +15,7 @@ from mcp.server.lowlevel.server import Server
 
 from mcp_session_store import DurableSessionManager, durable_app, get_restore_marker
 from tests.support.asgi import PATIENCE, Client, until
-from tests.support.internals import has_polled, registry_of
+from tests.support.internals import has_polled, registry_of, transports_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -150,7 +150,7 @@ class Instance:
     @property
     def residents(self) -> int:
         """Sessions that are in memory, by the SDK's own table."""
-        return len(self.manager._server_instances)
+        return len(transports_in(self.manager))
 
     def assert_seats_match(self) -> None:
         """Nobody sits on a seat but residents."""
@@ -166,7 +166,7 @@ class Instance:
 
     async def terminate(self, session_id: str) -> None:
         """Terminate a transport as FastMCP does at shutdown, past the manager."""
-        await self.manager._server_instances[session_id].terminate()
+        await transports_in(self.manager)[session_id].terminate()
 
 
 @asynccontextmanager

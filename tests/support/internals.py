@@ -15,15 +15,20 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
     from uuid import UUID
 
+    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.context import ServerRequestContext
+    from mcp.server.streamable_http import StreamableHTTPServerTransport
+    from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from mcp_session_store import DurableSessionManager, MemoryEventLog, MemorySessionStore
+    from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.changes import ChangeWatch
     from mcp_session_store.adapter.sessions.ending import Ender
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.adapter.streams.event_ids import EventIds
+    from mcp_session_store.adapter.streams.recorder import EventRecorder
     from mcp_session_store.memory.data import Log, Row
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
     from mcp_session_store.sql.database import Database
@@ -141,3 +146,61 @@ def has_polled(manager: DurableSessionManager) -> bool:
 def notify_of_changes(manager: DurableSessionManager) -> None:
     """Notify a manager that any sessions may have changed."""
     manager._ender.changes._on_notification(None)
+
+
+def transports_in(manager: StreamableHTTPSessionManager) -> dict[str, StreamableHTTPServerTransport]:
+    """The SDK's own table of what is in a manager's memory."""
+    return manager._server_instances
+
+
+def owners_in(manager: DurableSessionManager) -> dict[str, AuthorizationContext]:
+    """The SDK's own table of the principals of what is in a manager's memory."""
+    return manager._session_owners
+
+
+async def discard_session(
+    manager: DurableSessionManager, session_id: str, transport: StreamableHTTPServerTransport
+) -> None:
+    """Discard a session as the SDK does."""
+    await manager._discard_session(session_id, transport)
+
+
+def activity_of(manager: DurableSessionManager) -> ActivityReporter:
+    """What reports the activity of the sessions of a running manager."""
+    return manager._activity
+
+
+def unreported_in(manager: DurableSessionManager) -> Mapping[UUID, object]:
+    """The activity that a running manager has not reported yet, by the keys of its sessions."""
+    return manager._activity._unreported
+
+
+def activity_is_urgent(manager: DurableSessionManager) -> bool:
+    """Whether a running manager is about to report activity before its time."""
+    return manager._activity.wake._event.is_set()
+
+
+def recorder_of(manager: DurableSessionManager) -> EventRecorder:
+    """What stores the events of a running manager, which has to have an event log."""
+    assert manager._recorder is not None
+    return manager._recorder
+
+
+async def report_activity(manager: DurableSessionManager) -> None:
+    """Report the activity that is due, as the background task does."""
+    await manager._report()
+
+
+async def evict_unused(manager: DurableSessionManager) -> None:
+    """Evict what nobody uses, as the background task does."""
+    await manager._evict_unused()
+
+
+async def sweep_store(manager: DurableSessionManager) -> None:
+    """Sweep the store, as the background task does."""
+    await manager._sweep()
+
+
+async def shut_down(manager: DurableSessionManager) -> None:
+    """Put all sessions away, as a stop does."""
+    await manager._shut_down()

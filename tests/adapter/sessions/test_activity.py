@@ -16,7 +16,15 @@ from mcp_session_store.adapter.sessions.activity import checked_interval
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.support.asgi import Client, until
 from tests.support.instances import Notes, instance, principal, running
-from tests.support.internals import ender_of, registry_of, rows_of
+from tests.support.internals import (
+    activity_is_urgent,
+    activity_of,
+    ender_of,
+    registry_of,
+    report_activity,
+    rows_of,
+    unreported_in,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,15 +44,15 @@ async def reported(one: Instance, store: FaultyStore) -> None:
     """Let the new sessions' first activity be stored."""
     await one.first_poll()
     await one.at_rest()
-    await until(lambda: store.touches != [] and not one.manager._activity.wake._event.is_set())
-    await one.manager._activity.report(everything=True)
+    await until(lambda: store.touches != [] and not activity_is_urgent(one.manager))
+    await activity_of(one.manager).report(everything=True)
     store.touches.clear()
     store.calls.clear()
 
 
 async def report(one: Instance) -> None:
     """Let the background task run once, without waiting for its time."""
-    await one.manager._report()
+    await report_activity(one.manager)
 
 
 def told(touch: Iterable[Activity], session_id: str | None) -> Activity:
@@ -127,7 +135,7 @@ async def test_the_activity_task_reports_by_itself_at_intervals(store: FaultySto
         await client.handshake()
         await client.get_stream()
         await until(lambda: store.counts()["touch"] >= 2)
-        assert len(one.manager._activity._unreported) <= 1
+        assert len(unreported_in(one.manager)) <= 1
 
 
 async def test_ages_are_those_of_the_first_and_the_last_activity(store: FaultyStore, clock: Clock) -> None:
@@ -242,7 +250,7 @@ async def test_a_session_at_the_end_of_its_absolute_lifetime_is_not_reported_ove
         clock.advance(timedelta(minutes=59, seconds=45))
         for _ in range(5):
             await client.ping()
-            assert not one.manager._activity.wake._event.is_set()
+            assert not activity_is_urgent(one.manager)
             await report(one)
         assert len(store.touches) <= 1
 
@@ -264,7 +272,7 @@ async def test_new_sessions_have_no_others_reported_before_their_time_nor_keep_t
             await until(lambda number=number: len(store.touches) == number)  # type: ignore[misc]
             assert [activity.key for activity in store.touches[-1]] == [session_key(str(new.session_id))]
         await one.at_rest()
-        await until(lambda: not one.manager._activity.wake._event.is_set())
+        await until(lambda: not activity_is_urgent(one.manager))
         # Their time has come, and new ones are opened all the while.
         clock.advance(timedelta(seconds=20))
         new = one.client()
@@ -365,7 +373,7 @@ async def test_an_activity_that_cannot_be_reported_is_logged_counted_and_reporte
         later = one.client()
         await later.handshake()
         store.up()
-        await until(lambda: not one.manager._activity._unreported)
+        await until(lambda: not unreported_in(one.manager))
         for each in (client, later):
             assert await store.expiry(each.session_id) == DAY
         # It has recovered: the next one is reported at once.
@@ -416,7 +424,7 @@ async def test_reports_that_fail_at_once_lose_nothing(store: FaultyStore, clock:
 
         async def failing() -> None:
             with pytest.raises(RuntimeError, match="a bug"):
-                await one.manager._activity.report(everything=True)
+                await activity_of(one.manager).report(everything=True)
 
         async with anyio.create_task_group() as tasks:
             for calls in (1, 2, 3):
@@ -449,7 +457,7 @@ async def test_an_activity_in_time_counts_when_it_is_reported_late(store: Faulty
         await until(lambda: store.counts()["touch"] > 0)
         clock.advance(timedelta(minutes=12))
         store.up()
-        await until(lambda: not one.manager._activity._unreported)
+        await until(lambda: not unreported_in(one.manager))
         record = await store.record(str(client.session_id))
         assert record is not None
         assert record.expires_at == record.last_seen_at + DAY
@@ -465,7 +473,7 @@ async def test_an_activity_of_a_session_that_has_left_memory_is_reported(store: 
         await one.terminate(str(client.session_id))
         await until(lambda: one.residents == 0)
         touch.release()
-        await until(lambda: not one.manager._activity._unreported)
+        await until(lambda: not unreported_in(one.manager))
     assert await store.expiry(client.session_id) == DAY
 
 
@@ -506,7 +514,7 @@ async def test_the_copy_of_a_session_that_turns_out_to_be_over_leaves_memory(
         await until(lambda: one.notes.waiting == 1)
         # The store is always right: whatever the instance believes of the time that has passed.
         sessions.ahead = timedelta(hours=25)
-        await one.manager._activity.report(everything=True)
+        await activity_of(one.manager).report(everything=True)
         await ender_of(one.manager).verify()
         await stream.end()
         answer = await call.answer()
@@ -665,4 +673,4 @@ async def test_the_interval_follows_a_policy_that_another_app_on_the_store_has_s
     async with running(first):
         manager = notes.server.session_manager
         assert isinstance(manager, manager_module.DurableSessionManager)
-        assert manager._activity.interval == 2.0
+        assert activity_of(manager).interval == 2.0

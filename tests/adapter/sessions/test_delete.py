@@ -12,7 +12,7 @@ from mcp_session_store.adapter.sessions import ending
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
-from tests.support.internals import stopping_in
+from tests.support.internals import discard_session, stopping_in, transports_in
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -319,7 +319,7 @@ async def test_a_session_ends_by_nothing_but_its_end(store: FaultyStore, other_s
         await one.terminate(session_id)  # the SDK's and FastMCP's way to drop a transport
         await until(lambda: one.residents == 0)
         assert (await client.ping()).status == 200
-        await one.manager._discard_session(session_id, one.manager._server_instances[session_id])
+        await discard_session(one.manager, session_id, transports_in(one.manager)[session_id])
         assert one.residents == 0
         assert (await client.ping()).status == 200
         assert (await two.client(session_id).ping()).status == 200

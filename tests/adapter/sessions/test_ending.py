@@ -20,13 +20,17 @@ from tests.support.faulty_stores import FaultyStore, Sessions
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
 from tests.support.internals import (
+    activity_is_urgent,
+    activity_of,
     changes_of,
+    evict_unused,
     exit_stack_of,
     is_listened_to,
     notify_of_changes,
     registry_of,
     rows_of,
     stopping_in,
+    unreported_in,
 )
 
 if TYPE_CHECKING:
@@ -225,7 +229,7 @@ async def test_one_query_learns_of_all_sessions(store: FaultyStore, other_store:
         ids = [await one.client().handshake() for _ in range(30)]
         for session_id in ids[:20]:
             await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
-        await until(lambda: store.touches != [] and not one.manager._activity.wake._event.is_set())
+        await until(lambda: store.touches != [] and not activity_is_urgent(one.manager))
         store.background.clear()
         store.calls.clear()
         await learned(one)
@@ -285,7 +289,7 @@ async def test_hints_that_come_together_cost_one_query(store: FaultyStore, other
         await one.first_poll()
         ids = [await one.client().handshake() for _ in range(20)]
         # A report learns of ends, too.
-        await until(lambda: one.manager._activity._unreported == {})
+        await until(lambda: unreported_in(one.manager) == {})
         polls = store.background["changes"]
         for session_id in ids:
             await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
@@ -441,11 +445,11 @@ async def test_the_absolute_lifetime_ends_copies_that_are_in_use(
         store, json_response=json_response, end_within=LONG, evict_after=0.2, activity_interval=LONG, on_end=ends
     ) as one:
         used = await Used.of(one, session_id)
-        await until(lambda: not one.manager._activity.wake._event.is_set())
+        await until(lambda: not activity_is_urgent(one.manager))
         if not restored:
             clock.advance(HOUR / 2)
         clock.advance(timedelta(minutes=29))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert (await used.client.ping()).status == 200
         assert not used.stream.over.is_set()
         clock.advance(timedelta(minutes=1, seconds=1))
@@ -478,14 +482,14 @@ async def test_an_idle_session_expires_on_a_copy_that_nothing_evicts(
         for client in clients:
             await client.handshake()
         await one.at_rest()
-        await one.manager._activity.report(everything=True)
+        await activity_of(one.manager).report(everything=True)
         clock.advance(timedelta(minutes=59))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert one.residents == 2
         assert (await clients[0].ping()).status == 200
         clock.advance(timedelta(minutes=2))
         assert (await clients[1].ping()).status == 404
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert one.residents == 1
         assert (await clients[0].ping()).status == 200
         assert one.notes.replayed("initialize") == []
@@ -502,11 +506,11 @@ async def test_a_session_that_was_used_elsewhere_meanwhile_goes_on_here(
         client = one.client()
         session_id = await client.handshake()
         await one.at_rest()
-        await one.manager._activity.report(everything=True)
+        await activity_of(one.manager).report(everything=True)
         for _ in range(4):
             clock.advance(timedelta(minutes=20))
             assert (await two.client(session_id).ping()).status == 200
-            await two.manager._activity.report(everything=True)
+            await activity_of(two.manager).report(everything=True)
         # Expired as far as this instance knows; the store knows better.
         assert (await client.ping()).status == 200
         assert len(one.notes.replayed("initialize")) == 1
@@ -520,10 +524,10 @@ async def test_an_abandoned_new_session_expires_after_ten_minutes_on_its_copy_to
         client = one.client()
         await client.initialize()
         clock.advance(timedelta(minutes=9))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert one.residents == 1
         clock.advance(timedelta(minutes=2))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert one.residents == 0
         assert (await client.ping()).status == 404
 
@@ -554,12 +558,12 @@ async def test_an_instance_whose_wall_clock_is_wrong_behaves_like_any_other(
         session_id = await client.handshake()
         await quiet.handshake()
         await one.at_rest()
-        await one.manager._activity.report(everything=True)
+        await activity_of(one.manager).report(everything=True)
         for _ in range(2):
             clock.advance(timedelta(minutes=15))
             assert (await client.ping()).status == 200
-            await one.manager._activity.report(everything=True)
-            await one.manager._evict_unused()
+            await activity_of(one.manager).report(everything=True)
+            await evict_unused(one.manager)
         assert await store.expiry(session_id) == timedelta(minutes=20)
         # The other one was idle for as long as it may.
         assert one.residents == 1
@@ -569,11 +573,11 @@ async def test_an_instance_whose_wall_clock_is_wrong_behaves_like_any_other(
         assert (await client.ping()).status == 200
         await client.get_stream()
         clock.advance(timedelta(minutes=19))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert one.residents == 1
         clock.advance(timedelta(minutes=3))
         assert (await client.ping()).status == 404
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         await until(lambda: one.residents == 0)
 
 

@@ -17,7 +17,15 @@ from mcp_session_store.adapter.sessions import restoring
 from tests.support.asgi import Client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
-from tests.support.internals import exit_stack_of, registry_of, stopping_in
+from tests.support.internals import (
+    discard_session,
+    evict_unused,
+    exit_stack_of,
+    owners_in,
+    registry_of,
+    stopping_in,
+    transports_in,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -192,7 +200,7 @@ async def terminate(one: Instance, session_id: str) -> None:
 
 
 async def discard(one: Instance, session_id: str) -> None:
-    await one.manager._discard_session(session_id, one.manager._server_instances[session_id])
+    await discard_session(one.manager, session_id, transports_in(one.manager)[session_id])
 
 
 @pytest.mark.parametrize("leave", [evict, terminate, discard])
@@ -248,19 +256,19 @@ async def test_a_copy_that_is_discarded_late_does_not_remove_its_successor(store
     async with instance(store) as one:
         client = one.client(user=alice)
         session_id = await client.handshake()
-        old = one.manager._server_instances[session_id]
+        old = transports_in(one.manager)[session_id]
         old_session = registry_of(one.manager).get(session_id)
         assert old_session is not None
         await one.terminate(session_id)
         assert (await client.ping()).status == 200
-        successor = one.manager._server_instances[session_id]
+        successor = transports_in(one.manager)[session_id]
         assert successor is not old
         for _ in range(2):
-            await one.manager._discard_session(session_id, old)
+            await discard_session(one.manager, session_id, old)
             await registry_of(one.manager).evict(old_session)
             registry_of(one.manager).on_stopped(old_session)
-        assert one.manager._server_instances[session_id] is successor
-        assert one.manager._session_owners[session_id]["client_id"] == "alice"
+        assert transports_in(one.manager)[session_id] is successor
+        assert owners_in(one.manager)[session_id]["client_id"] == "alice"
         one.assert_seats_match()
         assert (await client.ping()).status == 200
         assert (await one.client(session_id).ping()).status == 404
@@ -447,8 +455,8 @@ async def test_seats_are_given_back_on_every_path(store: FaultyStore, json_respo
                 await store.inner.end(session_key(chance.choice(known)), reason=EndReason.OPERATOR)
             elif kind == 8:
                 exchanges.append(client.open_initialize({**INITIALIZE_PARAMS, "n": number}))
-            elif kind == 9 and one.manager._server_instances:
-                await one.terminate(chance.choice(list(one.manager._server_instances)))
+            elif kind == 9 and transports_in(one.manager):
+                await one.terminate(chance.choice(list(transports_in(one.manager))))
             elif kind == 10 and exchanges:
                 leaver = chance.choice(exchanges)
                 (leaver.cancel if chance.random() < 0.5 else leaver.disconnect)()
@@ -670,11 +678,11 @@ async def test_a_copy_leaves_when_nobody_has_used_it_for_a_while(store: FaultySt
         await quiet.handshake()
         await one.at_rest()
         clock.advance(timedelta(minutes=4))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert one.residents == 2
         assert (await used.ping()).status == 200
         clock.advance(timedelta(minutes=2))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert in_memory(one) == {used.session_id}
         await until(lambda: not stopping_in(one.manager))
         one.assert_seats_match()
@@ -689,15 +697,15 @@ async def test_eviction_counts_from_the_end_of_the_last_use(store: FaultyStore, 
         stream = await client.get_stream()
         await one.at_rest()
         clock.advance(timedelta(minutes=10))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert one.residents == 1
         stream.disconnect()
         await stream.end()
         clock.advance(timedelta(minutes=4))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert one.residents == 1
         clock.advance(timedelta(minutes=2))
-        await one.manager._evict_unused()
+        await evict_unused(one.manager)
         assert one.residents == 0
 
 

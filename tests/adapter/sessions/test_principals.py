@@ -10,7 +10,7 @@ import pytest
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.support.asgi import Client, seen_by_a_client, until
 from tests.support.instances import Notes, instance, principal, wait_for
-from tests.support.internals import registry_of
+from tests.support.internals import owners_in, registry_of, report_activity
 
 if TYPE_CHECKING:
     from tests.support.asgi import Exchange
@@ -184,7 +184,7 @@ async def test_a_wrong_principal_does_not_keep_a_session_busy_or_prolong_it(stor
             assert (await same_request(wrong, kind).answer()).status == 404
         (resident,) = registry_of(one.manager)
         assert resident.pins == 0
-        await one.manager._report()
+        await report_activity(one.manager)
         assert store.touches == []
         assert await store.expiry(session_id) == NEW_SESSION_LIFETIME
 
@@ -193,13 +193,13 @@ async def test_the_sdks_table_of_owners_is_kept_true(store: FaultyStore) -> None
     async with instance(store) as one:
         client = one.client(user=ALICE)
         session_id = await client.handshake()
-        assert one.manager._session_owners[session_id]["client_id"] == "app"
+        assert owners_in(one.manager)[session_id]["client_id"] == "app"
         await one.client().handshake()
-        assert list(one.manager._session_owners) == [session_id]
+        assert list(owners_in(one.manager)) == [session_id]
         await client.delete()
-        assert one.manager._session_owners == {}
+        assert owners_in(one.manager) == {}
     async with instance(store) as one:
         session_id = await one.client(user=ALICE).handshake()
     async with instance(store) as one:
         await one.client(session_id, user=ALICE).ping()
-        assert one.manager._session_owners[session_id]["subject"] == "alice"
+        assert owners_in(one.manager)[session_id]["subject"] == "alice"

@@ -18,7 +18,7 @@ from mcp_session_store.settings import InstanceSettings
 from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog, FaultyStore
 from tests.support.instances import instance
-from tests.support.internals import registry_of, stopping_in
+from tests.support.internals import recorder_of, registry_of, shut_down, stopping_in
 from tests.support.streams import away, one_more_turn, opened, without_ids
 from tests.support.talking import Talking, hears, told
 
@@ -46,8 +46,7 @@ async def killed(store: FaultyStore, talking: Talking) -> AsyncIterator[Instance
 async def beat(*instances: Instance) -> None:
     """Have instances say now that they run."""
     for one in instances:
-        assert one.manager._recorder is not None
-        await one.manager._recorder.beat()
+        await recorder_of(one.manager).beat()
 
 
 async def looked(log: FaultyLog) -> None:
@@ -325,8 +324,7 @@ async def test_a_call_whose_copy_has_left_this_instance_is_lost(
         EventKind.NOTIFICATION,
         EventKind.ERROR,
     ]
-    assert one.manager._recorder is not None
-    assert one.manager._recorder.unfinished == {}
+    assert recorder_of(one.manager).unfinished == {}
 
 
 async def test_a_call_is_lost_with_a_server_loop_that_crashes(
@@ -373,8 +371,7 @@ async def test_an_answer_that_is_being_stored_when_its_copy_leaves_is_not_lost(
     await resumed.end()
     assert told(resumed.messages) == ["precious"]
     assert len(log.messages(session_id)) == 1
-    assert one.manager._recorder is not None
-    assert one.manager._recorder.unfinished == {}
+    assert recorder_of(one.manager).unfinished == {}
 
 
 async def test_a_copy_whose_answers_are_not_stored_yet_is_in_use(store: FaultyStore, log: FaultyLog) -> None:
@@ -489,8 +486,7 @@ async def test_nothing_is_left_of_a_session_that_was_ended_while_calls_ran(talki
     client, other = one.client(), one.client()
     session_id = await client.handshake()
     await other.handshake()
-    recorder = one.manager._recorder
-    assert recorder is not None
+    recorder = recorder_of(one.manager)
     _, connected = await talking.call(client)
     _, last_event_id = await away(talking, client)
     resumed = await opened(client, last_event_id)
@@ -564,7 +560,7 @@ async def test_an_instance_that_stops_closes_its_streams_and_says_so(
         assert set(await log.inner.last_beats([name, its_name])) == {name, its_name}
         resumed, standalone = await opened(there, last_event_id), await opened(there)
         # The streams end by the shutdown, before whoever serves them is cancelled.
-        await two.manager._shut_down()
+        await shut_down(two.manager)
         await resumed.end()
         await standalone.end()
         assert resumed.messages == standalone.messages == []
@@ -650,5 +646,4 @@ async def test_a_call_that_went_out_live_is_over(talking: Talking, one: Instance
     call.answer()
     await exchange.end()
     assert not without_ids(exchange, "done")
-    assert one.manager._recorder is not None
-    assert one.manager._recorder.unfinished == {}
+    assert recorder_of(one.manager).unfinished == {}

@@ -23,6 +23,7 @@ from mcp_session_store.testing import new_session
 from tests.support.asgi import PATIENCE, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance
+from tests.support.internals import recorder_of
 from tests.support.streams import all_stored, away, one_more_turn, opened, without_ids
 from tests.support.talking import Talking, hears, told
 
@@ -433,9 +434,8 @@ async def test_no_more_is_kept_than_there_is_room_for_and_an_answer_that_is_drop
         assert answer == "lost"
         assert resumed.messages[-1]["id"] == client._last_id
         await all_stored(one)
-        assert one.manager._recorder is not None
-        assert one.manager._recorder._backlog._bytes == 0
-        assert one.manager._recorder.unfinished == {}
+        assert recorder_of(one.manager)._backlog._bytes == 0
+        assert recorder_of(one.manager).unfinished == {}
 
 
 async def test_what_others_have_to_keep_is_not_lost_by_a_session_that_keeps_too_much(

@@ -21,6 +21,7 @@ from mcp_session_store.testing import new_session
 from tests.support.asgi import Client, seen_by_a_client, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance, principal
+from tests.support.internals import recorder_of
 from tests.support.streams import OLD, one_more_turn, opened
 from tests.support.talking import Talking, hears, told
 
@@ -180,8 +181,7 @@ async def test_a_call_that_has_said_nothing_for_long_goes_on_on_another_instance
         missed_event_id = str(exchange.events[0].id)
         await exchange.leave()
         await Ids.of(client, talking, "c")
-        recorder = one.manager._recorder
-        assert recorder is not None
+        recorder = recorder_of(one.manager)
         count = len(log.stored(session_id))
         # What has been said since it was last looked is not old.
         await recorder.refresh_idle_calls()
@@ -224,8 +224,7 @@ async def test_a_call_whose_event_is_on_its_way_is_not_silent(store: FaultyStore
         session_id = await client.handshake()
         call, exchange = await talking.call(client)
         await until(lambda: exchange.last_event_id is not None)
-        recorder = one.manager._recorder
-        assert recorder is not None
+        recorder = recorder_of(one.manager)
         held = log.hold("append")
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call.say, "a")

@@ -15,6 +15,7 @@ from mcp_session_store.records import EventKind, NewEvent
 from tests.support.asgi import PATIENCE, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance
+from tests.support.internals import recorder_of
 from tests.support.streams import away, old_client, one_more_turn, opened
 from tests.support.talking import Talking, hears, told
 
@@ -151,8 +152,7 @@ async def test_what_a_client_does_not_read_is_not_read_for_it(store: FaultyStore
         await resumed.leave()
         await one_more_turn()
         assert log.counts()["read"] <= 3 + 250 // EVENT_PAGE
-        assert one.manager._recorder is not None
-        assert one.manager._recorder.followers.of(session_key(session_id)) == []
+        assert recorder_of(one.manager).followers.of(session_key(session_id)) == []
 
 
 async def read_some(exchange: Exchange, count: int) -> None:
