@@ -201,7 +201,7 @@ def test_pages_of_events_lead_to_one_another(command: CommandFunction, database_
     assert page["next"] == 9
     done = command("events", "show", key, "--stream", "none", environment=environment)
     assert (done.returncode, done.stdout) == (0, "")
-    assert "no events like that" in done.stderr
+    assert "no events like those" in done.stderr
 
 
 def test_a_session_without_events_is_a_failure_that_names_its_key(invoke: InvokeFunction, database_url: str) -> None:
