@@ -26,14 +26,8 @@ SDK_SEAMS = f"{PACKAGE}.adapter.sdk"
 
 _SDK = {"mcp", "mcp_types", "fastmcp", "starlette", "uvicorn"}
 
-LONGEST = 400
-"""Lines that a module may have."""
-LONG = {
-    "adapter/manager.py",
-    "adapter/sessions/resident.py",
-    "sql/database.py",
-}
-"""Modules that have more until they are cut."""
+LONGEST = 420
+"""Lines that a module may have: about 400."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +172,7 @@ def test_each_module_says_its_job_in_its_first_line(module: str) -> None:
 
 def test_no_module_is_long() -> None:
     lengths = {str(path.relative_to(SOURCE)): len(path.read_text().splitlines()) for path in SOURCE.rglob("*.py")}
-    assert {name for name, lines in lengths.items() if lines > LONGEST} <= LONG
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
 
 
 INTERNALS = "tests/support/internals.py"
@@ -202,4 +196,43 @@ def test_no_test_module_imports_from_another() -> None:
         if found.target.startswith(("tests.", "interop_tests."))
         and any(part == "conftest" or part.startswith("test_") for part in found.target.split("."))
     ]
+    assert wrong == []
+
+
+def _defined_in(tree: ast.AST) -> set[str]:
+    """The private names that a module defines: its own, those of its classes, and those of their instances."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+            names.add(node.attr)
+    return {name for name in names if name.strip("_") and name.startswith("_") and not name.startswith("__")}
+
+
+def test_tests_name_private_members_of_the_package_in_one_module_only() -> None:
+    private = set().union(*(_defined_in(tree) for tree in MODULES.values()))
+    assert {"_database", "_recorder"} <= private
+    wrong = []
+    for module, tree in TEST_MODULES.items():
+        if module == INTERNALS:
+            continue
+        of_others = private - _defined_in(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in of_others:
+                wrong.append(f"{module}, line {node.lineno}: {ast.unparse(node)}")
+            # As in `monkeypatch.setattr(thing, "_name", …)`.
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+                wrong += [
+                    f"{module}, line {node.lineno}: {ast.unparse(node)}"
+                    for argument in node.args
+                    if isinstance(argument, ast.Constant) and argument.value in of_others
+                ]
+        wrong += [
+            str(found)
+            for found in _imports_of(module, tree)
+            if found.target.startswith(f"{PACKAGE}.") and found.target.split(".")[-1] in private
+        ]
     assert wrong == []

@@ -6,22 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.pool import QueuePool
 
+from mcp_session_store import DurableSessionManager
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping
+    from collections.abc import Callable, Coroutine, Mapping
     from contextlib import AsyncExitStack
     from uuid import UUID
 
+    import pytest
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.context import ServerRequestContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store import DurableSessionManager, MemoryEventLog, MemorySessionStore
+    from mcp_session_store import MemoryEventLog, MemorySessionStore
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.changes import ChangeWatch
     from mcp_session_store.adapter.sessions.ending import Ender
@@ -204,3 +206,17 @@ async def sweep_store(manager: DurableSessionManager) -> None:
 async def shut_down(manager: DurableSessionManager) -> None:
     """Put all sessions away, as a stop does."""
     await manager._shut_down()
+
+
+def replace_shutdown(
+    monkeypatch: pytest.MonkeyPatch,
+    replacement: Callable[[Callable[[], Coroutine[Any, Any, None]]], Coroutine[Any, Any, None]],
+) -> None:
+    """Make managers shut down by a replacement, which is called with their own way to do it."""
+    shut_down = DurableSessionManager._shut_down
+    monkeypatch.setattr(DurableSessionManager, "_shut_down", lambda manager: replacement(lambda: shut_down(manager)))
+
+
+def backlog_bytes_of(manager: DurableSessionManager) -> int:
+    """Bytes of the events that wait to be stored."""
+    return recorder_of(manager)._backlog._bytes

@@ -21,13 +21,14 @@ from tests.support.internals import (
     activity_of,
     ender_of,
     registry_of,
+    replace_shutdown,
     report_activity,
     rows_of,
     unreported_in,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Coroutine, Iterable
 
     from mcp_session_store.records import Activity
     from tests.support.faulty_stores import FaultyStore, Sessions
@@ -611,16 +612,15 @@ async def test_shutdown_with_activity_waits_for_a_store_that_fails_no_longer_tha
 
 
 async def test_shutdown_loses_no_report_that_is_under_way(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    shut_down = manager_module.DurableSessionManager._shut_down
     touch = store.hold("touch")
 
-    async def fails_meanwhile(manager: manager_module.DurableSessionManager) -> None:
+    async def fails_meanwhile(shut_down: Callable[[], Coroutine[Any, Any, None]]) -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(shut_down, manager)
+            tasks.start_soon(shut_down)
             await anyio.wait_all_tasks_blocked()
             touch.fail(StoreUnavailable("the connection broke"))
 
-    monkeypatch.setattr(manager_module.DurableSessionManager, "_shut_down", fails_meanwhile)
+    replace_shutdown(monkeypatch, fails_meanwhile)
     async with instance(store) as one:
         await one.first_poll()
         client = one.client()

@@ -23,7 +23,7 @@ from mcp_session_store.testing import new_session
 from tests.support.asgi import PATIENCE, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance
-from tests.support.internals import recorder_of
+from tests.support.internals import backlog_bytes_of, recorder_of
 from tests.support.streams import all_stored, away, one_more_turn, opened, without_ids
 from tests.support.talking import Talking, hears, told
 
@@ -434,7 +434,7 @@ async def test_no_more_is_kept_than_there_is_room_for_and_an_answer_that_is_drop
         assert answer == "lost"
         assert resumed.messages[-1]["id"] == client._last_id
         await all_stored(one)
-        assert recorder_of(one.manager)._backlog._bytes == 0
+        assert backlog_bytes_of(one.manager) == 0
         assert recorder_of(one.manager).unfinished == {}
 
 
