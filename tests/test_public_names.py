@@ -57,14 +57,6 @@ ELSEWHERE = {
         "StoreUnavailable",
     },
     "migrations": {"check", "current", "upgrade"},
-    "retention": {
-        "EventPolicy",
-        "EventSweepReport",
-        "MIN_TOMBSTONE",
-        "NEW_SESSION_LIFETIME",
-        "RetentionPolicy",
-        "SweepReport",
-    },
 }
 """What stands in other public modules."""
 
@@ -72,6 +64,7 @@ CONTRACTS = {
     "store": {"SessionStore", "DEFAULT_NAMESPACE"},
     "event_log": {"EventLog"},
     "records": {"Activity", "Change", "Changes", "JournalEntry", "NewEvent", "NewSession", "Principal", "StoredEvent"},
+    "retention": {"EventPolicy", "EventSweepReport", "RetentionPolicy", "SweepReport"},
     "testing": {"SessionStoreConformance", "EventLogConformance"},
 }
 """What the author of a store finds, among other names."""
