@@ -304,6 +304,36 @@ async def test_logs_of_events_hold_neither_session_ids_nor_event_ids_nor_payload
             assert secret not in text
 
 
+@pytest.mark.parametrize("operation", ["append", "read"])
+@pytest.mark.parametrize("error", [EventTooLarge("it is too large"), RuntimeError("a bug")], ids=["refused", "bug"])
+async def test_a_failure_about_the_events_of_one_session_names_its_key(
+    store: FaultyStore,
+    log: FaultyLog,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    error: Exception,
+) -> None:
+    monkeypatch.setattr("mcp_session_store.adapter.streams.reader.RETRY", 0.01)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client, other = one.client(), one.client()
+        key = session_key(await client.handshake(PARAMS))
+        await other.handshake(PARAMS)
+        call, exchange = await talking.call(client)
+        await call.say("a")
+        await until(lambda: len(exchange.messages) == 1)
+        resumed = await opened(client, await exchange.leave())
+        log.failing(error, operation)
+        await call.say("b")
+        await until(lambda: any(record.levelno >= logging.WARNING for record in caplog.records))
+        log.up()
+        call.answer()
+        await resumed.end()
+    failures = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert all(str(key) in failure for failure in failures), failures
+
+
 async def test_nobody_configures_the_root_logger(store: FaultyStore) -> None:
     before = (logging.root.level, list(logging.root.handlers), logging.root.disabled)
     async with instance(store) as one:

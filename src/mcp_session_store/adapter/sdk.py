@@ -1,7 +1,7 @@
-"""Every private name of the SDK and of FastMCP that this package uses, and why. No other module uses any.
+"""All private names of the SDK and of FastMCP that this package uses, each with its reason. No other module uses any.
 
-The SDK has no way to plug in a session store, so its session manager is extended here. A check at
-import names the SDK versions that work, instead of failing later with a client waiting.
+The SDK has no way to plug in a session store, so its session manager is extended here. A check at import names the SDK
+versions that work, instead of failing later while a client waits.
 """
 
 from __future__ import annotations
@@ -55,15 +55,14 @@ __all__ = [
     "was_started",
 ]
 
-# The transport's class and the server loop are looked up in this module when they are called, because
-# tests of the SDK and of its users replace them there.
+# The transport's class and the server loop are looked up in this module at each call, because tests of the SDK and of
+# its users replace them there.
 _manager_module: Any = streamable_http_manager
 
 
 def _check_sdk() -> None:
     manager = StreamableHTTPSessionManager(cast("Server[Any]", None))
     needed = (
-        "_admit_session",
         "_discard_session",
         "_handle_stateful_request",
         "_has_started",
@@ -95,8 +94,8 @@ class ManagerSeams(StreamableHTTPSessionManager):
     _evict_transport: Callable[[str, StreamableHTTPServerTransport], Awaitable[None]]
     """Evicts the copy of a session that has this transport."""
 
-    # The SDK decides here between a resident session, a new one, and 404: everything that a store
-    # changes begins with this decision. Requests of the modern era (2026-07-28) never come here.
+    # The SDK decides here between a resident session, a new one, and 404: everything that a store changes begins with
+    # this decision. Requests of the modern era (2026-07-28) never come here.
     async def _handle_stateful_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._serve_session(scope, receive, send)
 
@@ -148,7 +147,7 @@ def was_started(manager: ManagerSeams) -> bool:
 
 
 class TransportEvents(Protocol):
-    """Events of one session, as a transport uses them: the SDK's `EventStore`, and what the SDK does not tell one."""
+    """Events of one session, as a transport uses them: an SDK `EventStore`, and what the SDK does not pass to one."""
 
     live: LiveStreams | None
     """Open responses of the session's transport."""
@@ -172,14 +171,14 @@ class TransportEvents(Protocol):
 def make_transport(
     manager: ManagerSeams, session_id: str, events: TransportEvents | None
 ) -> StreamableHTTPServerTransport:
-    """A transport of the SDK's for this session, configured as the manager would.
+    """Return a transport of the SDK for a session, configured as the SDK's manager does it.
 
-    Without an idle timeout: a transport whose timeout has fired answers 404, and the manager evicts.
+    It has no idle timeout, because a transport whose timeout has fired answers 404, and because the manager evicts.
 
     Args:
-        manager: Whose configuration it gets.
-        session_id: The session.
-        events: Where its events go; `None`: to the manager's event store, if it has one.
+        manager: Manager whose configuration it gets.
+        session_id: Id of the session.
+        events: Events of the session; `None` for the manager's event store, if it has one.
     """
     event_store = manager._event_store_for(session_id) if events is None else events
     transport: StreamableHTTPServerTransport = _manager_module.StreamableHTTPServerTransport(
@@ -222,29 +221,29 @@ class LiveStreams:
 
 
 def _begin_streams(transport: StreamableHTTPServerTransport, events: TransportEvents) -> None:
-    """Have the session's events learn what the SDK does not tell an event store."""
+    """Connect a session's events with what the SDK does not pass to an event store."""
     transport_seams: Any = transport
     events.live = LiveStreams(transport)
     close = transport.close_sse_stream
 
     def close_sse_stream(request_id: RequestId) -> None:
         stream_id = str(request_id)
-        # A client that was given no id, because nothing could be stored, would not come back.
+        # A client without an id, because nothing could be stored, would not come back.
         if events.can_come_back(stream_id):
             close(request_id)
             events.close_stream(stream_id)
 
-    # Called once for each request that is answered by a stream, before it is dispatched; and its result may be that
-    # there is no priming event, which an event store cannot say.
+    # Called once for each request that is answered by a stream, before it is dispatched. It can result in no priming
+    # event, which an event store cannot express.
     transport_seams._mint_priming_event = events.prime
-    # A stream that was resumed is none of the transport's.
+    # A stream that was resumed is not the transport's any more.
     transport_seams.close_sse_stream = close_sse_stream
 
 
 def serve_loop(
     manager: ManagerSeams, read: MessageReadStream, write: MessageWriteStream, session_id: str
 ) -> Awaitable[None]:
-    """The SDK's server loop over this pair of streams."""
+    """Return the SDK's server loop over a pair of streams."""
     loop: Awaitable[None] = _manager_module.serve_loop(
         manager.app, read, write, lifespan_state=manager._lifespan_state, session_id=session_id
     )
@@ -252,10 +251,10 @@ def serve_loop(
 
 
 def underlying_server(server: object) -> Server[Any]:
-    """The low-level server under a server of any framework.
+    """Return the low-level server under a server of any framework.
 
     Raises:
-        ConfigurationError: It is none that we know.
+        ConfigurationError: The framework is not supported.
     """
     if isinstance(server, Server):
         return server
@@ -263,7 +262,7 @@ def underlying_server(server: object) -> Server[Any]:
         # MCPServer has no public name for it.
         return server._lowlevel_server
     if is_fastmcp(server):
-        # Neither has FastMCP; its own app factory reads the same attribute.
+        # FastMCP has no public name either; its own app factory reads this attribute.
         return server._mcp_server
     raise ConfigurationError(
         f"cannot serve a {type(server).__module__}.{type(server).__qualname__}: give an MCPServer, a low-level "
@@ -272,18 +271,18 @@ def underlying_server(server: object) -> Server[Any]:
 
 
 def is_fastmcp(server: object) -> TypeIs[FastMCP[Any]]:
-    """Whether it is a FastMCP server, without importing FastMCP: who has such a server has imported it."""
+    """Return whether it is a FastMCP server, without importing FastMCP: a program with such a server has done so."""
     module = sys.modules.get("fastmcp")
     return module is not None and isinstance(server, module.FastMCP)
 
 
 def set_session_manager(server: Server[Any], manager: StreamableHTTPSessionManager) -> None:
-    """Make `server.session_manager` the manager that serves, for those who mount the app and run it themselves."""
+    """Make `server.session_manager` the manager that serves, for programs that mount the app and run the manager."""
     server._session_manager = manager
 
 
 def mcp_endpoint(app: Starlette) -> StreamableHTTPASGIApp:
-    """The ASGI endpoint of the MCP path in an app that a framework built; it reads its manager per request."""
+    """Return the ASGI endpoint of the MCP path in an app that a framework built; it reads its manager per request."""
     for route in app.routes:
         endpoint = getattr(route, "endpoint", None) if isinstance(route, Route) else None
         if isinstance(endpoint, RequireAuthMiddleware):
@@ -291,16 +290,15 @@ def mcp_endpoint(app: Starlette) -> StreamableHTTPASGIApp:
         if hasattr(endpoint, "session_manager"):
             return cast("StreamableHTTPASGIApp", endpoint)
     raise ConfigurationError(
-        f"the app of this framework has no MCP endpoint that we know; mcp-session-store works with mcp{SUPPORTED_SDK} "
+        f"the app of this framework has no known MCP endpoint; mcp-session-store works with mcp{SUPPORTED_SDK} "
         "and fastmcp>=4,<5"
     )
 
 
 def scope_event_store(event_store: EventStore, session_id: str) -> EventStore:
-    """FastMCP's event store for one session.
+    """Return FastMCP's event store for one session.
 
-    FastMCP scopes it by a random id for each transport, under which nothing could be found again
-    after a restore.
+    FastMCP scopes it by a random id for each transport, under which no event could be found again after a restore.
     """
     from fastmcp.server.session_scoped_event_store import SessionScopedEventStore
 

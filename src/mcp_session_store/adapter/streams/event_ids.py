@@ -1,4 +1,4 @@
-"""Event ids: opaque to clients, and to us the place in a stream from which it goes on.
+"""Event ids: opaque to clients, and to this package the place from which a stream goes on.
 
 MCP 2025-11-25, basic/transports, resumability and redelivery: an id is unique among all streams of its session, and
 names its stream.
@@ -24,40 +24,41 @@ __all__ = ["Cursor", "EventIds", "fits"]
 
 TAG_SIZE: Final = 6
 MAX_EVENT_ID: Final = 400
-"""Characters; ours have fewer."""
+"""Characters of an event id that is read; those that are written have fewer."""
 MAX_REQUEST_ID: Final = 100
-"""Bytes of a request id, as JSON, that an event id has room for."""
+"""Bytes of a request id as JSON for which an event id has room."""
 _MAX_SEQUENCE: Final = 2**62
-"""Far beyond what there is, and with room to count on from it in 64 bits."""
+"""Far beyond any sequence, and with room to count on in 64 bits."""
 _MAX_POSITION: Final = 2**63
 _FINAL: Final = "!"
 
 
 class Cursor(NamedTuple):
-    """An event that a client has, and so where its stream goes on."""
+    """Place of an event that a client has, from which its stream goes on."""
 
     stream: str
+    """Name of the stream."""
     sequence: int
-    """That of the event among all of the session's."""
+    """Sequence of the event among all of the session."""
     position: int
-    """That of the event in its stream."""
+    """Position of the event in its stream."""
     request_id: RequestId | None = None
-    """Of the call that the stream belongs to: an answer can be given whatever is left of the stream."""
+    """Id of the stream's call, so that the call can be ended whatever is left of the stream."""
     final: bool = False
-    """Nothing follows: the call is answered."""
+    """Whether nothing follows, because the call is answered."""
 
     @property
     def standalone(self) -> bool:
-        """Whether it is the stream that belongs to no call."""
+        """Whether the stream is the one that belongs to no call."""
         return self.stream == STANDALONE_STREAM
 
     @property
     def instance(self) -> str:
-        """The name of the instance that runs the call."""
+        """Name of the instance that runs the call."""
         return self.stream.partition(".")[0]
 
     def at(self, *, sequence: int, position: int | None = None, final: bool = False) -> Cursor:
-        """Another event of the same stream."""
+        """Return the place of another event of the stream."""
         position = self.position if position is None else position
         return Cursor(self.stream, sequence, position, self.request_id, final)
 
@@ -65,18 +66,18 @@ class Cursor(NamedTuple):
 class EventIds:
     """Writes and reads the event ids of one session.
 
-    They carry a tag that no other session's have, so that those of another are told from ours without a query, and
-    what is there of another session cannot be found out.
+    Each carries a tag that the ids of no other session have, so that an id of another session is refused without a
+    query, and reveals nothing about that session.
 
     Args:
-        key: The session's.
+        key: Key of the session.
     """
 
     def __init__(self, key: UUID) -> None:
         self._empty_tag = hashlib.blake2b(key=key.bytes, digest_size=TAG_SIZE)
 
     def write(self, cursor: Cursor) -> str:
-        """The event id of an event."""
+        """Return the event id of an event."""
         parts = [f"{cursor.sequence:x}", f"{cursor.position:x}", cursor.stream, _FINAL if cursor.final else ""]
         if cursor.request_id is not None:
             parts.append(_as_json(cursor.request_id))
@@ -84,7 +85,7 @@ class EventIds:
         return base64.urlsafe_b64encode(self._tag(payload) + payload).decode().rstrip("=")
 
     def read(self, event_id: str) -> Cursor | None:
-        """The event with an id; `None` for one that this session has never given to anybody."""
+        """Return the place of the event with an id; `None` for an id that this session has never sent."""
         if len(event_id) > MAX_EVENT_ID:
             return None
         try:
@@ -94,7 +95,7 @@ class EventIds:
         tag, payload = raw[:TAG_SIZE], raw[TAG_SIZE:]
         if tag != self._tag(payload):
             return None
-        # Who knows the session's id could have written it himself.
+        # A client that knows the session's id could have written the event id itself.
         try:
             sequence, position, stream, final, *request = payload.decode(errors="surrogatepass").split("/", 4)
             cursor = Cursor(stream, int(sequence, 16), int(position, 16), final=final == _FINAL)
@@ -117,9 +118,9 @@ class EventIds:
 
 
 def fits(request_id: RequestId) -> bool:
-    """Whether an event id has room for the id of a request: without it nobody could be told that his call is lost."""
+    """Return whether an event id has room for a request id, without which a lost call could not be ended."""
     return len(_as_json(request_id).encode(errors="surrogatepass")) <= MAX_REQUEST_ID
 
 
 _as_json: Final = json.JSONEncoder(ensure_ascii=False).encode
-"""Made once: `json.dumps` makes an encoder for each call."""
+"""Made once, because `json.dumps` makes an encoder for each call."""

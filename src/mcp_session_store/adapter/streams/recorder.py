@@ -265,8 +265,8 @@ class EventRecorder:
     async def refresh_idle_calls(self) -> None:
         """Store an event without a message of each call that has stored nothing for a while.
 
-        When all events of which a client has an id are too old to be kept, it tells other instances that the client
-        missed nothing.
+        When all events of which a client has an id are too old to be kept, this event shows other instances that
+        the client missed nothing.
         """
         if self._circuit.is_open:
             return
