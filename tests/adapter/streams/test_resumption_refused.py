@@ -317,6 +317,29 @@ async def test_where_the_log_is_lost_calls_end_and_the_standalone_stream_begins_
             await hears(stream, "b")
 
 
+async def test_a_stream_that_is_read_while_its_log_is_lost_waits_for_what_comes(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        call, _ = await talking.call(client)
+        stream = await opened(client)
+        held = log.hold("read")
+        await call.tell("lost")
+        await held.wait_entered()
+        log.lose(client.session_id)
+        await call.tell("a")
+        log.up()
+        held.release()
+        # The log ends before what was known to be there: it is not asked again and again.
+        log.calls.clear()
+        await one_more_turn()
+        assert log.counts()["read"] <= 2
+        await stream.leave()
+
+
 async def test_a_session_that_is_unknown_or_ended_is_not_found(talking: Talking, one: Instance, client: Client) -> None:
     ids = await Ids.of(client, talking, "a")
     await client.delete()

@@ -183,6 +183,7 @@ class StreamReader:
 
     async def _read(self) -> EventPage | None:
         """Return the next page; `None` if it cannot be read now, or if the stream has ended with its session."""
+        head = self._follower.head
         try:
             page = await self._recorder.log.read(self._key, self.cursor.stream, after=self._seen)
         except Exception as error:
@@ -193,6 +194,8 @@ class StreamReader:
         if page is None:
             # The log has gone with its session, and the copy here is about to learn of it.
             self._follower.close(responses.SESSION_ENDED)
-        else:
-            self._follower.advance(page.last)
+        elif self._follower.head == head:
+            # Lower than what was known where the log was set back, as after a restored backup: or this would read it
+            # again and again, until the log is as far as it was.
+            self._follower.head = page.last
         return page
