@@ -11,8 +11,8 @@ import pytest
 from mcp.shared.exceptions import MCPError
 
 from mcp_session_store import ConfigurationError, DurableSessionManager, EndReason, get_restore_marker, session_key
-from mcp_session_store import memory as memory_module
 from mcp_session_store.adapter.replay.journal import MAX_PARAMS, MAX_SUBJECT, Journal, JournaledMethod
+from mcp_session_store.memory import sessions as memory_module
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, wait_for
