@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from mcp.server.streamable_http_manager import DEFAULT_MAX_SESSIONS
 from pydantic import ValidationError
 
-from mcp_session_store import ConfigurationError, DurableSessionManager, MemorySessionStore
+from mcp_session_store import ConfigurationError, DurableSessionManager, MemorySessionStore, durable_app
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, Unit
 from tests.support.instances import Notes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECONDS = ["evict_after", "end_within", "sweep_interval", "activity_interval", "instance_timeout", "replay_timeout"]
 COUNTS = ["max_sessions", "max_initialize_params"]
@@ -147,3 +151,11 @@ def test_a_manager_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(variable("max_sessions"), "3")
     manager = DurableSessionManager(Notes().server, MemorySessionStore())
     assert manager.max_sessions == DEFAULT_MAX_SESSIONS
+
+
+@pytest.mark.parametrize("taker", [DurableSessionManager.__init__, durable_app])
+def test_each_setting_is_a_keyword_where_settings_are_taken(taker: Callable[..., object]) -> None:
+    parameters = inspect.signature(taker).parameters
+    assert "settings" in parameters
+    for name in InstanceSettings.model_fields:
+        assert parameters[name].default is NOT_GIVEN, name

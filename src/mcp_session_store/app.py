@@ -154,7 +154,10 @@ def _sql_store(
     retention: RetentionPolicy | None,
 ) -> tuple[SqlSessionStore, str]:
     """Make the store of an app; return it with the text about its namespace and schema for the log."""
-    if url is None and not (url := os.environ.get(variable("url"))):
+    url_from = _ARGUMENT
+    if url is None:
+        url, url_from = os.environ.get(variable("url")), variable("url")
+    if not url:
         raise ConfigurationError(
             "no database is named: give its URL, or a SessionStore, as the second argument of durable_app, or set "
             f"{variable('url')}"
@@ -164,7 +167,15 @@ def _sql_store(
     upgrades, _ = _setting("auto_upgrade", auto_upgrade, False, truth)
     if retention is None:
         retention = RetentionPolicy.from_environment()
-    store = SqlSessionStore(url, namespace=in_namespace, schema=in_schema, auto_upgrade=upgrades, retention=retention)
+    try:
+        store = SqlSessionStore(
+            url, namespace=in_namespace, schema=in_schema, auto_upgrade=upgrades, retention=retention
+        )
+    except ConfigurationError as error:
+        read = [source for source in (url_from, namespace_from, schema_from) if source not in (_ARGUMENT, _DEFAULT)]
+        if not read:
+            raise
+        raise ConfigurationError(f"{error} (read from the environment: {', '.join(read)})") from error
     return store, f"namespace {in_namespace!r} ({namespace_from}), schema {_shown(in_schema)} ({schema_from})"
 
 

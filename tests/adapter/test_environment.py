@@ -130,6 +130,14 @@ async def test_what_is_neither_true_nor_false_is_refused_by_the_variables_name(
 # Events
 
 
+async def test_a_place_that_cannot_be_is_refused_with_the_variables_that_name_it(manager: Any, sqlite_url: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        manager("mysql://host/database", namespace="n", schema=None)
+    assert "environment" not in str(refused.value)
+    with pytest.raises(ConfigurationError, match=r"has no schemas.*from the environment: MCP_SESSION_STORE_SCHEMA\)"):
+        manager(sqlite_url, environment={"SCHEMA": "s"})
+
+
 async def test_events_come_from_the_keyword_or_the_environment(manager: Any, sqlite_url: str) -> None:
     assert manager(sqlite_url).event_log is None
     environment = {"EVENTS": "true", "EVENTS_MAX_EVENTS_PER_SESSION": "50"}

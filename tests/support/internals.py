@@ -190,17 +190,17 @@ def recorder_of(manager: DurableSessionManager) -> EventRecorder:
 
 async def report_activity(manager: DurableSessionManager) -> None:
     """Report the activity that is due, as the background task does."""
-    await manager._report()
+    await manager._ender.report()
 
 
 async def evict_unused(manager: DurableSessionManager) -> None:
-    """Evict what nobody uses, as the background task does."""
+    """Evict copies that are not in use, as the background task does."""
     await manager._evict_unused()
 
 
 async def sweep_store(manager: DurableSessionManager) -> None:
     """Sweep the store, as the background task does."""
-    await manager._sweep()
+    await manager._ender.sweep()
 
 
 async def shut_down(manager: DurableSessionManager) -> None:
@@ -215,6 +215,11 @@ def replace_shutdown(
     """Make managers shut down by a replacement, which is called with their own way to do it."""
     shut_down = DurableSessionManager._shut_down
     monkeypatch.setattr(DurableSessionManager, "_shut_down", lambda manager: replacement(lambda: shut_down(manager)))
+
+
+def is_settled(recorder: EventRecorder) -> bool:
+    """Return whether events can be stored, and none waits to be."""
+    return not recorder.down and not recorder._backlog.sessions
 
 
 def backlog_bytes_of(manager: DurableSessionManager) -> int:

@@ -8,7 +8,7 @@ import anyio
 
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
-from tests.support.internals import recorder_of
+from tests.support.internals import is_settled, recorder_of
 from tests.support.talking import Talking, told
 
 if TYPE_CHECKING:
@@ -59,4 +59,4 @@ def without_ids(exchange: Exchange, *texts: str) -> bool:
 async def all_stored(one: Instance) -> None:
     """Wait until the backlog is stored."""
     recorder = recorder_of(one.manager)
-    await until(lambda: recorder.settled)
+    await until(lambda: is_settled(recorder))

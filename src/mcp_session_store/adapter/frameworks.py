@@ -41,7 +41,7 @@ def build_app(
     options: Mapping[str, Any],
     arguments: Mapping[str, Any],
 ) -> Starlette:
-    """The app that the server's framework builds, with a `DurableSessionManager` in it.
+    """Build the app that the server's framework builds, with a `DurableSessionManager` in it.
 
     Args:
         server: A server of any framework that is known here.

@@ -16,7 +16,7 @@ import anyio
 from mcp.server.streamable_http_manager import DEFAULT_MAX_REQUEST_BODY_SIZE
 from mcp.server.transport_security import TransportSecurityMiddleware
 
-from mcp_session_store.adapter import sdk, telemetry
+from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.routing import Router
@@ -38,10 +38,9 @@ from mcp_session_store.errors import (
 )
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.records import (
-    EndReason,
     display_text,
 )
-from mcp_session_store.retention import RetentionPolicy, sweep_pause
+from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, checked_seconds
 from mcp_session_store.store import SessionStore
 
@@ -300,13 +299,13 @@ class DurableSessionManager(sdk.ManagerSeams):
         settings = self._settings
         poll_interval = settings.end_within / 2
         changes = self._ender.changes
-        start(partial(run_every, "activity", self._activity.interval, self._report, wake=self._activity.wake))
+        start(partial(run_every, "activity", self._activity.interval, self._ender.report, wake=self._activity.wake))
         start(partial(run_every, "changes", poll_interval, changes.poll, wake=changes.wake))
         start(run_again, "hints", changes.listen)
         evict_after = math.inf if settings.evict_after is None else settings.evict_after
         start(run_every, "eviction", min(evict_after / 4, poll_interval), self._evict_unused)
         if settings.sweep_interval is not None:
-            start(run_every, "sweep", settings.sweep_interval, self._sweep)
+            start(run_every, "sweep", settings.sweep_interval, self._ender.sweep)
             if self.event_log is not None:
                 # In a task of its own: where many events are stored there may always be more that are too old.
                 start(run_every, "event sweep", settings.sweep_interval, partial(sweep_events, self.event_log))
@@ -350,24 +349,6 @@ class DurableSessionManager(sdk.ManagerSeams):
         if self._settings.evict_after is not None:
             self._registry.evict_idle(anyio.current_time() - self._settings.evict_after)
         self._ender.end_past_life()
-
-    async def _report(self) -> None:
-        """Report activity, and stop serving sessions that are not live any more."""
-        await self._ender.end_not_live(await self._activity.report())
-
-    async def _sweep(self) -> None:
-        # A session in use here must not look unused: nothing is swept until the activity is reported.
-        await self._report()
-        while True:
-            began = anyio.current_time()
-            report = await self.store.sweep()
-            if report.expired:
-                telemetry.ended.add(report.expired, {"reason": EndReason.EXPIRED.value})
-            if report.purged:
-                telemetry.purged.add(report.purged)
-            if not report.more:
-                break
-            await anyio.sleep(sweep_pause(anyio.current_time() - began))
 
 
 def instance_id() -> str:

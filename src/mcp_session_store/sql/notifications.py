@@ -160,7 +160,7 @@ class Listener:
         )
 
     async def _notifications_arrive(self, probe: str, arrived: asyncio.Event) -> bool:
-        """Whether another connection's probe arrives: a pooler may accept LISTEN, and forward no notification."""
+        """Return whether a probe from another connection arrives: a pooler may accept LISTEN and forward nothing."""
         async with self._database.lease(writes=False) as lease:
             await lease.run(lambda attempt: attempt.connection.execute(self._channel.send, {"payload": probe}))
         try:

@@ -146,7 +146,7 @@ class Replay:
         self._handler_done.set()
 
     def owns(self, request: object) -> bool:
-        """Whether this is the request of a replayed message."""
+        """Return whether this is the request of a replayed message."""
         return request in self._requests
 
     def takes(self, item: SessionMessage) -> bool:

@@ -1,4 +1,4 @@
-"""Ends of sessions: by DELETE, on another instance or by an operator, and by expiry."""
+"""Ends of sessions: by DELETE, on another instance or by an operator, by expiry and its sweep."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mcp_session_store.adapter.responses import SESSION_ENDED, SessionNotFound
 from mcp_session_store.adapter.sessions.changes import ChangeWatch
 from mcp_session_store.errors import SessionStoreError, StoreUnavailable
 from mcp_session_store.records import EndReason, SessionRecord, session_key
+from mcp_session_store.retention import sweep_pause
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -138,6 +139,25 @@ class Ender:
                 report_failure("changes", error)
             # A session that did not end has expired.
             self._end_expired(keys)
+
+    async def report(self) -> None:
+        """Report activity, and stop serving sessions that are not live any more."""
+        await self.end_not_live(await self._activity.report())
+
+    async def sweep(self) -> None:
+        """Sweep the store until nothing is left to sweep."""
+        # A session in use here must not look unused: nothing is swept until the activity is reported.
+        await self.report()
+        while True:
+            began = anyio.current_time()
+            swept = await self._store.sweep()
+            if swept.expired:
+                telemetry.ended.add(swept.expired, {"reason": EndReason.EXPIRED.value})
+            if swept.purged:
+                telemetry.purged.add(swept.purged)
+            if not swept.more:
+                break
+            await anyio.sleep(sweep_pause(anyio.current_time() - began))
 
     async def verify(self) -> None:
         """Find out which of all sessions in memory are not live any more, and stop serving them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import random
 import re
 from typing import TYPE_CHECKING, Any, Final
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.streams.recorder import EventRecorder
 
 __all__ = ["RESUMABLE_SINCE", "SessionEvents"]
-
-logger = logging.getLogger(__name__)
 
 RESUMABLE_SINCE: Final = "2025-11-25"
 """First protocol version whose clients understand priming events, and come back for a stream."""

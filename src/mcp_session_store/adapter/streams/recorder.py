@@ -125,11 +125,6 @@ class EventRecorder:
         """Whether events cannot be stored for now."""
         return self._circuit.is_open
 
-    @property
-    def settled(self) -> bool:
-        """Whether events can be stored, and none waits to be."""
-        return not self._circuit.is_open and not self._backlog.sessions
-
     def begin(self, key: UUID, request_id: RequestId, *, resumable: bool) -> CallStream:
         """Return the stream of a new call of a session, under a name that is unique among all instances."""
         self._streams += 1

@@ -181,7 +181,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def supports_listen(self, url: URL) -> bool:
-        """Whether notifications may arrive on connections that are made with this URL."""
+        """Return whether notifications may arrive on connections that are made with this URL."""
 
     @abstractmethod
     def refuse_absent(self, url: URL) -> None:

@@ -36,14 +36,14 @@ async def read_revision(connection: AsyncConnection, schema: str | None) -> str 
 
 
 def is_newer(revision: str) -> bool:
-    """Whether a revision is newer than this version of the package."""
+    """Return whether a revision is newer than this version of the package."""
     found, known = _REVISION.fullmatch(revision), _REVISION.fullmatch(HEAD)
     assert known is not None
     return found is None or (int(found[1]), int(found[2])) > (int(known[1]), int(known[2]))
 
 
 async def is_empty(connection: AsyncConnection) -> bool:
-    """Whether a database holds no table of any program."""
+    """Return whether a database holds no table of any program."""
     return not await connection.run_sync(lambda sync: sa.inspect(sync).get_table_names())
 
 
