@@ -23,7 +23,8 @@ NO_LIMIT: Final = "none"
 """Text for `None`, in capitals or not."""
 
 _YES: Final = ("1", "yes", "true", "on", "t", "y")
-_NO: Final = ("0", "no", "false", "off", "f", "n")
+_NO: Final = ("0", "no", "false", "off", "f", "n", "")
+"""The empty text among them, because click reads a variable of blanks so."""
 _UNITS: Final = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
 

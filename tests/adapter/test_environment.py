@@ -138,6 +138,11 @@ async def test_a_place_that_cannot_be_is_refused_with_the_variables_that_name_it
         manager(sqlite_url, environment={"SCHEMA": "s"})
 
 
+async def test_a_variable_of_blanks_says_no_as_in_the_commands(manager: Any, sqlite_url: str) -> None:
+    made = manager(sqlite_url, environment={"EVENTS": "  ", "AUTO_UPGRADE": "  "})
+    assert made.event_log is None
+
+
 async def test_events_come_from_the_keyword_or_the_environment(manager: Any, sqlite_url: str) -> None:
     assert manager(sqlite_url).event_log is None
     environment = {"EVENTS": "true", "EVENTS_MAX_EVENTS_PER_SESSION": "50"}

@@ -153,7 +153,8 @@ _EVENT_HELP: Final = {
     "max_bytes_per_session": ("N", "Bytes of messages of a session that are kept."),
 }
 _INSTANCE_HELP: Final = {
-    name: (_metavar(field), field.description or "") for name, field in InstanceSettings.model_fields.items()
+    name: (_metavar(field), (field.description or "").replace("None: ", f"{NO_LIMIT}: "))
+    for name, field in InstanceSettings.model_fields.items()
 }
 
 
