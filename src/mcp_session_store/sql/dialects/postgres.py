@@ -87,21 +87,25 @@ class _ArrayBatch(Batch):
 
     def __init__(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> None:
         self._names = [f"{name}_{column}" for column in columns]
+        # Subqueries, because Postgres knows the length of an array itself while it plans for a single execution, finds
+        # that plan for few rows cheaper than one for any number, and so plans anew each time.
         arrays = [
-            sa.bindparam(parameter, type_=postgresql.ARRAY(type_))
+            sa.select(sa.bindparam(parameter, type_=postgresql.ARRAY(type_))).scalar_subquery()
             for parameter, type_ in zip(self._names, columns.values(), strict=True)
         ]
         self._arrays = dict(zip(columns, arrays, strict=True))
         self._columns = columns
-        self.rows = self._unnested(arrays, name)
+        self.rows = self._unnested(name)
 
-    def _unnested(self, arrays: Sequence[sa.ColumnElement[Any]], name: str | None) -> sa.FromClause:
+    def _unnested(self, name: str | None) -> sa.FromClause:
         typed = [sa.column(column, type_) for column, type_ in self._columns.items()]
-        return sa.func.unnest(*arrays).table_valued(*typed, name=name).render_derived()
+        return sa.func.unnest(*self._arrays.values()).table_valued(*typed, name=name).render_derived()
 
     @override
     def in_batch(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        return column == sa.any_(self._arrays[column.name])
+        array = self._arrays[column.name]
+        # The cast makes ANY take the subquery's value for an array, and not its rows for the elements.
+        return column == sa.any_(sa.cast(array, array.type))
 
     @override
     def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
@@ -109,9 +113,7 @@ class _ArrayBatch(Batch):
 
     @override
     def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
-        # Subqueries, because Postgres knows the length of an array itself while it plans for a single execution, finds
-        # that plan cheaper than one for any length, and so plans anew each time.
-        rows = self._unnested([sa.select(array).scalar_subquery() for array in self._arrays.values()], None)
+        rows = self._unnested(None)
         return sa.select(*rows.c).join_from(rows, look_up(rows.c).lateral(), sa.true())
 
     @override
