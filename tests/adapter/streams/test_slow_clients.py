@@ -10,6 +10,7 @@ import anyio
 import pytest
 
 from mcp_session_store import EventPolicy, session_key
+from mcp_session_store.adapter.streams.resumption import PART_BYTES
 from mcp_session_store.event_log import EVENT_PAGE
 from mcp_session_store.records import EventKind, NewEvent
 from tests.support.asgi import PATIENCE, until
@@ -147,16 +148,17 @@ async def test_what_a_client_does_not_read_is_not_read_for_it(store: FaultyStore
         assert after - before < MANY * 100 / 100
         assert len(resumed.sent) == 0
         assert (await client.ping()).status == 200
-        await read_some(resumed, 250)
-        assert log.counts()["read"] <= 2 + 250 // EVENT_PAGE
+        await read_some(resumed, 3)
+        taken = len(resumed.events)
+        assert log.counts()["read"] <= 2 + taken // EVENT_PAGE
         await resumed.leave()
         await one_more_turn()
-        assert log.counts()["read"] <= 3 + 250 // EVENT_PAGE
+        assert log.counts()["read"] <= 3 + taken // EVENT_PAGE
         assert recorder_of(one.manager).followers.of(session_key(session_id)) == []
 
 
 async def read_some(exchange: Exchange, count: int) -> None:
-    """Take this many events off a stream, more or less, and no more."""
+    """Take this many parts off a stream, more or less, and no more."""
     sent = exchange.sent
 
     class Counted(list):  # type: ignore[type-arg]
@@ -181,6 +183,39 @@ async def test_a_long_stream_is_read_page_by_page(log: FaultyLog, talking: Talki
     await hears(resumed, *(str(n) for n in range(5 * EVENT_PAGE)))
     assert 5 <= log.counts()["read"] <= 7
     assert len({event.id for event in resumed.events}) == 5 * EVENT_PAGE
+
+
+async def test_events_that_wait_are_sent_together_in_parts_of_a_bounded_size(
+    log: FaultyLog, talking: Talking, client: Client
+) -> None:
+    session_id = str(client.session_id)
+    _, last_event_id = await away(talking, client)
+    await say_on(log, session_id, log.streams(session_id)[0][0], 2 * EVENT_PAGE)
+    resumed = await opened(client, last_event_id)
+    await hears(resumed, *(str(n) for n in range(2 * EVENT_PAGE)))
+    parts = [len(message["body"]) for message in resumed.sent[1:]]
+    largest_event = max(map(len, resumed.body.split(b"\r\n\r\n"))) + len(b"\r\n\r\n")
+    assert max(parts) < PART_BYTES + largest_event
+    assert len(parts) <= sum(parts) // PART_BYTES + 4
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+async def test_a_message_of_several_lines_stays_one_message(
+    log: FaultyLog, talking: Talking, client: Client, line_end: str
+) -> None:
+    session_id = str(client.session_id)
+    _, last_event_id = await away(talking, client)
+    stream, before = log.streams(session_id)[-1]
+    params = '"params": {"level": "info", "data": "é\u2028"}}'
+    event = NewEvent(
+        stream=stream,
+        position=before.position + 1,
+        previous=before.position,
+        kind=EventKind.NOTIFICATION,
+        message=line_end.join(['{"jsonrpc": "2.0",', '"method": "notifications/message",', params]),
+    )
+    await log.inner.append(session_key(session_id), [event])
+    await hears(await opened(client, last_event_id), "é\u2028")
 
 
 async def test_who_follows_reads_for_its_own_streams_events_only(

@@ -31,6 +31,7 @@ _MAX_SEQUENCE: Final = 2**62
 """Far beyond any sequence, and with room to count on in 64 bits."""
 _MAX_POSITION: Final = 2**63
 _FINAL: Final = "!"
+_URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
 
 
 class Cursor(NamedTuple):
@@ -82,7 +83,8 @@ class EventIds:
         if cursor.request_id is not None:
             parts.append(_as_json(cursor.request_id))
         payload = "/".join(parts).encode(errors="surrogatepass")
-        return base64.urlsafe_b64encode(self._tag(payload) + payload).decode().rstrip("=")
+        text = binascii.b2a_base64(self._tag(payload) + payload, newline=False)
+        return text.translate(_URL_SAFE).rstrip(b"=").decode()
 
     def read(self, event_id: str) -> Cursor | None:
         """Return the place of the event with an id; `None` for an id that this session has never sent."""

@@ -59,7 +59,8 @@ class Ended:
     """Message of the JSON-RPC error for the call."""
 
 
-Item: TypeAlias = Event | Gap | Lost | Ended
+Item: TypeAlias = list[Event] | Gap | Lost | Ended
+"""Events that are there at the same time, or the end of the call."""
 
 
 class StreamReader:
@@ -112,8 +113,8 @@ class StreamReader:
         while not follower.closed:
             if page is not None:
                 self._look_for_gap(page)
-                for event in self._events_of(page):
-                    yield event
+                if events := self._events_of(page):
+                    yield events
                 if self._misses:
                     yield Gap()
                     return
@@ -131,7 +132,7 @@ class StreamReader:
                 while follower.unsent:
                     unsent = follower.unsent.popleft()
                     final = unsent.kind.final and is_call
-                    yield Event(unsent.message or "", None, final)
+                    yield [Event(unsent.message or "", None, final)]
                     if final:
                         return
                 page = None
@@ -142,9 +143,10 @@ class StreamReader:
         if follower.answer is not None and is_call:
             yield Ended(follower.answer)
 
-    def _events_of(self, page: EventPage) -> Iterator[Event]:
+    def _events_of(self, page: EventPage) -> list[Event]:
         """Return the events of a page that the client lacks, until one that follows others it will not get."""
         is_call = not self.cursor.standalone
+        events = []
         for event in page.events:
             self._seen = event.sequence
             if is_call:
@@ -152,13 +154,14 @@ class StreamReader:
                     continue  # repeated
                 if event.previous > self.cursor.position:
                     self._misses = True
-                    return
-            final = event.kind.final and is_call
+                    break
+            final = is_call and event.kind.final
             self.cursor = self.cursor.at(sequence=event.sequence, position=event.position, final=final)
             if event.message is not None:
-                yield Event(event.message, self.cursor, final)
+                events.append(Event(event.message, self.cursor, final))
             if final:
-                return
+                break
+        return events
 
     def _look_for_gap(self, page: EventPage) -> None:
         """Find out whether events that the client has not seen may have been removed before those of a page."""

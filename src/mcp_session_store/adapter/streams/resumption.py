@@ -6,13 +6,13 @@ another instance says.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp.server.streamable_http import GET_STREAM_KEY, check_accept_headers
 from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
 from mcp_types import CONNECTION_CLOSED, DEFAULT_NEGOTIATED_VERSION
 from mcp_types.version import is_version_at_least
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 
 from mcp_session_store.adapter import responses, telemetry
@@ -24,7 +24,7 @@ from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     from mcp.server.transport_security import TransportSecurityMiddleware
     from starlette.responses import Response
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from mcp_session_store.records import EventPage
 
 __all__ = ["not_resumable", "serve_stream", "stream_refusal"]
+
+PART_BYTES: Final = 64 * 1024
+"""Bytes of events that are sent together, more or less: what waits for a client that reads slowly, beside a page."""
 
 
 async def serve_stream(
@@ -149,20 +152,20 @@ def last_words(ids: EventIds, cursor: Cursor, message: str, *, reason: str, sess
     Its event has an id: to a client that comes back after it, the stream is complete.
     """
 
-    async def messages() -> AsyncIterator[dict[str, Any]]:
+    async def messages() -> AsyncIterator[dict[str, Any] | bytes]:
         yield _terminal(ids, cursor, message, reason)
 
     return _response(messages(), session_id)
 
 
-def _response(messages: AsyncIterator[dict[str, Any]], session_id: str) -> Response:
+def _response(messages: AsyncIterator[dict[str, Any] | bytes], session_id: str) -> Response:
     headers = {"Cache-Control": "no-cache, no-transform", "mcp-session-id": session_id}
     return EventSourceResponse(messages, headers=headers)
 
 
 async def _sent(
     events: SessionEvents, cursor: Cursor, page: EventPage | None, first: dict[str, Any] | None
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncIterator[dict[str, Any] | bytes]:
     """Send what a reader reads, as SSE.
 
     Args:
@@ -180,12 +183,10 @@ async def _sent(
                 yield first
             async for item in reader.items():
                 match item:
-                    case Event():
-                        message = {"event": "message", "data": item.message}
-                        if item.cursor is not None:
-                            message["id"] = ids.write(item.cursor)
-                        yield message
-                        if item.final:
+                    case list():
+                        for part in _parts(ids, item):
+                            yield part
+                        if item[-1].final:
                             outcome = "complete"
                     case Gap():
                         outcome = "trimmed"
@@ -198,6 +199,28 @@ async def _sent(
                         yield _terminal(ids, reader.cursor, answer, outcome)
         finally:
             telemetry.resumed.add(1, {"outcome": outcome})
+
+
+def _parts(ids: EventIds, events: Iterable[Event]) -> Iterator[bytes]:
+    """Return events as SSE, in parts of the response's body, because each part costs more than an event in it."""
+    part, size = [], 0
+    for event in events:
+        encoded = _as_sse(ids, event)
+        part.append(encoded)
+        size += len(encoded)
+        if size >= PART_BYTES:
+            yield b"".join(part)
+            part, size = [], 0
+    if part:
+        yield b"".join(part)
+
+
+def _as_sse(ids: EventIds, event: Event) -> bytes:
+    data, event_id = event.message, None if event.cursor is None else ids.write(event.cursor)
+    if event_id is None or "\n" in data or "\r" in data:
+        return ServerSentEvent(data, event="message", id=event_id).encode()
+    # What sse-starlette writes, at a tenth of the cost, because JSON is nearly always a single line.
+    return f"id: {event_id}\r\nevent: message\r\ndata: {data}\r\n\r\n".encode()
 
 
 def _terminal(ids: EventIds, cursor: Cursor, message: str, reason: str) -> dict[str, Any]:
