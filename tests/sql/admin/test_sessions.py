@@ -364,6 +364,9 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "principal": {"principal": Principal.of(client_id="client-3").digest},
     "instance": {"instance": "instance-3"},
 }
+OF_NO_INDEX = "client", "instance"
+"""Filters of `CHOSEN` that have no index of their own."""
+INDEXED = [(name, chosen) for name, chosen in CHOSEN.items() if name not in OF_NO_INDEX]
 
 
 async def _plan(directory: SessionDirectory, which: SessionFilter, *, page: int) -> str:
@@ -391,7 +394,7 @@ def _begins_at_the_cursor(plan: str, columns: Sequence[str]) -> bool:
 @pytest.mark.parametrize("page", [1, 2])
 @pytest.mark.parametrize("ages", [{}, {"min_age": 2 * HOUR}, {"min_age": 2 * HOUR, "max_age": 20 * HOUR}])
 @pytest.mark.parametrize(
-    ("index", "chosen"), [*CHOSEN.items(), ("principal", {"anonymous": True})], ids=[*CHOSEN, "anonymous"]
+    ("index", "chosen"), [*INDEXED, ("principal", {"anonymous": True})], ids=["all", "principal", "anonymous"]
 )
 @pytest.mark.parametrize("state", [SessionState.LIVE, SessionState.ENDED])
 async def test_a_page_is_one_range_of_the_index_for_its_filter(
@@ -403,6 +406,20 @@ async def test_a_page_is_one_range_of_the_index_for_its_filter(
     assert _reads_one_range(plan), plan
     columns = ["created_at", "key"] if state is SessionState.LIVE else ["ended_at", "created_at", "key"]
     assert page == 1 or _begins_at_the_cursor(plan, columns), plan
+
+
+@pytest.mark.parametrize("page", [1, 2])
+@pytest.mark.parametrize("ages", [{}, {"min_age": 2 * HOUR}, {"min_age": 2 * HOUR, "max_age": 20 * HOUR}])
+@pytest.mark.parametrize("name", OF_NO_INDEX)
+@pytest.mark.parametrize("state", [SessionState.LIVE, SessionState.ENDED])
+async def test_a_page_by_a_filter_without_an_index_reads_along_the_list_it_narrows_down(
+    large_url: str, state: SessionState, name: str, ages: dict[str, Any], page: int
+) -> None:
+    async with SessionDirectory(large_url) as directory:
+        plan = await _plan(directory, SessionFilter(state=state, **CHOSEN[name], **ages), page=page)
+    assert "ix_mcp_session_ended" in plan, plan
+    assert "Seq Scan" not in plan, plan
+    assert not plan.startswith("SCAN"), plan
 
 
 @pytest.mark.parametrize("page", [1, 2])

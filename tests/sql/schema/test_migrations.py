@@ -196,6 +196,39 @@ async def test_a_partitioned_database_is_not_downgraded_and_is_otherwise_as_the_
     await migrate.downgrade(postgres_url, schema=schema, revision="base")
 
 
+async def _indexes(url: str) -> dict[str, list[str | None]]:
+    engine = create_async_engine(url)
+    async with engine.connect() as connection:
+        found = await connection.run_sync(lambda sync: sa.inspect(sync).get_indexes("mcp_session"))
+    await engine.dispose()
+    return {str(index["name"]): index["column_names"] for index in found}
+
+
+async def test_a_downgrade_restores_the_indexes_that_an_upgrade_has_dropped(database_url: str) -> None:
+    await migrate.upgrade(database_url, revision="1_0003_events")
+    before = await _indexes(database_url)
+    await migrate.upgrade(database_url)
+    assert before.keys() - (await _indexes(database_url)).keys() == {
+        "ix_mcp_session_client",
+        "ix_mcp_session_instance",
+    }
+    await migrate.downgrade(database_url, revision="1_0003_events")
+    assert await _indexes(database_url) == before
+
+
+async def test_an_upgrade_gives_up_before_statements_queue_behind_it_for_long(postgres_url: str) -> None:
+    await migrate.upgrade(postgres_url, revision="1_0003_events")
+    engine = create_async_engine(postgres_url)
+    async with engine.connect() as reader:
+        await reader.exec_driver_sql("SELECT count(*) FROM mcp_session")
+        with pytest.raises(StoreUnavailable, match="lock timeout"):
+            await migrate.upgrade(postgres_url)
+    await engine.dispose()
+    assert await migrate.current(postgres_url) == "1_0003_events"
+    await migrate.upgrade(postgres_url)
+    assert await migrate.current(postgres_url) == HEAD
+
+
 async def test_other_peoples_tables_and_alembic_are_left_alone(database_url: str) -> None:
     await execute(database_url, "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
     await execute(database_url, "INSERT INTO alembic_version VALUES ('theirs')")

@@ -129,8 +129,9 @@ class SessionDirectory(Reader):
     async def page(self, which: SessionFilter, *, limit: int = 50, after: str | None = None) -> SessionPage:
         """Return a page of a list: live sessions newest first; expired or ended ones latest first.
 
-        One range scan along an index, wherever the page lies. Sessions that come and go meanwhile do not make others
-        appear twice, or not at all.
+        One range scan along an index, wherever the page lies. By a client or an instance, which have no index, the scan
+        may pass all sessions of the list to find the few that fit. Sessions that come and go meanwhile do not make
+        others appear twice, or not at all.
 
         Args:
             which: The list.
