@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from starlette.applications import Starlette
 
 from mcp_session_store.cli import worker_app
 from mcp_session_store.errors import ConfigurationError
@@ -66,6 +67,16 @@ async def test_workers_share_the_sessions_and_a_kill_of_all_of_them_ends_none(
         await client.text("whoami")
         assert client.methods.count("initialize") == 1
         assert len(client.session_ids) == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.anyio
+async def test_garbage_collections_leave_out_what_a_worker_started_with(
+    serve_command: ServeCommandFunction, sqlite_url: str, workers: str
+) -> None:
+    server = serve_command("tests.support.targets:mcpserver", "--url", sqlite_url, "--workers", workers)
+    async with official_client(server.mcp_url) as client:
+        assert int(await client.text("frozen_objects")) > 50_000
 
 
 async def _answering_pids(url: str, session_id: str) -> set[int]:
@@ -342,7 +353,12 @@ def test_workers_get_the_same_retention_and_memory(
     monkeypatch: pytest.MonkeyPatch, invoke: InvokeFunction, sqlite_url: str
 ) -> None:
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr("mcp_session_store.app.durable_app", lambda server, url, **options: made.append(options))
+
+    def durable_app(server: object, url: str, **options: Any) -> Starlette:
+        made.append(options)
+        return Starlette()
+
+    monkeypatch.setattr("mcp_session_store.app.durable_app", durable_app)
     # A worker is a process of its own, that has nothing but the environment.
     monkeypatch.setattr("uvicorn.run", lambda app, **options: worker_app())
     options = "--idle 30m --tombstone none --per-principal 5 --evict-after none --max-sessions 50 --end-within 2.5"

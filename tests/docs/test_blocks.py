@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import importlib
 import inspect
 import re
@@ -44,9 +45,16 @@ def test_a_block_compiles_and_imports_what_there_is(block: str) -> None:
 
 def test_the_blocks_of_the_readme_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
     # What a reader imports without being told.
     known: dict[str, Any] = {name: getattr(mcp_session_store, name) for name in mcp_session_store.__all__}
-    known |= {"contextlib": contextlib, "AsyncIterator": AsyncIterator, "Starlette": Starlette, "Route": Route}
+    known |= {
+        "contextlib": contextlib,
+        "AsyncIterator": AsyncIterator,
+        "Starlette": Starlette,
+        "Route": Route,
+        "gc": gc,
+    }
     for line, block in blocks_of(ROOT / "README.md"):
         code = compile(block, f"README.md:{line}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
         # A client's block needs the server that the others make.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,12 @@ mcpserver = MCPServer("targets")
 @mcpserver.tool()
 def whoami(ctx: Context) -> str:
     return whoami_text(ctx)
+
+
+@mcpserver.tool()
+def frozen_objects() -> str:
+    """The number of objects that garbage collections leave out."""
+    return str(gc.get_freeze_count())
 
 
 async def _call_tool(ctx: ServerRequestContext[Any], params: CallToolRequestParams) -> CallToolResult:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -30,6 +32,8 @@ from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from starlette.applications import Starlette
 
 # uvicorn, the SDK and the database's drivers are imported where they are used, because other commands need none.
@@ -224,9 +228,28 @@ def _build(settings: _ServeSettings) -> Starlette:
     }
     options |= {name: value for name, value in of_the_database.items() if name in settings.given}
     try:
-        return durable_app(server, settings.url, **options)
+        return _frozen(durable_app(server, settings.url, **options))
     except ConfigurationError as error:
         raise ConfigurationError(f"cannot serve {settings.target}: {error}") from error
+
+
+def _frozen(app: Starlette) -> Starlette:
+    """Exclude all objects that exist when the app has started from garbage collection.
+
+    They are some 200,000, nearly all of them of modules, and live as long as the process. A full collection goes
+    through them in 0.1 s and more, during which no request is served.
+    """
+    serve = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(of: Starlette) -> AsyncIterator[Any]:
+        async with serve(of) as state:
+            gc.collect()
+            gc.freeze()
+            yield state
+
+    app.router.lifespan_context = lifespan
+    return app
 
 
 def _import_target(target: str, app_dir: str) -> Any:
