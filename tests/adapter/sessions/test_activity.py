@@ -39,6 +39,8 @@ pytestmark = pytest.mark.anyio
 DAY = timedelta(hours=24)
 LATE = 30.0
 """Seconds by which a test may be late to look at an age."""
+NO_POLL = 3600.0
+"""Seconds between polls of changes, so that none comes between: where the clock was put forward, it would report."""
 
 
 async def reported(one: Instance, store: FaultyStore) -> None:
@@ -112,7 +114,7 @@ async def test_first_activities_are_reported_together(store: FaultyStore) -> Non
 
 
 async def test_activity_costs_no_query_for_a_request_and_one_for_a_report(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store) as one:
+    async with instance(store, activity_interval=3600, end_within=NO_POLL) as one:
         clients = [one.client() for _ in range(20)]
         for client in clients:
             await client.handshake()
@@ -140,7 +142,7 @@ async def test_the_activity_task_reports_by_itself_at_intervals(store: FaultySto
 
 
 async def test_ages_are_those_of_the_first_and_the_last_activity(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client, other = one.client(), one.client()
         await client.handshake()
         await other.handshake()
@@ -168,7 +170,7 @@ async def test_ages_are_those_of_the_first_and_the_last_activity(store: FaultySt
 async def test_a_session_is_reported_at_most_once_in_a_twentieth_of_the_idle_time(
     store: FaultyStore, clock: Clock
 ) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         await reported(one, store)
@@ -189,7 +191,7 @@ async def test_without_an_idle_time_sessions_are_still_reported_now_and_then(
     store: FaultyStore, sessions: Sessions, clock: Clock
 ) -> None:
     sessions.retention = RetentionPolicy(idle=None)
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         await reported(one, store)
@@ -204,7 +206,7 @@ async def test_without_an_idle_time_sessions_are_still_reported_now_and_then(
 
 
 async def test_a_session_that_is_about_to_expire_is_reported_at_once(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         await reported(one, store)
@@ -244,7 +246,7 @@ async def test_a_session_at_the_end_of_its_absolute_lifetime_is_not_reported_ove
 ) -> None:
     # No report can prolong it.
     sessions.retention = RetentionPolicy(absolute=timedelta(hours=1))
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         await reported(one, store)
@@ -259,7 +261,7 @@ async def test_a_session_at_the_end_of_its_absolute_lifetime_is_not_reported_ove
 async def test_new_sessions_have_no_others_reported_before_their_time_nor_keep_them_from_it(
     store: FaultyStore, clock: Clock
 ) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         await reported(one, store)
@@ -287,7 +289,7 @@ async def test_new_sessions_have_no_others_reported_before_their_time_nor_keep_t
 
 
 async def test_an_open_stream_is_activity(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         stream = await client.get_stream()
@@ -309,7 +311,7 @@ async def test_an_open_stream_is_activity(store: FaultyStore, clock: Clock) -> N
 
 
 async def test_a_running_call_is_activity_even_when_its_client_has_left(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         call = client.open_call("wait")
@@ -327,7 +329,7 @@ async def test_a_running_call_is_activity_even_when_its_client_has_left(store: F
 
 
 async def test_a_wrong_principals_requests_are_no_activity(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client(user=principal("alice"))
         await client.handshake()
         await reported(one, store)
@@ -385,7 +387,7 @@ async def test_an_activity_that_cannot_be_reported_is_logged_counted_and_reporte
 
 
 async def test_what_a_failed_report_held_counts_from_its_first_activity_on(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         await reported(one, store)
@@ -415,7 +417,7 @@ async def test_what_a_failed_report_held_counts_from_its_first_activity_on(store
 @pytest.mark.parametrize("used_since", [True, False])
 async def test_reports_that_fail_at_once_lose_nothing(store: FaultyStore, clock: Clock, used_since: bool) -> None:
     # The background task's, and the one that the watch asks for after an outage.
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         await reported(one, store)
@@ -449,7 +451,7 @@ async def test_reports_that_fail_at_once_lose_nothing(store: FaultyStore, clock:
 
 
 async def test_an_activity_in_time_counts_when_it_is_reported_late(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         await one.first_poll()
         client = one.client()
         await client.initialize()
@@ -481,7 +483,7 @@ async def test_an_activity_of_a_session_that_has_left_memory_is_reported(store: 
 async def test_an_activity_that_was_held_back_is_reported_when_its_session_leaves_memory(
     store: FaultyStore, clock: Clock
 ) -> None:
-    async with instance(store) as one:
+    async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
         await client.handshake()
         await reported(one, store)
@@ -570,7 +572,7 @@ async def test_shutdown_reports_what_has_not_been_reported(store: FaultyStore) -
 
 
 async def test_shutdown_reports_when_each_session_was_last_used(store: FaultyStore, clock: Clock) -> None:
-    async with anyio.create_task_group() as outside, instance(store) as one:
+    async with anyio.create_task_group() as outside, instance(store, end_within=NO_POLL) as one:
         used, streaming = one.client(), Client(one.app, outside)
         ended = Client(one.app, outside)
         for client in (used, streaming, ended):

@@ -79,6 +79,8 @@ async def test_a_client_that_loses_each_connection_after_one_event_gets_each_eve
             call.answer()
 
         server.start_soon(run)
+        # A client that leaves before it has an id has no stream to come back for.
+        await until(lambda: exchange.last_event_id is not None)
         last_event_id = await exchange.leave()
         heard += told(exchange.messages)
         while "done" not in heard:
