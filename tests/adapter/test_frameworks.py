@@ -419,6 +419,10 @@ sys.exit("fastmcp" in sys.modules)
         ("http.StreamableHTTPServerTransport", "_mint_priming_event"),
         ("http.StreamableHTTPServerTransport", "close_sse_stream"),
         ("manager", "serve_loop"),
+        ("runner", "aclose_shielded"),
+        ("runner.ServerRunner", "on_notify"),
+        ("connection.Connection", "for_loop"),
+        ("jsonrpc_dispatcher", "JSONRPCDispatcher"),
         ("manager", "StreamableHTTPServerTransport"),
         ("manager", "DEFAULT_MAX_REQUEST_BODY_SIZE"),
         ("manager", "StreamableHTTPASGIApp"),
@@ -427,7 +431,8 @@ sys.exit("fastmcp" in sys.modules)
 )
 def test_an_sdk_that_does_not_fit_is_refused_at_import_with_the_versions_that_work(where: str, name: str) -> None:
     code = f"""
-from mcp.server import streamable_http as http, streamable_http_manager as manager
+from mcp.server import connection, runner, streamable_http as http, streamable_http_manager as manager
+from mcp.shared import jsonrpc_dispatcher
 from mcp.server.auth.middleware import bearer_auth
 from mcp.server import lowlevel
 del {where}.{name}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import mcp_types as types
 import pytest
-from mcp.server import streamable_http_manager
 from mcp.server.streamable_http import StreamableHTTPServerTransport
+from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 
 from mcp_session_store import (
     RestoreRefused,
@@ -227,7 +227,7 @@ async def test_a_server_loop_that_crashes_is_logged_with_the_sessions_key(
 
     async with instance(store) as one:
         session_id = await one.client().handshake()
-    monkeypatch.setattr(streamable_http_manager, "serve_loop", broken)
+    monkeypatch.setattr(JSONRPCDispatcher, "run", broken)
     async with instance(store) as one:
         assert (await one.client(session_id).ping()).status == 503
     assert f"the server loop of the session {session_key(session_id)} crashed; the session can be restored" in logged(

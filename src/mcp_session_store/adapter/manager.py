@@ -19,6 +19,7 @@ from mcp.server.transport_security import TransportSecurityMiddleware
 from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
 from mcp_session_store.adapter.replay.journal import Journal
+from mcp_session_store.adapter.replay.serving import serve
 from mcp_session_store.adapter.routing import Router
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
@@ -267,7 +268,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         admission = Admission(
             self._registry,
             partial(sdk.make_transport, self),
-            partial(sdk.serve_loop, self),
+            partial(serve, self),
             self._recorder,
             retry_interval=self.retry_interval,
         )

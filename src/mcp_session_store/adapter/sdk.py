@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from mcp.server import streamable_http_manager
 from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
+from mcp.server.connection import Connection
 from mcp.server.lowlevel.server import Server
 from mcp.server.mcpserver import MCPServer
+from mcp.server.runner import ServerRunner
 from mcp.server.streamable_http import StreamableHTTPServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
+from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 from starlette.routing import Route
 
 from mcp_session_store.adapter.supported import SUPPORTED_SDK
@@ -44,6 +47,7 @@ __all__ = [
     "ManagerTasks",
     "TransportEvents",
     "is_fastmcp",
+    "make_kernel",
     "make_transport",
     "mcp_endpoint",
     "owners_of",
@@ -58,6 +62,15 @@ __all__ = [
 # The transport's class and the server loop are looked up in this module at each call, because tests of the SDK and of
 # its users replace them there.
 _manager_module: Any = streamable_http_manager
+
+
+def make_kernel(
+    manager: ManagerSeams, read: MessageReadStream, write: MessageWriteStream, session_id: str
+) -> tuple[JSONRPCDispatcher[Any], ServerRunner[Any]]:
+    """Return the parts of a server loop over a pair of streams, made as the SDK's `serve_loop` makes them."""
+    dispatcher: JSONRPCDispatcher[Any] = JSONRPCDispatcher(read, write, inline_methods=frozenset({"initialize"}))
+    connection = Connection.for_loop(dispatcher, session_id=session_id)
+    return dispatcher, ServerRunner(manager.app, connection, manager._lifespan_state)
 
 
 def _check_sdk() -> None:
@@ -81,6 +94,12 @@ def _check_sdk() -> None:
     ]
     if missing:
         raise ImportError(f"its session manager or transport has no {', '.join(missing)}")
+    # Public names, but the SDK calls them provisional.
+    try:
+        _, runner = make_kernel(cast("ManagerSeams", manager), cast("Any", None), cast("Any", None), "")
+        _ = runner.on_request, runner.on_notify
+    except (AttributeError, TypeError) as error:
+        raise ImportError(f"its server loop is made in another way: {error}") from error
 
 
 _check_sdk()

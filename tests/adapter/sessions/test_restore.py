@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import mcp_types as types
 import pytest
-from mcp.server import streamable_http_manager
 from mcp.server.auth.middleware.auth_context import AuthContextMiddleware, get_access_token
-from mcp.server.runner import serve_loop
 from mcp.server.streamable_http import EventStore
 from mcp.shared.exceptions import MCPError
+from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 
 from mcp_session_store import EndReason, MemorySessionStore, RestoreRefused, SessionRecord, SessionRestoreMarker
 from tests.support.asgi import Client, until
@@ -501,7 +500,7 @@ async def test_a_server_loop_that_ends_while_the_claim_runs_is_answered_503(
     store: FaultyStore, json_response: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = await open_session(store)
-    genuine = serve_loop
+    genuine = JSONRPCDispatcher.run
     crash = anyio.Event()
 
     async def crashing(*arguments: Any, **settings: Any) -> None:
@@ -516,7 +515,7 @@ async def test_a_server_loop_that_ends_while_the_claim_runs_is_answered_503(
     async with instance(store, json_response=json_response) as one:
         client = one.client(session_id)
         with monkeypatch.context() as patch:
-            patch.setattr(streamable_http_manager, "serve_loop", crashing)
+            patch.setattr(JSONRPCDispatcher, "run", crashing)
             claim = store.hold("claim")
             exchange = client.open_request("ping")
             await claim.wait_entered()
@@ -538,7 +537,7 @@ async def test_a_server_loop_that_crashes_during_the_replay_is_answered_503(
 
     async with instance(store, json_response=json_response) as one:
         with monkeypatch.context() as patch:
-            patch.setattr(streamable_http_manager, "serve_loop", broken)
+            patch.setattr(JSONRPCDispatcher, "run", broken)
             answer = await one.client(session_id).ping()
         # 404 would make the client give up a session that is there.
         assert answer.status == 503

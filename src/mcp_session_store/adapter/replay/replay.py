@@ -1,54 +1,71 @@
-"""Restore by replay: the messages that are put ahead of the client's, and when the replay is over."""
+"""Restore by replay: the messages that the server handles before the client's, and when the replay is over."""
 
 from __future__ import annotations
 
 import contextvars
 import json
 import logging
-from typing import TYPE_CHECKING, Any, Final
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio
-from mcp.shared.message import ServerMessageMetadata, SessionMessage
-from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
-from starlette.requests import Request
+import anyio.lowlevel
+from mcp.shared.jsonrpc_dispatcher import handler_exception_to_error_data
 
 from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.replay.context import ReplayedContext, in_context, next_request_id
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
-    from mcp_types import JSONRPCMessage, RequestId
-    from starlette.types import Message, Scope
+    from anyio.abc import TaskGroup
+    from mcp.server.runner import ServerRunner
+    from mcp_types import RequestId
+    from starlette.types import Scope
 
     from mcp_session_store.records import JournalEntry, SessionRecord, SessionRestoreMarker
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "ReplayedCopy"]
 
 logger = logging.getLogger(__name__)
 
 _OF_THE_BODY: Final = frozenset({b"content-length", b"content-type", b"content-encoding", b"transfer-encoding"})
+_INITIALIZED: Final = "notifications/initialized"
+
+
+class ReplayedCopy(Protocol):
+    """The copy that is being restored, as a replay needs it."""
+
+    def read(self, request_id: RequestId | None) -> None:
+        """Note that a handler is going to get a message."""
+
+    def finished(self, request_id: RequestId | None) -> None:
+        """Note that the handler of a message has returned."""
 
 
 class Replay:
-    """The replay of one session's handshake, between the transport and the server loop.
+    """The replay of one session's handshake and journal, by the kernel of the copy's server loop.
 
-    `initialize` goes first. The server handles it inline, so when the loop reads on it is answered.
-    Then goes `notifications/initialized`, whose handler may ask the client something, which can only
-    be answered once the session is published. So what follows waits until that handler has returned,
-    has sent its first request to the client, or has run for `timeout`. Then go the journaled calls,
-    each when the one before is answered, for `timeout` in all; after that they do not wait for each other, so
-    that handlers that are slow keep no session from coming back. One that is answered by an error is logged.
+    `initialize` is handled before the server loop runs, as the loop handles it: alone. The rest waits until the loop
+    runs, because before it no handler can send a request. First goes `notifications/initialized`, whose handler may
+    ask the client something, which can only be answered once the session is published. So what follows waits until
+    that handler has returned, has sent its first request to the client, or has run for `timeout`. Then go the
+    journaled calls, each when the one before is answered, for `timeout` in all; after that they do not wait for each
+    other, so that handlers that are slow keep no session from coming back. One that is answered by an error is logged.
+
+    Each message is handled in a copy of its own of the restoring request's context variables.
 
     Args:
         record: The session as stored.
         journal: Its journal, in order.
         marker: What the replayed messages carry.
         scope: The ASGI scope of the request that causes the restore.
-        binding: What else the replayed messages' scope carries.
+        copy: The copy, which is busy while handlers run.
         timeout: Seconds.
     """
+
+    _runner: ServerRunner[Any]
+    _handlers: TaskGroup
 
     def __init__(
         self,
@@ -56,80 +73,114 @@ class Replay:
         journal: Sequence[JournalEntry],
         marker: SessionRestoreMarker,
         scope: Scope,
+        copy: ReplayedCopy,
         *,
-        binding: Scope,
         timeout: float,
     ) -> None:
         # Taken in the restoring request's own task: handlers find its context variables.
-        self.context = contextvars.copy_context()
+        self._context = contextvars.copy_context()
         self.over = Latch()
         self.failure: str | None = None
         """Why the session cannot be restored here, when it is over and failed."""
         self.broken = False
         """The failure is no answer of the server's: it was cut short, and trying again is right."""
-        self.unanswered = False
-        """Calls are still being handled when it is over: their answers will have to be taken off, too."""
         self._record = record
+        self._journal = journal
+        self._copy = copy
         self._timeout = timeout
         self._handler_done = Latch()
-        self._requests: list[Request] = []
-        self._request_ids: set[RequestId] = set()
-        self._request_id = ""
-        """Of the request that was replayed last."""
-        self._answer: JSONRPCResponse | JSONRPCError | None = None
-        """To that request."""
-        self._answered = Latch()
-        self._scope = {**scope, **binding, RESTORE_MARKER: marker, "method": "POST"}
-        self._steps = self._replay(journal)
+        headers = [header for header in scope["headers"] if header[0] not in _OF_THE_BODY]
+        headers.append((b"content-type", b"application/json"))
+        self._scope = {**scope, RESTORE_MARKER: marker, "method": "POST", "headers": headers}
 
-    async def next(self) -> SessionMessage | None:
-        """The next message to replay; `None` when the replay is over, one way or the other."""
-        if self.over.is_set():
-            return None
-        message = await anext(self._steps, None)
-        if self.over.is_set():
-            return None
-        if message is None:
-            self.over.set()
-            return None
-        return self._framed(message)
+    async def initialize(self, runner: ServerRunner[Any], handlers: TaskGroup) -> bool:
+        """Replay `initialize`, and return whether the session can be served.
 
-    async def _replay(self, journal: Sequence[JournalEntry]) -> AsyncIterator[JSONRPCMessage]:
-        """What is replayed, each message when its turn has come: the server asks for one when it has taken the last."""
-        # The server handles it inline: when it reads on, it has answered.
-        yield self._request_for("initialize", self._record.initialize_params)
-        if (failure := self._handshake_failure()) is not None:
-            self._fail(failure)
-            return
-        yield JSONRPCNotification(jsonrpc="2.0", method="notifications/initialized")
-        with anyio.move_on_after(self._timeout):
-            await self._handler_done.wait()
+        Args:
+            runner: Kernel of the server loop.
+            handlers: Task group in which the handlers of the other messages run, of which some are not waited for.
+        """
+        self._runner = runner
+        self._handlers = handlers
+        params = self._record.initialize_params
+        call = runner.on_request(self._request("initialize", params), "initialize", json.loads(params))
+        try:
+            answer = await in_context(self._context.copy(), call)
+        except Exception as error:
+            _log_crash("initialize", error)
+            self._fail("the replayed initialize was answered by an error")
+            return False
+        if answer.get("protocolVersion") != self._record.protocol_version:
+            self._fail("the replayed initialize negotiated another protocol version")
+            return False
+        return True
+
+    async def go_on(self) -> None:
+        """Replay what follows `initialize`, once the server loop runs."""
+        self._start(self._notify)
+        # A handler that waits for nothing has returned after one turn.
+        await anyio.lowlevel.checkpoint()
+        if not self._handler_done.is_set():
+            with anyio.move_on_after(self._timeout):
+                await self._handler_done.wait()
+        if self._journal:
+            await self._replay_journal()
+        self.over.set()
+
+    async def _replay_journal(self) -> None:
         deadline = anyio.current_time() + self._timeout
-        for entry in journal:
-            yield self._request_for(entry.method, entry.params)
+        slow = False
+        for entry in self._journal:
+            answered = Latch()
+            self._start(self._call, entry, answered)
             with anyio.move_on_after(deadline - anyio.current_time()):
-                await self._answered.wait()
-            if self._answer is None:
-                if not self.unanswered:
-                    logger.warning(
-                        "a journaled call of %s of the session %s is slow to be answered when it is replayed",
-                        entry.method,
-                        self._record.key,
-                    )
-                self.unanswered = True
-            elif isinstance(self._answer, JSONRPCError):
+                await answered.wait()
+            if not answered.is_set() and not slow:
+                slow = True
                 logger.warning(
-                    "a journaled call of %s of the session %s was answered by an error when it was replayed",
+                    "a journaled call of %s of the session %s is slow to be answered when it is replayed",
                     entry.method,
                     self._record.key,
                 )
 
-    def _request_for(self, method: str, params: str) -> JSONRPCRequest:
-        self._request_id = f"restore-{uuid4().hex}"
-        self._request_ids.add(self._request_id)
-        self._answer = None
-        self._answered = Latch()
-        return JSONRPCRequest(jsonrpc="2.0", id=self._request_id, method=method, params=json.loads(params))
+    def _start(self, handle: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        self._copy.read(None)
+        # The task copies the context in which it is made.
+        self._context.run(self._handlers.start_soon, handle, *args)
+
+    async def _notify(self) -> None:
+        body = b'{"jsonrpc":"2.0","method":"%s"}' % _INITIALIZED.encode()
+        context = ReplayedContext(None, self._scope, body, self._runner.connection.outbound)
+        try:
+            await self._runner.on_notify(context, _INITIALIZED, None)
+        finally:
+            self._copy.finished(None)
+            self._handler_done.set()
+
+    async def _call(self, entry: JournalEntry, answered: Latch) -> None:
+        context = self._request(entry.method, entry.params)
+        try:
+            await self._runner.on_request(context, entry.method, json.loads(entry.params))
+        except Exception as error:
+            _log_crash(entry.method, error)
+            logger.warning(
+                "a journaled call of %s of the session %s was answered by an error when it was replayed",
+                entry.method,
+                self._record.key,
+            )
+        finally:
+            self._copy.finished(None)
+            answered.set()
+
+    def _request(self, method: str, params: str) -> ReplayedContext:
+        request_id = next_request_id()
+        # The params are JSON already.
+        body = f'{{"jsonrpc":"2.0","id":"{request_id}","method":{json.dumps(method)},"params":{params}}}'
+        return ReplayedContext(request_id, self._scope, body.encode(), None)
+
+    def asked(self) -> None:
+        """Note that a handler has sent a request to the client, whose answer needs the session to be published."""
+        self._handler_done.set()
 
     def cut_short(self, failure: str) -> None:
         """End the replay without an answer of the server's."""
@@ -141,62 +192,8 @@ class Replay:
         self.failure = failure
         self.over.set()
 
-    def handler_done(self) -> None:
-        """The handler of the replayed notification has returned, or waits for the client."""
-        self._handler_done.set()
 
-    def owns(self, request: object) -> bool:
-        """Return whether this is the request of a replayed message."""
-        return request in self._requests
-
-    def takes(self, item: SessionMessage) -> bool:
-        """Take a message off the stream that the server writes, if it answers or relates to what was replayed."""
-        message = item.message
-        if isinstance(message, JSONRPCResponse | JSONRPCError):
-            if message.id not in self._request_ids:
-                return False
-            if message.id == self._request_id:
-                self._answer = message
-                self._answered.set()
-            return True
-        metadata = item.metadata
-        return isinstance(metadata, ServerMessageMetadata) and metadata.related_request_id in self._request_ids
-
-    def _handshake_failure(self) -> str | None:
-        answer = self._answer
-        if not isinstance(answer, JSONRPCResponse):
-            return "the replayed initialize was answered by an error"
-        version = answer.result.get("protocolVersion")
-        if version != self._record.protocol_version:
-            return "the replayed initialize negotiated another protocol version"
-        return None
-
-    def _framed(self, message: JSONRPCMessage) -> SessionMessage:
-        async def unanswered() -> None:
-            self.cut_short("a replayed call was cancelled")
-
-        return SessionMessage(
-            message,
-            metadata=ServerMessageMetadata(
-                request_context=self._request(message.model_dump_json(by_alias=True, exclude_unset=True).encode()),
-                # Nobody reads an answer to it: a handler that asks through the replayed request is told so.
-                can_send_request=False,
-                on_request_unanswered=unanswered,
-            ),
-        )
-
-    def _request(self, body: bytes) -> Request:
-        """The request that caused the restore, as a POST of the replayed message."""
-        headers = [(name, value) for name, value in self._scope["headers"] if name.lower() not in _OF_THE_BODY]
-        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive() -> Message:
-            if not pending:
-                # Its client does not disconnect while it is replayed.
-                await anyio.sleep_forever()
-            return pending.pop()
-
-        scope: dict[str, Any] = {**self._scope, "headers": headers}
-        self._requests.append(Request(scope, receive))
-        return self._requests[-1]
+def _log_crash(method: str, error: Exception) -> None:
+    # As the SDK's dispatcher does for a message of a client's.
+    if handler_exception_to_error_data(error) is None:
+        logger.error("handler for a replayed %r raised", method, exc_info=error)

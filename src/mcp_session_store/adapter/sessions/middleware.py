@@ -42,15 +42,15 @@ def install(server: Server[Any]) -> None:
 
 
 async def session_middleware(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
-    """Store handshakes and journaled calls; messages outside of a resident session (stdio, 2026-07-28) pass by."""
+    """Store handshakes and journaled calls.
+
+    Messages that are replayed, and those outside of a resident session (stdio, 2026-07-28), pass by.
+    """
     request: Any = ctx.request
     session = resident_session(request)
     if session is None:
         return await call_next(ctx)
-    replay = session.loop.replay or session.loop.late_replay
     try:
-        if replay is not None and replay.owns(request):
-            return await call_next(ctx)
         handshake = held_handshake(request)
         if ctx.method == "initialize" and ctx.request_id is not None:
             return await _store_handshake(ctx, call_next, session, handshake or Handshake())
@@ -61,8 +61,6 @@ async def session_middleware(ctx: ServerRequestContext[Any, Any], call_next: Cal
         return await call_next(ctx)
     finally:
         session.finished(ctx.request_id)
-        if replay is not None and ctx.method == "notifications/initialized" and replay.owns(request):
-            replay.handler_done()
 
 
 async def _store_handshake(

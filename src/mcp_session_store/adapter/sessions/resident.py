@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 from mcp.shared.message import SessionMessage
-from mcp_types import CONNECTION_CLOSED, ErrorData, JSONRPCError, JSONRPCRequest
+from mcp_types import CONNECTION_CLOSED, ErrorData, JSONRPCError
 
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.sessions.lifetime import Lifetime
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
-    from mcp_types import JSONRPCMessage, RequestId
+    from mcp_types import RequestId
     from starlette.types import Scope
 
     from mcp_session_store.adapter.streams.event_store import SessionEvents
@@ -170,12 +170,16 @@ class ResidentSession:
         finally:
             self.streams -= 1
 
-    def read(self, message: JSONRPCMessage) -> None:
-        """Note that a message was read that a handler is going to get."""
+    def read(self, request_id: RequestId | None) -> None:
+        """Note that a message was read that a handler is going to get.
+
+        Args:
+            request_id: Id of a request of the client's; `None` for other messages.
+        """
         was_busy = self.busy
         self.in_flight += 1
-        if isinstance(message, JSONRPCRequest):
-            self._calls.add(message.id)
+        if request_id is not None:
+            self._calls.add(request_id)
         if not was_busy:
             self._on_usage(self)
 
@@ -228,7 +232,7 @@ class ResidentSession:
 
 
 def resident_session(request: Any) -> ResidentSession | None:
-    """Return the resident session that serves this request; `None` outside of one."""
+    """Return the resident session that serves this request; `None` outside of one, and for a replayed request."""
     scope: Scope | None = getattr(request, "scope", None)
     session = None if scope is None else scope.get(RESIDENT_SESSION)
     return session if isinstance(session, ResidentSession) else None

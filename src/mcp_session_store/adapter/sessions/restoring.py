@@ -15,7 +15,6 @@ from mcp_session_store.adapter.replay.replay import Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
 from mcp_session_store.adapter.responses import MemoryFull, SessionNotFound
 from mcp_session_store.adapter.sessions.registry import Restore
-from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
 from mcp_session_store.errors import RestoreRefused, SessionStoreError, StoreUnavailable
 from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker
 
@@ -235,9 +234,7 @@ class Restorer:
         """Replay the handshake and the journal into a session that no request can reach yet, and claim it."""
         session.loop.swallow_initialized = True
         session.loop.request_ids = RequestIds()
-        replay = session.loop.replay = Replay(
-            record, journal, marker, scope, binding={RESIDENT_SESSION: session}, timeout=self._replay_timeout
-        )
+        replay = session.loop.replay = Replay(record, journal, marker, scope, session, timeout=self._replay_timeout)
         # The replay's timeout for the answer to `initialize` and for the notification's handler, with room for the
         # journal.
         self._tasks.start_soon(self._admission.run, session)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskStatus
     from mcp.server.streamable_http import StreamableHTTPServerTransport
-    from mcp_types import JSONRPCMessage
+    from mcp_types import JSONRPCMessage, RequestId
     from starlette.types import Scope
 
     from mcp_session_store.adapter.replay.replay import Replay
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sdk import MessageReadStream, MessageWriteStream
     from mcp_session_store.adapter.sessions.handshake import Handshake
 
-    ServeLoop: TypeAlias = Callable[[MessageReadStream, MessageWriteStream, str], Awaitable[None]]
-    """The SDK's server loop over a pair of streams, for the session of this id."""
+    ServeLoop: TypeAlias = Callable[[MessageReadStream, MessageWriteStream, str, Replay | None], Awaitable[None]]
+    """The SDK's server loop over a pair of streams, for the session of this id, after this replay."""
 
 __all__ = ["ServerLoop"]
 
@@ -58,7 +58,6 @@ class ServerLoop:
         "_scope",
         "handshake",
         "held",
-        "late_replay",
         "replay",
         "request_ids",
         "running",
@@ -75,8 +74,6 @@ class ServerLoop:
         self.transport = transport
         self.replay: Replay | None = None
         """The replay, until it is over."""
-        self.late_replay: Replay | None = None
-        """A replay that is over, and some of whose calls have not been answered."""
         self.request_ids: RequestIds | None = None
         """Keeps the ids of a restored copy's own requests apart from those of the session's other copies."""
         self.swallow_initialized = False
@@ -98,7 +95,7 @@ class ServerLoop:
     async def run(
         self,
         serve_loop: ServeLoop,
-        on_read: Callable[[JSONRPCMessage], None],
+        on_read: Callable[[RequestId | None], None],
         *,
         task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -106,7 +103,7 @@ class ServerLoop:
 
         Args:
             serve_loop: The SDK's server loop.
-            on_read: Called with each message that a handler is going to get.
+            on_read: Called for each message that a handler is going to get, with the id of a request.
             task_status: Started when requests can be given to the transport.
         """
         self.running = True
@@ -115,7 +112,9 @@ class ServerLoop:
                 async with self.transport.connect() as (read, write):
                     self.writer = write
                     task_status.started()
-                    await serve_loop(_Inbound(read, self, on_read), _Outbound(write, self), self.session_id)
+                    await serve_loop(
+                        _Inbound(read, self, on_read), _Outbound(write, self), self.session_id, self.replay
+                    )
         except Exception:
             key = session_key(self.session_id)
             logger.exception("the server loop of the session %s crashed; the session can be restored", key)
@@ -146,46 +145,39 @@ class ServerLoop:
 
 
 class _Inbound:
-    """What the server loop reads: the messages to replay, then the client's.
+    """What the server loop reads: the client's messages, after the replay.
 
     It wraps without a task or a buffer of its own, so that a message costs one more call.
     """
 
-    __slots__ = ("_context", "_inner", "_loop", "_on_read")
+    __slots__ = ("_inner", "_loop", "_on_read")
 
-    def __init__(self, inner: MessageReadStream, loop: ServerLoop, on_read: Callable[[JSONRPCMessage], None]) -> None:
+    def __init__(self, inner: MessageReadStream, loop: ServerLoop, on_read: Callable[[RequestId | None], None]) -> None:
         self._inner = inner
         self._loop = loop
         self._on_read = on_read
-        self._context: Context | None = None
 
     @property
     def last_context(self) -> Context | None:
         # The SDK's dispatcher reads it by this name, to run a handler in its sender's context.
-        return self._context if self._context is not None else getattr(self._inner, "last_context", None)
+        return getattr(self._inner, "last_context", None)
 
     async def receive(self) -> SessionMessage | Exception:
         loop = self._loop
         if loop.replay is not None:
-            item = await loop.replay.next()
-            if item is not None:
-                self._context = loop.replay.context
-                self._on_read(item.message)
-                return item
-            if loop.replay.failure is not None:
-                raise anyio.EndOfStream
-            if loop.replay.unanswered:
-                loop.late_replay = loop.replay
+            # Only now that the server loop reads can a handler send the client a request.
+            await loop.replay.go_on()
             loop.replay = None
-            self._context = None
         while True:
             received = await self._inner.receive()
             if isinstance(received, SessionMessage):
                 message = received.message
-                if isinstance(message, JSONRPCRequest | JSONRPCNotification):
+                if isinstance(message, JSONRPCRequest):
+                    self._on_read(message.id)
+                elif isinstance(message, JSONRPCNotification):
                     if loop.swallow_initialized and message.method == "notifications/initialized":
                         continue
-                    self._on_read(message)
+                    self._on_read(None)
                 if loop.request_ids is not None:
                     received = loop.request_ids.inbound(received)
             return received
@@ -212,7 +204,7 @@ class _Inbound:
 
 
 class _Outbound:
-    """What the server loop writes: answers to replayed messages come off, all else goes to the client."""
+    """What the server loop writes, on its way to the client."""
 
     __slots__ = ("_inner", "_loop")
 
@@ -223,15 +215,10 @@ class _Outbound:
     async def send(self, item: SessionMessage) -> None:
         message = item.message
         loop = self._loop
-        if loop.replay is not None:
-            if loop.replay.takes(item):
-                return
-            if isinstance(message, JSONRPCRequest):
-                loop.replay.handler_done()
-                with anyio.move_on_after(STANDALONE_STREAM_WAIT):
-                    await loop.standalone_stream_open.wait()
-        elif loop.late_replay is not None and loop.late_replay.takes(item):
-            return
+        if loop.replay is not None and isinstance(message, JSONRPCRequest):
+            loop.replay.asked()
+            with anyio.move_on_after(STANDALONE_STREAM_WAIT):
+                await loop.standalone_stream_open.wait()
         if loop.handshake is not None:
             self._settle(loop.handshake, message)
         if loop.request_ids is not None:

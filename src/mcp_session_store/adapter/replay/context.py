@@ -1,0 +1,116 @@
+"""What the handler of a replayed message gets: a dispatch context without a client behind it."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from uuid import uuid4
+
+import anyio
+from mcp.shared.exceptions import NoBackChannelError
+from mcp.shared.message import ServerMessageMetadata
+from mcp.shared.transport_context import TransportContext
+from starlette.requests import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator, Mapping
+    from contextvars import Context
+
+    from mcp.shared.dispatcher import CallOptions, Outbound
+    from starlette.types import Message, Scope
+
+__all__ = ["ReplayedContext", "in_context", "next_request_id"]
+
+_T = TypeVar("_T")
+
+# As the SDK's dispatcher makes it for a message whose sender can be sent no request.
+_TRANSPORT: Final = TransportContext(kind="jsonrpc", can_send_request=False)
+
+_PREFIX: Final = f"restore-{uuid4().hex}"
+_numbers: Final = itertools.count(1)
+
+
+def next_request_id() -> str:
+    """Return an id for a replayed request, which no client and no other replayed request has."""
+    return f"{_PREFIX}-{next(_numbers)}"
+
+
+class ReplayedContext:
+    """The SDK's `DispatchContext` of one replayed message.
+
+    Nobody reads an answer to it: a handler that asks through the replayed message is told so.
+
+    Args:
+        request_id: Id of a replayed request; `None` for a notification.
+        scope: ASGI scope of the replayed messages, without the length of the body.
+        body: The message, as JSON.
+        outbound: Where a notification's handler sends notifications; `None`: what the handler of a request sends
+            in relation to it is dropped.
+    """
+
+    __slots__ = ("_cancel_requested", "_outbound", "message_metadata", "request_id")
+
+    transport = _TRANSPORT
+    can_send_request = False
+
+    def __init__(self, request_id: str | None, scope: Scope, body: bytes, outbound: Outbound | None) -> None:
+        self.request_id = request_id
+        self.message_metadata = ServerMessageMetadata(request_context=_request(scope, body), can_send_request=False)
+        self._outbound = outbound
+        self._cancel_requested: anyio.Event | None = None
+
+    @property
+    def cancel_requested(self) -> anyio.Event:
+        """Never set: no client knows the message."""
+        if self._cancel_requested is None:
+            self._cancel_requested = anyio.Event()
+        return self._cancel_requested
+
+    async def send_raw_request(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None,  # noqa: ARG002 - the protocol's
+        opts: CallOptions | None = None,  # noqa: ARG002 - the protocol's
+    ) -> dict[str, Any]:
+        """Refuse, because its answer would reach nobody."""
+        raise NoBackChannelError(method)
+
+    async def notify(self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None) -> None:
+        """Send a notification on the session's own stream, or drop what relates to a replayed request."""
+        if self._outbound is not None:
+            await self._outbound.notify(method, params, opts)
+
+    async def progress(self, progress: float, total: float | None = None, message: str | None = None) -> None:
+        """Drop it: nobody waits for the replayed request."""
+
+
+def _request(scope: Scope, body: bytes) -> Request:
+    """Return the request that caused the restore, as a POST of the replayed message."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if not pending:
+            # Its client does not disconnect while it is replayed.
+            await anyio.sleep_forever()
+        return pending.pop()
+
+    headers = [*scope["headers"], (b"content-length", b"%d" % len(body))]
+    return Request({**scope, "headers": headers}, receive)
+
+
+@types.coroutine
+def in_context(context: Context, awaitable: Awaitable[_T]) -> Generator[Any, Any, _T]:
+    """Await something in another context than that of the task, without a task of its own."""
+    steps = awaitable.__await__()
+    step: Callable[[Any], Any] = steps.send
+    value: Any = None
+    while True:
+        try:
+            awaited = context.run(step, value)
+        except StopIteration as returned:
+            return cast("_T", returned.value)
+        try:
+            step, value = steps.send, (yield awaited)
+        except BaseException as error:
+            step, value = steps.throw, error
