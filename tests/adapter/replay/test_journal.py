@@ -17,9 +17,9 @@ from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, wait_for
 from tests.support.internals import changes_of, registry_of, resident_of, stopping_in
+from tests.support.stateful import Stateful, set_level, subscribe
 
 if TYPE_CHECKING:
-    from tests.support.asgi import Client
     from tests.support.faulty_stores import FaultyStore
     from tests.support.instances import Instance, RequestContext
 
@@ -30,56 +30,6 @@ LONG = 3600.0
 
 PINNING = JournaledMethod(method="notes/pin", subject="note", undone_by="notes/unpin")
 THEME = JournaledMethod(method="notes/theme")
-
-
-class NoteParams(types.RequestParams):
-    note: Any = None
-    theme: Any = None
-
-
-class Stateful(Notes):
-    """Notes whose sessions have state that the handshake does not hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.handled: list[tuple[str, Any, bool]] = []
-        """Method, what it is about, and whether it was replayed, in the order of the handlers' ends."""
-        self.began: list[str] = []
-        self.on_state: Any = None
-        """What a handler does besides."""
-        for method in ("notes/pin", "notes/unpin", "notes/theme"):
-            self.server.add_request_handler(method, NoteParams, self._handle)
-        self.server.add_request_handler("logging/setLevel", types.SetLevelRequestParams, self._handle)
-        self.server.add_request_handler("resources/subscribe", types.SubscribeRequestParams, self._handle)
-        self.server.add_request_handler("resources/unsubscribe", types.UnsubscribeRequestParams, self._handle)
-
-    async def _handle(self, ctx: RequestContext, params: Any) -> types.EmptyResult:
-        marker = get_restore_marker(ctx)
-        self.began.append(ctx.method)
-        if self.on_state is not None:
-            await self.on_state(ctx)
-        about = next(
-            str(value)
-            for name in ("level", "uri", "note", "theme")
-            if (value := getattr(params, name, None)) is not None
-        )
-        self.handled.append((ctx.method, about, marker is not None and marker.replaying))
-        return types.EmptyResult()
-
-    @property
-    def set_again(self) -> list[tuple[str, str]]:
-        """What replayed calls have set, in order."""
-        return [(method, about) for method, about, replayed in self.handled if replayed]
-
-
-async def set_level(client: Client, level: str) -> None:
-    answer = await client.request("logging/setLevel", {"level": level})
-    assert answer.result == {}, answer
-
-
-async def subscribe(client: Client, uri: str, *, un: bool = False) -> None:
-    answer = await client.request("resources/unsubscribe" if un else "resources/subscribe", {"uri": uri})
-    assert answer.result == {}, answer
 
 
 async def rows(store: FaultyStore, session_id: str) -> list[tuple[str, str, Any]]:

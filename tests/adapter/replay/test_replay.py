@@ -11,11 +11,11 @@ import pytest
 from mcp.shared.exceptions import NoBackChannelError
 from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 
-from tests.adapter.replay.test_journal import Stateful, set_level, subscribe
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, open_session
 from tests.support.internals import exit_stack_of, loop_of, registry_of, stopping_in
+from tests.support.stateful import Stateful, set_level, subscribe
 
 if TYPE_CHECKING:
     from mcp.server.context import ServerRequestContext
