@@ -41,9 +41,9 @@ class Statement:
 
 
 Rows: TypeAlias = Sequence[Sequence[Any]]
-Steps: TypeAlias = Generator[tuple[Statement, dict[str, object] | list[dict[str, object]]], Rows, _T]
+Steps: TypeAlias = Generator[tuple[Statement, dict[str, object] | Sequence[tuple[object, ...]]], Rows, _T]
 """Statements to run one after the other: each is yielded with its parameters, and its rows are sent back.
 
-A statement with a list of parameters runs for each of them, and no rows are sent back. Only SQLite's driver does that
-well.
+A statement with a list of tuples runs for each of them, with its values in the order of the statement's parameters, and
+no rows are sent back. Only SQLite's driver does that well.
 """

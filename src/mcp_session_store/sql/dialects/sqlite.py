@@ -87,10 +87,11 @@ class _JsonBatch(Batch):
     @override
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
         # SQLite's JSON functions end a text at a NUL. Postgres refuses such a text.
-        if any("\0" in value for row in rows for value in row if isinstance(value, str)):
-            raise ValueError("a text holds a NUL character, which cannot be stored")
         # Not escaped to ASCII, so that a lone surrogate is found here, and does not reach the database.
-        return {self._name: json.dumps(rows, ensure_ascii=False, allow_nan=False, default=_json_value)}
+        text = json.dumps(rows, ensure_ascii=False, allow_nan=False, default=_json_value)
+        if "\\u0000" in text and any("\0" in value for row in rows for value in row if isinstance(value, str)):
+            raise ValueError("a text holds a NUL character, which cannot be stored")
+        return {self._name: text}
 
 
 def _code(error: BaseException | None) -> int | None:
@@ -114,11 +115,11 @@ def _one_after_the_other(connection: sqlite3.Connection, steps: Steps[_T]) -> _T
     try:
         statement, parameters = next(steps)
         while True:
-            if isinstance(parameters, list):
-                connection.executemany(statement.text, map(statement.arguments, parameters))
-                rows: Rows = ()
+            if isinstance(parameters, dict):
+                rows: Rows = connection.execute(statement.text, statement.arguments(parameters)).fetchall()
             else:
-                rows = connection.execute(statement.text, statement.arguments(parameters)).fetchall()
+                connection.executemany(statement.text, parameters)
+                rows = ()
             statement, parameters = steps.send(rows)
     except StopIteration as done:
         result: _T = done.value

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -21,12 +20,10 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import NewEvent
     from mcp_session_store.sql.database import Attempt
-    from mcp_session_store.sql.dialects.compiled import Statement, Steps
+    from mcp_session_store.sql.dialects.compiled import Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["Append", "EventWriter", "LogState"]
-
-_as_number: Final = attrgetter("int")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +46,7 @@ class LogState(NamedTuple):
     kept: int
     """Number of events that are kept."""
     kept_bytes: int
-    total_bytes: int
-    """Bytes of all messages that were ever stored."""
+    """Bytes of their messages."""
 
 
 class EventWriter:
@@ -69,32 +65,36 @@ class EventWriter:
 
         self._started = dialect.batch("started", {"key": sa.Uuid()})
         self._start = dialect.precompiled(self._start_statement())
-        self._growths = dialect.batch("grown", {"key": sa.Uuid(), "events": sa.BigInteger(), "bytes": sa.BigInteger()})
-        # Each event says how far it lies behind the state that its log has grown to.
-        self._added = dialect.batch(
-            "added",
-            {
-                "key": sa.Uuid(),
-                "behind": sa.BigInteger(),
-                "bytes_behind": sa.BigInteger(),
-                "stream": sa.Text(),
-                "position": sa.BigInteger(),
-                "previous": sa.BigInteger(),
-                "kind": sa.Text(),
-                "message": sa.Text(),
-            },
-        )
-        # Another statement for one log, the most frequent case: Postgres would plan one with arrays anew for so few.
-        growths = self._growth_of_many(), self._growth_of_one()
-        self._store: Statement | None = None
-        """Inserts the events; `None` where `_grow` does."""
         if dialect.changes_in_with:
-            self._grow, self._grow_one = (
-                dialect.precompiled(self._with_events(growth.cte("changed"))) for growth in growths
+            self._growths = dialect.batch(
+                "grown", {"key": sa.Uuid(), "events": sa.BigInteger(), "bytes": sa.BigInteger()}
             )
+            # Each event says how far it lies behind the state that its log has grown to.
+            self._added = dialect.batch(
+                "added",
+                {
+                    "key": sa.Uuid(),
+                    "behind": sa.BigInteger(),
+                    "bytes_behind": sa.BigInteger(),
+                    "stream": sa.Text(),
+                    "position": sa.BigInteger(),
+                    "previous": sa.BigInteger(),
+                    "kind": sa.Text(),
+                    "message": sa.Text(),
+                },
+            )
+            # Another statement for one log, the most frequent case, because it takes the planner of Postgres less time.
+            self._grow, self._grow_one = (
+                dialect.precompiled(self._with_events(growth.cte("changed")))
+                for growth in (self._growth_of_many(), self._growth_of_one())
+            )
+            self._append_to_logs = self._append_at_once
         else:
-            self._grow, self._grow_one = map(dialect.precompiled, growths)
-            self._store = dialect.precompiled(self._insertion_by_row())
+            self._growing = dialect.batch("growing", {"key": sa.Uuid()})
+            self._look, self._grow_row, self._begin_row, self._store_row = map(
+                dialect.precompiled, (self._look_statement(), *self._row_statements())
+            )
+            self._append_to_logs = self._append_row_by_row
 
         self._sought = dialect.batch("sought", {"key": sa.Uuid(), "stream": sa.Text(), "position": sa.BigInteger()})
         self._await = dialect.precompiled(self._await_statement())
@@ -166,7 +166,7 @@ class EventWriter:
 
     def _with_events(self, grown: sa.CTE) -> sa.Select[Any]:
         """Build the statement that lets logs grow, stores the events that they grow by, and notifies of them."""
-        state = (grown.c[name] for name in ("key", "sequence", "kept", "kept_bytes", "total_bytes"))
+        state = (grown.c[name] for name in ("key", "sequence", "kept", "kept_bytes"))
         return sa.select(*state, *notification(self._dialect, grown)).add_cte(self._insertion(grown).cte("stored"))
 
     def _insertion(self, grown: sa.CTE) -> sa.Insert:
@@ -185,11 +185,39 @@ class EventWriter:
         rows = sa.select(*values.values()).join_from(self._added.rows, grown, grown.c.key == added.key)
         return sa.insert(self._events).from_select(list(values), rows)
 
-    def _insertion_by_row(self) -> sa.Insert:
-        # Row by row, with the values that the log has grown to, which is fastest on SQLite.
-        events = self._events
-        given = {column.name: sa.bindparam(f"new_{column.name}", type_=column.type) for column in events.c}
-        return sa.insert(events).values(given | {"created_at": StoreClock()})
+    def _look_statement(self) -> sa.Select[Any]:
+        """Build the statement that returns the key and state of the logs of live sessions."""
+        logs, growing = self._logs, self._growing
+        return (
+            sa.select(
+                logs.c.key,
+                logs.c.sequence,
+                (logs.c.sequence - logs.c.trimmed).label("kept"),
+                (logs.c.total_bytes - logs.c.trimmed_bytes).label("kept_bytes"),
+                logs.c.total_bytes,
+                logs.c.oldest_at.is_(None).label("is_empty"),
+            )
+            .join_from(growing.rows, logs, growing.joined_on(logs.c.key))
+            .where(self._may_grow())
+        )
+
+    def _row_statements(self) -> tuple[sa.Update, sa.Update, sa.Insert]:
+        """Build the statements that let a log grow, note when its oldest event was stored, and store an event.
+
+        Their parameters are in the order of the tables' columns, the key of a log last.
+        """
+        logs, events = self._logs, self._events
+
+        def given(*columns: sa.Column[Any]) -> dict[str, sa.BindParameter[Any]]:
+            return {column.name: sa.bindparam(f"new_{column.name}", type_=column.type) for column in columns}
+
+        grow = sa.update(logs).where(logs.c.key == sa.bindparam("grown_key", type_=sa.Uuid))
+        new = given(*(column for column in events.c if column is not events.c.created_at))
+        return (
+            grow.values(given(logs.c.sequence, logs.c.total_bytes)),
+            grow.values(oldest_at=StoreClock()),
+            sa.insert(events).values(new | {"created_at": StoreClock()}),
+        )
 
     def _await_statement(self) -> sa.Select[Any]:
         """Build the statement that waits for the transactions which store events in these logs.
@@ -221,48 +249,48 @@ class EventWriter:
 
     async def append(
         self, attempt: Attempt, appends: Sequence[Append]
-    ) -> tuple[list[int | None], dict[UUID, LogState]]:
+    ) -> tuple[list[int | None], list[tuple[UUID, LogState]]]:
         """Store events of any number of sessions.
 
         Returns:
-            The sequence of the first event of each append, `None` where the session is not live; and the state of
-            each log that has grown, by key.
+            The sequence of the first event of each append, `None` where the session is not live; and the key and
+            state of each log that has grown.
         """
         steps = self._append(appends, repeated=attempt.repeated)
         return await self._dialect.run(attempt.connection, steps, writes=True)
 
     def _append(
         self, appends: Sequence[Append], *, repeated: bool
-    ) -> Steps[tuple[list[int | None], dict[UUID, LogState]]]:
+    ) -> Steps[tuple[list[int | None], list[tuple[UUID, LogState]]]]:
         first: list[int | None] = [None] * len(appends)
         if sought := [number for number, append in enumerate(appends) if repeated or append.again]:
             yield from self._find_stored(appends, sought, first)
-        wanted: dict[UUID, list[int]] = {}
+        numbers_of: dict[int, list[int]] = {}
         for number, append in enumerate(appends):
             if first[number] is None:
-                wanted.setdefault(append.key, []).append(number)
+                numbers_of.setdefault(append.key.int, []).append(number)
         # In the order of the keys, in which all writers lock logs.
-        logs = {
-            self._dialect.driver_key(key): [appends[number] for number in wanted[key]]
-            for key in sorted(wanted, key=_as_number)
-        }
+        in_order = [numbers_of[key] for key in sorted(numbers_of)]
+        keys = [self._dialect.driver_key(appends[numbers[0]].key) for numbers in in_order]
+        logs = {key: [appends[number] for number in numbers] for key, numbers in zip(keys, in_order, strict=True)}
         grown = (yield from self._append_to_logs(logs)) if logs else {}
         if missing := logs.keys() - grown.keys():
             # These sessions have no log yet.
             new = {key: appends for key, appends in logs.items() if key in missing}
             yield self._start, self._started.parameters([(key,) for key in new])
             grown |= yield from self._append_to_logs(new)
-        by_key = {}
-        for key, numbers in wanted.items():
-            if (log := grown.get(self._dialect.driver_key(key))) is not None:
-                by_key[key] = log
+        states = []
+        for key, numbers in zip(keys, in_order, strict=True):
+            if (log := grown.get(key)) is not None:
+                states.append((appends[numbers[0]].key, log))
                 sequence = log.sequence + 1
                 for number in reversed(numbers):
                     sequence -= len(appends[number].events)
                     first[number] = sequence
-        return first, by_key
+        return first, states
 
-    def _append_to_logs(self, wanted: Mapping[object, Sequence[Append]]) -> Steps[dict[object, LogState]]:
+    def _append_at_once(self, wanted: Mapping[object, Sequence[Append]]) -> Steps[dict[object, LogState]]:
+        """Store events by one statement, which is a transaction of its own."""
         growths: list[tuple[object, int, int]] = []
         added: list[tuple[object, int, int, str, int, int, str, str | None]] = []
         for key, appends in wanted.items():
@@ -273,44 +301,46 @@ class EventWriter:
                 for event, size in zip(append.events, append.sizes, strict=True):
                     behind -= 1
                     bytes_behind -= size
-                    kind = event.kind.value
                     place = event.stream, event.position, event.previous
-                    added.append((key, behind, bytes_behind, *place, kind, event.message))
+                    added.append((key, behind, bytes_behind, *place, event.kind._value_, event.message))
         grow, parameters = self._grow, self._growths.parameters(growths)
         if len(growths) == 1:
             key, behind, bytes_behind = growths[0]
             grow = self._grow_one
             parameters = {"grown_key": key, "grown_events": behind, "grown_bytes": bytes_behind}
-        if self._store is None:
-            parameters |= self._added.parameters(added)
-        rows = yield grow, parameters
-        grown = {row[0]: LogState(*row[1:5]) for row in rows}
-        if self._store is not None and grown:
-            yield self._store, [self._new_event(log, *event) for event in added if (log := grown.get(event[0]))]
-        return grown
+        rows = yield grow, parameters | self._added.parameters(added)
+        return {row[0]: LogState(*row[1:4]) for row in rows}
 
-    @staticmethod
-    def _new_event(
-        log: LogState,
-        key: object,
-        behind: int,
-        bytes_behind: int,
-        stream: str,
-        position: int,
-        previous: int,
-        kind: str,
-        message: str | None,
-    ) -> dict[str, object]:
-        return {
-            "new_key": key,
-            "new_sequence": log.sequence - behind,
-            "new_stream": stream,
-            "new_position": position,
-            "new_previous": previous,
-            "new_kind": kind,
-            "new_message": message,
-            "new_total_bytes": log.total_bytes - bytes_behind,
-        }
+    def _append_row_by_row(self, wanted: Mapping[object, Sequence[Append]]) -> Steps[dict[object, LogState]]:
+        """Store events by a statement for each row, which is fastest on SQLite.
+
+        What was read of a log still holds when it is changed, because nothing else writes during the transaction.
+        """
+        grown: dict[object, LogState] = {}
+        logs: list[tuple[int, int, object]] = []
+        begun: list[tuple[object]] = []
+        events: list[tuple[object, int, str, int, int, str, int, str | None]] = []
+        for key, sequence, kept, kept_bytes, total_bytes, is_empty in (
+            yield self._look, self._growing.parameters([(key,) for key in wanted])
+        ):
+            last, last_bytes = sequence, total_bytes
+            for append in wanted[key]:
+                for event, size in zip(append.events, append.sizes, strict=True):
+                    last += 1
+                    last_bytes += size
+                    place = event.stream, event.position, event.previous
+                    events.append((key, last, *place, event.kind._value_, last_bytes, event.message))
+            grown[key] = LogState(last, kept + last - sequence, kept_bytes + last_bytes - total_bytes)
+            logs.append((last, last_bytes, key))
+            if is_empty:
+                begun.append((key,))
+        if grown:
+            yield self._grow_row, logs
+            if begun:
+                # Apart, because SQLite writes the index of a column that a statement sets, changed or not.
+                yield self._begin_row, begun
+            yield self._store_row, events
+        return grown
 
     def _find_stored(self, appends: Sequence[Append], numbers: Sequence[int], first: list[int | None]) -> Steps[None]:
         """Note the sequences of the events that a call before this one stored, though its answer was lost."""

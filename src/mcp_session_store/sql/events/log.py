@@ -187,7 +187,7 @@ class SqlEventLog(EventLog):
 
     async def _append_all(self, attempt: Attempt, appends: Sequence[Append]) -> list[int | None]:
         first, logs = await self._writer.append(attempt, appends)
-        if exceeded := [key for key, log in logs.items() if self._trimming.exceeded(log.kept, log.kept_bytes)]:
+        if exceeded := [key for key, log in logs if self._trimming.exceeded(log.kept, log.kept_bytes)]:
             try:
                 await self._trim(attempt, exceeded)
             except Exception as error:
