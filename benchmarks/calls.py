@@ -191,7 +191,7 @@ async def compare(profiler: Profiler, contenders: Sequence[Contender], arguments
 async def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         urls = {"sqlite": f"sqlite:///{folder}/ours.db", "postgres": arguments.postgres}
-        contenders = [stock()]
+        contenders = [stock("stock SDK")]
         for store in arguments.stores:
             if store == "memory":
                 contenders.append(ours("ours, memory", None))

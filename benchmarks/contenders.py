@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import sqlalchemy as sa
@@ -14,11 +15,6 @@ from mcp.server.mcpserver import MCPServer
 from benchmarks.endpoint import Endpoint
 from mcp_session_store import durable_app
 from mcp_session_store.memory import MemoryEventLog, MemorySessionStore
-
-try:
-    from mcp_persist import with_persistence
-except ImportError:
-    with_persistence = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -53,12 +49,19 @@ class Contender:
     make_app: Callable[[Mode], Starlette]
     restores: bool = True
     """Whether sessions survive a restart. Clients of a server whose sessions do not initialize anew."""
+    path: str = "/mcp"
+    residents: int = 0
+    """Number of idle sessions in memory beside those that are used."""
 
     @contextlib.asynccontextmanager
     async def serving(self, mode: Mode) -> AsyncIterator[Endpoint]:
+        """Start a server."""
         app = self.make_app(mode)
         async with app.router.lifespan_context(app):
-            yield Endpoint(app, app.state.path if hasattr(app.state, "path") else "/mcp")
+            endpoint = Endpoint(app, self.path)
+            for _ in range(self.residents):
+                await endpoint.open_session()
+            yield endpoint
 
 
 def make_server() -> MCPServer[Any]:
@@ -71,20 +74,20 @@ def make_server() -> MCPServer[Any]:
     return server
 
 
-def stock() -> Contender:
+def stock(name: str) -> Contender:
     """Return the SDK, without events in every mode."""
     return Contender(
-        "stock SDK", lambda mode: make_server().streamable_http_app(json_response=mode.json_response), restores=False
+        name, lambda mode: make_server().streamable_http_app(json_response=mode.json_response), restores=False
     )
 
 
-def ours(name: str, url: str | None) -> Contender:
+def ours(name: str, url: str | None, *, schema: str | None = None) -> Contender:
     """Return this package on a database, or in memory: then only the cost of its own code is left."""
     store = MemorySessionStore()
 
     def make_app(mode: Mode) -> Starlette:
         if url is not None:
-            return durable_app(make_server(), url, events=mode.events, json_response=mode.json_response)
+            return durable_app(make_server(), url, schema=schema, events=mode.events, json_response=mode.json_response)
         events = MemoryEventLog(store) if mode.events else False
         return durable_app(make_server(), store, events=events, json_response=mode.json_response)
 
@@ -97,6 +100,8 @@ def peer(name: str, url: str) -> Contender:
     Its app always stores events and answers with SSE. For the other modes both are switched off in its session
     manager, which is what its users would do.
     """
+    from mcp_persist import with_persistence
+
     location = sa.make_url(url)
     backend = location.get_backend_name()
     if backend == "sqlite":
@@ -118,16 +123,15 @@ def peer(name: str, url: str) -> Contender:
                 yield state
 
         app.router.lifespan_context = configured
-        # Its endpoint is mounted, and a mount answers a path without the slash with a redirect.
-        app.state.path = "/mcp/"
         return app
 
-    return Contender(name, make_app)
+    # Its endpoint is mounted, and a mount answers a path without the slash with a redirect.
+    return Contender(name, make_app, path="/mcp/")
 
 
 def has_peer() -> bool:
     """Return whether mcp-persist is installed."""
-    return with_persistence is not None
+    return importlib.util.find_spec("mcp_persist") is not None
 
 
 Perform: TypeAlias = Callable[[int], Awaitable[object]]
@@ -139,6 +143,8 @@ class Operation:
     """Something that clients ask of a server."""
 
     name: str
+    option: str
+    """Name on the command line."""
     prepared: Callable[[Contender, Mode, int], AbstractAsyncContextManager[Perform]]
     """Starts a server for so many operations, which has performed some already."""
 
@@ -168,21 +174,34 @@ async def _handshakes(contender: Contender, mode: Mode, _: int) -> AsyncIterator
 
 @contextlib.asynccontextmanager
 async def _first_calls(contender: Contender, mode: Mode, count: int) -> AsyncIterator[Perform]:
-    sessions: list[bytes] = []
-    if contender.restores:
-        async with contender.serving(mode) as endpoint:
-            sessions = [await endpoint.open_session() for _ in range(CLIENTS + count)]
+    sessions = await _sessions_of_another_process(contender, mode, CLIENTS + count)
     async with contender.serving(mode) as endpoint:
 
         async def call(number: int) -> None:
-            await endpoint.call_tool(sessions[number] if sessions else await endpoint.open_session())
+            await endpoint.call_tool(sessions[number] if contender.restores else await endpoint.open_session())
 
         await _in_turn(call, CLIENTS)
+        yield lambda number: call(CLIENTS + number)
 
-        async def call_next(number: int) -> None:
-            await call(CLIENTS + number)
 
-        yield call_next
+@contextlib.asynccontextmanager
+async def _restores(contender: Contender, mode: Mode, count: int) -> AsyncIterator[Perform]:
+    sessions = await _sessions_of_another_process(contender, mode, CLIENTS + count)
+    async with contender.serving(mode) as endpoint:
+
+        async def restore(number: int) -> None:
+            await (endpoint.ping(sessions[number]) if contender.restores else endpoint.open_session())
+
+        await _in_turn(restore, CLIENTS)
+        yield lambda number: restore(CLIENTS + number)
+
+
+async def _sessions_of_another_process(contender: Contender, mode: Mode, count: int) -> list[bytes]:
+    """Return the ids of new sessions that no server has in memory."""
+    if not contender.restores:
+        return []
+    async with replace(contender, residents=0).serving(mode) as endpoint:
+        return [await endpoint.open_session() for _ in range(count)]
 
 
 async def _in_turn(perform: Perform, count: int) -> None:
@@ -192,7 +211,11 @@ async def _in_turn(perform: Perform, count: int) -> None:
     await asyncio.sleep(0)
 
 
-TOOL_CALL: Final = Operation("tools/call", _tool_calls)
-HANDSHAKE: Final = Operation("handshake", _handshakes)
-RESTART: Final = Operation("first call after a restart", _first_calls)
-OPERATIONS: Final = {"call": TOOL_CALL, "handshake": HANDSHAKE, "restart": RESTART}
+TOOL_CALL: Final = Operation("tools/call", "call", _tool_calls)
+HANDSHAKE: Final = Operation("handshake", "handshake", _handshakes)
+RESTART: Final = Operation("first call after a restart", "restart", _first_calls)
+"""The session is restored with it. Clients of the stock SDK initialize anew and call; the 404 that makes them do so is
+not counted against it."""
+RESTORE: Final = Operation("restore", "restore", _restores)
+"""The first `ping` of a session after a restart; for the stock SDK a handshake."""
+OPERATIONS: Final = {operation.option: operation for operation in (TOOL_CALL, HANDSHAKE, RESTART, RESTORE)}

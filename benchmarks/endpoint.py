@@ -27,6 +27,8 @@ _INITIALIZE_PARAMS: Final = {
     "clientInfo": {"name": "benchmark", "version": "1.0"},
 }
 
+_EVENT_END: Final = b"\r\n\r\n"
+
 _request_ids = itertools.count(1)
 
 
@@ -77,6 +79,12 @@ class Endpoint:
             raise RuntimeError(f"tools/call was answered {body!r}")
         return body
 
+    async def ping(self, session_id: bytes) -> None:
+        message = {"jsonrpc": "2.0", "id": next(_request_ids), "method": "ping"}
+        _, body = await self._post(message, session_id, 200)
+        if b'"result":{}' not in body:
+            raise RuntimeError(f"ping was answered {body!r}")
+
     async def get_events(self, session_id: bytes, last_event_id: bytes | None, *, count: int) -> Response:
         """GET a stream of a session, and leave as soon as it has brought so many events.
 
@@ -104,9 +112,10 @@ class Endpoint:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif (body := message.get("body", b"")) and len(events) < count and not body.startswith(b":"):
-                events.append(body)
-                if len(events) == count:
+            elif not ended and (body := message.get("body", b"")) and not body.startswith(b":"):
+                # A part of the body may hold several events.
+                events.extend(body.removesuffix(_EVENT_END).split(_EVENT_END))
+                if len(events) >= count:
                     ended = time.perf_counter()
                     complete.set()
 

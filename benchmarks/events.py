@@ -9,7 +9,7 @@ Two operations are timed, with messages of 200 bytes and of 4 KiB:
 
 * storing: JSON-RPC notifications, for one session and for 100 sessions at once, each of which waits for an event
   to be stored before it stores the next;
-* replay: the response to a GET with `Last-Event-ID`, at the ASGI boundary, until the client has 10 000 events of
+* replay: the response to a GET with `Last-Event-ID`, at the ASGI boundary, until the client has 5 000 events of
   one stream.
 
 Storing begins with the same message of the SDK and ends with a row that is committed. This package and mcp-persist are
@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import itertools
 import logging
 import os
@@ -57,9 +56,8 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.streamable_http import GET_STREAM_KEY
 from mcp_types import JSONRPCNotification
 
-from benchmarks.replays import get_events
-from benchmarks.sessions import open_session
-from benchmarks.sweeping import percentile
+from benchmarks.endpoint import Endpoint, garbage_kept
+from benchmarks.figures import in_random_order, percentile, ratios, spread, table
 from mcp_session_store import durable_app, session_key
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Followers
@@ -78,18 +76,17 @@ except ImportError:
     sys.exit("mcp-persist is missing; run: pip install 'mcp-persist[postgres,sqlite]>=2.2,<3'")
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
     from uuid import UUID
 
     from mcp.server.streamable_http import EventStore
     from mcp_types import JSONRPCMessage
-    from starlette.applications import Starlette
 
 OPERATIONS: Final = ("storing", "replay")
 SIZES: Final = {"200 bytes": 200, "4 KiB": 4096}
 """Bytes of a message as JSON text."""
 SESSIONS: Final = 100
-REPLAYED: Final = 10_000
+REPLAYED: Final = 5_000
 """Number of events that a replay sends."""
 CONNECTIONS: Final = 10
 """Connections to Postgres of mcp-persist, whose pool has as many by default, and of asyncpg alone."""
@@ -99,6 +96,12 @@ WRITTEN_BEHIND: Final = 64
 """Number of events that mcp-persist gathers before it commits them: the default of its `BatchingEventStore`."""
 STORED_TOGETHER: Final = 100
 """Number of events that are stored together in preparation of a replay, because that is faster."""
+
+AS_THEY_COME: Final = {
+    "SQLite": ("mcp-session-store, NORMAL", "mcp-persist, FULL", "aiosqlite alone, NORMAL"),
+    "Postgres": ("mcp-session-store", "mcp-persist", "asyncpg alone"),
+}
+"""Names, by the database, of this package, mcp-persist and the driver alone without configuration."""
 
 KEEP_ALL: Final = EventPolicy(max_events_per_session=1_000_000, max_bytes_per_session=1024**3)
 
@@ -223,7 +226,7 @@ async def _nothing() -> None:
 class Resumption:
     """Stream that a client comes back for."""
 
-    app: Starlette
+    endpoint: Endpoint
     session_id: bytes
     last_event_id: bytes
 
@@ -258,11 +261,6 @@ class Timings:
         return "   ".join(parts)
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Return the median with the lowest and the highest value, as text."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 async def store_all(streams: Sequence[Stream], message: JSONRPCMessage, count: int) -> list[float]:
     """Store that many events, one at a time in each stream, and return the seconds that each took."""
     numbers, took = iter(range(count)), []
@@ -283,22 +281,18 @@ async def time_storing(
     streams = await asyncio.gather(*(contender.open_stream() for _ in range(sessions)))
     await store_all(streams, message, WARM_UP * sessions)
     await contender.settle()
-    gc.collect()
-    gc.disable()
-    try:
+    with garbage_kept():
         began = time.perf_counter()
         took = await store_all(streams, message, count)
         await contender.settle()
         seconds = time.perf_counter() - began
-    finally:
-        gc.enable()
     timings.rates.append(count / seconds)
     timings.p50.append(1000 * percentile(took, 50))
     timings.p99.append(1000 * percentile(took, 99))
 
 
 async def time_replay(resumption: Resumption, timings: Timings, *, count: int) -> None:
-    response = await get_events(resumption.app, resumption.session_id, resumption.last_event_id, count=count)
+    response = await resumption.endpoint.get_events(resumption.session_id, resumption.last_event_id, count=count)
     if len(set(response.ids)) != count:
         raise RuntimeError(f"{len(set(response.ids))} events of {count} were replayed")
     timings.rates.append(count / response.seconds)
@@ -310,43 +304,83 @@ def show(title: str, contenders: Sequence[Contender], timings: dict[str, Timings
         mine = timings[contender.name]
         print(f"  {contender.name:<42} {mine.shown()}")
         for name in [name for name in contender.beside if name in timings]:
-            pairs = zip(mine.rates, timings[name].rates, strict=True)
-            print(f"      {spread([ours / theirs for ours, theirs in pairs], 2)} times {name}")
+            print(f"      {spread(ratios(mine.rates, timings[name].rates), 2)} times {name}")
     sys.stdout.flush()
 
 
-async def compare(contenders: Sequence[Contender], rounds: int, scale: float, operations: Collection[str]) -> None:
-    for size_name in SIZES:
+async def compare(
+    contenders: Sequence[Contender], rounds: int, scale: float, operations: Collection[str]
+) -> AsyncIterator[tuple[str, dict[str, Timings]]]:
+    """Yield the title of each comparison, and its timings by the contenders' names."""
+    for size_name, size in SIZES.items():
+        message = message_of(size)
         if "storing" in operations:
-            await compare_storing(contenders, rounds, scale, size_name)
+            for sessions, count in ((1, int(500 * scale)), (SESSIONS, int(3000 * scale))):
+                title = f"storing, sessions: {sessions}, {size_name}"
+                yield title, await compare_storing(contenders, rounds, message, sessions=sessions, count=count)
         if "replay" in operations:
-            await compare_replays(contenders, rounds, scale, size_name)
+            count = int(REPLAYED * scale)
+            yield f"replay of {count} events, {size_name}", await compare_replays(contenders, rounds, message, count)
 
 
-async def compare_storing(contenders: Sequence[Contender], rounds: int, scale: float, size_name: str) -> None:
-    message = message_of(SIZES[size_name])
-    for sessions, count in ((1, int(500 * scale)), (SESSIONS, int(3000 * scale))):
-        timings = {contender.name: Timings() for contender in contenders}
-        for _ in range(rounds):
-            for contender in random.sample(contenders, len(contenders)):
-                await time_storing(contender, timings[contender.name], sessions=sessions, message=message, count=count)
-        show(f"storing, sessions: {sessions}, {size_name}", contenders, timings)
+async def compare_and_show(
+    contenders: Sequence[Contender], rounds: int, scale: float, operations: Collection[str]
+) -> None:
+    async for title, timings in compare(contenders, rounds, scale, operations):
+        show(title, [contender for contender in contenders if contender.name in timings], timings)
 
 
-async def compare_replays(contenders: Sequence[Contender], rounds: int, scale: float, size_name: str) -> None:
-    count = int(REPLAYED * scale)
-    message = message_of(SIZES[size_name])
+async def compare_storing(
+    contenders: Sequence[Contender], rounds: int, message: JSONRPCMessage, *, sessions: int, count: int
+) -> dict[str, Timings]:
+    timings = {contender.name: Timings() for contender in contenders}
+    for contender in in_random_order(contenders, rounds):
+        await time_storing(contender, timings[contender.name], sessions=sessions, message=message, count=count)
+    return timings
+
+
+async def compare_replays(
+    contenders: Sequence[Contender], rounds: int, message: JSONRPCMessage, count: int
+) -> dict[str, Timings]:
     resumptions = {}
     for contender in contenders:
         if contender.open_resumption is not None:
             resumptions[contender.name] = await contender.open_resumption(message, count)
             await time_replay(resumptions[contender.name], Timings(), count=count)
     timings = {name: Timings() for name in resumptions}
-    for _ in range(rounds):
-        for name in random.sample(list(resumptions), len(resumptions)):
-            await time_replay(resumptions[name], timings[name], count=count)
-    replaying = [contender for contender in contenders if contender.name in resumptions]
-    show(f"replay of {count} events, {size_name}", replaying, timings)
+    for name in in_random_order(list(resumptions), rounds):
+        await time_replay(resumptions[name], timings[name], count=count)
+    return timings
+
+
+async def compare_as_they_come(
+    folder: Path, postgres: str | None, rounds: int, scale: float, operations: Collection[str]
+) -> None:
+    """Print a table of this package beside mcp-persist, and of the driver alone, each as it comes."""
+    rows: dict[str, list[str]] = {}
+    head = [""]
+    for database, (mine, of_peer, alone) in AS_THEY_COME.items():
+        async with AsyncExitStack() as stack:
+            if database == "SQLite":
+                contenders = await open_sqlite(stack, folder)
+            elif postgres is not None:
+                contenders = await open_postgres(stack, postgres)
+            else:
+                continue
+            head += [database, f"{database}, the driver alone"]
+            chosen = [contender for contender in contenders if contender.name in (mine, of_peer, alone)]
+            async for title, timings in compare(chosen, rounds, scale, operations):
+                rates = timings[of_peer].rates
+                multiples = ratios(timings[mine].rates, rates)
+                missed = ": **missed**" if statistics.median(multiples) < goal_of(title) else ""
+                limit = spread(ratios(timings[alone].rates, rates), 2) if alone in timings else ""
+                rows.setdefault(title, []).extend([f"{spread(multiples, 2)}{missed}", limit])
+    print("\nThroughput of events as a multiple of mcp-persist's, with the lowest and the highest:\n")
+    print(table([*head, "goal"], [[title, *cells, f"{goal_of(title):g}"] for title, cells in rows.items()]), flush=True)
+
+
+def goal_of(title: str) -> float:
+    return 3.0 if f"sessions: {SESSIONS}" in title else 1.0
 
 
 async def open_ours(
@@ -388,10 +422,11 @@ async def open_ours(
 
     app = durable_app(MCPServer("benchmark"), store, events=log, evict_after=None, sweep_interval=None)
     await stack.enter_async_context(app.router.lifespan_context(app))
+    endpoint = Endpoint(app)
 
     async def open_resumption(message: JSONRPCMessage, count: int) -> Resumption:
-        session_id = await open_session(app)
-        (last_event_id,) = (await get_events(app, session_id, None, count=1)).ids
+        session_id = await endpoint.open_session()
+        (last_event_id,) = (await endpoint.get_events(session_id, None, count=1)).ids
         key, text = session_key(session_id.decode()), text_of(message)
         events = [
             NewEvent(stream=STANDALONE_STREAM, position=position, kind=EventKind.NOTIFICATION, message=text)
@@ -399,7 +434,7 @@ async def open_ours(
         ]
         for start in range(0, count, STORED_TOGETHER):
             await log.append(key, events[start : start + STORED_TOGETHER])
-        return Resumption(app, session_id, last_event_id)
+        return Resumption(endpoint, session_id, last_event_id)
 
     return [
         Contender(name, open_stream, beside, open_resumption=open_resumption),
@@ -411,13 +446,14 @@ async def open_peer(stack: AsyncExitStack, store: EventStore, name: str) -> Cont
     """Return mcp-persist with one of its event stores."""
     app = MCPServer("benchmark").streamable_http_app(event_store=store)
     await stack.enter_async_context(app.router.lifespan_context(app))
+    endpoint = Endpoint(app)
 
     async def open_resumption(message: JSONRPCMessage, count: int) -> Resumption:
-        session_id = await open_session(app)
+        session_id = await endpoint.open_session()
         stream = StoreStream(store, uuid.uuid4().hex)
         first = await stream.store(message)
         await store_all([stream] * STORED_TOGETHER, message, count)
-        return Resumption(app, session_id, first.encode())
+        return Resumption(endpoint, session_id, first.encode())
 
     return Contender(name, opens_peer(store), open_resumption=open_resumption)
 
@@ -522,10 +558,10 @@ def time_of_fsync(folder: Path) -> float:
 async def run(postgres: Sequence[str], rounds: int, scale: float, operations: Collection[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         async with AsyncExitStack() as stack:
-            await compare(await open_sqlite(stack, Path(folder)), rounds, scale, operations)
+            await compare_and_show(await open_sqlite(stack, Path(folder)), rounds, scale, operations)
     for url in postgres:
         async with AsyncExitStack() as stack:
-            await compare(await open_postgres(stack, url), rounds, scale, operations)
+            await compare_and_show(await open_postgres(stack, url), rounds, scale, operations)
 
 
 def main() -> None:

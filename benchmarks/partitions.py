@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from benchmarks.sweeping import percentile
+from benchmarks.figures import percentile
 from mcp_session_store.records import EndReason
 from mcp_session_store.retention import EventPolicy, EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sa
 
+from benchmarks.figures import percentile
 from mcp_session_store.records import Activity, EndReason
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.sql import SqlSessionStore
@@ -37,7 +38,7 @@ from mcp_session_store.store import SWEEP_LIMIT
 from mcp_session_store.testing import new_session
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
     from uuid import UUID
 
 CHUNK: Final = 100_000
@@ -74,11 +75,13 @@ FILL: Final = {
 }
 
 
-async def fill(url: str, rows: int, expired: int) -> list[UUID]:
+async def fill(url: str, rows: int, expired: int, *, schema: str | None = None) -> list[UUID]:
     """Fill the table, and return the keys of some live sessions."""
     # An engine without a time limit for statements.
     engine = make_migration_engine(*checked_url(url))
     async with engine.connect() as connection:
+        if schema is not None:
+            await connection.exec_driver_sql(f"SET search_path = {schema}")
         statement = sa.text(FILL[connection.dialect.name])
         for begin in range(0, rows, CHUNK):
             bounds = {"begin": begin, "end": min(begin + CHUNK, rows), "expired": expired, "params": PARAMS}
@@ -137,10 +140,6 @@ class Requests:
         sending.cancel()
         with suppress(asyncio.CancelledError):
             await sending
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))]
 
 
 async def sweep(store: SqlSessionStore, arguments: argparse.Namespace) -> tuple[SweepReport, float, list[float]]:

@@ -9,7 +9,7 @@ import anyio
 import mcp_types as types
 import pytest
 
-from benchmarks.replays import get_events
+from benchmarks.endpoint import Endpoint
 from mcp_session_store.records import EventKind
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
@@ -147,12 +147,12 @@ async def test_the_benchmark_of_a_replay_times_what_a_client_gets(store: FaultyS
     async with instance(store, talking.notes, events=log) as one:
         client = one.client()
         session_id = (await client.handshake()).encode()
-        (first,) = (await get_events(one.app, session_id, None, count=1)).ids
+        (first,) = (await Endpoint(one.app).get_events(session_id, None, count=1)).ids
         call, _ = await talking.call(client)
         texts = [str(n) for n in range(20)]
         await call.tell(*texts)
         log.calls.clear()
-        replayed = await get_events(one.app, session_id, first, count=len(texts))
+        replayed = await Endpoint(one.app).get_events(session_id, first, count=len(texts))
         # Each event as SSE, with an id, read from the log while it was timed.
         assert [
             text for text, event in zip(texts, replayed.events, strict=True) if f'"{text}"'.encode() in event
@@ -161,7 +161,7 @@ async def test_the_benchmark_of_a_replay_times_what_a_client_gets(store: FaultyS
         assert "read" in log.calls
         assert replayed.seconds > 0
         with pytest.raises(RuntimeError, match="400"):
-            await get_events(one.app, session_id, b"malformed", count=1)
+            await Endpoint(one.app).get_events(session_id, b"malformed", count=1)
 
 
 async def test_a_call_is_resumed_after_a_restart(store: FaultyStore, log: FaultyLog) -> None:
