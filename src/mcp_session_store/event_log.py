@@ -98,7 +98,7 @@ class EventLog(Store):
             limit: Most events of the page. It may have fewer because they are large.
 
         Returns:
-            The page, or `None` when the session has no log.
+            The page, or `None` when the session has no log: nothing was ever stored of it, or it has ended.
 
         Raises:
             InvalidValue: No stream can have this name.

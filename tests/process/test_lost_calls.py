@@ -48,7 +48,7 @@ class _Half:
             await call.read(server, events=HALF // 2)
 
         async def stored() -> bool:
-            return await self._records.events(self._client.session_id) == len(self.calls) * (1 + HALF)
+            return await self._records.events(self._client.session_id) == len(self.calls) * HALF
 
         await until(stored, "the half of each call is stored")
 
@@ -111,7 +111,7 @@ async def test_answers_that_wait_for_the_database_when_their_process_is_stopped_
             await call.read(stopping, events=HALF)
 
         async def said() -> bool:
-            return await records.events(client.session_id) == len(calls) * (1 + COUNT)
+            return await records.events(client.session_id) == len(calls) * COUNT
 
         await until(said, "everything but the answers is stored")
         first, second, running = calls

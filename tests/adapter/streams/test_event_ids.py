@@ -163,7 +163,7 @@ async def test_an_error_that_ends_a_call_names_it_as_the_client_did(
     session_id = str(client.session_id)
     ids = await heard(client, talking, "a", request_id=request_id)
     log.lose(session_id)
-    resumed = await client.open_stream(ids[0]).answer()
+    resumed = await client.open_stream(ids[1]).answer()
     assert told(resumed.messages) == ["trimmed"]
     assert resumed.messages[0]["id"] == request_id
     assert type(resumed.messages[0]["id"]) is type(request_id)

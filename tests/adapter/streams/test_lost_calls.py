@@ -319,11 +319,7 @@ async def test_a_call_whose_copy_has_left_this_instance_is_lost(
     await resumed.end()
     assert told(resumed.messages) == ["a", "lost"]
     # It is stored once, as the last event of the call.
-    assert [event.kind for event in log.stored(session_id)] == [
-        EventKind.PRIMING,
-        EventKind.NOTIFICATION,
-        EventKind.ERROR,
-    ]
+    assert [event.kind for event in log.stored(session_id)] == [EventKind.NOTIFICATION, EventKind.ERROR]
     assert recorder_of(one.manager).unfinished == {}
 
 

@@ -147,7 +147,7 @@ async def test_an_event_that_takes_too_long_to_store_goes_out_then(
         held.fail(StoreUnavailable("it did not answer in time"))
     await hears(exchange, "a", "b", "c")
     assert without_ids(exchange, "a", "b", "c")
-    assert len(log.appended) == 2
+    assert len(log.appended) == 1
 
 
 @pytest.mark.parametrize("outage", OUTAGES, ids=["append", "append and beat", "all"])
@@ -248,6 +248,8 @@ async def test_a_standalone_stream_that_is_opened_while_the_log_is_down_is_live(
 
 async def test_a_client_that_was_given_no_id_is_not_sent_away(log: FaultyLog, talking: Talking, client: Client) -> None:
     log.down("append")
+    before, _ = await talking.call(client)
+    await before.say("a")
     call, exchange = await talking.call(client)
     await call.close()
     call.answer()
@@ -300,7 +302,7 @@ async def test_what_nobody_could_be_given_is_stored_when_the_log_is_back(
     assert len(log.messages(session_id)) == 1
     log.up()
     await all_stored(one)
-    assert [event.kind for event in log.stored(session_id)][2:] == [
+    assert [event.kind for event in log.stored(session_id)][1:] == [
         *[EventKind.NOTIFICATION] * 4,
         EventKind.RESPONSE,
     ]
@@ -316,7 +318,7 @@ async def test_an_event_is_not_stored_twice_whose_first_try_had_worked(
     call, last_event_id = await away(talking, client)
     log.lose_the_answer_of("append")
     await call.say("a", "b")
-    await until(lambda: len(log.appended) >= 2)
+    await until(lambda: len(log.appended) >= 1)
     call.answer()
     log.up()
     await all_stored(one)
@@ -518,7 +520,7 @@ async def test_a_log_with_a_bug_is_asked_a_few_times_for_an_answer(
     resumed = client.open_stream(exchange.last_event_id)
     await resumed.end()
     assert told(resumed.messages) == ["lost"]
-    assert len(log.stored(session_id)) == 2
+    assert len(log.stored(session_id)) == 1
 
 
 async def test_an_answer_that_is_no_json_is_told_to_who_comes_back(talking: Talking, client: Client) -> None:

@@ -220,15 +220,7 @@ async def test_what_a_server_asks_is_asked_again_of_a_client_that_has_not_heard_
 async def test_nothing_is_sent_before_it_is_stored(
     log: FaultyLog, after: bool, talking: Talking, client: Client
 ) -> None:
-    held = log.hold("append", after=after)
-    exchange = client.open_call("talk")
-    await held.wait_entered()
-    await one_more_turn()
-    assert exchange.sent == []
-    assert talking.calls == []
-    log.up()
-    held.release()
-    call = await talking.begun()
+    call, exchange = await talking.call(client)
     held = log.hold("append", after=after)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(call.say, "a")
@@ -237,7 +229,7 @@ async def test_nothing_is_sent_before_it_is_stored(
         assert exchange.messages == []
         held.release()
     await hears(exchange, "a")
-    assert log.stored(client.session_id)[1].message in {event.data for event in exchange.events}
+    assert log.stored(client.session_id)[0].message in {event.data for event in exchange.events}
 
 
 async def test_a_handshake_leaves_no_events(store: FaultyStore, log: FaultyLog, json_response: bool) -> None:
@@ -282,9 +274,9 @@ async def test_a_request_leaves_its_own_events_and_no_others(store: FaultyStore,
         await client.notify("notifications/cancelled", {"requestId": 99})
         assert log.stored(session_id) == []
         await client.ping()
-        assert [event.kind for event in log.stored(session_id)] == [EventKind.PRIMING, EventKind.RESPONSE]
+        assert [event.kind for event in log.stored(session_id)] == [EventKind.RESPONSE]
         assert (await client.post({"jsonrpc": "2.0", "id": 5, "method": "no/such/method"})).error
-        assert [event.kind for event in log.stored(session_id)[2:]] == [EventKind.PRIMING, EventKind.ERROR]
+        assert [event.kind for event in log.stored(session_id)[1:]] == [EventKind.ERROR]
 
 
 async def test_where_answers_are_json_they_are_not_stored(store: FaultyStore, log: FaultyLog) -> None:

@@ -121,6 +121,8 @@ async def test_what_a_client_does_not_read_is_not_read_for_it(store: FaultyStore
         client = one.client()
         session_id = await client.handshake()
         call, last_event_id = await away(talking, client)
+        await call.say("first")
+        await until(lambda: log.streams(session_id) != [])
         if standalone:
             stream = await opened(client)
             last_event_id = str(await stream.leave())
@@ -176,13 +178,15 @@ async def read_some(exchange: Exchange, count: int) -> None:
 
 async def test_a_long_stream_is_read_page_by_page(log: FaultyLog, talking: Talking, client: Client) -> None:
     session_id = str(client.session_id)
-    _, last_event_id = await away(talking, client)
+    call, last_event_id = await away(talking, client)
+    await call.say("first")
+    await until(lambda: log.streams(session_id) != [])
     await say_on(log, session_id, log.streams(session_id)[0][0], 5 * EVENT_PAGE)
     log.calls.clear()
     resumed = await opened(client, last_event_id)
-    await hears(resumed, *(str(n) for n in range(5 * EVENT_PAGE)))
+    await hears(resumed, "first", *(str(n) for n in range(5 * EVENT_PAGE)))
     assert 5 <= log.counts()["read"] <= 7
-    assert len({event.id for event in resumed.events}) == 5 * EVENT_PAGE
+    assert len({event.id for event in resumed.events}) == 1 + 5 * EVENT_PAGE
 
 
 async def test_events_that_wait_are_sent_together_in_parts_of_a_bounded_size(

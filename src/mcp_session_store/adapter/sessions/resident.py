@@ -144,7 +144,7 @@ class ResidentSession:
         """Take over the record that was just stored, and from it how long the session lives."""
         self.record = record
         if self.events is not None:
-            self.events.active = True
+            self.events.begin(new=new)
         self.lifetime.begin(record, policy, new=new)
 
     def pin(self, times: int = 1) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import re
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -24,7 +26,7 @@ from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.requests import POSTED_BODY
 from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, call_error
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
-from mcp_session_store.adapter.streams.recorder import Outcome
+from mcp_session_store.adapter.streams.recorder import ROUNDS, Outcome
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
 
@@ -43,6 +45,13 @@ __all__ = ["RESUMABLE_SINCE", "SessionEvents"]
 
 RESUMABLE_SINCE: Final = "2025-11-25"
 """First protocol version whose clients understand priming events, and come back for a stream."""
+
+KNOWN_FOR: Final = 60.0
+"""Seconds for which a session's newest sequence that was heard of serves as the place before a call's first event.
+
+Other instances store events meanwhile. When the log is trimmed beyond that place, a reader elsewhere takes the call's
+events for missing.
+"""
 
 _INTEGER: Final = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
 
@@ -72,7 +81,7 @@ class SessionEvents(EventStore):
         self.ids = EventIds(key)
         self.retry_interval = retry_interval
         self.active = False
-        """Whether the session has a record, because its handshake leaves no events."""
+        """Whether the session has a record, because its handshake leaves no events, and its copy here is in memory."""
         self.live: LiveStreams | None = None
         """Open responses of the SDK's transport."""
         self._calls: dict[str, CallStream] = {}
@@ -84,13 +93,20 @@ class SessionEvents(EventStore):
         self.on_recorded: Callable[[], None] = lambda: None
         """Called when the last of these answers is recorded."""
         self._recorded: Latch | None = None
+        self._newest = 0
+        """Sequence of the session's newest event that is known here."""
+        self._known_until = -math.inf
+        """Until when it serves as a place, by the monotonic clock."""
         # All copies of a session write the one standalone stream; their positions are apart by chance.
         self._position = random.getrandbits(31) << 31
 
     # Called by the SDK
 
     async def prime(self, stream_id: str, protocol_version: str) -> dict[str, Any] | None:
-        """Begin the stream of a call, and store its priming event; that as SSE, if the client is to get one.
+        """Begin the stream of a call; return its priming event as SSE, if the client is to get one.
+
+        The event is not stored where its id alone can say that it precedes the first event of the call: a reader has
+        to find all events of the call behind it, and to learn when this instance is dead.
 
         Args:
             stream_id: The call's request id, as a text.
@@ -108,6 +124,10 @@ class SessionEvents(EventStore):
         stream = self._calls[stream_id] = self.recorder.begin(self.key, request_id, resumable=resumable)
         if not resumable or self.recorder.down:
             return None
+        if self.recorder.instances.reliable_since < math.inf and time.monotonic() < self._known_until:
+            stream.identified = True
+            position = stream.next_event(EventKind.PRIMING, None).position
+            return self.primed(self.ids.write(Cursor(stream.name, self._newest, position, request_id)))
         event_id = await self._never_raising(stream, stream_id, None)
         return self.primed(event_id) if event_id else None
 
@@ -148,6 +168,12 @@ class SessionEvents(EventStore):
         raise NotImplementedError("a stream is resumed by serve_stream, not by the SDK's transport")
 
     # Called by the session manager
+
+    def begin(self, *, new: bool) -> None:
+        """Note that the session has a record, and whether it was just opened, so that it has no events."""
+        self.active = True
+        if new:
+            self._note_newest(0)
 
     @property
     def busy(self) -> bool:
@@ -220,6 +246,7 @@ class SessionEvents(EventStore):
 
     async def abandon(self) -> None:
         """End the calls without an answer, which will not get one, because the copy of the session has left memory."""
+        self.active = False
         calls, self._calls = self._calls, {}
         async with anyio.create_task_group() as tasks:
             for stream in calls.values():
@@ -284,7 +311,10 @@ class SessionEvents(EventStore):
             if recorded.outcome is not Outcome.LIVE:
                 stream.previous = event.position
         if recorded.outcome is not Outcome.STORED:
+            # The next call stores its priming event, which shows whether the log takes events of this session.
+            self._known_until = -math.inf
             return ""
+        self._note_newest(recorded.sequence)
         if stream is None:
             self._identified = True
         else:
@@ -301,6 +331,11 @@ class SessionEvents(EventStore):
                 final=stream is not None and kind.final,
             )
         )
+
+    def _note_newest(self, sequence: int) -> None:
+        # Not the highest of all, because the log may have been set back, as after a restored backup.
+        self._newest = sequence
+        self._known_until = time.monotonic() + min(KNOWN_FOR, self.recorder.silence / ROUNDS)
 
     def _deliver(self, stream_id: str, event: NewEvent, followers: bool) -> bool:
         """Return whether a client gets an event that is not stored: the SDK sends it where a response is open."""

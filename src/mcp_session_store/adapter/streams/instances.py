@@ -30,8 +30,9 @@ class Instances:
     def __init__(self, log: EventLog, *, instance: str, dead_after: timedelta) -> None:
         self._log = log
         self._dead_after = dead_after
-        self._reliable_since = math.inf
-        """Since when our own heartbeats have succeeded, by anyio's clock: before, those of others may have failed."""
+        self.reliable_since = math.inf
+        """Since when our own heartbeats have succeeded, by anyio's clock: before, those of others may have failed.
+        Infinite while the last one is not stored."""
         self.id = instance
         self.name = instance_name(instance)
         """Unique part of the id, with which the names of this instance's streams begin."""
@@ -50,9 +51,9 @@ class Instances:
         try:
             await self._log.beat(self.id)
         except BaseException:
-            self._reliable_since = math.inf
+            self.reliable_since = math.inf
             raise
-        self._reliable_since = min(self._reliable_since, anyio.current_time())
+        self.reliable_since = min(self.reliable_since, anyio.current_time())
 
     async def retire(self) -> None:
         """Store that this instance has stopped, so that its calls are lost at once."""
@@ -66,5 +67,5 @@ class Instances:
         """
         beats = await self._log.last_beats(names)
         # After an outage of the database no heartbeat is young, and all instances run. A stopped one has none.
-        is_certain = anyio.current_time() - self._reliable_since > self._dead_after.total_seconds()
+        is_certain = anyio.current_time() - self.reliable_since > self._dead_after.total_seconds()
         return [name for name in names if name not in beats or (is_certain and beats[name] > self._dead_after)]

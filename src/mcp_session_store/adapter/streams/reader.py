@@ -7,19 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
+import anyio
+
 from mcp_session_store.adapter import responses
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.streams.followers import Follower
+from mcp_session_store.records import EventPage
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from uuid import UUID
 
     from mcp_session_store.adapter.streams.event_ids import Cursor
     from mcp_session_store.adapter.streams.recorder import EventRecorder
-    from mcp_session_store.records import EventPage
 
-__all__ = ["Ended", "Event", "Gap", "Item", "Lost", "StreamReader"]
+__all__ = ["NOTHING_YET", "Ended", "Event", "Gap", "Item", "Lost", "StreamReader"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,10 @@ STAY: Final = 60.0
 """Seconds that any other reader waits to be woken: by an event, by the loss of an instance, by its end."""
 RETRY: Final = 1.0
 """Seconds after which the log is read again when it could not be read."""
+
+
+NOTHING_YET: Final = EventPage(events=[], more=False, first=1, last=0)
+"""Page of a session in which no event was stored yet, so that it has no log."""
 
 
 class Event(NamedTuple):
@@ -71,16 +77,27 @@ class StreamReader:
         recorder: Recorder of this instance, with the log and the followers of its streams.
         cursor: Place of the last event that the client has.
         page: Events that follow, if they are read already.
+        is_active: Whether the session's copy is still in memory.
     """
 
-    def __init__(self, key: UUID, recorder: EventRecorder, cursor: Cursor, page: EventPage | None) -> None:
+    def __init__(
+        self,
+        key: UUID,
+        recorder: EventRecorder,
+        cursor: Cursor,
+        page: EventPage | None,
+        is_active: Callable[[], bool],
+    ) -> None:
         self._key = key
         self._recorder = recorder
+        self._is_active = is_active
         self._page = page
         self._follower = Follower(key, cursor.stream)
         self._runs_here = cursor.instance == recorder.instances.name
         self._seen = cursor.sequence
         """Sequence of the session up to which there is nothing more for this stream."""
+        self._heard_at = anyio.current_time()
+        """When the log last had an event of the stream that was not known."""
         self._misses = False
         """Whether events of the call are not kept any more that its client has not seen."""
         self.cursor = cursor
@@ -122,12 +139,14 @@ class StreamReader:
                     return
                 if not page.more:
                     self._seen = max(self._seen, page.last)
-                    if was_over:
+                    # A call that was only silent may have been heard of just now.
+                    if was_over and self._is_over():
                         yield Lost()
                         return
             is_over = self._is_over()
             if latest and not is_over and (page is None or not page.more) and follower.head <= self._seen:
-                await follower.wait(self._seen, seconds=LOOK_AGAIN if self._runs_here else STAY)
+                stay = min(STAY, self._recorder.silence)
+                await follower.wait(self._seen, seconds=LOOK_AGAIN if self._runs_here else stay)
                 # Delivered while the client had all that was stored, and so before whatever has been stored since.
                 while follower.unsent:
                     unsent = follower.unsent.popleft()
@@ -147,6 +166,8 @@ class StreamReader:
         """Return the events of a page that the client lacks, until one that follows others it will not get."""
         is_call = not self.cursor.standalone
         events = []
+        if page.events:
+            self._heard_at = anyio.current_time()
         for event in page.events:
             self._seen = event.sequence
             if is_call:
@@ -182,7 +203,11 @@ class StreamReader:
             return False
         if self._runs_here:
             return self.cursor.stream not in self._recorder.unfinished
-        return self._recorder.followers.is_dead(self.cursor.instance)
+        # A call that runs is heard of: the end of this one could not be stored, or it never began. In an outage of the
+        # database none is.
+        since = max(self._heard_at, self._recorder.instances.reliable_since)
+        is_silent = anyio.current_time() - since > self._recorder.silence
+        return is_silent or self._recorder.followers.is_dead(self.cursor.instance)
 
     async def _read(self) -> EventPage | None:
         """Return the next page; `None` if it cannot be read now, or if the stream has ended with its session."""
@@ -195,8 +220,14 @@ class StreamReader:
             await self._follower.wait(self._seen, seconds=RETRY, pause=True)
             return None
         if page is None:
-            # The log has gone with its session, and the copy here is about to learn of it.
-            self._follower.close(responses.SESSION_ENDED)
+            if self._seen > 0:
+                # The log has gone with its session, and the copy here is about to learn of it.
+                self._follower.close(responses.SESSION_ENDED)
+            elif self._is_active():
+                # The copy closes this when it learns that the session has ended.
+                page = NOTHING_YET
+            else:
+                self._follower.close()
         elif self._follower.head == head:
             # Lower than what was known where the log was set back, as after a restored backup: or this would read it
             # again and again, until the log is as far as it was.

@@ -42,7 +42,9 @@ STORED_AT_ONCE: Final = 100
 RECOVERY_INTERVAL: Final = 5.0
 """Seconds after which storing is tried again, at the latest."""
 ROUNDS: Final = 4
-"""Number of searches for idle calls within the time for which events are kept."""
+"""Number of searches for idle calls within `EventRecorder.silence`."""
+MAX_SILENCE: Final = 3600.0
+"""Seconds without an event of a call that runs, where events are kept for ever."""
 REFRESHED_AT_ONCE: Final = 100
 """Number of idle calls for which an event is stored at the same time."""
 LAST_EVENTS: Final = 4.0
@@ -124,6 +126,12 @@ class EventRecorder:
     def down(self) -> bool:
         """Whether events cannot be stored for now."""
         return self._circuit.is_open
+
+    @property
+    def silence(self) -> float:
+        """Seconds within which the log gets an event of each call that runs and whose client can come back."""
+        max_age = self.log.policy.max_age
+        return MAX_SILENCE if max_age is None else max_age.total_seconds()
 
     def begin(self, key: UUID, request_id: RequestId, *, resumable: bool) -> CallStream:
         """Return the stream of a new call of a session, under a name that is unique among all instances."""
@@ -238,13 +246,10 @@ class EventRecorder:
         Args:
             beat_interval: Seconds between two heartbeats of this instance.
         """
-        max_age = self.log.policy.max_age
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run_every, "heartbeat", beat_interval, self.beat)
             tasks.start_soon(partial(run_every, "events", RECOVERY_INTERVAL, self.recover, wake=self.wake))
-            if max_age is not None:
-                interval = max_age.total_seconds() / ROUNDS
-                tasks.start_soon(run_every, "silent calls", interval, self.refresh_idle_calls)
+            tasks.start_soon(run_every, "silent calls", self.silence / ROUNDS, self.refresh_idle_calls)
 
     async def beat(self) -> None:
         """Store a heartbeat of this instance; after the first one its events are stored.
@@ -261,7 +266,7 @@ class EventRecorder:
         """Store an event without a message of each call that has stored nothing for a while.
 
         When all events of which a client has an id are too old to be kept, this event shows other instances that
-        the client missed nothing.
+        the client missed nothing, and that the call runs.
         """
         if self._circuit.is_open:
             return

@@ -19,7 +19,7 @@ from mcp_session_store.adapter import responses, telemetry
 from mcp_session_store.adapter.streams.calls import LOST, NOT_RESUMABLE, TRIMMED, call_error
 from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.event_store import RESUMABLE_SINCE, SessionEvents
-from mcp_session_store.adapter.streams.reader import Ended, Event, Gap, Lost, StreamReader
+from mcp_session_store.adapter.streams.reader import NOTHING_YET, Ended, Event, Gap, Lost, StreamReader
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import session_key
 
@@ -120,6 +120,8 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
     page = await events.recorder.log.read(events.key, cursor.stream, after=cursor.sequence)
     # Events since the client left may still be on their way to a response that is not read any more.
     events.resumed(cursor)
+    if page is None and cursor.sequence == 0:
+        page = NOTHING_YET
     if page is None or cursor.sequence > page.last:
         # The log was lost, or set back.
         if not cursor.standalone:
@@ -175,7 +177,7 @@ async def _sent(
         first: Event that is sent before anything else.
     """
     ids = events.ids
-    reader = StreamReader(events.key, events.recorder, cursor, page)
+    reader = StreamReader(events.key, events.recorder, cursor, page, is_active=lambda: events.active)
     outcome = "left"
     with reader.tailing():
         try:
