@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,15 +10,15 @@ import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import ClauseElement, Executable
 
-from mcp_session_store.sql.dialects.compiled import Statement
 from tests.support.databases import engine_of, settled
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from sqlalchemy.sql.compiler import SQLCompiler
 
     from mcp_session_store.sql import SqlSessionStore
+    from mcp_session_store.sql.dialects.compiled import Steps
 
 
 async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[Any]) -> str:
@@ -48,21 +49,39 @@ async def statements_of(
         if "mcp_session" in statement:
             seen[statement] = parameters
 
-    arguments_of = Statement.arguments
-
-    def remember_arguments(statement: Statement, parameters: dict[str, object]) -> list[object]:
-        # Those that go to the driver without SQLAlchemy.
-        arguments = seen[statement.text] = arguments_of(statement, parameters)
-        return arguments
-
     sync_engine = engine_of(store).sync_engine
     sa.event.listen(sync_engine, "before_cursor_execute", remember)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Statement, "arguments", remember_arguments)
+    with given_to_driver(store) as given:
         await use(store)
     sa.event.remove(sync_engine, "before_cursor_execute", remember)
     await settled(store)
-    return seen
+    return seen | dict(given)
+
+
+@contextmanager
+def given_to_driver(store: SqlSessionStore) -> Iterator[list[tuple[str, Sequence[Any]]]]:
+    """Note the statements that go to the driver without SQLAlchemy, with their parameters, those of the first row."""
+    given: list[tuple[str, Sequence[Any]]] = []
+    dialect = type(store.database.dialect)
+    run = dialect.run
+
+    def noting(steps: Steps[Any]) -> Steps[Any]:
+        rows: Any = None
+        while True:
+            try:
+                statement, parameters = steps.send(rows)
+            except StopIteration as done:
+                return done.value
+            first = statement.arguments(parameters) if isinstance(parameters, dict) else parameters[0]
+            given.append((statement.text, first))
+            rows = yield statement, parameters
+
+    def run_noting(self: Any, connection: Any, steps: Steps[Any], *, writes: bool) -> Awaitable[Any]:
+        return run(self, connection, noting(steps), writes=writes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dialect, "run", run_noting)
+        yield given
 
 
 class Explain(Executable, ClauseElement):
