@@ -17,6 +17,7 @@ from mcp_session_store.records import EndReason
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, Database
+from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.testing import new_session
 from tests.support.databases import connections_checked_out, engine_of, settled, sql_store
@@ -207,30 +208,34 @@ async def test_a_batcher_carries_no_context_from_one_request_into_another(migrat
 
 
 class Statements:
-    """Counts the statements of an engine, and its connections in use."""
+    """Counts the statements that a store gives to the driver, and its connections in use."""
 
-    def __init__(self, store: SqlSessionStore) -> None:
+    def __init__(self, store: SqlSessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.texts: list[str] = []
         self.most_connections = 0
-        self._store = store
-        sa.event.listen(engine_of(store).sync_engine, "before_cursor_execute", self._note)
+        arguments_of = Statement.arguments
 
-    def _note(self, *arguments: Any) -> None:
-        self.texts.append(arguments[2])
-        self.most_connections = max(self.most_connections, connections_checked_out(self._store))
+        def note(statement: Statement, parameters: dict[str, object]) -> list[object]:
+            self.texts.append(statement.text)
+            self.most_connections = max(self.most_connections, connections_checked_out(store))
+            return arguments_of(statement, parameters)
+
+        monkeypatch.setattr(Statement, "arguments", note)
 
 
-async def test_a_spray_of_unknown_ids_costs_few_statements_and_one_connection(migrated_url: str) -> None:
+async def test_a_spray_of_unknown_ids_costs_few_statements_and_one_connection(
+    migrated_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with sql_store(migrated_url) as store:
-        statements = Statements(store)
+        statements = Statements(store, monkeypatch)
         assert await asyncio.gather(*(store.load(uuid.uuid4()) for _ in range(2000))) == [None] * 2000
         assert len(statements.texts) <= 5
         assert statements.most_connections == 1
 
 
-async def test_creates_that_come_together_share_statements(migrated_url: str) -> None:
+async def test_creates_that_come_together_share_statements(migrated_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with sql_store(migrated_url) as store:
-        statements = Statements(store)
+        statements = Statements(store, monkeypatch)
         await asyncio.gather(*(store.create(new_session()) for _ in range(600)))
         assert len(statements.texts) <= 3
         assert len(set(statements.texts)) == 1

@@ -386,13 +386,18 @@ async def test_no_payload_is_in_an_error_or_in_the_log(sqlite_url: str, caplog: 
     # Somebody's own engine, which shows parameters.
     engine = create_async_engine(sqlite_url, connect_args={"timeout": 0.1})
     store = SqlSessionStore(engine)
-    with locked_by_another_process(sqlite_url), pytest.raises(StoreUnavailable) as failure:
-        await store.create(new_session(initialize_params=SECRET, client_name=SECRET))
-    shown = "".join(traceback.format_exception(failure.value))
-    assert "INSERT INTO mcp_session" in shown
-    assert SECRET not in shown
+    with locked_by_another_process(sqlite_url):
+        with pytest.raises(StoreUnavailable) as by_sqlalchemy:
+            await store.replace_initialize(
+                uuid.uuid4(), initialize_params=SECRET, protocol_version="", client_name=SECRET, client_version=""
+            )
+        with pytest.raises(StoreUnavailable) as by_driver:
+            await store.create(new_session(initialize_params=SECRET, client_name=SECRET))
+    assert "UPDATE mcp_session" in "".join(traceback.format_exception(by_sqlalchemy.value))
+    for failure in (by_sqlalchemy, by_driver):
+        assert SECRET not in "".join(traceback.format_exception(failure.value))
+        assert failure.value.__cause__ is not None
     assert SECRET not in caplog.text
-    assert failure.value.__cause__ is not None
     await store.aclose()
     await engine.dispose()
 

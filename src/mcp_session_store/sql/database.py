@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.errors import (
     ConfigurationError,
@@ -147,7 +148,9 @@ class Database:
     async def first_contact(self) -> None:
         """Check the schema once, and again after a failure. Concurrent callers wait for the same check."""
         contact = self._contact
-        if contact is None or (contact.done() and _failed(contact)):
+        if contact is not None and contact.done() and not _failed(contact):
+            return
+        if contact is None or contact.done():
             # A task of its own, because one caller's timeout must not stop a migration that others wait for.
             contact = self._contact = spawn(self._check())
         if not contact.done():
@@ -228,11 +231,22 @@ class Database:
 
     async def release(self, connection: AsyncConnection, *, broken: bool) -> None:
         """Return a connection to the pool, or drop it when it is broken."""
+        if not broken and self._returns_at_once():
+            await _release(connection, broken=False)
+            return
         # In a task of its own, so that a cancelled caller leaves no connection behind.
         task = spawn(_release(connection, broken=broken))
         self.closing.add(task)
         task.add_done_callback(self.closing.discard)
         await asyncio.shield(task)
+
+    def _returns_at_once(self) -> bool:
+        """Return whether a connection goes back to the pool without a wait, in which the caller may be cancelled.
+
+        The pool of an engine of ours has nothing to roll back. When it is full, it closes the connection.
+        """
+        pool = self.engine.pool
+        return self._owned and isinstance(pool, QueuePool) and pool.checkedin() < pool.size()
 
     def translate(self, error: Exception) -> Exception:
         """Return this package's error for a driver's, to be raised from it; a bug is returned as it is."""
@@ -317,26 +331,30 @@ class Lease:
             InvalidValue: The database refuses a value.
         """
         try:
-            interruptible = self._database.dialect.interruptible
-            async with asyncio.timeout(self._database.timeout if interruptible else None):
-                await self._database.first_contact()
-                if self._writing is not None and not self._holds_writing:
-                    # Half of the timeout, because the wait for the file comes on top: the caller would have given up
-                    # by then, and what was refused would be committed.
-                    async with asyncio.timeout(self._database.timeout / 2):
-                        await self._writing.acquire()
-                    self._holds_writing = True
-                try:
-                    return await self._attempt(work, repeated=False)
-                except StoreUnavailable as error:
-                    if not _is_broken(error, self._database.dialect):
-                        raise
-                    logger.info("a connection to the database broke, trying another: %s", error)
-                return await self._attempt(work, repeated=True)
+            if not self._database.dialect.interruptible:
+                return await self._try_twice(work)
+            async with asyncio.timeout(self._database.timeout):
+                return await self._try_twice(work)
         except TimeoutError:
             raise StoreUnavailable(
                 f"the database {self._database.shown_url} did not answer within {self._database.timeout:g} s"
             ) from None
+
+    async def _try_twice(self, work: Callable[[Attempt], Awaitable[_T]]) -> _T:
+        await self._database.first_contact()
+        if self._writing is not None and not self._holds_writing:
+            # Half of the timeout, because the wait for the file comes on top: the caller would have given up by then,
+            # and what was refused would be committed.
+            async with asyncio.timeout(self._database.timeout / 2):
+                await self._writing.acquire()
+            self._holds_writing = True
+        try:
+            return await self._attempt(work, repeated=False)
+        except StoreUnavailable as error:
+            if not _is_broken(error, self._database.dialect):
+                raise
+            logger.info("a connection to the database broke, trying another: %s", error)
+        return await self._attempt(work, repeated=True)
 
     async def _attempt(self, work: Callable[[Attempt], Awaitable[_T]], *, repeated: bool) -> _T:
         failure: Exception

@@ -172,6 +172,10 @@ class Dialect(ABC):
         """Return a session's key as the driver takes and returns it."""
 
     @abstractmethod
+    def moments(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Return moments as `datetime`s, from values that the driver returned; `None` stays `None`."""
+
+    @abstractmethod
     def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> Awaitable[_T]:
         """Run statements on a connection in autocommit, and return what the steps return.
 

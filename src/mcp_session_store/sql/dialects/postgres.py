@@ -313,6 +313,10 @@ class Postgres(Dialect):
         return key
 
     @override
+    def moments(self, values: Sequence[Any]) -> Sequence[Any]:
+        return values
+
+    @override
     async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> _T:
         pooled: Any = connection.sync_connection
         try:

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID
@@ -20,13 +21,12 @@ from typing_extensions import override
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
-from mcp_session_store.sql.dialects.functions import StoreClock
+from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
 from mcp_session_store.sql.dialects.private_names import call_in_thread, check_aiosqlite, check_compiler
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-    from datetime import timedelta
 
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -88,8 +88,8 @@ class _JsonBatch(Batch):
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
         # SQLite's JSON functions end a text at a NUL. Postgres refuses such a text.
         # Not escaped to ASCII, so that a lone surrogate is found here, and does not reach the database.
-        text = json.dumps(rows, ensure_ascii=False, allow_nan=False, default=_json_value)
-        if "\\u0000" in text and any("\0" in value for row in rows for value in row if isinstance(value, str)):
+        text = _encode(rows)
+        if _MAY_BE_NUL in text and any("\0" in value for row in rows for value in row if isinstance(value, str)):
             raise ValueError("a text holds a NUL character, which cannot be stored")
         return {self._name: text}
 
@@ -126,10 +126,17 @@ def _one_after_the_other(connection: sqlite3.Connection, steps: Steps[_T]) -> _T
         return result
 
 
+_MAY_BE_NUL: Final = "\\u0000"
+"""A NUL in JSON, and part of the JSON of a text that holds JSON with a NUL."""
+
+
 def _json_value(value: object) -> str:
     if isinstance(value, UUID):
         return value.hex  # as sa.Uuid stores it where there is no such type
     raise TypeError(f"{type(value).__name__} cannot be part of a batch")
+
+
+_encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode
 
 
 def _sqlalchemy_dialect() -> sa.Dialect:
@@ -184,6 +191,10 @@ class Sqlite(Dialect):
     @override
     def driver_key(self, key: UUID) -> object:
         return key.hex  # as sa.Uuid stores it where there is no such type
+
+    @override
+    def moments(self, values: Sequence[Any]) -> Sequence[Any]:
+        return [None if value is None else EPOCH + timedelta(milliseconds=value) for value in values]
 
     @override
     def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> Awaitable[_T]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.records import EndReason, SessionRecord
 from mcp_session_store.sql.database import transaction
+from mcp_session_store.sql.sessions.records import as_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from mcp_session_store.errors import SessionLimitReached
     from mcp_session_store.records import NewSession
     from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.compiled import Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
     from mcp_session_store.sql.sessions.limits import Limits
     from mcp_session_store.sql.sessions.records import Records
@@ -55,14 +57,15 @@ class Creation:
         first: dict[UUID, NewSession] = {}
         for session in sessions:
             first.setdefault(session.key, session)
-        wanted = [first[key] for key in sorted(first)]
+        wanted = [first[key] for key in sorted(first, key=as_number)]
         refused: Mapping[UUID, SessionLimitReached] = {}
+        run, connection = self._dialect.run, attempt.connection
         if self.limits.concern(wanted):
             records, refused = await self._create_within_limits(attempt, wanted)
+            if present := first.keys() - records.keys() - refused.keys():
+                records |= await run(connection, self._records.load_live(present), writes=False)
         else:
-            records = await self._insert(attempt, wanted)
-        if present := first.keys() - records.keys() - refused.keys():
-            records |= await self._records.load_live(attempt, present)
+            records = await run(connection, self._insert_or_load(wanted), writes=True)
         return [
             refused[session.key]
             if session.key in refused
@@ -72,16 +75,23 @@ class Creation:
             for session in sessions
         ]
 
-    async def _insert(self, attempt: Attempt, sessions: Sequence[NewSession]) -> dict[UUID, SessionRecord]:
+    def _insert_or_load(self, sessions: Sequence[NewSession]) -> Steps[dict[UUID, SessionRecord]]:
+        """Insert the sessions whose keys are free, and return their records and those of the live ones that exist."""
+        records = yield from self._insert(sessions)
+        if present := [session.key for session in sessions if session.key not in records]:
+            records |= yield from self._records.load_live(present)
+        return records
+
+    def _insert(self, sessions: Sequence[NewSession]) -> Steps[dict[UUID, SessionRecord]]:
         """Insert the sessions whose keys are free, and return their records."""
         sql = self._records.statements
-        by_key = {session.key: session for session in sessions}
-        parameters = sql.creates.parameters([_row(session) for session in sessions])
-        result = await attempt.connection.execute(sql.create, parameters)
-        return {
-            key: _new_record(by_key[key], self._namespace, created_at, last_seen_at, expires_at)
-            for key, created_at, last_seen_at, expires_at in result
-        }
+        by_driver_key = {self._dialect.driver_key(session.key): session for session in sessions}
+        rows = yield sql.create, sql.creates.parameters([_row(key, new) for key, new in by_driver_key.items()])
+        records = {}
+        for key, *moments in rows:
+            session = by_driver_key[key]
+            records[session.key] = _new_record(session, self._namespace, *self._dialect.moments(moments))
+        return records
 
     async def _create_within_limits(
         self, attempt: Attempt, sessions: Sequence[NewSession]
@@ -93,18 +103,19 @@ class Creation:
             refused, removed = await limits.refuse(attempt, new)
             await removal.remove_with_session(attempt, removed)
             admitted = [session for session in new if session.key not in refused]
-            records = await self._insert(attempt, admitted) if admitted else {}
+            insertion = self._insert(admitted)
+            records = await self._dialect.run(attempt.connection, insertion, writes=False) if admitted else {}
             excess = await limits.excess(attempt, [session for session in admitted if session.key in records])
             if excess:
                 await removal.end_within(attempt, [(key, EndReason.LIMIT.value) for key in sorted(excess)])
         return records, refused
 
 
-def _row(session: NewSession) -> tuple[object, ...]:
+def _row(key: object, session: NewSession) -> tuple[object, ...]:
     """Return the values of a session in the order of the columns of `SessionStatements.creates`."""
     principal = session.principal
     return (
-        session.key,
+        key,
         session.initialize_params,
         session.protocol_version,
         session.client_name,

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp_session_store.records import Change, Changes, EndReason, Principal, SessionRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from datetime import datetime, timedelta
     from uuid import UUID
 
     from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.compiled import Rows, Steps
+    from mcp_session_store.sql.dialects.dialect import Dialect
     from mcp_session_store.sql.sessions.statements import SessionStatements
 
-__all__ = ["Claim", "Records", "Touch"]
+__all__ = ["Claim", "Records", "Touch", "as_number"]
+
+as_number: Final = attrgetter("int")
+"""Sorts keys as the databases do, without a comparison in Python for each pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +50,34 @@ class Records:
     Each method returns a result for each call, in their order.
 
     Args:
+        dialect: The database's dialect.
         statements: The statements for the policy.
         overlap: How far `changes` looks back before the moment that a call names.
     """
 
-    def __init__(self, statements: SessionStatements, *, overlap: timedelta) -> None:
+    def __init__(self, dialect: Dialect, statements: SessionStatements, *, overlap: timedelta) -> None:
         self.statements = statements
         """Statements for the policy; replaced when it is."""
+        self._dialect = dialect
         self._overlap = overlap
 
     async def load(self, attempt: Attempt, keys: Sequence[UUID]) -> list[SessionRecord | None]:
         """Return the record of each live session, and `None` for any other."""
-        records = await self.load_live(attempt, set(keys))
+        records = await self._dialect.run(attempt.connection, self.load_live(set(keys)), writes=False)
         return [records.get(key) for key in keys]
 
-    async def load_live(self, attempt: Attempt, keys: set[UUID]) -> dict[UUID, SessionRecord]:
+    def load_live(self, keys: Collection[UUID]) -> Steps[dict[UUID, SessionRecord]]:
         """Return the records of the sessions that are live, by key."""
         sql = self.statements
-        result = await attempt.connection.execute(sql.load, sql.loads.parameters([(key,) for key in keys]))
-        return {row[0]: _record(row) for row in result}
+        by_driver_key = {self._dialect.driver_key(key): key for key in keys}
+        rows = yield sql.load, sql.loads.parameters([(key,) for key in by_driver_key])
+        return self._records(by_driver_key, rows)
 
     async def claim(self, attempt: Attempt, claims: Sequence[Claim]) -> list[SessionRecord | None]:
         """Claim sessions, and return the record of each as it then is; `None` where it is not live."""
+        return await self._dialect.run(attempt.connection, self._claim(claims), writes=True)
+
+    def _claim(self, claims: Sequence[Claim]) -> Steps[list[SessionRecord | None]]:
         sql = self.statements
         results: dict[int, SessionRecord | None] = {}
         remaining = dict(enumerate(claims))
@@ -74,12 +86,12 @@ class Records:
             turn: dict[UUID, int] = {}
             for position, claim in remaining.items():
                 turn.setdefault(claim.key, position)
-            rows = [
-                (key, remaining[position].instance, remaining[position].restores)
-                for key, position in sorted(turn.items())
-            ]
-            result = await attempt.connection.execute(sql.claim, sql.claims.parameters(rows))
-            records = {row[0]: _record(row) for row in result}
+            by_driver_key = {self._dialect.driver_key(key): key for key in sorted(turn, key=as_number)}
+            rows = []
+            for driver_key, key in by_driver_key.items():
+                claim = remaining[turn[key]]
+                rows.append((driver_key, claim.instance, claim.restores))
+            records = self._records(by_driver_key, (yield sql.claim, sql.claims.parameters(rows)))
             for key, position in turn.items():
                 results[position] = records.get(key)
                 del remaining[position]
@@ -87,15 +99,20 @@ class Records:
 
     async def touch(self, attempt: Attempt, touches: Sequence[Touch]) -> list[set[UUID]]:
         """Record activity, and return for each report the keys of its sessions that are not live afterwards."""
+        now = asyncio.get_running_loop().time()
+        return await self._dialect.run(attempt.connection, self._touch(touches, now), writes=True)
+
+    def _touch(self, touches: Sequence[Touch], now: float) -> Steps[list[set[UUID]]]:
         sql = self.statements
         not_live = []
         for touch in touches:
             # The activity is older by the time that the report has waited, for a connection or another try.
-            waited = asyncio.get_running_loop().time() - touch.called_at
-            rows = [(key, first + waited, last + waited) for key, first, last in touch.rows]
-            result = await attempt.connection.execute(sql.touch, sql.touches.parameters(rows))
-            is_live = {key for key, expires_at, now in result if expires_at is None or now < expires_at}
-            not_live.append({key for key, _, _ in rows} - is_live)
+            waited = now - touch.called_at
+            by_driver_key = {self._dialect.driver_key(row[0]): row for row in touch.rows}
+            reports = [(key, first + waited, last + waited) for key, (_, first, last) in by_driver_key.items()]
+            rows = yield sql.touch, sql.touches.parameters(reports)
+            is_live = {key for key, expires_at, now in rows if expires_at is None or now < expires_at}
+            not_live.append({row[0] for key, row in by_driver_key.items() if key not in is_live})
         return not_live
 
     async def replace_initialize(self, attempt: Attempt, replacements: Sequence[dict[str, Any]]) -> list[bool]:
@@ -121,6 +138,47 @@ class Records:
         ]
         return Changes(changes, until=rows[0].until)
 
+    def _records(self, keys: Mapping[object, UUID], rows: Rows) -> dict[UUID, SessionRecord]:
+        """Return the records in rows with the columns that `SessionStatements` selects, by key.
+
+        Args:
+            keys: The keys of the sessions, by the driver's.
+            rows: The rows, as the driver returned them.
+        """
+        records = {}
+        for (
+            driver_key,
+            namespace,
+            initialize_params,
+            protocol_version,
+            client_name,
+            client_version,
+            digest,
+            display,
+            instance_hint,
+            *moments,
+            restores,
+            revision,
+        ) in rows:
+            key = keys[driver_key]
+            created_at, last_seen_at, expires_at = self._dialect.moments(moments)
+            records[key] = SessionRecord(
+                key=key,
+                namespace=namespace,
+                initialize_params=initialize_params,
+                protocol_version=protocol_version,
+                client_name=client_name,
+                client_version=client_version,
+                principal=None if digest is None else Principal(digest=bytes.fromhex(digest), display=display),
+                instance_hint=instance_hint,
+                created_at=created_at,
+                last_seen_at=last_seen_at,
+                expires_at=expires_at,
+                restores=restores,
+                revision=revision,
+            )
+        return records
+
 
 def _end_reason(stored: str) -> EndReason:
     try:
@@ -128,38 +186,3 @@ def _end_reason(stored: str) -> EndReason:
     except ValueError:
         # A newer version of this package may know more reasons, and runs beside this one during a deploy.
         return EndReason.OPERATOR
-
-
-def _record(row: Sequence[Any]) -> SessionRecord:
-    """Return the record in a row with the columns that `SessionStatements` selects."""
-    (
-        key,
-        namespace,
-        initialize_params,
-        protocol_version,
-        client_name,
-        client_version,
-        digest,
-        display,
-        instance_hint,
-        created_at,
-        last_seen_at,
-        expires_at,
-        restores,
-        revision,
-    ) = row
-    return SessionRecord(
-        key=key,
-        namespace=namespace,
-        initialize_params=initialize_params,
-        protocol_version=protocol_version,
-        client_name=client_name,
-        client_version=client_version,
-        principal=None if digest is None else Principal(digest=bytes.fromhex(digest), display=display),
-        instance_hint=instance_hint,
-        created_at=created_at,
-        last_seen_at=last_seen_at,
-        expires_at=expires_at,
-        restores=restores,
-        revision=revision,
-    )

@@ -115,14 +115,16 @@ class SessionStatements:
         table = self._table = sessions_table(schema)
 
         self.creates = dialect.batch("created", {column: table.c[column].type for column in _CREATED})
-        self.create = self._creation()
+        self.create = dialect.precompiled(self._creation())
         self.loads = dialect.batch("loaded", _KEY)
-        self.load = sa.select(*self._record()).where(self.loads.in_batch(table.c.key), self._live(StoreClock()))
+        self.load = dialect.precompiled(
+            sa.select(*self._record()).where(self.loads.in_batch(table.c.key), self._live(StoreClock()))
+        )
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
-        self.claim = self._claim()
+        self.claim = dialect.precompiled(self._claim())
         self.replace_initialize = self._replacement()
         self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
-        self.touch = self._touch()
+        self.touch = dialect.precompiled(self._touch())
         self.until = sa.select(StoreClock())
         self.changes = self._changes()
 

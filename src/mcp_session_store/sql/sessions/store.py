@@ -87,7 +87,7 @@ class SqlSessionStore(SessionStore):
         overlap = timedelta(seconds=2 * self._database.timeout)
         self._removal = SessionRemoval(dialect, schema=schema, namespace=namespace)
         self._journal = JournalStatements(dialect, schema=schema, namespace=namespace)
-        self._records = Records(self._for_policy(SessionStatements), overlap=overlap)
+        self._records = Records(dialect, self._for_policy(SessionStatements), overlap=overlap)
         self._creation = Creation(
             dialect,
             namespace=namespace,
