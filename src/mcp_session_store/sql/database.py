@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["Attempt", "Database", "Lease", "spawn", "transaction"]
+__all__ = ["Attempt", "Database", "Lease", "spawn"]
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,10 @@ class Database:
 
     async def release(self, connection: AsyncConnection, *, broken: bool) -> None:
         """Return a connection to the pool, or drop it when it is broken."""
-        if not broken and self._returns_at_once():
+        pool = self.engine.pool
+        if not broken and self._owned and isinstance(pool, QueuePool) and pool.checkedin() < pool.size():
+            # There is nothing to roll back on an engine of ours, and nothing to close where the pool has room: so there
+            # is no wait in which the caller could be cancelled.
             await _release(connection, broken=False)
             return
         # In a task of its own, so that a cancelled caller leaves no connection behind.
@@ -239,14 +242,6 @@ class Database:
         self.closing.add(task)
         task.add_done_callback(self.closing.discard)
         await asyncio.shield(task)
-
-    def _returns_at_once(self) -> bool:
-        """Return whether a connection goes back to the pool without a wait, in which the caller may be cancelled.
-
-        The pool of an engine of ours has nothing to roll back. When it is full, it closes the connection.
-        """
-        pool = self.engine.pool
-        return self._owned and isinstance(pool, QueuePool) and pool.checkedin() < pool.size()
 
     def translate(self, error: Exception) -> Exception:
         """Return this package's error for a driver's, to be raised from it; a bug is returned as it is."""
@@ -393,23 +388,6 @@ class Lease:
         connection, self._connection = self._connection, None
         if connection is not None:
             await self._database.release(connection, broken=broken)
-
-
-@contextlib.asynccontextmanager
-async def transaction(connection: AsyncConnection, dialect: Dialect) -> AsyncIterator[None]:
-    """Commit the statements of a block, or roll them back when the block raises.
-
-    A block that is cancelled must drop the connection, as a `Lease` does, which rolls back too.
-    """
-    await connection.exec_driver_sql(dialect.begin)
-    try:
-        yield
-    except Exception:
-        # Where this fails the connection is broken, which rolls back too.
-        with contextlib.suppress(Exception):
-            await connection.exec_driver_sql("ROLLBACK")
-        raise
-    await connection.exec_driver_sql("COMMIT")
 
 
 async def _release(connection: AsyncConnection, *, broken: bool) -> None:

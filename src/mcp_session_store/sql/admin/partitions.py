@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.settings import OPERATOR_TIMEOUT
-from mcp_session_store.sql.database import Database, transaction
+from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
 from mcp_session_store.sql.dialects.partitions import (
     TIMED_OUT,
@@ -30,6 +30,7 @@ from mcp_session_store.sql.dialects.partitions import (
     start_of_range,
 )
 from mcp_session_store.sql.schema.tables import events_table
+from mcp_session_store.sql.transaction import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

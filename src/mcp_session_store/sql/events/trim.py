@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.database import transaction
 from mcp_session_store.sql.dialects.functions import ONE, ByteLength, Unindexed
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
+from mcp_session_store.sql.transaction import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

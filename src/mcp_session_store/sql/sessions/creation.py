@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.records import EndReason, SessionRecord
-from mcp_session_store.sql.database import transaction
 from mcp_session_store.sql.sessions.records import as_number
+from mcp_session_store.sql.transaction import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,10 +9,10 @@ import sqlalchemy as sa
 
 from mcp_session_store.errors import JournalFull
 from mcp_session_store.records import JournalEntry
-from mcp_session_store.sql.database import transaction
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import journal_table, sessions_table
 from mcp_session_store.sql.sessions.statements import live, notify
+from mcp_session_store.sql.transaction import transaction
 from mcp_session_store.store import MAX_JOURNAL_ENTRIES
 
 if TYPE_CHECKING:

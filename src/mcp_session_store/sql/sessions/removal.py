@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.database import transaction
 from mcp_session_store.sql.dialects.functions import StoreClock, Unindexed
 from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
 from mcp_session_store.sql.sessions.statements import ended, live, locked, notify
+from mcp_session_store.sql.transaction import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from mcp_session_store.records import EndReason
-from mcp_session_store.sql.database import transaction
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.sql.sessions.statements import ended, expiry
+from mcp_session_store.sql.transaction import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
