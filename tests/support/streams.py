@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from mcp_session_store import session_key
+from mcp_session_store.adapter.streams.event_ids import EventIds
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.internals import is_settled, recorder_of
 from tests.support.talking import Talking, told
 
 if TYPE_CHECKING:
+    from mcp_session_store.adapter.streams.event_ids import Cursor
     from tests.support.asgi import Client, Exchange
     from tests.support.instances import Instance
     from tests.support.talking import Call
@@ -35,6 +38,13 @@ async def opened(client: Client, last_event_id: str | None = None) -> Exchange:
     if last_event_id is None:
         await until(lambda: stream.last_event_id is not None)
     return stream
+
+
+def place_of(client: Client, event_id: str) -> Cursor:
+    """Return the place that an event id of a client's session stands for."""
+    cursor = EventIds(session_key(str(client.session_id))).read(event_id)
+    assert cursor is not None
+    return cursor
 
 
 async def one_more_turn() -> None:

@@ -22,7 +22,7 @@ from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog, FaultyStore
 from tests.support.instances import instance
 from tests.support.internals import recorder_of
-from tests.support.streams import away, one_more_turn, opened
+from tests.support.streams import away, one_more_turn, opened, place_of
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
@@ -58,13 +58,6 @@ async def waited(waits: list[Follower]) -> None:
     await until(lambda: len(waits) > before + 5)
 
 
-def place(client: Client, event_id: str) -> Cursor:
-    """The place that an event id of a session stands for."""
-    cursor = EventIds(session_key(str(client.session_id))).read(event_id)
-    assert cursor is not None
-    return cursor
-
-
 # What it is
 
 
@@ -89,7 +82,7 @@ async def test_its_id_is_one_that_earlier_versions_read(one: Instance, talking: 
     stream = f"{recorder_of(one.manager).instances.name}.1"
     raw = base64.urlsafe_b64decode(last_event_id + "=" * (-len(last_event_id) % 4))
     assert raw[TAG_SIZE:].decode() == f"0/0/{stream}//{client._last_id}"
-    assert place(client, last_event_id) == Cursor(stream, 0, 0, client._last_id)
+    assert place_of(client, last_event_id) == Cursor(stream, 0, 0, client._last_id)
 
 
 async def test_its_id_names_the_newest_event_that_is_known_here_and_the_first_event_comes_after(
@@ -101,7 +94,7 @@ async def test_its_id_names_the_newest_event_that_is_known_here_and_the_first_ev
     call.answer()
     await exchange.end()
     _, last_event_id = await away(talking, client)
-    assert place(client, last_event_id).sequence == 4
+    assert place_of(client, last_event_id).sequence == 4
     assert [event.position for event in log.stored(client.session_id)][1:] == [1, 2, 3]
 
 
@@ -123,7 +116,7 @@ async def test_a_restored_copy_stores_one_and_from_then_on_none(store: FaultySto
         held.release()
         await talking.begun()
         await until(lambda: exchange.last_event_id is not None)
-        assert place(client, str(exchange.last_event_id))[1:3] == (2, 0)
+        assert place_of(client, str(exchange.last_event_id))[1:3] == (2, 0)
         await client.ping()
         kinds = [event.kind for event in log.stored(session_id)]
         assert kinds == [EventKind.RESPONSE, EventKind.PRIMING, EventKind.RESPONSE]
@@ -165,7 +158,7 @@ async def test_one_is_stored_after_an_event_that_could_not_be(log: FaultyLog, ta
     log.up()
     _, last_event_id = await away(talking, client)
     assert [event.kind for event in log.stored(client.session_id)] == [EventKind.PRIMING]
-    assert place(client, last_event_id)[1:3] == (1, 0)
+    assert place_of(client, last_event_id)[1:3] == (1, 0)
 
 
 # The call runs

@@ -17,7 +17,7 @@ from tests.support.asgi import PATIENCE, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance
 from tests.support.internals import recorder_of
-from tests.support.streams import away, old_client, one_more_turn, opened
+from tests.support.streams import away, old_client, one_more_turn, opened, place_of
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ async def say_on(log: FaultyLog, session_id: str | None, stream: str, count: int
     """Have this many more events on a stream, at once."""
     assert session_id is not None
     key = session_key(session_id)
-    last = [event for name, event in log.streams(session_id) if name == stream][-1].position
+    last = max([event.position for name, event in log.streams(session_id) if name == stream], default=0)
     said = '{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":"%d"}}'
     events = [
         NewEvent(
@@ -121,13 +121,10 @@ async def test_what_a_client_does_not_read_is_not_read_for_it(store: FaultyStore
         client = one.client()
         session_id = await client.handshake()
         call, last_event_id = await away(talking, client)
-        await call.say("first")
-        await until(lambda: log.streams(session_id) != [])
         if standalone:
             stream = await opened(client)
             last_event_id = str(await stream.leave())
-        name = log.streams(session_id)[-1][0]
-        await say_on(log, session_id, name, MANY)
+        await say_on(log, session_id, place_of(client, last_event_id).stream, MANY)
         gc.collect()
         log.calls.clear()
         tracemalloc.start()
@@ -178,15 +175,13 @@ async def read_some(exchange: Exchange, count: int) -> None:
 
 async def test_a_long_stream_is_read_page_by_page(log: FaultyLog, talking: Talking, client: Client) -> None:
     session_id = str(client.session_id)
-    call, last_event_id = await away(talking, client)
-    await call.say("first")
-    await until(lambda: log.streams(session_id) != [])
-    await say_on(log, session_id, log.streams(session_id)[0][0], 5 * EVENT_PAGE)
+    _, last_event_id = await away(talking, client)
+    await say_on(log, session_id, place_of(client, last_event_id).stream, 5 * EVENT_PAGE)
     log.calls.clear()
     resumed = await opened(client, last_event_id)
-    await hears(resumed, "first", *(str(n) for n in range(5 * EVENT_PAGE)))
+    await hears(resumed, *(str(n) for n in range(5 * EVENT_PAGE)))
     assert 5 <= log.counts()["read"] <= 7
-    assert len({event.id for event in resumed.events}) == 1 + 5 * EVENT_PAGE
+    assert len({event.id for event in resumed.events}) == 5 * EVENT_PAGE
 
 
 async def test_events_that_wait_are_sent_together_in_parts_of_a_bounded_size(
@@ -194,7 +189,7 @@ async def test_events_that_wait_are_sent_together_in_parts_of_a_bounded_size(
 ) -> None:
     session_id = str(client.session_id)
     _, last_event_id = await away(talking, client)
-    await say_on(log, session_id, log.streams(session_id)[0][0], 2 * EVENT_PAGE)
+    await say_on(log, session_id, place_of(client, last_event_id).stream, 2 * EVENT_PAGE)
     resumed = await opened(client, last_event_id)
     await hears(resumed, *(str(n) for n in range(2 * EVENT_PAGE)))
     parts = [len(message["body"]) for message in resumed.sent[1:]]
@@ -209,12 +204,12 @@ async def test_a_message_of_several_lines_stays_one_message(
 ) -> None:
     session_id = str(client.session_id)
     _, last_event_id = await away(talking, client)
-    stream, before = log.streams(session_id)[-1]
+    stream = place_of(client, last_event_id).stream
     params = '"params": {"level": "info", "data": "é\u2028"}}'
     event = NewEvent(
         stream=stream,
-        position=before.position + 1,
-        previous=before.position,
+        position=1,
+        previous=0,
         kind=EventKind.NOTIFICATION,
         message=line_end.join(['{"jsonrpc": "2.0",', '"method": "notifications/message",', params]),
     )
