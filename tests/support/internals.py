@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.ending import Ender
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
-    from mcp_session_store.adapter.sessions.server_loop import ServerLoop
     from mcp_session_store.adapter.streams.event_ids import EventIds
     from mcp_session_store.adapter.streams.recorder import EventRecorder
     from mcp_session_store.memory.data import Log, Row
@@ -124,11 +123,6 @@ def resident_of(manager: DurableSessionManager, session_id: str) -> ResidentSess
     session = manager._registry.get(session_id)
     assert session is not None
     return session
-
-
-def loop_of(manager: DurableSessionManager, session_id: str) -> ServerLoop:
-    """The server loop of a session's resident copy."""
-    return resident_of(manager, session_id).loop
 
 
 def max_initialize_params_of(manager: DurableSessionManager) -> int:

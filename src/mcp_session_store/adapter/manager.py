@@ -273,7 +273,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             retry_interval=self.retry_interval,
         )
         opener = Opener(self._registry, admission, writer, self._tasks)
-        restorer = Restorer(
+        self._restorer = Restorer(
             self.store,
             self._registry,
             lookup,
@@ -286,7 +286,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         router = Router(
             self._registry,
             opener,
-            restorer,
+            self._restorer,
             self._ender,
             self._activity,
             writer,
@@ -303,6 +303,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         start(partial(run_every, "activity", self._activity.interval, self._ender.report, wake=self._activity.wake))
         start(partial(run_every, "changes", poll_interval, changes.poll, wake=changes.wake))
         start(run_again, "hints", changes.listen)
+        start(run_every, "restores", settings.replay_timeout, self._restorer.fail_overdue)
         evict_after = math.inf if settings.evict_after is None else settings.evict_after
         start(run_every, "eviction", min(evict_after / 4, poll_interval), self._evict_unused)
         if settings.sweep_interval is not None:

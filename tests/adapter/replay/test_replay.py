@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
+import gc
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -11,11 +13,14 @@ import pytest
 from mcp.shared.exceptions import NoBackChannelError
 from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 
+from mcp_session_store.adapter.replay.context import ReplayedContext
+from mcp_session_store.adapter.replay.replay import Replay
+from mcp_session_store.adapter.sessions.registry import Restore
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, open_session
-from tests.support.internals import exit_stack_of, loop_of, registry_of, stopping_in
-from tests.support.stateful import Stateful, set_level, subscribe
+from tests.support.internals import exit_stack_of, registry_of, stopping_in
+from tests.support.stateful import Stateful, set_level
 
 if TYPE_CHECKING:
     from mcp.server.context import ServerRequestContext
@@ -269,11 +274,57 @@ async def test_a_replayed_call_can_send_the_client_requests_on_the_sessions_own_
         assert len(notes.set_again) == 1
 
 
-async def test_a_copy_keeps_nothing_of_its_replay(store: FaultyStore) -> None:
-    async with instance(store, Stateful()) as gone:
-        client = gone.client()
-        session_id = await client.handshake()
-        await subscribe(client, "notes://1")
+async def test_a_restore_starts_one_task_for_its_copy_one_for_the_notification_and_the_transports(
+    store: FaultyStore,
+) -> None:
+    session_id = await open_session(store)
+    started: list[asyncio.Task[Any]] = []
+
+    def counting(loop: asyncio.AbstractEventLoop, coroutine: Any, **settings: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(coroutine, loop=loop, **settings)
+        started.append(task)
+        return task
+
+    async with instance(store, json_response=True) as one:
+        client = one.client(session_id)
+        await client.ping()
+        await one.terminate(session_id)
+        await until(lambda: one.residents == 0)
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(counting)
+        try:
+            assert (await client.ping()).status == 200
+        finally:
+            loop.set_task_factory(None)
+    # Its client's first, and the handler of the call last.
+    assert [task.get_name().rpartition(".")[2] for task in started[1:-1]] == [
+        "_run_restore",
+        "message_router",
+        "_notify",
+    ]
+
+
+async def test_a_restored_copy_outlives_the_time_that_its_replay_had(store: FaultyStore) -> None:
+    session_id = await open_session(store)
+    async with instance(store, replay_timeout=0.05) as one:
+        client = one.client(session_id)
+        claim = store.hold("claim")
+        call = client.open_request("ping")
+        await claim.wait_entered()
+        # The store has a time of its own.
+        await anyio.sleep(0.3)
+        claim.release()
+        assert (await call.answer()).status == 200
+        await anyio.sleep(0.3)
+        assert (await client.ping()).status == 200
+        assert len(one.notes.replayed("initialize")) == 1
+
+
+async def test_a_copy_keeps_nothing_of_its_restore(store: FaultyStore) -> None:
+    session_id = await journaled(store)
     async with instance(store, Stateful()) as one:
         assert (await one.client(session_id).ping()).status == 200
-        assert loop_of(one.manager, session_id).replay is None
+        # Not even before the client's next message is read.
+        gc.collect()
+        kept = [held for held in gc.get_objects() if isinstance(held, Replay | Restore | ReplayedContext)]
+        assert kept == []

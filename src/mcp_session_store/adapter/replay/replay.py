@@ -14,9 +14,11 @@ from mcp.shared.jsonrpc_dispatcher import handler_exception_to_error_data
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.replay.context import ReplayedContext, in_context, next_request_id
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
+from mcp_session_store.adapter.responses import SessionNotFound
+from mcp_session_store.errors import StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from anyio.abc import TaskGroup
     from mcp.server.runner import ServerRunner
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import JournalEntry, SessionRecord, SessionRestoreMarker
 
-__all__ = ["Replay", "ReplayedCopy"]
+__all__ = ["TOO_LONG", "Replay", "ReplayedCopy"]
 
 logger = logging.getLogger(__name__)
 
 _OF_THE_BODY: Final = frozenset({b"content-length", b"content-type", b"content-encoding", b"transfer-encoding"})
+TOO_LONG: Final = "the replay of a session was cut short, or took too long"
 _INITIALIZED: Final = "notifications/initialized"
 
 
@@ -62,6 +65,8 @@ class Replay:
         scope: The ASGI scope of the request that causes the restore.
         copy: The copy, which is busy while handlers run.
         timeout: Seconds.
+        on_replayed: Called when all is replayed; returns whether the copy serves the session.
+        on_failure: Called when the session cannot be restored here, before anything is cleaned up.
     """
 
     _runner: ServerRunner[Any]
@@ -76,14 +81,13 @@ class Replay:
         copy: ReplayedCopy,
         *,
         timeout: float,
+        on_replayed: Callable[[], Awaitable[bool]],
+        on_failure: Callable[[Exception], None],
     ) -> None:
         # Taken in the restoring request's own task: handlers find its context variables.
         self._context = contextvars.copy_context()
-        self.over = Latch()
-        self.failure: str | None = None
-        """Why the session cannot be restored here, when it is over and failed."""
-        self.broken = False
-        """The failure is no answer of the server's: it was cut short, and trying again is right."""
+        self._on_replayed = on_replayed
+        self._on_failure = on_failure
         self._record = record
         self._journal = journal
         self._copy = copy
@@ -108,15 +112,34 @@ class Replay:
             answer = await in_context(self._context.copy(), call)
         except Exception as error:
             _log_crash("initialize", error)
-            self._fail("the replayed initialize was answered by an error")
-            return False
+            return self._refuse("the replayed initialize was answered by an error")
+        except BaseException:
+            self.cut_short()
+            raise
         if answer.get("protocolVersion") != self._record.protocol_version:
-            self._fail("the replayed initialize negotiated another protocol version")
-            return False
+            return self._refuse("the replayed initialize negotiated another protocol version")
         return True
 
-    async def go_on(self) -> None:
-        """Replay what follows `initialize`, once the server loop runs."""
+    def _refuse(self, reason: str) -> bool:
+        # The record stays: in a rolling deploy other instances still serve the session.
+        logger.warning("the session %s cannot be restored by this instance: %s", self._record.key, reason)
+        self._on_failure(SessionNotFound())
+        return False
+
+    async def finish(self) -> bool:
+        """Replay what follows `initialize`, once the server loop runs; return whether the copy serves the session."""
+        try:
+            await self._follow_up()
+            return await self._on_replayed()
+        except BaseException:
+            self.cut_short()
+            raise
+
+    def cut_short(self) -> None:
+        """End the replay without an answer of the server's, so that trying again is right; unless it is over."""
+        self._on_failure(StoreUnavailable(TOO_LONG))
+
+    async def _follow_up(self) -> None:
         self._start(self._notify)
         # A handler that waits for nothing has returned after one turn.
         await anyio.lowlevel.checkpoint()
@@ -125,7 +148,6 @@ class Replay:
                 await self._handler_done.wait()
         if self._journal:
             await self._replay_journal()
-        self.over.set()
 
     async def _replay_journal(self) -> None:
         deadline = anyio.current_time() + self._timeout
@@ -181,16 +203,6 @@ class Replay:
     def asked(self) -> None:
         """Note that a handler has sent a request to the client, whose answer needs the session to be published."""
         self._handler_done.set()
-
-    def cut_short(self, failure: str) -> None:
-        """End the replay without an answer of the server's."""
-        if not self.over.is_set():
-            self.broken = True
-            self._fail(failure)
-
-    def _fail(self, failure: str) -> None:
-        self.failure = failure
-        self.over.set()
 
 
 def _log_crash(method: str, error: Exception) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from mcp_session_store.adapter import telemetry
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.records import SessionRecord
 
 __all__ = ["Registry", "Restore"]
 
@@ -29,10 +31,29 @@ logger = logging.getLogger(__name__)
 class Restore:
     """One restore under way, and what the requests that wait for it need to know."""
 
-    __slots__ = ("ended", "failure", "key", "over", "session", "stale_since", "waiters")
+    __slots__ = (
+        "copy",
+        "deadline",
+        "ended",
+        "failure",
+        "key",
+        "over",
+        "previous_instance",
+        "session",
+        "session_id",
+        "stale_since",
+        "waiters",
+    )
 
-    def __init__(self, key: UUID) -> None:
-        self.key = key
+    def __init__(self, session_id: str, record: SessionRecord) -> None:
+        self.session_id = session_id
+        self.key = record.key
+        self.previous_instance = record.instance_hint
+        """Id of the instance that created or restored the session before."""
+        self.copy: ResidentSession | None = None
+        """The copy that is being made."""
+        self.deadline = math.inf
+        """Moment, by anyio's clock, at which the replay takes too long."""
         self.over = Latch()
         self.waiters = 0
         """Number of requests that wait for the restore."""
@@ -102,6 +123,28 @@ class Registry:
     def concerns(self, key: UUID) -> bool:
         """Return whether the session that is stored under this key is resident or being restored."""
         return key in self._by_key or any(self.restores_of(key))
+
+    def restored(self, restore: Restore, session: ResidentSession) -> None:
+        """End a restore that succeeded: publish its copy, pinned for all requests that wait for it."""
+        self.publish(session)
+        # Before anything else can run: none of the requests meets a stopping copy.
+        session.pin(restore.waiters)
+        restore.session = session
+        self._end(restore)
+
+    def not_restored(self, restore: Restore, failure: Exception) -> None:
+        """End a restore that failed, unless it is over already; its copy stops."""
+        if restore.over.is_set():
+            return
+        if restore.copy is not None:
+            self.unpublish(restore.copy)
+        restore.failure = failure
+        self._end(restore)
+
+    def _end(self, restore: Restore) -> None:
+        restore.copy = None
+        del self.restores[restore.session_id]
+        restore.over.set()
 
     def reserve(self, *, may_evict: bool) -> None:
         """Reserve capacity for one more copy.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import anyio
 
 from mcp_session_store.adapter import telemetry
-from mcp_session_store.adapter.replay.replay import Replay
+from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
 from mcp_session_store.adapter.responses import MemoryFull, SessionNotFound
 from mcp_session_store.adapter.sessions.registry import Restore
@@ -19,8 +19,6 @@ from mcp_session_store.errors import RestoreRefused, SessionStoreError, StoreUna
 from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from starlette.types import Scope
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.lookup import Lookup
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
-    from mcp_session_store.records import JournalEntry
     from mcp_session_store.store import SessionStore
 
 __all__ = ["RestoreHook", "Restorer"]
@@ -113,10 +110,10 @@ class Restorer:
         """
         restore = self._registry.restores.get(session_id)
         if restore is None:
-            restore = self._registry.restores[session_id] = Restore(record.key)
+            restore = self._registry.restores[session_id] = Restore(session_id, record)
             # In the manager's task group: the disconnect of this request fails no other. The task inherits this
             # request's context variables.
-            self._tasks.start_soon(self._run_restore, restore, session_id, record, requestor, scope)
+            self._tasks.start_soon(self._run_restore, restore, record, requestor, scope, RESTORE_ATTEMPTS)
         restore.waiters += 1
         try:
             await restore.over.wait()
@@ -133,69 +130,128 @@ class Restorer:
     async def _run_restore(
         self,
         restore: Restore,
-        session_id: str,
         record: SessionRecord,
         requestor: AuthorizationContext | None,
         scope: Scope,
+        attempts: int,
     ) -> None:
+        """Make a copy of a session, restore it, and serve it until it leaves memory."""
         try:
-            session = await self._restore(restore, session_id, record, requestor, scope)
-            # Pinned for all requests that wait, before anything else can run: none of them meets a stopping copy.
-            session.pin(restore.waiters)
-            restore.session = session
-        except (SessionNotFound, MemoryFull, SessionStoreError) as failure:
-            restore.failure = failure
-        except Exception:
-            logger.exception("the session %s could not be restored", record.key)
-            restore.failure = StoreUnavailable("the session could not be restored")
-        finally:
-            if restore.session is None and restore.failure is None:
-                restore.failure = StoreUnavailable("the manager is shutting down")
-            del self._registry.restores[session_id]
-            restore.over.set()
+            session = await self._admitted(restore, record, requestor, scope, attempts)
+        except BaseException as error:
+            self._registry.not_restored(restore, self._failure(error, record))
+            if not isinstance(error, Exception):
+                raise
+            return
+        # Not needed any more when the restore is over, while the copy lives.
+        del restore, record, requestor, scope
+        await self._admission.run(session)
 
-    async def _restore(
+    async def _admitted(
         self,
         restore: Restore,
-        session_id: str,
         record: SessionRecord,
         requestor: AuthorizationContext | None,
         scope: Scope,
+        attempts: int,
     ) -> ResidentSession:
-        """Make a session resident from its record."""
-        previous_instance = record.instance_hint
-        for _ in range(RESTORE_ATTEMPTS):
-            await self._await_predecessor(session_id)
-            marker = SessionRestoreMarker(
-                session_id=session_id,
-                created_at=record.created_at,
-                restored_at=datetime.now(UTC),
-                restores=record.restores + 1,
-                previous_instance=previous_instance,
-                replaying=True,
-            )
-            await self._ask_application(marker, record)
-            journal = await self._store.read_journal(record.key) if record.revision else ()
-            session = self._admission.admit(session_id, requestor)
-            try:
-                claimed = await self._replay(session, marker, record, journal, scope)
-                if restore.ended:
-                    raise SessionNotFound
-                if not session.serving or session.loop.stopped.is_set():
-                    raise StoreUnavailable("the server loop of a session ended while it was being restored")
-                if claimed.revision == record.revision:
-                    session.stored(claimed, self._store.retention, new=False)
-                    session.stale_since = restore.stale_since
-                    session.marker = dataclasses.replace(marker, restores=claimed.restores, replaying=False)
-                    self._registry.publish(session)
-                    telemetry.restored.add(1)
-                    return session
-            finally:
-                if self._registry.get(session_id) is not session:
-                    await self._registry.evict(session)
-            # Another instance has replaced meanwhile what was replayed here.
-            record = claimed
-        raise StoreUnavailable("the session kept changing while it was restored")
+        """Return the copy of a session that is going to be restored."""
+        session_id = restore.session_id
+        await self._await_predecessor(session_id)
+        marker = SessionRestoreMarker(
+            session_id=session_id,
+            created_at=record.created_at,
+            restored_at=datetime.now(UTC),
+            restores=record.restores + 1,
+            previous_instance=restore.previous_instance,
+            replaying=True,
+        )
+        if self._on_restore is not None:
+            await self._ask_application(self._on_restore, marker, record)
+        journal = await self._store.read_journal(record.key) if record.revision else ()
+        session = restore.copy = self._admission.admit(session_id, requestor)
+
+        def failed(failure: Exception) -> None:
+            self._registry.not_restored(restore, failure)
+
+        async def replayed() -> bool:
+            if restore.over.is_set():
+                return False
+            restore.deadline = math.inf
+            session.loop.limit(math.inf)
+            return await self._claim(restore, session, marker, record, scope, attempts)
+
+        replay = Replay(
+            record,
+            journal,
+            marker,
+            scope,
+            session,
+            timeout=self._replay_timeout,
+            on_replayed=replayed,
+            on_failure=failed,
+        )
+        # The replay's timeout for the answer to `initialize` and for the notification's handler, with room for the
+        # journal.
+        restore.deadline = anyio.current_time() + (4 if journal else 2) * self._replay_timeout
+        session.loop.begin_with(replay, restore.deadline, RequestIds())
+        return session
+
+    async def _claim(
+        self,
+        restore: Restore,
+        session: ResidentSession,
+        marker: SessionRestoreMarker,
+        record: SessionRecord,
+        scope: Scope,
+        attempts: int,
+    ) -> bool:
+        """Claim a session that was replayed, and publish its copy; return whether the copy serves."""
+        try:
+            claimed = await self._store.claim(record.key, instance=self._instance, restores=record.restores)
+            if claimed is None or restore.ended:
+                raise SessionNotFound
+            if not session.serving:
+                raise StoreUnavailable("the server loop of a session ended while it was being restored")
+            if claimed.revision == record.revision:
+                session.stored(claimed, self._store.retention, new=False)
+                session.stale_since = restore.stale_since
+                session.marker = SessionRestoreMarker(
+                    session_id=marker.session_id,
+                    created_at=marker.created_at,
+                    restored_at=marker.restored_at,
+                    restores=claimed.restores,
+                    previous_instance=marker.previous_instance,
+                    replaying=False,
+                )
+                self._registry.restored(restore, session)
+                telemetry.restored.add(1)
+                return True
+            if attempts == 1:
+                raise StoreUnavailable("the session kept changing while it was restored")
+        except Exception as error:
+            self._registry.not_restored(restore, self._failure(error, record))
+            return False
+        # Another instance has replaced meanwhile what was replayed here.
+        self._registry.unpublish(session)
+        self._tasks.start_soon(self._run_restore, restore, claimed, session.owner, scope, attempts - 1)
+        return False
+
+    def _failure(self, error: BaseException, record: SessionRecord) -> Exception:
+        """Return what the requests are told that wait for a restore which has failed."""
+        if isinstance(error, SessionNotFound | MemoryFull | SessionStoreError):
+            return error
+        if isinstance(error, Exception):
+            logger.error("the session %s could not be restored", record.key, exc_info=error)
+            return StoreUnavailable("the session could not be restored")
+        return StoreUnavailable("the manager is shutting down")
+
+    async def fail_overdue(self) -> None:
+        """Fail the restores whose replay takes too long, and does not let itself be cancelled."""
+        now = anyio.current_time()
+        for restore in list(self._registry.restores.values()):
+            if restore.deadline <= now:
+                self._registry.not_restored(restore, StoreUnavailable(TOO_LONG))
 
     async def _await_predecessor(self, session_id: str) -> None:
         """Wait until an earlier copy of this session has stopped, clean-up included."""
@@ -211,44 +267,12 @@ class Restorer:
             "an earlier copy of the session has not left memory yet, because one of its handlers does not end"
         )
 
-    async def _ask_application(self, marker: SessionRestoreMarker, record: SessionRecord) -> None:
+    async def _ask_application(self, hook: RestoreHook, marker: SessionRestoreMarker, record: SessionRecord) -> None:
         """Let the application refuse the restore, which ends the session."""
-        if self._on_restore is None:
-            return
         try:
             with anyio.fail_after(self._replay_timeout):
-                await self._on_restore(marker, record)
+                await hook(marker, record)
         except RestoreRefused:
             await self._store.end(record.key, reason=EndReason.REFUSED)
             telemetry.ended.add(1, {"reason": EndReason.REFUSED.value})
             raise SessionNotFound from None
-
-    async def _replay(
-        self,
-        session: ResidentSession,
-        marker: SessionRestoreMarker,
-        record: SessionRecord,
-        journal: Sequence[JournalEntry],
-        scope: Scope,
-    ) -> SessionRecord:
-        """Replay the handshake and the journal into a session that no request can reach yet, and claim it."""
-        session.loop.swallow_initialized = True
-        session.loop.request_ids = RequestIds()
-        replay = session.loop.replay = Replay(record, journal, marker, scope, session, timeout=self._replay_timeout)
-        # The replay's timeout for the answer to `initialize` and for the notification's handler, with room for the
-        # journal.
-        self._tasks.start_soon(self._admission.run, session)
-        with anyio.move_on_after((4 if journal else 2) * self._replay_timeout):
-            await replay.over.wait()
-        if not replay.over.is_set():
-            raise StoreUnavailable("the replay of a session took too long")
-        if replay.broken:
-            raise StoreUnavailable(f"a session could not be restored: {replay.failure}")
-        if replay.failure is not None:
-            # The record stays: in a rolling deploy other instances still serve the session.
-            logger.warning("the session %s cannot be restored by this instance: %s", record.key, replay.failure)
-            raise SessionNotFound
-        claimed = await self._store.claim(record.key, instance=self._instance, restores=record.restores)
-        if claimed is None:
-            raise SessionNotFound
-        return claimed

@@ -92,6 +92,23 @@ class ServerLoop:
         """The stream that goes to the client, once the transport is connected."""
         self._scope = anyio.CancelScope()
 
+    def begin_with(self, replay: Replay, deadline: float, request_ids: RequestIds) -> None:
+        """Make it the loop of a restored copy.
+
+        Args:
+            replay: What is replayed before the client's messages are read.
+            deadline: Moment, by anyio's clock, at which the server task is cancelled.
+            request_ids: Keeps the ids of the copy's own requests apart from those of the session's other copies.
+        """
+        self.replay = replay
+        self.request_ids = request_ids
+        self.swallow_initialized = True
+        self.limit(deadline)
+
+    def limit(self, deadline: float) -> None:
+        """Cancel the server task at a moment of anyio's clock, unless another one is set before."""
+        self._scope.deadline = deadline
+
     async def run(
         self,
         serve_loop: ServeLoop,
@@ -123,7 +140,7 @@ class ServerLoop:
             for handshake in self.held:
                 handshake.settle(UNAVAILABLE)
             if self.replay is not None:
-                self.replay.cut_short("the server loop ended during the replay")
+                self.replay.cut_short()
             self.stopped.set()
 
     @contextmanager
@@ -166,8 +183,10 @@ class _Inbound:
         loop = self._loop
         if loop.replay is not None:
             # Only now that the server loop reads can a handler send the client a request.
-            await loop.replay.go_on()
+            serves = await loop.replay.finish()
             loop.replay = None
+            if not serves:
+                raise anyio.EndOfStream
         while True:
             received = await self._inner.receive()
             if isinstance(received, SessionMessage):
