@@ -4,9 +4,10 @@
     python -m benchmarks.calls postgresql://user@host/db  # and Postgres, on a database that may be migrated
     python -m benchmarks.calls --store sqlite --only restart --mode JSON --functions 40
 
-The operations are those of `benchmarks.contenders`, one at a time unless `--clients` says otherwise. Calls of Python
+The operations are those of `python -m benchmarks`, one at a time unless `--clients` says otherwise. Calls of Python
 functions and of built-in ones count alike, each time that a coroutine goes on included, as in cProfile. Those of this
-benchmark's own client do not count. The median of the rounds is printed:
+benchmark's own client do not count. The round with the fewest is printed, because work in the background, such as a
+report of activity, falls into some rounds:
 
 * all: in the thread of the event loop;
 * ours: calls of this package's functions, and of built-in functions by them;
@@ -24,7 +25,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import statistics
 import sys
 import tempfile
 import threading
@@ -124,8 +124,6 @@ class Calls:
 
     by_owner: dict[str, float]
     threads: float
-    by_function: dict[str, float]
-    """The mean, those in threads included."""
 
     @property
     def all(self) -> float:
@@ -134,33 +132,34 @@ class Calls:
 
 async def count_calls(
     profiler: Profiler, contender: Contender, operation: Operation, mode: Mode, *, rounds: int, clients: int = 1
-) -> Calls:
-    """Perform an operation in rounds of `clients` at once, and return the median of its function calls."""
-    owners: dict[str, list[float]] = {owner: [] for owner in _OWNERS}
-    threads: list[float] = []
+) -> tuple[Calls, dict[str, float]]:
+    """Perform an operation in rounds of `clients` at once, and return its function calls.
+
+    Returns:
+        The calls of the round with the fewest, and the mean of all rounds by function, those in threads included.
+    """
+    found: list[Calls] = []
     functions: Counter[str] = Counter()
-    async with operation.prepared(contender, mode, rounds * clients) as perform:
+    async with operation.prepared(contender, mode, (1 + rounds) * clients) as perform:
         with garbage_kept():
-            for number in range(rounds):
+            for number in range(1 + rounds):
                 numbers = range(number * clients, (number + 1) * clients)
                 with profiler.counting():
                     await (asyncio.gather(*map(perform, numbers)) if clients > 1 else perform(number))
                 in_loop, in_threads = profiler.taken()
+                if not number:
+                    # What an operation leaves to do counts in the next, of which this is the first.
+                    continue
                 counts: Counter[str | None] = Counter()
                 for code, calls in in_loop.items():
                     counts[owner_of(code)] += calls
                     functions[_shown(code, "")] += calls
                 for code, calls in in_threads.items():
                     functions[_shown(code, "  (thread)")] += calls
-                for owner in _OWNERS:
-                    owners[owner].append(counts[owner] / clients)
-                threads.append(in_threads.total() / clients)
+                found.append(Calls({owner: counts[owner] / clients for owner in _OWNERS}, in_threads.total() / clients))
     performed = rounds * clients
-    return Calls(
-        {owner: statistics.median(values) for owner, values in owners.items()},
-        statistics.median(threads),
-        {name: calls / performed for name, calls in functions.most_common()},
-    )
+    fewest = min(found, key=lambda calls: calls.all + calls.threads)
+    return fewest, {name: calls / performed for name, calls in functions.most_common()}
 
 
 def _shown(code: CodeType, suffix: str) -> str:
@@ -177,14 +176,14 @@ async def compare(profiler: Profiler, contenders: Sequence[Contender], arguments
             print(f"{operation.name}, {mode.name:<16} {''.join(f'{column:>10}' for column in columns)}")
             of_stock = 0.0
             for contender in contenders:
-                calls = await count_calls(
+                calls, by_function = await count_calls(
                     profiler, contender, operation, mode, rounds=arguments.rounds, clients=arguments.clients
                 )
                 of_stock = of_stock or calls.all
                 values = (calls.all, *calls.by_owner.values(), calls.threads)
                 numbers = "".join(f"{value:10.0f}" for value in values)
                 print(f"  {contender.name:<30}{numbers}{calls.all / of_stock:10.2f}", flush=True)
-                for name, of_function in itertools.islice(calls.by_function.items(), arguments.functions):
+                for name, of_function in itertools.islice(by_function.items(), arguments.functions):
                     print(f"    {of_function:8.1f}  {name}")
 
 
