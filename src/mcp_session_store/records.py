@@ -253,10 +253,12 @@ class EventKind(StrEnum):
     ERROR = "error"
     """The JSON-RPC error of the stream's call: the last event of the stream, too."""
 
-    @property
-    def final(self) -> bool:
-        """Whether an event of this kind is the last one on the stream of a call."""
-        return self in (EventKind.RESPONSE, EventKind.ERROR)
+    final: bool
+    """Whether an event of this kind is the last one on the stream of a call."""
+
+    def __init__(self, value: str) -> None:
+        # An attribute, because it is asked for several times for each event, stored or read.
+        self.final = value in ("response", "error")
 
 
 MAX_POSITION: Final = 2**63 - 1

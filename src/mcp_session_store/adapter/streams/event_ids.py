@@ -79,12 +79,12 @@ class EventIds:
 
     def write(self, cursor: Cursor) -> str:
         """Return the event id of an event."""
-        parts = [f"{cursor.sequence:x}", f"{cursor.position:x}", cursor.stream, _FINAL if cursor.final else ""]
+        text = f"{cursor.sequence:x}/{cursor.position:x}/{cursor.stream}/{_FINAL if cursor.final else ''}"
         if cursor.request_id is not None:
-            parts.append(_as_json(cursor.request_id))
-        payload = "/".join(parts).encode(errors="surrogatepass")
-        text = binascii.b2a_base64(self._tag(payload) + payload, newline=False)
-        return text.translate(_URL_SAFE).rstrip(b"=").decode()
+            text = f"{text}/{_as_json(cursor.request_id)}"
+        payload = text.encode("utf-8", "surrogatepass")
+        encoded = binascii.b2a_base64(self._tag(payload) + payload, newline=False)
+        return encoded.translate(_URL_SAFE).rstrip(b"=").decode()
 
     def read(self, event_id: str) -> Cursor | None:
         """Return the place of the event with an id; `None` for an id that this session has never sent."""

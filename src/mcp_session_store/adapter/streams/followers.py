@@ -169,9 +169,10 @@ class Followers:
 
     def advance(self, key: UUID, stream: str, sequence: int) -> None:
         """Wake the responses of a stream of which an event was stored here."""
-        for follower in self._by_session.get(key, ()):
-            if follower.stream == stream:
-                follower.advance(sequence)
+        if self._by_session:
+            for follower in self._by_session.get(key, ()):
+                if follower.stream == stream:
+                    follower.advance(sequence)
 
     def is_dead(self, instance: str) -> bool:
         """Return whether another instance, one of whose calls is followed here, is known to be dead."""

@@ -160,7 +160,7 @@ class EventRecorder:
                 stream.under_way -= 1
             if recorded.outcome is Outcome.STORED:
                 stream.idle = False
-        telemetry.events.add(1, {"outcome": recorded.outcome.value})
+        telemetry.events.add(1, {"outcome": recorded.outcome._value_})
         if _ends_call(event) and recorded.outcome is not Outcome.BACKLOG:
             self.unfinished.pop(event.stream, None)
         return recorded
@@ -172,7 +172,9 @@ class EventRecorder:
 
     async def _record(self, key: UUID, event: NewEvent, deliver: Deliver, again: bool) -> Recorded:
         attempted = False
-        if key not in self._backlog.sessions and not self._circuit.is_open:
+        waiting = self._backlog.sessions
+        # Not looked for in an empty backlog, as it nearly always is, because UUIDs of Python are slow to hash.
+        if not (self._circuit.is_open or (waiting and key in waiting)):
             try:
                 sequence = await self._append(key, event, again=again)
             except (StoreUnavailable, SchemaError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Append", "EventWriter", "LogState"]
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(NamedTuple):
     """Events of one session that are stored together."""
 
     key: UUID

@@ -25,6 +25,8 @@ PAGE_BYTES: Final = 1024**2
 WINDOW: Final = 4
 """Events of a session, of any stream, that are looked through first for each event that a page has room for."""
 
+_KINDS: Final = {kind.value: kind for kind in EventKind}
+
 
 @dataclass(frozen=True, slots=True)
 class Read:
@@ -128,4 +130,4 @@ class EventReader:
 
 
 def _stored_event(sequence: int, position: int, previous: int, kind: str, message: str | None) -> StoredEvent:
-    return StoredEvent(sequence=sequence, position=position, previous=previous, kind=EventKind(kind), message=message)
+    return StoredEvent(sequence=sequence, position=position, previous=previous, kind=_KINDS[kind], message=message)
