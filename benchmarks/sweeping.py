@@ -6,8 +6,9 @@
 A table of two million sessions is created, of which one million have expired. Requests come at a steady rate,
 whether earlier ones are answered or not: loads, touches, and a session that is created and ended. Half of them
 go to the store that sweeps, as in an instance that sweeps, and half to another store on the same database. They
-run first without a sweep, then beside a sweep like that of an app's background task: step by step, with a pause
-after each step that is as long as the step, or a multiple of it.
+run by turns without a sweep and beside one like that of an app's background task: in steps that adapt to the time
+that they take (or are always of one size, with --limit), with a pause after each step that is as long as the step, or a
+multiple of it.
 
 The output shows the 50th and 99th percentile of both, the ratio of the latter, and the sessions swept per second.
 """
@@ -30,7 +31,7 @@ import sqlalchemy as sa
 
 from benchmarks.figures import percentile
 from mcp_session_store.records import Activity, EndReason
-from mcp_session_store.retention import RetentionPolicy, SweepReport
+from mcp_session_store.retention import RetentionPolicy, SweepPace, SweepReport
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
 from mcp_session_store.sql.schema import migrate
@@ -100,10 +101,11 @@ class Requests:
     rate: float
     took: dict[str, list[float]] = field(default_factory=dict)
     failed: int = 0
+    """Number of all requests that failed."""
 
     async def run(self) -> None:
         """Send requests until cancelled."""
-        self.took, self.failed = {name: [] for name in self.stores}, 0
+        self.took = {name: [] for name in self.stores}
         began = time.perf_counter()
         kinds = itertools.cycle([self._load, self._touch, self._create_and_end])
         names = itertools.cycle(self.stores)
@@ -142,48 +144,64 @@ class Requests:
             await sending
 
 
-async def sweep(store: SqlSessionStore, arguments: argparse.Namespace) -> tuple[SweepReport, float, list[float]]:
-    """Sweep, and return the report, the duration, and the duration of each step, in seconds."""
-    report, steps = SweepReport(more=True), []
-    began = time.perf_counter()
-    while report.more and time.perf_counter() - began < arguments.at_most:
-        step_began = time.perf_counter()
-        report += await store.sweep(limit=arguments.limit)
-        steps.append(time.perf_counter() - step_began)
-        await asyncio.sleep(arguments.pause * steps[-1])
-    return report, time.perf_counter() - began, steps
+class Sweeping:
+    """A sweep that can be interrupted: its report, and the longest hold and the sessions of each step."""
+
+    def __init__(self, store: SqlSessionStore, *, limit: int | None, pause: float) -> None:
+        self.store = store
+        self.limit = limit
+        self.pause = pause
+        self.pace = SweepPace(SWEEP_LIMIT)
+        self.report = SweepReport(more=True)
+        self.seconds = 0.0
+        self.held: list[float] = []
+        self.sizes: list[float] = []
+
+    async def run(self, at_most: float) -> None:
+        """Sweep for some seconds, or until there is no more to do."""
+        began = time.perf_counter()
+        while self.report.more and time.perf_counter() - began < at_most:
+            step_began = time.perf_counter()
+            step = await self.store.sweep(limit=self.limit or self.pace.limit)
+            pause = self.pace.pause_after(step, time.perf_counter() - step_began)
+            self.report += step
+            self.held.append(step.longest)
+            self.sizes.append(step.expired)
+            await asyncio.sleep(self.pause * pause)
+        self.seconds += time.perf_counter() - began
 
 
 async def measure(name: str, url: str, arguments: argparse.Namespace) -> None:
     await migrate.upgrade(url)
     policy = RetentionPolicy()
-    async with SqlSessionStore(url, retention=policy) as sweeping, SqlSessionStore(url, retention=policy) as other:
+    async with SqlSessionStore(url, retention=policy) as store, SqlSessionStore(url, retention=policy) as other:
         began = time.perf_counter()
         keys = await fill(url, arguments.rows, arguments.expired)
         print(f"{name}: {arguments.rows} sessions, {arguments.expired} of them expired")
         print(f"  filled in {time.perf_counter() - began:.0f} s", flush=True)
-        requests = Requests({"the instance that sweeps": sweeping, "another instance": other}, keys, arguments.rate)
+        requests = Requests({"the instance that sweeps": store, "another instance": other}, keys, arguments.rate)
+        sweeping = Sweeping(store, limit=arguments.limit, pause=arguments.pause)
         await requests.during(asyncio.sleep(2))
-        await requests.during(asyncio.sleep(arguments.seconds))
-        before = requests.took
-        outcome: list[tuple[SweepReport, float, list[float]]] = []
-
-        async def sweep_all() -> None:
-            outcome.append(await sweep(sweeping, arguments))
-
-        await requests.during(sweep_all())
-        ((report, seconds, steps),) = outcome
-        for instance, quiet in before.items():
-            busy = requests.took[instance]
+        quiet: dict[str, list[float]] = {instance: [] for instance in requests.stores}
+        busy: dict[str, list[float]] = {instance: [] for instance in requests.stores}
+        for _ in range(arguments.rounds):
+            for took, work in ((quiet, asyncio.sleep(arguments.seconds)), (busy, sweeping.run(arguments.at_most))):
+                await requests.during(work)
+                for instance, values in requests.took.items():
+                    took[instance] += values
+        for instance in requests.stores:
+            without, beside = quiet[instance], busy[instance]
             print(
-                f"  {instance:<25} p50 {percentile(quiet, 50):6.1f} -> {percentile(busy, 50):6.1f} ms   "
-                f"p99 {percentile(quiet, 99):6.1f} -> {percentile(busy, 99):6.1f} ms   "
-                f"ratio {percentile(busy, 99) / percentile(quiet, 99):.2f}"
+                f"  {instance:<25} p50 {percentile(without, 50):6.1f} -> {percentile(beside, 50):6.1f} ms   "
+                f"p99 {percentile(without, 99):6.1f} -> {percentile(beside, 99):6.1f} ms   "
+                f"ratio {percentile(beside, 99) / percentile(without, 99):.2f}"
             )
         print(
-            f"  {report.expired / seconds:.0f} sessions/s   {report.expired} in {seconds:.0f} s   "
-            f"a step of {arguments.limit}: p50 {1000 * percentile(steps, 50):.1f}, "
-            f"p99 {1000 * percentile(steps, 99):.1f} ms   failed requests: {requests.failed}"
+            f"  {sweeping.report.expired / sweeping.seconds:.0f} sessions/s   "
+            f"{sweeping.report.expired} in {sweeping.seconds:.0f} s   "
+            f"of a step: {percentile(sweeping.sizes, 50):.0f} sessions, held up others for "
+            f"p50 {1000 * percentile(sweeping.held, 50):.1f}, p99 {1000 * percentile(sweeping.held, 99):.1f} ms   "
+            f"failed requests: {requests.failed}"
         )
 
 
@@ -200,9 +218,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--expired", type=int, default=1_000_000)
     parser.add_argument("--rate", type=float, default=100.0, help="requests per second")
-    parser.add_argument("--seconds", type=float, default=30.0, help="duration of the requests without a sweep")
-    parser.add_argument("--at-most", type=float, default=600.0, help="longest duration of the sweep, in seconds")
-    parser.add_argument("--limit", type=int, default=SWEEP_LIMIT, help="sessions per step")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, each without a sweep and then with one")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="duration of the requests without a sweep, per round"
+    )
+    parser.add_argument("--at-most", type=float, default=30.0, help="longest duration of the sweep, per round")
+    parser.add_argument("--limit", type=int, help="sessions per step, instead of steps that adapt")
     parser.add_argument("--pause", type=float, default=1.0, help="pause after a step, as a multiple of its duration")
     asyncio.run(run(parser.parse_args()))
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EVENT_PAGE",
     "EVENT_SWEEP_LIMIT",
+    "LEAST_EVENT_SWEEP",
     "NO_SESSION",
     "STANDALONE_STREAM",
     "EventLog",
@@ -37,6 +38,9 @@ EVENT_PAGE: Final = 500
 
 EVENT_SWEEP_LIMIT: Final = 5000
 """Number of events that one step of a sweep removes, more or less, unless `limit` is given."""
+
+LEAST_EVENT_SWEEP: Final = 50
+"""Smallest limit of a step that is worth its price: it removes about as many events of one log."""
 
 
 class EventLog(Store):

@@ -1,8 +1,8 @@
-"""Policies for the lifetime and number of sessions and events, and reports of sweeps; all are frozen."""
+"""Policies for the lifetime and number of sessions and events; sweeps, their reports and their pace."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Annotated, ClassVar, Final, Literal, Self
 
@@ -16,8 +16,8 @@ __all__ = [
     "MIN_TOMBSTONE",
     "NEW_SESSION_LIFETIME",
     "RetentionPolicy",
+    "SweepPace",
     "SweepReport",
-    "sweep_pause",
 ]
 
 NEW_SESSION_LIFETIME: Final = timedelta(minutes=10)
@@ -29,6 +29,12 @@ follows `initialize`), so a record that stays unused is one whose commit was not
 
 MIN_TOMBSTONE: Final = timedelta(minutes=1)
 """Shortest time for which an ended session is kept, because an instance may take that long to learn of the end."""
+
+SWEEP_STEP_TIME: Final = 0.005
+"""Seconds for which a step of a sweep may hold up other writers, more or less."""
+
+FIRST_SWEEP_STEP: Final = 3
+"""Number of times that the first step of a sweep is halved."""
 
 MAX_SWEEP_GRACE: Final = timedelta(minutes=1)
 
@@ -135,10 +141,17 @@ class SweepReport:
     """Number of tombstones that were removed."""
     more: bool = False
     """Whether there may be more to do."""
+    longest: float = field(default=0.0, compare=False)
+    """Seconds for which other writers had to wait for it at most; 0 where the store does not know."""
 
     def __add__(self, later: SweepReport) -> SweepReport:
         """Return the report of both sweeps, the later one second."""
-        return SweepReport(expired=self.expired + later.expired, purged=self.purged + later.purged, more=later.more)
+        return SweepReport(
+            expired=self.expired + later.expired,
+            purged=self.purged + later.purged,
+            more=later.more,
+            longest=max(self.longest, later.longest),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,16 +162,51 @@ class EventSweepReport:
     """Number of events that were removed."""
     more: bool = False
     """Whether there may be more to do."""
+    longest: float = field(default=0.0, compare=False)
+    """Seconds for which other writers had to wait for it at most; 0 where the log does not know."""
 
     def __add__(self, later: EventSweepReport) -> EventSweepReport:
         """Return the report of both sweeps, the later one second."""
-        return EventSweepReport(removed=self.removed + later.removed, more=later.more)
+        return EventSweepReport(
+            removed=self.removed + later.removed, more=later.more, longest=max(self.longest, later.longest)
+        )
 
 
-def sweep_pause(took: float) -> float:
-    """Return the seconds that a sweep rests after a step, so that half of the time is for the requests.
+class SweepPace:
+    """Pace of a sweep: the size of its steps, and the pauses between them.
+
+    A step is as large as it can be without holding up other writers for long: its limit is `most`, or a half of it, a
+    quarter, and so on; of the first step an eighth. After each step there is a pause of the same length, so that half
+    of the time is for the requests.
 
     Args:
-        took: Seconds that the step took.
+        most: Largest limit of a step.
+        least: Smallest one.
     """
-    return took
+
+    def __init__(self, most: int, *, least: int = 1) -> None:
+        self._limits = [most]
+        # A few sizes only, because databases may keep a plan for each.
+        while self._limits[-1] // 2 >= least:
+            self._limits.append(self._limits[-1] // 2)
+        self._size = min(FIRST_SWEEP_STEP, len(self._limits) - 1)
+
+    @property
+    def limit(self) -> int:
+        """Limit of the next step."""
+        return self._limits[self._size]
+
+    def pause_after(self, step: SweepReport | EventSweepReport, took: float) -> float:
+        """Take a step into account, and return the seconds to pause before the next one.
+
+        Args:
+            step: The step's report.
+            took: Seconds that the step took as a whole.
+        """
+        longest = step.longest or took
+        while longest > SWEEP_STEP_TIME and self._size < len(self._limits) - 1:
+            self._size += 1
+            longest /= 2
+        if step.more and longest < SWEEP_STEP_TIME / 2 and self._size > 0:
+            self._size -= 1
+        return took

@@ -274,6 +274,34 @@ async def test_half_of_the_time_of_a_sweep_is_for_the_requests(
     assert pauses == [0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize("store_knows", [True, False])
+async def test_the_steps_of_a_sweep_shrink_and_grow_with_the_time_they_take(
+    store: FaultyStore, sessions: Sessions, monkeypatch: pytest.MonkeyPatch, store_knows: bool
+) -> None:
+    now = 0.0
+    limits: list[int] = []
+
+    async def sweep(*, limit: int) -> SweepReport:
+        nonlocal now
+        each = 0.001 if len(limits) < 3 else 0.00015
+        limits.append(limit)
+        # What the store knows counts, and not what the step took as a whole, waits for the database included.
+        now += 1.0 if store_knows else each * limit
+        return SweepReport(expired=limit, more=len(limits) < 8, longest=each * limit if store_knows else 0.0)
+
+    async def pause(seconds: float) -> None:
+        pass
+
+    async with instance(store, sweep_interval=FOREVER) as one:
+        await one.first_poll()
+        with monkeypatch.context() as patched:
+            patched.setattr(sessions, "sweep", sweep)
+            patched.setattr(anyio, "current_time", lambda: now)
+            patched.setattr(anyio, "sleep", pause)
+            await sweep_store(one.manager)
+    assert limits == [12, 3, 3, 3, 6, 12, 25, 25]
+
+
 async def test_a_sweep_that_fails_is_logged_counted_and_recovers(
     store: FaultyStore,
     sessions: Sessions,

@@ -21,7 +21,8 @@ from mcp_session_store.cli.options import (
 from mcp_session_store.cli.output import number, plural, print_json, progress
 from mcp_session_store.cli.target import target_options
 from mcp_session_store.errors import StoreUnavailable
-from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepReport, sweep_pause
+from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LEAST_EVENT_SWEEP
+from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepPace, SweepReport
 from mcp_session_store.store import SWEEP_LIMIT
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _KILLED_BY: Final = 128
     show_default=True,
     type=click.IntRange(1, 100_000),
     metavar="N",
-    help="Most sessions of each kind that one short transaction handles.",
+    help="Most sessions of each kind that one short transaction handles; fewer, where that would hold up the servers.",
 )
 @click.option("--no-pause", is_flag=True, help="Do not pause after each step for as long as it took.")
 @json_option
@@ -141,24 +142,27 @@ class _Sweep:
                 self._target.event_log(store, self._for_events) as log,
             ):
                 with progress("sweeping", total=total) as advance:
+                    pace = SweepPace(self._limit)
                     while self.done.more and not stop.is_set():
                         begun = time.monotonic()
-                        step = await store.sweep(limit=self._limit)
+                        step = await store.sweep(limit=pace.limit)
                         self.done += step
                         advance(step.expired + step.purged)
-                        await self._rest(stop, begun, more=step.more)
+                        await self._rest(stop, pace.pause_after(step, time.monotonic() - begun), more=step.more)
+                    pace = SweepPace(EVENT_SWEEP_LIMIT, least=LEAST_EVENT_SWEEP)
                     while self.events.more and not stop.is_set():
                         begun = time.monotonic()
-                        of_events = await log.sweep()
+                        of_events = await log.sweep(limit=pace.limit)
                         self.events += of_events
                         advance(of_events.removed)
-                        await self._rest(stop, begun, more=of_events.more)
+                        pause = pace.pause_after(of_events, time.monotonic() - begun)
+                        await self._rest(stop, pause, more=of_events.more)
 
-    async def _rest(self, stop: asyncio.Event, begun: float, *, more: bool) -> None:
-        """Leave the database to the servers for as long as a step took."""
+    async def _rest(self, stop: asyncio.Event, pause: float, *, more: bool) -> None:
+        """Leave the database to the servers after a step."""
         if self._pause and more:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), sweep_pause(time.monotonic() - begun))
+                await asyncio.wait_for(stop.wait(), pause)
 
     @contextlib.contextmanager
     def _stopping_at_signals(self, stop: asyncio.Event) -> Iterator[None]:

@@ -14,7 +14,8 @@ from mcp_session_store.adapter.responses import SESSION_ENDED, SessionNotFound
 from mcp_session_store.adapter.sessions.changes import ChangeWatch
 from mcp_session_store.errors import SessionStoreError, StoreUnavailable
 from mcp_session_store.records import EndReason, SessionRecord, session_key
-from mcp_session_store.retention import sweep_pause
+from mcp_session_store.retention import SweepPace
+from mcp_session_store.store import SWEEP_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -148,16 +149,17 @@ class Ender:
         """Sweep the store until nothing is left to sweep."""
         # A session in use here must not look unused: nothing is swept until the activity is reported.
         await self.report()
+        pace = SweepPace(SWEEP_LIMIT)
         while True:
             began = anyio.current_time()
-            swept = await self._store.sweep()
+            swept = await self._store.sweep(limit=pace.limit)
             if swept.expired:
                 telemetry.ended.add(swept.expired, {"reason": EndReason.EXPIRED.value})
             if swept.purged:
                 telemetry.purged.add(swept.purged)
             if not swept.more:
                 break
-            await anyio.sleep(sweep_pause(anyio.current_time() - began))
+            await anyio.sleep(pace.pause_after(swept, anyio.current_time() - began))
 
     async def verify(self) -> None:
         """Find out which of all sessions in memory are not live any more, and stop serving them."""

@@ -16,9 +16,9 @@ from mcp_session_store.adapter.background import Wake, report_failure, run_every
 from mcp_session_store.adapter.streams.backlog import Backlog
 from mcp_session_store.adapter.streams.calls import CallStream, call_error
 from mcp_session_store.errors import SchemaError, StoreUnavailable
-from mcp_session_store.event_log import NO_SESSION, STANDALONE_STREAM
+from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LEAST_EVENT_SWEEP, NO_SESSION, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
-from mcp_session_store.retention import sweep_pause
+from mcp_session_store.retention import SweepPace
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -364,14 +364,15 @@ class EventRecorder:
 
 async def sweep_events(log: EventLog) -> None:
     """Remove the events that the log's policy wants removed, step by step."""
+    pace = SweepPace(EVENT_SWEEP_LIMIT, least=LEAST_EVENT_SWEEP)
     while True:
         began = anyio.current_time()
-        report = await log.sweep()
+        report = await log.sweep(limit=pace.limit)
         if report.removed:
             telemetry.removed_events.add(report.removed)
         if not report.more:
             return
-        await anyio.sleep(sweep_pause(anyio.current_time() - began))
+        await anyio.sleep(pace.pause_after(report, anyio.current_time() - began))
 
 
 def _ends_call(event: NewEvent) -> bool:

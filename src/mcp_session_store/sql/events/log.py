@@ -19,7 +19,7 @@ from mcp_session_store.sql.events.append import Append, EventWriter
 from mcp_session_store.sql.events.instances import Instances
 from mcp_session_store.sql.events.read import EventReader, Read
 from mcp_session_store.sql.events.tail import LogTail
-from mcp_session_store.sql.events.trim import LOGS_PER_STEP, EventTrimming
+from mcp_session_store.sql.events.trim import EventTrimming, logs_per_step
 from mcp_session_store.sql.failures import hide_parameters, summary_of
 from mcp_session_store.sql.notifications import EVENT_CHANNEL, Listener
 from mcp_session_store.sql.sessions.store import SqlSessionStore
@@ -168,16 +168,16 @@ class SqlEventLog(EventLog):
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         await self._do(lambda attempt: self._instances.remove_silent(attempt, INSTANCES_KEPT))
-        due = await self._ask(lambda attempt: self._trimming.due(attempt, limit=limit))
+        logs = logs_per_step(limit)
+        due = await self._ask(lambda attempt: self._trimming.due(attempt, limit=logs))
         if not due:
             return EventSweepReport()
         each = max(1, limit // len(due))
         trimmed = await self._do(lambda attempt: self._trimming.trim(attempt, due, limit=each, wait=False))
         # Logs whose events were dropped with a partition are only updated. Events that become too old meanwhile are
         # left to the next sweep.
-        full = len(due) >= min(limit, LOGS_PER_STEP)
-        more = trimmed.more or (trimmed.logs > 0 and (full or not trimmed.removed))
-        return EventSweepReport(removed=trimmed.removed, more=more)
+        more = trimmed.more or (trimmed.logs > 0 and (len(due) == logs or not trimmed.removed))
+        return EventSweepReport(removed=trimmed.removed, more=more, longest=trimmed.took)
 
     async def _ask(self, call: Callable[[Attempt], Awaitable[_T]]) -> _T:
         return cast("_T", await self._reads.submit(call))

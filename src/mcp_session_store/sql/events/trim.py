@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
+from mcp_session_store.event_log import LEAST_EVENT_SWEEP
 from mcp_session_store.sql.dialects.functions import ONE, ByteLength, Unindexed
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.transaction import transaction
@@ -18,12 +20,20 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["LOGS_PER_STEP", "EventTrimming", "remaining_columns"]
+__all__ = ["EventTrimming", "logs_per_step", "remaining_columns"]
 
 LOGS_PER_STEP: Final = 100
-"""Logs that one step of a sweep trims."""
+"""Most logs that one step of a sweep trims."""
 KEPT: Final = 0.9
 """Part of a log's limit that is kept when the limit is exceeded, so that a log is trimmed once per tenth of it."""
+
+
+def logs_per_step(limit: int) -> int:
+    """Return how many logs a step of a sweep trims, when it is to remove so many events.
+
+    Few where they are few events, because an update of a log costs as much as the removal of many events.
+    """
+    return min(LOGS_PER_STEP, max(1, limit // LEAST_EVENT_SWEEP))
 
 
 def remaining_columns(logs: sa.Table, events: sa.Table) -> dict[str, sa.ColumnElement[Any]]:
@@ -56,6 +66,8 @@ class TrimResult(NamedTuple):
     """Number of events removed."""
     more: bool
     """Whether these logs have more events to remove."""
+    took: float
+    """Seconds from the first lock to the commit."""
 
 
 class EventTrimming:
@@ -138,7 +150,6 @@ class EventTrimming:
         """Return some sessions with events that are too old, at most `limit`."""
         if self._due is None:
             return []
-        limit = min(limit, LOGS_PER_STEP)
         return list((await attempt.connection.execute(self._due, {"limit": limit})).scalars())
 
     def exceeded(self, kept: int, kept_bytes: int) -> bool:
@@ -156,10 +167,11 @@ class EventTrimming:
         """
         execute = attempt.connection.execute
         async with transaction(attempt.connection, self._dialect):
+            began = time.monotonic()
             lock = self._lock.with_for_update(skip_locked=not wait)
             logs = (await execute(lock, self._keys.parameters([(key,) for key in sorted(keys)]))).all()
             if not logs:
-                return TrimResult(logs=0, removed=0, more=False)
+                return TrimResult(logs=0, removed=0, more=False, took=0.0)
             at_most = {log.key: min(log.trimmed + limit, log.sequence) for log in logs}
             ranges = [(log.key, *self._limits(log), at_most[log.key]) for log in logs]
             found = await execute(self._find, self._ranges.parameters(ranges))
@@ -173,7 +185,7 @@ class EventTrimming:
             await execute(self._remove_empty, locked)
         sequences = {log.key: log.sequence for log in logs}
         more = any(up_to == at_most[key] < sequences[key] for key, up_to in cuts)
-        return TrimResult(logs=len(logs), removed=removed, more=more)
+        return TrimResult(logs=len(logs), removed=removed, more=more, took=time.monotonic() - began)
 
     def _limits(self, log: Any) -> tuple[int, int, int]:
         """Return the sequence up to which events are too many; the total of bytes up to which they are too large, and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import EndReason
     from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.compiled import Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["End", "SessionRemoval"]
@@ -65,16 +66,16 @@ class SessionRemoval:
 
         logs, events, journal = logs_table(schema), events_table(schema), journal_table(schema)
         self._removed = dialect.batch("removed", {"key": sa.Uuid()})
-        self._remove_journals = sa.delete(journal).where(self._removed.in_batch(journal.c.key))
+        self._remove_journals = dialect.precompiled(sa.delete(journal).where(self._removed.in_batch(journal.c.key)))
         locked_logs = sa.select(logs.c.key).where(self._removed.in_batch(logs.c.key)).order_by(logs.c.key)
-        self._remove_logs = (
+        self._remove_logs = dialect.precompiled(
             sa.delete(logs)
             .where(logs.c.key.in_(locked_logs.with_for_update()), self._removed.in_batch(logs.c.key))
             .returning(logs.c.key, (logs.c.sequence - logs.c.trimmed).label("kept"))
         )
-        self._remove_events = sa.delete(events).where(self._removed.in_batch(events.c.key))
-        self._count_events = sa.select(logs.c.key, logs.c.sequence - logs.c.trimmed).where(
-            self._removed.in_batch(logs.c.key)
+        self._remove_events = dialect.precompiled(sa.delete(events).where(self._removed.in_batch(events.c.key)))
+        self._count_events = dialect.precompiled(
+            sa.select(logs.c.key, logs.c.sequence - logs.c.trimmed).where(self._removed.in_batch(logs.c.key))
         )
 
     async def end(self, attempt: Attempt, ends: Sequence[End]) -> list[bool]:
@@ -113,22 +114,26 @@ class SessionRemoval:
             attempt: The connection.
             ended: The keys and revisions of the sessions. Only one whose revision is above 0 can have a journal.
         """
+        steps = self.removal([(self._dialect.driver_key(key), revision) for key, revision in ended])
+        await self._dialect.run(attempt.connection, steps, writes=False)
+
+    def removal(self, ended: Collection[tuple[Any, int]]) -> Steps[None]:
+        """Do what `remove_with_session` does, for keys as the driver takes and returns them."""
         if not ended:
             return
-        execute = attempt.connection.execute
         if with_journal := [key for key, revision in ended if revision]:
-            await execute(self._remove_journals, self._parameters(with_journal))
+            yield self._remove_journals, self._parameters(with_journal)
         # A transaction that stores an event holds the lock of its log until the commit. So the events are removed by
         # a statement of their own: one that began before it had the locks would not see the latest events.
-        logs = await execute(self._remove_logs, self._parameters([key for key, _ in ended]))
-        if with_events := [row.key for row in logs if row.kept]:
-            await execute(self._remove_events, self._parameters(with_events))
+        logs = yield self._remove_logs, self._parameters([key for key, _ in ended])
+        if with_events := [key for key, kept in logs if kept]:
+            yield self._remove_events, self._parameters(with_events)
 
-    async def event_counts(self, attempt: Attempt, keys: Sequence[UUID]) -> list[int]:
-        """Return how many events each session has."""
-        rows = (await attempt.connection.execute(self._count_events, self._parameters(keys))).all() if keys else []
-        kept = {row[0]: row[1] for row in rows}
+    def event_counts(self, keys: Sequence[Any]) -> Steps[list[int]]:
+        """Return how many events each session has, for keys as the driver takes and returns them."""
+        rows = yield self._count_events, self._parameters(keys)
+        kept: dict[Any, int] = {row[0]: row[1] for row in rows}
         return [kept.get(key, 0) for key in keys]
 
-    def _parameters(self, keys: Collection[UUID]) -> dict[str, object]:
+    def _parameters(self, keys: Collection[Any]) -> dict[str, object]:
         return self._removed.parameters([(key,) for key in sorted(keys)])

@@ -19,7 +19,7 @@ from mcp_session_store.sql.sessions.limits import Limits
 from mcp_session_store.sql.sessions.records import Claim, Records, Touch
 from mcp_session_store.sql.sessions.removal import End, SessionRemoval
 from mcp_session_store.sql.sessions.statements import SessionStatements
-from mcp_session_store.sql.sessions.sweep import Sweep, SweepStatements
+from mcp_session_store.sql.sessions.sweep import Sweep, SweepResult, SweepStatements
 from mcp_session_store.store import DEFAULT_NAMESPACE, SWEEP_LIMIT, SessionStore, checked_namespace
 
 if TYPE_CHECKING:
@@ -244,8 +244,13 @@ class SqlSessionStore(SessionStore):
         await self._listener.listen(on_hint)
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
-        done = [(0, False) if step is None else await self._sweeps.submit(step) for step in self._sweep.steps(limit)]
-        return SweepReport(expired=done[1][0], purged=done[2][0], more=any(more for _, more in done))
+        done = [SweepResult() if step is None else await self._sweeps.submit(step) for step in self._sweep.steps(limit)]
+        return SweepReport(
+            expired=done[1].handled,
+            purged=done[2].handled,
+            more=any(result.more for result in done),
+            longest=max(result.took for result in done),
+        )
 
 
 async def _make_contact(attempt: Attempt, openings: Sequence[None]) -> Sequence[None]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.compiled import Statement, Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
     from mcp_session_store.sql.sessions.removal import SessionRemoval
 
-__all__ = ["Sweep", "SweepCandidates", "SweepStep", "SweepStatements"]
+__all__ = ["Sweep", "SweepCandidates", "SweepResult", "SweepStatements"]
 
 EVENTS_PER_STEP: Final = 20_000
-"""Events of all the sessions together that one step of a sweep ends, unless a single session has more."""
+"""Most events that are removed with the sessions of one step, unless a single session has more."""
 
 
 class SweepCandidates:
@@ -71,11 +72,63 @@ def _ago(duration: timedelta) -> sa.ColumnElement[Any]:
     return sa.select(StoreClock(-duration.total_seconds())).scalar_subquery()
 
 
-class SweepStatements:
-    """Statements of a sweep. Each handles at most `limit` sessions, and returns the key and revision of each.
+class SweepStatement:
+    """One kind of step: a statement that changes at most `limit` sessions, and returns the key and revision of each.
 
     A session that another transaction has locked is skipped, because it is in use or being swept. The condition is
     checked again once a session is locked.
+
+    Args:
+        dialect: The database's dialect.
+        table: The table of sessions.
+        keys: Selects the keys of the sessions to change.
+        change: The change.
+        ends: Whether the sessions have ended after it.
+        loses_events: Whether they may have events until then.
+    """
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        table: sa.Table,
+        *,
+        keys: sa.Select[Any],
+        change: sa.Update | sa.Delete,
+        ends: bool,
+        loses_events: bool = False,
+    ) -> None:
+        self.ends: Final = ends
+        self.loses_events: Final = loses_events
+        self._dialect = dialect
+        self._table = table
+        self._keys = keys
+        self._change = change
+        self._compiled: dict[tuple[int, bool], Statement] = {}
+
+    def change(self, limit: int) -> Statement:
+        """Return the statement for a limit."""
+        return self._with_limit(limit, changes=True)
+
+    def candidates(self, limit: int) -> Statement:
+        """Return a query for the keys of the sessions that it would change, unless another sweep is faster."""
+        return self._with_limit(limit, changes=False)
+
+    def _with_limit(self, limit: int, *, changes: bool) -> Statement:
+        if (statement := self._compiled.get((limit, changes))) is not None:
+            return statement
+        # Written into the statement, because the planner of Postgres does not know that a parameter is small.
+        expression: sa.Executable
+        expression = keys = self._keys.limit(sa.literal_column(str(limit), sa.Integer))
+        if changes:
+            locked = keys.with_for_update(skip_locked=True, key_share=isinstance(self._change, sa.Update))
+            key, revision = self._table.c.key, self._table.c.revision
+            expression = self._change.where(self._dialect.is_one_of(key, locked)).returning(key, revision)
+        statement = self._compiled[limit, changes] = self._dialect.precompiled(expression)
+        return statement
+
+
+class SweepStatements:
+    """Statements of a sweep for a policy.
 
     Args:
         dialect: The database's dialect.
@@ -87,49 +140,51 @@ class SweepStatements:
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
         table = sessions_table(schema)
         candidates = SweepCandidates(dialect, schema=schema, namespace=namespace, retention=retention)
-        # Written into the statement, because the planner of Postgres does not know that a parameter is small.
-        limit = sa.bindparam("limit", type_=sa.Integer, literal_execute=True)
-
-        def some(keys: sa.Select[Any], *, to_delete: bool = False) -> sa.ColumnElement[bool]:
-            locked = keys.limit(limit).with_for_update(skip_locked=True, key_share=not to_delete)
-            return dialect.is_one_of(table.c.key, locked)
-
-        self.expired = candidates.expired.limit(limit)
-        """Keys of the sessions that `end_expired` takes, unless another sweep is faster."""
-
-        outcome = table.c.key, table.c.revision
         self.give_expiry = (
             None
             if candidates.without_expiry is None
-            else sa.update(table)
-            .where(some(candidates.without_expiry))
-            # As if they were used now, because activity need not be reported of sessions without an expiry.
-            .values(expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=StoreClock()))
-            .returning(*outcome)
+            else SweepStatement(
+                dialect,
+                table,
+                keys=candidates.without_expiry,
+                # As if they were used now, because activity need not be reported of sessions without an expiry.
+                change=sa.update(table).values(
+                    expires_at=expiry(retention, created_at=table.c.created_at, last_seen_at=StoreClock())
+                ),
+                ends=False,
+            )
         )
-        self.end_expired = (
-            sa.update(table)
-            .where(some(candidates.expired))
-            .values(ended(sa.literal(EndReason.EXPIRED.value, sa.Text)))
-            .returning(*outcome)
+        self.end_expired = SweepStatement(
+            dialect,
+            table,
+            keys=candidates.expired,
+            change=sa.update(table).values(ended(sa.literal(EndReason.EXPIRED.value, sa.Text))),
+            ends=True,
+            loses_events=True,
         )
         self.remove_tombstones = (
             None
             if candidates.old_tombstones is None
-            else sa.delete(table).where(some(candidates.old_tombstones, to_delete=True)).returning(*outcome)
+            else SweepStatement(dialect, table, keys=candidates.old_tombstones, change=sa.delete(table), ends=True)
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SweepStep:
-    """A step of a sweep: one statement and its bounds."""
+class SweepStep(NamedTuple):
+    """A step of a sweep."""
 
-    statement: sa.Executable
+    statement: SweepStatement
     limit: int
-    ends: bool
-    """Whether the sessions have ended after it."""
-    candidates: sa.Executable | None = None
-    """Selects the sessions that it is about to end, so that fewer are taken at a time if they have many events."""
+
+
+class SweepResult(NamedTuple):
+    """What a step of a sweep has done."""
+
+    handled: int = 0
+    """Number of sessions."""
+    more: bool = False
+    """Whether there may be more to do."""
+    took: float = 0.0
+    """Seconds from its first lock to its commit."""
 
 
 class Sweep:
@@ -147,33 +202,42 @@ class Sweep:
         self._dialect = dialect
         self._removal = removal
 
-    def steps(self, limit: int) -> tuple[SweepStep | None, SweepStep, SweepStep | None]:
+    def steps(self, limit: int) -> list[SweepStep | None]:
         """Return the steps that give an expiry, end and purge; `None` for one that the policy makes needless."""
         sql = self.statements
-        return (
-            None if sql.give_expiry is None else SweepStep(sql.give_expiry, limit, ends=False),
-            SweepStep(sql.end_expired, limit, ends=True, candidates=sql.expired),
-            None if sql.remove_tombstones is None else SweepStep(sql.remove_tombstones, limit, ends=True),
-        )
+        kinds = (sql.give_expiry, sql.end_expired, sql.remove_tombstones)
+        return [None if kind is None else SweepStep(kind, limit) for kind in kinds]
 
-    async def run(self, attempt: Attempt, steps: Sequence[SweepStep]) -> list[tuple[int, bool]]:
-        """Run steps, and return for each how many sessions it has handled and whether there may be more."""
+    async def run(self, attempt: Attempt, steps: Sequence[SweepStep]) -> list[SweepResult]:
+        """Run steps, and return the result of each."""
         return [await self._run(attempt, step) for step in steps]
 
-    async def _run(self, attempt: Attempt, step: SweepStep) -> tuple[int, bool]:
-        execute = attempt.connection.execute
-        if not step.ends:
-            handled = len((await execute(step.statement, {"limit": step.limit})).all())
-            return handled, handled == step.limit
-        limit = step.limit
-        if step.candidates is not None:
-            keys = list((await execute(step.candidates, {"limit": limit})).scalars())
-            if not keys:
-                return 0, False
-            totals = accumulate(await self._removal.event_counts(attempt, keys))
-            few = sum(total <= EVENTS_PER_STEP for total in totals)
-            limit = limit if few == len(keys) else max(1, few)
-        async with transaction(attempt.connection, self._dialect):
-            result = (await execute(step.statement, {"limit": limit})).all()
-            await self._removal.remove_with_session(attempt, [(row.key, row.revision) for row in result])
-        return len(result), len(result) == limit
+    async def _run(self, attempt: Attempt, step: SweepStep) -> SweepResult:
+        run, connection = self._dialect.run, attempt.connection
+        statement, limit = step
+        if statement.loses_events:
+            limit = await run(connection, self._with_few_events(statement, limit), writes=False)
+            if limit == 0:
+                return SweepResult()
+        # Where writers exclude one another, in one call of the driver's thread, so that none waits for the event loop.
+        if self._dialect.single_writer:
+            return await run(connection, self._change(statement, limit), writes=True)
+        async with transaction(connection, self._dialect):
+            return await run(connection, self._change(statement, limit), writes=True)
+
+    def _with_few_events(self, statement: SweepStatement, limit: int) -> Steps[int]:
+        """Return how many sessions can be ended at once, so that not too many events are removed with them."""
+        keys = [key for (key,) in (yield statement.candidates(limit), {})]
+        if not keys:
+            return 0
+        totals = accumulate((yield from self._removal.event_counts(keys)))
+        few = sum(total <= EVENTS_PER_STEP for total in totals)
+        return limit if few == len(keys) else max(1, few)
+
+    def _change(self, statement: SweepStatement, limit: int) -> Steps[SweepResult]:
+        change = statement.change(limit)
+        began = time.monotonic()
+        changed = yield change, {}
+        if statement.ends:
+            yield from self._removal.removal([(key, revision) for key, revision in changed])
+        return SweepResult(len(changed), len(changed) == limit, time.monotonic() - began)

@@ -1,0 +1,104 @@
+"""A sweep in SQL: how long its steps hold up other writers."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+
+from mcp_session_store.retention import SweepReport
+from mcp_session_store.sql import SqlEventLog
+from mcp_session_store.sql.dialects.functions import StoreClock
+from mcp_session_store.sql.events import trim
+from mcp_session_store.sql.schema.tables import logs_table, sessions_table
+from mcp_session_store.sql.sessions import sweep
+from mcp_session_store.testing import new_event, new_session
+from tests.support.databases import age_events, engine_of, execute, settled, sql_store
+
+if TYPE_CHECKING:
+    from mcp_session_store.sql import SqlSessionStore
+
+pytestmark = pytest.mark.anyio
+
+DAY = timedelta(days=1).total_seconds()
+
+
+def count_time(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    """Let half a second pass between two looks at the clock of a module."""
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=itertools.count(step=0.5).__next__))
+
+
+async def expire_all(store: SqlSessionStore) -> None:
+    table = sessions_table()
+    await execute(store, sa.update(table).values(expires_at=StoreClock(-DAY)))
+
+
+async def test_a_step_reports_how_long_it_held_up_other_writers(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sql_store(database_url) as store:
+        await store.create(new_session())
+        await expire_all(store)
+        count_time(monkeypatch, sweep)
+        report = await store.sweep()
+        assert report == SweepReport(expired=1)
+        assert report.longest == 0.5
+
+
+async def test_a_step_that_removes_events_reports_how_long_it_held_up_other_writers(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sql_store(database_url) as store, SqlEventLog(store) as log:
+        assert (await log.sweep()).longest == 0
+        key = (await store.create(new_session())).key
+        await log.append(key, [new_event(0)])
+        await age_events(log, key)
+        count_time(monkeypatch, trim)
+        report = await log.sweep()
+        assert (report.removed, report.longest) == (1, 0.5)
+
+
+async def test_events_are_removed_from_few_logs_at_a_time_where_steps_are_small(database_url: str) -> None:
+    async with sql_store(database_url) as store, SqlEventLog(store) as log:
+        for _ in range(4):
+            key = (await store.create(new_session())).key
+            await log.append(key, [new_event(number) for number in range(30)])
+            await age_events(log, key)
+        report = await log.sweep(limit=100)
+        assert (report.removed, report.more) == (60, True)
+        kept = await execute(store, sa.select(logs_table().c.sequence).where(logs_table().c.oldest_at.is_not(None)))
+        assert len(kept) == 2
+
+
+async def test_a_change_is_one_call_of_the_thread_of_sqlite(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Between two calls of one transaction the event loop serves requests, and all other writers wait for them.
+    async with sql_store(sqlite_url) as store, SqlEventLog(store) as log:
+        for _ in range(3):
+            key = (await store.create(new_session())).key
+            await store.write_journal(key, method="m", subject="", params="{}")
+            await log.append(key, [new_event(0)])
+        await expire_all(store)
+        dialect = store.database.dialect
+        runs: list[bool] = []
+        others: list[str] = []
+        run = dialect.run
+
+        def counted(connection: Any, steps: Any, *, writes: bool) -> Any:
+            runs.append(writes)
+            return run(connection, steps, writes=writes)
+
+        def remember(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+            others.append(statement)
+
+        monkeypatch.setattr(dialect, "run", counted)
+        sa.event.listen(engine_of(store).sync_engine, "before_cursor_execute", remember)
+        assert await store.sweep() == SweepReport(expired=3)
+        sa.event.remove(engine_of(store).sync_engine, "before_cursor_execute", remember)
+        # Gives an expiry; looks at the expired sessions and at their events; ends them; purges tombstones.
+        assert runs == [True, False, True, True]
+        assert others == []
+        await settled(store, log)
