@@ -41,6 +41,9 @@ __all__ = [
 ]
 
 _NOT_SHOWN = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
+_RANDOM_BITS = ~(0xF << 76 | 0b11 << 62)
+_VERSION_8 = 8 << 76 | 0b10 << 62
+"""Version and variant of the keys, in bits 76 to 79 and 62 to 63."""
 DISPLAY_LENGTH = 200
 """Number of characters kept of a text that a client chose."""
 
@@ -55,11 +58,9 @@ def session_key(session_id: str) -> UUID:
     Args:
         session_id: The `Mcp-Session-Id`, as it travels in the header.
     """
-    raw = bytearray(hashlib.sha256(session_id.encode()).digest()[:16])
+    number = int.from_bytes(hashlib.sha256(session_id.encode()).digest()[:16], "big")
     # Set by hand: `uuid.UUID(version=8)` and `uuid.uuid8` are newer than Python 3.11.
-    raw[6] = raw[6] & 0x0F | 0x80
-    raw[8] = raw[8] & 0x3F | 0x80
-    return UUID(bytes=bytes(raw))
+    return UUID(int=number & _RANDOM_BITS | _VERSION_8)
 
 
 def display_text(value: object, *, length: int = DISPLAY_LENGTH) -> str:
@@ -74,6 +75,9 @@ def display_text(value: object, *, length: int = DISPLAY_LENGTH) -> str:
     """
     if not isinstance(value, str):
         return ""
+    if value.isprintable():
+        # Nearly all are; no character of these categories is printable.
+        return value[:length]
     return "".join(c for c in value[: 4 * length] if unicodedata.category(c) not in _NOT_SHOWN)[:length]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -93,7 +94,7 @@ class RetentionPolicy(Settings):
             limits.append(created_at + self.absolute)
         return min(limits, default=None)
 
-    @property
+    @cached_property
     def new_session_lifetime(self) -> timedelta:
         """Life of a new session until its first use."""
         return min(limit for limit in (NEW_SESSION_LIFETIME, self.idle, self.absolute) if limit is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
+from mcp_session_store.adapter import clock as adapter_clock
 from tests.support.faulty_stores import FaultyLog, FaultyStore, Sessions
 from tests.support.instances import Clock
 
@@ -49,7 +50,8 @@ def other_log(other_store: FaultyStore) -> FaultyLog:
 @pytest.fixture
 def clock(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that can be put forward."""
-    real = anyio.current_time
+    real, real_now = anyio.current_time, adapter_clock.now
     clock = Clock(sessions)
     monkeypatch.setattr(anyio, "current_time", lambda: real() + clock.ahead)
+    monkeypatch.setattr(adapter_clock, "now", lambda: real_now() + clock.ahead)
     return clock

@@ -16,7 +16,7 @@ import anyio
 from mcp.server.streamable_http_manager import DEFAULT_MAX_REQUEST_BODY_SIZE
 from mcp.server.transport_security import TransportSecurityMiddleware
 
-from mcp_session_store.adapter import sdk
+from mcp_session_store.adapter import clock, sdk
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
@@ -293,7 +293,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             TransportSecurityMiddleware(self.security_settings),
             has_event_store=self.event_store is not None,
         )
-        self._serve_session = router.serve
+        self._serve_sessions_by(router.serve)
 
     def _start_background_tasks(self) -> None:
         start = self._tasks.start_soon
@@ -349,7 +349,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def _evict_unused(self) -> None:
         """Evict copies that have been idle for a while, and stop serving sessions whose life is over."""
         if self._settings.evict_after is not None:
-            self._registry.evict_idle(anyio.current_time() - self._settings.evict_after)
+            self._registry.evict_idle(clock.now() - self._settings.evict_after)
         self._ender.end_past_life()
 
 

@@ -13,7 +13,6 @@ from mcp_session_store.adapter import responses
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.requests import POSTED_BODY, may_initialize, read_body, replayed_receive, session_id_of
 from mcp_session_store.adapter.responses import SessionNotFound
-from mcp_session_store.adapter.sessions.handshake import Handshake
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
@@ -110,10 +109,8 @@ class Router:
             receive = replayed_receive(message, receive)
             if may_initialize(message):
                 # The answer to a handshake promises durability.
-                handshake = Handshake()
-                held = HeldResponse(handshake, session_id, scope, receive, send, opening=False)
-                with session.loop.holding(handshake, scope):
-                    await held.answered_by(partial(session.transport.handle_request, scope, receive))
+                held = HeldResponse(session, scope, receive, send, opening=False)
+                await held.answered_by(partial(session.transport.handle_request, scope, receive))
                 return
             await session.transport.handle_request(scope, receive, send)
         finally:

@@ -108,15 +108,15 @@ _check_sdk()
 class ManagerSeams(StreamableHTTPSessionManager):
     """The SDK's session manager, with the seams that the session layer plugs into."""
 
-    _serve_session: Callable[[Scope, Receive, Send], Awaitable[None]]
-    """Serves one request of the handshake era (2025-11-25 and earlier)."""
     _evict_transport: Callable[[str, StreamableHTTPServerTransport], Awaitable[None]]
     """Evicts the copy of a session that has this transport."""
 
-    # The SDK decides here between a resident session, a new one, and 404: everything that a store changes begins with
-    # this decision. Requests of the modern era (2026-07-28) never come here.
-    async def _handle_stateful_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._serve_session(scope, receive, send)
+    def _serve_sessions_by(self, serve: Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]) -> None:
+        """Have a function serve the requests of the handshake era (2025-11-25 and earlier)."""
+        # The SDK decides here between a resident session, a new one, and 404: everything that a store changes begins
+        # with this decision. Requests of the modern era (2026-07-28) never come here. Replaced instead of overridden,
+        # because each step of a request would pass through an override.
+        self._handle_stateful_request = serve  # type: ignore[method-assign, assignment]
 
     # The SDK forgets a session by its id, but copies share their id with their successors: a late call
     # of this must not remove a successor.

@@ -88,10 +88,8 @@ class Journal:
                     raise ConfigurationError(f"journaled_methods: {name} is journaled already; name each method once")
                 if name is not None:
                     table[name] = method
-
-    def holds(self, method: str) -> bool:
-        """Return whether calls of this method are journaled."""
-        return method in self._setting or method in self._undoing
+        self.methods: Final = self._setting.keys() | self._undoing.keys()
+        """Names of the methods whose calls are journaled."""
 
     def write(self, method: str, params: Mapping[str, Any] | None) -> JournalWrite:
         """Return what a call changes in the journal.

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import anyio
-
+from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import Wake
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.records import Activity
@@ -87,19 +86,15 @@ class ActivityReporter:
     def note(self, session: ResidentSession) -> None:
         """Note that a session is in use now."""
         assert session.record is not None
-        now = anyio.current_time()
-        if self._note(session.record.key, now) and self._expires_soon(session, now):
-            self._urgent.add(session.record.key)
-            self.wake.set()
-
-    def _note(self, key: UUID, now: float) -> bool:
-        """Note activity; return whether it is the first that is unreported."""
+        key, now = session.record.key, clock.now()
         unreported = self._unreported.get(key)
-        if unreported is None:
-            self._unreported[key] = _Unreported(now, now)
-            return True
-        unreported.last = now
-        return False
+        if unreported is not None:
+            unreported.last = now
+            return
+        self._unreported[key] = _Unreported(now, now)
+        if self._expires_soon(session, now):
+            self._urgent.add(key)
+            self.wake.set()
 
     def _expires_soon(self, session: ResidentSession, now: float) -> bool:
         """Return whether a session expires unless its activity is reported: it is new, or was idle for long."""
@@ -112,9 +107,11 @@ class ActivityReporter:
         for session in self._registry:
             if session.record is None:
                 continue
+            unreported = self._unreported.get(session.record.key)
             if session.busy:
-                self._note(session.record.key, anyio.current_time())
-            elif (unreported := self._unreported.get(session.record.key)) is not None:
+                now = clock.now()
+                self._unreported[session.record.key] = _Unreported(now if unreported is None else unreported.first, now)
+            elif unreported is not None:
                 # It was in use until its last request was over.
                 unreported.last = max(unreported.last, session.idle_since)
             elif everything and session.lifetime.reported_at > -math.inf:
@@ -133,10 +130,10 @@ class ActivityReporter:
         Raises:
             SessionStoreError: The store did not take the report; its activity is in the next one.
         """
-        now = anyio.current_time()
+        now = clock.now()
         if everything or not self._urgent or now >= self._all_due_at:
             self.gather(everything=everything)
-            now = anyio.current_time()
+            now = clock.now()
             due = {key for key in self._unreported if everything or self._is_due(key, now)}
             self._all_due_at = now + self.interval
         else:

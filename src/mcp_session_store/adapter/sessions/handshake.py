@@ -27,10 +27,12 @@ __all__ = [
     "Handshake",
     "HandshakeOutcome",
     "InitializeParams",
-    "held_handshake",
     "negotiated_version",
 ]
 
+
+_as_json: Final = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+"""Made once, because `json.dumps` makes an encoder for each call."""
 
 HANDSHAKE: Final = "mcp_session_store.handshake"
 """Key of a request's ASGI scope under which the handshake stands that its HTTP answer waits for."""
@@ -71,12 +73,6 @@ class Handshake:
         return self.outcome
 
 
-def held_handshake(request: Any) -> Handshake | None:
-    """Return the handshake that the HTTP answer to this request waits for, if it waits for one."""
-    handshake = request.scope.get(HANDSHAKE)
-    return handshake if isinstance(handshake, Handshake) else None
-
-
 @dataclass(frozen=True, slots=True)
 class InitializeParams:
     """Params of an `initialize`, in the form in which they are stored."""
@@ -98,7 +94,7 @@ class InitializeParams:
         """
         try:
             # ASCII, so that `\u0000` and lone surrogates stay escapes, which any database keeps.
-            text = json.dumps(params, allow_nan=False, separators=(",", ":"))
+            text = _as_json(params)
         except (ValueError, RecursionError):
             raise MCPError(
                 code=INVALID_PARAMS,

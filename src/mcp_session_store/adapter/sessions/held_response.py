@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.responses import UNAVAILABLE, Answer
-from mcp_session_store.adapter.sessions.handshake import HandshakeOutcome
+from mcp_session_store.adapter.sessions.handshake import HANDSHAKE, Handshake, HandshakeOutcome
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Message, Receive, Scope, Send
 
-    from mcp_session_store.adapter.sessions.handshake import Handshake
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = ["HeldResponse"]
 
@@ -28,8 +28,7 @@ class HeldResponse:
     With SSE the SDK sends `http.response.start`, session id and all, before `initialize` has run.
 
     Args:
-        handshake: The handshake, whose outcome decides.
-        session_id: Id of the session.
+        session: The session, whose server loop handles the request.
         scope: ASGI scope of the request.
         receive: The request's `receive`.
         send: Where the answer goes.
@@ -44,16 +43,14 @@ class HeldResponse:
         "_replaced",
         "_scope",
         "_send",
-        "_session_id",
+        "_session",
         "_started",
         "opened",
     )
 
-    def __init__(
-        self, handshake: Handshake, session_id: str, scope: Scope, receive: Receive, send: Send, *, opening: bool
-    ) -> None:
-        self._handshake = handshake
-        self._session_id = session_id
+    def __init__(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send, *, opening: bool) -> None:
+        self._handshake = Handshake()
+        self._session = session
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -69,12 +66,18 @@ class HeldResponse:
         Args:
             serve: Serves the request with the `send` that it is given, which holds the answer back.
         """
+        handshake, held = self._handshake, self._session.loop.held
+        # For the middleware, which decides it, as the end of the loop does.
+        self._scope[HANDSHAKE] = handshake
+        held.add(handshake)
         try:
             await serve(self.send)
         except Exception:
             if self._started.is_set() and not self._replaced:
                 raise
-            logger.exception("a handshake of the session %s could not be served", session_key(self._session_id))
+            logger.exception("a handshake of the session %s could not be served", session_key(self._session.session_id))
+        finally:
+            held.discard(handshake)
         if not self._started.is_set():
             await self._replace(UNAVAILABLE)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import anyio
+from mcp_session_store.adapter import clock
 
 if TYPE_CHECKING:
     from mcp_session_store.records import SessionRecord
@@ -17,7 +17,7 @@ __all__ = ["Lifetime"]
 class Lifetime:
     """The life of a session as far as this instance knows; the store knows for sure.
 
-    All moments are by anyio's clock, and come from differences of the store's own times: a wall clock that is wrong
+    All moments are by `clock`, and come from differences of the store's own times: a wall clock that is wrong
     changes nothing.
     """
 
@@ -36,11 +36,11 @@ class Lifetime:
     @property
     def past_absolute(self) -> bool:
         """Whether the absolute lifetime is over."""
-        return self.ends_at < math.inf and anyio.current_time() >= self.ends_at
+        return clock.now() >= self.ends_at
 
     def begin(self, record: SessionRecord, policy: RetentionPolicy, *, new: bool) -> None:
         """Take the lifetime from the record that was just stored."""
-        now = anyio.current_time()
+        now = clock.now()
         if policy.absolute is not None:
             self.ends_at = now + (record.created_at + policy.absolute - record.last_seen_at).total_seconds()
         if new:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, InitializeRequestParams
 
 from mcp_session_store.adapter.responses import SESSION_NOT_FOUND, UNAVAILABLE, answer_to
 from mcp_session_store.adapter.sessions.handshake import (
+    HANDSHAKE,
     Handshake,
     HandshakeOutcome,
     InitializeParams,
-    held_handshake,
     negotiated_version,
 )
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
-from mcp_session_store.adapter.sessions.resident import resident_session
+from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
 from mcp_session_store.errors import JournalFull
 
 if TYPE_CHECKING:
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
     from mcp.server.lowlevel.server import Server
+    from starlette.types import Scope
 
     from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = ["install", "session_middleware"]
+
+_NO_SCOPE: Final[Scope] = {}
 
 
 def install(server: Server[Any]) -> None:
@@ -46,17 +49,17 @@ async def session_middleware(ctx: ServerRequestContext[Any, Any], call_next: Cal
 
     Messages that are replayed, and those outside of a resident session (stdio, 2026-07-28), pass by.
     """
-    request: Any = ctx.request
-    session = resident_session(request)
+    scope: Scope = getattr(ctx.request, "scope", _NO_SCOPE)
+    session: ResidentSession | None = scope.get(RESIDENT_SESSION)
     if session is None:
         return await call_next(ctx)
     try:
-        handshake = held_handshake(request)
+        handshake: Handshake | None = scope.get(HANDSHAKE)
         if ctx.method == "initialize" and ctx.request_id is not None:
             return await _store_handshake(ctx, call_next, session, handshake or Handshake())
         if handshake is not None:
             handshake.settle(HandshakeOutcome.NOT_OPENED)
-        if ctx.request_id is not None and request.scope[RECORD_WRITER].journal.holds(ctx.method):
+        if ctx.request_id is not None and ctx.method in scope[RECORD_WRITER].journal.methods:
             return await _store_call(ctx, call_next, session)
         return await call_next(ctx)
     finally:

@@ -7,7 +7,6 @@ from uuid import uuid4
 
 from mcp_session_store.adapter.requests import may_initialize, replayed_receive
 from mcp_session_store.adapter.responses import MemoryFull, refuse
-from mcp_session_store.adapter.sessions.handshake import Handshake
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
@@ -55,8 +54,7 @@ class Opener:
             return
         # Until it is answered it is in use.
         session.pin()
-        handshake = Handshake()
-        held = HeldResponse(handshake, session_id, scope, receive, send, opening=True)
+        held = HeldResponse(session, scope, receive, send, opening=True)
         scope[RESIDENT_SESSION] = session
         scope[RECORD_WRITER] = self._writer
 
@@ -65,8 +63,7 @@ class Opener:
             await session.transport.handle_request(scope, receive, send)
 
         try:
-            with session.loop.holding(handshake, scope):
-                await held.answered_by(serve)
+            await held.answered_by(serve)
         finally:
             session.unpin()
             if not held.opened:

@@ -176,10 +176,10 @@ class Registry:
         if not session.busy:
             self._idle[session] = None
 
-    def usage_changed(self, session: ResidentSession) -> None:
+    def usage_changed(self, session: ResidentSession, busy: bool) -> None:
         """Note that a copy became busy or idle, and evict an idle one that is stale."""
         self._idle.pop(session, None)
-        if session.busy:
+        if busy:
             return
         if self._published.get(session.session_id) is session:
             self._idle[session] = None
@@ -195,7 +195,7 @@ class Registry:
             self.evict_soon(session)
 
     def evict_idle(self, since: float) -> None:
-        """Evict the copies that have been idle since a moment of anyio's clock, in the background."""
+        """Evict the copies that have been idle since a moment of `clock`, in the background."""
         idle = []
         for session in self._idle:
             if session.idle_since > since:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 from mcp.shared.message import SessionMessage
 from mcp_types import CONNECTION_CLOSED, ErrorData, JSONRPCError
 
+from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.sessions.lifetime import Lifetime
 from mcp_session_store.adapter.sessions.server_loop import ServerLoop
@@ -19,13 +20,12 @@ if TYPE_CHECKING:
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp_types import RequestId
-    from starlette.types import Scope
 
     from mcp_session_store.adapter.streams.event_store import SessionEvents
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
     from mcp_session_store.retention import RetentionPolicy
 
-__all__ = ["RESIDENT_SESSION", "ResidentSession", "resident_session"]
+__all__ = ["RESIDENT_SESSION", "ResidentSession"]
 
 RESIDENT_SESSION: Final = "mcp_session_store.resident_session"
 """Key of a request's ASGI scope under which the resident session stands that serves it."""
@@ -41,7 +41,7 @@ class ResidentSession:
         session_id: Id of the session.
         owner: Principal that the session is served to, as the SDK compares principals.
         transport: The SDK's transport, not connected yet.
-        on_usage: Called with the session when it becomes busy or idle.
+        on_usage: Called with the session, and whether it is busy, when it becomes busy or idle.
         events: Events that the session's streams are resumed from; `None`: no stream can be resumed.
     """
 
@@ -71,7 +71,7 @@ class ResidentSession:
         session_id: str,
         owner: AuthorizationContext | None,
         transport: StreamableHTTPServerTransport,
-        on_usage: Callable[[ResidentSession], None],
+        on_usage: Callable[[ResidentSession, bool], None],
         events: SessionEvents | None = None,
     ) -> None:
         self.session_id = session_id
@@ -96,8 +96,8 @@ class ResidentSession:
         """Number of those requests that are open GET streams."""
         self.in_flight = 0
         """Number of messages that were read and whose handlers have not returned."""
-        self.idle_since = anyio.current_time()
-        """Moment, by anyio's clock, at which the copy was last busy."""
+        self.idle_since = clock.now()
+        """Moment, by `clock`, at which the copy was last busy."""
         self._on_usage = on_usage
         self._recording: anyio.Lock | None = None
         self._calls: set[RequestId] = set()
@@ -116,17 +116,15 @@ class ResidentSession:
     def serving(self) -> bool:
         """Whether requests may still be given to the copy."""
         # The transport is asked too, because others can terminate it: FastMCP does at shutdown.
-        return (
-            not self.stopping
-            and not self.transport.is_terminated
-            and not self.lifetime.past_absolute
-            and not self.past_idle
-        )
+        if self.stopping or self.transport.is_terminated:
+            return False
+        now = clock.now()
+        return now < self.lifetime.ends_at and (now < self.idle_since + self.lifetime.idle or self.busy)
 
     @property
     def past_idle(self) -> bool:
         """Whether the session has been idle for as long as it may be, as far as this instance knows."""
-        return not self.busy and anyio.current_time() >= self.idle_since + self.lifetime.idle
+        return clock.now() >= self.idle_since + self.lifetime.idle and not self.busy
 
     @property
     def busy(self) -> bool:
@@ -152,14 +150,15 @@ class ResidentSession:
         was_busy = self.busy
         self.pins += times
         if not was_busy:
-            self._on_usage(self)
+            self._on_usage(self, True)
 
     def unpin(self) -> None:
         """Note that one HTTP request is over."""
         self.pins -= 1
         if self._answered is not None and self.pins == self.streams:
             self._answered.set()
-        self._rest()
+        if self.pins == 0:
+            self._rest()
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -176,12 +175,12 @@ class ResidentSession:
         Args:
             request_id: Id of a request of the client's; `None` for other messages.
         """
-        was_busy = self.busy
+        was_busy = self.pins > 0 or self.busy
         self.in_flight += 1
         if request_id is not None:
             self._calls.add(request_id)
         if not was_busy:
-            self._on_usage(self)
+            self._on_usage(self, True)
 
     def finished(self, request_id: RequestId | None) -> None:
         """Note that the handler of a message has returned."""
@@ -190,12 +189,13 @@ class ResidentSession:
             self._calls.discard(request_id)
             if self.events is not None:
                 self.events.returned(request_id)
-        self._rest()
+        if self.pins == 0:
+            self._rest()
 
     def _rest(self) -> None:
         if not self.busy:
-            self.idle_since = anyio.current_time()
-            self._on_usage(self)
+            self.idle_since = clock.now()
+            self._on_usage(self, False)
 
     async def stop(self, *, answer: str | None = None) -> None:
         """Close the streams of this copy and cancel its calls. The record stays.
@@ -229,10 +229,3 @@ class ResidentSession:
                 return
             if self.pins > self.streams:
                 await self._answered.wait()
-
-
-def resident_session(request: Any) -> ResidentSession | None:
-    """Return the resident session that serves this request; `None` outside of one, and for a replayed request."""
-    scope: Scope | None = getattr(request, "scope", None)
-    session = None if scope is None else scope.get(RESIDENT_SESSION)
-    return session if isinstance(session, ResidentSession) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Self
 
 import anyio
@@ -12,11 +11,11 @@ from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPC
 
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.responses import UNAVAILABLE
-from mcp_session_store.adapter.sessions.handshake import HANDSHAKE, HandshakeOutcome
+from mcp_session_store.adapter.sessions.handshake import HandshakeOutcome
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
     from contextvars import Context
     from types import TracebackType
     from typing import TypeAlias
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp_types import JSONRPCMessage, RequestId
-    from starlette.types import Scope
 
     from mcp_session_store.adapter.replay.replay import Replay
     from mcp_session_store.adapter.replay.request_ids import RequestIds
@@ -81,7 +79,7 @@ class ServerLoop:
         self.handshake: Handshake | None = None
         """The genuine `initialize` that the server handles now."""
         self.held: set[Handshake] = set()
-        """Handshakes, or requests that may be one, whose HTTP answers wait."""
+        """Handshakes, or requests that may be one, whose HTTP answers wait; the end of the loop decides them."""
         self.running = False
         """The server task has begun."""
         self.stopped = Latch()
@@ -143,19 +141,6 @@ class ServerLoop:
                 self.replay.cut_short()
             self.stopped.set()
 
-    @contextmanager
-    def holding(self, handshake: Handshake, scope: Scope) -> Iterator[None]:
-        """Hold the HTTP answer to a request that may be a handshake.
-
-        The middleware finds the handshake in the request's ASGI scope, and the end of the loop decides it.
-        """
-        scope[HANDSHAKE] = handshake
-        self.held.add(handshake)
-        try:
-            yield
-        finally:
-            self.held.discard(handshake)
-
     def cancel(self) -> None:
         """Cancel the server task."""
         self._scope.cancel()
@@ -180,6 +165,13 @@ class _Inbound:
         return getattr(self._inner, "last_context", None)
 
     async def receive(self) -> SessionMessage | Exception:
+        try:
+            return await self.__anext__()
+        except StopAsyncIteration:
+            raise anyio.EndOfStream from None
+
+    async def __anext__(self) -> SessionMessage | Exception:
+        # The SDK's dispatcher iterates.
         loop = self._loop
         if loop.replay is not None:
             # Only now that the server loop reads can a handler send the client a request.
@@ -188,7 +180,10 @@ class _Inbound:
             if not serves:
                 raise anyio.EndOfStream
         while True:
-            received = await self._inner.receive()
+            try:
+                received = await self._inner.receive()
+            except anyio.EndOfStream:
+                raise StopAsyncIteration from None
             if isinstance(received, SessionMessage):
                 message = received.message
                 if isinstance(message, JSONRPCRequest):
@@ -206,12 +201,6 @@ class _Inbound:
 
     def __aiter__(self) -> Self:
         return self
-
-    async def __anext__(self) -> SessionMessage | Exception:
-        try:
-            return await self.receive()
-        except anyio.EndOfStream:
-            raise StopAsyncIteration from None
 
     async def __aenter__(self) -> Self:
         return self
