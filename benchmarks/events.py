@@ -14,8 +14,9 @@ Two operations are timed, with messages of 200 bytes and of 4 KiB:
 
 Storing begins with the same message of the SDK and ends with a row that is committed. This package and mcp-persist are
 called as the SDK's transport calls an event store; this package's log is also timed without what lies between the two.
-The drivers alone insert into a table that has what a replay needs, and nothing else. What is written behind is
-acknowledged before it is committed, so that a crash loses it: it is shown for comparison.
+The drivers alone insert into a table that has what a replay needs, and nothing else: each row in a commit of its own,
+or in batches, which is the most that any log can reach. What is written behind is acknowledged before it is committed,
+so that a crash loses it: it is shown for comparison.
 
 A replay is what a client gets: this package serves it under `durable_app(..., events=log)`, mcp-persist under the app
 of an `MCPServer` with `event_store=`. The drivers alone answer no GET, so they take no part.
@@ -56,6 +57,7 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.streamable_http import GET_STREAM_KEY
 from mcp_types import JSONRPCNotification
 
+from benchmarks.drivers import Batches, insert_on_postgres, insert_on_sqlite
 from benchmarks.endpoint import Endpoint, garbage_kept
 from benchmarks.figures import in_random_order, percentile, ratios, spread, table
 from mcp_session_store import durable_app, session_key
@@ -98,10 +100,10 @@ STORED_TOGETHER: Final = 100
 """Number of events that are stored together in preparation of a replay, because that is faster."""
 
 AS_THEY_COME: Final = {
-    "SQLite": ("mcp-session-store, NORMAL", "mcp-persist, FULL", "aiosqlite alone, NORMAL"),
-    "Postgres": ("mcp-session-store", "mcp-persist", "asyncpg alone"),
+    "SQLite": ("mcp-session-store, NORMAL", "mcp-persist, FULL", "aiosqlite alone in batches, NORMAL"),
+    "Postgres": ("mcp-session-store", "mcp-persist", "asyncpg alone in batches"),
 }
-"""Names, by the database, of this package, mcp-persist and the driver alone without configuration."""
+"""Names, by the database, of this package, mcp-persist and the driver alone in batches, without configuration."""
 
 KEEP_ALL: Final = EventPolicy(max_events_per_session=1_000_000, max_bytes_per_session=1024**3)
 
@@ -199,6 +201,17 @@ class AiosqliteStream(Stream):
     async def store(self, message: JSONRPCMessage) -> int:
         ((stored,),) = await self._connection.execute_fetchall(self.INSERT, (self._name, text_of(message)))
         return int(stored)
+
+
+class BatchedStream(Stream):
+    """Stream in the same table as that of the driver alone, whose rows share commits with those of other streams."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._name = uuid.uuid4().hex
+
+    async def store(self, message: JSONRPCMessage) -> int:
+        return await self._batches.store(self._name, text_of(message))
 
 
 def text_of(message: JSONRPCMessage) -> str:
@@ -487,14 +500,21 @@ async def open_postgres(stack: AsyncExitStack, url: str) -> list[Contender]:
     await migrate.upgrade(url)
 
     shares = itertools.cycle(connections)
+    of_batches = await asyncpg.connect(dsn)
+    stack.push_async_callback(of_batches.close)
+    batches = Batches(insert_on_postgres(of_batches, AsyncpgStream.TABLE))
 
     async def open_alone() -> Stream:
         return AsyncpgStream(*next(shares))
 
+    async def open_batched() -> Stream:
+        return BatchedStream(batches)
+
     return [
         await open_peer(stack, peer, PEER),
         Contender("asyncpg alone", open_alone, [PEER]),
-        *await open_ours(stack, url, OURS, [PEER, "asyncpg alone"]),
+        Contender("asyncpg alone in batches", open_batched, [PEER]),
+        *await open_ours(stack, url, OURS, [PEER, "asyncpg alone in batches"]),
         Contender(f"{PEER}, written behind", opens_peer(batching), [PEER], settle=batching.flush),
     ]
 
@@ -529,13 +549,18 @@ async def open_sqlite(stack: AsyncExitStack, folder: Path) -> list[Contender]:
         async def open_alone(alone: aiosqlite.Connection = alone) -> Stream:
             return AiosqliteStream(alone)
 
+        async def open_batched(batches: Batches = Batches(insert_on_sqlite(alone))) -> Stream:  # noqa: B008 - of the loop
+            return BatchedStream(batches)
+
         peer_name, alone_name = f"{PEER}, {synchronous}", f"aiosqlite alone, {synchronous}"
+        batched_name = f"aiosqlite alone in batches, {synchronous}"
         url = f"sqlite:///{folder / f'ours-{synchronous}.db'}"
         # The defaults of both, too.
-        beside = [peer_name, alone_name, *([] if as_it_comes else [f"{PEER}, FULL"])]
+        beside = [peer_name, batched_name, *([] if as_it_comes else [f"{PEER}, FULL"])]
         contenders += [
             await open_peer(stack, peer, peer_name),
             Contender(alone_name, open_alone, [peer_name]),
+            Contender(batched_name, open_batched, [peer_name]),
             *await open_ours(stack, url, f"{OURS}, {synchronous}", beside, waits_for_disk=as_it_comes),
             Contender(f"{peer_name}, written behind", opens_peer(behind), [peer_name], connection.commit),
         ]
