@@ -83,6 +83,10 @@ async def fill(url: str, rows: int, expired: int, *, schema: str | None = None) 
     async with engine.connect() as connection:
         if schema is not None:
             await connection.exec_driver_sql(f"SET search_path = {schema}")
+        if connection.dialect.name == "sqlite":
+            # Of this connection alone. Keys come in random order, so that each row changes other pages.
+            await connection.exec_driver_sql("PRAGMA synchronous=OFF")
+            await connection.exec_driver_sql("PRAGMA cache_size=-500000")
         statement = sa.text(FILL[connection.dialect.name])
         for begin in range(0, rows, CHUNK):
             bounds = {"begin": begin, "end": min(begin + CHUNK, rows), "expired": expired, "params": PARAMS}
