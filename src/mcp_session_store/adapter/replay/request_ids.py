@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["RequestIds"]
 
 _REQUESTS_OF_A_COPY: Final = 1 << 20
-_COPIES: Final = 1 << 32
+_COPY_BITS: Final = 32
 """The product stays below 2 ** 53, up to which JSON's numbers are exact for every client (RFC 8259, section 6)."""
 
 
@@ -30,7 +30,8 @@ class RequestIds:
     __slots__ = ("_offset",)
 
     def __init__(self) -> None:
-        self._offset = random.randrange(1, _COPIES) * _REQUESTS_OF_A_COPY  # noqa: S311 - to differ, not to be secret
+        copy = random.getrandbits(_COPY_BITS) + 1
+        self._offset = copy * _REQUESTS_OF_A_COPY
 
     def outbound(self, item: SessionMessage) -> SessionMessage:
         """Return the message that goes to the client for one that the server writes."""
