@@ -99,7 +99,7 @@ async def test_what_becomes_of_events_and_of_resumed_streams_is_counted(
         await call.say("a")
         call.answer()
         await exchange.end()
-        assert counted.take() == {"events": [(1, {"outcome": "stored"})] * 3}
+        assert counted.take() == {"events": [(1, {"outcome": "stored"})] * 2}
         call, last_event_id = await away(talking, client)
         other, other_exchange = await talking.call(client)
         counted.take()
