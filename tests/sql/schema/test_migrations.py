@@ -229,6 +229,37 @@ async def test_an_upgrade_gives_up_before_statements_queue_behind_it_for_long(po
     assert await migrate.current(postgres_url) == HEAD
 
 
+async def _compressions(url: str, schema: str) -> set[tuple[str, str]]:
+    """Return the name of the table of events and of each partition, with the code of their messages' compression."""
+    found = await execute(
+        url,
+        "SELECT relname, CAST(attcompression AS text) AS method "
+        "FROM pg_attribute JOIN pg_class ON attrelid = pg_class.oid "
+        f"WHERE relname LIKE 'mcp_session_event%' AND attname = 'message' AND relnamespace = '{schema}'::regnamespace",
+    )
+    return {(row.relname, row.method) for row in found}
+
+
+@pytest.mark.parametrize("schema", [None, "My sessions"])
+async def test_long_messages_are_compressed_by_lz4_where_the_server_knows_it(
+    postgres_url: str, schema: str | None
+) -> None:
+    namespace = '"My sessions"' if schema else "public"
+    await migrate.upgrade(postgres_url, schema=schema)
+    lz4 = "SELECT 1 FROM pg_settings WHERE name = 'default_toast_compression' AND 'lz4' = ANY (enumvals)"
+    expected = "l" if await execute(postgres_url, lz4) else ""
+    assert await _compressions(postgres_url, namespace) == {("mcp_session_event", expected)}
+    async with EventPartitions(postgres_url, schema=schema) as events:
+        await events.partition(timedelta(days=1), max_age=timedelta(days=7))
+    partitioned = await _compressions(postgres_url, namespace)
+    assert len(partitioned) > 1
+    assert {code for _, code in partitioned} == {expected}
+    await migrate.downgrade(postgres_url, schema=schema, revision="1_0004_fewer_indexes")
+    assert {code for _, code in await _compressions(postgres_url, namespace)} == {""}
+    await migrate.upgrade(postgres_url, schema=schema)
+    assert await _compressions(postgres_url, namespace) == partitioned
+
+
 async def test_other_peoples_tables_and_alembic_are_left_alone(database_url: str) -> None:
     await execute(database_url, "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
     await execute(database_url, "INSERT INTO alembic_version VALUES ('theirs')")
