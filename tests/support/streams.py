@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from mcp_session_store import session_key
+from mcp_session_store.adapter.requests import POSTED, Posted
 from mcp_session_store.adapter.streams.event_ids import EventIds
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
@@ -15,6 +16,7 @@ from tests.support.talking import Talking, told
 
 if TYPE_CHECKING:
     from mcp_session_store.adapter.streams.event_ids import Cursor
+    from mcp_session_store.adapter.streams.event_store import SessionEvents
     from tests.support.asgi import Client, Exchange
     from tests.support.instances import Instance
     from tests.support.talking import Call
@@ -45,6 +47,16 @@ def place_of(client: Client, event_id: str) -> Cursor:
     cursor = EventIds(session_key(str(client.session_id))).read(event_id)
     assert cursor is not None
     return cursor
+
+
+async def primed(events: SessionEvents, stream_id: str) -> str | None:
+    """Begin a call; return the id in the priming event that its client gets."""
+    posted = Posted(b"")
+    POSTED.set(posted)
+    await events.prime(stream_id, "2025-11-25")
+    if posted.first is None:
+        return None
+    return posted.first.decode().partition("\r\n")[0].removeprefix("id: ")
 
 
 async def one_more_turn() -> None:

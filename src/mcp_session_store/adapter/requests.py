@@ -6,12 +6,39 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope
+    from starlette.types import Message, Receive, Scope, Send
 
-__all__ = ["POSTED_BODY", "may_initialize", "read_body", "replayed_receive", "session_id_of"]
+__all__ = ["POSTED", "Posted", "may_initialize", "read_body", "replayed_receive", "session_id_of"]
 
-POSTED_BODY: Final[ContextVar[bytes]] = ContextVar("mcp_session_store.posted_body")
-"""Body of the POST that is being served, for the event store, to which the SDK gives a request id as text only."""
+
+class Posted:
+    """POST that is being served, for the event store, to which the SDK gives a request id as text only.
+
+    Args:
+        body: Body of the request.
+    """
+
+    __slots__ = ("_send", "body", "first")
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+        self.first: bytes | None = None
+        """Part of the answer's body that precedes what the SDK sends."""
+
+    def through(self, send: Send) -> Send:
+        """Return the `send` for the SDK."""
+        self._send = send
+        return self._sending
+
+    async def _sending(self, message: Message) -> None:
+        await self._send(message)
+        if self.first is not None and message["type"] == "http.response.start":
+            body, self.first = self.first, None
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+POSTED: Final[ContextVar[Posted | None]] = ContextVar("mcp_session_store.posted", default=None)
+"""The POST that the current task serves."""
 
 
 def session_id_of(scope: Scope) -> str | None:

@@ -11,7 +11,14 @@ from starlette.requests import Request
 
 from mcp_session_store.adapter import responses
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
-from mcp_session_store.adapter.requests import POSTED_BODY, may_initialize, read_body, replayed_receive, session_id_of
+from mcp_session_store.adapter.requests import (
+    POSTED,
+    Posted,
+    may_initialize,
+    read_body,
+    replayed_receive,
+    session_id_of,
+)
 from mcp_session_store.adapter.responses import SessionNotFound
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
@@ -21,6 +28,8 @@ from mcp_session_store.adapter.streams.resumption import not_resumable, serve_st
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.transport_security import TransportSecurityMiddleware
     from starlette.responses import Response
@@ -103,16 +112,18 @@ class Router:
                     await self._serve_stream(session, scope, receive, _noting_standalone_stream(session, send))
                 return
             message = await receive()
+            posted: Posted | None = None
             if session.events is not None:
                 message = await read_body(message, receive)
-                POSTED_BODY.set(message.get("body", b""))
+                posted = Posted(message.get("body", b""))
+                POSTED.set(posted)
             receive = replayed_receive(message, receive)
             if may_initialize(message):
                 # The answer to a handshake promises durability.
                 held = HeldResponse(session, scope, receive, send, opening=False)
-                await held.answered_by(partial(session.transport.handle_request, scope, receive))
+                await held.answered_by(partial(_serve_post, session, posted, scope, receive))
                 return
-            await session.transport.handle_request(scope, receive, send)
+            await _serve_post(session, posted, scope, receive, send)
         finally:
             session.unpin()
 
@@ -169,6 +180,12 @@ class Router:
                 response = not_resumable(session.session_id, cursor)
         await response(scope, receive, send)
         return True
+
+
+def _serve_post(
+    session: ResidentSession, posted: Posted | None, scope: Scope, receive: Receive, send: Send
+) -> Awaitable[None]:
+    return session.transport.handle_request(scope, receive, send if posted is None else posted.through(send))
 
 
 def _noting_standalone_stream(session: ResidentSession, send: Send) -> Send:

@@ -171,8 +171,8 @@ class TransportEvents(Protocol):
     live: LiveStreams | None
     """Open responses of the session's transport."""
 
-    async def prime(self, stream_id: str, protocol_version: str) -> dict[str, Any] | None:
-        """Begin the stream of a call; return its priming event as SSE, or `None` if the client is to get none."""
+    async def prime(self, stream_id: str, protocol_version: str) -> None:
+        """Begin the stream of a call, and send its priming event if the client is to get one."""
 
     def can_come_back(self, stream_id: str) -> bool:
         """Return whether the client of a stream may hold an event id to resume it with."""
@@ -252,8 +252,8 @@ def _begin_streams(transport: StreamableHTTPServerTransport, events: TransportEv
             close(request_id)
             events.close_stream(stream_id)
 
-    # Called once for each request that is answered by a stream, before it is dispatched. It can result in no priming
-    # event, which an event store cannot express.
+    # Called once for each request that is answered by a stream, before it is dispatched. The SDK sends none where it
+    # returns none: through the SDK's streams, a priming event would cost a twentieth of a call.
     transport_seams._mint_priming_event = events.prime
     # A stream that was resumed is not the transport's any more.
     transport_seams.close_sse_stream = close_sse_stream

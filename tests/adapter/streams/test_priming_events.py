@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sse_starlette import ServerSentEvent
 
 from mcp_session_store import EndReason, EventPolicy, session_key
 from mcp_session_store.adapter.streams import event_store, reader
@@ -22,7 +23,7 @@ from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog, FaultyStore
 from tests.support.instances import instance
 from tests.support.internals import recorder_of
-from tests.support.streams import away, one_more_turn, opened, place_of
+from tests.support.streams import away, one_more_turn, opened, place_of, primed
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
@@ -85,6 +86,24 @@ async def test_its_id_is_one_that_earlier_versions_read(one: Instance, talking: 
     assert place_of(client, last_event_id) == Cursor(stream, 0, 0, client._last_id)
 
 
+@pytest.mark.parametrize("retry_interval", [None, 1234])
+def test_it_is_written_as_the_sdk_writes_it(log: FaultyLog, retry_interval: int | None) -> None:
+    instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
+    recorder = EventRecorder(log, Followers(log, instances), instances)
+    events = SessionEvents(session_key("any"), recorder, retry_interval=retry_interval)
+    assert events.primed("id") == ServerSentEvent("", id="id", retry=retry_interval).encode()
+
+
+async def test_it_comes_behind_the_header_of_a_call_that_might_be_a_handshake(talking: Talking, client: Client) -> None:
+    call, exchange = await talking.call(client, request_id='"initialize"')
+    await until(lambda: exchange.last_event_id is not None)
+    call.answer()
+    await exchange.end()
+    assert [message["type"] for message in exchange.sent[:2]] == ["http.response.start", "http.response.body"]
+    assert [event.data for event in exchange.events[:1]] == [""]
+    assert told(exchange.messages) == ["done"]
+
+
 async def test_its_id_names_the_newest_event_that_is_known_here_and_the_first_event_comes_after(
     log: FaultyLog, talking: Talking, client: Client
 ) -> None:
@@ -125,8 +144,8 @@ async def test_a_restored_copy_stores_one_and_from_then_on_none(store: FaultySto
 async def test_one_is_stored_where_the_newest_event_was_heard_of_long_ago(
     log: FaultyLog, talking: Talking, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_store, "KNOWN_FOR", 0.0)
     await client.ping()
+    monkeypatch.setattr(event_store, "KNOWN_FOR", 0.0)
     await client.ping()
     kinds = [event.kind for event in log.stored(client.session_id)]
     assert kinds == [EventKind.RESPONSE, EventKind.PRIMING, EventKind.RESPONSE]
@@ -425,9 +444,9 @@ async def test_no_call_begins_in_a_copy_that_has_left_memory(store: FaultyStore,
     await recorder.recover()
     events = SessionEvents(record.key, recorder)
     events.begin(new=True)
-    assert await events.prime("1", "2025-11-25") is not None
+    assert await primed(events, "1") is not None
     await events.abandon()
-    assert await events.prime("2", "2025-11-25") is None
+    assert await primed(events, "2") is None
     assert recorder.unfinished == {}
 
 

@@ -22,7 +22,7 @@ from tests.support.asgi import Client, seen_by_a_client, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance, principal
 from tests.support.internals import recorder_of
-from tests.support.streams import OLD, one_more_turn, opened
+from tests.support.streams import OLD, one_more_turn, opened, primed
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
@@ -667,13 +667,13 @@ async def view(store: FaultyStore, log: FaultyLog) -> SessionEvents:
     recorder = EventRecorder(log, Followers(log, instances), instances)
     await recorder.recover()
     events = SessionEvents(record.key, recorder)
-    events.active = True
+    events.begin(new=True)
     return events
 
 
 async def test_the_view_of_a_session_replays_nothing_to_the_sdk(store: FaultyStore, log: FaultyLog) -> None:
     events = await view(store, log)
-    priming = await events.prime("5", "2025-11-25")
+    priming = await primed(events, "5")
     assert priming is not None
     sent: list[EventMessage] = []
 
@@ -682,7 +682,7 @@ async def test_the_view_of_a_session_replays_nothing_to_the_sdk(store: FaultySto
 
     log.calls.clear()
     with pytest.raises(NotImplementedError, match="serve_stream"):
-        await events.replay_events_after(priming["id"], send)
+        await events.replay_events_after(priming, send)
     assert sent == []
     assert log.calls == []
 
@@ -691,10 +691,10 @@ async def test_a_call_whose_id_is_used_again_before_its_answer_is_stored_keeps_n
     store: FaultyStore, log: FaultyLog
 ) -> None:
     events = await view(store, log)
-    await events.prime("1", "2025-11-25")
+    await primed(events, "1")
     events.returned(1)
     assert events.busy
-    await events.prime("1", "2025-11-25")
+    await primed(events, "1")
     assert not events.busy
     # Neither does one whose copy leaves.
     events.returned(1)

@@ -124,5 +124,9 @@ def fits(request_id: RequestId) -> bool:
     return len(_as_json(request_id).encode(errors="surrogatepass")) <= MAX_REQUEST_ID
 
 
-_as_json: Final = json.JSONEncoder(ensure_ascii=False).encode
+_encode: Final = json.JSONEncoder(ensure_ascii=False).encode
 """Made once, because `json.dumps` makes an encoder for each call."""
+
+
+def _as_json(request_id: RequestId) -> str:
+    return str(request_id) if type(request_id) is int else _encode(request_id)

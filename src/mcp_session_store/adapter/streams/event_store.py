@@ -8,7 +8,7 @@ import math
 import random
 import re
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 from mcp.server.streamable_http import GET_STREAM_KEY, EventStore
@@ -23,7 +23,7 @@ from mcp_types.version import is_version_at_least
 
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
-from mcp_session_store.adapter.requests import POSTED_BODY
+from mcp_session_store.adapter.requests import POSTED
 from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, call_error
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
 from mcp_session_store.adapter.streams.recorder import ROUNDS, Outcome
@@ -95,15 +95,15 @@ class SessionEvents(EventStore):
         self._recorded: Latch | None = None
         self._newest = 0
         """Sequence of the session's newest event that is known here."""
-        self._known_until = -math.inf
-        """Until when it serves as a place, by the monotonic clock."""
+        self._known_at = -math.inf
+        """When it was heard of, by the monotonic clock."""
         # All copies of a session write the one standalone stream; their positions are apart by chance.
         self._position = random.getrandbits(31) << 31
 
     # Called by the SDK
 
-    async def prime(self, stream_id: str, protocol_version: str) -> dict[str, Any] | None:
-        """Begin the stream of a call; return its priming event as SSE, if the client is to get one.
+    async def prime(self, stream_id: str, protocol_version: str) -> None:
+        """Begin the stream of a call, and have its priming event precede the answer, if the client is to get one.
 
         The event is not stored where its id alone can say that it precedes the first event of the call: a reader has
         to find all events of the call behind it, and to learn when this instance is dead.
@@ -112,31 +112,32 @@ class SessionEvents(EventStore):
             stream_id: The call's request id, as a text.
             protocol_version: Which the client speaks.
         """
-        if not self.active:
-            return None
-        request_id, method = _call_of(stream_id, POSTED_BODY.get(b""))
+        posted = POSTED.get()
+        if not self.active or posted is None:
+            return
+        request_id, method = _call_of(stream_id, posted.body)
         if method == "initialize" or not fits(request_id):
-            return None
+            return
         resumable = is_version_at_least(protocol_version, RESUMABLE_SINCE)
         if (forgotten := self._calls.get(stream_id)) is not None and forgotten.answer is None:
             # The client uses the id of a call that runs; the SDK answers the later one with whatever comes first.
             await self._lose(forgotten)
         stream = self._calls[stream_id] = self.recorder.begin(self.key, request_id, resumable=resumable)
         if not resumable or self.recorder.down:
-            return None
-        if self.recorder.instances.reliable_since < math.inf and time.monotonic() < self._known_until:
+            return
+        if self.recorder.instances.reliable_since < math.inf and self._is_newest_known():
             stream.identified = True
             position = stream.next_event(EventKind.PRIMING, None).position
-            return self.primed(self.ids.write(Cursor(stream.name, self._newest, position, request_id)))
-        event_id = await self._never_raising(stream, stream_id, None)
-        return self.primed(event_id) if event_id else None
+            event_id = self.ids.write(Cursor(stream.name, self._newest, position, request_id))
+        else:
+            event_id = await self._never_raising(stream, stream_id, None)
+        if event_id:
+            posted.first = self.primed(event_id)
 
-    def primed(self, event_id: str) -> dict[str, Any]:
-        """A priming event, as SSE."""
-        event: dict[str, Any] = {"id": event_id, "data": ""}
-        if self.retry_interval is not None:
-            event["retry"] = self.retry_interval
-        return event
+    def primed(self, event_id: str) -> bytes:
+        """Return a priming event as SSE."""
+        retry = "" if self.retry_interval is None else f"retry: {self.retry_interval}\r\n"
+        return f"id: {event_id}\r\ndata: \r\n{retry}\r\n".encode()
 
     async def store_event(self, stream_id: StreamId, message: JSONRPCMessage | None) -> EventId:
         """Store an event of a stream.
@@ -295,24 +296,25 @@ class SessionEvents(EventStore):
         if stream is None:
             self._position += 1
             event = NewEvent(stream=STANDALONE_STREAM, position=self._position, kind=kind, message=text)
+            final = False
         else:
             event = stream.next_event(kind, text)
-            if kind.final:
+            if final := kind.final:
                 stream.answer = event
         recorded = await self.recorder.record(
             self.key, event, deliver=lambda followers: self._deliver(stream_id, event, followers)
         )
         if stream is not None:
-            if kind.final and self._calls.get(stream_id) is stream:
-                # Later events under this id belong to another call.
-                del self._calls[stream_id]
-            if kind.final:
+            if final:
+                if self._calls.get(stream_id) is stream:
+                    # Later events under this id belong to another call.
+                    del self._calls[stream_id]
                 self._note_recorded(stream)
             if recorded.outcome is not Outcome.LIVE:
                 stream.previous = event.position
         if recorded.outcome is not Outcome.STORED:
             # The next call stores its priming event, which shows whether the log takes events of this session.
-            self._known_until = -math.inf
+            self._known_at = -math.inf
             return ""
         self._note_newest(recorded.sequence)
         if stream is None:
@@ -328,14 +330,17 @@ class SessionEvents(EventStore):
                 sequence=recorded.sequence,
                 position=event.position,
                 request_id=None if stream is None else stream.request_id,
-                final=stream is not None and kind.final,
+                final=final,
             )
         )
 
     def _note_newest(self, sequence: int) -> None:
         # Not the highest of all, because the log may have been set back, as after a restored backup.
         self._newest = sequence
-        self._known_until = time.monotonic() + min(KNOWN_FOR, self.recorder.silence / ROUNDS)
+        self._known_at = time.monotonic()
+
+    def _is_newest_known(self) -> bool:
+        return time.monotonic() - self._known_at < min(KNOWN_FOR, self.recorder.silence / ROUNDS)
 
     def _deliver(self, stream_id: str, event: NewEvent, followers: bool) -> bool:
         """Return whether a client gets an event that is not stored: the SDK sends it where a response is open."""

@@ -121,17 +121,14 @@ class EventRecorder:
         self._backlog = Backlog()
         self._streams = 0
         """Number of streams begun."""
+        max_age = log.policy.max_age
+        self.silence: Final = MAX_SILENCE if max_age is None else max_age.total_seconds()
+        """Seconds within which the log gets an event of each call that runs and whose client can come back."""
 
     @property
     def down(self) -> bool:
         """Whether events cannot be stored for now."""
         return self._circuit.is_open
-
-    @property
-    def silence(self) -> float:
-        """Seconds within which the log gets an event of each call that runs and whose client can come back."""
-        max_age = self.log.policy.max_age
-        return MAX_SILENCE if max_age is None else max_age.total_seconds()
 
     def begin(self, key: UUID, request_id: RequestId, *, resumable: bool) -> CallStream:
         """Return the stream of a new call of a session, under a name that is unique among all instances."""

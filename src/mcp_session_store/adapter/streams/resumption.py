@@ -166,7 +166,7 @@ def _response(messages: AsyncIterator[dict[str, Any] | bytes], session_id: str) 
 
 
 async def _sent(
-    events: SessionEvents, cursor: Cursor, page: EventPage | None, first: dict[str, Any] | None
+    events: SessionEvents, cursor: Cursor, page: EventPage | None, first: dict[str, Any] | bytes | None
 ) -> AsyncIterator[dict[str, Any] | bytes]:
     """Send what a reader reads, as SSE.
 
