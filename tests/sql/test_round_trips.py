@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import aiosqlite.core
 import pytest
 
-from mcp_session_store.records import Activity
+from mcp_session_store.records import Activity, EndReason, Principal
+from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.testing import new_session
 from tests.support.databases import settled, sql_store
 
@@ -70,20 +71,50 @@ async def _touch(store: SqlSessionStore, records: Sequence[SessionRecord]) -> No
     await store.touch([Activity(key=record.key, first_age=0.0, last_age=0.0) for record in records])
 
 
+async def _create_within_limits(store: SqlSessionStore, records: Sequence[SessionRecord]) -> None:
+    store.retention = RetentionPolicy(per_principal=10_000)
+    await asyncio.gather(*(store.create(new_session(principal=Principal.of(client_id="a"))) for _ in records))
+
+
+async def _end(store: SqlSessionStore, records: Sequence[SessionRecord]) -> None:
+    assert all(await asyncio.gather(*(store.end(record.key, reason=EndReason.CLIENT) for record in records)))
+
+
+async def _write_journal(store: SqlSessionStore, records: Sequence[SessionRecord]) -> None:
+    assert await store.write_journal(records[0].key, method="m", subject="", params="{}") == 1
+
+
+async def _read_journal(store: SqlSessionStore, records: Sequence[SessionRecord]) -> None:
+    assert await store.read_journal(records[0].key) == []
+
+
 @pytest.mark.parametrize("count", [1, 16])
-@pytest.mark.parametrize("operation", [_create, _load, _claim, _touch])
+@pytest.mark.parametrize(
+    ("operation", "on_postgres"),
+    [
+        (_create, 1),
+        (_load, 1),
+        (_claim, 1),
+        (_touch, 1),
+        (_read_journal, 1),
+        # The transaction is begun and committed on the way.
+        (_end, 4),
+        (_create_within_limits, 6),
+        (_write_journal, 6),
+    ],
+)
 async def test_a_batch_goes_to_the_database_once(
     migrated_url: str,
     trips: RoundTrips,
     operation: Callable[[SqlSessionStore, Sequence[SessionRecord]], Awaitable[None]],
+    on_postgres: int,
     count: int,
 ) -> None:
     async with sql_store(migrated_url) as store:
-        records = await asyncio.gather(*(store.create(new_session()) for _ in range(count)))
         for _ in range(2):  # on Postgres the first time prepares the statement
             records = await asyncio.gather(*(store.create(new_session()) for _ in range(count)))
             await settled(store)
             trips.count = 0
             await operation(store, records)
             await settled(store)
-        assert trips.count == 1
+        assert trips.count == (on_postgres if "postgresql" in migrated_url else 1)

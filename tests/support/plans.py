@@ -55,7 +55,7 @@ async def statements_of(
         await use(store)
     sa.event.remove(sync_engine, "before_cursor_execute", remember)
     await settled(store)
-    return seen | dict(given)
+    return seen | {text: parameters for text, parameters in given if "mcp_session" in text}
 
 
 @contextmanager
@@ -76,8 +76,8 @@ def given_to_driver(store: SqlSessionStore) -> Iterator[list[tuple[str, Sequence
             given.append((statement.text, first))
             rows = yield statement, parameters
 
-    def run_noting(self: Any, connection: Any, steps: Steps[Any], *, writes: bool) -> Awaitable[Any]:
-        return run(self, connection, noting(steps), writes=writes)
+    def run_noting(self: Any, connection: Any, steps: Steps[Any], **options: bool) -> Awaitable[Any]:
+        return run(self, connection, noting(steps), **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dialect, "run", run_noting)

@@ -87,9 +87,9 @@ async def test_a_change_is_one_call_of_the_thread_of_sqlite(sqlite_url: str, mon
         others: list[str] = []
         run = dialect.run
 
-        def counted(connection: Any, steps: Any, *, writes: bool) -> Any:
+        def counted(connection: Any, steps: Any, *, writes: bool, atomic: bool = False) -> Any:
             runs.append(writes)
-            return run(connection, steps, writes=writes)
+            return run(connection, steps, writes=writes, atomic=atomic)
 
         def remember(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
             others.append(statement)

@@ -176,11 +176,14 @@ class Dialect(ABC):
         """Return moments as `datetime`s, from values that the driver returned; `None` stays `None`."""
 
     @abstractmethod
-    def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> Awaitable[_T]:
+    def run(
+        self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool, atomic: bool = False
+    ) -> Awaitable[_T]:
         """Run statements on a connection in autocommit, and return what the steps return.
 
         Where writers exclude one another, steps that write share one transaction; elsewhere each statement is a
-        transaction. Steps must be correct either way.
+        transaction, unless the steps are atomic. Steps that are not must be correct either way. Without `writes` the
+        statements join a transaction that runs on the connection.
         """
 
     @abstractmethod

@@ -70,6 +70,7 @@ _FAILURES: Final = (
     ("57P", FailureKind.BROKEN),  # the server shuts down, or starts
     ("25006", FailureKind.BROKEN),  # a read-only transaction: what was the primary has become a standby
     ("40", FailureKind.BROKEN),  # deadlock, serialization failure: the statement is undone and may be repeated
+    ("0A000", FailureKind.BROKEN),  # a prepared statement that is out of date, within a transaction
     ("22", FailureKind.INVALID_VALUE),  # data exception
     ("23", FailureKind.INVALID_VALUE),  # an integrity constraint
     ("54", FailureKind.INVALID_VALUE),  # a program limit
@@ -317,18 +318,21 @@ class Postgres(Dialect):
         return values
 
     @override
-    async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> _T:
+    async def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool, atomic: bool = False) -> _T:
         pooled: Any = connection.sync_connection
+        driver: asyncpg.Connection = pooled.connection.driver_connection
+        if not atomic:
+            return await _one_after_the_other(driver, steps)
+        await driver.execute(self.begin)
         try:
-            driver: asyncpg.Connection = pooled.connection.driver_connection
-            statement, parameters = next(steps)
-            while True:
-                assert isinstance(parameters, dict)
-                rows = await driver.fetch(statement.text, *statement.arguments(parameters))
-                statement, parameters = steps.send(rows)
-        except StopIteration as done:
-            result: _T = done.value
-            return result
+            result = await _one_after_the_other(driver, steps)
+        except Exception:
+            # Where this fails the connection is broken, which rolls back too.
+            with contextlib.suppress(Exception):
+                await driver.execute("ROLLBACK")
+            raise
+        await driver.execute("COMMIT")
+        return result
 
     @override
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
@@ -376,6 +380,18 @@ class Postgres(Dialect):
     @override
     def unlikely(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
         return condition  # its statistics say so
+
+
+async def _one_after_the_other(driver: asyncpg.Connection, steps: Steps[_T]) -> _T:
+    try:
+        statement, parameters = next(steps)
+        while True:
+            assert isinstance(parameters, dict)
+            rows = await driver.fetch(statement.text, *statement.arguments(parameters))
+            statement, parameters = steps.send(rows)
+    except StopIteration as done:
+        result: _T = done.value
+        return result
 
 
 def _sizes(oid: sa.ColumnElement[Any]) -> tuple[sa.ColumnElement[int], sa.ColumnElement[int]]:

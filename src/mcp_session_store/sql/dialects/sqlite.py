@@ -197,7 +197,9 @@ class Sqlite(Dialect):
         return [None if value is None else EPOCH + timedelta(milliseconds=value) for value in values]
 
     @override
-    def run(self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool) -> Awaitable[_T]:
+    def run(
+        self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool, atomic: bool = False
+    ) -> Awaitable[_T]:
         pooled: Any = connection.sync_connection
         run_steps = _in_transaction if writes else _one_after_the_other
         return call_in_thread(pooled.connection.driver_connection, run_steps, steps)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.records import EndReason, SessionRecord
 from mcp_session_store.sql.sessions.records import as_number
-from mcp_session_store.sql.transaction import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,14 +57,9 @@ class Creation:
         for session in sessions:
             first.setdefault(session.key, session)
         wanted = [first[key] for key in sorted(first, key=as_number)]
-        refused: Mapping[UUID, SessionLimitReached] = {}
-        run, connection = self._dialect.run, attempt.connection
-        if self.limits.concern(wanted):
-            records, refused = await self._create_within_limits(attempt, wanted)
-            if present := first.keys() - records.keys() - refused.keys():
-                records |= await run(connection, self._records.load_live(present), writes=False)
-        else:
-            records = await run(connection, self._insert_or_load(wanted), writes=True)
+        limited = self.limits.concern(wanted)
+        steps = self._create(wanted, within_limits=limited)
+        records, refused = await self._dialect.run(attempt.connection, steps, writes=True, atomic=limited)
         return [
             refused[session.key]
             if session.key in refused
@@ -75,12 +69,18 @@ class Creation:
             for session in sessions
         ]
 
-    def _insert_or_load(self, sessions: Sequence[NewSession]) -> Steps[dict[UUID, SessionRecord]]:
-        """Insert the sessions whose keys are free, and return their records and those of the live ones that exist."""
-        records = yield from self._insert(sessions)
-        if present := [session.key for session in sessions if session.key not in records]:
+    def _create(
+        self, wanted: Sequence[NewSession], *, within_limits: bool
+    ) -> Steps[tuple[dict[UUID, SessionRecord], Mapping[UUID, SessionLimitReached]]]:
+        """Create the sessions whose keys are free; return them and those that exist and are live, and the refusals."""
+        refused: Mapping[UUID, SessionLimitReached] = {}
+        if within_limits:
+            records, refused = yield from self._insert_within_limits(wanted)
+        else:
+            records = yield from self._insert(wanted)
+        if present := [new.key for new in wanted if new.key not in records and new.key not in refused]:
             records |= yield from self._records.load_live(present)
-        return records
+        return records, refused
 
     def _insert(self, sessions: Sequence[NewSession]) -> Steps[dict[UUID, SessionRecord]]:
         """Insert the sessions whose keys are free, and return their records."""
@@ -93,21 +93,19 @@ class Creation:
             records[session.key] = _new_record(session, self._namespace, *self._dialect.moments(moments))
         return records
 
-    async def _create_within_limits(
-        self, attempt: Attempt, sessions: Sequence[NewSession]
-    ) -> tuple[dict[UUID, SessionRecord], dict[UUID, SessionLimitReached]]:
+    def _insert_within_limits(
+        self, sessions: Sequence[NewSession]
+    ) -> Steps[tuple[dict[UUID, SessionRecord], dict[UUID, SessionLimitReached]]]:
         limits, removal = self.limits, self._removal
-        async with transaction(attempt.connection, self._dialect):
-            await limits.lock(attempt, sessions)
-            new = await limits.uncreated(attempt, sessions)
-            refused, removed = await limits.refuse(attempt, new)
-            await removal.remove_with_session(attempt, removed)
-            admitted = [session for session in new if session.key not in refused]
-            insertion = self._insert(admitted)
-            records = await self._dialect.run(attempt.connection, insertion, writes=False) if admitted else {}
-            excess = await limits.excess(attempt, [session for session in admitted if session.key in records])
-            if excess:
-                await removal.end_within(attempt, [(key, EndReason.LIMIT.value) for key in sorted(excess)])
+        yield from limits.lock(sessions)
+        new = yield from limits.uncreated(sessions)
+        refused, removed = yield from limits.refuse(new)
+        yield from removal.remove_with_session(removed)
+        admitted = [session for session in new if session.key not in refused]
+        records = (yield from self._insert(admitted)) if admitted else {}
+        excess = yield from limits.excess([session for session in admitted if session.key in records])
+        if excess:
+            yield from removal.end_within([(key, EndReason.LIMIT.value) for key in sorted(excess)])
         return records, refused
 
 

@@ -12,7 +12,6 @@ from mcp_session_store.records import JournalEntry
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import journal_table, sessions_table
 from mcp_session_store.sql.sessions.statements import live, notify
-from mcp_session_store.sql.transaction import transaction
 from mcp_session_store.store import MAX_JOURNAL_ENTRIES
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.compiled import Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["EntryWrite", "JournalStatements"]
@@ -55,25 +55,29 @@ class JournalStatements:
         )
         is_live = live(sessions, sa.literal(namespace, sa.Text), now)
 
-        self._raise_revision = notify(
-            dialect,
-            sa.update(sessions)
-            .where(sessions.c.key == key, is_live)
-            .values(revision=sessions.c.revision + 1, changed_at=now)
-            .returning(sessions.c.key, sessions.c.revision),
+        self._raise_revision = dialect.precompiled(
+            notify(
+                dialect,
+                sa.update(sessions)
+                .where(sessions.c.key == key, is_live)
+                .values(revision=sessions.c.revision + 1, changed_at=now)
+                .returning(sessions.c.key, sessions.c.revision),
+            )
         )
-        self._remove = sa.delete(journal).where(
-            journal.c.key == key, journal.c.method == method, journal.c.subject == subject
+        self._remove = dialect.precompiled(
+            sa.delete(journal).where(journal.c.key == key, journal.c.method == method, journal.c.subject == subject)
         )
-        self._count = sa.select(sa.func.count()).where(journal.c.key == key)
-        self._insert = sa.insert(journal).values(
-            key=key,
-            method=method,
-            subject=subject,
-            params=sa.bindparam("journal_params", type_=sa.Text),
-            revision=sa.bindparam("journal_revision", type_=sa.Integer),
+        self._count = dialect.precompiled(sa.select(sa.func.count()).where(journal.c.key == key))
+        self._insert = dialect.precompiled(
+            sa.insert(journal).values(
+                key=key,
+                method=method,
+                subject=subject,
+                params=sa.bindparam("journal_params", type_=sa.Text),
+                revision=sa.bindparam("journal_revision", type_=sa.Integer),
+            )
         )
-        self._select = (
+        self._select = dialect.precompiled(
             sa.select(journal.c.method, journal.c.subject, journal.c.params)
             .join(sessions, sessions.c.key == journal.c.key)
             .where(journal.c.key == key, sessions.c.key == key, is_live)
@@ -89,31 +93,36 @@ class JournalStatements:
         return [await self._write(attempt, write) for write in writes]
 
     async def _write(self, attempt: Attempt, write: EntryWrite) -> int | JournalFull | None:
-        execute = attempt.connection.execute
-        name = {"journal_key": write.key, "journal_method": write.method, "journal_subject": write.subject}
         try:
-            async with transaction(attempt.connection, self._dialect):
-                # First, because it locks the session: other writers of its journal wait here.
-                row = (await execute(self._raise_revision, {"journal_key": write.key})).first()
-                if row is None:
-                    return None
-                await execute(self._remove, name)
-                if write.params is not None:
-                    if (await execute(self._count, {"journal_key": write.key})).scalar_one() >= MAX_JOURNAL_ENTRIES:
-                        raise JournalFull(
-                            f"the session has {MAX_JOURNAL_ENTRIES} journaled calls already; undo some first"
-                        )
-                    entry = {"journal_params": write.params, "journal_revision": row.revision}
-                    await execute(self._insert, name | entry)
+            return await self._dialect.run(attempt.connection, self._write_one(write), writes=True, atomic=True)
         except JournalFull as full:
             return full
-        revision: int = row.revision
+
+    def _write_one(self, write: EntryWrite) -> Steps[int | None]:
+        key = {"journal_key": self._dialect.driver_key(write.key)}
+        name = key | {"journal_method": write.method, "journal_subject": write.subject}
+        # First, because it locks the session: other writers of its journal wait here.
+        rows = yield self._raise_revision, key
+        if not rows:
+            return None
+        revision: int = rows[0][1]
+        yield self._remove, name
+        if write.params is not None:
+            ((count,),) = yield self._count, key
+            if count >= MAX_JOURNAL_ENTRIES:
+                raise JournalFull(f"the session has {MAX_JOURNAL_ENTRIES} journaled calls already; undo some first")
+            yield self._insert, name | {"journal_params": write.params, "journal_revision": revision}
         return revision
 
     async def read(self, attempt: Attempt, keys: Sequence[UUID]) -> list[list[JournalEntry]]:
         """Return the entries of each live session, in the order in which they were last set."""
-        return [await self._read(attempt, key) for key in keys]
+        return await self._dialect.run(attempt.connection, self._read(keys), writes=False)
 
-    async def _read(self, attempt: Attempt, key: UUID) -> list[JournalEntry]:
-        result = await attempt.connection.execute(self._select, {"journal_key": key})
-        return [JournalEntry(method=method, subject=subject, params=params) for method, subject, params in result]
+    def _read(self, keys: Sequence[UUID]) -> Steps[list[list[JournalEntry]]]:
+        journals = []
+        for key in keys:
+            rows = yield self._select, {"journal_key": self._dialect.driver_key(key)}
+            journals.append(
+                [JournalEntry(method=method, subject=subject, params=params) for method, subject, params in rows]
+            )
+        return journals

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import NewSession
     from mcp_session_store.retention import RetentionPolicy
-    from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.compiled import Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["Limits"]
@@ -45,6 +45,7 @@ class Limits:
     """
 
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str, retention: RetentionPolicy) -> None:
+        self._dialect = dialect
         self._namespace = namespace
         self._retention = retention
         self._spare = 0
@@ -54,16 +55,17 @@ class Limits:
         mine = table.c.namespace == sa.literal(namespace, sa.Text)
 
         self._locks = dialect.batch("locks", {"number": sa.BigInteger()})
-        self._lock = dialect.lock_numbers(self._locks)
+        lock = dialect.lock_numbers(self._locks)
+        self._lock = None if lock is None else dialect.precompiled(lock)
         self._keys = dialect.batch("created_keys", {"key": sa.Uuid()})
-        self._present = sa.select(table.c.key).where(self._keys.in_batch(table.c.key))
+        self._present = dialect.precompiled(sa.select(table.c.key).where(self._keys.in_batch(table.c.key)))
 
         self._principals = dialect.batch("principals", {"principal_digest": sa.Text()})
         theirs = (
             self._principals.in_batch(table.c.principal_digest),
             live(table, sa.literal(namespace, sa.Text), StoreClock(), by_key=False),
         )
-        self._count = (
+        self._count = dialect.precompiled(
             sa.select(table.c.principal_digest, sa.func.count().label("live"))
             .where(*theirs)
             .group_by(table.c.principal_digest)
@@ -75,7 +77,9 @@ class Limits:
             order_by=(table.c.last_seen_at.desc(), is_new.desc(), table.c.created_at.desc()),
         )
         ranked = sa.select(table.c.key, rank.label("rank")).where(*theirs).subquery("ranked")
-        self._excess = sa.select(ranked.c.key).where(ranked.c.rank > sa.literal(retention.per_principal, sa.Integer))
+        self._excess = dialect.precompiled(
+            sa.select(ranked.c.key).where(ranked.c.rank > sa.bindparam("kept", type_=sa.Integer))
+        )
 
         anonymous = mine & table.c.principal_digest.is_(None)
         # In the order of the index, whose first column is the principal, null or not: so that the index is used, and
@@ -84,7 +88,7 @@ class Limits:
         some = (
             sa.select(table.c.key).where(anonymous).order_by(*by_end).limit(sa.bindparam("at_most", type_=sa.Integer))
         )
-        self._count_anonymous = sa.select(sa.func.count()).select_from(some.subquery("some"))
+        self._count_anonymous = dialect.precompiled(sa.select(sa.func.count()).select_from(some.subquery("some")))
         long_ago = sa.select(StoreClock(-MIN_TOMBSTONE.total_seconds())).scalar_subquery()
         removable = (
             sa.select(table.c.key)
@@ -93,12 +97,14 @@ class Limits:
             .limit(sa.bindparam("at_most", type_=sa.Integer))
             .with_for_update(skip_locked=True)
         )
-        self._remove_anonymous = (
+        self._remove_anonymous = dialect.precompiled(
             sa.delete(table).where(dialect.is_one_of(table.c.key, removable)).returning(table.c.key, table.c.revision)
         )
 
     def concern(self, sessions: Collection[NewSession]) -> bool:
         """Return whether the policy may refuse any of these sessions, or end others for them."""
+        if self._retention.per_principal is None and self._retention.anonymous is None:
+            return False
         if any(session.principal is not None and self._limit_of(session) is not None for session in sessions):
             return True
         anonymous = sum(session.principal is None for session in sessions)
@@ -112,65 +118,62 @@ class Limits:
     def _limit_of(self, session: NewSession) -> int | None:
         return self._retention.anonymous if session.principal is None else self._retention.per_principal
 
-    async def lock(self, attempt: Attempt, sessions: Collection[NewSession]) -> None:
+    def lock(self, sessions: Collection[NewSession]) -> Steps[None]:
         """Wait for others that create sessions of the same principals, and make them wait until the commit."""
         if self._lock is not None:
             numbers = sorted({self._number(session) for session in sessions if self._limit_of(session) is not None})
-            parameters = self._locks.parameters([(number,) for number in numbers])
-            await attempt.connection.execute(self._lock, parameters)
+            yield self._lock, self._locks.parameters([(number,) for number in numbers])
 
     def _number(self, session: NewSession) -> int:
         digest = b"" if session.principal is None else session.principal.digest
         text = hashlib.sha256(b"\0".join((b"mcp_session", self._namespace.encode(), digest)))
         return int.from_bytes(text.digest()[:8], signed=True)
 
-    async def uncreated(self, attempt: Attempt, sessions: Sequence[NewSession]) -> list[NewSession]:
+    def uncreated(self, sessions: Sequence[NewSession]) -> Steps[list[NewSession]]:
         """Return the sessions whose keys are free in all namespaces: the others are not created and need no room."""
-        keys = self._keys.parameters([(session.key,) for session in sessions])
-        present = set((await attempt.connection.execute(self._present, keys)).scalars())
-        return [session for session in sessions if session.key not in present]
+        keys = [self._dialect.driver_key(session.key) for session in sessions]
+        rows = yield self._present, self._keys.parameters([(key,) for key in keys])
+        present = {row[0] for row in rows}
+        return [session for key, session in zip(keys, sessions, strict=True) if key not in present]
 
-    async def refuse(
-        self, attempt: Attempt, new: Sequence[NewSession]
-    ) -> tuple[dict[UUID, SessionLimitReached], list[tuple[UUID, int]]]:
+    def refuse(
+        self, new: Sequence[NewSession]
+    ) -> Steps[tuple[dict[UUID, SessionLimitReached], list[tuple[object, int]]]]:
         """Refuse the sessions for which there is no room.
 
         Returns:
-            The refusals by key, and the keys and revisions of tombstones that were removed to make room.
+            The refusals by key, and the driver's keys and revisions of tombstones that were removed to make room.
         """
         anonymous = [session for session in new if session.principal is None]
         refused: dict[UUID, SessionLimitReached] = {}
-        removed: list[tuple[UUID, int]] = []
+        removed: list[tuple[object, int]] = []
         if anonymous and self._retention.anonymous is not None:
-            room, removed = await self._make_room(attempt, len(anonymous), self._retention.anonymous)
+            room, removed = yield from self._make_room(len(anonymous), self._retention.anonymous)
             for session in anonymous[room:]:
                 refused[session.key] = SessionLimitReached(
                     f"{self._retention.anonymous} sessions without a principal are stored, as many as the policy's "
                     "anonymous allows"
                 )
         if self._retention.per_principal is not None and self._retention.per_principal_excess == "refuse":
-            refused |= await self._refuse_principals(attempt, new, self._retention.per_principal)
+            refused |= yield from self._refuse_principals(new, self._retention.per_principal)
         return refused, removed
 
-    async def _make_room(self, attempt: Attempt, wanted: int, limit: int) -> tuple[int, list[tuple[UUID, int]]]:
-        execute = attempt.connection.execute
-        stored = (await execute(self._count_anonymous, {"at_most": limit + 1})).scalar_one()
+    def _make_room(self, wanted: int, limit: int) -> Steps[tuple[int, list[tuple[object, int]]]]:
+        ((stored,),) = yield self._count_anonymous, {"at_most": limit + 1}
         room = limit - stored
         self._spare = max(0, room - wanted) // 100
         self._spare_until = time.monotonic() + SPARE_FOR
         if room < 0 or room >= wanted:
             return max(0, room), []
-        result = await execute(self._remove_anonymous, {"at_most": wanted - room})
-        removed = [(row.key, row.revision) for row in result]
+        rows = yield self._remove_anonymous, {"at_most": wanted - room}
+        removed = [(key, revision) for key, revision in rows]
         return room + len(removed), removed
 
-    async def _refuse_principals(
-        self, attempt: Attempt, new: Sequence[NewSession], limit: int
-    ) -> dict[UUID, SessionLimitReached]:
+    def _refuse_principals(self, new: Sequence[NewSession], limit: int) -> Steps[dict[UUID, SessionLimitReached]]:
         refused = {}
         if digests := _digests(new):
-            result = await attempt.connection.execute(self._count, self._principals.parameters(digests))
-            live = {row.principal_digest: row.live for row in result}
+            rows = yield self._count, self._principals.parameters(digests)
+            live: dict[str, int] = {digest: count for digest, count in rows}  # noqa: C416 - the rows are sequences
             for session in new:
                 if session.principal is None:
                     continue
@@ -182,14 +185,18 @@ class Limits:
                     )
         return refused
 
-    async def excess(self, attempt: Attempt, created: Sequence[NewSession]) -> list[UUID]:
-        """Return the sessions that end because these were created: of each principal, those not seen for longest."""
-        digests = _digests(created)
-        if not digests or self._retention.per_principal is None or self._retention.per_principal_excess != "end_oldest":
+    def excess(self, created: Sequence[NewSession]) -> Steps[list[Any]]:
+        """Return the sessions that end because these were created: of each principal, those not seen for longest.
+
+        Returns:
+            The driver's keys.
+        """
+        digests, kept = _digests(created), self._retention.per_principal
+        if not digests or kept is None or self._retention.per_principal_excess != "end_oldest":
             return []
-        keys = self._keys.parameters([(session.key,) for session in created])
-        result = await attempt.connection.execute(self._excess, self._principals.parameters(digests) | keys)
-        return list(result.scalars())
+        keys = self._keys.parameters([(self._dialect.driver_key(session.key),) for session in created])
+        rows = yield self._excess, self._principals.parameters(digests) | keys | {"kept": kept}
+        return [row[0] for row in rows]
 
 
 def _digests(sessions: Sequence[NewSession]) -> list[tuple[Any, ...]]:

@@ -9,8 +9,8 @@ import sqlalchemy as sa
 
 from mcp_session_store.sql.dialects.functions import StoreClock, Unindexed
 from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
+from mcp_session_store.sql.sessions.records import as_number
 from mcp_session_store.sql.sessions.statements import ended, live, locked, notify
-from mcp_session_store.sql.transaction import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -47,21 +47,25 @@ class SessionRemoval:
 
         self._ends = dialect.batch("ended", {"key": sa.Uuid(), "reason": sa.Text()})
         ending = self._ends.matching(lambda ended: locked(sessions, ended.key, live(sessions, name, now))).cte("locked")
-        self._end = notify(
-            dialect,
-            sa.update(sessions)
-            .where(sessions.c.key == ending.c.key, self._ends.in_batch(sessions.c.key))
-            .values(ended(ending.c.reason) | {"changed_at": now})
-            .returning(sessions.c.key, sessions.c.revision),
+        self._end = dialect.precompiled(
+            notify(
+                dialect,
+                sa.update(sessions)
+                .where(sessions.c.key == ending.c.key, self._ends.in_batch(sessions.c.key))
+                .values(ended(ending.c.reason) | {"changed_at": now})
+                .returning(sessions.c.key, sessions.c.revision),
+            )
         )
-        self._ended_for_that_reason = sa.select(sessions.c.key, sessions.c.revision).join(
-            self._ends.rows,
-            sa.and_(
-                sessions.c.key == self._ends.c.key,
-                self._ends.in_batch(sessions.c.key),
-                Unindexed(sessions.c.namespace) == name,
-                sessions.c.end_reason == self._ends.c.reason,
-            ),
+        self._ended_for_that_reason = dialect.precompiled(
+            sa.select(sessions.c.key).join(
+                self._ends.rows,
+                sa.and_(
+                    sessions.c.key == self._ends.c.key,
+                    self._ends.in_batch(sessions.c.key),
+                    Unindexed(sessions.c.namespace) == name,
+                    sessions.c.end_reason == self._ends.c.reason,
+                ),
+            )
         )
 
         logs, events, journal = logs_table(schema), events_table(schema), journal_table(schema)
@@ -84,41 +88,38 @@ class SessionRemoval:
         first: dict[UUID, End] = {}
         for end in ends:
             first.setdefault(end.key, end)
-        wanted = [(key, first[key].reason.value) for key in sorted(first)]
-        async with transaction(attempt.connection, self._dialect):
-            ended = await self.end_within(attempt, wanted)
-        if attempt.repeated and first.keys() - ended:
+        wanted = [(self._dialect.driver_key(key), first[key].reason.value) for key in sorted(first, key=as_number)]
+        run, connection = self._dialect.run, attempt.connection
+        ended = await run(connection, self.end_within(wanted), writes=True, atomic=True)
+        if attempt.repeated and len(ended) < len(wanted):
             # The first try may have ended them, if its commit succeeded and the answer was lost.
-            result = await attempt.connection.execute(self._ended_for_that_reason, self._ends.parameters(wanted))
-            ended |= {row.key for row in result}
-        return [end is first[end.key] and end.key in ended for end in ends]
+            ended |= await run(connection, self._find_ended(wanted), writes=False)
+        return [end is first[end.key] and self._dialect.driver_key(end.key) in ended for end in ends]
 
-    async def end_within(self, attempt: Attempt, ends: Sequence[tuple[UUID, str]]) -> set[UUID]:
-        """End the sessions that are live, within the transaction that runs.
+    def _find_ended(self, ends: Sequence[tuple[object, str]]) -> Steps[set[object]]:
+        rows = yield self._ended_for_that_reason, self._ends.parameters(ends)
+        return {row[0] for row in rows}
+
+    def end_within(self, ends: Sequence[tuple[object, str]]) -> Steps[set[object]]:
+        """End the sessions that are live, within a transaction.
 
         Args:
-            attempt: The connection.
-            ends: Keys and reasons, in the order of the keys.
+            ends: The driver's keys and reasons, in the order of the keys.
 
         Returns:
-            The keys of the sessions that ended.
+            The driver's keys of the sessions that ended.
         """
-        result = (await attempt.connection.execute(self._end, self._ends.parameters(ends))).all()
-        await self.remove_with_session(attempt, [(row.key, row.revision) for row in result])
-        return {row.key for row in result}
+        ended = yield self._end, self._ends.parameters(ends)
+        yield from self.remove_with_session([(row[0], row[1]) for row in ended])
+        return {row[0] for row in ended}
 
-    async def remove_with_session(self, attempt: Attempt, ended: Collection[tuple[UUID, int]]) -> None:
+    def remove_with_session(self, ended: Collection[tuple[Any, int]]) -> Steps[None]:
         """Remove the journals, logs and events of sessions that have ended within the transaction that runs.
 
         Args:
-            attempt: The connection.
-            ended: The keys and revisions of the sessions. Only one whose revision is above 0 can have a journal.
+            ended: The driver's keys and revisions of the sessions. Only one whose revision is above 0 can have a
+                journal.
         """
-        steps = self.removal([(self._dialect.driver_key(key), revision) for key, revision in ended])
-        await self._dialect.run(attempt.connection, steps, writes=False)
-
-    def removal(self, ended: Collection[tuple[Any, int]]) -> Steps[None]:
-        """Do what `remove_with_session` does, for keys as the driver takes and returns them."""
         if not ended:
             return
         if with_journal := [key for key, revision in ended if revision]:

@@ -12,7 +12,6 @@ from mcp_session_store.records import EndReason
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.sql.sessions.statements import ended, expiry
-from mcp_session_store.sql.transaction import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -219,11 +218,7 @@ class Sweep:
             limit = await run(connection, self._with_few_events(statement, limit), writes=False)
             if limit == 0:
                 return SweepResult()
-        # Where writers exclude one another, in one call of the driver's thread, so that none waits for the event loop.
-        if self._dialect.single_writer:
-            return await run(connection, self._change(statement, limit), writes=True)
-        async with transaction(connection, self._dialect):
-            return await run(connection, self._change(statement, limit), writes=True)
+        return await run(connection, self._change(statement, limit), writes=True, atomic=True)
 
     def _with_few_events(self, statement: SweepStatement, limit: int) -> Steps[int]:
         """Return how many sessions can be ended at once, so that not too many events are removed with them."""
@@ -239,5 +234,5 @@ class Sweep:
         began = time.monotonic()
         changed = yield change, {}
         if statement.ends:
-            yield from self._removal.removal([(key, revision) for key, revision in changed])
+            yield from self._removal.remove_with_session([(key, revision) for key, revision in changed])
         return SweepResult(len(changed), len(changed) == limit, time.monotonic() - began)
