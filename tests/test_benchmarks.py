@@ -24,8 +24,6 @@ from tests.support.servers import ROOT
     ],
 )
 def test_a_benchmark_runs_and_checks_the_answers(command: str, shown: str) -> None:
-    if "--only storing" in command or "--only replay" in command:
-        pytest.importorskip("mcp_persist", reason="the dependency group 'benchmark' is not installed")
     done = subprocess.run(
         [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True, check=False
     )
