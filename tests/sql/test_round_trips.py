@@ -12,7 +12,8 @@ import pytest
 
 from mcp_session_store.records import Activity, EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.testing import new_session
+from mcp_session_store.sql import SqlEventLog
+from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import settled, sql_store
 
 if TYPE_CHECKING:
@@ -118,3 +119,18 @@ async def test_a_batch_goes_to_the_database_once(
             await operation(store, records)
             await settled(store)
         assert trips.count == (on_postgres if "postgresql" in migrated_url else 1)
+
+
+@pytest.mark.parametrize("count", [1, 16])
+async def test_the_heads_of_a_batch_of_calls_are_read_at_once(migrated_url: str, trips: RoundTrips, count: int) -> None:
+    async with sql_store(migrated_url) as store, SqlEventLog(store) as log:
+        keys = [record.key for record in await asyncio.gather(*(store.create(new_session()) for _ in range(count)))]
+        with_log = keys[: (count + 1) // 2]
+        await asyncio.gather(*(log.append(key, [new_event(0)]) for key in with_log))
+        for _ in range(2):  # on Postgres the first time prepares the statement
+            await settled(store, log)
+            trips.count = 0
+            heads = await asyncio.gather(*(log.heads([key]) for key in keys))
+            await settled(store, log)
+        assert trips.count == 1
+        assert heads == [{key: 1} if key in with_log else {} for key in keys]

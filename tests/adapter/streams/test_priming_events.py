@@ -6,6 +6,7 @@ import base64
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from sse_starlette import ServerSentEvent
 
@@ -27,6 +28,8 @@ from tests.support.streams import away, one_more_turn, opened, place_of, primed
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from tests.support.asgi import Client
     from tests.support.instances import Clock, Instance
 
@@ -51,6 +54,23 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[Follower]:
 
     monkeypatch.setattr(Follower, "wait", counted)
     return waits
+
+
+async def left_behind(store: FaultyStore, log: FaultyLog) -> str:
+    """The id of a session with one event, whose instance has stopped."""
+    async with instance(store, events=log) as gone:
+        client = gone.client()
+        session_id = await client.handshake()
+        await client.ping()
+    return session_id
+
+
+async def running(log: FaultyLog, key: UUID) -> tuple[EventRecorder, SessionEvents]:
+    """A recorder that has stored its heartbeat, and the events of a session."""
+    instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
+    recorder = EventRecorder(log, Followers(log, instances), instances)
+    await recorder.recover()
+    return recorder, SessionEvents(key, recorder)
 
 
 async def waited(waits: list[Follower]) -> None:
@@ -117,15 +137,14 @@ async def test_its_id_names_the_newest_event_that_is_known_here_and_the_first_ev
     assert [event.position for event in log.stored(client.session_id)][1:] == [1, 2, 3]
 
 
-async def test_a_restored_copy_stores_one_and_from_then_on_none(store: FaultyStore, log: FaultyLog) -> None:
-    async with instance(store, events=log) as gone:
-        client = gone.client()
-        session_id = await client.handshake()
-        await client.ping()
+async def test_a_restored_copy_asks_the_log_for_its_place_once_and_stores_none(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    session_id = await left_behind(store, log)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:
         client = one.client(session_id)
-        held = log.hold("append")
+        held = log.hold("heads")
         exchange = client.open_call("talk")
         await held.wait_entered()
         await one_more_turn()
@@ -133,22 +152,109 @@ async def test_a_restored_copy_stores_one_and_from_then_on_none(store: FaultySto
         assert talking.calls == []
         log.up()
         held.release()
-        await talking.begun()
+        call = await talking.begun()
         await until(lambda: exchange.last_event_id is not None)
-        assert place_of(client, str(exchange.last_event_id))[1:3] == (2, 0)
+        assert place_of(client, str(exchange.last_event_id))[1:3] == (1, 0)
+        last_event_id = await exchange.leave()
         await client.ping()
-        kinds = [event.kind for event in log.stored(session_id)]
-        assert kinds == [EventKind.RESPONSE, EventKind.PRIMING, EventKind.RESPONSE]
+        assert log.background["heads"] == 1
+        resumed = await opened(client, last_event_id)
+        call.answer()
+        await resumed.end()
+        assert told(resumed.messages) == ["done"]
+    assert [event.kind for event in log.stored(session_id)] == [EventKind.RESPONSE] * 3
 
 
-async def test_one_is_stored_where_the_newest_event_was_heard_of_long_ago(
+async def test_the_first_calls_of_a_restored_copy_may_begin_at_once(store: FaultyStore, log: FaultyLog) -> None:
+    session_id = await left_behind(store, log)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client(session_id)
+        held = log.hold("heads")
+        exchanges = [client.open_call("talk") for _ in range(3)]
+        await until(lambda: held.calls == 3)
+        held.release()
+        for exchange in exchanges:
+            (await talking.begun()).answer()
+            await exchange.end()
+            assert told(exchange.messages) == ["done"]
+            assert place_of(client, exchange.events[0].id or "")[1:3] == (1, 0)
+    assert [event.kind for event in log.stored(session_id)] == [EventKind.RESPONSE] * 4
+
+
+async def test_a_restored_copy_stores_one_where_the_log_does_not_say_its_place(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    session_id = await left_behind(store, log)
+    async with instance(store, Talking().notes, events=log) as one:
+        log.broken("heads")
+        await one.client(session_id).ping()
+    kinds = [event.kind for event in log.stored(session_id)]
+    assert kinds == [EventKind.RESPONSE, EventKind.PRIMING, EventKind.RESPONSE]
+
+
+async def test_a_call_waits_once_where_a_restored_copy_cannot_reach_the_log(store: FaultyStore, log: FaultyLog) -> None:
+    session_id = await left_behind(store, log)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client(session_id)
+        log.down("append", "heads")
+        before = len(log.appended)
+        call, exchange = await talking.call(client)
+        # That the log cannot be reached is known: storing is left to the background, and no other call asks.
+        assert recorder_of(one.manager).down
+        assert (await client.ping()).status == 200
+        assert log.background["heads"] == 1
+        assert len(log.appended) == before
+        assert exchange.last_event_id is None
+        call.answer()
+        await exchange.end()
+        assert told(exchange.messages) == ["done"]
+        log.up()
+        await recorder_of(one.manager).recover()
+        _, last_event_id = await away(talking, client)
+        assert place_of(client, last_event_id).position == 0
+
+
+async def test_the_log_is_asked_again_where_the_newest_event_was_heard_of_long_ago(
     log: FaultyLog, talking: Talking, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await client.ping()
-    monkeypatch.setattr(event_store, "KNOWN_FOR", 0.0)
+    assert log.background["heads"] == 0
+    monkeypatch.setattr(event_store, "KNOWN_FOR", 0.1)
+    await anyio.sleep(0.11)
     await client.ping()
-    kinds = [event.kind for event in log.stored(client.session_id)]
-    assert kinds == [EventKind.RESPONSE, EventKind.PRIMING, EventKind.RESPONSE]
+    assert log.background["heads"] == 1
+    assert [event.kind for event in log.stored(client.session_id)] == [EventKind.RESPONSE] * 2
+
+
+@pytest.mark.parametrize("meanwhile", ["cancelled", "evicted", "ended"])
+async def test_nothing_is_left_of_a_call_that_does_not_begin_because_of_what_happens_while_the_log_is_asked(
+    store: FaultyStore, log: FaultyLog, meanwhile: str
+) -> None:
+    record = await store.inner.create(new_session())
+    recorder, events = await running(log, record.key)
+    events.begin(new=False)
+    held = log.hold("heads")
+    ids: list[str | None] = []
+
+    async def begin() -> None:
+        ids.append(await primed(events, "1"))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(begin)
+        await held.wait_entered()
+        match meanwhile:
+            case "cancelled":
+                tasks.cancel_scope.cancel()
+            case "evicted":
+                await events.abandon()
+            case _:
+                events.close("ended")
+        held.release()
+    assert ids == ([] if meanwhile == "cancelled" else [None])
+    assert recorder.unfinished == {}
+    assert log.appended == []
 
 
 async def test_one_is_stored_while_this_instance_may_seem_dead(
@@ -439,10 +545,7 @@ async def test_a_call_that_is_heard_of_at_the_last_moment_is_not_lost(
 
 async def test_no_call_begins_in_a_copy_that_has_left_memory(store: FaultyStore, log: FaultyLog) -> None:
     record = await store.inner.create(new_session())
-    instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
-    recorder = EventRecorder(log, Followers(log, instances), instances)
-    await recorder.recover()
-    events = SessionEvents(record.key, recorder)
+    recorder, events = await running(log, record.key)
     events.begin(new=True)
     assert await primed(events, "1") is not None
     await events.abandon()

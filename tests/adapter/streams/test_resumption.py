@@ -264,7 +264,7 @@ async def test_a_replay_leaves_no_events(store: FaultyStore, log: FaultyLog) -> 
         assert (await one.client(session_id).ping()).status == 200
         await one.at_rest()
         assert len(notes.replayed("notifications/initialized")) == 1
-    assert [event.kind for event in log.stored(session_id)] == [EventKind.PRIMING, EventKind.RESPONSE]
+    assert [event.kind for event in log.stored(session_id)] == [EventKind.RESPONSE]
 
 
 async def test_a_request_leaves_its_own_events_and_no_others(store: FaultyStore, log: FaultyLog) -> None:

@@ -49,6 +49,8 @@ RESUMABLE_SINCE: Final = "2025-11-25"
 KNOWN_FOR: Final = 60.0
 """Seconds for which a session's newest sequence that was heard of serves as the place before a call's first event.
 
+Then the log is asked again.
+
 Other instances store events meanwhile. When the log is trimmed beyond that place, a reader elsewhere takes the call's
 events for missing.
 """
@@ -97,6 +99,9 @@ class SessionEvents(EventStore):
         """Sequence of the session's newest event that is known here."""
         self._known_at = -math.inf
         """When it was heard of, by the monotonic clock."""
+        self._in_doubt = False
+        """Whether the log did not take the last event. The priming event of the next call is then stored, which shows
+        whether the log takes events of this session."""
         # All copies of a session write the one standalone stream; their positions are apart by chance.
         self._position = random.getrandbits(31) << 31
 
@@ -106,7 +111,8 @@ class SessionEvents(EventStore):
         """Begin the stream of a call, and have its priming event precede the answer, if the client is to get one.
 
         The event is not stored where its id alone can say that it precedes the first event of the call: a reader has
-        to find all events of the call behind it, and to learn when this instance is dead.
+        to find all events of the call behind it, and to learn when this instance is dead. The log is asked for the
+        place where this copy of the session does not know it, because that costs no commit.
 
         Args:
             stream_id: The call's request id, as a text.
@@ -119,13 +125,18 @@ class SessionEvents(EventStore):
         if method == "initialize" or not fits(request_id):
             return
         resumable = is_version_at_least(protocol_version, RESUMABLE_SINCE)
+        if resumable and not self._is_newest_known():
+            # Before the stream begins, so that nothing is left of a call that is cancelled meanwhile.
+            await self._find_newest()
+            if not self.active:
+                return  # the copy has left memory meanwhile
         if (forgotten := self._calls.get(stream_id)) is not None and forgotten.answer is None:
             # The client uses the id of a call that runs; the SDK answers the later one with whatever comes first.
             await self._lose(forgotten)
         stream = self._calls[stream_id] = self.recorder.begin(self.key, request_id, resumable=resumable)
         if not resumable or self.recorder.down:
             return
-        if self.recorder.instances.reliable_since < math.inf and self._is_newest_known():
+        if self._is_id_enough and self._is_newest_known():
             stream.identified = True
             position = stream.next_event(EventKind.PRIMING, None).position
             event_id = self.ids.write(Cursor(stream.name, self._newest, position, request_id))
@@ -313,9 +324,9 @@ class SessionEvents(EventStore):
             if recorded.outcome is not Outcome.LIVE:
                 stream.previous = event.position
         if recorded.outcome is not Outcome.STORED:
-            # The next call stores its priming event, which shows whether the log takes events of this session.
-            self._known_at = -math.inf
+            self._in_doubt = True
             return ""
+        self._in_doubt = False
         self._note_newest(recorded.sequence)
         if stream is None:
             self._identified = True
@@ -338,6 +349,18 @@ class SessionEvents(EventStore):
         # Not the highest of all, because the log may have been set back, as after a restored backup.
         self._newest = sequence
         self._known_at = time.monotonic()
+
+    async def _find_newest(self) -> None:
+        """Ask the log for the session's newest event, unless the priming event of the next call is stored anyway."""
+        if self._is_id_enough and not self.recorder.down:
+            sequence = await self.recorder.newest(self.key)
+            if sequence is not None:
+                self._note_newest(sequence)
+
+    @property
+    def _is_id_enough(self) -> bool:
+        """Whether other instances can follow a call of which nothing is stored yet, if its place is known."""
+        return not self._in_doubt and self.recorder.instances.reliable_since < math.inf
 
     def _is_newest_known(self) -> bool:
         return time.monotonic() - self._known_at < min(KNOWN_FOR, self.recorder.silence / ROUNDS)

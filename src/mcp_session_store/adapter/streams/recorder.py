@@ -137,6 +137,17 @@ class EventRecorder:
         self.unfinished[stream.name] = stream
         return stream
 
+    async def newest(self, key: UUID) -> int | None:
+        """Return the sequence of a session's newest event; `None` if the log does not say. Raises nothing."""
+        try:
+            return (await self.log.heads((key,))).get(key, 0)
+        except (StoreUnavailable, SchemaError) as error:
+            # Storing is not tried as well, because the call that asks has waited long enough.
+            self._went_down(error)
+        except Exception as error:
+            report_failure("events", error, key=key)
+        return None
+
     async def record(self, key: UUID, event: NewEvent, *, deliver: Deliver, again: bool = False) -> Recorded:
         """Store an event, if that can be done at once. Raises nothing.
 

@@ -52,7 +52,7 @@ class SqlEventLog(EventLog):
     """Events in Postgres or SQLite, shared by any number of processes.
 
     Events of all sessions that are stored at once share a commit; a lone event is stored at once. Storing takes one
-    connection at most, reading another, and all other calls two; on Postgres `listen` takes one more.
+    connection at most, reading another, and all other calls three; on Postgres `listen` takes one more.
 
     Args:
         where: The store of the sessions that the events belong to, or a URL or engine of its database, as
@@ -104,7 +104,8 @@ class SqlEventLog(EventLog):
         self._appends = Batcher(self._database, self._append_all, writes=True)
         # One call at a time, so that a page has its own timeout, and its memory is released as soon as it is sent.
         self._pages: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
-        # Not behind the pages, because all followers wait for these.
+        # Not behind the pages, because all followers wait for these, and calls before they begin.
+        self._heads = Batcher(self._database, self._tail.heads, writes=False)
         self._reads: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
         self._chores: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=True, max_batch=1)
 
@@ -123,7 +124,13 @@ class SqlEventLog(EventLog):
     async def aclose(self) -> None:
         if self._owned:
             self._database.close_to_calls()
-        batchers: tuple[Batcher[Any, Any], ...] = (self._appends, self._pages, self._reads, self._chores)
+        batchers: tuple[Batcher[Any, Any], ...] = (
+            self._appends,
+            self._pages,
+            self._heads,
+            self._reads,
+            self._chores,
+        )
         await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
         if self._owned:
             await self._database.aclose()
@@ -143,7 +150,7 @@ class SqlEventLog(EventLog):
         return page
 
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
-        return await self._ask(lambda attempt: self._tail.heads(attempt, keys)) if keys else {}
+        return await self._heads.submit(keys) if keys else {}
 
     async def follow(self, keys: Collection[UUID]) -> None:
         if keys and self._database.dialect.has_notifications:

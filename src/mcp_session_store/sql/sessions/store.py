@@ -56,7 +56,7 @@ class SqlSessionStore(SessionStore):
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
             `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is: it is
             never disposed, and no PRAGMA is set on it. Its pool should have at least
-            5 connections; at most 12 are used, one of them for hints for as long as an app runs, and 5 more
+            5 connections; at most 12 are used, one of them for hints for as long as an app runs, and 6 more
             with an event log.
             Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
             from PgBouncer 1.21 on, with its `max_prepared_statements`.
