@@ -181,6 +181,8 @@ async def test_a_request_that_the_store_refuses_is_logged_with_its_sessions_key(
             # What is unexpected in a restore is logged there, with its traceback.
             (operation, fault) == ("claim", "broken") and f"the session {key} could not be restored" in logged(caplog)
         )
+    # A copy that cannot be served ends as one whose client has gone does.
+    assert not any("crashed" in text for text in logged(caplog))
 
 
 async def test_a_new_session_that_is_refused_is_logged_with_its_key(

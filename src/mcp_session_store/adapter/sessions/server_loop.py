@@ -178,7 +178,7 @@ class _Inbound:
             serves = await loop.replay.finish()
             loop.replay = None
             if not serves:
-                raise anyio.EndOfStream
+                raise StopAsyncIteration
         while True:
             try:
                 received = await self._inner.receive()
