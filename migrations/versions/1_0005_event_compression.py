@@ -4,8 +4,9 @@ To compress a message of some kilobytes took longer than all else that storing i
 it is, and is read as before. A server that does not know LZ4 (before Postgres 14, or built without it) keeps its own
 method.
 
-It needs the table of events for itself for a moment, and everything else waits behind it meanwhile. So it waits for
-running transactions for two seconds at most, then fails and changes nothing; run it again.
+It needs the table of events, with its partitions, for itself for a moment, and everything else waits behind it
+meanwhile. So it waits for running transactions for two seconds at most per lock, of which each partition is one, then
+fails and changes nothing; run it again. The lock of the migration before it is held meanwhile, if both run at once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def _set_compression(method: str) -> None:
     if context.dialect.name != "postgresql":
         return
     table = sa.table("mcp_session_event", schema=context.version_table_schema)
-    name = context.dialect.identifier_preparer.format_table(table).replace("'", "''")
+    name = context.dialect.identifier_preparer.format_table(table)
+    literal = name.replace("'", "''")
     op.execute("SET LOCAL lock_timeout = '2s'")
     # On the server, because SQL that is printed runs on one that is not known yet.
     op.execute(
@@ -43,10 +45,12 @@ def _set_compression(method: str) -> None:
             IF EXISTS (
                 SELECT FROM pg_settings WHERE name = 'default_toast_compression' AND 'lz4' = ANY (enumvals)
             ) THEN
+                -- It locks the table before its partitions, as all statements do; the other way round is a deadlock.
+                LOCK TABLE {name} IN ACCESS EXCLUSIVE MODE;
                 FOR part IN
-                    SELECT CAST('{name}' AS regclass)
+                    SELECT CAST('{literal}' AS regclass)
                     UNION SELECT CAST(inhrelid AS regclass) FROM pg_inherits
-                    WHERE inhparent = CAST('{name}' AS regclass)
+                    WHERE inhparent = CAST('{literal}' AS regclass)
                 LOOP
                     EXECUTE 'ALTER TABLE ' || part || ' ALTER COLUMN message SET COMPRESSION {method}';
                 END LOOP;

@@ -260,6 +260,29 @@ async def test_long_messages_are_compressed_by_lz4_where_the_server_knows_it(
     assert await _compressions(postgres_url, namespace) == partitioned
 
 
+async def test_a_transaction_on_partitioned_events_is_no_deadlock_for_an_upgrade(postgres_url: str) -> None:
+    await migrate.upgrade(postgres_url)
+    async with EventPartitions(postgres_url) as events:
+        await events.partition(timedelta(days=1), max_age=timedelta(days=7))
+    await migrate.downgrade(postgres_url, revision="1_0004_fewer_indexes")
+    before = await _compressions(postgres_url, "public")
+    waits = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = CAST('mcp_session_event' AS regclass)"
+    engine = create_async_engine(postgres_url)
+    async with engine.connect() as reader, asyncio.timeout(60):
+        await reader.exec_driver_sql("LOCK TABLE ONLY mcp_session_event IN ACCESS SHARE MODE")
+        upgrade = asyncio.create_task(migrate.upgrade(postgres_url))
+        while not upgrade.done() and not await execute(postgres_url, waits):
+            await asyncio.sleep(0.01)
+        await reader.exec_driver_sql("SELECT count(*) FROM mcp_session_event")
+        with pytest.raises(StoreUnavailable, match="lock timeout"):
+            await upgrade
+    await engine.dispose()
+    assert await migrate.current(postgres_url) == "1_0004_fewer_indexes"
+    assert await _compressions(postgres_url, "public") == before
+    await migrate.upgrade(postgres_url)
+    assert await migrate.current(postgres_url) == HEAD
+
+
 async def test_other_peoples_tables_and_alembic_are_left_alone(database_url: str) -> None:
     await execute(database_url, "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
     await execute(database_url, "INSERT INTO alembic_version VALUES ('theirs')")
