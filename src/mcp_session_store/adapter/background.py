@@ -15,13 +15,21 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from uuid import UUID
 
-__all__ = ["Wake", "report_failure", "run_again", "run_every"]
+__all__ = ["Wake", "is_cancelled", "report_failure", "run_again", "run_every"]
 
 logger = logging.getLogger(__name__)
 
 MIN_BACKOFF: Final = 0.25
 MAX_BACKOFF: Final = 30.0
 """Seconds between two tries of a task that keeps failing."""
+
+
+def is_cancelled() -> bool:
+    """Return whether this task is being cancelled, and not only something that it waited for.
+
+    A task that ends by a cancellation which is not its group's own cancels the whole group.
+    """
+    return anyio.get_current_task().has_pending_cancellation()
 
 
 class Wake:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import json
 from datetime import timedelta
@@ -602,6 +603,46 @@ async def test_a_session_that_is_initialized_again_elsewhere_while_it_is_restore
         assert len(notes.replayed("initialize")) == 2
         await until(lambda: not stopping_in(one.manager))
         one.assert_seats_match()
+
+
+async def await_something_cancelled(*_: object) -> None:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.cancel()
+    await future
+
+
+@pytest.mark.parametrize("where", ["hook", "initialize"])
+async def test_what_the_application_cancels_ends_the_restore_and_nothing_else(store: FaultyStore, where: str) -> None:
+    notes = Notes()
+    session_id = await open_session(store)
+    hook = await_something_cancelled if where == "hook" else None
+    async with instance(store, notes, on_restore=hook) as one:
+        other = one.client()
+        await other.handshake()
+        if where == "initialize":
+            notes.on_initialize = await_something_cancelled
+        assert (await one.client(session_id).ping()).status == 503
+        assert (await other.ping()).status == 200
+
+
+@pytest.mark.parametrize("stale", [False, True])
+async def test_a_restore_whose_client_has_left_leaves_no_copy_that_cannot_be_evicted(
+    store: FaultyStore, stale: bool
+) -> None:
+    session_id = await open_session(store)
+    async with instance(store, max_sessions=1) as one:
+        held = store.hold("claim")
+        exchange = one.client(session_id).open_request("ping")
+        await held.wait_entered()
+        if stale:
+            registry_of(one.manager).restores[session_id].stale_since = 1
+        exchange.cancel()
+        await exchange.end()
+        held.release()
+        await until(lambda: not registry_of(one.manager).restores)
+        assert (registry_of(one.manager).get(session_id) is None) == stale
+        assert (await one.client().initialize()).status == 200
+        assert registry_of(one.manager).get(session_id) is None
 
 
 async def test_expired_sessions_are_unknown(store: FaultyStore) -> None:

@@ -127,13 +127,16 @@ class Registry:
     def restored(self, restore: Restore, session: ResidentSession) -> None:
         """End a restore that succeeded: publish its copy, pinned for all requests that wait for it."""
         self.publish(session)
-        # Before anything else can run: none of the requests meets a stopping copy.
-        session.pin(restore.waiters)
+        if restore.waiters:
+            # Before anything else can run: none of the requests meets a stopping copy.
+            session.pin(restore.waiters)
+        else:
+            self.evict_if_stale(session)
         restore.session = session
         self._end(restore)
 
     def not_restored(self, restore: Restore, failure: Exception) -> None:
-        """End a restore that failed, unless it is over already; its copy stops."""
+        """End a restore that failed, unless it is over already; its copy, unpublished, stops by itself."""
         if restore.over.is_set():
             return
         if restore.copy is not None:

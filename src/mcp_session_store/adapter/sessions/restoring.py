@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import anyio
 
 from mcp_session_store.adapter import telemetry
+from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
 from mcp_session_store.adapter.responses import MemoryFull, SessionNotFound
@@ -140,9 +141,11 @@ class Restorer:
             session = await self._admitted(restore, record, requestor, scope, attempts)
         except BaseException as error:
             self._registry.not_restored(restore, self._failure(error, record))
-            if not isinstance(error, Exception):
-                raise
-            return
+            if isinstance(error, Exception) or (
+                isinstance(error, anyio.get_cancelled_exc_class()) and not is_cancelled()
+            ):
+                return
+            raise
         # Not needed any more when the restore is over, while the copy lives.
         del restore, record, requestor, scope
         await self._admission.run(session)
@@ -238,10 +241,10 @@ class Restorer:
         return False
 
     def _failure(self, error: BaseException, record: SessionRecord) -> Exception:
-        """Return what the requests are told that wait for a restore which has failed."""
+        """Return the failure of a restore for the requests that wait for it."""
         if isinstance(error, SessionNotFound | MemoryFull | SessionStoreError):
             return error
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) or not is_cancelled():
             logger.error("the session %s could not be restored", record.key, exc_info=error)
             return StoreUnavailable("the session could not be restored")
         return StoreUnavailable("the manager is shutting down")

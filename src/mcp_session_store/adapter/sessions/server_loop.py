@@ -9,6 +9,7 @@ import anyio
 from mcp.shared.message import SessionMessage
 from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
 
+from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.responses import UNAVAILABLE
 from mcp_session_store.adapter.sessions.handshake import HandshakeOutcome
@@ -130,7 +131,9 @@ class ServerLoop:
                     await serve_loop(
                         _Inbound(read, self, on_read), _Outbound(write, self), self.session_id, self.replay
                     )
-        except Exception:
+        except (Exception, anyio.get_cancelled_exc_class()) as error:
+            if not isinstance(error, Exception) and is_cancelled():
+                raise
             key = session_key(self.session_id)
             logger.exception("the server loop of the session %s crashed; the session can be restored", key)
         finally:

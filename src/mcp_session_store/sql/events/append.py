@@ -300,7 +300,7 @@ class EventWriter:
                     behind -= 1
                     bytes_behind -= size
                     place = event.stream, event.position, event.previous
-                    added.append((key, behind, bytes_behind, *place, event.kind._value_, event.message))
+                    added.append((key, behind, bytes_behind, *place, event.kind.value, event.message))
         grow, parameters = self._grow, self._growths.parameters(growths)
         if len(growths) == 1:
             key, behind, bytes_behind = growths[0]
@@ -327,7 +327,7 @@ class EventWriter:
                     last += 1
                     last_bytes += size
                     place = event.stream, event.position, event.previous
-                    events.append((key, last, *place, event.kind._value_, last_bytes, event.message))
+                    events.append((key, last, *place, event.kind.value, last_bytes, event.message))
             grown[key] = LogState(last, kept + last - sequence, kept_bytes + last_bytes - total_bytes)
             logs.append((last, last_bytes, key))
             if is_empty:
