@@ -201,6 +201,11 @@ def test_a_connection_that_the_driver_itself_finds_in_a_wrong_state_is_broken(er
     assert failure_kind(error, DIALECTS["postgresql"]) is FailureKind.BROKEN
 
 
+def test_a_connection_that_aiosqlite_is_closing_is_broken() -> None:
+    assert failure_kind(ValueError("Connection closed"), DIALECTS["sqlite"]) is FailureKind.BROKEN
+    assert failure_kind(ValueError("embedded null character"), DIALECTS["sqlite"]) is FailureKind.INVALID_VALUE
+
+
 def test_a_value_that_the_driver_cannot_send_is_an_invalid_value() -> None:
     error = asyncpg.DataError("invalid input for query argument $1")
     assert failure_kind(error, DIALECTS["postgresql"]) is FailureKind.INVALID_VALUE

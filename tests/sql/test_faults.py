@@ -11,7 +11,7 @@ import uuid
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy.engine import make_url
@@ -21,9 +21,10 @@ from mcp_session_store.errors import SessionStoreError, StoreUnavailable
 from mcp_session_store.records import Activity, EndReason, JournalEntry
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql.dialects.private_names import call_in_thread
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
-from tests.support.databases import behind_proxy, connections_checked_out, expire, settled, sql_store
+from tests.support.databases import behind_proxy, connections_checked_out, engine_of, expire, settled, sql_store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -333,6 +334,31 @@ def locked_by_another_process(url: str) -> Iterator[None]:
         assert process.stdout is not None
         assert process.stdout.readline() == b"locked\n"
         yield
+
+
+async def _close(driver: Any) -> None:
+    await driver.close()
+
+
+async def _close_beneath(driver: Any) -> None:
+    await call_in_thread(driver, lambda connection, _: connection.close(), None)
+
+
+@pytest.mark.parametrize("close", [_close, _close_beneath])
+@pytest.mark.parametrize("call", [_load, _claim, _touch, _end])
+async def test_a_connection_that_was_closed_beneath_the_store_is_not_noticed(
+    sqlite_url: str,
+    call: Callable[[SqlSessionStore, UUID], Awaitable[None]],
+    close: Callable[[Any], Awaitable[None]],
+) -> None:
+    async with sql_store(sqlite_url) as store:
+        session = new_session()
+        await store.create(session)
+        await settled(store)
+        async with engine_of(store).connect() as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+        await close(driver)
+        await call(store, session.key)
 
 
 async def test_a_file_that_another_process_locks_can_be_read_and_not_written(sqlite_url: str) -> None:

@@ -29,9 +29,11 @@ def failure_kind(error: Exception, dialect: Dialect) -> FailureKind | None:
         return FailureKind.BROKEN
     if isinstance(error, OSError):  # TimeoutError is one
         return FailureKind.UNAVAILABLE
-    if isinstance(error, (ValueError, OverflowError)):
-        return FailureKind.INVALID_VALUE  # found while a value was made ready to be sent
-    return dialect.failure_kind(error)
+    # Asked before, because a driver may say by a ValueError that its connection is closed.
+    if kind := dialect.failure_kind(error):
+        return kind
+    # Found while a value was made ready to be sent.
+    return FailureKind.INVALID_VALUE if isinstance(error, (ValueError, OverflowError)) else None
 
 
 def _kind_of_driver_error(error: exc.DBAPIError, dialect: Dialect) -> FailureKind:

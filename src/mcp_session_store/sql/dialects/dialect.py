@@ -157,7 +157,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def failure_kind(self, error: BaseException) -> FailureKind | None:
-        """Classify an error by the code that the driver gives it; `None` where it has none."""
+        """Classify an error of the driver; `None` for any other."""
 
     @abstractmethod
     def advice_on(self, error: BaseException) -> str | None:

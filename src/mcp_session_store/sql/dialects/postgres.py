@@ -295,6 +295,8 @@ class Postgres(Dialect):
             return next((kind for start, kind in _FAILURES if state.startswith(start)), FailureKind.UNAVAILABLE)
         import asyncpg  # imported here, because users of SQLite do without it
 
+        if isinstance(error, asyncpg.DataError):
+            return FailureKind.INVALID_VALUE  # an InterfaceError as well
         # asyncpg's own errors: SQLAlchemy lets them pass while it makes a connection ready, and `run` meets them.
         wrong_state = isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError))
         return FailureKind.BROKEN if wrong_state else None

@@ -52,6 +52,7 @@ _FAILURES: Final = {
     20: FailureKind.INVALID_VALUE,  # SQLITE_MISMATCH
 }
 _BUSY: Final = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
+_CLOSED: Final = frozenset({"Connection closed", "no active connection"})  # as aiosqlite says it
 _NOT_WRITABLE: Final = frozenset({8, 14})  # SQLITE_READONLY, SQLITE_CANTOPEN
 
 
@@ -97,6 +98,13 @@ class _JsonBatch(Batch):
 def _code(error: BaseException | None) -> int | None:
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
+
+
+def _is_closed(error: BaseException) -> bool:
+    import sqlite3  # imported here, because Python may be built without it
+
+    # Without a code, `sqlite3` itself refuses to use the connection. aiosqlite refuses by a ValueError.
+    return isinstance(error, sqlite3.ProgrammingError) or (isinstance(error, ValueError) and str(error) in _CLOSED)
 
 
 def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
@@ -171,7 +179,7 @@ class Sqlite(Dialect):
     @override
     def failure_kind(self, error: BaseException) -> FailureKind | None:
         if (code := _code(error)) is None:
-            return None
+            return FailureKind.BROKEN if _is_closed(error) else None
         if kind := _FAILURES.get(code):
             return kind
         # SQLITE_ERROR stands for everything that is wrong with a statement; only its text distinguishes the cases.
