@@ -6,9 +6,9 @@
 A table of two million sessions is created, of which one million have expired. Requests come at a steady rate,
 whether earlier ones are answered or not: loads, touches, and a session that is created and ended. Half of them
 go to the store that sweeps, as in an instance that sweeps, and half to another store on the same database. They
-run by turns without a sweep and beside one like that of an app's background task: in steps that adapt to the time
-that they take (or are always of one size, with --limit), with a pause after each step that is as long as the step, or a
-multiple of it.
+run by turns without a sweep and beside one like that of an app's background task: in steps that on
+SQLite adapt to the time that they take (or are always of one size, with --limit), with a pause after each step that is
+as long as the step, or a multiple of it.
 
 The output shows the 50th and 99th percentile of both, the ratio of the latter, and the sessions swept per second.
 """
@@ -35,7 +35,7 @@ from mcp_session_store.retention import RetentionPolicy, SweepPace, SweepReport
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
 from mcp_session_store.sql.schema import migrate
-from mcp_session_store.store import SWEEP_LIMIT
+from mcp_session_store.store import LEAST_SWEEP, SWEEP_LIMIT
 from mcp_session_store.testing import new_session
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Sweeping:
         self.store = store
         self.limit = limit
         self.pause = pause
-        self.pace = SweepPace(SWEEP_LIMIT)
+        self.pace = SweepPace(SWEEP_LIMIT, least=LEAST_SWEEP)
         self.report = SweepReport(more=True)
         self.seconds = 0.0
         self.held: list[float] = []

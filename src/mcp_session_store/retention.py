@@ -34,8 +34,8 @@ MIN_TOMBSTONE: Final = timedelta(minutes=1)
 SWEEP_STEP_TIME: Final = 0.005
 """Seconds for which a step of a sweep may hold up other writers, more or less."""
 
-FIRST_SWEEP_STEP: Final = 3
-"""Number of times that the first step of a sweep is halved."""
+FIRST_STEP_HALVINGS: Final = 3
+"""Number of times that the limit of a sweep's first step is halved at most."""
 
 MAX_SWEEP_GRACE: Final = timedelta(minutes=1)
 
@@ -143,7 +143,7 @@ class SweepReport:
     more: bool = False
     """Whether there may be more to do."""
     longest: float = field(default=0.0, compare=False)
-    """Seconds for which other writers had to wait for it at most; 0 where the store does not know."""
+    """Seconds for which all other writers had to wait for it at most; 0 where they do not wait for one another."""
 
     def __add__(self, later: SweepReport) -> SweepReport:
         """Return the report of both sweeps, the later one second."""
@@ -164,7 +164,7 @@ class EventSweepReport:
     more: bool = False
     """Whether there may be more to do."""
     longest: float = field(default=0.0, compare=False)
-    """Seconds for which other writers had to wait for it at most; 0 where the log does not know."""
+    """Seconds for which all other writers had to wait for it at most; 0 where they do not wait for one another."""
 
     def __add__(self, later: EventSweepReport) -> EventSweepReport:
         """Return the report of both sweeps, the later one second."""
@@ -177,20 +177,21 @@ class SweepPace:
     """Pace of a sweep: the size of its steps, and the pauses between them.
 
     A step is as large as it can be without holding up other writers for long: its limit is `most`, or a half of it, a
-    quarter, and so on; of the first step an eighth. After each step there is a pause of the same length, so that half
-    of the time is for the requests.
+    quarter, and so on; of the first step an eighth, if that is not too small. Only the time for which the store says
+    that it held up all others counts: waits for the network or the event loop are no shorter for a smaller step. After
+    each step there is a pause of the same length, so that half of the time is for the requests.
 
     Args:
         most: Largest limit of a step.
-        least: Smallest one.
+        least: No limit is halved to less, because each step has a cost that does not depend on its size.
     """
 
-    def __init__(self, most: int, *, least: int = 1) -> None:
+    def __init__(self, most: int, *, least: int) -> None:
         self._limits = [most]
         # A few sizes only, because databases may keep a plan for each.
         while self._limits[-1] // 2 >= least:
             self._limits.append(self._limits[-1] // 2)
-        self._size = min(FIRST_SWEEP_STEP, len(self._limits) - 1)
+        self._size = min(FIRST_STEP_HALVINGS, len(self._limits) - 1)
 
     @property
     def limit(self) -> int:
@@ -204,7 +205,7 @@ class SweepPace:
             step: The step's report.
             took: Seconds that the step took as a whole.
         """
-        longest = step.longest or took
+        longest = step.longest
         while longest > SWEEP_STEP_TIME and self._size < len(self._limits) - 1:
             self._size += 1
             longest /= 2

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_NAMESPACE",
+    "LEAST_SWEEP",
     "MAX_JOURNAL_ENTRIES",
     "SWEEP_LIMIT",
     "SessionStore",
@@ -45,6 +46,9 @@ MAX_JOURNAL_ENTRIES: Final = 1000
 
 SWEEP_LIMIT: Final = 100
 """Most sessions of each kind that one step of a sweep handles, unless `limit` is given."""
+
+LEAST_SWEEP: Final = 25
+"""Smallest limit of a step that is worth its price: a transaction costs as much as the end of many sessions."""
 
 
 def checked_namespace(namespace: str) -> str:

@@ -23,7 +23,7 @@ from mcp_session_store.cli.target import target_options
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LEAST_EVENT_SWEEP
 from mcp_session_store.retention import EventPolicy, EventSweepReport, RetentionPolicy, SweepPace, SweepReport
-from mcp_session_store.store import SWEEP_LIMIT
+from mcp_session_store.store import LEAST_SWEEP, SWEEP_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -47,7 +47,7 @@ _KILLED_BY: Final = 128
     show_default=True,
     type=click.IntRange(1, 100_000),
     metavar="N",
-    help="Most sessions of each kind that one short transaction handles; fewer, where that would hold up the servers.",
+    help="Most sessions of each kind that one short transaction handles; fewer on SQLite, while that takes too long.",
 )
 @click.option("--no-pause", is_flag=True, help="Do not pause after each step for as long as it took.")
 @json_option
@@ -142,7 +142,7 @@ class _Sweep:
                 self._target.event_log(store, self._for_events) as log,
             ):
                 with progress("sweeping", total=total) as advance:
-                    pace = SweepPace(self._limit)
+                    pace = SweepPace(self._limit, least=LEAST_SWEEP)
                     while self.done.more and not stop.is_set():
                         begun = time.monotonic()
                         step = await store.sweep(limit=pace.limit)

@@ -46,7 +46,8 @@ async def test_a_step_reports_how_long_it_held_up_other_writers(
         count_time(monkeypatch, sweep)
         report = await store.sweep()
         assert report == SweepReport(expired=1)
-        assert report.longest == 0.5
+        # On Postgres other writers wait for the swept rows only.
+        assert report.longest == (0.5 if store.database.dialect.single_writer else 0)
 
 
 async def test_a_step_that_removes_events_reports_how_long_it_held_up_other_writers(
@@ -59,7 +60,7 @@ async def test_a_step_that_removes_events_reports_how_long_it_held_up_other_writ
         await age_events(log, key)
         count_time(monkeypatch, trim)
         report = await log.sweep()
-        assert (report.removed, report.longest) == (1, 0.5)
+        assert (report.removed, report.longest) == (1, 0.5 if store.database.dialect.single_writer else 0)
 
 
 async def test_events_are_removed_from_few_logs_at_a_time_where_steps_are_small(database_url: str) -> None:

@@ -15,7 +15,7 @@ from mcp_session_store.adapter.sessions.changes import ChangeWatch
 from mcp_session_store.errors import SessionStoreError, StoreUnavailable
 from mcp_session_store.records import EndReason, SessionRecord, session_key
 from mcp_session_store.retention import SweepPace
-from mcp_session_store.store import SWEEP_LIMIT
+from mcp_session_store.store import LEAST_SWEEP, SWEEP_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -149,7 +149,7 @@ class Ender:
         """Sweep the store until nothing is left to sweep."""
         # A session in use here must not look unused: nothing is swept until the activity is reported.
         await self.report()
-        pace = SweepPace(SWEEP_LIMIT)
+        pace = SweepPace(SWEEP_LIMIT, least=LEAST_SWEEP)
         while True:
             began = anyio.current_time()
             swept = await self._store.sweep(limit=pace.limit)

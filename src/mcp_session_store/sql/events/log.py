@@ -184,7 +184,7 @@ class SqlEventLog(EventLog):
         # Logs whose events were dropped with a partition are only updated. Events that become too old meanwhile are
         # left to the next sweep.
         more = trimmed.more or (trimmed.logs > 0 and (len(due) == logs or not trimmed.removed))
-        return EventSweepReport(removed=trimmed.removed, more=more, longest=trimmed.took)
+        return EventSweepReport(removed=trimmed.removed, more=more, longest=trimmed.held_up)
 
     async def _ask(self, call: Callable[[Attempt], Awaitable[_T]]) -> _T:
         return cast("_T", await self._reads.submit(call))

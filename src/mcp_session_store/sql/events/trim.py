@@ -66,8 +66,8 @@ class TrimResult(NamedTuple):
     """Number of events removed."""
     more: bool
     """Whether these logs have more events to remove."""
-    took: float
-    """Seconds from the first lock to the commit."""
+    held_up: float
+    """Seconds for which all other writers were held up; 0 where they do not wait for one another."""
 
 
 class EventTrimming:
@@ -171,7 +171,7 @@ class EventTrimming:
             lock = self._lock.with_for_update(skip_locked=not wait)
             logs = (await execute(lock, self._keys.parameters([(key,) for key in sorted(keys)]))).all()
             if not logs:
-                return TrimResult(logs=0, removed=0, more=False, took=0.0)
+                return TrimResult(logs=0, removed=0, more=False, held_up=0.0)
             at_most = {log.key: min(log.trimmed + limit, log.sequence) for log in logs}
             ranges = [(log.key, *self._limits(log), at_most[log.key]) for log in logs]
             found = await execute(self._find, self._ranges.parameters(ranges))
@@ -183,9 +183,10 @@ class EventTrimming:
             locked = self._keys.parameters([(log.key,) for log in logs])
             await execute(self._update_logs, locked)
             await execute(self._remove_empty, locked)
+        held_up = time.monotonic() - began if self._dialect.single_writer else 0.0
         sequences = {log.key: log.sequence for log in logs}
         more = any(up_to == at_most[key] < sequences[key] for key, up_to in cuts)
-        return TrimResult(logs=len(logs), removed=removed, more=more, took=time.monotonic() - began)
+        return TrimResult(logs=len(logs), removed=removed, more=more, held_up=held_up)
 
     def _limits(self, log: Any) -> tuple[int, int, int]:
         """Return the sequence up to which events are too many; the total of bytes up to which they are too large, and

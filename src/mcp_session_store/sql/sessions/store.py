@@ -249,7 +249,7 @@ class SqlSessionStore(SessionStore):
             expired=done[1].handled,
             purged=done[2].handled,
             more=any(result.more for result in done),
-            longest=max(result.took for result in done),
+            longest=max(result.held_up for result in done),
         )
 
 

@@ -182,8 +182,8 @@ class SweepResult(NamedTuple):
     """Number of sessions."""
     more: bool = False
     """Whether there may be more to do."""
-    took: float = 0.0
-    """Seconds from its first lock to its commit."""
+    held_up: float = 0.0
+    """Seconds for which it held up all other writers; 0 where they do not wait for one another."""
 
 
 class Sweep:
@@ -231,8 +231,10 @@ class Sweep:
 
     def _change(self, statement: SweepStatement, limit: int) -> Steps[SweepResult]:
         change = statement.change(limit)
+        # Where writers exclude one another, these steps run in the connection's thread, and the lock is held by now.
         began = time.monotonic()
         changed = yield change, {}
         if statement.ends:
             yield from self._removal.remove_with_session([(key, revision) for key, revision in changed])
-        return SweepResult(len(changed), len(changed) == limit, time.monotonic() - began)
+        held_up = time.monotonic() - began if self._dialect.single_writer else 0.0
+        return SweepResult(len(changed), len(changed) == limit, held_up)
