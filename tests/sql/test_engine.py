@@ -105,8 +105,14 @@ def test_a_schema_that_is_no_name_is_refused(schema: str) -> None:
         (lambda: object(), "neither a database URL nor an AsyncEngine"),
         (lambda: None, "neither a database URL nor an AsyncEngine"),
         (lambda: create_async_engine("sqlite+aiosqlite:///:memory:"), "MemorySessionStore"),
+        (
+            lambda: create_async_engine(
+                "postgresql+asyncpg://host/db", execution_options={"schema_translate_map": {None: "sessions"}}
+            ),
+            "by schema= instead",
+        ),
     ],
-    ids=["not async", "no engine", "nothing", "in memory"],
+    ids=["not async", "no engine", "nothing", "in memory", "another schema"],
 )
 def test_an_engine_that_cannot_work_is_refused(engine: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):

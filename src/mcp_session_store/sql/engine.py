@@ -82,6 +82,11 @@ def checked_engine(engine: AsyncEngine) -> Dialect:
         raise ConfigurationError(
             f"the engine's driver is {engine.dialect.driver}; make it with {dialect.name}+{dialect.driver}://"
         )
+    if engine.get_execution_options().get("schema_translate_map"):
+        raise ConfigurationError(
+            "the engine has a schema_translate_map, which statements that go to the driver itself do not follow; "
+            "name the schema by schema= instead"
+        )
     dialect.refuse_volatile(engine.url)
     return dialect
 
