@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -97,6 +99,20 @@ async def test_a_replayed_request_has_an_id_of_its_own_and_a_replayed_notificati
     replayed = [ids["initialize"], ids["logging/setLevel"]]
     assert all(isinstance(request_id, str) and request_id.startswith("restore-") for request_id in replayed)
     assert len({*replayed, ids["ping"]}) == 3
+
+
+def test_workers_that_are_forked_after_the_import_give_replayed_requests_other_ids() -> None:
+    code = """
+import os
+from mcp_session_store.adapter.replay.context import next_request_id
+worker = os.fork()
+print(next_request_id(), flush=True)
+if worker:
+    os.waitpid(worker, 0)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    first, second = finished.stdout.split()
+    assert first != second
 
 
 current: contextvars.ContextVar[str] = contextvars.ContextVar("current", default="nothing")

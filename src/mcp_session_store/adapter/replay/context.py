@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -27,13 +28,18 @@ _T = TypeVar("_T")
 # As the SDK's dispatcher makes it for a message whose sender can be sent no request.
 _TRANSPORT: Final = TransportContext(kind="jsonrpc", can_send_request=False)
 
-_PREFIX: Final = f"restore-{uuid4().hex}"
 _numbers: Final = itertools.count(1)
 
 
 def next_request_id() -> str:
     """Return an id for a replayed request, which no client and no other replayed request has."""
-    return f"{_PREFIX}-{next(_numbers)}"
+    return f"{_prefix()}-{next(_numbers)}"
+
+
+@functools.cache
+def _prefix() -> str:
+    # Made in the first restore, because workers may be forked when this module is imported already.
+    return f"restore-{uuid4().hex}"
 
 
 class ReplayedContext:
