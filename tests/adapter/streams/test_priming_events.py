@@ -601,3 +601,53 @@ async def test_who_comes_back_for_the_first_event_of_its_session_just_as_it_ends
     held.release()
     await resumed.end()
     assert (await back.open_stream(last_event_id).answer()).status == 404
+
+
+async def test_a_response_whose_session_ends_while_it_reads_the_log_says_so(
+    other_log: FaultyLog, talking: Talking, two: Instance, client: Client
+) -> None:
+    call, last_event_id = await away(talking, client)
+    back = two.client(client.session_id)
+    resumed = await opened(back, last_event_id)
+    await one_more_turn()
+    held = other_log.hold("read")
+    await call.say("a")
+    await held.wait_entered()
+    await back.delete()
+    other_log.up()
+    held.release()
+    await resumed.end()
+    assert told(resumed.messages) == ["ended"]
+
+
+async def test_a_log_that_goes_before_its_first_event_is_read_is_not_read_without_pause(
+    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with (
+        instance(store, talking.notes, events=log) as one,
+        instance(other_store, events=other_log, end_within=0.5) as two,
+    ):
+        await two.first_poll()
+        client = one.client()
+        session_id = await client.handshake()
+        call, last_event_id = await away(talking, client)
+        resumed = await opened(two.client(session_id), last_event_id)
+        await one_more_turn()
+        held = other_log.hold("read")
+        await call.say("a")
+        await held.wait_entered()
+        await FaultyStore(store.inner).end(session_key(session_id), reason=EndReason.OPERATOR)
+        reads = 0
+
+        async def counted() -> None:
+            nonlocal reads
+            reads += 1
+            # Or nothing else would run between reads without pause.
+            await anyio.sleep(0.001)
+
+        other_log.before("read", counted)
+        held.release()
+        await resumed.end()
+        assert told(resumed.messages) == ["ended"]
+        assert reads <= 2

@@ -220,16 +220,19 @@ class StreamReader:
             await self._follower.wait(self._seen, seconds=RETRY, pause=True)
             return None
         if page is None:
+            if self._follower.closed:
+                return None  # meanwhile, by the copy when it learned that the session has ended, or by a later response
             if self._seen > 0:
                 # The log has gone with its session, and the copy here is about to learn of it.
                 self._follower.close(responses.SESSION_ENDED)
-            elif self._is_active():
-                # The copy closes this when it learns that the session has ended.
-                page = NOTHING_YET
-            else:
+                return None
+            if not self._is_active():
                 self._follower.close()
-        elif self._follower.head == head:
-            # Lower than what was known where the log was set back, as after a restored backup: or this would read it
-            # again and again, until the log is as far as it was.
+                return None
+            # The copy closes this when it learns that the session has ended.
+            page = NOTHING_YET
+        if self._follower.head == head:
+            # Lower than what was known where the log was set back, as after a restored backup, or went with its
+            # session: or this would read it again and again, until the log is as far as it was.
             self._follower.head = page.last
         return page
