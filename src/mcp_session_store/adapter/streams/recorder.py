@@ -44,7 +44,7 @@ RECOVERY_INTERVAL: Final = 5.0
 ROUNDS: Final = 4
 """Number of searches for idle calls within `EventRecorder.silence`."""
 MAX_SILENCE: Final = 3600.0
-"""Seconds without an event of a call that runs, where events are kept for ever."""
+"""Most seconds without an event of a call that runs, however long events are kept."""
 REFRESHED_AT_ONCE: Final = 100
 """Number of idle calls for which an event is stored at the same time."""
 LAST_EVENTS: Final = 4.0
@@ -122,7 +122,7 @@ class EventRecorder:
         self._streams = 0
         """Number of streams begun."""
         max_age = log.policy.max_age
-        self.silence: Final = MAX_SILENCE if max_age is None else max_age.total_seconds()
+        self.silence: Final = MAX_SILENCE if max_age is None else min(max_age.total_seconds(), MAX_SILENCE)
         """Seconds within which the log gets an event of each call that runs and whose client can come back."""
 
     @property
