@@ -468,7 +468,7 @@ async def test_a_call_that_never_ran_is_lost_here_at_once(one: Instance, client:
     assert told(resumed.messages) == ["lost"]
 
 
-@pytest.mark.parametrize("max_age", [timedelta(minutes=5), None], ids=str)
+@pytest.mark.parametrize("max_age", [timedelta(minutes=5), timedelta(days=30), None], ids=str)
 async def test_a_call_that_never_ran_on_a_living_instance_is_lost_elsewhere_in_bounded_time(
     store: FaultyStore,
     other_store: FaultyStore,
@@ -478,7 +478,7 @@ async def test_a_call_that_never_ran_on_a_living_instance_is_lost_elsewhere_in_b
 ) -> None:
     policy = EventPolicy(max_age=max_age)
     log, other_log = FaultyLog(store, policy=policy), FaultyLog(other_store, policy=policy)
-    silence = max_age or timedelta(hours=1)
+    silence = min(max_age or timedelta.max, timedelta(hours=1))
     talking = Talking()
     async with (
         instance(store, talking.notes, events=log) as one,
@@ -550,6 +550,23 @@ async def test_no_call_begins_in_a_copy_that_has_left_memory(store: FaultyStore,
     assert await primed(events, "1") is not None
     await events.abandon()
     assert await primed(events, "2") is None
+    assert recorder.unfinished == {}
+
+
+async def test_a_call_under_the_id_of_one_that_runs_does_not_begin_in_a_copy_that_leaves_meanwhile(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    record = await store.inner.create(new_session())
+    recorder, events = await running(log, record.key)
+    events.begin(new=True)
+    await primed(events, "1")
+    held = log.hold("append")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(primed, events, "1")
+        await held.wait_entered()
+        log.up()
+        await events.abandon()
+        held.release()
     assert recorder.unfinished == {}
 
 

@@ -128,11 +128,11 @@ class SessionEvents(EventStore):
         if resumable and not self._is_newest_known():
             # Before the stream begins, so that nothing is left of a call that is cancelled meanwhile.
             await self._find_newest()
-            if not self.active:
-                return  # the copy has left memory meanwhile
         if (forgotten := self._calls.get(stream_id)) is not None and forgotten.answer is None:
             # The client uses the id of a call that runs; the SDK answers the later one with whatever comes first.
             await self._lose(forgotten)
+        if not self.active:
+            return  # the copy has left memory meanwhile
         stream = self._calls[stream_id] = self.recorder.begin(self.key, request_id, resumable=resumable)
         if not resumable or self.recorder.down:
             return
