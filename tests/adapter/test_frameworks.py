@@ -444,3 +444,18 @@ from mcp_session_store import durable_app
     assert last.startswith("ImportError"), finished.stderr
     assert "mcp>=2.3,<3" in last
     assert name in last
+
+
+def test_an_sdk_whose_dispatch_context_has_more_than_ours_is_refused_at_import() -> None:
+    code = """
+from typing import Protocol
+from mcp.shared import dispatcher
+class DispatchContext(dispatcher.DispatchContext, Protocol):
+    def acknowledge(self) -> None: ...
+dispatcher.DispatchContext = DispatchContext
+from mcp_session_store import durable_app
+"""
+    last = run_python(code).stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError")
+    assert "acknowledge" in last
+    assert "mcp>=2.3,<3" in last

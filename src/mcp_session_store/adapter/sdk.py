@@ -17,8 +17,10 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.runner import ServerRunner
 from mcp.server.streamable_http import StreamableHTTPServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
+from mcp.shared.dispatcher import DispatchContext
 from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 from starlette.routing import Route
+from typing_extensions import get_protocol_members
 
 from mcp_session_store.adapter.supported import SUPPORTED_SDK
 from mcp_session_store.errors import ConfigurationError
@@ -46,6 +48,7 @@ __all__ = [
     "ManagerSeams",
     "ManagerTasks",
     "TransportEvents",
+    "check_dispatch_context",
     "is_fastmcp",
     "make_kernel",
     "make_transport",
@@ -103,6 +106,18 @@ def _check_sdk() -> None:
 
 
 _check_sdk()
+
+
+def check_dispatch_context(context: type) -> None:
+    """Check that a class has all that the SDK's handlers find in a dispatch context.
+
+    Raises:
+        ImportError: It lacks something.
+    """
+    # Not left to a type checker: where the SDK comes to read more, each restore would be answered by an error.
+    missing = [name for name in sorted(get_protocol_members(DispatchContext)) if not hasattr(context, name)]
+    if missing:
+        raise ImportError(f"its DispatchContext has {', '.join(missing)}, which {context.__name__} does not have")
 
 
 class ManagerSeams(StreamableHTTPSessionManager):

@@ -14,6 +14,8 @@ from mcp.shared.message import ServerMessageMetadata
 from mcp.shared.transport_context import TransportContext
 from starlette.requests import Request
 
+from mcp_session_store.adapter.sdk import check_dispatch_context
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Mapping
     from contextvars import Context
@@ -89,6 +91,9 @@ class ReplayedContext:
 
     async def progress(self, progress: float, total: float | None = None, message: str | None = None) -> None:
         """Drop it: nobody waits for the replayed request."""
+
+
+check_dispatch_context(ReplayedContext)
 
 
 def _request(scope: Scope, body: bytes) -> Request:
