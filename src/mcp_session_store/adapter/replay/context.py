@@ -47,7 +47,7 @@ def _prefix() -> str:
 class ReplayedContext:
     """The SDK's `DispatchContext` of one replayed message.
 
-    Nobody reads an answer to it: a handler that asks through the replayed message is told so.
+    Its answer is sent to no client, and it has no way back: a handler that asks through it gets an error.
 
     Args:
         request_id: Id of a replayed request; `None` for a notification.
@@ -81,7 +81,7 @@ class ReplayedContext:
         params: Mapping[str, Any] | None,  # noqa: ARG002 - the protocol's
         opts: CallOptions | None = None,  # noqa: ARG002 - the protocol's
     ) -> dict[str, Any]:
-        """Refuse, because its answer would reach nobody."""
+        """Refuse, because the request would reach no client."""
         raise NoBackChannelError(method)
 
     async def notify(self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None) -> None:
@@ -90,7 +90,7 @@ class ReplayedContext:
             await self._outbound.notify(method, params, opts)
 
     async def progress(self, progress: float, total: float | None = None, message: str | None = None) -> None:
-        """Drop it: nobody waits for the replayed request."""
+        """Drop it: no client waits for the replayed request."""
 
 
 check_dispatch_context(ReplayedContext)
