@@ -275,8 +275,9 @@ async def test_a_replayed_request_sends_its_client_nothing_and_can_ask_it_nothin
         assert stream.messages == []
 
 
+@pytest.mark.parametrize("related", [None, 1], ids=["on its own", "related to the notification"])
 async def test_what_the_replayed_notifications_handler_says_goes_to_the_client(
-    store: FaultyStore, json_response: bool
+    store: FaultyStore, json_response: bool, related: int | None
 ) -> None:
     session_id = await open_session(store)
     notes = Notes()
@@ -284,7 +285,8 @@ async def test_what_the_replayed_notifications_handler_says_goes_to_the_client(
 
     async def tell(ctx: RequestContext) -> None:
         await opened.wait()
-        await ctx.session.send_notification(types.ToolListChangedNotification())
+        # With any related id the SDK sends it through the dispatch context.
+        await ctx.session.send_notification(types.ToolListChangedNotification(), related_request_id=related)
 
     notes.on_initialized = tell
     async with instance(store, notes, json_response=json_response, replay_timeout=0.05) as one:
