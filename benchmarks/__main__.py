@@ -17,7 +17,8 @@ while is slower for all, and its median is printed. Before the first round the o
 * first call after a restart: the first call of every session to a server that holds none of them in memory. The session
   is restored. Clients of the stock SDK initialize anew and call; the 404 that makes them do so is not counted;
 * restore, one at a time: the first `ping` of a session after a restart, beside a handshake of the stock SDK's;
-* storing and replay: see `benchmarks.events`, which also measures other configurations. Here each store is as it comes.
+* storing and replay: see `benchmarks.events`, which also measures other configurations. Here each store is as it comes,
+  except that this package's log keeps all events.
 
 Events are on for this package and for mcp-persist alone. mcp-persist has durable sessions and is otherwise as it comes;
 without events and for JSON its session manager is set accordingly.

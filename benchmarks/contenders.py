@@ -49,6 +49,8 @@ class Contender:
     make_app: Callable[[Mode], Starlette]
     restores: bool = True
     """Whether sessions survive a restart. Clients of a server whose sessions do not initialize anew."""
+    stores_events: bool = True
+    """Whether it stores events in the mode that has them."""
     path: str = "/mcp"
     residents: int = 0
     """Number of idle sessions in memory beside those that are used."""
@@ -58,7 +60,7 @@ class Contender:
         """Start a server."""
         app = self.make_app(mode)
         async with app.router.lifespan_context(app):
-            endpoint = Endpoint(app, self.path)
+            endpoint = Endpoint(app, self.path, resumable=mode.events and self.stores_events)
             for _ in range(self.residents):
                 await endpoint.open_session()
             yield endpoint
@@ -77,7 +79,10 @@ def make_server() -> MCPServer[Any]:
 def stock(name: str) -> Contender:
     """Return the SDK, without events in every mode."""
     return Contender(
-        name, lambda mode: make_server().streamable_http_app(json_response=mode.json_response), restores=False
+        name,
+        lambda mode: make_server().streamable_http_app(json_response=mode.json_response),
+        restores=False,
+        stores_events=False,
     )
 
 

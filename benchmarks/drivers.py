@@ -1,4 +1,4 @@
-"""Rows that the drivers alone insert into the simplest table, those that wait in one commit: the limit of any log."""
+"""Rows that the drivers alone insert into the simplest table, those that wait in one commit: about a log's limit."""
 
 from __future__ import annotations
 

@@ -54,10 +54,12 @@ class Endpoint:
     Args:
         app: App whose lifespan has begun.
         path: Path of the endpoint.
+        resumable: Whether its answers to calls are events with ids.
     """
 
     app: ASGIApp
     path: str = "/mcp"
+    resumable: bool = False
 
     async def open_session(self) -> bytes:
         """Send `initialize` and `notifications/initialized`, and return the session id."""
@@ -77,6 +79,8 @@ class Endpoint:
         _, body = await self._post(message, session_id, 200)
         if f'"text":"{request_id + 1}"'.encode() not in body:
             raise RuntimeError(f"tools/call was answered {body!r}")
+        if self.resumable and not body.removesuffix(_EVENT_END).rpartition(_EVENT_END)[2].startswith(b"id: "):
+            raise RuntimeError(f"tools/call was answered without an event id: {body!r}")
         return body
 
     async def ping(self, session_id: bytes) -> None:
