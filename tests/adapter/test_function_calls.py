@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.calls import Profiler, count_calls
-from benchmarks.contenders import JSON, MODES, OPERATIONS, Mode, ours
+from benchmarks.contenders import EVENTS, JSON, MODES, OPERATIONS, Mode, ours
 
 pytestmark = pytest.mark.anyio
 
@@ -21,6 +21,16 @@ async def calls_of_ours(operation: str, mode: Mode) -> float:
 @pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.events], ids=lambda mode: mode.name)
 async def test_a_call_of_a_resident_session_costs_few_function_calls(mode: Mode) -> None:
     assert 0 < await calls_of_ours("call", mode) <= 60
+
+
+async def test_a_call_that_can_be_resumed_costs_few_function_calls() -> None:
+    # Those of the log in memory included.
+    assert 0 < await calls_of_ours("call", EVENTS) <= 187
+
+
+async def test_the_first_call_after_a_restart_costs_few_function_calls() -> None:
+    # Those of the store in memory included.
+    assert 0 < await calls_of_ours("restart", JSON) <= 243
 
 
 async def test_a_handshake_costs_few_function_calls() -> None:
