@@ -10,9 +10,10 @@ import anyio
 import pytest
 
 from mcp_session_store import EventPolicy, session_key
+from mcp_session_store.adapter.streams.reader import NOTHING_YET, Event
 from mcp_session_store.adapter.streams.resumption import PART_BYTES
 from mcp_session_store.event_log import EVENT_PAGE
-from mcp_session_store.records import EventKind, NewEvent
+from mcp_session_store.records import EventKind, EventPage, NewEvent
 from tests.support.asgi import PATIENCE, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance
@@ -182,6 +183,28 @@ async def test_a_long_stream_is_read_page_by_page(log: FaultyLog, talking: Talki
     await hears(resumed, *(str(n) for n in range(5 * EVENT_PAGE)))
     assert 5 <= log.counts()["read"] <= 7
     assert len({event.id for event in resumed.events}) == 5 * EVENT_PAGE
+
+
+async def test_a_response_that_waits_holds_no_event_that_is_sent(
+    log: FaultyLog, talking: Talking, client: Client
+) -> None:
+    def held() -> list[Event | EventPage]:
+        gc.collect()
+        return [one for one in gc.get_objects() if isinstance(one, Event | EventPage) and one is not NOTHING_YET]
+
+    call, last_event_id = await away(talking, client)
+    texts = [str(n) for n in range(EVENT_PAGE + 1)]
+    await say_on(log, str(client.session_id), place_of(client, last_event_id).stream, len(texts))
+    assert held() == []
+    resumed = await opened(client, last_event_id)
+    await hears(resumed, *texts)
+    await one_more_turn()
+    assert held() == []
+    standalone = await opened(client)
+    await call.tell("live")
+    await hears(standalone, "live")
+    await one_more_turn()
+    assert held() == []
 
 
 async def test_events_that_wait_are_sent_together_in_parts_of_a_bounded_size(

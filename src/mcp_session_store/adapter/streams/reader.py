@@ -132,6 +132,7 @@ class StreamReader:
                 self._look_for_gap(page)
                 if events := self._events_of(page):
                     yield events
+                del events
                 if self._misses:
                     yield Gap()
                     return
@@ -145,6 +146,7 @@ class StreamReader:
                         return
             is_over = self._is_over()
             if latest and not is_over and (page is None or not page.more) and follower.head <= self._seen:
+                page = None
                 stay = min(STAY, self._recorder.silence)
                 await follower.wait(self._seen, seconds=LOOK_AGAIN if self._runs_here else stay)
                 # Delivered while the client had all that was stored, and so before whatever has been stored since.
@@ -154,7 +156,6 @@ class StreamReader:
                     yield [Event(unsent.message or "", None, final)]
                     if final:
                         return
-                page = None
                 continue
             page = await self._read()
             latest = page is not None

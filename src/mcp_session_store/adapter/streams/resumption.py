@@ -133,7 +133,7 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
             response = responses.UNAVAILABLE.response()
         return response
     first = {"retry": events.retry_interval} if resumable and events.retry_interval is not None else None
-    return _response(_sent(events, cursor, page, first), session_id)
+    return _response(_sent(events, _reader(events, cursor, page), first), session_id)
 
 
 async def open_stream(events: SessionEvents, *, session_id: str) -> Response | None:
@@ -145,7 +145,7 @@ async def open_stream(events: SessionEvents, *, session_id: str) -> Response | N
     cursor = await events.prime_standalone()
     if cursor is None:
         return None
-    return _response(_sent(events, cursor, None, events.primed(events.ids.write(cursor))), session_id)
+    return _response(_sent(events, _reader(events, cursor), events.primed(events.ids.write(cursor))), session_id)
 
 
 def last_words(ids: EventIds, cursor: Cursor, message: str, *, reason: str, session_id: str) -> Response:
@@ -165,19 +165,22 @@ def _response(messages: AsyncIterator[dict[str, Any] | bytes], session_id: str) 
     return EventSourceResponse(messages, headers=headers)
 
 
+def _reader(events: SessionEvents, cursor: Cursor, page: EventPage | None = None) -> StreamReader:
+    """Return the reader of a stream from a place on, with the events that follow if they are read already."""
+    return StreamReader(events.key, events.recorder, cursor, page, is_active=lambda: events.active)
+
+
 async def _sent(
-    events: SessionEvents, cursor: Cursor, page: EventPage | None, first: dict[str, Any] | bytes | None
+    events: SessionEvents, reader: StreamReader, first: dict[str, Any] | bytes | None
 ) -> AsyncIterator[dict[str, Any] | bytes]:
     """Send what a reader reads, as SSE.
 
     Args:
         events: Events of the session.
-        cursor: Place of the last event that the client has.
-        page: Events that follow, if they are read already.
+        reader: Reader of the stream. It alone holds the first page, as an open response lasts longer than its events.
         first: Event that is sent before anything else.
     """
     ids = events.ids
-    reader = StreamReader(events.key, events.recorder, cursor, page, is_active=lambda: events.active)
     outcome = "left"
     with reader.tailing():
         try:
@@ -199,6 +202,7 @@ async def _sent(
                     case Ended(answer):
                         outcome = "ended"
                         yield _terminal(ids, reader.cursor, answer, outcome)
+                del item  # rather than hold events that are sent while waiting for more
         finally:
             telemetry.resumed.add(1, {"outcome": outcome})
 
