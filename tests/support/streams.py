@@ -54,9 +54,9 @@ async def primed(events: SessionEvents, stream_id: str) -> str | None:
     posted = Posted(b"")
     POSTED.set(posted)
     await events.prime(stream_id, "2025-11-25")
-    if posted.first is None:
+    if posted.priming is None:
         return None
-    return posted.first.decode().partition("\r\n")[0].removeprefix("id: ")
+    return posted.priming.decode().partition("\r\n")[0].removeprefix("id: ")
 
 
 async def one_more_turn() -> None:

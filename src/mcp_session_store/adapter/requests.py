@@ -18,22 +18,22 @@ class Posted:
         body: Body of the request.
     """
 
-    __slots__ = ("_send", "body", "first")
+    __slots__ = ("_send", "body", "priming")
 
     def __init__(self, body: bytes) -> None:
         self.body = body
-        self.first: bytes | None = None
-        """Part of the answer's body that precedes what the SDK sends."""
+        self.priming: bytes | None = None
+        """Priming event of the call as SSE, a part of the answer's body that precedes what the SDK sends."""
 
-    def through(self, send: Send) -> Send:
+    def sending_to(self, send: Send) -> Send:
         """Return the `send` for the SDK."""
         self._send = send
         return self._sending
 
     async def _sending(self, message: Message) -> None:
         await self._send(message)
-        if self.first is not None and message["type"] == "http.response.start":
-            body, self.first = self.first, None
+        if self.priming is not None and message["type"] == "http.response.start":
+            body, self.priming = self.priming, None
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
 

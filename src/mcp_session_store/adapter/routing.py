@@ -185,7 +185,7 @@ class Router:
 def _serve_post(
     session: ResidentSession, posted: Posted | None, scope: Scope, receive: Receive, send: Send
 ) -> Awaitable[None]:
-    return session.transport.handle_request(scope, receive, send if posted is None else posted.through(send))
+    return session.transport.handle_request(scope, receive, send if posted is None else posted.sending_to(send))
 
 
 def _noting_standalone_stream(session: ResidentSession, send: Send) -> Send:

@@ -111,7 +111,7 @@ def test_it_is_written_as_the_sdk_writes_it(log: FaultyLog, retry_interval: int 
     instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
     recorder = EventRecorder(log, Followers(log, instances), instances)
     events = SessionEvents(session_key("any"), recorder, retry_interval=retry_interval)
-    assert events.primed("id") == ServerSentEvent("", id="id", retry=retry_interval).encode()
+    assert events.priming_event("id") == ServerSentEvent("", id="id", retry=retry_interval).encode()
 
 
 async def test_it_comes_behind_the_header_of_a_call_that_might_be_a_handshake(talking: Talking, client: Client) -> None:
@@ -293,7 +293,7 @@ async def test_one_is_stored_after_an_event_that_could_not_be(log: FaultyLog, ta
 @pytest.mark.parametrize("hints", [False, True], ids=["polling", "hints"])
 @pytest.mark.parametrize("with_log", [False, True], ids=["first of its session", "later"])
 @pytest.mark.parametrize("said", [0, 1, 2], ids=["nothing yet", "something", "all"])
-async def test_who_comes_back_with_it_gets_all_that_the_call_says_once(
+async def test_a_client_that_comes_back_with_it_gets_all_that_the_call_says_once(
     other_log: FaultyLog,
     talking: Talking,
     one: Instance,
@@ -575,7 +575,7 @@ async def test_a_call_under_the_id_of_one_that_runs_does_not_begin_in_a_copy_tha
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
 @pytest.mark.parametrize("ended_by", ["DELETE", "operator"])
-async def test_who_waits_for_the_first_event_of_its_session_is_told_that_it_has_ended(
+async def test_a_client_that_waits_for_the_first_event_of_its_session_is_told_that_it_has_ended(
     store: FaultyStore,
     other_store: FaultyStore,
     log: FaultyLog,
@@ -605,7 +605,7 @@ async def test_who_waits_for_the_first_event_of_its_session_is_told_that_it_has_
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "elsewhere"])
-async def test_who_comes_back_for_the_first_event_of_its_session_just_as_it_ends_does_not_wait(
+async def test_a_client_that_comes_back_for_the_first_event_of_its_session_just_as_it_ends_does_not_wait(
     log: FaultyLog, other_log: FaultyLog, talking: Talking, two: Instance, client: Client, elsewhere: bool
 ) -> None:
     _, last_event_id = await away(talking, client)

@@ -47,12 +47,10 @@ RESUMABLE_SINCE: Final = "2025-11-25"
 """First protocol version whose clients understand priming events, and come back for a stream."""
 
 KNOWN_FOR: Final = 60.0
-"""Seconds for which a session's newest sequence that was heard of serves as the place before a call's first event.
+"""Seconds for which the sequence that this copy stored or read last is the place before the first event of a new call.
 
-Then the log is asked again.
-
-Other instances store events meanwhile. When the log is trimmed beyond that place, a reader elsewhere takes the call's
-events for missing.
+Other instances store events meanwhile, and when the log is trimmed beyond that place, a reader elsewhere takes the
+call's events for missing. Therefore the log is asked again.
 """
 
 _INTEGER: Final = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
@@ -143,9 +141,9 @@ class SessionEvents(EventStore):
         else:
             event_id = await self._never_raising(stream, stream_id, None)
         if event_id:
-            posted.first = self.primed(event_id)
+            posted.priming = self.priming_event(event_id)
 
-    def primed(self, event_id: str) -> bytes:
+    def priming_event(self, event_id: str) -> bytes:
         """Return a priming event as SSE."""
         retry = "" if self.retry_interval is None else f"retry: {self.retry_interval}\r\n"
         return f"id: {event_id}\r\ndata: \r\n{retry}\r\n".encode()

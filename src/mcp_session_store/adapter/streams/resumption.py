@@ -145,7 +145,7 @@ async def open_stream(events: SessionEvents, *, session_id: str) -> Response | N
     cursor = await events.prime_standalone()
     if cursor is None:
         return None
-    return _response(_sent(events, _reader(events, cursor), events.primed(events.ids.write(cursor))), session_id)
+    return _response(_sent(events, _reader(events, cursor), events.priming_event(events.ids.write(cursor))), session_id)
 
 
 def last_words(ids: EventIds, cursor: Cursor, message: str, *, reason: str, session_id: str) -> Response:
