@@ -106,9 +106,9 @@ def test_workers_that_are_forked_after_the_import_give_replayed_requests_other_i
 import os
 from mcp_session_store.adapter.replay.context import next_request_id
 worker = os.fork()
-print(next_request_id(), flush=True)
 if worker:
     os.waitpid(worker, 0)
+print(next_request_id(), flush=True)
 """
     finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
     first, second = finished.stdout.split()
