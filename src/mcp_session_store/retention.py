@@ -124,7 +124,10 @@ class EventPolicy(Settings):
 
     max_age: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(hours=1)
     """Age at which a sweep removes an event; `None`: only with its session. Partitioned events, on Postgres, are
-    removed when all events of their partition are that old, or else when they are three times as old."""
+    removed when all events of their partition are that old, or else when they are three times as old.
+
+    The same on all instances: one that hears nothing of another's call for its own `max_age`, an hour at most, has the
+    call end as lost."""
     max_events_per_session: Annotated[int, Field(ge=10, le=1_000_000)] = 10_000
     """Most events kept of a session. When there are more, a tenth is removed at once."""
     max_bytes_per_session: Annotated[int, Field(ge=1024, le=1024**3)] = 16 * 1024**2
