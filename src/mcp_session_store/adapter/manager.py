@@ -338,6 +338,9 @@ class DurableSessionManager(sdk.ManagerSeams):
                 await session.events.recorded()
         with anyio.move_on_after(SHUTDOWN_TIMEOUT):
             await self._registry.evict(session)
+            if session.events is not None:
+                # Or the tasks are cancelled before clients elsewhere can learn that their calls are lost.
+                await session.events.abandoned.wait()
 
     async def _report_all(self) -> None:
         try:

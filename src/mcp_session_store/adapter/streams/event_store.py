@@ -93,6 +93,8 @@ class SessionEvents(EventStore):
         self.on_recorded: Callable[[], None] = lambda: None
         """Called when the last of these answers is recorded."""
         self._recorded: Latch | None = None
+        self.abandoned: Final = Latch()
+        """Set when the copy has left memory and its calls without an answer are stored as lost."""
         self._newest = 0
         """Sequence of the session's newest event that is known here."""
         self._known_at = -math.inf
@@ -258,10 +260,13 @@ class SessionEvents(EventStore):
         """End the calls without an answer, which will not get one, because the copy of the session has left memory."""
         self.active = False
         calls, self._calls = self._calls, {}
-        async with anyio.create_task_group() as tasks:
-            for stream in calls.values():
-                # The copy may have left while an answer was being stored.
-                tasks.start_soon(self._lose if stream.answer is None else self.recorder.record_again, stream)
+        try:
+            async with anyio.create_task_group() as tasks:
+                for stream in calls.values():
+                    # The copy may have left while an answer was being stored.
+                    tasks.start_soon(self._lose if stream.answer is None else self.recorder.record_again, stream)
+        finally:
+            self.abandoned.set()
         self._returned.clear()
         self._all_recorded()
 
