@@ -606,6 +606,27 @@ async def test_answers_on_their_way_to_the_log_are_stored_before_their_instance_
             assert told(resumed.messages) == [answer]
 
 
+async def test_the_loss_of_a_call_that_runs_is_stored_before_its_instance_stops(
+    store: FaultyStore, log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with anyio.create_task_group() as tasks:
+        async with instance(store, talking.notes, events=log) as one:
+            client = one.client()
+            session_id = await client.handshake()
+            await away(talking, client)
+            held = log.hold("append")
+
+            async def release() -> None:
+                await held.wait_entered()
+                await anyio.sleep(0.2)
+                log.up()
+                held.release()
+
+            tasks.start_soon(release)
+    assert told([json.loads(message) for message in log.messages(session_id)]) == ["lost"]
+
+
 async def test_an_answer_whose_copy_is_leaving_is_stored_before_its_instance_stops(
     store: FaultyStore, log: FaultyLog
 ) -> None:
