@@ -610,20 +610,19 @@ async def test_the_loss_of_a_call_that_runs_is_stored_before_its_instance_stops(
     store: FaultyStore, log: FaultyLog
 ) -> None:
     talking = Talking()
-    async with anyio.create_task_group() as tasks:
-        async with instance(store, talking.notes, events=log) as one:
-            client = one.client()
-            session_id = await client.handshake()
-            await away(talking, client)
-            held = log.hold("append")
+    async with anyio.create_task_group() as tasks, instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        await away(talking, client)
+        held = log.hold("append")
 
-            async def release() -> None:
-                await held.wait_entered()
-                await anyio.sleep(0.2)
-                log.up()
-                held.release()
+        async def release() -> None:
+            await held.wait_entered()
+            await anyio.sleep(0.2)
+            log.up()
+            held.release()
 
-            tasks.start_soon(release)
+        tasks.start_soon(release)
     assert told([json.loads(message) for message in log.messages(session_id)]) == ["lost"]
 
 
