@@ -208,6 +208,12 @@ async def shut_down(manager: DurableSessionManager) -> None:
     await manager._shut_down()
 
 
+def cancel_tasks(manager: DurableSessionManager) -> None:
+    """Cancel all tasks of a manager, and the one that runs it, as a task does that ends by a cancellation."""
+    assert manager._task_group is not None
+    manager._task_group.cancel_scope.cancel()
+
+
 def replace_shutdown(
     monkeypatch: pytest.MonkeyPatch,
     replacement: Callable[[Callable[[], Coroutine[Any, Any, None]]], Coroutine[Any, Any, None]],

@@ -18,7 +18,7 @@ from mcp_session_store.settings import InstanceSettings
 from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog, FaultyStore
 from tests.support.instances import instance
-from tests.support.internals import recorder_of, registry_of, shut_down, stopping_in
+from tests.support.internals import cancel_tasks, recorder_of, registry_of, shut_down, stopping_in
 from tests.support.streams import away, one_more_turn, opened, without_ids
 from tests.support.talking import Talking, hears, told
 
@@ -624,6 +624,20 @@ async def test_the_loss_of_a_call_that_runs_is_stored_before_its_instance_stops(
 
         tasks.start_soon(release)
     assert told([json.loads(message) for message in log.messages(session_id)]) == ["lost"]
+
+
+async def test_a_stop_does_not_wait_for_copies_whose_tasks_are_cancelled(store: FaultyStore, log: FaultyLog) -> None:
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client()
+        await client.handshake()
+        await away(talking, client)
+        session = registry_of(one.manager).get(str(client.session_id))
+        assert session is not None
+        assert session.events is not None
+        cancel_tasks(one.manager)
+        await one_more_turn()
+    assert session.events.abandoned.is_set()
 
 
 async def test_an_answer_whose_copy_is_leaving_is_stored_before_its_instance_stops(

@@ -69,5 +69,6 @@ class Admission:
             await session.loop.run(self._serve_loop, session.read, task_status=task_status)
         finally:
             self._registry.on_stopped(session)
-        if session.events is not None:
-            await session.events.abandon()
+            # Also where the task is cancelled: a stop waits for it, and the instance's retirement tells what is left.
+            if session.events is not None:
+                await session.events.abandon()
