@@ -168,7 +168,7 @@ class EventRecorder:
                 stream.under_way -= 1
             if recorded.outcome is Outcome.STORED:
                 stream.idle = False
-        telemetry.events.add(1, {"outcome": recorded.outcome._value_})
+        telemetry.events.add(1, {"outcome": recorded.outcome.value})
         if _ends_call(event) and recorded.outcome is not Outcome.BACKLOG:
             self.unfinished.pop(event.stream, None)
         return recorded
