@@ -54,6 +54,8 @@ ELSEWHERE = {
         "SessionConflict",
         "SessionLimitReached",
         "SessionStoreError",
+        "StoreBusy",
+        "StoreClosed",
         "StoreUnavailable",
     },
     "migrations": {"check", "current", "upgrade"},

@@ -15,6 +15,8 @@ __all__ = [
     "SessionConflict",
     "SessionLimitReached",
     "SessionStoreError",
+    "StoreBusy",
+    "StoreClosed",
     "StoreUnavailable",
 ]
 
@@ -28,9 +30,23 @@ class ConfigurationError(SessionStoreError, ValueError):
 
 
 class StoreUnavailable(SessionStoreError):
-    """The store could not be reached, did not answer in time, or has too much queued.
+    """The store is away: it cannot be reached, or did not answer within its bound of seconds.
 
-    The call may or may not have taken effect, and should be repeated later: over HTTP this is a 503 with `Retry-After`.
+    The call may or may not have taken effect, and should be repeated later.
+    """
+
+
+class StoreBusy(SessionStoreError):
+    """The store is there and cannot take this call now, such as when too many calls wait for it already.
+
+    The call should be repeated later; the message says when.
+    """
+
+
+class StoreClosed(SessionStoreError):
+    """The store was closed, before the call or while it waited.
+
+    A call that waited may or may not have taken effect.
     """
 
 

@@ -86,7 +86,7 @@ class Store(ABC):
         return
 
     async def aclose(self) -> None:
-        """Release connections and tasks. Waiting calls fail with `StoreUnavailable`. May be called more than once."""
+        """Release connections and tasks. Waiting calls fail with `StoreClosed`. May be called more than once."""
         return
 
     async def __aenter__(self) -> Self:
@@ -112,9 +112,11 @@ class SessionStore(Store):
 
     * Concurrency: methods may be called at any time, by many tasks and instances at once, and take
       effect one after the other in some order.
-    * Failure: `StoreUnavailable` when the store cannot be reached or does not answer within a bound
-      of seconds that it sets itself; `SchemaError` when the stored schema does not fit. The call may or
-      may not have taken effect. Each call is idempotent, so that it may be repeated.
+    * Failure: `StoreUnavailable` when the store is away, which means that it cannot be reached or does not answer
+      within a bound of seconds that it sets itself, and for nothing else, because callers wait until it is back and
+      repeat the call; `StoreBusy` when it cannot take the call now, such as when too many wait; `StoreClosed` after
+      `aclose`; `SchemaError` when the stored schema does not fit. The call may or may not have taken effect. Each
+      call is idempotent, so that it may be repeated.
     * Cancellation: as failure. A cancelled call disturbs no other call.
     * Values: `InvalidValue` when a text to be stored holds a NUL or a lone surrogate (`check_texts` of
       `mcp_session_store.records` finds them), or when the store refuses a value for a reason of its own, such as its

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.pool import QueuePool
 
-from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreUnavailable
+from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
 from mcp_session_store.records import EndReason
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.batching import Batcher
@@ -103,7 +103,7 @@ async def test_more_than_the_bound_may_not_wait(migrated_url: str) -> None:
         first = await calls.first_is_running()
         waiting = [calls.submit(item) for item in (1, 2, 3)]
         await asyncio.sleep(0)
-        with pytest.raises(StoreUnavailable, match="3 calls already wait"):
+        with pytest.raises(StoreBusy, match="3 calls already wait"):
             await calls.batcher.submit(4)
         calls.go.set()
         assert await asyncio.gather(first, *waiting) == [0, 10, 20, 30]
@@ -184,7 +184,7 @@ async def test_calls_that_wait_when_the_batcher_is_closed_end(migrated_url: str)
         await asyncio.sleep(0)
         await calls.batcher.aclose()
         for outcome in await asyncio.gather(first, second, return_exceptions=True):
-            assert isinstance(outcome, StoreUnavailable)
+            assert isinstance(outcome, StoreClosed)
 
 
 async def test_a_batcher_carries_no_context_from_one_request_into_another(migrated_url: str) -> None:

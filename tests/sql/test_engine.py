@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
-from mcp_session_store.errors import ConfigurationError, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, StoreClosed, StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.dialects import DIALECTS
 from mcp_session_store.sql.dialects.dialect import FailureKind
@@ -302,7 +302,7 @@ async def test_a_closed_store_refuses_calls_until_it_is_opened_again(database_ur
     await store.create(session)
     await store.aclose()
     assert connections_checked_out(store) == 0
-    with pytest.raises(StoreUnavailable, match=r"open\(\)"):
+    with pytest.raises(StoreClosed, match=r"open\(\)"):
         await store.load(session.key)
     await store.open()
     assert await store.load(session.key) is not None

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from mcp_session_store.errors import StoreUnavailable
+from mcp_session_store.errors import StoreClosed, StoreUnavailable
 from mcp_session_store.records import Activity, EndReason
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
@@ -229,10 +229,10 @@ async def test_closing_the_store_ends_its_listeners(database_url: str) -> None:
     await asyncio.sleep(0.05)
     await store.aclose()
     for task in listening:
-        with pytest.raises(StoreUnavailable, match="closed"):
+        with pytest.raises(StoreClosed, match="closed"):
             await task
     assert connections_checked_out(store) == 0
-    with pytest.raises(StoreUnavailable, match="closed"):
+    with pytest.raises(StoreClosed, match="closed"):
         await store.listen(lambda _: None)
 
 

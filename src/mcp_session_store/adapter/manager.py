@@ -35,6 +35,7 @@ from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
 from mcp_session_store.errors import (
     ConfigurationError,
+    StoreBusy,
     StoreUnavailable,
 )
 from mcp_session_store.event_log import EventLog
@@ -239,7 +240,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 if self._recorder is not None:
                     # Before a client can wait for any call that runs here.
                     await self._recorder.recover()
-            except StoreUnavailable as error:
+            except (StoreUnavailable, StoreBusy) as error:
                 logger.warning("the session store cannot be reached; requests that need it get 503: %s", error)
                 if self._recorder is not None:
                     self._recorder.wake.set()

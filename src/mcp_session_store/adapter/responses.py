@@ -28,7 +28,9 @@ __all__ = [
     "UNAVAILABLE",
     "Answer",
     "MemoryFull",
+    "RestoreFailed",
     "SessionNotFound",
+    "ShuttingDown",
     "answer_to",
     "log_unavailable",
     "refuse",
@@ -50,6 +52,17 @@ class SessionNotFound(Exception):
 
 class MemoryFull(Exception):
     """There are as many copies of sessions in memory as there may be, and all are in use."""
+
+
+class RestoreFailed(SessionStoreError):
+    """A session cannot be restored here for now, and not because of the store; its record is as it was."""
+
+
+class ShuttingDown(SessionStoreError):
+    """The instance stops, and serves this request no more."""
+
+    def __init__(self) -> None:
+        super().__init__("the manager is shutting down")
 
 
 @dataclass(frozen=True, slots=True)

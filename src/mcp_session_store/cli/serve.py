@@ -27,7 +27,7 @@ from mcp_session_store.cli.options import (
     schema_option,
     url_option,
 )
-from mcp_session_store.errors import ConfigurationError, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, StoreBusy, StoreUnavailable
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
 
@@ -306,7 +306,7 @@ async def _check_store(settings: _ServeSettings) -> None:
     try:
         # A new SQLite file is migrated here, because several workers would find it at once.
         await store.open()
-    except StoreUnavailable as error:
+    except (StoreUnavailable, StoreBusy) as error:
         click.echo(f"Warning: {error} Starting all the same: clients get 503 until it answers.", err=True)
     finally:
         await store.aclose()

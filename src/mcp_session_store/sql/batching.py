@@ -7,7 +7,7 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreUnavailable
+from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
 from mcp_session_store.sql.database import spawn
 
 if TYPE_CHECKING:
@@ -72,12 +72,13 @@ class Batcher(Generic[_Item, _Result]):
         """Run the statement for an item, together with others, and return its result.
 
         Raises:
-            StoreUnavailable: Too many items wait already, or no answer came within the timeout.
+            StoreBusy: Too many items wait already.
+            StoreUnavailable: No answer came within the timeout.
             SessionStoreError: `execute` raised it for this item.
         """
         loop = self._database.bind()
         if len(self._waiting) >= self._max_waiting:
-            raise StoreUnavailable(
+            raise StoreBusy(
                 f"{self._max_waiting} calls already wait for the database {self._database.shown_url}; try again later"
             )
         future: asyncio.Future[_Result] = loop.create_future()
@@ -113,7 +114,7 @@ class Batcher(Generic[_Item, _Result]):
     async def aclose(self) -> None:
         """Fail all waiting calls, and stop."""
         for future in (*self._waiting, *self._served):
-            _fail(future, StoreUnavailable("the session store was closed"))
+            _fail(future, StoreClosed("the session store was closed"))
         self._waiting.clear()
         self._deadlines.clear()
         if self._timer is not None:
@@ -156,7 +157,7 @@ class Batcher(Generic[_Item, _Result]):
         except Exception as error:
             _fail_all(batch, error)
         except BaseException:
-            _fail_all(batch, StoreUnavailable("the session store was closed"))
+            _fail_all(batch, StoreClosed("the session store was closed"))
             raise
         else:
             for future, result in zip(batch, results, strict=True):
@@ -171,7 +172,7 @@ class Batcher(Generic[_Item, _Result]):
                 await self._serve(lease, halves.pop(0))
             except BaseException:
                 for half in halves:
-                    _fail_all(half, StoreUnavailable("the session store was closed"))
+                    _fail_all(half, StoreClosed("the session store was closed"))
                 raise
 
 

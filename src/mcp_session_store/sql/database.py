@@ -18,6 +18,8 @@ from mcp_session_store.errors import (
     SchemaBehind,
     SchemaMissing,
     SessionStoreError,
+    StoreBusy,
+    StoreClosed,
     StoreUnavailable,
 )
 from mcp_session_store.settings import checked_seconds
@@ -111,7 +113,7 @@ class Database:
             The event loop.
 
         Raises:
-            StoreUnavailable: The store is closed.
+            StoreClosed: The store is closed.
             ConfigurationError: Another event loop runs, or none of asyncio's.
         """
         try:
@@ -121,7 +123,7 @@ class Database:
                 "SqlSessionStore needs a running asyncio event loop; under Trio, use another SessionStore"
             ) from None
         if self._closed:
-            raise StoreUnavailable("the session store is closed; open() opens it again")
+            raise StoreClosed("the session store is closed; open() opens it again")
         if self._loop is None:
             self._loop = loop
         elif self._loop is not loop:
@@ -156,7 +158,7 @@ class Database:
         if not contact.done():
             await asyncio.wait({contact})
         if contact.cancelled():
-            raise StoreUnavailable("the session store was closed")
+            raise StoreClosed("the session store was closed")
         contact.result()
 
     def forget_contact(self) -> None:
@@ -221,7 +223,7 @@ class Database:
             # Not waited for, because on a connection that has fallen silent it never ends.
             task.cancel()
         if not done:
-            raise StoreUnavailable(
+            raise StoreBusy(
                 f"the migration of the database {self.shown_url} did not end within {MIGRATION_TIMEOUT:g} s"
             )
         task.result()

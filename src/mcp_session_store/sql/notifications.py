@@ -12,7 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from mcp_session_store.errors import StoreUnavailable
+from mcp_session_store.errors import StoreClosed, StoreUnavailable
 from mcp_session_store.sql.database import spawn
 from mcp_session_store.sql.dialects.channel import NotificationChannel
 
@@ -86,7 +86,7 @@ class Listener:
         finally:
             task.cancel()
         if task.cancelled():
-            raise StoreUnavailable("the session store was closed")
+            raise StoreClosed("the session store was closed")
         task.result()
 
     async def aclose(self) -> None:

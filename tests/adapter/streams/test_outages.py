@@ -16,7 +16,7 @@ from mcp_session_store.adapter.streams import recorder as recorder_module
 from mcp_session_store.adapter.streams.followers import Followers
 from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, Outcome
-from mcp_session_store.errors import EventTooLarge, SchemaBehind
+from mcp_session_store.errors import EventTooLarge, SchemaBehind, StoreBusy
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent, checked_size, message_bytes
 from mcp_session_store.testing import new_session
@@ -39,6 +39,7 @@ pytestmark = pytest.mark.anyio
 
 ERRORS = [
     StoreUnavailable("it is down"),
+    StoreBusy("too many wait"),
     SchemaBehind("it is behind"),
     EventTooLarge("it is too large"),
     RuntimeError("a bug"),

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 import sqlalchemy as sa
 
-from mcp_session_store.errors import ConfigurationError, SchemaMissing, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, SchemaMissing, StoreBusy
 from mcp_session_store.records import EndReason
 from mcp_session_store.retention import EventPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
@@ -449,7 +449,7 @@ async def test_a_change_that_would_have_to_wait_keeps_nobody_waiting_and_is_give
                 position += 1
                 await log.append(key, [new_event(position)])
                 assert await positions(log, key) == list(range(position + 1))
-            with pytest.raises(StoreUnavailable, match=r"in use.*nothing has changed.*--timeout"):
+            with pytest.raises(StoreBusy, match=r"in use.*nothing has changed.*--timeout"):
                 await task
         assert [one.name for one in await found_on(postgres_url)] == [one.name for one in before]
         # And when it need not wait, it works.
@@ -469,7 +469,7 @@ async def test_a_change_waits_for_a_migration(postgres_url: str) -> None:
     migration = migrate.upgrade_sql(postgres_url, from_revision=HEAD)
     (lock,) = (line for line in migration.splitlines() if "pg_advisory_xact_lock" in line)
     async with in_use(postgres_url, lock), EventPartitions(postgres_url, timeout=4) as events:
-        with pytest.raises(StoreUnavailable, match="nothing has changed"):
+        with pytest.raises(StoreBusy, match="nothing has changed"):
             await events.partition(LONG, max_age=AGE)
     assert await partition(postgres_url)
 
@@ -487,7 +487,7 @@ async def test_a_default_partition_that_takes_too_long_to_look_through_stops_not
             "FROM generate_series(1, 100000) AS n",
         )
         monkeypatch.setattr(partitions, "ATTACH_TIMEOUT", 0.001)
-        with pytest.raises(StoreUnavailable, match=r"take too long.*events unpartition"):
+        with pytest.raises(StoreBusy, match=r"take too long.*events unpartition"):
             await maintain(postgres_url)
         # What could be done before is done.
         names = [one.name for one in await found_on(postgres_url)]

@@ -14,8 +14,7 @@ from mcp.shared.jsonrpc_dispatcher import handler_exception_to_error_data
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.replay.context import ReplayedContext, in_context, next_request_id
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
-from mcp_session_store.adapter.responses import SessionNotFound
-from mcp_session_store.errors import StoreUnavailable
+from mcp_session_store.adapter.responses import RestoreFailed, SessionNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -137,7 +136,7 @@ class Replay:
 
     def cut_short(self) -> None:
         """End the replay without an answer of the server's, so that trying again is right; unless it is over."""
-        self._on_failure(StoreUnavailable(TOO_LONG))
+        self._on_failure(RestoreFailed(TOO_LONG))
 
     async def _follow_up(self) -> None:
         self._start(self._notify)

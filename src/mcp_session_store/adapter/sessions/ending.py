@@ -10,9 +10,9 @@ import anyio
 
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import report_failure
-from mcp_session_store.adapter.responses import SESSION_ENDED, SessionNotFound
+from mcp_session_store.adapter.responses import SESSION_ENDED, SessionNotFound, ShuttingDown
 from mcp_session_store.adapter.sessions.changes import ChangeWatch
-from mcp_session_store.errors import SessionStoreError, StoreUnavailable
+from mcp_session_store.errors import SessionStoreError
 from mcp_session_store.records import EndReason, SessionRecord, session_key
 from mcp_session_store.retention import SweepPace
 from mcp_session_store.store import LEAST_SWEEP, SWEEP_LIMIT
@@ -80,7 +80,7 @@ class Ender:
             SessionStoreError: The store did not answer, and the copy stays as it is.
         """
         done = anyio.Event()
-        failure: Exception | None = StoreUnavailable("the manager is shutting down")
+        failure: Exception | None = ShuttingDown()
 
         async def end() -> None:
             nonlocal failure

@@ -14,9 +14,9 @@ from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
-from mcp_session_store.adapter.responses import MemoryFull, SessionNotFound
+from mcp_session_store.adapter.responses import MemoryFull, RestoreFailed, SessionNotFound, ShuttingDown
 from mcp_session_store.adapter.sessions.registry import Restore
-from mcp_session_store.errors import RestoreRefused, SessionStoreError, StoreUnavailable
+from mcp_session_store.errors import RestoreRefused, SessionStoreError
 from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Restorer:
             if claimed is None or restore.ended:
                 raise SessionNotFound
             if not session.serving:
-                raise StoreUnavailable("the server loop of a session ended while it was being restored")
+                raise RestoreFailed("the server loop of a session ended while it was being restored")
             if claimed.revision == record.revision:
                 session.stored(claimed, self._store.retention, new=False)
                 session.stale_since = restore.stale_since
@@ -231,7 +231,7 @@ class Restorer:
                 telemetry.restored.add(1)
                 return True
             if attempts == 1:
-                raise StoreUnavailable("the session kept changing while it was restored")
+                raise RestoreFailed("the session kept changing while it was restored")
         except Exception as error:
             self._registry.not_restored(restore, self._failure(error, record))
             return False
@@ -246,15 +246,15 @@ class Restorer:
             return error
         if isinstance(error, Exception) or not is_cancelled():
             logger.error("the session %s could not be restored", record.key, exc_info=error)
-            return StoreUnavailable("the session could not be restored")
-        return StoreUnavailable("the manager is shutting down")
+            return RestoreFailed("the session could not be restored")
+        return ShuttingDown()
 
     async def fail_overdue(self) -> None:
         """Fail the restores whose replay takes too long, and does not let itself be cancelled."""
         now = anyio.current_time()
         for restore in list(self._registry.restores.values()):
             if restore.deadline <= now:
-                self._registry.not_restored(restore, StoreUnavailable(TOO_LONG))
+                self._registry.not_restored(restore, RestoreFailed(TOO_LONG))
 
     async def _await_predecessor(self, session_id: str) -> None:
         """Wait until an earlier copy of this session has stopped, clean-up included."""
@@ -266,7 +266,7 @@ class Restorer:
         with anyio.move_on_after(STOP_TIMEOUT):
             await predecessor.loop.stopped.wait()
             return
-        raise StoreUnavailable(
+        raise RestoreFailed(
             "an earlier copy of the session has not left memory yet, because one of its handlers does not end"
         )
 

@@ -15,7 +15,7 @@ from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import Wake, report_failure, run_every
 from mcp_session_store.adapter.streams.backlog import Backlog
 from mcp_session_store.adapter.streams.calls import CallStream, call_error
-from mcp_session_store.errors import SchemaError, StoreUnavailable
+from mcp_session_store.errors import SchemaError, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
 from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LEAST_EVENT_SWEEP, NO_SESSION, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
 from mcp_session_store.retention import SweepPace
@@ -49,6 +49,14 @@ REFRESHED_AT_ONCE: Final = 100
 """Number of idle calls for which an event is stored at the same time."""
 LAST_EVENTS: Final = 4.0
 """Seconds to store the backlog when an instance stops; some more are for storing that it has."""
+
+
+_DOWN: Final = (StoreUnavailable, StoreBusy, StoreClosed, SchemaError)
+"""Errors of a log that can store no event now, whichever event it is."""
+
+
+class EventsNotStored(SessionStoreError):
+    """Events cannot be stored yet."""
 
 
 class Outcome(Enum):
@@ -141,7 +149,7 @@ class EventRecorder:
         """Return the sequence of a session's newest event; `None` if the log does not say. Raises nothing."""
         try:
             return (await self.log.heads((key,))).get(key, 0)
-        except (StoreUnavailable, SchemaError) as error:
+        except _DOWN as error:
             # Storing is not tried as well, because the call that asks has waited long enough.
             self._went_down(error)
         except Exception as error:
@@ -185,7 +193,7 @@ class EventRecorder:
         if not (self._circuit.is_open or (waiting and key in waiting)):
             try:
                 sequence = await self._append(key, event, again=again)
-            except (StoreUnavailable, SchemaError) as error:
+            except _DOWN as error:
                 self._went_down(error)
                 attempted = True
             except Exception as error:
@@ -219,7 +227,7 @@ class EventRecorder:
         instead = self._instead_of(event, f"it is not taken by the log ({type(error).__name__})")
         try:
             await self._append(key, instead, again=False)
-        except (StoreUnavailable, SchemaError) as failure:
+        except _DOWN as failure:
             self._went_down(failure)
             return Recorded(self._add_to_backlog(key, instead, uncertain=True))
         except Exception as failure:
@@ -312,7 +320,7 @@ class EventRecorder:
             for key in list(self._backlog.sessions):
                 tasks.start_soon(self._store_backlog, key)
         if self._circuit.is_open:
-            raise StoreUnavailable("events cannot be stored yet")
+            raise EventsNotStored("events cannot be stored yet")
 
     async def _store_backlog(self, key: UUID) -> None:
         """Store the backlog of a session, in its order; events that come meanwhile join it at the end."""
@@ -327,7 +335,7 @@ class EventRecorder:
             sequence: int | None = None
             try:
                 sequence = await self._append(key, *events, again=uncertain)
-            except (StoreUnavailable, SchemaError) as error:
+            except _DOWN as error:
                 self._went_down(error)
                 return
             except Exception as error:

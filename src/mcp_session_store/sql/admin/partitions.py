@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from mcp_session_store.errors import ConfigurationError, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, StoreBusy
 from mcp_session_store.settings import OPERATOR_TIMEOUT
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
@@ -134,7 +134,7 @@ class EventPartitions:
 
         Raises:
             ConfigurationError: Partitions would not pay or are impossible, or there are partitions of another length.
-            StoreUnavailable: The timeout has passed, and nothing has changed.
+            StoreBusy: The timeout has passed, and nothing has changed.
         """
         _check(every, max_age)
 
@@ -163,7 +163,7 @@ class EventPartitions:
 
         Raises:
             ConfigurationError: The events are not partitioned.
-            StoreUnavailable: The timeout has passed before all was done.
+            StoreBusy: The timeout has passed before all was done.
         """
         dropped = await self._change(lambda connection: self._drop(connection, max_age))
         created: list[str] = []
@@ -181,7 +181,7 @@ class EventPartitions:
             False where there were no partitions.
 
         Raises:
-            StoreUnavailable: The timeout has passed, and nothing has changed.
+            StoreBusy: The timeout has passed, and nothing has changed.
         """
 
         async def change(connection: AsyncConnection) -> bool:
@@ -211,14 +211,14 @@ class EventPartitions:
                 except DBAPIError as error:
                     state = sqlstate_of(error)
                     if state == TIMED_OUT:
-                        raise StoreUnavailable(
+                        raise StoreBusy(
                             f"the database {database.shown_url} took too long, and nothing has changed; give it more "
                             "time with --timeout (timeout=)"
                         ) from error
                     if state not in TRY_AGAIN:
                         raise
                     if time.monotonic() - begun > database.timeout / 2:
-                        raise StoreUnavailable(
+                        raise StoreBusy(
                             "the events were in use at each try to lock their table, and nothing has changed; "
                             "try again when there is less load, or for longer with --timeout (timeout=)"
                         ) from error
@@ -258,7 +258,7 @@ class EventPartitions:
             except DBAPIError as error:
                 if sqlstate_of(error) != TIMED_OUT:
                     raise
-                raise StoreUnavailable(
+                raise StoreBusy(
                     f"the partition {name} was not made, because the default one holds so many events that looking "
                     "through them would take too long; try again when sweeps have removed them, or undo the "
                     "partitions and begin anew, with mcp-session-store events unpartition"

@@ -17,7 +17,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
 
-from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy, StoreUnavailable
 from mcp_session_store.sql.dialects import dialect_named
 from mcp_session_store.sql.engine import (
     checked_engine,
@@ -130,14 +130,14 @@ def upgrade_sql(
 
     Raises:
         ConfigurationError: An argument cannot work.
-        StoreUnavailable: Another migration runs in this process; try again when it is done.
+        StoreBusy: Another migration runs in this process; try again when it is done.
     """
     parsed, dialect = checked_url(url)
     buffer = io.StringIO()
     config = _config({_SCHEMA: checked_schema(schema, dialect), _URL: parsed}, output=buffer)
     # Not waited for, because its holder may be another task of the event loop that this would block.
     if not _alembic.acquire(blocking=False):
-        raise StoreUnavailable("another migration runs in this process; try again when it is done")
+        raise StoreBusy("another migration runs in this process; try again when it is done")
     try:
         with _alembic_errors():
             command.upgrade(config, revision if from_revision is None else f"{from_revision}:{revision}", sql=True)
