@@ -293,6 +293,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             writer,
             TransportSecurityMiddleware(self.security_settings),
             has_event_store=self.event_store is not None,
+            max_body=self.max_request_body_size,
         )
         self._serve_sessions_by(router.serve)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
+import anyio
+
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
-__all__ = ["POSTED", "Posted", "may_initialize", "read_body", "replayed_receive", "session_id_of"]
+__all__ = ["POSTED", "Incoming", "Posted", "session_id_of"]
 
 
 class Posted:
@@ -50,34 +52,75 @@ def session_id_of(scope: Scope) -> str | None:
     return None
 
 
-def may_initialize(message: Message) -> bool:
-    """Return whether a request whose body begins with this message may be an `initialize`."""
-    # Search the body instead of parsing it; the middleware releases a false positive.
-    return b'"initialize"' in message.get("body", b"")
+class Incoming:
+    """Body of one HTTP request, as far as it was read.
 
+    Args:
+        receive: ASGI receive of the request, of which nothing was taken.
+    """
 
-async def read_body(message: Message, receive: Receive) -> Message:
-    """Return the first message of a request with the rest of its body, which the SDK waits for as well."""
-    if not message.get("more_body"):
-        return message
-    parts = [message.get("body", b"")]
-    while message.get("more_body"):
-        message = await receive()
-        if message["type"] != "http.request":
-            return message  # the client has disconnected
-        parts.append(message.get("body", b""))
-    return {"type": "http.request", "body": b"".join(parts), "more_body": False}
+    __slots__ = ("_given_back", "_receive", "body", "gone", "whole")
 
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._given_back = False
+        self.body = b""
+        """The part of the body that was read."""
+        self.whole = False
+        """The body was read to its end."""
+        self.gone = False
+        """The client has disconnected, as far as was read."""
 
-def replayed_receive(message: Message, receive: Receive) -> Receive:
-    """Return a `receive` that gives back a message that was taken from it, then goes on."""
-    taken: Message | None = message
+    @property
+    def may_initialize(self) -> bool:
+        """Whether the request, read whole, may be an `initialize`."""
+        # Search the body instead of parsing it; the middleware releases a false positive.
+        return b'"initialize"' in self.body
 
-    async def replayed() -> Message:
-        nonlocal taken
-        if taken is not None:
-            message, taken = taken, None
-            return message
-        return await receive()
+    async def read(self, limit: int) -> None:
+        """Read on until the body is whole, has more than `limit` bytes, or ends because the client has gone.
 
-    return replayed
+        What was read is kept if the call is cancelled.
+        """
+        if self.whole or self.gone:
+            return
+        parts: list[bytes] = []
+        size = len(self.body) if self.body else 0
+        try:
+            while size <= limit:
+                message = await self._receive()
+                if message["type"] != "http.request":
+                    self.gone = True
+                    return
+                part: bytes = message.get("body", b"")
+                if not message.get("more_body"):
+                    self.whole = True
+                    if not size:
+                        # One part, as a rule.
+                        self.body = part
+                        return
+                    parts.append(part)
+                    return
+                parts.append(part)
+                size += len(part)
+        finally:
+            if parts:
+                self.body = b"".join((self.body, *parts))
+
+    async def disconnected(self) -> None:
+        """Wait until the client has gone: for ever where the body is not whole, because its rest comes first."""
+        if not self.whole and not self.gone:
+            await anyio.sleep_forever()
+        while not self.gone:
+            message = await self._receive()
+            self.gone = message["type"] == "http.disconnect"
+
+    async def receive(self) -> Message:
+        """Give back what was read, as one message, then receive on: the `receive` for the SDK."""
+        if not self._given_back:
+            self._given_back = True
+            if self.body or self.whole:
+                return {"type": "http.request", "body": self.body, "more_body": not self.whole}
+        if self.gone:
+            return {"type": "http.disconnect"}
+        return await self._receive()

@@ -11,14 +11,7 @@ from starlette.requests import Request
 
 from mcp_session_store.adapter import responses
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
-from mcp_session_store.adapter.requests import (
-    POSTED,
-    Posted,
-    may_initialize,
-    read_body,
-    replayed_receive,
-    session_id_of,
-)
+from mcp_session_store.adapter.requests import POSTED, Incoming, Posted, session_id_of
 from mcp_session_store.adapter.responses import SessionNotFound
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
@@ -60,6 +53,7 @@ class Router:
         writer: Commits what requests change in the record of their session.
         security: Check that each request passes before a session is looked up; the SDK has it in its transport.
         has_event_store: Whether the SDK's transports have an event store of the user's.
+        max_body: Bytes of a body; the SDK's manager has refused longer ones.
     """
 
     def __init__(
@@ -73,6 +67,7 @@ class Router:
         security: TransportSecurityMiddleware,
         *,
         has_event_store: bool,
+        max_body: int,
     ) -> None:
         self._registry = registry
         self._opener = opener
@@ -82,15 +77,19 @@ class Router:
         self._writer = writer
         self._security = security
         self._has_event_store = has_event_store
+        self._max_body = max_body
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: by its resident session, after a restore, or by a new session."""
         session_id = session_id_of(scope)
         user = scope.get("user")
         requestor = authorization_context(user) if isinstance(user, AuthenticatedUser) else None
+        incoming = Incoming(receive)
         if session_id is None:
-            await self._opener.open(requestor, scope, receive, send)
-            return
+            await incoming.read(self._max_body)
+            if incoming.whole:
+                await self._opener.open(requestor, scope, incoming, send)
+            return  # or the client has gone
         session = self._registry.get(session_id)
         method = scope["method"]
         if session is None or not session.serving or session.owner != requestor or method not in ("POST", "GET"):
@@ -111,14 +110,15 @@ class Router:
                 with session.stream():
                     await self._serve_stream(session, scope, receive, _noting_standalone_stream(session, send))
                 return
-            message = await receive()
+            await incoming.read(self._max_body)
+            if not incoming.whole:
+                return  # the client has gone
             posted: Posted | None = None
             if session.events is not None:
-                message = await read_body(message, receive)
-                posted = Posted(message.get("body", b""))
+                posted = Posted(incoming.body)
                 POSTED.set(posted)
-            receive = replayed_receive(message, receive)
-            if may_initialize(message):
+            receive = incoming.receive
+            if incoming.may_initialize:
                 # The answer to a handshake promises durability.
                 held = HeldResponse(session, scope, receive, send, opening=False)
                 await held.answered_by(partial(_serve_post, session, posted, scope, receive))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from mcp_session_store.adapter.requests import may_initialize, replayed_receive
 from mcp_session_store.adapter.responses import MemoryFull, refuse
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
@@ -14,8 +13,9 @@ from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Scope, Send
 
+    from mcp_session_store.adapter.requests import Incoming
     from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.admission import Admission
     from mcp_session_store.adapter.sessions.recording import RecordWriter
@@ -40,12 +40,11 @@ class Opener:
         self._writer = writer
         self._tasks = tasks
 
-    async def open(self, requestor: AuthorizationContext | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request without a session id."""
-        message = await receive()
-        receive = replayed_receive(message, receive)
+    async def open(self, requestor: AuthorizationContext | None, scope: Scope, incoming: Incoming, send: Send) -> None:
+        """Serve a request without a session id, whose body was read."""
+        receive = incoming.receive
         # A request that opens no session evicts none.
-        opens = scope["method"] == "POST" and may_initialize(message)
+        opens = scope["method"] == "POST" and incoming.may_initialize
         session_id = uuid4().hex
         try:
             session = self._admission.admit(session_id, requestor, may_evict=opens)
