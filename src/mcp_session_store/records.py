@@ -13,7 +13,7 @@ from uuid import UUID
 from mcp_session_store.errors import InvalidValue
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from datetime import datetime
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "checked_size",
     "display_text",
     "instance_name",
+    "merged_activities",
     "message_bytes",
     "session_key",
 ]
@@ -197,6 +198,8 @@ class SessionRecord:
     """Number of times that the session was restored."""
     revision: int
     """Number of changes to the messages that a restore replays."""
+    loaded_at: datetime | None = field(default=None, compare=False)
+    """Time of the load that returned the record, from which an instance computes when its copy ends; else `None`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +208,8 @@ class Activity:
 
     Ages instead of times, because the store subtracts them from its own clock: an instance whose wall clock is
     wrong reports the same as any other.
+
+    It also claims the session for an instance that has restored it since its last report.
     """
 
     key: UUID
@@ -212,6 +217,27 @@ class Activity:
     """Seconds since the first activity that has not been reported yet."""
     last_age: float
     """Seconds since the last activity; at most `first_age`."""
+    claimed_by: str | None = None
+    """Id of the instance that claims the session, because it has restored it; `None`: this is no claim."""
+    restores: int = 0
+    """Number of restores of the session as far as that instance knows, its own included."""
+
+
+def merged_activities(activities: Iterable[Activity]) -> dict[UUID, Activity]:
+    """Return one activity for each session, in place of all that are reported of it, by key."""
+    merged: dict[UUID, Activity] = {}
+    for activity in activities:
+        other = merged.setdefault(activity.key, activity)
+        if other is not activity:
+            claim = max(other, activity, key=lambda one: one.restores)
+            merged[activity.key] = Activity(
+                key=activity.key,
+                first_age=max(other.first_age, activity.first_age),
+                last_age=min(other.last_age, activity.last_age),
+                claimed_by=claim.claimed_by,
+                restores=claim.restores,
+            )
+    return merged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -120,8 +120,8 @@ class SessionStore(Store):
     * Cancellation: as failure. A cancelled call disturbs no other call.
     * Values: `InvalidValue` when a text to be stored holds a NUL or a lone surrogate (`check_texts` of
       `mcp_session_store.records` finds them), or when the store refuses a value for a reason of its own, such as its
-      length. Nothing of that call is stored, and no other call is affected. `create`, `claim`, `replace_initialize`
-      and `write_journal` raise it.
+      length. Nothing of that call is stored, and no other call is affected. `create`, `claim`, `replace_initialize`,
+      `write_journal` and `touch` raise it.
     * Event loop: all calls of one store are made in the same loop.
 
     Args:
@@ -156,7 +156,11 @@ class SessionStore(Store):
 
     @abstractmethod
     async def load(self, key: UUID) -> SessionRecord | None:
-        """Return the record of a live session, or `None` for one that is unknown, ended or expired."""
+        """Return the record of a live session, or `None` for one that is unknown, ended or expired.
+
+        The record's `loaded_at` is the present time by the store's clock. A store that leaves it out is asked to
+        `claim` each restore before the session is served, instead of learning of it by `touch`.
+        """
 
     @abstractmethod
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
@@ -164,7 +168,8 @@ class SessionStore(Store):
 
         A claim sets the instance hint, counts the restore, and is an activity: `last_seen_at` becomes now, and the
         session expires as the policy says from now on. When several instances claim one session, each restore
-        counts and the last instance is the hint.
+        counts and the last instance is the hint. An activity that is reported to `touch` may claim as well: that is
+        how most restores are claimed.
 
         Args:
             key: Key of the session.
@@ -236,8 +241,15 @@ class SessionStore(Store):
         report comes after the expiry; `last_seen_at` never goes back. The session then expires as the policy says
         from its `last_seen_at` on.
 
+        Where a session is extended by an activity with `claimed_by`, that instance becomes the hint, and the restores
+        are counted: one more where another instance was the hint, and no fewer than the activity's `restores`. So a
+        report that is repeated counts once, and each of several instances that claim a session counts.
+
         Returns:
             The keys of reported sessions that are not live afterwards: ended, expired or unknown.
+
+        Raises:
+            InvalidValue: An instance's id cannot be stored.
         """
 
     @abstractmethod

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Few of each, so that calls meet.
 names = st.integers(0, 2)
 instances = st.sampled_from(["instance-a", "instance-b"])
+claims = st.tuples(instances, st.integers(1, 4))
 principals = st.sampled_from([None, Principal.of(client_id="a"), Principal.of(client_id="b")])
 params = st.sampled_from(["{}", '{"a": "\\u0000"}', '{"é": 1}', "\0"])
 namespaces = st.sampled_from(["one", "two"])
@@ -113,9 +114,14 @@ class Interleaving(RuleBasedStateMachine):
             ),
         )
 
-    @rule(namespace=namespaces, touched=st.dictionaries(names, ages))
-    def touch(self, namespace: str, touched: dict[int, float]) -> None:
-        activities = [Activity(key=self.keys[name], first_age=age, last_age=0.0) for name, age in touched.items()]
+    @rule(namespace=namespaces, touched=st.dictionaries(names, st.tuples(ages, st.none() | claims)))
+    def touch(self, namespace: str, touched: dict[int, tuple[float, tuple[str, int] | None]]) -> None:
+        activities = []
+        for name, (age, claim) in touched.items():
+            claimed_by, restores = (None, 0) if claim is None else claim
+            activities.append(
+                Activity(key=self.keys[name], first_age=age, last_age=0.0, claimed_by=claimed_by, restores=restores)
+            )
         self.both(namespace, lambda store: store.touch(activities))
 
     @rule(name=names, namespace=namespaces, reason=st.sampled_from(EndReason))

@@ -18,6 +18,7 @@ from mcp_session_store.records import (
     SessionRecord,
     check_session,
     check_texts,
+    merged_activities,
 )
 from mcp_session_store.retention import MIN_TOMBSTONE, RetentionPolicy, SweepReport
 from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SWEEP_LIMIT, SessionStore, checked_namespace
@@ -148,7 +149,7 @@ class MemorySessionStore(SessionStore):
 
     async def load(self, key: UUID) -> SessionRecord | None:
         row = self._live(key)
-        return None if row is None else row.record
+        return None if row is None else replace(row.record, loaded_at=self._data.now())
 
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
         check_texts(instance=instance)
@@ -156,13 +157,8 @@ class MemorySessionStore(SessionStore):
         if row is None:
             return None
         now = self._data.now()
-        repeated = row.record.instance_hint == instance and row.record.restores > restores
         row.record = replace(
-            row.record,
-            instance_hint=instance,
-            restores=row.record.restores + (0 if repeated else 1),
-            last_seen_at=now,
-            expires_at=self._expiry(row.record, now),
+            _claimed(row.record, instance, restores + 1), last_seen_at=now, expires_at=self._expiry(row.record, now)
         )
         return row.record
 
@@ -217,15 +213,14 @@ class MemorySessionStore(SessionStore):
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         now = self._data.now()
         not_live: set[UUID] = set()
-        # Several activities of one session count as one, with the oldest first age and the youngest last age.
-        ages: dict[UUID, tuple[float, float]] = {}
         for activity in activities:
-            first, last = ages.get(activity.key, (activity.first_age, activity.last_age))
-            ages[activity.key] = max(first, activity.first_age), min(last, activity.last_age)
-        for key, (first, last) in ages.items():
+            check_texts(claimed_by=activity.claimed_by or "")
+        for key, activity in merged_activities(activities).items():
             row = self._data.row(key, namespace=self._namespace)
-            if row is not None and row.live_at(now - timedelta(seconds=first)):
-                seen = max(row.record.last_seen_at, now - timedelta(seconds=last))
+            if row is not None and row.live_at(now - timedelta(seconds=activity.first_age)):
+                if activity.claimed_by is not None:
+                    row.record = _claimed(row.record, activity.claimed_by, activity.restores)
+                seen = max(row.record.last_seen_at, now - timedelta(seconds=activity.last_age))
                 row.record = replace(row.record, last_seen_at=seen, expires_at=self._expiry(row.record, seen))
             if self._live(key) is None:
                 not_live.add(key)
@@ -276,3 +271,9 @@ class MemorySessionStore(SessionStore):
         return SweepReport(
             expired=len(expired[:limit]), purged=len(old[:limit]), more=len(expired) > limit or len(old) > limit
         )
+
+
+def _claimed(record: SessionRecord, instance: str, restores: int) -> SessionRecord:
+    """Return a record after a claim, with no fewer restores than it names, and one more by another instance."""
+    counted = record.restores + (record.instance_hint != instance)
+    return replace(record, instance_hint=instance, restores=max(counted, restores))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
     from uuid import UUID
 
+    from mcp_session_store.records import Activity
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects.compiled import Rows, Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
@@ -40,8 +41,8 @@ class Touch:
 
     called_at: float
     """Time by the event loop's clock from which the ages count back."""
-    rows: Sequence[tuple[UUID, float, float]]
-    """Key, first age and last age of each session, in the order of the keys."""
+    activities: Sequence[Activity]
+    """One activity of each session, in the order of the keys."""
 
 
 class Records:
@@ -90,7 +91,7 @@ class Records:
             rows = []
             for driver_key, key in by_driver_key.items():
                 claim = remaining[turn[key]]
-                rows.append((driver_key, claim.instance, claim.restores))
+                rows.append((driver_key, claim.instance, claim.restores + 1))
             records = self._records(by_driver_key, (yield sql.claim, sql.claims.parameters(rows)))
             for key, position in turn.items():
                 results[position] = records.get(key)
@@ -108,11 +109,14 @@ class Records:
         for touch in touches:
             # The activity is older by the time that the report has waited, for a connection or another try.
             waited = now - touch.called_at
-            by_driver_key = {self._dialect.driver_key(row[0]): row for row in touch.rows}
-            reports = [(key, first + waited, last + waited) for key, (_, first, last) in by_driver_key.items()]
+            by_driver_key = {self._dialect.driver_key(one.key): one for one in touch.activities}
+            reports = [
+                (key, one.first_age + waited, one.last_age + waited, one.claimed_by, one.restores)
+                for key, one in by_driver_key.items()
+            ]
             rows = yield sql.touch, sql.touches.parameters(reports)
             is_live = {key for key, expires_at, now in rows if expires_at is None or now < expires_at}
-            not_live.append({row[0] for key, row in by_driver_key.items() if key not in is_live})
+            not_live.append({one.key for key, one in by_driver_key.items() if key not in is_live})
         return not_live
 
     async def replace_initialize(self, attempt: Attempt, replacements: Sequence[dict[str, Any]]) -> list[bool]:
@@ -156,12 +160,12 @@ class Records:
             digest,
             display,
             instance_hint,
-            *moments,
             restores,
             revision,
+            *moments,
         ) in rows:
             key = keys[driver_key]
-            created_at, last_seen_at, expires_at = self._dialect.moments(moments)
+            created_at, last_seen_at, expires_at, loaded_at = self._dialect.moments(moments)
             records[key] = SessionRecord(
                 key=key,
                 namespace=namespace,
@@ -176,6 +180,7 @@ class Records:
                 expires_at=expires_at,
                 restores=restores,
                 revision=revision,
+                loaded_at=loaded_at,
             )
         return records
 

@@ -118,12 +118,23 @@ class SessionStatements:
         self.create = dialect.precompiled(self._creation())
         self.loads = dialect.batch("loaded", _KEY)
         self.load = dialect.precompiled(
-            sa.select(*self._record()).where(self.loads.in_batch(table.c.key), self._live(StoreClock()))
+            sa.select(*self._record(loaded_at=StoreClock())).where(
+                self.loads.in_batch(table.c.key), self._live(StoreClock())
+            )
         )
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
         self.claim = dialect.precompiled(self._claim())
         self.replace_initialize = self._replacement()
-        self.touches = dialect.batch("touched", {"key": sa.Uuid(), "first_age": sa.Double(), "last_age": sa.Double()})
+        self.touches = dialect.batch(
+            "touched",
+            {
+                "key": sa.Uuid(),
+                "first_age": sa.Double(),
+                "last_age": sa.Double(),
+                "instance": sa.Text(),
+                "restores": sa.Integer(),
+            },
+        )
         self.touch = dialect.precompiled(self._touch())
         self.until = sa.select(StoreClock())
         self.changes = self._changes()
@@ -142,8 +153,8 @@ class SessionStatements:
         insert = self._dialect.insert_if_absent(table, list(values), sa.select(*values.values()))
         return insert.returning(table.c.key, table.c.created_at, table.c.last_seen_at, table.c.expires_at)
 
-    def _record(self) -> tuple[sa.Column[Any], ...]:
-        """Return the columns of a record, in the order that `_record` in `records` expects."""
+    def _record(self, *, loaded_at: sa.ColumnElement[Any] | None = None) -> tuple[sa.ColumnElement[Any], ...]:
+        """Return the columns of a record, in the order that `_records` in `records` expects."""
         c = self._table.c
         return (
             c.key,
@@ -155,28 +166,34 @@ class SessionStatements:
             c.principal_digest,
             c.principal_display,
             c.instance_hint,
+            c.restores,
+            c.revision,
             c.created_at,
             c.last_seen_at,
             c.expires_at,
-            c.restores,
-            c.revision,
+            sa.null() if loaded_at is None else loaded_at,
         )
 
     def _claim(self) -> ReturningUpdate[Any]:
         table, now = self._table, StoreClock()
         claimed = self.claims.matching(lambda claimed: locked(table, claimed.key, self._live(now))).cte("locked")
-        counted_already = (table.c.instance_hint == claimed.c.instance) & (table.c.restores > claimed.c.restores)
         return (
             sa.update(table)
             .where(table.c.key == claimed.c.key, self.claims.in_batch(table.c.key))
             .values(
                 instance_hint=claimed.c.instance,
-                restores=table.c.restores + sa.case((counted_already, 0), else_=1),
+                restores=self._counted(claimed),
                 last_seen_at=now,
                 expires_at=expiry(self._retention, created_at=table.c.created_at, last_seen_at=now),
             )
             .returning(*self._record())
         )
+
+    def _counted(self, claimed: sa.CTE) -> sa.ColumnElement[int]:
+        """Return the number of restores after a claim: no fewer than it names, and one more by another instance."""
+        c = self._table.c
+        counted = c.restores + sa.case((c.instance_hint != claimed.c.instance, 1), else_=0)
+        return sa.case((counted < claimed.c.restores, claimed.c.restores), else_=counted)
 
     def _replacement(self) -> sa.Select[Any] | ReturningUpdate[Any]:
         table, now = self._table, StoreClock()
@@ -207,6 +224,9 @@ class SessionStatements:
             sa.update(table)
             .where(table.c.key == touched.c.key, self.touches.in_batch(table.c.key))
             .values(
+                # Both stay as they are where the activity is no claim, whose instance is NULL.
+                instance_hint=sa.func.coalesce(touched.c.instance, table.c.instance_hint),
+                restores=self._counted(touched),
                 last_seen_at=seen,
                 expires_at=expiry(self._retention, created_at=table.c.created_at, last_seen_at=seen),
             )

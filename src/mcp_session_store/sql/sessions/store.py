@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mcp_session_store.errors import SessionConflict, SessionStoreError
-from mcp_session_store.records import check_session, check_texts
+from mcp_session_store.records import check_session, check_texts, merged_activities
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.batching import Batcher
@@ -214,12 +214,10 @@ class SqlSessionStore(SessionStore):
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         called_at = asyncio.get_running_loop().time()
-        # Several activities of one session are merged, because a statement changes a row once.
-        ages: dict[UUID, tuple[float, float]] = {}
-        for activity in activities:
-            first, last = ages.get(activity.key, (activity.first_age, activity.last_age))
-            ages[activity.key] = max(first, activity.first_age), min(last, activity.last_age)
-        rows = [(key, first, last) for key, (first, last) in sorted(ages.items())]
+        for instance in {activity.claimed_by or "" for activity in activities}:
+            check_texts(claimed_by=instance)
+        # One for each session, because a statement changes a row once.
+        rows = sorted(merged_activities(activities).values(), key=lambda activity: activity.key.int)
         not_live: set[UUID] = set()
         for start in range(0, len(rows), TOUCHES_PER_STATEMENT):
             not_live |= await self._touches.submit(Touch(called_at, rows[start : start + TOUCHES_PER_STATEMENT]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mcp_session_store.errors import InvalidValue
-from mcp_session_store.records import JournalEntry, Principal
+from mcp_session_store.records import Activity, JournalEntry, Principal
 from mcp_session_store.testing.factories import new_session
 from mcp_session_store.testing.refusals import UNSTORABLE_TEXTS, refused
 from mcp_session_store.testing.sessions.suite import StoreSuite
@@ -64,6 +64,19 @@ class Values(StoreSuite):
         assert isinstance(outcomes[0], InvalidValue)
         assert await store.load(created.key) == created
         assert await store.load(other.key) == outcomes[1]
+
+    @pytest.mark.parametrize("text", UNSTORABLE_TEXTS)
+    async def test_a_report_of_an_instance_with_a_name_that_cannot_be_stored_changes_nothing(
+        self, store: SessionStore, text: str
+    ) -> None:
+        created, other = await store.create(new_session()), await store.create(new_session())
+        report = [
+            Activity(key=created.key, first_age=0.0, last_age=0.0, claimed_by=text, restores=1),
+            Activity(key=other.key, first_age=0.0, last_age=0.0),
+        ]
+        await refused(store.touch(report))
+        assert await store.load(created.key) == created
+        assert await store.load(other.key) == other
 
     @pytest.mark.parametrize("text", UNSTORABLE_TEXTS)
     @pytest.mark.parametrize("field", _INITIALIZE_FIELDS)
