@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EVENT_PAGE",
     "EVENT_SWEEP_LIMIT",
+    "LARGE_APPEND",
     "LEAST_EVENT_SWEEP",
     "NO_SESSION",
     "STANDALONE_STREAM",
@@ -35,6 +36,9 @@ NO_SESSION: Final = UUID(int=0)
 
 EVENT_PAGE: Final = 500
 """Most events of a page, unless `limit` is given."""
+
+LARGE_APPEND: Final = 256 * 1024
+"""Bytes of messages of an `append` above which it may take its time: a log lets no smaller one wait for it long."""
 
 EVENT_SWEEP_LIMIT: Final = 5000
 """Number of events that one step of a sweep removes, more or less, unless `limit` is given."""

@@ -15,7 +15,7 @@ from sqlalchemy.pool import QueuePool
 from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
 from mcp_session_store.records import EndReason
 from mcp_session_store.sql import SqlSessionStore
-from mcp_session_store.sql.batching import Batcher
+from mcp_session_store.sql.batching import MAX_BATCH_BYTES, Batcher
 from mcp_session_store.sql.database import Attempt, Database
 from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.schema.tables import sessions_table
@@ -39,6 +39,7 @@ class Recorded:
         self.go = asyncio.Event()
         self.go.set()
         self.refused: set[int] = set()
+        self.database = database
         self.batcher: Batcher[int, int] = Batcher(database, self._execute, writes=True, **options)
 
     async def _execute(self, attempt: Attempt, items: Sequence[int]) -> list[int]:
@@ -96,6 +97,55 @@ async def test_a_statement_is_shared_by_so_many_and_no_more(migrated_url: str) -
         calls.go.set()
         await asyncio.gather(first, *others)
         assert calls.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9]]
+
+
+async def test_a_statement_is_shared_by_so_many_bytes_and_no_more(migrated_url: str) -> None:
+    size = MAX_BATCH_BYTES // 3
+    async with recorded(migrated_url, weigh=lambda item: size if item < 10 else 3 * MAX_BATCH_BYTES) as calls:
+        first = await calls.first_is_running()
+        others = [calls.submit(item) for item in (1, 2, 3, 4, 10, 5, 6)]
+        await asyncio.sleep(0)
+        calls.go.set()
+        await asyncio.gather(first, *others)
+        # In the order of their arrival, and what has more than all may have together goes alone.
+        assert calls.batches == [[0], [1, 2, 3], [4], [10], [5, 6]]
+
+
+async def test_a_batcher_with_much_to_carry_lets_other_writers_of_sqlite_have_their_turn(sqlite_url: str) -> None:
+    async with recorded(sqlite_url, weigh=lambda _: MAX_BATCH_BYTES // 2) as calls:
+        first = await calls.first_is_running()
+        others = [calls.submit(item) for item in range(1, 9)]
+        turns: list[int] = []
+
+        async def write(_: Attempt, items: Sequence[int]) -> Sequence[int]:
+            turns.append(len(calls.batches))
+            return items
+
+        another: Batcher[int, int] = Batcher(calls.database, write, writes=True)
+        waiting = asyncio.ensure_future(another.submit(1))
+        await asyncio.sleep(0)
+        calls.go.set()
+        await asyncio.gather(first, waiting, *others)
+        assert turns == [2]
+        await another.aclose()
+
+
+async def test_a_patient_caller_waits_longer_while_others_before_it_are_served(migrated_url: str) -> None:
+    hanging = asyncio.Event()
+
+    async def execute(_: Attempt, items: Sequence[int]) -> Sequence[int]:
+        await (hanging.wait() if 9 in items else asyncio.sleep(0.2))
+        return items
+
+    database = Database(migrated_url, schema=None, auto_upgrade=False, timeout=1.0)
+    batcher: Batcher[int, int] = Batcher(database, execute, writes=False, max_batch=1, patient=True)
+    outcomes = await asyncio.gather(*map(batcher.submit, range(11)), return_exceptions=True)
+    # Nearly two seconds for the last of these; then no statement ends any more.
+    assert outcomes[:9] == list(range(9))
+    assert [type(outcome) for outcome in outcomes[9:]] == [StoreUnavailable] * 2
+    hanging.set()
+    await batcher.aclose()
+    await database.aclose()
 
 
 async def test_more_than_the_bound_may_not_wait(migrated_url: str) -> None:
@@ -229,7 +279,7 @@ async def test_a_spray_of_unknown_ids_costs_few_statements_and_one_connection(
     async with sql_store(migrated_url) as store:
         statements = Statements(store, monkeypatch)
         assert await asyncio.gather(*(store.load(uuid.uuid4()) for _ in range(2000))) == [None] * 2000
-        assert len(statements.texts) <= 5
+        assert len(statements.texts) <= 21
         assert statements.most_connections == 1
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
 from mcp_session_store.sql.database import spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from mcp_session_store.sql.database import Attempt, Database, Lease
 
@@ -22,6 +23,11 @@ _Result = TypeVar("_Result")
 
 MAX_BATCH: Final = 500
 """Number of items that share a statement at most."""
+MAX_BATCH_BYTES: Final = 1024**2
+"""Bytes of clients' data that share a statement at most; an item that has more goes alone.
+
+So many also make a busy batcher return its connection, because on SQLite all that write wait for it.
+"""
 MAX_WAITING: Final = 10_000
 """Number of items that may wait for a statement; beyond it calls fail."""
 BATCHES_PER_LEASE: Final = 50
@@ -44,6 +50,8 @@ class Batcher(Generic[_Item, _Result]):
         writes: Whether the statement changes anything.
         max_batch: See `MAX_BATCH`.
         max_waiting: See `MAX_WAITING`.
+        weigh: Returns the bytes of clients' data that an item has, where they are many; see `MAX_BATCH_BYTES`.
+        patient: Whether a caller waits longer than the timeout while items before its own are served.
     """
 
     def __init__(
@@ -54,12 +62,17 @@ class Batcher(Generic[_Item, _Result]):
         writes: bool,
         max_batch: int = MAX_BATCH,
         max_waiting: int = MAX_WAITING,
+        weigh: Callable[[_Item], int] | None = None,
+        patient: bool = False,
     ) -> None:
         self._database = database
         self._execute = execute
         self._writes = writes
         self._max_batch = max_batch
         self._max_waiting = max_waiting
+        self._weigh = weigh
+        self._patient = patient
+        self._progress_at = -math.inf
         # In the order of arrival; by future, so that the item of a cancelled call is easily removed.
         self._waiting: dict[asyncio.Future[_Result], _Item] = {}
         self._served: dict[asyncio.Future[_Result], _Item] = {}
@@ -93,6 +106,15 @@ class Batcher(Generic[_Item, _Result]):
         finally:
             self._waiting.pop(future, None)
 
+    @property
+    def busy(self) -> bool:
+        """Whether there are `pending` items."""
+        return self._drain_task is not None
+
+    def pending(self) -> Iterator[_Item]:
+        """Return the items that wait, and those whose statement runs, though the caller may have left."""
+        return chain(self._served.values(), self._waiting.values())
+
     def _time_out(self) -> None:
         """Fail the calls that have waited for the timeout, and set the timer for the next one."""
         loop = asyncio.get_running_loop()
@@ -100,6 +122,8 @@ class Batcher(Generic[_Item, _Result]):
         while self._deadlines:
             deadline, future = self._deadlines[0]
             if not future.done():
+                if self._patient:
+                    deadline = max(deadline, self._progress_at + self._database.timeout)
                 if deadline > loop.time():
                     self._timer = loop.call_at(deadline, self._time_out)
                     return
@@ -127,23 +151,42 @@ class Batcher(Generic[_Item, _Result]):
         try:
             while self._waiting:
                 async with self._database.lease(writes=self._writes) as lease:
+                    carried = 0
                     for _ in range(BATCHES_PER_LEASE):
-                        self._served = self._take()
+                        carried += self._take()
                         if not self._served:
                             break
-                        await self._serve(lease, self._served)
+                        try:
+                            await self._serve(lease, self._served)
+                        finally:
+                            self._served = {}
                         while self._deadlines and self._deadlines[0][1].done():
                             self._deadlines.popleft()
+                        if carried >= MAX_BATCH_BYTES:
+                            break
                         # A caller that was answered may have its next call ready, and finds the connection open.
                         await asyncio.sleep(0)
         finally:
             self._drain_task = None
 
-    def _take(self) -> dict[asyncio.Future[_Result], _Item]:
-        batch = dict(islice(self._waiting.items(), self._max_batch))
+    def _take(self) -> int:
+        """Take the items that share the next statement, in the order of their arrival, and return their bytes."""
+        batch: dict[asyncio.Future[_Result], _Item]
+        carried = 0
+        if self._weigh is None:
+            batch = dict(islice(self._waiting.items(), self._max_batch))
+        else:
+            batch = {}
+            for future, item in islice(self._waiting.items(), self._max_batch):
+                weight = self._weigh(item)
+                if batch and carried + weight > MAX_BATCH_BYTES:
+                    break
+                carried += weight
+                batch[future] = item
         for future in batch:
             del self._waiting[future]
-        return batch
+        self._served = batch
+        return carried
 
     async def _serve(self, lease: Lease, batch: dict[asyncio.Future[_Result], _Item]) -> None:
         items = list(batch.values())
@@ -160,6 +203,8 @@ class Batcher(Generic[_Item, _Result]):
             _fail_all(batch, StoreClosed("the session store was closed"))
             raise
         else:
+            if self._patient:
+                self._progress_at = asyncio.get_running_loop().time()
             for future, result in zip(batch, results, strict=True):
                 if not future.done():
                     future.set_result(result)

@@ -35,6 +35,10 @@ class Append(NamedTuple):
     again: bool = False
     """Whether a call before this one may have stored them."""
 
+    def weigh(self) -> int:
+        """Return the bytes of all messages."""
+        return sum(self.sizes)
+
 
 class LogState(NamedTuple):
     """State of a log after events were stored in it."""

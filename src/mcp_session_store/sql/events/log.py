@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
 from mcp_session_store.errors import ConfigurationError, EventTooLarge
-from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
+from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, LARGE_APPEND, EventLog
 from mcp_session_store.records import check_texts, checked_size, instance_name
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT
@@ -51,8 +51,9 @@ INSTANCES_KEPT: Final = timedelta(days=1)
 class SqlEventLog(EventLog):
     """Events in Postgres or SQLite, shared by any number of processes.
 
-    Events of all sessions that are stored at once share a commit; a lone event is stored at once. Storing takes one
-    connection at most, reading another, and all other calls three; on Postgres `listen` takes one more.
+    Events of all sessions that are stored at once share a commit; a lone event is stored at once. Storing takes two
+    connections at most, of which one is for large appends, reading another, and all other calls three; on Postgres
+    `listen` takes one more.
 
     Args:
         where: The store of the sessions that the events belong to, or a URL or engine of its database, as
@@ -61,7 +62,7 @@ class SqlEventLog(EventLog):
         namespace: As for the store that the sessions are in.
         schema: Postgres: the schema with the tables. The first of the search path unless given.
         auto_upgrade: Run the migrations on first contact where the schema is missing or behind.
-        timeout: Seconds that a call takes at most.
+        timeout: Seconds that a call takes at most. A large append waits longer while others before it are stored.
         policy: See `EventLog`.
 
     Raises:
@@ -101,7 +102,10 @@ class SqlEventLog(EventLog):
         self._trimming = EventTrimming(dialect, schema=schema, namespace=namespace, policy=self.policy)
         self._instances = Instances(dialect, schema=schema)
         self._listener = Listener(self._database, EVENT_CHANNEL)
-        self._appends = Batcher(self._database, self._append_all, writes=True)
+        self._appends, self._large_appends = (
+            Batcher(self._database, self._append_all, writes=True, weigh=Append.weigh, patient=is_large)
+            for is_large in (False, True)
+        )
         # One call at a time, so that a page has its own timeout, and its memory is released as soon as it is sent.
         self._pages: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
         # Not behind the pages, because all followers wait for these, and calls before they begin.
@@ -126,6 +130,7 @@ class SqlEventLog(EventLog):
             self._database.close_to_calls()
         batchers: tuple[Batcher[Any, Any], ...] = (
             self._appends,
+            self._large_appends,
             self._pages,
             self._heads,
             self._reads,
@@ -141,7 +146,21 @@ class SqlEventLog(EventLog):
             raise EventTooLarge(
                 f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
             )
-        return await self._appends.submit(Append(key, events, sizes, again))
+        append = Append(key, events, sizes, again)
+        return await self._lane_of(append).submit(append)
+
+    def _lane_of(self, append: Append) -> Batcher[Append, int | None]:
+        """Return the lane of an append: large ones have one of their own, so that small ones do not wait for them.
+
+        All appends of a session that are pending are in one lane, so that they are stored in their order.
+        """
+        is_large = append.weigh() > LARGE_APPEND
+        if not is_large and not self._large_appends.busy:
+            return self._appends
+        lane, other = self._appends, self._large_appends
+        if is_large:
+            lane, other = other, lane
+        return other if any(pending.key == append.key for pending in other.pending()) else lane
 
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
         check_texts(stream=stream)

@@ -39,6 +39,8 @@ __all__ = ["SqlSessionStore"]
 _T = TypeVar("_T")
 
 TOUCHES_PER_STATEMENT: Final = 500
+RECORDS_PER_STATEMENT: Final = 100
+"""Number of records that a statement returns at most, because each may have 64 KiB of params, or as much as is set."""
 
 
 class SqlSessionStore(SessionStore):
@@ -56,7 +58,7 @@ class SqlSessionStore(SessionStore):
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
             `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is: it is
             never disposed, and no PRAGMA is set on it. Its pool should have at least
-            5 connections; at most 12 are used, one of them for hints for as long as an app runs, and 6 more
+            5 connections; at most 12 are used, one of them for hints for as long as an app runs, and 7 more
             with an event log.
             Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
             from PgBouncer 1.21 on, with its `max_prepared_statements`.
@@ -98,16 +100,17 @@ class SqlSessionStore(SessionStore):
         self._sweep = Sweep(dialect, statements=self._for_policy(SweepStatements), removal=self._removal)
         self._listener = Listener(self._database, SESSION_CHANNEL)
         self._contacts = Batcher(self._database, _make_contact, writes=False)
-        self._loads = Batcher(self._database, self._records.load, writes=False)
-        self._creates = Batcher(self._database, self._creation.create, writes=True)
-        self._claims = Batcher(self._database, self._records.claim, writes=True)
+        self._loads = Batcher(self._database, self._records.load, writes=False, max_batch=RECORDS_PER_STATEMENT)
+        self._creates = Batcher(self._database, self._creation.create, writes=True, weigh=_params_of)
+        self._claims = Batcher(self._database, self._records.claim, writes=True, max_batch=RECORDS_PER_STATEMENT)
         # Fewer than of the others, because each may have very many events, which are removed with it.
         self._ends = Batcher(self._database, self._removal.end, writes=True, max_batch=20)
         # One call for each statement, because a second initialize within a session is rare, and a touch is a batch.
         self._replacements = Batcher(self._database, self._records.replace_initialize, writes=True, max_batch=1)
         self._touches = Batcher(self._database, self._records.touch, writes=True, max_batch=1)
         self._journal_writes = Batcher(self._database, self._journal.write, writes=True, max_batch=1)
-        self._journal_reads = Batcher(self._database, self._journal.read, writes=False)
+        # One at a time, because each may have several MiB.
+        self._journal_reads = Batcher(self._database, self._journal.read, writes=False, max_batch=1)
         self._polls = Batcher(self._database, self._records.changes, writes=False)
         self._sweeps = Batcher(self._database, self._sweep.run, writes=True, max_batch=1)
 
@@ -254,3 +257,8 @@ class SqlSessionStore(SessionStore):
 async def _make_contact(attempt: Attempt, openings: Sequence[None]) -> Sequence[None]:
     await attempt.connection.exec_driver_sql("SELECT 1")
     return openings
+
+
+def _params_of(session: NewSession) -> int:
+    """Return about how many bytes of the client's a session has."""
+    return len(session.initialize_params)
