@@ -12,10 +12,11 @@ from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Hashable, Mapping
     from contextlib import AsyncExitStack
     from uuid import UUID
 
+    import anyio
     import pytest
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.context import ServerRequestContext
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.adapter.streams.event_ids import EventIds
     from mcp_session_store.adapter.streams.recorder import EventRecorder
+    from mcp_session_store.adapter.streams.turns import Turns
     from mcp_session_store.memory.data import Log, Row
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
     from mcp_session_store.sql.database import Database
@@ -180,6 +182,11 @@ def unreported_in(manager: DurableSessionManager) -> Mapping[UUID, object]:
 def activity_is_urgent(manager: DurableSessionManager) -> bool:
     """Whether a running manager is about to report activity before its time."""
     return manager._activity.wake._event.is_set()
+
+
+def lines_of(turns: Turns) -> Mapping[Hashable, anyio.Lock]:
+    """The lines of reads that wait for their turn or have it, by session and principal."""
+    return turns._lines
 
 
 def recorder_of(manager: DurableSessionManager) -> EventRecorder:

@@ -518,20 +518,20 @@ async def test_the_end_of_a_session_is_told_though_the_log_hangs(
     assert held.calls == 0
 
 
+@pytest.mark.parametrize("of_call", [False, True], ids=["standalone", "call"])
 async def test_a_resumption_that_meets_the_end_of_its_session_ends(
-    log: FaultyLog, talking: Talking, client: Client
+    log: FaultyLog, talking: Talking, client: Client, of_call: bool
 ) -> None:
     stream = await opened(client)
-    standalone = await stream.leave()
+    standalone = str(await stream.leave())
     _, last_event_id = await away(talking, client)
     held = log.hold("read", after=True)
-    resumed = [client.open_stream(some) for some in (standalone, last_event_id)]
-    await until(lambda: held.calls == 2)
+    resumed = client.open_stream(last_event_id if of_call else standalone)
+    await held.wait_entered()
     await client.delete()
     log.up()
     held.release()
-    for exchange in resumed:
-        await exchange.end()
+    await resumed.end()
     assert (await client.open_stream(standalone).answer()).status == 404
 
 

@@ -207,6 +207,33 @@ async def test_a_response_that_waits_holds_no_event_that_is_sent(
     assert held() == []
 
 
+async def test_of_many_responses_to_one_stream_only_the_latest_holds_events_that_its_client_does_not_take(
+    log: FaultyLog, talking: Talking, client: Client
+) -> None:
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(one, Event) for one in gc.get_objects())
+
+    _, last_event_id = await away(talking, client)
+    texts = [str(n) for n in range(2 * EVENT_PAGE)]
+    await say_on(log, str(client.session_id), place_of(client, last_event_id).stream, len(texts))
+    blocked = []
+    for _ in range(5):
+        resumed = client.open_stream(last_event_id)
+        await read_some(resumed, 1)
+        blocked.append(resumed)
+        # And the one that is being sent.
+        assert EVENT_PAGE <= held() <= EVENT_PAGE + len(blocked)
+    for resumed in blocked:
+        resumed.sent = list(resumed.sent)
+        resumed.read_on()
+    for resumed in blocked[:-1]:
+        await resumed.end()
+        heard = told(resumed.messages)
+        assert heard == texts[: len(heard)]
+    await hears(blocked[-1], *texts)
+
+
 async def test_events_that_wait_are_sent_together_in_parts_of_a_bounded_size(
     log: FaultyLog, talking: Talking, client: Client
 ) -> None:

@@ -59,7 +59,9 @@ class Admission:
         self._registry.reserve(may_evict=may_evict)
         events: SessionEvents | None = None
         if self._recorder is not None:
-            events = SessionEvents(session_key(session_id), self._recorder, retry_interval=self._retry_interval)
+            events = SessionEvents(
+                session_key(session_id), self._recorder, owner=owner, retry_interval=self._retry_interval
+            )
         transport = self._make_transport(session_id, events)
         return ResidentSession(session_id, owner, transport, self._registry.usage_changed, events)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -14,12 +17,14 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import EventKind
 
-__all__ = ["LOST", "NOT_JSON", "NOT_RESUMABLE", "TRIMMED", "CallStream", "call_error"]
+__all__ = ["LOST", "NOT_JSON", "NOT_RESUMABLE", "TRIMMED", "CallStream", "call_error", "call_of"]
 
 LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
 NOT_JSON: Final = "The answer to the call cannot be written as JSON."
 NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
 TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."
+
+_INTEGER: Final = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,3 +69,16 @@ def call_error(request_id: RequestId | None, message: str, *, code: int = INTERN
     """
     error = ErrorData(code=code, message=message, data={"reason": reason})
     return JSONRPCError(jsonrpc="2.0", id=request_id, error=error).model_dump_json(by_alias=True, exclude_unset=True)
+
+
+def call_of(stream_id: str, body: bytes) -> tuple[RequestId, str | None]:
+    """Return the id of a call as the client wrote it, and its method where that matters.
+
+    The SDK passes the id as text only. Search the body for what could make a difference before parsing it once more.
+    """
+    integer = _INTEGER.fullmatch(stream_id) is not None
+    if b'"initialize"' in body or (integer and b'"%s"' % stream_id.encode() in body):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            message = json.loads(body)
+            return message["id"], message["method"]
+    return (int(stream_id) if integer else stream_id), None

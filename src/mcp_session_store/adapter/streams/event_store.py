@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import random
-import re
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +21,7 @@ from mcp_types.version import is_version_at_least
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.requests import POSTED
-from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, call_error
+from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, call_error, call_of
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
 from mcp_session_store.adapter.streams.recorder import ROUNDS, Outcome
 from mcp_session_store.event_log import STANDALONE_STREAM
@@ -32,8 +29,10 @@ from mcp_session_store.records import EventKind, NewEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
     from uuid import UUID
 
+    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.streamable_http import EventCallback, EventId, StreamId
     from mcp_types import JSONRPCMessage, RequestId
 
@@ -53,8 +52,6 @@ Other instances store events meanwhile, and when the log is trimmed beyond that 
 call's events for missing. Therefore the log is asked again.
 """
 
-_INTEGER: Final = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
-
 
 class SessionEvents(EventStore):
     """View of the event log that belongs to one session.
@@ -66,6 +63,7 @@ class SessionEvents(EventStore):
     Args:
         key: Key of the session.
         recorder: Recorder that stores the events.
+        owner: Principal of the session, as the SDK compares principals.
         retry_interval: Milliseconds, as for the SDK's transport.
     """
 
@@ -74,9 +72,11 @@ class SessionEvents(EventStore):
         key: UUID,
         recorder: EventRecorder,
         *,
+        owner: AuthorizationContext | None = None,
         retry_interval: int | None = None,
     ) -> None:
         self.key = key
+        self._owner = owner
         self.recorder = recorder
         self.ids = EventIds(key)
         self.retry_interval = retry_interval
@@ -121,7 +121,7 @@ class SessionEvents(EventStore):
         posted = POSTED.get()
         if not self.active or posted is None:
             return
-        request_id, method = _call_of(stream_id, posted.body)
+        request_id, method = call_of(stream_id, posted.body)
         if method == "initialize" or not fits(request_id):
             return
         resumable = is_version_at_least(protocol_version, RESUMABLE_SINCE)
@@ -178,6 +178,16 @@ class SessionEvents(EventStore):
             NotImplementedError: Always.
         """
         raise NotImplementedError("a stream is resumed by serve_stream, not by the SDK's transport")
+
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Return a context in which it is this session's turn to read the log.
+
+        Raises:
+            StoreBusy: On entry; see `Turns.take`.
+        """
+        # Sessions without a principal have nothing else in common.
+        owners = (self.key,) if self._owner is None else (self.key, tuple(self._owner.values()))
+        return self.recorder.turns.take(*owners)
 
     # Called by the session manager
 
@@ -399,16 +409,3 @@ def _kind_of(message: JSONRPCMessage | None) -> EventKind:
             return EventKind.RESPONSE
         case JSONRPCError():
             return EventKind.ERROR
-
-
-def _call_of(stream_id: str, body: bytes) -> tuple[RequestId, str | None]:
-    """Return the id of a call as the client wrote it, and its method where that matters.
-
-    The SDK passes the id as text only. Search the body for what could make a difference before parsing it once more.
-    """
-    integer = _INTEGER.fullmatch(stream_id) is not None
-    if b'"initialize"' in body or (integer and b'"%s"' % stream_id.encode() in body):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            message = json.loads(body)
-            return message["id"], message["method"]
-    return (int(stream_id) if integer else stream_id), None

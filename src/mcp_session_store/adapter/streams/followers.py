@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
@@ -58,6 +58,8 @@ class Follower:
         """Message of the JSON-RPC error for the call when the response ends; `None` if the client comes back."""
         self.waiting = False
         """Whether the client has received everything that is stored."""
+        self.in_hand: list[Any] = []
+        """Events that were read and are being sent. They may have a megabyte, and the client may not take them."""
         self.unsent: deque[NewEvent] = deque()
         """Events that could not be stored, to be sent without an id."""
         self._wake = anyio.Event()
@@ -88,6 +90,8 @@ class Follower:
         """
         self.closed = True
         self.answer = answer
+        if answer is None:
+            self.in_hand.clear()
         self._wake.set()
 
     async def wait(self, seen: int, *, seconds: float, pause: bool = False) -> None:

@@ -16,6 +16,7 @@ from mcp_session_store.records import EventPage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
     from uuid import UUID
 
     from mcp_session_store.adapter.streams.event_ids import Cursor
@@ -77,6 +78,7 @@ class StreamReader:
         recorder: Recorder of this instance, with the log and the followers of its streams.
         cursor: Place of the last event that the client has.
         page: Events that follow, if they are read already.
+        turn: Returns a context in which it is the session's turn to read the log.
         is_active: Whether the session's copy is still in memory.
     """
 
@@ -86,10 +88,13 @@ class StreamReader:
         recorder: EventRecorder,
         cursor: Cursor,
         page: EventPage | None,
+        *,
+        turn: Callable[[], AbstractAsyncContextManager[None]],
         is_active: Callable[[], bool],
     ) -> None:
         self._key = key
         self._recorder = recorder
+        self._turn = turn
         self._is_active = is_active
         self._page = page
         self._follower = Follower(key, cursor.stream)
@@ -120,6 +125,7 @@ class StreamReader:
     async def items(self) -> AsyncIterator[Item]:
         """Return what the client gets, in its order, within `tailing`.
 
+        A list of events becomes empty when its client has come back for the stream, and gets the rest from there.
         After the call's answer, `Gap`, `Lost` or `Ended` there is nothing more; nor when the client is to come back.
         """
         follower, is_call = self._follower, not self.cursor.standalone
@@ -128,25 +134,30 @@ class StreamReader:
         # answer.
         latest = was_over = False
         while not follower.closed:
+            more = False
             if page is not None:
                 self._look_for_gap(page)
-                if events := self._events_of(page):
-                    yield events
-                del events
+                follower.in_hand, more, last = self._events_of(page), page.more, page.last
+                # Only the list holds the events, so that they are let go when a later response has them.
+                page = None
+                if follower.in_hand:
+                    yield follower.in_hand
+                    follower.in_hand = []
+                if follower.closed and follower.answer is None:
+                    return
                 if self._misses:
                     yield Gap()
                     return
                 if self.cursor.final:
                     return
-                if not page.more:
-                    self._seen = max(self._seen, page.last)
+                if not more:
+                    self._seen = max(self._seen, last)
                     # A call that was only silent may have been heard of just now.
                     if was_over and self._is_over():
                         yield Lost()
                         return
             is_over = self._is_over()
-            if latest and not is_over and (page is None or not page.more) and follower.head <= self._seen:
-                page = None
+            if latest and not is_over and not more and follower.head <= self._seen:
                 stay = min(STAY, self._recorder.silence)
                 await follower.wait(self._seen, seconds=LOOK_AGAIN if self._runs_here else stay)
                 # Delivered while the client had all that was stored, and so before whatever has been stored since.
@@ -214,7 +225,10 @@ class StreamReader:
         """Return the next page; `None` if it cannot be read now, or if the stream has ended with its session."""
         head = self._follower.head
         try:
-            page = await self._recorder.log.read(self._key, self.cursor.stream, after=self._seen)
+            async with self._turn():
+                if self._follower.closed:
+                    return None  # while it waited, by a later response
+                page = await self._recorder.log.read(self._key, self.cursor.stream, after=self._seen)
         except Exception as error:
             report_failure("streams", error, key=self._key)
             # The client keeps its connection, and gets the rest when it can be read.

@@ -15,6 +15,7 @@ from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import Wake, report_failure, run_every
 from mcp_session_store.adapter.streams.backlog import Backlog
 from mcp_session_store.adapter.streams.calls import CallStream, call_error
+from mcp_session_store.adapter.streams.turns import Turns
 from mcp_session_store.errors import SchemaError, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
 from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LEAST_EVENT_SWEEP, NO_SESSION, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
@@ -119,6 +120,8 @@ class EventRecorder:
         self.log = log
         self.followers = followers
         self.instances = instances
+        self.turns: Final = Turns()
+        """Turns of the sessions at reading the log."""
         self.unfinished: dict[str, CallStream] = {}
         """Calls of this instance whose last event is not stored yet, by the names of their streams."""
         self.wake: Final = Wake(gathering=0)

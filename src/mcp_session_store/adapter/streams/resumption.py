@@ -117,7 +117,8 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
     """
     if cursor.final:
         return responses.STREAM_COMPLETE.response()
-    page = await events.recorder.log.read(events.key, cursor.stream, after=cursor.sequence)
+    async with events.turn():
+        page = await events.recorder.log.read(events.key, cursor.stream, after=cursor.sequence)
     # Events since the client left may still be on their way to a response that is not read any more.
     events.resumed(cursor)
     if page is None and cursor.sequence == 0:
@@ -167,7 +168,7 @@ def _response(messages: AsyncIterator[dict[str, Any] | bytes], session_id: str) 
 
 def _reader(events: SessionEvents, cursor: Cursor, page: EventPage | None = None) -> StreamReader:
     """Return the reader of a stream from a place on, with the events that follow if they are read already."""
-    return StreamReader(events.key, events.recorder, cursor, page, is_active=lambda: events.active)
+    return StreamReader(events.key, events.recorder, cursor, page, turn=events.turn, is_active=lambda: events.active)
 
 
 async def _sent(
@@ -191,7 +192,7 @@ async def _sent(
                     case list():
                         for part in _parts(ids, item):
                             yield part
-                        if item[-1].final:
+                        if item and item[-1].final:
                             outcome = "complete"
                     case Gap():
                         outcome = "trimmed"

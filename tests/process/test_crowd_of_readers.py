@@ -1,0 +1,100 @@
+"""One client comes back for a long stream very many times at once: other clients do not wait for it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from mcp_session_store import SqlEventLog, session_key
+from mcp_session_store.event_log import STANDALONE_STREAM
+from mcp_session_store.records import EventKind, NewEvent
+from tests.support.clients import PATIENCE, Talking, until
+from tests.support.http import PROTOCOL_VERSION, RawClient
+
+if TYPE_CHECKING:
+    from tests.support.deployment import Application
+    from tests.support.http import Stream
+    from tests.support.servers import ServerProcess
+
+pytestmark = pytest.mark.anyio
+
+CROWD = 200
+"""Requests that come at once."""
+MANY, SIZE = 6000, 2000
+"""Events of the long stream, and bytes of each: a dozen pages."""
+AT_MOST = 1.0
+"""Seconds that another client waits; a page takes a hundredth of that."""
+
+
+async def _long_stream(url: str, client: RawClient) -> str:
+    """Store a long standalone stream of a client's session; return the event id before its first event."""
+    assert client.session_id is not None
+    async with client.get_stream() as stream:
+        first = (await stream.next_event()).id
+    assert first is not None
+    message = '{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":"%s"}}' % ("." * SIZE)
+    events = [
+        NewEvent(stream=STANDALONE_STREAM, position=n, kind=EventKind.NOTIFICATION, message=message)
+        for n in range(MANY)
+    ]
+    log = SqlEventLog(url)
+    try:
+        for n in range(0, MANY, 500):
+            await log.append(session_key(client.session_id), events[n : n + 500])
+    finally:
+        await log.aclose()
+    return first
+
+
+async def _come_back(server: ServerProcess, client: RawClient, last_event_id: str, answered: list[int]) -> None:
+    """Resume a stream, note when the first page comes, and read what comes without a look at it."""
+    async with await anyio.connect_tcp("127.0.0.1", server.port) as connection:
+        await connection.send(
+            f"GET /mcp HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nAccept: text/event-stream\r\n"
+            f"Mcp-Session-Id: {client.session_id}\r\nMcp-Protocol-Version: {PROTOCOL_VERSION}\r\n"
+            f"Last-Event-ID: {last_event_id}\r\nConnection: close\r\n\r\n".encode()
+        )
+        answered.append(len(await connection.receive()))
+        async for _ in connection:
+            pass
+
+
+async def test_a_client_that_comes_back_very_often_at_once_holds_up_no_other(
+    application: Application, store_url: str
+) -> None:
+    server = application.serve(store_url, events=True)
+    async with RawClient(server.mcp_url) as many, RawClient(server.mcp_url) as other, RawClient(server.mcp_url) as ear:
+        await many.handshake()
+        await other.handshake()
+        ear.session_id = other.session_id
+        last_event_id = await _long_stream(store_url, many)
+        call = Talking(other, "short", count=3)
+        await call.read(server)
+
+        async def resume() -> None:
+            async with other.get_stream(last_event_id=call.event_ids[0]) as stream:
+                assert [message async for message in stream] != []
+
+        async def hear(stream: Stream, number: int) -> None:
+            await other.call_tool("announce", {"text": str(number), "count": 1})
+            assert (await stream.next())["params"]["uri"] == f"said://{number}/0"
+
+        async with ear.get_stream() as stream:
+            await stream.next_event()
+            answered: list[int] = []
+            async with anyio.create_task_group() as crowd:
+                for _ in range(CROWD):
+                    crowd.start_soon(_come_back, server, many, last_event_id, answered)
+                await until(lambda: answered != [], "the first of the crowd is answered")
+                for number in range(3):
+                    began, before = time.monotonic(), len(answered)
+                    with anyio.fail_after(PATIENCE):
+                        await resume()
+                        await hear(stream, number)
+                    assert time.monotonic() - began < 2 * AT_MOST
+                    assert number or len(answered) - before < CROWD / 2
+                await until(lambda: len(answered) == CROWD, "all of the crowd are answered")
+                crowd.cancel_scope.cancel()
