@@ -250,6 +250,39 @@ async def bad_ids(client: Client, other: Client, talking: Talking) -> dict[str, 
                 b"1/1/\0/",
                 b"1/1/\0//1",
                 b"1/1/\xed\xa0\x80//1",
+                # A name that no instance has: it would be asked for together with those of all others.
+                b"1/1/\0.1//1",
+                b"1/1/1234567\0.1//1",
+                b"1/1/1234567\xed\xa0\x80.1//1",
+                b"1/1/12345678\n.1//1",
+                b"1/1/one.1//1",
+                b"1/1/.1//1",
+                b"1/1/123456789.1//1",
+                b"1/1/1234567G.1//1",
+                b"1/1/12345678//1",
+                b"1/1/12345678.//1",
+                b"1/1/12345678.1.1//1",
+                b"1/1/12345678.01//1",
+                b"1/1/12345678.A//1",
+                # A request id that no JSON-RPC error can name.
+                b'1/1/12345678.1//"\xed\xa0\x80"',
+                b'1/1/12345678.1//"\\ud800"',
+                b'1/1/12345678.1//"' + b"x" * 100 + b'"',
+                b"1/1/12345678.1//NaN",
+                # Written otherwise.
+                b"01/1/12345678.1//1",
+                b"+1/1/12345678.1//1",
+                b"0x1/1/12345678.1//1",
+                b"1_0/1/12345678.1//1",
+                b" 1/1/12345678.1//1",
+                b"A/1/12345678.1//1",
+                b"1/1/12345678.1// 1",
+                b"1/1/12345678.1//-0",
+                b'1/1/12345678.1//"\\u0061"',
+                b"1/1/12345678.1/?/1",
+                b"1/1/12345678.1/!!/1",
+                b"1/1/*/!",
+                b"0/1/*/",
             )
         )
     }
@@ -265,6 +298,7 @@ async def bad_ids(client: Client, other: Client, talking: Talking) -> dict[str, 
         "another tag": ("B" if mine[1][0] == "A" else "A") + mine[1][1:],
         "another payload": mine[1][:-1] + ("A" if mine[1][-1] != "A" else "B"),
         "longer": mine[1] + "AAAA",
+        "padded": mine[1] + "=" * (-len(mine[1]) % 4 or 4),
         "twice": mine[1] * 2,
         "not ASCII": "é日🦜" + mine[1],
         "10 kB": mine[1] + "A" * 10_000,
@@ -337,6 +371,8 @@ async def test_an_empty_id_is_none(store: FaultyStore, log: FaultyLog) -> None:
 def test_an_id_that_was_written_is_read_as_it_was(request_id: str | int | None, final: bool) -> None:
     ids = EventIds(session_key("a session"))
     stream = STANDALONE_STREAM if request_id is None else "01234567.ffffffff"
+    if request_id is None:
+        final = False  # it has no answer
     cursor = Cursor(stream=stream, sequence=2**62 - 1, position=2**63 - 1, request_id=request_id, final=final)
     written = ids.write(cursor)
     read = ids.read(written)
@@ -356,3 +392,23 @@ def test_an_id_of_a_place_that_no_event_can_have_is_not_read(sequence: int, posi
 @pytest.mark.parametrize("request_id", LONG_IDS, ids=range(len(LONG_IDS)))
 def test_an_id_that_does_not_fit_is_told(request_id: str | int) -> None:
     assert not fits(request_id)
+
+
+def test_an_id_with_a_lone_surrogate_does_not_fit() -> None:
+    assert not fits("\ud800")
+
+
+# Written by the version before
+
+
+@pytest.mark.parametrize(
+    ("event_id", "cursor"),
+    [
+        ("Vi6DHUs3MWYvMi8wMTIzNDU2Ny5hLy83", Cursor("01234567.a", 31, 2, 7)),
+        ("oBz0LrV5MC8wLzAxMjM0NTY3LjEvLyLDqS8xIg", Cursor("01234567.1", 0, 0, "é/1")),
+        ("JckWgBTHMTAwMC8xMS8wMTIzNDU2Ny5mZi8hLyJhIFwiYlwiIg", Cursor("01234567.ff", 4096, 17, 'a "b"', final=True)),
+        ("T8FenmU5MS8yMDAwMDAwMDAwMDAwMDAwLyov", Cursor(STANDALONE_STREAM, 1, 2**61)),
+    ],
+)
+def test_an_id_that_an_earlier_version_wrote_is_read(event_id: str, cursor: Cursor) -> None:
+    assert EventIds(session_key("a session")).read(event_id) == cursor

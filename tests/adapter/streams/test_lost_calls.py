@@ -13,6 +13,8 @@ from mcp.server import streamable_http_manager
 from mcp.server.runner import serve_loop
 
 from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
+from mcp_session_store.adapter.streams.followers import Follower
+from mcp_session_store.event_log import NO_SESSION
 from mcp_session_store.records import EventKind
 from mcp_session_store.settings import InstanceSettings
 from tests.support.asgi import until
@@ -119,6 +121,26 @@ async def test_a_call_of_an_instance_that_stopped_is_lost_at_once(
         await resumed.end()
         assert told(resumed.messages) == ["a", "lost"]
         assert names_its_call(resumed, client)
+
+
+@pytest.mark.parametrize("name", ["\0", "1234567\0", "1234567\ud800", "", "x" * 300], ids=range(5))
+async def test_a_name_that_no_instance_can_have_does_not_stop_the_look_at_all_others(
+    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog, name: str
+) -> None:
+    talking = Talking()
+    async with instance(other_store, events=other_log) as two:
+        followers = recorder_of(two.manager).followers
+        odd = Follower(NO_SESSION, f"{name}.1")
+        followers.add(odd, instance=name)
+        async with instance(store, talking.notes, events=log) as one:
+            client = one.client()
+            session_id = await client.handshake()
+            _, last_event_id = await away(talking, client)
+            resumed = await opened(two.client(session_id), last_event_id)
+            await until(lambda: followers.is_dead(name))
+        await resumed.end()
+        assert told(resumed.messages) == ["lost"]
+        followers.remove(odd, instance=name)
 
 
 async def test_who_comes_back_after_the_instance_stopped_is_told_at_once(store: FaultyStore, log: FaultyLog) -> None:

@@ -17,12 +17,27 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import EventKind
 
-__all__ = ["LOST", "NOT_JSON", "NOT_RESUMABLE", "TRIMMED", "CallStream", "call_error", "call_of"]
+__all__ = [
+    "CALL_STREAM",
+    "INSTANCE_NAME",
+    "LOST",
+    "NOT_JSON",
+    "NOT_RESUMABLE",
+    "TRIMMED",
+    "CallStream",
+    "call_error",
+    "call_of",
+]
 
 LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
 NOT_JSON: Final = "The answer to the call cannot be written as JSON."
 NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
 TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."
+
+INSTANCE_NAME: Final = re.compile(r"[0-9a-f]{8}")
+"""Name of an instance, with which the names of its streams begin."""
+CALL_STREAM: Final = re.compile(rf"{INSTANCE_NAME.pattern}\.[1-9a-f][0-9a-f]*")
+"""Name of a call's stream, as `EventRecorder.begin` makes it."""
 
 _INTEGER: Final = re.compile(r"-?(0|[1-9]\d*)", re.ASCII)
 

@@ -12,8 +12,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mcp_session_store.adapter.streams.calls import CALL_STREAM
 from mcp_session_store.event_log import STANDALONE_STREAM
-from mcp_session_store.records import check_texts
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -82,7 +82,7 @@ class EventIds:
         text = f"{cursor.sequence:x}/{cursor.position:x}/{cursor.stream}/{_FINAL if cursor.final else ''}"
         if cursor.request_id is not None:
             text = f"{text}/{_as_json(cursor.request_id)}"
-        payload = text.encode("utf-8", "surrogatepass")
+        payload = text.encode()
         encoded = binascii.b2a_base64(self._tag(payload) + payload, newline=False)
         return encoded.translate(_URL_SAFE).rstrip(b"=").decode()
 
@@ -99,19 +99,13 @@ class EventIds:
             return None
         # A client that knows the session's id could have written the event id itself.
         try:
-            sequence, position, stream, final, *request = payload.decode(errors="surrogatepass").split("/", 4)
-            cursor = Cursor(stream, int(sequence, 16), int(position, 16), final=final == _FINAL)
+            sequence, position, stream, final, *request = payload.decode().split("/", 4)
             request_id = json.loads(request[0]) if request else None
-            check_texts(stream=stream)
+            cursor = Cursor(stream, int(sequence, 16), int(position, 16), request_id, final == _FINAL)
         except ValueError:
             return None
-        if not (0 <= cursor.sequence < _MAX_SEQUENCE and 0 <= cursor.position < _MAX_POSITION):
-            return None
-        if cursor.standalone != (request_id is None):
-            return None
-        if request_id is not None and (isinstance(request_id, bool) or not isinstance(request_id, int | str)):
-            return None
-        return cursor._replace(request_id=request_id)
+        # Not written otherwise, as with leading zeros.
+        return cursor if _is_ours(cursor) and self.write(cursor) == event_id else None
 
     def _tag(self, payload: bytes) -> bytes:
         tag = self._empty_tag.copy()
@@ -119,9 +113,25 @@ class EventIds:
         return tag.digest()
 
 
+def _is_ours(cursor: Cursor) -> bool:
+    """Return whether a server gives event ids of this place, if there is an event."""
+    if not (0 <= cursor.sequence < _MAX_SEQUENCE and 0 <= cursor.position < _MAX_POSITION):
+        return False
+    if cursor.standalone:
+        # Its priming event is stored, and it is never answered.
+        return cursor.request_id is None and cursor.sequence > 0 and not cursor.final
+    if not CALL_STREAM.fullmatch(cursor.stream):
+        return False
+    request_id = cursor.request_id
+    return isinstance(request_id, int | str) and not isinstance(request_id, bool) and fits(request_id)
+
+
 def fits(request_id: RequestId) -> bool:
-    """Return whether an event id has room for a request id, without which a lost call could not be ended."""
-    return len(_as_json(request_id).encode(errors="surrogatepass")) <= MAX_REQUEST_ID
+    """Return whether an event id can hold a request id, without which a lost call could not be ended."""
+    try:
+        return len(_as_json(request_id).encode()) <= MAX_REQUEST_ID
+    except UnicodeEncodeError:
+        return False  # a lone surrogate, which no message to the client can hold either
 
 
 _encode: Final = json.JSONEncoder(ensure_ascii=False).encode

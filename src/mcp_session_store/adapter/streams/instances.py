@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from mcp_session_store.adapter.streams.calls import INSTANCE_NAME
 from mcp_session_store.records import instance_name
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class Instances:
         Args:
             names: Names of other instances.
         """
-        beats = await self._log.last_beats(names)
+        # A log refuses all of them for one name that no instance can have, such as one with a NUL.
+        beats = await self._log.last_beats([name for name in names if INSTANCE_NAME.fullmatch(name)])
         # After an outage of the database no heartbeat is young, and all instances run. A stopped one has none.
         is_certain = anyio.current_time() - self.reliable_since > self._dead_after.total_seconds()
         return [name for name in names if name not in beats or (is_certain and beats[name] > self._dead_after)]
