@@ -7,6 +7,7 @@ __all__ = [
     "EventTooLarge",
     "InvalidValue",
     "JournalFull",
+    "RecordUnreadable",
     "RestoreRefused",
     "SchemaAhead",
     "SchemaBehind",
@@ -63,6 +64,23 @@ class SessionLimitReached(SessionStoreError):
 
 class JournalFull(SessionStoreError):
     """A call cannot be journaled because the session's journal is full."""
+
+
+class RecordUnreadable(SessionStoreError):
+    """What is stored of a session cannot be read, as after a change by hand, or in a file that is damaged.
+
+    The message names columns, and never what they hold. Over HTTP this is a 404.
+
+    Args:
+        message: Which columns.
+        digest: Digest of the session's principal; `None` for a session without one.
+        digest_known: Whether the digest could be read.
+    """
+
+    def __init__(self, message: str, *, digest: bytes | None = None, digest_known: bool = False) -> None:
+        super().__init__(message)
+        self.digest = digest
+        self.digest_known = digest_known
 
 
 class EventTooLarge(SessionStoreError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
@@ -36,6 +37,7 @@ __all__ = [
     "SessionStore",
     "Store",
     "checked_namespace",
+    "read_params",
 ]
 
 DEFAULT_NAMESPACE: Final = "default"
@@ -66,6 +68,22 @@ def checked_namespace(namespace: str) -> str:
     raise ConfigurationError(
         f"namespace={namespace!r} must be a text that is not empty, without NUL or lone surrogates"
     )
+
+
+def read_params(text: object) -> dict[str, Any] | None:
+    """Return the stored params of a message: a JSON object, or `None` for a message without params.
+
+    Raises:
+        ValueError: The text holds neither. The error does not quote it.
+    """
+    try:
+        params = json.loads(text) if isinstance(text, str) else ""
+    except (ValueError, RecursionError):
+        params = ""
+    if params is None or isinstance(params, dict):
+        return params
+    # Not raised from here: the error of the decoder would hold the text.
+    raise ValueError("the params are no JSON object")
 
 
 class Store(ABC):
@@ -117,6 +135,8 @@ class SessionStore(Store):
       repeat the call; `StoreBusy` when it cannot take the call now, such as when too many wait; `StoreClosed` after
       `aclose`; `SchemaError` when the stored schema does not fit. The call may or may not have taken effect. Each
       call is idempotent, so that it may be repeated.
+    * Unreadable: `RecordUnreadable` where what is stored of the session cannot be read, as after a change by hand. So
+      do `load`, `claim` and `read_journal`. No other session is affected, and no other method fails for it.
     * Cancellation: as failure. A cancelled call disturbs no other call.
     * Values: `InvalidValue` when a text to be stored holds a NUL or a lone surrogate (`check_texts` of
       `mcp_session_store.records` finds them), or when the store refuses a value for a reason of its own, such as its

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.commands import UNREACHABLE
 from tests.support.postgres import execute
+from tests.support.rows import insert_rows, session_row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,3 +86,23 @@ def test_wrong_usage_is_told_from_failure_by_its_exit_code(
 def test_the_help_tells_the_exit_codes_and_the_environment_variables(invoke: InvokeFunction) -> None:
     assert "Exit codes" in invoke("--help").stdout
     assert "MCP_SESSION_STORE_URL" in invoke("upgrade", "--help").stdout
+
+
+def test_a_check_of_the_rows_finds_those_that_cannot_be_read(command: CommandFunction, database_url: str) -> None:
+    good, bad = session_row(), session_row(initialize_params='["s3cret"]', namespace="one")
+    asyncio.run(insert_rows(database_url, [good, bad, session_row(ended=timedelta(hours=1))]))
+    done = command("check", "--rows", "--url", database_url)
+    assert done.returncode == 1
+    header, line = done.stdout.splitlines()
+    assert header.split()[:4] == ["TABLE", "KEY", "NAMESPACE", "STATE"]
+    assert line.split() == ["mcp_session", str(bad["key"]), "one", "live", "initialize_params"]
+    assert "mcp-session-store sessions end KEY" in done.stderr
+    as_json = command("check", "--rows", "--json", "--url", database_url)
+    assert as_json.returncode == 1
+    (row,) = json.loads(as_json.stdout)["unreadable"]
+    assert (row["key"], row["columns"]) == (str(bad["key"]), ["initialize_params"])
+    assert "s3cret" not in done.stdout + done.stderr + as_json.stdout + as_json.stderr
+    # What it says to do helps.
+    assert command("sessions", "end", str(bad["key"]), "--namespace", "one", "--url", database_url).returncode == 0
+    done = command("check", "--rows", "--url", database_url)
+    assert (done.returncode, done.stdout) == (0, "the schema fits, and all rows can be read\n")

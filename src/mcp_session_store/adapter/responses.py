@@ -10,7 +10,7 @@ from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, JSONRPCError
 from starlette.responses import Response
 
 from mcp_session_store.adapter import telemetry
-from mcp_session_store.errors import SchemaError, SessionLimitReached, SessionStoreError
+from mcp_session_store.errors import RecordUnreadable, SchemaError, SessionLimitReached, SessionStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 SESSION_ENDED: Final = "Session ended"
 """Message of the JSON-RPC error for the calls that were in flight when their session ended."""
+
+MAX_REPORTED: Final = 1000
+"""Number of sessions that cannot be read after which they are logged again."""
 
 _RETRY_AFTER: Final = {"retry-after": "2"}
 """Seconds that `Retry-After` (RFC 9110, section 10.2.3) asks for."""
@@ -122,6 +125,8 @@ _BY_ERROR: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     (SessionNotFound, SESSION_NOT_FOUND),
     (MemoryFull, TOO_MANY_SESSIONS),
     (SessionLimitReached, TOO_MANY_SESSIONS),
+    # As an unknown session: the client can begin anew, and trying again would not help.
+    (RecordUnreadable, SESSION_NOT_FOUND),
     # The store, the schema, or a bug of ours: the session is as it was, and the client may try again.
     (Exception, UNAVAILABLE),
 )
@@ -143,9 +148,31 @@ def refuse(error: Exception, session: UUID) -> Answer:
     telemetry.refused.add(1, {"reason": answer.reason})
     if isinstance(error, SessionLimitReached):
         logger.warning("the new session %s is refused: %s", session, error)
+    elif isinstance(error, RecordUnreadable):
+        _report_unreadable(error, session)
     elif answer is UNAVAILABLE:
         log_unavailable(error, session)
     return answer
+
+
+_reported: Final[set[UUID]] = set()
+"""Keys of the sessions that cannot be read, and were logged by this process."""
+
+
+def _report_unreadable(error: RecordUnreadable, session: UUID) -> None:
+    """Count a request for a session that cannot be read, and log the first one."""
+    telemetry.unreadable.add(1)
+    if session in _reported:
+        return
+    if len(_reported) >= MAX_REPORTED:
+        _reported.clear()
+    _reported.add(session)
+    logger.error(
+        "the session %s is answered as unknown, because its record cannot be read (%s); mcp-session-store check --rows "
+        "lists all such rows",
+        session,
+        error,
+    )
 
 
 def log_unavailable(error: Exception, session: UUID) -> None:

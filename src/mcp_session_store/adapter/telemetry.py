@@ -15,6 +15,7 @@ __all__ = [
     "removed_events",
     "restored",
     "resumed",
+    "unreadable",
 ]
 
 _meter = metrics.get_meter("mcp_session_store")
@@ -25,6 +26,9 @@ ended = _meter.create_counter("mcp_session_store.sessions.ended", description="S
 evicted = _meter.create_counter("mcp_session_store.sessions.evicted", description="Copies that left memory")
 purged = _meter.create_counter("mcp_session_store.sessions.purged", description="Ended sessions removed for good")
 refused = _meter.create_counter("mcp_session_store.requests.refused", description="Requests refused, by reason")
+unreadable = _meter.create_counter(
+    "mcp_session_store.records.unreadable", description="Requests for sessions whose record cannot be read"
+)
 events = _meter.create_counter("mcp_session_store.events", description="Events of streams, by what became of them")
 removed_events = _meter.create_counter("mcp_session_store.events.removed", description="Events that were swept")
 resumed = _meter.create_counter("mcp_session_store.streams.resumed", description="Streams resumed, by how it ended")

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Final
+
 import click
 
-from mcp_session_store.cli.options import run, schema_option, url_option
+from mcp_session_store.cli.options import Failure, json_option, run, schema_option, url_option
+from mcp_session_store.cli.output import Column, cell, number, plural, print_json, print_table, stdout
+from mcp_session_store.cli.target import tables_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mcp_session_store.cli.target import Target
+    from mcp_session_store.sql.admin.rows import UnreadableRow
 
 # Alembic is imported by the commands that need it.
 
@@ -67,14 +78,51 @@ def current(url: str, schema: str | None) -> None:
 
 
 @click.command()
-@url_option
-@schema_option
-def check(url: str, schema: str | None) -> None:
-    """Check that the database's schema fits this version of the package.
+@tables_options
+@click.option(
+    "--rows",
+    is_flag=True,
+    help="Read all stored sessions, too, of all namespaces, and list the rows that cannot be read; not the events.",
+)
+@json_option
+def check(target: Target, *, rows: bool, as_json: bool) -> None:
+    """Check that the database's schema fits this version of the package; with --rows, that its rows can be read.
 
-    Exit code 1, with the command to run, when it does not.
+    Exit code 1, with what to do, when it does not, or when a row cannot be read. A session whose row cannot be read, as
+    after a change by hand or in a damaged file, is answered as an unknown one, and concerns no other.
     """
     from mcp_session_store.sql.schema import migrate
 
-    run(migrate.check(url, schema=schema))
-    click.echo("the schema fits")
+    if as_json and not rows:
+        raise click.UsageError("--json goes with --rows")
+    run(migrate.check(target.url, schema=target.schema))
+    if not rows:
+        click.echo("the schema fits")
+        return
+
+    async def read() -> list[UnreadableRow]:
+        async with target.row_check() as check:
+            return await check.unreadable()
+
+    found = run(read())
+    if as_json:
+        print_json({"unreadable": [asdict(row) for row in found]})
+    elif found:
+        columns = [Column(title=title, width=width) for title, width in _ROW_COLUMNS.items()]
+        print_table(stdout(), columns, [_row_cells(row) for row in found])
+    else:
+        click.echo("the schema fits, and all rows can be read")
+    if found:
+        raise Failure(
+            f"{number(len(found))} {plural('row', len(found))} cannot be read. Repair them in the database; or end a "
+            "live session with: mcp-session-store sessions end KEY --namespace NAMESPACE. A row without a key can only "
+            "be deleted in the database"
+        )
+
+
+_ROW_COLUMNS: Final = {"TABLE": 20, "KEY": 36, "NAMESPACE": 12, "STATE": 5, "CANNOT BE READ": 20}
+
+
+def _row_cells(row: UnreadableRow) -> list[RenderableType]:
+    state = "live" if row.live else ""
+    return [cell(text) for text in (row.table, str(row.key or ""), row.namespace or "", state, ", ".join(row.columns))]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
     from mcp_session_store.sql.admin.events import EventDirectory
     from mcp_session_store.sql.admin.partitions import EventPartitions
+    from mcp_session_store.sql.admin.rows import RowCheck
     from mcp_session_store.sql.admin.sessions import SessionDirectory
 
 __all__ = ["Target", "target_options", "tables_options"]
@@ -61,6 +62,13 @@ class Target:
         from mcp_session_store.sql.admin.partitions import EventPartitions
 
         return EventPartitions(self.url, schema=self.schema, timeout=self.timeout)
+
+    def row_check(self) -> RowCheck:
+        """Return what finds rows that cannot be read, in all namespaces."""
+        from mcp_session_store.sql.admin.rows import RowCheck
+
+        self._refuse_absent()
+        return RowCheck(self.url, schema=self.schema, timeout=self.timeout)
 
     def store(self, retention: RetentionPolicy | None = None) -> SqlSessionStore:
         """Return what changes the sessions.

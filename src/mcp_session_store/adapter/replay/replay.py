@@ -15,6 +15,8 @@ from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.replay.context import ReplayedContext, in_context, next_request_id
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.responses import RestoreFailed, SessionNotFound
+from mcp_session_store.errors import RecordUnreadable
+from mcp_session_store.store import read_params
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -70,6 +72,7 @@ class Replay:
 
     _runner: ServerRunner[Any]
     _handlers: TaskGroup
+    _journaled: list[tuple[JournalEntry, dict[str, Any] | None]]
 
     def __init__(
         self,
@@ -105,8 +108,15 @@ class Replay:
         """
         self._runner = runner
         self._handlers = handlers
-        params = self._record.initialize_params
-        call = runner.on_request(self._request("initialize", params), "initialize", json.loads(params))
+        text = self._record.initialize_params
+        try:
+            params = read_params(text)
+            self._journaled = [(entry, read_params(entry.params)) for entry in self._journal]
+        except ValueError as error:
+            return self._refuse_unreadable(str(error))
+        if params is None:
+            return self._refuse_unreadable("initialize has no params")
+        call = runner.on_request(self._request("initialize", text), "initialize", params)
         try:
             answer = await in_context(self._context.copy(), call)
         except Exception as error:
@@ -123,6 +133,10 @@ class Replay:
         # The record stays: in a rolling deploy other instances still serve the session.
         logger.warning("the session %s cannot be restored by this instance: %s", self._record.key, reason)
         self._on_failure(SessionNotFound())
+        return False
+
+    def _refuse_unreadable(self, reason: str) -> bool:
+        self._on_failure(RecordUnreadable(reason))
         return False
 
     async def finish(self) -> bool:
@@ -151,9 +165,9 @@ class Replay:
     async def _replay_journal(self) -> None:
         deadline = anyio.current_time() + self._timeout
         slow = False
-        for entry in self._journal:
+        for entry, params in self._journaled:
             answered = Latch()
-            self._start(self._call, entry, answered)
+            self._start(self._call, entry, params, answered)
             with anyio.move_on_after(deadline - anyio.current_time()):
                 await answered.wait()
             if not answered.is_set() and not slow:
@@ -178,10 +192,10 @@ class Replay:
             self._copy.finished(None)
             self._handler_done.set()
 
-    async def _call(self, entry: JournalEntry, answered: Latch) -> None:
+    async def _call(self, entry: JournalEntry, params: dict[str, Any] | None, answered: Latch) -> None:
         context = self._request(entry.method, entry.params)
         try:
-            await self._runner.on_request(context, entry.method, json.loads(entry.params))
+            await self._runner.on_request(context, entry.method, params)
         except Exception as error:
             _log_crash(entry.method, error)
             logger.warning(

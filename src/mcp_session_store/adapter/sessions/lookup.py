@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mcp_session_store.adapter.responses import SessionNotFound
+from mcp_session_store.errors import RecordUnreadable
 from mcp_session_store.records import Principal, session_key
 
 if TYPE_CHECKING:
@@ -37,10 +38,17 @@ class Lookup:
 
         Raises:
             SessionNotFound: There is no such session for this principal.
+            RecordUnreadable: The record of the session cannot be read, and may be this principal's.
             SessionStoreError: The store did not answer.
         """
-        record = await self._store.load(session_key(session_id))
-        if record is None or record.principal != principal_of(requestor):
+        principal = principal_of(requestor)
+        try:
+            record = await self._store.load(session_key(session_id))
+        except RecordUnreadable as error:
+            if error.digest_known and error.digest != (None if principal is None else principal.digest):
+                raise SessionNotFound from None
+            raise
+        if record is None or record.principal != principal:
             raise SessionNotFound
         return record
 

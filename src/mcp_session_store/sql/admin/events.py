@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 import sqlalchemy as sa
 
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.settings import OPERATOR_TIMEOUT
 from mcp_session_store.sql.admin.reader import NO_CURSOR, Reader, decode_cursor, encode_cursor
-from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength
+from mcp_session_store.sql.admin.session_list import LATEST, readable
+from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength, driver_value
 from mcp_session_store.sql.dialects.partitions import Partition, PartitionedTable
 from mcp_session_store.sql.events.trim import remaining_columns
 from mcp_session_store.sql.schema.tables import events_table, instances_table, logs_table
@@ -19,7 +21,6 @@ from mcp_session_store.store import DEFAULT_NAMESPACE
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
-    from uuid import UUID
 
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -162,9 +163,13 @@ class EventDirectory(Reader):
 
         async def read(connection: AsyncConnection, now: datetime) -> LogPage:
             rows = (await connection.execute(self.page_statement(limit=limit + 1, after=position))).all()
-            more = len(rows) > limit
-            cursor = encode_cursor(_LOGS, (rows[limit - 1].noted_at, rows[limit - 1].key)) if more else None
-            return LogPage(logs=[self._stored(row) for row in rows[:limit]], as_of=now, next=cursor)
+            cursor = None
+            if len(rows) > limit:
+                last = rows[limit - 1]
+                at = last.noted_at or LATEST, self.database.dialect.key(last.key) or UUID(int=0)
+                cursor = encode_cursor(_LOGS, at)
+            stored = (self._stored(row) for row in rows[:limit])
+            return LogPage(logs=[log for log in stored if log], as_of=now, next=cursor)
 
         return await self.read(read)
 
@@ -213,12 +218,12 @@ class EventDirectory(Reader):
         async def read(connection: AsyncConnection, now: datetime) -> LogDetails | None:
             of_key = self._select().where(self._logs.c.key == key, self._logs.c.namespace == self._namespace)
             log = (await connection.execute(of_key)).one_or_none()
-            if log is None:
+            if log is None or (stored := self._stored(log)) is None:
                 return None
-            events = [LoggedEvent(**row) for row in (await connection.execute(statement)).mappings()]
+            events = [_logged(row) for row in (await connection.execute(statement)).mappings()]
             more = len(events) > limit
             return LogDetails(
-                log=self._stored(log),
+                log=stored,
                 events=events[:limit],
                 as_of=now,
                 next=events[limit - 1].sequence if more else None,
@@ -286,11 +291,16 @@ class EventDirectory(Reader):
     def _select(self) -> sa.Select[Any]:
         c = self._logs.c
         left = [value.label(f"left_{name}") for name, value in remaining_columns(self._logs, self._events).items()]
-        return sa.select(c.key, c.sequence, c.total_bytes, c.oldest_at.label("noted_at"), *left)
+        return sa.select(driver_value(c.key), c.sequence, c.total_bytes, c.oldest_at.label("noted_at"), *left)
 
-    def _stored(self, row: Any) -> StoredLog:
+    def _stored(self, row: Any) -> StoredLog | None:
+        """Return the log in a row; `None` for one that cannot be read."""
+        counts = row.sequence, row.total_bytes, row.left_trimmed, row.left_trimmed_bytes
+        key = self.database.dialect.key(row.key)
+        if key is None or not all(isinstance(count, int) for count in counts):
+            return None
         return StoredLog(
-            key=row.key,
+            key=key,
             namespace=self._namespace,
             events=row.sequence - row.left_trimmed,
             bytes=row.total_bytes - row.left_trimmed_bytes,
@@ -298,3 +308,9 @@ class EventDirectory(Reader):
             last=row.sequence,
             oldest_at=row.left_oldest_at,
         )
+
+
+def _logged(row: Any) -> LoggedEvent:
+    """Return the event in a row; a text that cannot be read is left out."""
+    message = None if row["message"] is None else readable(row["message"]) or None
+    return LoggedEvent(**{**row, "message": message, "stream": readable(row["stream"]), "kind": readable(row["kind"])})

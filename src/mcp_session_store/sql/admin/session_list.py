@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 import sqlalchemy as sa
 
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.records import Principal
 from mcp_session_store.sql.admin.reader import NO_CURSOR, Position, decode_cursor, encode_cursor
-from mcp_session_store.sql.dialects.functions import EPOCH, MOMENT
+from mcp_session_store.sql.dialects.functions import EPOCH, MOMENT, driver_value
+from mcp_session_store.sql.sessions.decoding import is_readable_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime, timedelta
-    from uuid import UUID
+    from datetime import timedelta
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
@@ -25,10 +27,13 @@ __all__ = [
     "SessionList",
     "SessionState",
     "StoredSession",
-    "session_cursor",
+    "readable",
     "session_position",
-    "stored_session",
 ]
+
+
+LATEST: Final = datetime(9999, 1, 1, tzinfo=UTC)
+"""Position of a row whose time cannot be read."""
 
 
 class SessionState(StrEnum):
@@ -83,8 +88,9 @@ class StoredSession:
     principal: Principal | None
     instance_hint: str
     """Instance that last created or restored the session."""
-    created_at: datetime
-    last_seen_at: datetime
+    created_at: datetime | None
+    """When it was opened. As of all values, `None` or empty where it cannot be read."""
+    last_seen_at: datetime | None
     expires_at: datetime | None
     ended_at: datetime | None
     end_reason: str | None
@@ -107,11 +113,11 @@ class SessionList:
         self._table = sessions
         self._namespace = namespace
 
-    def columns(self) -> Sequence[sa.Column[Any]]:
-        """Return the columns in the order that `stored_session` expects."""
+    def columns(self) -> Sequence[sa.ColumnElement[Any]]:
+        """Return the columns that `stored` expects."""
         c = self._table.c
         return (
-            c.key,
+            driver_value(c.key),
             c.protocol_version,
             c.client_name,
             c.client_version,
@@ -194,6 +200,49 @@ class SessionList:
         expired = which.state is SessionState.EXPIRED
         return [*conditions, self._dialect.unlikely(end) if expired else end]
 
+    def stored(self, row: Any, now: datetime) -> StoredSession | None:
+        """Return the session in a row with these columns, in its state at a moment; `None` without a readable key."""
+        if (key := self._dialect.key(row.key)) is None:
+            return None
+        expired = row.expires_at is not None and row.expires_at <= now
+        return StoredSession(
+            key=key,
+            state=SessionState.ENDED if row.ended_at else SessionState.EXPIRED if expired else SessionState.LIVE,
+            protocol_version=readable(row.protocol_version),
+            client_name=readable(row.client_name),
+            client_version=readable(row.client_version),
+            principal=_principal(row.principal_digest, row.principal_display),
+            instance_hint=readable(row.instance_hint),
+            created_at=row.created_at,
+            last_seen_at=row.last_seen_at,
+            expires_at=row.expires_at,
+            ended_at=row.ended_at,
+            end_reason=None if row.end_reason is None else readable(row.end_reason),
+            restores=row.restores,
+            revision=row.revision,
+        )
+
+    def cursor(self, state: SessionState, row: Any) -> str:
+        """Return the cursor of the page after a row with these columns."""
+        *moments, _ = (getattr(row, column.name) for column in _position_columns(self._table, state))
+        # What cannot be read is passed over: SQLite has a text before all numbers in a list from high to low.
+        position = (*(moment or LATEST for moment in moments), self._dialect.key(row.key) or UUID(int=0))
+        return encode_cursor(state.value, position)
+
+
+def readable(text: object) -> str:
+    """Return a stored text; an empty one for what cannot be read."""
+    return text if isinstance(text, str) and is_readable_text(text) else ""
+
+
+def _principal(digest: object, display: object) -> Principal | None:
+    if digest is None:
+        return None
+    try:
+        return Principal(digest=bytes.fromhex(readable(digest)), display=readable(display))
+    except ValueError:
+        return Principal(digest=b"", display=readable(display))
+
 
 def _position_columns(table: sa.Table, state: SessionState) -> Sequence[sa.Column[Any]]:
     """Return the columns that the list of a state is ordered by; ages count from the first."""
@@ -204,22 +253,6 @@ def _position_columns(table: sa.Table, state: SessionState) -> Sequence[sa.Colum
             return table.c.expires_at, table.c.key
         case SessionState.ENDED:
             return table.c.ended_at, table.c.created_at, table.c.key
-
-
-def _position(state: SessionState, session: StoredSession) -> Sequence[Any]:
-    """Return the values of `_position_columns`."""
-    match state:
-        case SessionState.LIVE:
-            return session.created_at, session.key
-        case SessionState.EXPIRED:
-            return session.expires_at, session.key
-        case SessionState.ENDED:
-            return session.ended_at, session.created_at, session.key
-
-
-def session_cursor(state: SessionState, session: StoredSession) -> str:
-    """Return the cursor of the page after a session."""
-    return encode_cursor(state.value, tuple(_position(state, session)))
 
 
 def session_position(cursor: str, state: SessionState) -> Position:
@@ -244,25 +277,3 @@ def _before(now: datetime, age: timedelta) -> datetime:
         return max(now - age, EPOCH)
     except OverflowError:
         return EPOCH
-
-
-def stored_session(row: Any, now: datetime) -> StoredSession:
-    """Return the session in a row with the columns of `SessionList`, in its state at a moment."""
-    digest, display = row.principal_digest, row.principal_display
-    expired = row.expires_at is not None and row.expires_at <= now
-    return StoredSession(
-        key=row.key,
-        state=SessionState.ENDED if row.ended_at else SessionState.EXPIRED if expired else SessionState.LIVE,
-        protocol_version=row.protocol_version,
-        client_name=row.client_name,
-        client_version=row.client_version,
-        principal=None if digest is None else Principal(digest=bytes.fromhex(digest), display=display),
-        instance_hint=row.instance_hint,
-        created_at=row.created_at,
-        last_seen_at=row.last_seen_at,
-        expires_at=row.expires_at,
-        ended_at=row.ended_at,
-        end_reason=row.end_reason,
-        restores=row.restores,
-        revision=row.revision,
-    )

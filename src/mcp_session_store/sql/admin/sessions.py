@@ -18,9 +18,8 @@ from mcp_session_store.sql.admin.session_list import (
     SessionList,
     SessionState,
     StoredSession,
-    session_cursor,
+    readable,
     session_position,
-    stored_session,
 )
 from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength, StoreClock
 from mcp_session_store.sql.schema.tables import journal_table, sessions_table
@@ -146,10 +145,9 @@ class SessionDirectory(Reader):
         async def read(connection: AsyncConnection, now: datetime) -> SessionPage:
             statement = self.lists.page_statement(which, now, limit=limit + 1, after=position)
             rows = (await connection.execute(statement)).all()
-            sessions = [stored_session(row, now) for row in rows]
-            more = len(sessions) > limit
-            cursor = session_cursor(which.state, sessions[limit - 1]) if more else None
-            return SessionPage(sessions=sessions[:limit], as_of=now, next=cursor)
+            cursor = self.lists.cursor(which.state, rows[limit - 1]) if len(rows) > limit else None
+            stored = (self.lists.stored(row, now) for row in rows[:limit])
+            return SessionPage(sessions=[session for session in stored if session], as_of=now, next=cursor)
 
         return await self.read(read)
 
@@ -171,7 +169,7 @@ class SessionDirectory(Reader):
                 table.c.key == key, table.c.namespace == self._namespace
             )
             row = (await connection.execute(statement)).one_or_none()
-            if row is None:
+            if row is None or (session := self.lists.stored(row, now)) is None:
                 return None
             entries = await connection.execute(
                 sa.select(journal.c.method, journal.c.subject, journal.c.params)
@@ -179,11 +177,12 @@ class SessionDirectory(Reader):
                 .order_by(journal.c.revision, journal.c.method, journal.c.subject)
             )
             return SessionDetails(
-                session=stored_session(row, now),
+                session=session,
                 as_of=now,
-                initialize_params=row.initialize_params,
+                initialize_params=readable(row.initialize_params),
                 journal=[
-                    JournalEntry(method=method, subject=subject, params=text) for method, subject, text in entries
+                    JournalEntry(method=readable(method), subject=readable(subject), params=readable(text))
+                    for method, subject, text in entries
                 ],
             )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
-    from datetime import timedelta
+    from datetime import datetime, timedelta
     from uuid import UUID
 
     import sqlalchemy as sa
@@ -172,8 +172,20 @@ class Dialect(ABC):
         """Return a session's key as the driver takes and returns it."""
 
     @abstractmethod
+    def key(self, value: object) -> UUID | None:
+        """Return a session's key from a value that the driver returned; `None` for one that is no key."""
+
+    @abstractmethod
+    def driver_moment(self, moment: datetime) -> object:
+        """Return a moment as the driver takes it."""
+
+    @abstractmethod
     def moments(self, values: Sequence[Any]) -> Sequence[Any]:
-        """Return moments as `datetime`s, from values that the driver returned; `None` stays `None`."""
+        """Return moments as `datetime`s, from values that the driver returned; `None` stays `None`.
+
+        Raises:
+            TypeError, OverflowError: A value is no moment.
+        """
 
     @abstractmethod
     def run(

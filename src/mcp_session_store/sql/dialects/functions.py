@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.type_api import TypeEngine
 
-__all__ = ["EPOCH", "MOMENT", "ONE", "After", "ArrivalClock", "ByteLength", "StoreClock", "Unindexed"]
+__all__ = ["EPOCH", "MOMENT", "ONE", "After", "ArrivalClock", "ByteLength", "StoreClock", "Unindexed", "driver_value"]
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -32,11 +32,19 @@ class _Milliseconds(sa.types.TypeDecorator[datetime]):
 
     @override
     def process_result_value(self, value: int | None, dialect: sa.Dialect) -> datetime | None:
-        return None if value is None else EPOCH + timedelta(milliseconds=value)
+        try:
+            return None if value is None else EPOCH + timedelta(milliseconds=value)
+        except (TypeError, OverflowError):
+            return None  # one row that cannot be read must not keep all others out of the operators' lists
 
 
 MOMENT: Final[TypeEngine[datetime]] = _Milliseconds().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")
 """Type of a moment on the database's clock; an aware `datetime` in Python."""
+
+
+def driver_value(column: sa.Column[Any]) -> sa.Label[Any]:
+    """Return a column whose values are left as the driver returns them, because they may not be of its type."""
+    return sa.type_coerce(column, sa.types.NullType()).label(column.name)
 
 
 class StoreClock(FunctionElement[datetime]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
@@ -20,8 +21,7 @@ from mcp_session_store.sql.dialects.private_names import CREATOR, check_compiler
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-    from datetime import timedelta
-    from uuid import UUID
+    from datetime import datetime, timedelta
 
     import asyncpg
     from sqlalchemy.engine import URL
@@ -314,6 +314,14 @@ class Postgres(Dialect):
     @override
     def driver_key(self, key: UUID) -> object:
         return key
+
+    @override
+    def key(self, value: object) -> UUID | None:
+        return value if isinstance(value, UUID) else None
+
+    @override
+    def driver_moment(self, moment: datetime) -> object:
+        return moment
 
     @override
     def moments(self, values: Sequence[Any]) -> Sequence[Any]:

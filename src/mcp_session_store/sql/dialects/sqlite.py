@@ -8,7 +8,8 @@ import json
 import logging
 import random
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID
@@ -120,6 +121,8 @@ def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
 
 
 def _one_after_the_other(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
+    # Set each time, because the connection may be of an engine that was given.
+    text_factory, connection.text_factory = connection.text_factory, _decode
     try:
         statement, parameters = next(steps)
         while True:
@@ -132,6 +135,15 @@ def _one_after_the_other(connection: sqlite3.Connection, steps: Steps[_T]) -> _T
     except StopIteration as done:
         result: _T = done.value
         return result
+    finally:
+        connection.text_factory = text_factory
+
+
+_decode: Final = partial(str, encoding="utf-8", errors="surrogateescape")
+"""Decodes a text that is not UTF-8, too, into one with lone surrogates, so that its row alone is refused.
+
+`sqlite3` itself refuses all rows of the statement, and its message holds the text.
+"""
 
 
 _MAY_BE_NUL: Final = "\\u0000"
@@ -199,6 +211,17 @@ class Sqlite(Dialect):
     @override
     def driver_key(self, key: UUID) -> object:
         return key.hex  # as sa.Uuid stores it where there is no such type
+
+    @override
+    def key(self, value: object) -> UUID | None:
+        try:
+            return UUID(hex=value) if isinstance(value, str) else None
+        except ValueError:
+            return None
+
+    @override
+    def driver_moment(self, moment: datetime) -> object:
+        return (moment - EPOCH) // timedelta(milliseconds=1)
 
     @override
     def moments(self, values: Sequence[Any]) -> Sequence[Any]:
@@ -271,6 +294,8 @@ class Sqlite(Dialect):
         cursor.execute("PRAGMA synchronous=NORMAL")
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
+        driver: Any = connection
+        driver.driver_connection.text_factory = _decode
 
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
@@ -313,9 +338,11 @@ class Sqlite(Dialect):
         deadline = time.monotonic() + timeout
         # A statement runs in a thread and cannot be interrupted from outside; it checks the time now and then.
         await driver.set_progress_handler(lambda: time.monotonic() > deadline, _STEPS_BETWEEN_CHECKS)
+        text_factory, driver.text_factory = driver.text_factory, _decode
         await connection.exec_driver_sql("BEGIN")
         yield
         await connection.exec_driver_sql("COMMIT")
+        driver.text_factory = text_factory
         await driver.set_progress_handler(None, 0)
 
     @override

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
 from mcp_session_store.records import EventKind, EventPage, StoredEvent
 from mcp_session_store.sql.dialects.functions import ONE, Unindexed
 from mcp_session_store.sql.schema.tables import events_table, logs_table
+from mcp_session_store.sql.sessions.decoding import is_readable_text
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -119,9 +120,13 @@ class EventReader:
                 # Events were removed between the two reads; the next page shows the gap.
                 return EventPage(events=events, more=True, first=first, last=last)
             first = oldest
-            found = [_stored_event(*row[3:]) for row in rows if row[3] is not None]
-            events += found[:wanted]
+            found = [row[3:] for row in rows if row[3] is not None]
+            events += [event for row in found[:wanted] if (event := _stored_event(*row)) is not None]
             more = is_full or len(found) > wanted
+            if more and found and not events:
+                # None can be read. A page must not be empty while there is more.
+                after, window = found[:wanted][-1][0], WINDOW * read.limit
+                continue
             over = after + window >= last
             if more or over or len(events) == read.limit:
                 return EventPage(events=events, more=more or not over, first=first, last=last)
@@ -129,5 +134,14 @@ class EventReader:
             after, window = after + window, 4 * window
 
 
-def _stored_event(sequence: int, position: int, previous: int, kind: str, message: str | None) -> StoredEvent:
-    return StoredEvent(sequence=sequence, position=position, previous=previous, kind=_KINDS[kind], message=message)
+def _stored_event(sequence: int, position: Any, previous: Any, kind: Any, message: str | None) -> StoredEvent | None:
+    """Return the event in a row; `None` for one that cannot be read, which its reader misses like one that was removed.
+
+    An event of a kind that only a newer version of this package knows is passed on like a notification.
+    """
+    if message is not None and not is_readable_text(message):
+        return None
+    if not isinstance(position, int) or not isinstance(previous, int):
+        return None
+    known = _KINDS.get(kind) or (EventKind.PRIMING if message is None else EventKind.NOTIFICATION)
+    return StoredEvent(sequence=sequence, position=position, previous=previous, kind=known, message=message)

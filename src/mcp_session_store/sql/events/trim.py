@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import sqlalchemy as sa
 
 from mcp_session_store.event_log import LEAST_EVENT_SWEEP
-from mcp_session_store.sql.dialects.functions import ONE, ByteLength, Unindexed
+from mcp_session_store.sql.dialects.functions import ONE, ByteLength, Unindexed, driver_value
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.transaction import transaction
 
@@ -91,7 +91,7 @@ class EventTrimming:
         self._due = (
             None
             if policy.max_age is None
-            else sa.select(logs.c.key)
+            else sa.select(driver_value(logs.c.key))
             .where(logs.c.namespace == name, logs.c.oldest_at <= too_old)
             .order_by(logs.c.oldest_at)
             .limit(sa.bindparam("limit", type_=sa.Integer, literal_execute=True))
@@ -150,7 +150,8 @@ class EventTrimming:
         """Return some sessions with events that are too old, at most `limit`."""
         if self._due is None:
             return []
-        return list((await attempt.connection.execute(self._due, {"limit": limit})).scalars())
+        found = (await attempt.connection.execute(self._due, {"limit": limit})).scalars()
+        return [key for value in found if (key := self._dialect.key(value)) is not None]
 
     def exceeded(self, kept: int, kept_bytes: int) -> bool:
         """Return whether a log with so many events and bytes has to be trimmed."""

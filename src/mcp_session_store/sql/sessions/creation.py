@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.records import EndReason, SessionRecord
-from mcp_session_store.sql.sessions.records import as_number
+from mcp_session_store.sql.sessions.records import Loaded, as_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,20 +64,22 @@ class Creation:
             refused[session.key]
             if session.key in refused
             else record
-            if (record := records.get(session.key)) is not None and _same(record, session)
+            if isinstance(record := records.get(session.key), SessionRecord) and _same(record, session)
             else None
             for session in sessions
         ]
 
     def _create(
         self, wanted: Sequence[NewSession], *, within_limits: bool
-    ) -> Steps[tuple[dict[UUID, SessionRecord], Mapping[UUID, SessionLimitReached]]]:
+    ) -> Steps[tuple[dict[UUID, Loaded], Mapping[UUID, SessionLimitReached]]]:
         """Create the sessions whose keys are free; return them and those that exist and are live, and the refusals."""
+        records: dict[UUID, Loaded] = {}
         refused: Mapping[UUID, SessionLimitReached] = {}
         if within_limits:
-            records, refused = yield from self._insert_within_limits(wanted)
+            created, refused = yield from self._insert_within_limits(wanted)
+            records |= created
         else:
-            records = yield from self._insert(wanted)
+            records |= yield from self._insert(wanted)
         if present := [new.key for new in wanted if new.key not in records and new.key not in refused]:
             records |= yield from self._records.load_live(present)
         return records, refused

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from mcp_session_store.errors import JournalFull
+from mcp_session_store.errors import JournalFull, RecordUnreadable
 from mcp_session_store.records import JournalEntry
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import journal_table, sessions_table
+from mcp_session_store.sql.sessions.decoding import is_readable_text
 from mcp_session_store.sql.sessions.statements import live, notify
 from mcp_session_store.store import MAX_JOURNAL_ENTRIES
 
@@ -114,14 +115,17 @@ class JournalStatements:
             yield self._insert, name | {"journal_params": write.params, "journal_revision": revision}
         return revision
 
-    async def read(self, attempt: Attempt, keys: Sequence[UUID]) -> list[list[JournalEntry]]:
+    async def read(self, attempt: Attempt, keys: Sequence[UUID]) -> list[list[JournalEntry] | RecordUnreadable]:
         """Return the entries of each live session, in the order in which they were last set."""
         return await self._dialect.run(attempt.connection, self._read(keys), writes=False)
 
-    def _read(self, keys: Sequence[UUID]) -> Steps[list[list[JournalEntry]]]:
-        journals = []
+    def _read(self, keys: Sequence[UUID]) -> Steps[list[list[JournalEntry] | RecordUnreadable]]:
+        journals: list[list[JournalEntry] | RecordUnreadable] = []
         for key in keys:
             rows = yield self._select, {"journal_key": self._dialect.driver_key(key)}
+            if not all(is_readable_text(text) for row in rows for text in row):
+                journals.append(RecordUnreadable("an entry of the journal"))
+                continue
             journals.append(
                 [JournalEntry(method=method, subject=subject, params=params) for method, subject, params in rows]
             )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from mcp_session_store.records import Change, Changes, EndReason, Principal, SessionRecord
+from mcp_session_store.errors import RecordUnreadable
+from mcp_session_store.records import Change, Changes, SessionRecord
+from mcp_session_store.sql.sessions.decoding import end_reason, read_record
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.dialects.dialect import Dialect
     from mcp_session_store.sql.sessions.statements import SessionStatements
 
-__all__ = ["Claim", "Records", "Touch", "as_number"]
+__all__ = ["Claim", "Loaded", "Records", "Touch", "as_number"]
+
+Loaded: TypeAlias = SessionRecord | RecordUnreadable
+"""Record of a live session, or why it cannot be read."""
 
 as_number: Final = attrgetter("int")
 """Sorts keys as the databases do, without a comparison in Python for each pair."""
@@ -62,25 +67,25 @@ class Records:
         self._dialect = dialect
         self._overlap = overlap
 
-    async def load(self, attempt: Attempt, keys: Sequence[UUID]) -> list[SessionRecord | None]:
+    async def load(self, attempt: Attempt, keys: Sequence[UUID]) -> list[Loaded | None]:
         """Return the record of each live session, and `None` for any other."""
         records = await self._dialect.run(attempt.connection, self.load_live(set(keys)), writes=False)
         return [records.get(key) for key in keys]
 
-    def load_live(self, keys: Collection[UUID]) -> Steps[dict[UUID, SessionRecord]]:
+    def load_live(self, keys: Collection[UUID]) -> Steps[dict[UUID, Loaded]]:
         """Return the records of the sessions that are live, by key."""
         sql = self.statements
         by_driver_key = {self._dialect.driver_key(key): key for key in keys}
         rows = yield sql.load, sql.loads.parameters([(key,) for key in by_driver_key])
         return self._records(by_driver_key, rows)
 
-    async def claim(self, attempt: Attempt, claims: Sequence[Claim]) -> list[SessionRecord | None]:
+    async def claim(self, attempt: Attempt, claims: Sequence[Claim]) -> list[Loaded | None]:
         """Claim sessions, and return the record of each as it then is; `None` where it is not live."""
         return await self._dialect.run(attempt.connection, self._claim(claims), writes=True)
 
-    def _claim(self, claims: Sequence[Claim]) -> Steps[list[SessionRecord | None]]:
+    def _claim(self, claims: Sequence[Claim]) -> Steps[list[Loaded | None]]:
         sql = self.statements
-        results: dict[int, SessionRecord | None] = {}
+        results: dict[int, Loaded | None] = {}
         remaining = dict(enumerate(claims))
         while remaining:
             # One round for each claim of a session, because a statement changes a row once and each claim counts.
@@ -128,66 +133,29 @@ class Records:
 
     async def changes(self, attempt: Attempt, polls: Sequence[datetime | None]) -> list[Changes]:
         """Return the changes since each moment; for `None` only the moment to go on from."""
-        return [await self._changes(attempt, since) for since in polls]
+        run, connection = self._dialect.run, attempt.connection
+        return [await run(connection, self._changes(since), writes=False) for since in polls]
 
-    async def _changes(self, attempt: Attempt, since: datetime | None) -> Changes:
+    def _changes(self, since: datetime | None) -> Steps[Changes]:
         sql = self.statements
         if since is None:
-            return Changes([], until=(await attempt.connection.execute(sql.until)).scalar_one())
-        rows = (await attempt.connection.execute(sql.changes, {"changed_since": since - self._overlap})).all()
+            ((until,),) = yield sql.until, {}
+            return Changes([], until=self._dialect.moments([until])[0])
+        rows = yield sql.changes, {"changed_since": self._dialect.driver_moment(since - self._overlap)}
         changes = [
-            Change(key=key, revision=revision, ended=None if reason is None else _end_reason(reason))
-            for _, key, revision, reason in rows
-            if key is not None
+            Change(key=key, revision=revision, ended=None if reason is None else end_reason(reason))
+            for _, driver_key, revision, reason in rows
+            # A row whose key or revision cannot be read is of no session that is served.
+            if (key := self._dialect.key(driver_key)) is not None and isinstance(revision, int)
         ]
-        return Changes(changes, until=rows[0].until)
+        return Changes(changes, until=self._dialect.moments([rows[0][0]])[0])
 
-    def _records(self, keys: Mapping[object, UUID], rows: Rows) -> dict[UUID, SessionRecord]:
-        """Return the records in rows with the columns that `SessionStatements` selects, by key.
+    def _records(self, keys: Mapping[object, UUID], rows: Rows) -> dict[UUID, Loaded]:
+        """Return what can be read of rows with the columns that `SessionStatements` selects, by key.
 
         Args:
             keys: The keys of the sessions, by the driver's.
             rows: The rows, as the driver returned them.
         """
-        records = {}
-        for (
-            driver_key,
-            namespace,
-            initialize_params,
-            protocol_version,
-            client_name,
-            client_version,
-            digest,
-            display,
-            instance_hint,
-            restores,
-            revision,
-            *moments,
-        ) in rows:
-            key = keys[driver_key]
-            created_at, last_seen_at, expires_at, loaded_at = self._dialect.moments(moments)
-            records[key] = SessionRecord(
-                key=key,
-                namespace=namespace,
-                initialize_params=initialize_params,
-                protocol_version=protocol_version,
-                client_name=client_name,
-                client_version=client_version,
-                principal=None if digest is None else Principal(digest=bytes.fromhex(digest), display=display),
-                instance_hint=instance_hint,
-                created_at=created_at,
-                last_seen_at=last_seen_at,
-                expires_at=expires_at,
-                restores=restores,
-                revision=revision,
-                loaded_at=loaded_at,
-            )
-        return records
-
-
-def _end_reason(stored: str) -> EndReason:
-    try:
-        return EndReason(stored)
-    except ValueError:
-        # A newer version of this package may know more reasons, and runs beside this one during a deploy.
-        return EndReason.OPERATOR
+        columns = self.statements.record
+        return {key: read_record(self._dialect, columns, key, row) for row in rows if (key := keys[row[0]])}

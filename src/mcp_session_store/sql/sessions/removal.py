@@ -120,6 +120,8 @@ class SessionRemoval:
             ended: The driver's keys and revisions of the sessions. Only one whose revision is above 0 can have a
                 journal.
         """
+        # Under a key that cannot be read there is nothing else.
+        ended = [(key, revision) for key, revision in ended if self._dialect.key(key) is not None]
         if not ended:
             return
         if with_journal := [key for key, revision in ended if revision]:

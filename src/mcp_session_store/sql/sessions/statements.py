@@ -114,11 +114,13 @@ class SessionStatements:
         self._namespace = sa.literal(namespace, sa.Text)
         table = self._table = sessions_table(schema)
 
+        self.record: Final = self._record()
+        """Columns of a record, in the order that `read_record` expects."""
         self.creates = dialect.batch("created", {column: table.c[column].type for column in _CREATED})
         self.create = dialect.precompiled(self._creation())
         self.loads = dialect.batch("loaded", _KEY)
         self.load = dialect.precompiled(
-            sa.select(*self._record(loaded_at=StoreClock())).where(
+            sa.select(*self.record, StoreClock().label("loaded_at")).where(
                 self.loads.in_batch(table.c.key), self._live(StoreClock())
             )
         )
@@ -136,8 +138,8 @@ class SessionStatements:
             },
         )
         self.touch = dialect.precompiled(self._touch())
-        self.until = sa.select(StoreClock())
-        self.changes = self._changes()
+        self.until = dialect.precompiled(sa.select(StoreClock()))
+        self.changes = dialect.precompiled(self._changes())
 
     def _creation(self) -> ReturningInsert[Any]:
         table, now = self._table, StoreClock()
@@ -153,8 +155,7 @@ class SessionStatements:
         insert = self._dialect.insert_if_absent(table, list(values), sa.select(*values.values()))
         return insert.returning(table.c.key, table.c.created_at, table.c.last_seen_at, table.c.expires_at)
 
-    def _record(self, *, loaded_at: sa.ColumnElement[Any] | None = None) -> tuple[sa.ColumnElement[Any], ...]:
-        """Return the columns of a record, in the order that `_records` in `records` expects."""
+    def _record(self) -> tuple[sa.Column[Any], ...]:
         c = self._table.c
         return (
             c.key,
@@ -171,7 +172,6 @@ class SessionStatements:
             c.created_at,
             c.last_seen_at,
             c.expires_at,
-            sa.null() if loaded_at is None else loaded_at,
         )
 
     def _claim(self) -> ReturningUpdate[Any]:
@@ -186,7 +186,7 @@ class SessionStatements:
                 last_seen_at=now,
                 expires_at=expiry(self._retention, created_at=table.c.created_at, last_seen_at=now),
             )
-            .returning(*self._record())
+            .returning(*self.record)
         )
 
     def _counted(self, claimed: sa.CTE) -> sa.ColumnElement[int]:

@@ -6,7 +6,7 @@ import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from mcp_session_store.errors import SessionConflict, SessionStoreError
+from mcp_session_store.errors import InvalidValue, RecordUnreadable, SessionConflict, SessionStoreError
 from mcp_session_store.records import check_session, check_texts, merged_activities
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT
@@ -174,11 +174,11 @@ class SqlSessionStore(SessionStore):
         return outcome
 
     async def load(self, key: UUID) -> SessionRecord | None:
-        return await self._loads.submit(key)
+        return _readable(await _reading(self._loads, key))
 
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
         check_texts(instance=instance)
-        return await self._claims.submit(Claim(key, instance, restores))
+        return _readable(await self._claims.submit(Claim(key, instance, restores)))
 
     async def replace_initialize(
         self,
@@ -213,7 +213,7 @@ class SqlSessionStore(SessionStore):
         return outcome
 
     async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
-        return await self._journal_reads.submit(key)
+        return _readable(await _reading(self._journal_reads, key))
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         called_at = asyncio.get_running_loop().time()
@@ -223,8 +223,19 @@ class SqlSessionStore(SessionStore):
         rows = sorted(merged_activities(activities).values(), key=lambda activity: activity.key.int)
         not_live: set[UUID] = set()
         for start in range(0, len(rows), TOUCHES_PER_STATEMENT):
-            not_live |= await self._touches.submit(Touch(called_at, rows[start : start + TOUCHES_PER_STATEMENT]))
+            not_live |= await self._touched(called_at, rows[start : start + TOUCHES_PER_STATEMENT])
         return not_live
+
+    async def _touched(self, called_at: float, rows: Sequence[Activity]) -> set[UUID]:
+        try:
+            return await self._touches.submit(Touch(called_at, rows))
+        except InvalidValue:
+            # A row that the driver cannot read must not keep the activity of other sessions from being stored. Its own
+            # session is left as it is.
+            if len(rows) == 1:
+                return set()
+            middle = len(rows) // 2
+            return await self._touched(called_at, rows[:middle]) | await self._touched(called_at, rows[middle:])
 
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
         return await self._ends.submit(End(key, reason))
@@ -262,3 +273,17 @@ async def _make_contact(attempt: Attempt, openings: Sequence[None]) -> Sequence[
 def _params_of(session: NewSession) -> int:
     """Return about how many bytes of the client's a session has."""
     return len(session.initialize_params)
+
+
+async def _reading(batcher: Batcher[UUID, _T], key: UUID) -> _T | RecordUnreadable:
+    """Read what is stored under a key, where the driver may refuse the row."""
+    try:
+        return await batcher.submit(key)
+    except InvalidValue:
+        return RecordUnreadable("a value that the driver does not read")
+
+
+def _readable(outcome: _T | RecordUnreadable) -> _T:
+    if isinstance(outcome, RecordUnreadable):
+        raise outcome
+    return outcome

@@ -225,9 +225,10 @@ class Sweep:
         keys = [key for (key,) in (yield statement.candidates(limit), {})]
         if not keys:
             return 0
-        totals = accumulate((yield from self._removal.event_counts(keys)))
+        with_events = [key for key in keys if self._dialect.key(key) is not None]
+        totals = accumulate((yield from self._removal.event_counts(with_events)))
         few = sum(total <= EVENTS_PER_STEP for total in totals)
-        return limit if few == len(keys) else max(1, few)
+        return limit if few == len(with_events) else max(1, few)
 
     def _change(self, statement: SweepStatement, limit: int) -> Steps[SweepResult]:
         change = statement.change(limit)
