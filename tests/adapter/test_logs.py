@@ -52,6 +52,7 @@ async def test_our_own_bug_is_answered_503_and_never_500(
 ) -> None:
     async with instance(store) as gone:
         session_id = await gone.client().handshake()
+    store.claims_first = operation == "claim"
     async with instance(store, json_response=json_response) as one:
         resident = one.client()
         await resident.handshake()
@@ -157,6 +158,7 @@ async def test_a_request_that_the_store_refuses_is_logged_with_its_sessions_key(
 ) -> None:
     async with instance(store) as one:
         session_id = await one.client().handshake()
+    store.claims_first = operation == "claim"
     notes = Notes()
 
     async def handle(_ctx: RequestContext, _params: Any) -> types.EmptyResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -200,6 +201,8 @@ class FaultyStore(_Faulty, SessionStore):
         self.closed = 0
         self.hints = True
         """Whether hints of changes arrive."""
+        self.claims_first = False
+        """Whether loads leave out the store's time, so that a restore is claimed before its copy is published."""
 
     # Contents, past all faults
 
@@ -217,6 +220,20 @@ class FaultyStore(_Faulty, SessionStore):
         record = await self.record(session_id)
         assert record is not None, "the session is not live"
         return None if record.expires_at is None else record.expires_at - record.last_seen_at
+
+    async def restored(self, session_id: str, times: int = 1) -> SessionRecord:
+        """Wait until a number of restores of a session is stored, and return its record."""
+        with anyio.fail_after(PATIENCE):
+            while True:
+                record = await self.record(session_id)
+                if record is not None and record.restores >= times:
+                    return record
+                await anyio.sleep(0.01)
+
+    def claims(self, session_id: str) -> list[Activity]:
+        """Return the activities of a session that were reported with a claim."""
+        key = session_key(session_id)
+        return [one for touch in self.touches for one in touch if one.key == key and one.claimed_by is not None]
 
     @property
     def records(self) -> int:
@@ -249,7 +266,7 @@ class FaultyStore(_Faulty, SessionStore):
 
     async def load(self, key: UUID) -> SessionRecord | None:
         record: SessionRecord | None = await self._call("load", lambda: self.inner.load(key))
-        return record
+        return replace(record, loaded_at=None) if record is not None and self.claims_first else record
 
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
         record: SessionRecord | None = await self._call(

@@ -189,6 +189,11 @@ def lines_of(turns: Turns) -> Mapping[Hashable, anyio.Lock]:
     return turns._lines
 
 
+def activity_is_failing(manager: DurableSessionManager) -> bool:
+    """Whether the store did not take the last report of a running manager."""
+    return manager._activity.failing
+
+
 def recorder_of(manager: DurableSessionManager) -> EventRecorder:
     """What stores the events of a running manager, which has to have an event log."""
     assert manager._recorder is not None

@@ -255,7 +255,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         """Make the collaborators that need the event loop, the instance's id and the policy as it is now."""
         # Another app may share the store, and have set its policy.
         interval = checked_interval(self._settings.activity_interval, self.store.retention)
-        self._activity = ActivityReporter(self.store, self._registry, interval=interval)
+        self._activity = ActivityReporter(self.store, self._registry, instance=self.instance, interval=interval)
         lookup = Lookup(self.store)
         self._ender = Ender(self.store, self._registry, lookup, self._activity, self._tasks, on_end=self._on_end)
         writer = RecordWriter(
@@ -279,8 +279,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             self._registry,
             lookup,
             admission,
+            self._activity,
             self._tasks,
-            instance=self.instance,
             on_restore=self._on_restore,
             replay_timeout=self._settings.replay_timeout,
         )

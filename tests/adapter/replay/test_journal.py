@@ -746,10 +746,12 @@ async def test_a_change_that_is_told_before_the_write_that_made_it_has_returned_
         assert notes.replayed("initialize") == []
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before the claim", "after the claim"])
+@pytest.mark.parametrize("when", ["before the load", "after the load", "before the claim", "after the claim"])
 async def test_what_another_instance_journals_during_a_restore_is_not_missed(
-    store: FaultyStore, other_store: FaultyStore, after: bool
+    store: FaultyStore, other_store: FaultyStore, when: str
 ) -> None:
+    store.claims_first = "claim" in when
+    after, _, operation = when.partition(" the ")
     async with instance(other_store, Stateful(), end_within=LONG) as two:
         elsewhere = two.client()
         session_id = await elsewhere.handshake()
@@ -757,22 +759,68 @@ async def test_what_another_instance_journals_during_a_restore_is_not_missed(
         async with instance(store, notes, end_within=LONG) as one:
             await one.first_poll()
             client = one.client(session_id)
-            claim = store.hold("claim", after=after)
+            held = store.hold(operation, after=after == "after")
             call = client.open_request("ping")
-            await claim.wait_entered()
+            await held.wait_entered()
             polls = store.background["changes"]
             await set_level(elsewhere, "debug")
             await until(lambda: store.background["changes"] > polls)
-            claim.release()
+            held.release()
             assert (await call.answer()).status == 200
             await anyio.wait_all_tasks_blocked()
             assert (await client.ping()).status == 200
             assert notes.set_again[-1:] == [("logging/setLevel", "debug")]
 
 
+async def test_a_request_that_joins_a_restore_finds_what_was_journaled_before_it_was_sent(
+    store: FaultyStore, other_store: FaultyStore
+) -> None:
+    store.hints = False
+    async with instance(other_store, Stateful(), end_within=LONG) as two:
+        elsewhere = two.client()
+        session_id = await elsewhere.handshake()
+        notes = Stateful()
+        reached, proceed = anyio.Event(), anyio.Event()
+
+        async def hold(*_: object) -> None:
+            reached.set()
+            await proceed.wait()
+
+        notes.on_initialize = hold
+        async with instance(store, notes, end_within=LONG) as one:
+            await one.first_poll()
+            client = one.client(session_id)
+            first = client.open_request("ping")
+            await wait_for(reached)
+            await set_level(elsewhere, "debug")
+            second = client.open_request("ping")
+            await anyio.wait_all_tasks_blocked()
+            proceed.set()
+            assert (await first.answer()).status == (await second.answer()).status == 200
+            assert len(notes.replayed("initialize")) == 2
+            assert notes.set_again == [("logging/setLevel", "debug")]
+
+
+async def test_a_session_with_a_journal_is_claimed_before_it_is_served(store: FaultyStore) -> None:
+    async with instance(store, Stateful()) as gone:
+        client = gone.client()
+        session_id = await client.handshake()
+        await set_level(client, "debug")
+    async with instance(store, Stateful()) as one:
+        claim = store.hold("claim")
+        call = one.client(session_id).open_request("ping")
+        await claim.wait_entered()
+        assert one.residents == 0
+        claim.release()
+        assert (await call.answer()).status == 200
+        assert store.counts()["claim"] == 1
+    assert store.claims(session_id) == []
+
+
 async def test_a_restore_that_begins_anew_tells_who_had_the_session_before(
     store: FaultyStore, other_store: FaultyStore
 ) -> None:
+    store.claims_first = True
     async with instance(other_store, Stateful(), end_within=LONG) as two:
         elsewhere = two.client()
         session_id = await elsewhere.handshake()
@@ -794,6 +842,7 @@ async def test_a_restore_that_begins_anew_tells_who_had_the_session_before(
 async def test_a_restore_of_a_session_that_keeps_changing_gives_up(
     store: FaultyStore, other_store: FaultyStore
 ) -> None:
+    store.claims_first = True
     async with instance(other_store, Stateful(), end_within=LONG) as two:
         elsewhere = two.client()
         session_id = await elsewhere.handshake()

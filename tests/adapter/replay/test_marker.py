@@ -96,6 +96,7 @@ async def test_the_marker_tells_about_the_restore(store: FaultyStore, other_stor
         session_id = await one.client().handshake()
         record = await store.record(session_id)
         await two.client(session_id).ping()
+        await store.restored(session_id)
         marker = two.notes.seen[-1].marker
         assert record is not None
         assert marker is not None

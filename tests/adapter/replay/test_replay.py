@@ -345,6 +345,7 @@ async def test_a_restore_starts_one_task_for_its_copy_one_for_the_notification_a
 
 async def test_a_restored_copy_outlives_the_time_that_its_replay_had(store: FaultyStore) -> None:
     session_id = await open_session(store)
+    store.claims_first = True
     async with instance(store, replay_timeout=0.05) as one:
         client = one.client(session_id)
         claim = store.hold("claim")

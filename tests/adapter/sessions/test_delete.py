@@ -223,6 +223,7 @@ async def test_a_delete_that_comes_during_a_restore_wins(store: FaultyStore, ste
         notes.on_initialize = hold
     elif step == "the notification":
         notes.on_initialized = hold
+    store.claims_first = "claim" in step
     async with instance(store, notes, on_restore=hook) as one:
         claim = store.hold("claim", after=step == "after the claim") if "claim" in step else None
         client = one.client(session_id)

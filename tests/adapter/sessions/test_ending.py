@@ -402,22 +402,24 @@ async def test_an_end_hook_that_fails_is_logged_and_the_copy_leaves(
 # Restores
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before the claim", "after the claim"])
+@pytest.mark.parametrize("when", ["before the load", "after the load", "before the claim", "after the claim"])
 async def test_a_session_that_ends_elsewhere_while_it_is_restored_is_not_published(
-    store: FaultyStore, other_store: FaultyStore, after: bool
+    store: FaultyStore, other_store: FaultyStore, when: str
 ) -> None:
     async with instance(other_store) as gone:
         session_id = await gone.client().handshake()
     ends = Ends()
     async with instance(store, end_within=LONG, on_end=ends) as one:
         await one.first_poll()
-        claim = store.hold("claim", after=after)
+        store.claims_first = "claim" in when
+        after, _, operation = when.partition(" the ")
+        held = store.hold(operation, after=after == "after")
         call = one.client(session_id).open_call("add", {"a": 1, "b": 2})
-        await claim.wait_entered()
+        await held.wait_entered()
         polls = store.background["changes"]
         await FaultyStore(store.inner).end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: store.background["changes"] > polls)
-        claim.release()
+        held.release()
         assert (await call.answer()).status == 404
         assert one.notes.genuine("tools/call") == []
         await until(lambda: stopping_in(one.manager) == {})

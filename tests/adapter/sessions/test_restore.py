@@ -107,8 +107,7 @@ async def test_a_restore_is_claimed_and_counted(store: FaultyStore) -> None:
     for restores in (1, 2):
         async with instance(store) as one:
             await one.client(session_id).ping()
-            record = await store.record(session_id)
-            assert record is not None
+            record = await store.restored(session_id, restores)
             assert record.restores == restores
             assert record.instance_hint == one.manager.instance
             assert record.expires_at == record.last_seen_at + timedelta(hours=24)
@@ -194,7 +193,8 @@ async def test_fifty_first_requests_at_once_cause_one_restore(store: FaultyStore
         assert stream.status == 200
         assert len(notes.replayed("initialize")) == 1
         assert len(notes.initialized) == 1
-        assert store.counts()["claim"] == 1
+        assert (await store.restored(session_id)).restores == 1
+        assert [claim.restores for claim in store.claims(session_id)] == [1]
         one.assert_seats_match()
 
 
@@ -240,6 +240,7 @@ async def test_a_restore_that_nobody_waits_for_any_more_is_carried_through(store
 
 async def test_a_request_that_comes_while_the_claim_runs_waits_for_it(store: FaultyStore) -> None:
     session_id = await open_session(store)
+    store.claims_first = True
     async with instance(store) as one:
         client = one.client(session_id)
         claim = store.hold("claim")
@@ -266,9 +267,7 @@ async def test_two_instances_restore_one_session_at_the_same_time(store: FaultyS
             client.open_call("add", {"a": 1, "b": 1}) for client in map(client_of, (one, two)) for _ in "12345"
         ]
         assert {(await exchange.answer()).text for exchange in exchanges} == {"2"}
-        record = await store.record(session_id)
-        assert record is not None
-        assert record.restores == 2
+        assert (await store.restored(session_id, 2)).restores == 2
 
 
 async def test_sessions_are_restored_beside_each_other(store: FaultyStore) -> None:
@@ -501,6 +500,7 @@ async def test_a_server_loop_that_ends_while_the_claim_runs_is_answered_503(
     store: FaultyStore, json_response: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = await open_session(store)
+    store.claims_first = True
     genuine = JSONRPCDispatcher.run
     crash = anyio.Event()
 
@@ -552,6 +552,7 @@ async def test_a_store_that_fails_during_a_restore_is_answered_503(
     store: FaultyStore, json_response: bool, operation: str, fault: str
 ) -> None:
     session_id = await open_session(store)
+    store.claims_first = operation == "claim"
     async with instance(store, json_response=json_response) as one:
         client = one.client(session_id)
         {"down": store.down, "bug": store.broken, "lost": store.lose_the_answer_of}[fault](operation)
@@ -579,6 +580,7 @@ async def test_a_session_that_ends_elsewhere_while_it_is_restored_is_answered_40
         exchange = one.client(session_id).open_request("ping")
         await wait_for(reached)
         assert (await two.client(session_id).delete()).status == 200
+        await until(lambda: registry_of(one.manager).restores[session_id].interest.ended)
         proceed.set()
         assert (await exchange.answer()).status == 404
         await until(lambda: not stopping_in(one.manager))
@@ -597,6 +599,7 @@ async def test_a_session_that_is_initialized_again_elsewhere_while_it_is_restore
         await wait_for(reached)
         newer = {**INITIALIZE_PARAMS, "clientInfo": {"name": "newer", "version": "2"}}
         assert (await two.client(session_id).initialize(newer)).status == 200
+        await until(lambda: registry_of(one.manager).restores[session_id].interest.stale_since > 0)
         proceed.set()
         told = json.loads((await exchange.answer()).text)
         assert told["params"]["clientInfo"]["name"] == "newer"
@@ -630,12 +633,13 @@ async def test_a_restore_whose_client_has_left_leaves_no_copy_that_cannot_be_evi
     store: FaultyStore, stale: bool
 ) -> None:
     session_id = await open_session(store)
+    store.claims_first = True
     async with instance(store, max_sessions=1) as one:
         held = store.hold("claim")
         exchange = one.client(session_id).open_request("ping")
         await held.wait_entered()
         if stale:
-            registry_of(one.manager).restores[session_id].stale_since = 1
+            registry_of(one.manager).restores[session_id].interest.stale_since = 1
         exchange.cancel()
         await exchange.end()
         held.release()

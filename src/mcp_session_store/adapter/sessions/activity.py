@@ -56,23 +56,27 @@ def checked_interval(requested: float | None, policy: RetentionPolicy) -> float:
 class _Unreported:
     first: float
     last: float
+    restores: int = 0
+    """Number of restores that is claimed with the activity; 0: none."""
 
 
 class ActivityReporter:
     """Gathers activity and reports it.
 
     A session is reported at most once in a twentieth of the idle time, unless it is about to expire, or
-    has left memory.
+    has left memory. One that was restored is reported at once, because the report claims it.
 
     Args:
         store: Store that the activity is reported to.
         registry: Registry of the copies in memory. One that is busy is active.
+        instance: Id of this instance.
         interval: Seconds between two reports.
     """
 
-    def __init__(self, store: SessionStore, registry: Registry, *, interval: float) -> None:
+    def __init__(self, store: SessionStore, registry: Registry, *, instance: str, interval: float) -> None:
         self._store = store
         self._registry = registry
+        self.instance: Final = instance
         self.interval: Final = interval
         idle = store.retention.idle
         self._gap = GAP_WITHOUT_IDLE if idle is None else idle.total_seconds() / 20
@@ -81,6 +85,8 @@ class ActivityReporter:
         self._all_due_at = -math.inf
         self._under_way: list[dict[UUID, _Unreported]] = []
         """Activity in reports that the store has not answered yet."""
+        self.failing = False
+        """Whether the store did not take the last report."""
         self.wake: Final = Wake(gathering=GATHERING)
 
     def note(self, session: ResidentSession) -> None:
@@ -93,8 +99,29 @@ class ActivityReporter:
             return
         self._unreported[key] = _Unreported(now, now)
         if self._expires_soon(session, now):
-            self._urgent.add(key)
+            self._report_soon(key)
+
+    def claim(self, key: UUID, *, restores: int, since: float) -> None:
+        """Note that a session was restored, which the next report claims.
+
+        Args:
+            key: Key of the session.
+            restores: Number of its restores, this one included.
+            since: Moment, by `clock`, at which the session was in use and live.
+        """
+        claimed = {key: _Unreported(since, clock.now(), restores)}
+        _merge(claimed, into=self._unreported)
+        self._report_soon(key)
+
+    def claimed(self, key: UUID) -> int:
+        """Return the number of restores of a session that is claimed, but perhaps not stored yet; 0: none."""
+        unreported = [activity[key] for activity in (self._unreported, *self._under_way) if key in activity]
+        return max((one.restores for one in unreported), default=0)
+
+    def _report_soon(self, key: UUID) -> None:
+        if not self._urgent:
             self.wake.set()
+        self._urgent.add(key)
 
     def _expires_soon(self, session: ResidentSession, now: float) -> bool:
         """Return whether a session expires unless its activity is reported: it is new, or was idle for long."""
@@ -110,7 +137,10 @@ class ActivityReporter:
             unreported = self._unreported.get(session.record.key)
             if session.busy:
                 now = clock.now()
-                self._unreported[session.record.key] = _Unreported(now if unreported is None else unreported.first, now)
+                if unreported is None:
+                    self._unreported[session.record.key] = _Unreported(now, now)
+                else:
+                    unreported.last = now
             elif unreported is not None:
                 # It was in use until its last request was over.
                 unreported.last = max(unreported.last, session.idle_since)
@@ -149,13 +179,25 @@ class ActivityReporter:
         self._under_way.append(reported)
         try:
             not_live = await self._store.touch(
-                [Activity(key=key, first_age=now - one.first, last_age=now - one.last) for key, one in reported.items()]
+                [
+                    Activity(
+                        key=key,
+                        first_age=now - one.first,
+                        last_age=now - one.last,
+                        claimed_by=self.instance if one.restores else None,
+                        restores=one.restores,
+                    )
+                    for key, one in reported.items()
+                ]
             )
         except BaseException:
+            self.failing = True
             _merge(reported, into=self._unreported)
+            self._urgent.update(key for key, one in reported.items() if one.restores)
             raise
         finally:
             self._under_way = [others for others in self._under_way if others is not reported]
+        self.failing = False
         for key in reported.keys() - not_live:
             if (session := self._registry.with_key(key)) is not None:
                 session.lifetime.reported(reported[key].last, self._store.retention)
@@ -171,4 +213,6 @@ class ActivityReporter:
 def _merge(some: dict[UUID, _Unreported], *, into: dict[UUID, _Unreported]) -> None:
     for key, one in some.items():
         other = into.get(key, one)
-        into[key] = _Unreported(min(one.first, other.first), max(one.last, other.last))
+        into[key] = _Unreported(
+            min(one.first, other.first), max(one.last, other.last), max(one.restores, other.restores)
+        )

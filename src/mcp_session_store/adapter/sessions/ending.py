@@ -100,12 +100,12 @@ class Ender:
 
     async def _delete(self, session_id: str, requestor: AuthorizationContext | None) -> None:
         session = self._registry.get(session_id)
-        if session is None or session.owner != requestor:
-            await self._lookup.record_of(session_id, requestor)
         key = session_key(session_id)
+        if session is None or session.owner != requestor:
+            await self._lookup.record_of(key, requestor)
         ended = await self._store.end(key, reason=EndReason.CLIENT)
-        if (restore := self._registry.restores.get(session_id)) is not None:
-            restore.ended = True
+        if (interest := self._registry.interest_in(key)) is not None:
+            interest.ended = True
         if not ended:
             # It ended elsewhere.
             await self.end_not_live([key])
@@ -119,9 +119,9 @@ class Ender:
 
     def learn(self, change: Change) -> None:
         """Take over a change by another instance or an operator: an end, or a change of what a restore replays."""
-        for restore in self._registry.restores_of(change.key):
-            restore.ended = restore.ended or change.ended is not None
-            restore.stale_since = max(restore.stale_since, change.revision)
+        if (interest := self._registry.interest_in(change.key)) is not None:
+            interest.ended = interest.ended or change.ended is not None
+            interest.stale_since = max(interest.stale_since, change.revision)
         session = self._registry.with_key(change.key)
         if session is None:
             return

@@ -38,17 +38,33 @@ class Lifetime:
         """Whether the absolute lifetime is over."""
         return clock.now() >= self.ends_at
 
-    def begin(self, record: SessionRecord, policy: RetentionPolicy, *, new: bool) -> None:
-        """Take the lifetime from the record that was just stored."""
-        now = clock.now()
+    def begin(
+        self, record: SessionRecord, policy: RetentionPolicy, *, new: bool, loaded_at: float | None = None
+    ) -> None:
+        """Take the lifetime from a record.
+
+        Args:
+            record: The record.
+            policy: Policy by which the session expires.
+            new: Whether the record was just created.
+            loaded_at: Moment at which the record was loaded; `None` for one that was just created or claimed.
+        """
+        # The store's time of the record was this moment.
+        moment, stored_at = clock.now(), record.last_seen_at
+        if loaded_at is not None and record.loaded_at is not None:
+            moment, stored_at = loaded_at, record.loaded_at
         if policy.absolute is not None:
-            self.ends_at = now + (record.created_at + policy.absolute - record.last_seen_at).total_seconds()
+            self.ends_at = moment + (record.created_at + policy.absolute - stored_at).total_seconds()
         if new:
             self.idle = policy.new_session_lifetime.total_seconds()
             # Until its first activity is stored it lives on borrowed time.
             self.expiry_reported = -math.inf
+        elif loaded_at is None:
+            self.reported(moment, policy)
         else:
-            self.reported(now, policy)
+            self.idle = math.inf if policy.idle is None else policy.idle.total_seconds()
+            expires_at = record.expires_at
+            self.expiry_reported = math.inf if expires_at is None else moment + (expires_at - stored_at).total_seconds()
 
     def reported(self, moment: float, policy: RetentionPolicy) -> None:
         """Note that the activity up to a moment is stored."""

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from mcp_session_store.adapter.responses import SessionNotFound
 from mcp_session_store.errors import RecordUnreadable
-from mcp_session_store.records import Principal, session_key
+from mcp_session_store.records import Principal
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
 
     from mcp_session_store.records import SessionRecord
@@ -29,11 +31,11 @@ class Lookup:
     def __init__(self, store: SessionStore) -> None:
         self._store = store
 
-    async def record_of(self, session_id: str, requestor: AuthorizationContext | None) -> SessionRecord:
+    async def record_of(self, key: UUID, requestor: AuthorizationContext | None) -> SessionRecord:
         """Return the record of a live session.
 
         Args:
-            session_id: Id of the session.
+            key: Key of the session.
             requestor: Principal that asks for it.
 
         Raises:
@@ -43,7 +45,7 @@ class Lookup:
         """
         principal = principal_of(requestor)
         try:
-            record = await self._store.load(session_key(session_id))
+            record = await self._store.load(key)
         except RecordUnreadable as error:
             if error.digest_known and error.digest != (None if principal is None else principal.digest):
                 raise SessionNotFound from None

@@ -21,35 +21,56 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.resident import ResidentSession
-    from mcp_session_store.records import SessionRecord
 
-__all__ = ["Registry", "Restore"]
+__all__ = ["Interest", "Registry", "Restore"]
 
 logger = logging.getLogger(__name__)
 
 
+class Interest:
+    """What is heard of a session from before the load of its record until its copy is published."""
+
+    __slots__ = ("ended", "holders", "key", "stale_since")
+
+    def __init__(self, key: UUID) -> None:
+        self.key = key
+        self.holders = 0
+        """Number of requests and restores that hold this."""
+        self.ended = False
+        """Whether the session ended."""
+        self.stale_since = 0
+        """Highest revision of the record that was heard of, or loaded."""
+
+
 class Restore:
-    """One restore under way, and what the requests that wait for it need to know."""
+    """One restore under way, and what the requests that wait for it need to know.
+
+    Args:
+        session_id: Id of the session.
+        interest: What is heard of the session.
+        previous_instance: Id of the instance that created or restored the session before.
+        loaded_at: Moment, by `clock`, at which the record was loaded.
+    """
 
     __slots__ = (
         "copy",
         "deadline",
-        "ended",
         "failure",
-        "key",
+        "interest",
+        "loaded_at",
         "over",
         "previous_instance",
         "session",
         "session_id",
-        "stale_since",
         "waiters",
     )
 
-    def __init__(self, session_id: str, record: SessionRecord) -> None:
+    def __init__(self, session_id: str, interest: Interest, *, previous_instance: str, loaded_at: float) -> None:
         self.session_id = session_id
-        self.key = record.key
-        self.previous_instance = record.instance_hint
-        """Id of the instance that created or restored the session before."""
+        self.interest = interest
+        interest.holders += 1
+        self.previous_instance = previous_instance
+        self.loaded_at = loaded_at
         self.copy: ResidentSession | None = None
         """The copy that is being made."""
         self.deadline = math.inf
@@ -61,10 +82,6 @@ class Restore:
         """The restored session, when the restore is over and succeeded."""
         self.failure: Exception | None = None
         """Why the restore failed, when it is over and failed."""
-        self.ended = False
-        """Whether the session ended while it was being restored."""
-        self.stale_since = 0
-        """Highest revision of the record that was heard of during the restore."""
 
 
 class Registry:
@@ -96,6 +113,7 @@ class Registry:
         self._stopping: dict[str, ResidentSession] = {}
         self._idle: dict[ResidentSession, None] = {}
         """Copies that are published and not busy, the longest idle first."""
+        self._interests: dict[UUID, Interest] = {}
         self.restores: dict[str, Restore] = {}
         """Restores under way, by session id."""
         self.reserved = 0
@@ -116,13 +134,27 @@ class Registry:
         """Return the evicted copy of this session whose server task has not ended yet."""
         return self._stopping.get(session_id)
 
-    def restores_of(self, key: UUID) -> Iterator[Restore]:
-        """Return the restores under way of the session that is stored under this key."""
-        return (restore for restore in self.restores.values() if restore.key == key)
+    def take_interest(self, key: UUID) -> Interest:
+        """Take note from now on of what is heard of the session that is stored under this key."""
+        interest = self._interests.get(key)
+        if interest is None:
+            interest = self._interests[key] = Interest(key)
+        interest.holders += 1
+        return interest
+
+    def lose_interest(self, interest: Interest) -> None:
+        """Undo one `take_interest`."""
+        interest.holders -= 1
+        if not interest.holders:
+            del self._interests[interest.key]
+
+    def interest_in(self, key: UUID) -> Interest | None:
+        """Return what is heard of the session that is stored under this key, while it is being loaded or restored."""
+        return self._interests.get(key)
 
     def concerns(self, key: UUID) -> bool:
-        """Return whether the session that is stored under this key is resident or being restored."""
-        return key in self._by_key or any(self.restores_of(key))
+        """Return whether the session that is stored under this key is resident, or being loaded or restored."""
+        return key in self._by_key or key in self._interests
 
     def restored(self, restore: Restore, session: ResidentSession) -> None:
         """End a restore that succeeded: publish its copy, pinned for all requests that wait for it."""
@@ -147,6 +179,7 @@ class Registry:
     def _end(self, restore: Restore) -> None:
         restore.copy = None
         del self.restores[restore.session_id]
+        self.lose_interest(restore.interest)
         restore.over.set()
 
     def reserve(self, *, may_evict: bool) -> None:

@@ -138,12 +138,14 @@ class ResidentSession:
         """Whether another copy has changed what a restore replays."""
         return self.record is not None and self.stale_since > self.record.revision
 
-    def stored(self, record: SessionRecord, policy: RetentionPolicy, *, new: bool) -> None:
-        """Take over the record that was just stored, and from it how long the session lives."""
+    def stored(
+        self, record: SessionRecord, policy: RetentionPolicy, *, new: bool, loaded_at: float | None = None
+    ) -> None:
+        """Take over the record that is stored, and from it how long the session lives: see `Lifetime.begin`."""
         self.record = record
         if self.events is not None:
             self.events.begin(new=new)
-        self.lifetime.begin(record, policy, new=new)
+        self.lifetime.begin(record, policy, new=new, loaded_at=loaded_at)
 
     def pin(self, times: int = 1) -> None:
         """Note that HTTP requests begin to be served."""

@@ -5,28 +5,30 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import anyio
 
-from mcp_session_store.adapter import telemetry
+from mcp_session_store.adapter import clock, telemetry
 from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
 from mcp_session_store.adapter.responses import MemoryFull, RestoreFailed, SessionNotFound, ShuttingDown
 from mcp_session_store.adapter.sessions.registry import Restore
 from mcp_session_store.errors import RestoreRefused, SessionStoreError
-from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker
+from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker, session_key
 
 if TYPE_CHECKING:
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from starlette.types import Scope
 
     from mcp_session_store.adapter.sdk import ManagerTasks
+    from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.admission import Admission
     from mcp_session_store.adapter.sessions.lookup import Lookup
-    from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.sessions.registry import Interest, Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.store import SessionStore
 
@@ -50,8 +52,8 @@ class Restorer:
         registry: Registry of the sessions in memory and of the restores under way.
         lookup: Looks up the record of a session for its principal.
         admission: Makes the copy and runs its server loop.
+        activity: Reports activity, and with it claims the sessions that were restored.
         tasks: Task group in which restores run.
-        instance: Id of this instance.
         on_restore: The application's hook; it may refuse a restore.
         replay_timeout: Seconds that each part of a replay may take.
     """
@@ -62,9 +64,9 @@ class Restorer:
         registry: Registry,
         lookup: Lookup,
         admission: Admission,
+        activity: ActivityReporter,
         tasks: ManagerTasks,
         *,
-        instance: str,
         on_restore: RestoreHook | None,
         replay_timeout: float,
     ) -> None:
@@ -72,8 +74,8 @@ class Restorer:
         self._registry = registry
         self._lookup = lookup
         self._admission = admission
+        self._activity = activity
         self._tasks = tasks
-        self._instance = instance
         self._on_restore = on_restore
         self._replay_timeout = replay_timeout
 
@@ -92,26 +94,43 @@ class Restorer:
         """
         session = self._registry.get(session_id)
         if session is None or not session.serving or session.owner != requestor:
-            # Query the store for another principal's resident session too, so that neither timing nor an outage
-            # distinguishes it from an unknown one.
-            record = await self._lookup.record_of(session_id, requestor)
-            # It may have been restored while the query ran.
-            session = self._registry.get(session_id)
-            if session is None or not session.serving:
-                return await self._join_restore(session_id, record, requestor, scope)
+            # From before the load, so that an end or a change is heard of that the record does not show.
+            interest = self._registry.take_interest(session_key(session_id))
+            try:
+                # Query the store for another principal's resident session too, so that neither timing nor an outage
+                # distinguishes it from an unknown one.
+                record = await self._lookup.record_of(interest.key, requestor)
+                # It may have been restored while the query ran.
+                session = self._registry.get(session_id)
+                if session is None or not session.serving:
+                    return await self._join_restore(session_id, interest, record, requestor, scope)
+            finally:
+                self._registry.lose_interest(interest)
         session.pin()
         return session
 
     async def _join_restore(
-        self, session_id: str, record: SessionRecord, requestor: AuthorizationContext | None, scope: Scope
+        self,
+        session_id: str,
+        interest: Interest,
+        record: SessionRecord,
+        requestor: AuthorizationContext | None,
+        scope: Scope,
     ) -> ResidentSession:
         """Wait for the one restore of this session, and begin it if none is under way.
 
         All requests that join are of the session's principal: their lookups have passed.
         """
         restore = self._registry.restores.get(session_id)
+        # The client may have changed the session elsewhere before it sent a request that joins.
+        interest.stale_since = max(interest.stale_since, record.revision)
         if restore is None:
-            restore = self._registry.restores[session_id] = Restore(session_id, record)
+            restore = self._registry.restores[session_id] = Restore(
+                session_id,
+                interest,
+                previous_instance=self._previous_instance(record),
+                loaded_at=clock.now(),
+            )
             # In the manager's task group: the disconnect of this request fails no other. The task inherits this
             # request's context variables.
             self._tasks.start_soon(self._run_restore, restore, record, requestor, scope, RESTORE_ATTEMPTS)
@@ -165,7 +184,7 @@ class Restorer:
             session_id=session_id,
             created_at=record.created_at,
             restored_at=datetime.now(UTC),
-            restores=record.restores + 1,
+            restores=self._restores(record) + 1,
             previous_instance=restore.previous_instance,
             replaying=True,
         )
@@ -182,7 +201,7 @@ class Restorer:
                 return False
             restore.deadline = math.inf
             session.loop.limit(math.inf)
-            return await self._claim(restore, session, marker, record, scope, attempts)
+            return await self._publish(restore, session, marker, record, scope, attempts)
 
         replay = Replay(
             record,
@@ -200,7 +219,26 @@ class Restorer:
         session.loop.begin_with(replay, restore.deadline, RequestIds())
         return session
 
-    async def _claim(
+    def _restores(self, record: SessionRecord) -> int:
+        """Return how often a session was restored, as the store counts once all claims of this instance are stored."""
+        claimed = self._activity.claimed(record.key)
+        if not claimed:
+            return record.restores
+        return max(record.restores + (record.instance_hint != self._activity.instance), claimed)
+
+    def _previous_instance(self, record: SessionRecord) -> str:
+        """Return the instance that created or restored a session last, as far as this instance knows."""
+        return self._activity.instance if self._activity.claimed(record.key) else record.instance_hint
+
+    def _may_claim_later(self, record: SessionRecord, interest: Interest) -> bool:
+        """Return whether the next report of activity may claim a session that was restored from a record.
+
+        Not when there may be more to replay: the answer to a claim says so. And not when the store takes no reports,
+        so that copies are not made without end that it knows nothing of.
+        """
+        return not (interest.stale_since or record.loaded_at is None or self._activity.failing)
+
+    async def _publish(
         self,
         restore: Restore,
         session: ResidentSession,
@@ -209,16 +247,29 @@ class Restorer:
         scope: Scope,
         attempts: int,
     ) -> bool:
-        """Claim a session that was replayed, and publish its copy; return whether the copy serves."""
+        """Publish the copy of a session that was replayed, and claim the session; return whether the copy serves."""
+        interest = restore.interest
         try:
-            claimed = await self._store.claim(record.key, instance=self._instance, restores=record.restores)
-            if claimed is None or restore.ended:
+            loaded_at: float | None = None
+            claimed: SessionRecord | None
+            if self._may_claim_later(record, interest):
+                loaded_at = restore.loaded_at
+                claimed = replace(record, instance_hint=self._activity.instance, restores=marker.restores)
+            else:
+                claimed = await self._store.claim(
+                    record.key, instance=self._activity.instance, restores=marker.restores - 1
+                )
+            if claimed is None or interest.ended:
                 raise SessionNotFound
             if not session.serving:
                 raise RestoreFailed("the server loop of a session ended while it was being restored")
             if claimed.revision == record.revision:
-                session.stored(claimed, self._store.retention, new=False)
-                session.stale_since = restore.stale_since
+                session.stored(claimed, self._store.retention, new=False, loaded_at=loaded_at)
+                if session.lifetime.past_absolute:
+                    raise SessionNotFound
+                if loaded_at is not None:
+                    self._activity.claim(record.key, restores=marker.restores, since=loaded_at)
+                session.stale_since = interest.stale_since
                 session.marker = SessionRestoreMarker(
                     session_id=marker.session_id,
                     created_at=marker.created_at,
