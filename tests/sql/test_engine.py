@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
+import ssl
 import uuid
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
@@ -17,12 +20,14 @@ from mcp_session_store.errors import ConfigurationError, StoreClosed, StoreUnava
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.dialects import DIALECTS
 from mcp_session_store.sql.dialects.dialect import FailureKind
-from mcp_session_store.sql.engine import checked_url, shown_url
+from mcp_session_store.sql.dialects.postgres_options import driver_arguments
+from mcp_session_store.sql.engine import checked_url, make_engine, shown_options, shown_url
 from mcp_session_store.sql.failures import failure_kind, summary_of
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 from tests.support.databases import connections_checked_out, engine_of, execute, settled, sql_store
 from tests.support.internals import pool_timeout_of
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -36,7 +41,16 @@ pytestmark = pytest.mark.anyio
         ("postgres://u:p@host/db", "postgresql+asyncpg://u:p@host/db"),
         ("postgresql://u:p@host:5433/db", "postgresql+asyncpg://u:p@host:5433/db"),
         ("postgresql+asyncpg://host/db", "postgresql+asyncpg://host/db"),
-        ("postgresql://host/db?sslmode=require", "postgresql+asyncpg://host/db?ssl=require"),
+        ("postgresql://host/db?sslmode=require", "postgresql+asyncpg://host/db?sslmode=require"),
+        ("postgresql://host/db?ssl=require", "postgresql+asyncpg://host/db?sslmode=require"),
+        ("postgresql://host/db?connection_limit=3", "postgresql+asyncpg://host/db?pool_size=3"),
+        ("postgresql:///db?user=u&password=p", "postgresql+asyncpg://u:p@/db"),
+        (
+            "postgresql://u:p@h1:5433,h2/db?target_session_attrs=read-write",
+            "postgresql+asyncpg://u:p@/db?host=h1%3A5433&host=h2%3A5432&target_session_attrs=read-write",
+        ),
+        (" postgresql://host/db\n", "postgresql+asyncpg://host/db"),
+        ("sqlite:///sessions.db\n", "sqlite+aiosqlite:///sessions.db"),
         ("postgresql://host/db?pgbouncer=true", "postgresql+asyncpg://host/db?pgbouncer=true"),
         ("sqlite:///sessions.db", "sqlite+aiosqlite:///sessions.db"),
         ("sqlite:////var/lib/sessions.db", "sqlite+aiosqlite:////var/lib/sessions.db"),
@@ -58,8 +72,31 @@ def test_a_url_gets_the_driver_of_this_package(given: str, made: str) -> None:
         ("postgresql://u:hunter2@host:hunter2/db", "cannot be read"),
         ("postgresql://u:hunter2@host/db?colour=blue", "colour"),
         ("postgresql://u:hunter2@host/db?pgbouncer=yes", "pgbouncer='yes' .* true or false"),
-        ("postgresql://u:hunter2@host/db?pgbouncer=true&pgbouncer=false", "pgbouncer=.* true or false"),
+        ("postgresql://u:hunter2@host/db?pgbouncer=true&pgbouncer=false", "pgbouncer twice"),
+        ("postgresql://u:hunter2@host/db?ssl=require&sslmode=disable", "ssl(mode)? and ssl(mode)?, which are the same"),
+        ("postgresql://u:hunter2@host/db?sslmode=disable&ssl=require", "ssl(mode)? and ssl(mode)?, which are the same"),
+        ("postgresql://u:hunter2@host/db?ssl=true", "ssl='true' .* verify-ca or verify-full"),
+        ("postgresql://u:hunter2@host/db?sslmode=no-verify", "sslmode='no-verify' .* verify-ca or verify-full"),
+        ("postgresql://u:hunter2@host/db?sslmode=require&sslrootcert=system", "write sslmode=verify-full"),
+        ("postgresql://u:hunter2@host/db?statement_cache_size=off", "statement_cache_size='off' .* whole number"),
+        ("postgresql://u:hunter2@host/db?connection_limit=0", "connection_limit='0' .* of 1 or more"),
+        ("postgresql://u:hunter2@h1,h2/db?target_session_attrs=standby", "any, primary or read-write"),
+        (
+            "postgresql://u:hunter2@host/db?sslmode=require&channel_binding=require",
+            "='require' .* remove",
+        ),
+        ("postgresql://u:hunter2@host/db?gssencmode=require", "gssencmode='require' .* remove it"),
+        ("postgresql://u:hunter2@host/db?schema=app", "option schema, .* --schema"),
+        ("postgresql://u:hunter2@host/db?search_path=app", "option search_path, .* options=-csearch_path"),
+        ("'postgresql://u:hunter2@host/db'", "in quotes"),
         ("sqlite://", "MemorySessionStore"),
+        ("sqlite://hunter2.db", "three slashes"),
+        ("sqlite:///s.db?timeout=abc", "option timeout, .* --timeout"),
+        ("sqlite:///s.db?mode=rwc", "option mode, .*uri=true"),
+        ("sqlite:///s.db?uri=yes", "uri='yes' .* true or false"),
+        ("sqlite:///file:s.db?uri=true&mode=ro", "mode='ro' .* rw or rwc"),
+        ("sqlite:///s.db?cached_statements=many", "cached_statements='many' .* whole number"),
+        ("sqlite:///s.db?journal=off", "option journal, "),
         ("sqlite:///", "MemorySessionStore"),
         ("sqlite:///:memory:", "MemorySessionStore"),
         ("sqlite+aiosqlite:///file::memory:?cache=shared&uri=true", "MemorySessionStore"),
@@ -117,6 +154,101 @@ def test_a_schema_that_is_no_name_is_refused(schema: str) -> None:
 def test_an_engine_that_cannot_work_is_refused(engine: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         SqlSessionStore(engine())
+
+
+@pytest.mark.parametrize("password", ["first@hunter2", "p@hunter2/w#hunter2:%?", "a/hunter2", "a?hunter2=x"])
+def test_no_part_of_a_password_that_is_not_encoded_is_shown(password: str) -> None:
+    text = f"postgresql://app:{password}@db.invalid:5432/d?sslmode=require"
+    with pytest.raises(ConfigurationError, match="not percent-encoded") as failure:
+        SqlSessionStore(text)
+    assert "hunter2" not in str(failure.value)
+    assert failure.value.__cause__ is None
+
+
+@pytest.mark.parametrize("password", ["first@hunter2", "p@hunter2/w#hunter2:%?", "hunter1@x/hunter2"])
+def test_no_part_of_a_password_is_shown_of_a_url_that_was_parsed_elsewhere(password: str) -> None:
+    parsed = make_url(f"postgresql+asyncpg://app:{password}@db.invalid:5432/d")
+    with pytest.raises(ConfigurationError, match="not percent-encoded") as failure:
+        SqlSessionStore(parsed)
+    assert "hunter2" not in str(failure.value)
+    assert "hunter2" not in repr(SqlSessionStore(create_async_engine(parsed)))
+
+
+def test_a_user_name_is_shown_only_when_it_is_plain() -> None:
+    assert (
+        shown_url(checked_url("postgresql://postgres.project-1:p@host/d")[0])
+        == "postgresql://postgres.project-1@host/d"
+    )
+    assert shown_url(checked_url("postgresql://app%3Ahunter2@host/d")[0]) == "postgresql://***@host/d"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("postgresql://app:p@/d?host=/cloudsql/p:r:i", "postgresql://app@/d?host=/cloudsql/p%3Ar%3Ai"),
+        ("postgresql://app:p@/d?host=/run/pg&port=5433", "postgresql://app@/d?host=/run/pg&port=5433"),
+        ("postgresql://app:p@pooler:6432/d?pgbouncer=true", "postgresql://app@pooler:6432/d?pgbouncer=true"),
+        ("postgresql://app:p@h1,h2:5433/d", "postgresql://app@h1:5432,h2:5433/d"),
+        ("postgresql://app:p@[::1]:5433/d", "postgresql://app@[::1]:5433/d"),
+        ("postgresql://app:p@h/d?sslkey=k.pem&sslpassword=hunter2", "postgresql://app@h/d?sslkey=k.pem"),
+        ("sqlite:////var/lib/x.db?cached_statements=8", "sqlite:////var/lib/x.db?cached_statements=8"),
+    ],
+)
+def test_a_printed_command_reaches_the_database_that_it_is_about(given: str, shown: str) -> None:
+    url, _ = checked_url(given)
+    [option, value] = shlex.split(shown_options(url, None))
+    assert (option, value) == ("--url", shown)
+    again, _ = checked_url(value)
+    assert (again.username, again.host, again.port) == (url.username, url.host, url.port)
+    assert again.database == url.database
+    assert again.query == url.difference_update_query({"sslpassword"}).query
+
+
+async def test_options_of_libpq_reach_the_server(postgres_url: str) -> None:
+    url = make_url(postgres_url).update_query_dict(
+        {
+            "options": "-csearch_path=elsewhere -cwork_mem=5MB",
+            "sslmode": "prefer",
+            "connect_timeout": "10",
+            "keepalives": "1",
+            "fallback_application_name": "mine",
+            "pool_size": "2",
+        }
+    )
+    engine = make_engine(*checked_url(url), timeout=5)
+    try:
+        async with engine.connect() as connection:
+            settings = [
+                (await connection.exec_driver_sql(f"SHOW {name}")).scalar()
+                for name in ("search_path", "work_mem", "application_name")
+            ]
+        assert settings == ["elsewhere", "5MB", "mine"]
+        assert isinstance(engine.pool, QueuePool)
+        assert engine.pool.size() == 2
+    finally:
+        await engine.dispose()
+
+
+async def test_a_list_of_hosts_is_tried_in_order(postgres_url: str) -> None:
+    url = make_url(postgres_url)
+    hosts = f"127.0.0.1:{free_port()},{url.host}:{url.port}"
+    text = url.render_as_string(hide_password=False).replace(f"{url.host}:{url.port}", hosts)
+    async with sql_store(f"{text}?target_session_attrs=read-write") as store:
+        assert await store.load(uuid.uuid4()) is None
+
+
+def test_options_without_an_effect_are_left_out_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        SqlSessionStore("postgresql://host/db?keepalives=1&channel_binding=prefer")
+    assert "the option keepalives of the database URL is left out" in caplog.text
+    assert "the option channel_binding of the database URL is left out" in caplog.text
+
+
+def test_the_certificates_that_the_system_trusts_verify_the_server() -> None:
+    arguments = driver_arguments({"host": "h", "sslmode": "verify-full", "sslrootcert": "system"})
+    assert arguments["ssl"].check_hostname
+    assert arguments["ssl"].verify_mode is ssl.CERT_REQUIRED
+    assert "dsn" not in arguments
 
 
 def test_a_shown_url_has_no_password_no_driver_and_no_options() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import TYPE_CHECKING, Final
+from urllib.parse import quote, urlencode
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
@@ -31,6 +33,14 @@ __all__ = [
 
 _SYNONYMS: Final = {"postgres": "postgresql"}
 
+_PLAIN: Final = re.compile(r"[\w.@+-]{1,63}")
+"""User names that are shown. Another text may be a password that was written in the wrong place."""
+
+_SECRET_OPTIONS: Final = frozenset({"sslpassword", "password", "user"})
+
+_DELIMITERS: Final = frozenset("@/?#:%")
+"""Characters that end a part of a URL, and no one puts into the name of a database."""
+
 _MIGRATION_TIMEOUT: Final = 60.0
 """Seconds to connect, or to wait for SQLite's lock, because another process may be migrating."""
 
@@ -39,13 +49,15 @@ def checked_url(url: str | URL) -> tuple[URL, Dialect]:
     """Return a database URL with the driver that this package uses, and its dialect.
 
     Args:
-        url: `postgresql://`, `postgres://` or `sqlite:///`, with or without the driver.
+        url: `postgresql://`, `postgres://` or `sqlite:///`, with or without the driver. White space around it is
+            ignored.
 
     Raises:
-        ConfigurationError: The URL cannot work. The message holds no password.
+        ConfigurationError: The URL cannot work. The message holds no part of a password.
     """
+    given = _readable(url) if isinstance(url, str) else url
     try:
-        parsed = make_url(url)
+        parsed = make_url(given)
         backend, _, driver = parsed.drivername.partition("+")
         parsed.port  # noqa: B018 - a port that is no number raises here
     except (ArgumentError, ValueError, AttributeError):
@@ -60,7 +72,49 @@ def checked_url(url: str | URL) -> tuple[URL, Dialect]:
             f"the driver {driver!r} in the database URL cannot be used; write {dialect.name}+{dialect.driver}:// "
             f"or only {dialect.name}://"
         )
+    if isinstance(url, URL) and _is_broken_by_password(parsed):
+        raise _unencoded()
     return dialect.checked_url(parsed.set(drivername=f"{dialect.name}+{dialect.driver}")), dialect
+
+
+def _readable(text: str) -> str:
+    """Return a URL as SQLAlchemy reads it: without white space around it, and with several hosts as options.
+
+    Raises:
+        ConfigurationError: The URL stands in quotes, or a character of the password is not encoded.
+    """
+    text = text.strip()
+    if text[:1] in ("'", '"'):
+        raise ConfigurationError("the database URL stands in quotes, which are part of the value; remove them")
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme.startswith("sqlite"):
+        return text
+    # RFC 3986, section 3.2: the authority ends at the first of these.
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    user, at, hosts = authority.rpartition("@")
+    others = rest[len(authority) :]
+    if "@" in user or "@" in others:
+        raise _unencoded()
+    if "," not in hosts:
+        return text
+    path, _, query = others.partition("?")
+    options = urlencode([("host", host if ":" in host else f"{host}:5432") for host in hosts.split(",")])
+    return f"{scheme}://{user}{at}{path}?{options}{'&' if query else ''}{query}"
+
+
+def _is_broken_by_password(url: URL) -> bool:
+    """Return whether a URL that was parsed elsewhere has parts of a password where host and database stand.
+
+    SQLAlchemy ends a password at the first @.
+    """
+    return url.host is not None and ("@" in url.host or not _DELIMITERS.isdisjoint(url.database or ""))
+
+
+def _unencoded() -> ConfigurationError:
+    return ConfigurationError(
+        "the database URL has a special character between :// and the last @ that is not percent-encoded; write "
+        "%40 for @, %2F for /, %3F for ?, %23 for #, %3A for :, %25 for %"
+    )
 
 
 def checked_engine(engine: AsyncEngine) -> Dialect:
@@ -110,9 +164,8 @@ def checked_schema(schema: str | None, dialect: Dialect) -> str | None:
 
 def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
     """Return an engine in which each wait ends after `timeout` seconds, and whose errors hide parameters."""
-    driver_url, arguments = dialect.engine_arguments(url, timeout=timeout, command_timeout=timeout)
     engine = create_async_engine(
-        driver_url,
+        url,
         poolclass=AsyncAdaptedQueuePool,
         pool_timeout=timeout,
         hide_parameters=True,
@@ -120,7 +173,8 @@ def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
         isolation_level="AUTOCOMMIT",
         # A connection that goes back to the pool has nothing to roll back, which saves a round trip.
         skip_autocommit_rollback=True,
-        **arguments,
+        **dialect.pool_arguments(url),
+        **dialect.engine_arguments(url, timeout=timeout, command_timeout=timeout),
     )
     # After SQLAlchemy's own listener, because that makes asyncpg forget the types that it has looked up.
     sa.event.listen(engine.sync_engine, "connect", lambda connection, _: dialect.on_connect(connection, url))
@@ -129,22 +183,46 @@ def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
 
 def make_migration_engine(url: URL, dialect: Dialect) -> AsyncEngine:
     """Return an engine for migrations: statements have no time limit, and no connection is kept."""
-    url, arguments = dialect.engine_arguments(url, timeout=_MIGRATION_TIMEOUT, command_timeout=None)
+    arguments = dialect.engine_arguments(url, timeout=_MIGRATION_TIMEOUT, command_timeout=None)
     return create_async_engine(url, poolclass=NullPool, hide_parameters=True, isolation_level="AUTOCOMMIT", **arguments)
 
 
 def shown_url(url: URL) -> str:
     """Return a URL as text for messages: without password, driver and options."""
-    return URL.create(
-        url.drivername.partition("+")[0],
-        username=url.username,
-        host=url.host,
-        port=url.port,
-        database=url.database,
-    ).render_as_string()
+    backend = url.drivername.partition("+")[0]
+    if _is_broken_by_password(url):
+        return f"{backend}://***"
+    # Rendered alone, because a host with a port would be taken for an address of IPv6.
+    database = URL.create(backend, database=url.database).render_as_string().partition("://")[2]
+    return f"{backend}://{_shown_authority(url)}{database}"
+
+
+def _shown_authority(url: URL) -> str:
+    if url.host is not None:
+        host = f"[{url.host}]" if ":" in url.host else url.host
+        hosts = host if url.port is None else f"{host}:{url.port}"
+    else:
+        several = url.query.get("host", ())
+        hosts = "" if isinstance(several, str) else ",".join(several)
+    if url.username is None:
+        return hosts
+    user = quote(url.username, safe="") if _PLAIN.fullmatch(url.username) else "***"
+    return f"{user}@{hosts}"
 
 
 def shown_options(url: URL, schema: str | None) -> str:
-    """Return the options with which this package's commands find a database, quoted for a shell."""
-    options: Mapping[str, str | None] = {"--url": shown_url(url), "--schema": schema}
+    """Return the options with which this package's commands find a database, quoted for a shell.
+
+    The URL has no password, because commands are kept in histories; asyncpg takes it from `PGPASSWORD` or a file.
+    """
+    shown = shown_url(url)
+    query = [
+        (name, value)
+        for name, values in url.query.items()
+        if name not in _SECRET_OPTIONS and (name != "host" or isinstance(values, str))
+        for value in ([values] if isinstance(values, str) else values)
+    ]
+    if query:
+        shown += f"?{urlencode(query, safe='/')}"
+    options: Mapping[str, str | None] = {"--url": shown, "--schema": schema}
     return " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None)

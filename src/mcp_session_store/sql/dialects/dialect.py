@@ -141,7 +141,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def checked_url(self, url: URL) -> URL:
-        """Return the URL with its options as the driver names them.
+        """Return the URL with options that are known, by one name each.
 
         Raises:
             ConfigurationError: The URL cannot work.
@@ -211,16 +211,18 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def engine_arguments(
-        self, url: URL, *, timeout: float, command_timeout: float | None
-    ) -> tuple[URL, dict[str, Any]]:
-        """Return the URL and the arguments of `create_async_engine` for an engine of this package.
+    def engine_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:
+        """Return the arguments of `create_async_engine` for an engine of this package.
 
         Args:
             url: URL that `checked_url` returned.
             timeout: Seconds to connect, and to wait for a lock on the whole database.
             command_timeout: Seconds that a statement may take; `None` for no limit.
         """
+
+    @abstractmethod
+    def pool_arguments(self, url: URL) -> dict[str, Any]:
+        """Return the arguments of `create_async_engine` for the size of the pool, where the URL gives one."""
 
     @abstractmethod
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:

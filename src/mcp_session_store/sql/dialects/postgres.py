@@ -12,11 +12,17 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import AdaptedConnection
 from typing_extensions import override
 
-from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
+from mcp_session_store.sql.dialects.postgres_options import (
+    BEHIND_PGBOUNCER,
+    checked_options,
+    connect_arguments,
+    driver_arguments,
+    pool_arguments,
+)
 from mcp_session_store.sql.dialects.private_names import CREATOR, check_compiler, check_creator
 
 if TYPE_CHECKING:
@@ -35,33 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["Postgres"]
 
 _T = TypeVar("_T")
-
-
-# Options that asyncpg.connect() and SQLAlchemy's dialect for it take from a URL's query. An unknown option would make
-# every attempt to connect fail, which looks like a database that is down.
-_POSTGRES_OPTIONS: Final = frozenset(
-    {
-        "host",
-        "port",
-        "passfile",
-        "ssl",
-        "direct_tls",
-        "target_session_attrs",
-        "krbsrvname",
-        "gsslib",
-        "statement_cache_size",
-        "max_cached_statement_lifetime",
-        "max_cacheable_statement_size",
-        "prepared_statement_cache_size",
-        "application_name",
-    }
-)
-_INTEGER_OPTIONS: Final = frozenset(name for name in _POSTGRES_OPTIONS if name.endswith(("_size", "_lifetime")))
-# Options that libpq, and so most providers of databases, spell in another way than asyncpg.connect().
-_LIBPQ_OPTIONS: Final = {"sslmode": "ssl"}
-# An option of this package, by the name that other libraries give it: whether a pooler stands before the database that
-# lends a server connection to a client for one transaction only.
-_BEHIND_PGBOUNCER: Final = "pgbouncer"
 
 
 # Classes and codes of SQLSTATE, "PostgreSQL Error Codes" in its manual.
@@ -132,7 +111,7 @@ async def _connect(*arguments: Any, **options: Any) -> asyncpg.Connection:
     """
     import asyncpg  # imported here, because users of SQLite do without it
 
-    task = asyncio.get_running_loop().create_task(asyncpg.connect(*arguments, **options))
+    task = asyncio.get_running_loop().create_task(asyncpg.connect(*arguments, **driver_arguments(options)))
     _connecting.add(task)
     task.add_done_callback(_connecting.discard)
     try:
@@ -220,41 +199,18 @@ class Postgres(Dialect):
 
     @override
     def checked_url(self, url: URL) -> URL:
-        query = {_LIBPQ_OPTIONS.get(name, name): value for name, value in url.query.items()}
-        if (behind := query.get(_BEHIND_PGBOUNCER, "false")) not in ("true", "false"):
-            raise ConfigurationError(
-                f"{_BEHIND_PGBOUNCER}={behind!r} in the database URL is not valid; write true or false"
-            )
-        if unknown := sorted(query.keys() - _POSTGRES_OPTIONS - {_BEHIND_PGBOUNCER}):
-            raise ConfigurationError(
-                f"the database URL has the option {', '.join(unknown)}, which asyncpg does not take from a URL; "
-                "remove it, or give an AsyncEngine that was made with connect_args"
-            )
-        return url.set(query=query)
+        return checked_options(url)
 
     @override
-    def engine_arguments(
-        self, url: URL, *, timeout: float, command_timeout: float | None
-    ) -> tuple[URL, dict[str, Any]]:
-        query = dict(url.query)
-        name = query.pop("application_name", "mcp-session-store")
-        connect: dict[str, Any] = {
-            "timeout": timeout,
-            "server_settings": {"application_name": name},
-            CREATOR: _connect,
-        }
+    def engine_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:
+        connect = connect_arguments(url, timeout=timeout) | {CREATOR: _connect}
         if command_timeout is not None:
             connect["command_timeout"] = command_timeout
-        connect |= {option: int(str(query.pop(option))) for option in _INTEGER_OPTIONS & query.keys()}
-        if query.pop(_BEHIND_PGBOUNCER, None) == "true":
-            # Without its cache asyncpg sends an unnamed statement together with the values, in one message: it needs
-            # nothing that was on the server connection before, and leaves nothing on it.
-            connect |= {
-                "statement_cache_size": 0,
-                "prepared_statement_cache_size": 0,
-                "prepared_statement_name_func": str,
-            }
-        return url.set(query=query), {"connect_args": connect}
+        return {"connect_args": connect}
+
+    @override
+    def pool_arguments(self, url: URL) -> dict[str, Any]:
+        return pool_arguments(url)
 
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
@@ -282,7 +238,7 @@ class Postgres(Dialect):
     @override
     def supports_listen(self, url: URL) -> bool:
         # A pooler runs LISTEN on a server connection that it lends for one transaction.
-        return url.query.get(_BEHIND_PGBOUNCER) != "true"
+        return url.query.get(BEHIND_PGBOUNCER) != "true"
 
     @override
     def refuse_absent(self, url: URL) -> None:
@@ -346,7 +302,7 @@ class Postgres(Dialect):
 
     @override
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
-        if url.query.get(_BEHIND_PGBOUNCER) == "true":
+        if url.query.get(BEHIND_PGBOUNCER) == "true":
             assert isinstance(connection, AdaptedConnection)
             connection.run_async(_learn_array_types)
 

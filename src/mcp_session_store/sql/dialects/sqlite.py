@@ -57,6 +57,47 @@ _CLOSED: Final = frozenset({"Connection closed", "no active connection"})  # as 
 _NOT_WRITABLE: Final = frozenset({8, 14})  # SQLITE_READONLY, SQLITE_CANTOPEN
 
 
+_URI: Final = "uri"
+_OPTIONS: Final[Mapping[str, tuple[str, ...] | None]] = {
+    _URI: ("true", "false"),
+    "check_same_thread": ("true", "false"),
+    "cached_statements": None,
+}
+"""Options of a URL for Python's driver, and the values that each may have; `None`: a number."""
+_URI_OPTIONS: Final[Mapping[str, tuple[str, ...] | None]] = {
+    "mode": ("rw", "rwc"),
+    "cache": ("private", "shared"),
+    "psow": ("0", "1"),
+    "nolock": ("0", "1"),
+    "vfs": (),
+}
+"""Options for SQLite itself, in a database name that is a URI ("Uniform Resource Identifiers" in its manual)."""
+
+
+def _check_option(name: str, value: Any, *, is_uri: bool) -> None:
+    if name == "timeout":
+        raise ConfigurationError(
+            "the database URL has the option timeout, which cannot be used; give the store a timeout in seconds, by "
+            "timeout= or --timeout"
+        )
+    if name in _URI_OPTIONS and not is_uri:
+        raise ConfigurationError(
+            f"the database URL has the option {name}, which SQLite takes from a URI only; write "
+            "sqlite:///file:path?uri=true, and the option after it"
+        )
+    known = {**_OPTIONS, **_URI_OPTIONS}
+    if name not in known:
+        raise ConfigurationError(
+            f"the database URL has the option {name}, which cannot be used; remove it, or give an AsyncEngine that was "
+            "made with connect_args"
+        )
+    values = known[name]
+    if values is None and not (isinstance(value, str) and value.isascii() and value.isdigit()):
+        raise ConfigurationError(f"{name}={value!r} in the database URL cannot be used; write a whole number")
+    if values and value not in values:
+        raise ConfigurationError(f"{name}={value!r} in the database URL cannot be used; write {' or '.join(values)}")
+
+
 class _JsonBatch(Batch):
     """One JSON text: an array with an array for each row."""
 
@@ -257,7 +298,14 @@ class Sqlite(Dialect):
 
     @override
     def checked_url(self, url: URL) -> URL:
+        if url.host is not None or url.username is not None:
+            raise ConfigurationError(
+                "a SQLite URL has three slashes before a relative path, as in sqlite:///sessions.db, and four before "
+                "an absolute one, as in sqlite:////var/lib/sessions.db"
+            )
         self.refuse_volatile(url)
+        for name, value in url.query.items():
+            _check_option(name, value, is_uri=url.query.get(_URI) == "true")
         return url
 
     @override
@@ -280,12 +328,14 @@ class Sqlite(Dialect):
             raise ConfigurationError(f"there is no file {database!r}; make it with mcp-session-store upgrade")
 
     @override
-    def engine_arguments(
-        self, url: URL, *, timeout: float, command_timeout: float | None
-    ) -> tuple[URL, dict[str, Any]]:
+    def engine_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:
         # SQLite's busy_timeout, a wait that cannot be cancelled. Together with the wait for this process's own writers,
         # which is half of the timeout at most, it ends before the caller gives up: a refused call is not done later.
-        return url, {"connect_args": {"timeout": timeout * 0.4}}
+        return {"connect_args": {"timeout": timeout * 0.4}}
+
+    @override
+    def pool_arguments(self, url: URL) -> dict[str, Any]:
+        return {}
 
     @override
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
