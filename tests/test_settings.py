@@ -34,11 +34,12 @@ def test_each_setting_has_a_default_a_unit_and_a_description() -> None:
         activity_interval=None,
         instance_timeout=30.0,
         replay_timeout=5.0,
+        outage_patience=20.0,
         max_initialize_params=64 * 1024,
     )
-    assert set(InstanceSettings.model_fields) == {*SECONDS, *COUNTS}
+    assert set(InstanceSettings.model_fields) == {*SECONDS, "outage_patience", *COUNTS}
     for name, field in InstanceSettings.model_fields.items():
-        unit = "Seconds" if name in SECONDS else {"max_sessions": "Sessions", "max_initialize_params": "Bytes"}[name]
+        unit = {"max_sessions": "Sessions", "max_initialize_params": "Bytes"}.get(name, "Seconds")
         assert (field.description or "").startswith(f"{unit} "), name
         assert Unit(unit.lower()) in field.metadata
         assert ("None: " in (field.description or "")) == (name in OPTIONAL)
@@ -51,6 +52,13 @@ def test_seconds_that_cannot_work_are_refused_by_name(name: str, value: Any) -> 
         InstanceSettings.given(None, **{name: value})
     with pytest.raises(ValidationError, match=name):
         InstanceSettings(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-1, 30, float("nan"), float("inf"), True, "5", None])
+def test_a_patience_that_cannot_work_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"outage_patience: .*from 0 to less than 30"):
+        InstanceSettings.given(None, outage_patience=value)
+    assert InstanceSettings.given(None, outage_patience=0).outage_patience == 0
 
 
 @pytest.mark.parametrize("name", COUNTS)

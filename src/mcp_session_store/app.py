@@ -56,6 +56,7 @@ def durable_app(
     activity_interval: float | NotGiven | None = NOT_GIVEN,
     instance_timeout: float | NotGiven = NOT_GIVEN,
     replay_timeout: float | NotGiven = NOT_GIVEN,
+    outage_patience: float | NotGiven = NOT_GIVEN,
     max_initialize_params: int | NotGiven = NOT_GIVEN,
     journaled_methods: Sequence[JournaledMethod] = (),
     **options: Any,
@@ -99,6 +100,7 @@ def durable_app(
         activity_interval: See `InstanceSettings`; seconds.
         instance_timeout: See `InstanceSettings`; seconds.
         replay_timeout: See `InstanceSettings`; seconds.
+        outage_patience: See `InstanceSettings`; seconds.
         max_initialize_params: See `InstanceSettings`; bytes.
         journaled_methods: See `DurableSessionManager`.
         **options: Options of the framework's own factory (`streamable_http_app`, `http_app`), by its names.
@@ -118,6 +120,7 @@ def durable_app(
         activity_interval=activity_interval,
         instance_timeout=instance_timeout,
         replay_timeout=replay_timeout,
+        outage_patience=outage_patience,
         max_initialize_params=max_initialize_params,
     )
     arguments: dict[str, Any] = {

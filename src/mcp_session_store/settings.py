@@ -33,6 +33,10 @@ OPERATOR_TIMEOUT: Final = 30.0
 """Seconds that a call of an operator's command to the database takes at most, unless given."""
 
 
+MAX_PATIENCE: Final = 30.0
+"""Seconds that a request may not wait for the store, because many clients give up after as many."""
+
+
 class NotGiven(Enum):
     """Type of `NOT_GIVEN`."""
 
@@ -67,6 +71,14 @@ def _seconds_or_none(value: object) -> object:
 def _positive_count(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{value!r} is not a positive whole number; give one, as in 1000")
+    return value
+
+
+def _patience(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_PATIENCE:
+        raise ValueError(
+            f"{value!r} is not a number of seconds from 0 to less than {MAX_PATIENCE:g}; give one, as in 10"
+        )
     return value
 
 
@@ -139,6 +151,11 @@ class InstanceSettings(Settings):
         default=5.0,
         description="Seconds that a replay may take: for the answer to initialize, and again for the handler of "
         "notifications/initialized, which then goes on beside the client's requests.",
+    )
+    outage_patience: Annotated[float, BeforeValidator(_patience), Unit.SECONDS] = Field(
+        default=20.0,
+        description="Seconds that a request waits at most for a store that is away, from its arrival on; less than "
+        "30. 0: none waits.",
     )
     max_initialize_params: Annotated[int, BeforeValidator(_positive_count), Unit.BYTES] = Field(
         default=64 * 1024,

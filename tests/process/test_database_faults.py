@@ -1,4 +1,7 @@
-"""The database stops, hangs, or loses connections, while a server runs or before it starts."""
+"""The database stops, hangs, or loses connections, while a server runs or before it starts.
+
+Where requests are refused, none waits: how they wait is the subject of `test_outages`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import random
 import signal
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -29,7 +33,7 @@ async def test_while_postgres_is_down_resident_sessions_are_served_and_all_recov
     application: Application, stoppable_postgres: PostgresServer, stoppable_url: str
 ) -> None:
     records = Records(stoppable_url)
-    server = application.serve(stoppable_url)
+    server = application.serve(stoppable_url, outage_patience=0)
     async with (
         sessions(server.mcp_url, 1) as (evicted,),
         RawClient(server.mcp_url) as new,
@@ -73,7 +77,7 @@ async def test_a_server_that_starts_without_its_database_serves_modern_clients_a
     application: Application, stoppable_postgres: PostgresServer, stoppable_url: str
 ) -> None:
     await anyio.to_thread.run_sync(stoppable_postgres.stop)
-    server = application.serve(stoppable_url)
+    server = application.serve(stoppable_url, outage_patience=0)
     async with (
         RawClient(server.mcp_url) as client,
         RawClient(server.mcp_url, session_id="0" * 32) as unknown,
@@ -101,7 +105,7 @@ async def test_a_database_that_hangs_counts_as_down_and_resident_sessions_do_not
     application: Application, proxied_url: str, proxy: FaultProxy
 ) -> None:
     # In a thread, here as everywhere: the proxy runs in this event loop.
-    server = await anyio.to_thread.run_sync(application.serve, proxied_url)
+    server = await anyio.to_thread.run_sync(partial(application.serve, proxied_url, outage_patience=0))
     async with sessions(server.mcp_url, 2) as (evicted, deleting), RawClient(server.mcp_url) as new:
         await anyio.to_thread.run_sync(server.restart)
         async with sessions(server.mcp_url, 2) as resident, Load(resident) as load:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 async def test_a_sqlite_file_that_somebody_else_keeps_locked_counts_as_down(
     application: Application, sqlite_url: str
 ) -> None:
-    server = application.serve(sqlite_url)
+    server = application.serve(sqlite_url, outage_patience=0)
     async with sessions(server.mcp_url, 1) as (evicted,), RawClient(server.mcp_url) as new:
         await anyio.to_thread.run_sync(server.restart)
         async with sessions(server.mcp_url, 2) as resident, Load(resident) as load:

@@ -176,9 +176,11 @@ async def instance(store: SessionStore, notes: Notes | None = None, **options: A
     Args:
         store: Its store.
         notes: Its server, which belongs to it alone.
-        options: For `durable_app`.
+        options: For `durable_app`. No request waits for a store that is away, unless `outage_patience` is given.
     """
     notes = notes or Notes()
+    if "settings" not in options:
+        options.setdefault("outage_patience", 0)
     app = durable_app(notes.server, store, **options)
     async with running(app) as tasks:
         manager = notes.server.session_manager

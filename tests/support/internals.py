@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from mcp_session_store import MemoryEventLog, MemorySessionStore
+    from mcp_session_store.adapter.outage import Gate
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.changes import ChangeWatch
     from mcp_session_store.adapter.sessions.ending import Ender
@@ -243,3 +244,13 @@ def is_settled(recorder: EventRecorder) -> bool:
 def backlog_bytes_of(manager: DurableSessionManager) -> int:
     """Bytes of the events that wait to be stored."""
     return recorder_of(manager)._backlog._bytes
+
+
+def gate_of(manager: DurableSessionManager) -> Gate:
+    """The gate at which requests of a running manager wait for its store."""
+    return manager._gate
+
+
+def waiting_at(gate: Gate) -> tuple[int, int, int, int]:
+    """How many requests wait at a gate, and how many for streams; the bytes that they hold, and the calls in line."""
+    return gate._waiting[False], gate._waiting[True], gate._bytes, len(gate._places)

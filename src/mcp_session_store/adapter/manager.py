@@ -18,6 +18,7 @@ from mcp.server.transport_security import TransportSecurityMiddleware
 
 from mcp_session_store.adapter import clock, sdk
 from mcp_session_store.adapter.background import report_failure, run_again, run_every
+from mcp_session_store.adapter.outage import Gate
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
 from mcp_session_store.adapter.routing import Router
@@ -27,6 +28,7 @@ from mcp_session_store.adapter.sessions.admission import Admission
 from mcp_session_store.adapter.sessions.ending import Ender, EndHook
 from mcp_session_store.adapter.sessions.lookup import Lookup
 from mcp_session_store.adapter.sessions.opening import Opener
+from mcp_session_store.adapter.sessions.patient_store import PatientStore
 from mcp_session_store.adapter.sessions.recording import RecordWriter
 from mcp_session_store.adapter.sessions.registry import Registry
 from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
@@ -108,6 +110,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         activity_interval: See `InstanceSettings`; seconds.
         instance_timeout: See `InstanceSettings`; seconds.
         replay_timeout: See `InstanceSettings`; seconds.
+        outage_patience: See `InstanceSettings`; seconds.
         max_initialize_params: See `InstanceSettings`; bytes.
         journaled_methods: Methods of the application's own whose calls set state of their session: the calls are
             stored, and replayed in a restore, as those of `logging/setLevel` and `resources/subscribe` are.
@@ -141,6 +144,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         activity_interval: float | NotGiven | None = NOT_GIVEN,
         instance_timeout: float | NotGiven = NOT_GIVEN,
         replay_timeout: float | NotGiven = NOT_GIVEN,
+        outage_patience: float | NotGiven = NOT_GIVEN,
         max_initialize_params: int | NotGiven = NOT_GIVEN,
         journaled_methods: Sequence[JournaledMethod] = (),
         close_store: bool = False,
@@ -175,6 +179,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             activity_interval=activity_interval,
             instance_timeout=instance_timeout,
             replay_timeout=replay_timeout,
+            outage_patience=outage_patience,
             max_initialize_params=max_initialize_params,
         )
         if session_idle_timeout != "policy":
@@ -241,7 +246,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                     # Before a client can wait for any call that runs here.
                     await self._recorder.recover()
             except (StoreUnavailable, StoreBusy) as error:
-                logger.warning("the session store cannot be reached; requests that need it get 503: %s", error)
+                logger.warning("the session store cannot be reached; requests that need it wait: %s", error)
                 if self._recorder is not None:
                     self._recorder.wake.set()
             async with super().run():
@@ -256,10 +261,12 @@ class DurableSessionManager(sdk.ManagerSeams):
         # Another app may share the store, and have set its policy.
         interval = checked_interval(self._settings.activity_interval, self.store.retention)
         self._activity = ActivityReporter(self.store, self._registry, instance=self.instance, interval=interval)
-        lookup = Lookup(self.store)
-        self._ender = Ender(self.store, self._registry, lookup, self._activity, self._tasks, on_end=self._on_end)
+        self._gate = Gate(self._tasks, patience=self._settings.outage_patience)
+        patient = PatientStore(self.store, self._gate)
+        lookup = Lookup(patient)
+        self._ender = Ender(patient, self._registry, lookup, self._activity, self._tasks, on_end=self._on_end)
         writer = RecordWriter(
-            self.store,
+            patient,
             self._registry,
             self._journal,
             self._ender.end_not_live,
@@ -275,7 +282,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         )
         opener = Opener(self._registry, admission, writer, self._tasks)
         self._restorer = Restorer(
-            self.store,
+            patient,
             self._registry,
             lookup,
             admission,
@@ -303,7 +310,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         poll_interval = settings.end_within / 2
         changes = self._ender.changes
         start(partial(run_every, "activity", self._activity.interval, self._ender.report, wake=self._activity.wake))
-        start(partial(run_every, "changes", poll_interval, changes.poll, wake=changes.wake))
+        start(partial(run_every, "changes", poll_interval, self._poll_changes, wake=changes.wake))
         start(run_again, "hints", changes.listen)
         start(run_every, "restores", settings.replay_timeout, self._restorer.fail_overdue)
         evict_after = math.inf if settings.evict_after is None else settings.evict_after
@@ -323,7 +330,12 @@ class DurableSessionManager(sdk.ManagerSeams):
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
             await recorder.retire()
 
+    async def _poll_changes(self) -> None:
+        await self._ender.changes.poll()
+        self._gate.store_answered()
+
     async def _shut_down(self) -> None:
+        self._gate.shut_down()
         with anyio.move_on_after(ANSWERS_TIMEOUT + SHUTDOWN_TIMEOUT, shield=True):
             self._activity.gather(everything=True)
             # Concurrently, so that a slow store leaves no stream open, and no client leaves activity unreported.

@@ -10,7 +10,11 @@ import anyio
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
-__all__ = ["POSTED", "Incoming", "Posted", "session_id_of"]
+__all__ = ["POSTED", "ClientGone", "Incoming", "Posted", "session_id_of"]
+
+
+class ClientGone(Exception):
+    """The client of a request has disconnected before it was answered."""
 
 
 class Posted:

@@ -10,8 +10,9 @@ from mcp.server.streamable_http import SESSION_ID_PATTERN
 from starlette.requests import Request
 
 from mcp_session_store.adapter import responses
+from mcp_session_store.adapter.outage import RequestWait
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
-from mcp_session_store.adapter.requests import POSTED, Incoming, Posted, session_id_of
+from mcp_session_store.adapter.requests import POSTED, ClientGone, Incoming, Posted, session_id_of
 from mcp_session_store.adapter.responses import SessionNotFound
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
@@ -93,9 +94,9 @@ class Router:
         session = self._registry.get(session_id)
         method = scope["method"]
         if session is None or not session.serving or session.owner != requestor or method not in ("POST", "GET"):
-            found = await self._find(session_id, requestor, scope, receive)
+            found = await self._find(session_id, requestor, scope, incoming)
             if not isinstance(found, ResidentSession):
-                await found(scope, receive, send)
+                await found(scope, incoming.receive, send)
                 return
             session = found
         else:
@@ -108,7 +109,7 @@ class Router:
                 scope[RESTORE_MARKER] = session.marker
             if method == "GET":
                 with session.stream():
-                    await self._serve_stream(session, scope, receive, _noting_standalone_stream(session, send))
+                    await self._serve_stream(session, scope, incoming.receive, _noting_standalone_stream(session, send))
                 return
             await incoming.read(self._max_body)
             if not incoming.whole:
@@ -128,10 +129,11 @@ class Router:
             session.unpin()
 
     async def _find(
-        self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, receive: Receive
+        self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, incoming: Incoming
     ) -> ResidentSession | Response:
         """Return the session of a request, pinned, or the answer that the request gets instead."""
-        request = Request(scope, receive)
+        waits = RequestWait(scope["method"], incoming)
+        request = Request(scope)
         if (refusal := await self._security.validate_request(request, is_post=request.method == "POST")) is not None:
             return refusal
         if request.method not in ("POST", "GET", "DELETE"):
@@ -140,9 +142,11 @@ class Router:
             if len(session_id) > MAX_SESSION_ID or not SESSION_ID_PATTERN.fullmatch(session_id):
                 raise SessionNotFound
             if request.method == "DELETE":
-                await self._ender.delete(session_id, requestor)
+                await self._ender.delete(session_id, requestor, waits)
                 return responses.session_ended(session_id)
-            return await self._restorer.restored(session_id, requestor, scope)
+            return await self._restorer.restored(session_id, requestor, scope, waits)
+        except ClientGone:
+            return responses.UNAVAILABLE.response()  # which reaches no client
         except Exception as error:
             return responses.refuse(error, session_key(session_id)).response()
 

@@ -10,11 +10,13 @@ __all__ = [
     "ended",
     "events",
     "evicted",
+    "outages",
     "purged",
     "refused",
     "removed_events",
     "restored",
     "resumed",
+    "waiting",
     "unreadable",
 ]
 
@@ -29,6 +31,10 @@ refused = _meter.create_counter("mcp_session_store.requests.refused", descriptio
 unreadable = _meter.create_counter(
     "mcp_session_store.records.unreadable", description="Requests for sessions whose record cannot be read"
 )
+waiting = _meter.create_up_down_counter(
+    "mcp_session_store.requests.waiting", description="Requests that wait because the store is away"
+)
+outages = _meter.create_counter("mcp_session_store.store.outages", description="Times that the store went away")
 events = _meter.create_counter("mcp_session_store.events", description="Events of streams, by what became of them")
 removed_events = _meter.create_counter("mcp_session_store.events.removed", description="Events that were swept")
 resumed = _meter.create_counter("mcp_session_store.streams.resumed", description="Streams resumed, by how it ended")

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
 
+    from mcp_session_store.adapter.outage import RequestWait
     from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.lookup import Lookup
+    from mcp_session_store.adapter.sessions.patient_store import PatientStore
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.records import Change
-    from mcp_session_store.store import SessionStore
 
 __all__ = ["EndHook", "Ender"]
 
@@ -55,7 +56,7 @@ class Ender:
 
     def __init__(
         self,
-        store: SessionStore,
+        store: PatientStore,
         registry: Registry,
         lookup: Lookup,
         activity: ActivityReporter,
@@ -69,11 +70,16 @@ class Ender:
         self._activity = activity
         self._tasks = tasks
         self._on_end = on_end
-        self.changes: Final = ChangeWatch(store, concerns=registry.concerns, learn=self.learn, verify=self.verify)
+        self.changes: Final = ChangeWatch(store.inner, concerns=registry.concerns, learn=self.learn, verify=self.verify)
         """Learns which sessions ended elsewhere."""
 
-    async def delete(self, session_id: str, requestor: AuthorizationContext | None) -> None:
+    async def delete(self, session_id: str, requestor: AuthorizationContext | None, request: RequestWait) -> None:
         """End a session for its principal, resident or not.
+
+        Args:
+            session_id: Id of the session.
+            requestor: Principal of the request.
+            request: The request.
 
         Raises:
             SessionNotFound: There is no such session for this principal.
@@ -85,7 +91,7 @@ class Ender:
         async def end() -> None:
             nonlocal failure
             try:
-                await self._delete(session_id, requestor)
+                await self._delete(session_id, requestor, request)
                 failure = None
             except Exception as error:
                 failure = error
@@ -98,12 +104,12 @@ class Ender:
         if failure is not None:
             raise failure
 
-    async def _delete(self, session_id: str, requestor: AuthorizationContext | None) -> None:
+    async def _delete(self, session_id: str, requestor: AuthorizationContext | None, request: RequestWait) -> None:
         session = self._registry.get(session_id)
         key = session_key(session_id)
         if session is None or session.owner != requestor:
-            await self._lookup.record_of(key, requestor)
-        ended = await self._store.end(key, reason=EndReason.CLIENT)
+            await self._lookup.record_of(key, requestor, request)
+        ended = await self._store.end(key, request, reason=EndReason.CLIENT)
         if (interest := self._registry.interest_in(key)) is not None:
             interest.ended = True
         if not ended:
@@ -152,7 +158,7 @@ class Ender:
         pace = SweepPace(SWEEP_LIMIT, least=LEAST_SWEEP)
         while True:
             began = anyio.current_time()
-            swept = await self._store.sweep(limit=pace.limit)
+            swept = await self._store.inner.sweep(limit=pace.limit)
             if swept.expired:
                 telemetry.ended.add(swept.expired, {"reason": EndReason.EXPIRED.value})
             if swept.purged:

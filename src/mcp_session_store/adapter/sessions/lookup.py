@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
 
+    from mcp_session_store.adapter.outage import Waits
+    from mcp_session_store.adapter.sessions.patient_store import PatientStore
     from mcp_session_store.records import SessionRecord
-    from mcp_session_store.store import SessionStore
 
 __all__ = ["Lookup", "principal_of"]
 
@@ -28,15 +29,16 @@ class Lookup:
 
     __slots__ = ("_store",)
 
-    def __init__(self, store: SessionStore) -> None:
+    def __init__(self, store: PatientStore) -> None:
         self._store = store
 
-    async def record_of(self, key: UUID, requestor: AuthorizationContext | None) -> SessionRecord:
+    async def record_of(self, key: UUID, requestor: AuthorizationContext | None, waits: Waits) -> SessionRecord:
         """Return the record of a live session.
 
         Args:
             key: Key of the session.
             requestor: Principal that asks for it.
+            waits: Request that waits for the answer.
 
         Raises:
             SessionNotFound: There is no such session for this principal.
@@ -45,7 +47,7 @@ class Lookup:
         """
         principal = principal_of(requestor)
         try:
-            record = await self._store.load(key)
+            record = await self._store.load(key, waits)
         except RecordUnreadable as error:
             if error.digest_known and error.digest != (None if principal is None else principal.digest):
                 raise SessionNotFound from None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, InitializeRequestParams
 
+from mcp_session_store.adapter.outage import RequestWait
 from mcp_session_store.adapter.responses import SESSION_NOT_FOUND, UNAVAILABLE, answer_to
 from mcp_session_store.adapter.sessions.handshake import (
     HANDSHAKE,
@@ -73,6 +74,8 @@ async def _store_handshake(
     session.loop.handshake = handshake
     writer = _writer_of(ctx)
     params = InitializeParams.encode(ctx.params, limit=writer.max_initialize_params)
+    # Its body is the SDK's to read, which notices that the client goes.
+    request = RequestWait("POST", held=len(params.text))
     result = await call_next(ctx)
     if isinstance(result, ErrorData):
         # A middleware may refuse by returning it; the SDK makes an error of it after the chain.
@@ -83,7 +86,7 @@ async def _store_handshake(
     if not version:
         raise MCPError(code=INTERNAL_ERROR, message="The server answered initialize without a protocolVersion")
     try:
-        live = await writer.record_handshake(session, params, version)
+        live = await writer.record_handshake(session, params, version, request)
     except Exception as error:
         answer = answer_to(error)
         handshake.settle(answer)

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
     from uuid import UUID
 
+    from mcp_session_store.adapter.outage import RequestWait
     from mcp_session_store.adapter.replay.journal import Journal, JournalWrite
     from mcp_session_store.adapter.sessions.handshake import InitializeParams
+    from mcp_session_store.adapter.sessions.patient_store import PatientStore
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.records import SessionRecord
-    from mcp_session_store.store import SessionStore
 
 __all__ = ["RECORD_WRITER", "RecordWriter"]
 
@@ -42,7 +43,7 @@ class RecordWriter:
 
     def __init__(
         self,
-        store: SessionStore,
+        store: PatientStore,
         registry: Registry,
         journal: Journal,
         on_not_live: Callable[[Collection[UUID]], Awaitable[None]],
@@ -57,8 +58,16 @@ class RecordWriter:
         self.journal: Final = journal
         self.max_initialize_params: Final = max_initialize_params
 
-    async def record_handshake(self, session: ResidentSession, params: InitializeParams, version: str) -> bool:
+    async def record_handshake(
+        self, session: ResidentSession, params: InitializeParams, version: str, request: RequestWait
+    ) -> bool:
         """Commit a handshake; the session's first one makes it resident.
+
+        Args:
+            session: The session.
+            params: The params of `initialize`.
+            version: The version that the server answers.
+            request: The request.
 
         Returns:
             Whether the session is live.
@@ -68,15 +77,17 @@ class RecordWriter:
         """
         try:
             if session.record is None:
-                await self._create(session, params, version)
+                await self._create(session, params, version, request)
                 return True
             async with session.recording:
-                return await self._replace(session, session.record, params, version)
+                return await self._replace(session, session.record, params, version, request)
         except Exception as error:
             refuse(error, session_key(session.session_id))
             raise
 
-    async def _create(self, session: ResidentSession, params: InitializeParams, version: str) -> None:
+    async def _create(
+        self, session: ResidentSession, params: InitializeParams, version: str, request: RequestWait
+    ) -> None:
         record = await self._store.create(
             NewSession(
                 key=session_key(session.session_id),
@@ -86,17 +97,24 @@ class RecordWriter:
                 client_version=params.client_version,
                 principal=principal_of(session.owner),
                 instance=self._instance,
-            )
+            ),
+            request,
         )
-        session.stored(record, self._store.retention, new=True)
+        session.stored(record, self._store.inner.retention, new=True)
         telemetry.created.add(1)
         self._registry.publish(session)
 
     async def _replace(
-        self, session: ResidentSession, record: SessionRecord, params: InitializeParams, version: str
+        self,
+        session: ResidentSession,
+        record: SessionRecord,
+        params: InitializeParams,
+        version: str,
+        request: RequestWait,
     ) -> bool:
         live = await self._store.replace_initialize(
             record.key,
+            request,
             initialize_params=params.text,
             protocol_version=version,
             client_name=params.client_name,
@@ -129,7 +147,7 @@ class RecordWriter:
         async with session.recording:
             assert session.record is not None
             try:
-                revision = await self._store.write_journal(
+                revision = await self._store.inner.write_journal(
                     session.record.key, method=write.method, subject=write.subject, params=write.params
                 )
             except JournalFull:

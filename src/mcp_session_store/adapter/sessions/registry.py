@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import report_failure
-from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.outage import SharedWait
 from mcp_session_store.adapter.responses import MemoryFull
 from mcp_session_store.records import session_key
 
@@ -42,7 +42,7 @@ class Interest:
         """Highest revision of the record that was heard of, or loaded."""
 
 
-class Restore:
+class Restore(SharedWait):
     """One restore under way, and what the requests that wait for it need to know.
 
     Args:
@@ -50,6 +50,7 @@ class Restore:
         interest: What is heard of the session.
         previous_instance: Id of the instance that created or restored the session before.
         loaded_at: Moment, by `clock`, at which the record was loaded.
+        arrived: Arrival of the request that caused it.
     """
 
     __slots__ = (
@@ -58,14 +59,15 @@ class Restore:
         "failure",
         "interest",
         "loaded_at",
-        "over",
         "previous_instance",
         "session",
         "session_id",
-        "waiters",
     )
 
-    def __init__(self, session_id: str, interest: Interest, *, previous_instance: str, loaded_at: float) -> None:
+    def __init__(
+        self, session_id: str, interest: Interest, *, previous_instance: str, loaded_at: float, arrived: float
+    ) -> None:
+        super().__init__(arrived)
         self.session_id = session_id
         self.interest = interest
         interest.holders += 1
@@ -75,9 +77,6 @@ class Restore:
         """The copy that is being made."""
         self.deadline = math.inf
         """Moment, by anyio's clock, at which the replay takes too long."""
-        self.over = Latch()
-        self.waiters = 0
-        """Number of requests that wait for the restore."""
         self.session: ResidentSession | None = None
         """The restored session, when the restore is over and succeeded."""
         self.failure: Exception | None = None
@@ -169,7 +168,7 @@ class Registry:
 
     def not_restored(self, restore: Restore, failure: Exception) -> None:
         """End a restore that failed, unless it is over already; its copy, unpublished, stops by itself."""
-        if restore.over.is_set():
+        if restore.is_over:
             return
         if restore.copy is not None:
             self.unpublish(restore.copy)
@@ -180,7 +179,7 @@ class Registry:
         restore.copy = None
         del self.restores[restore.session_id]
         self.lose_interest(restore.interest)
-        restore.over.set()
+        restore.end()
 
     def reserve(self, *, may_evict: bool) -> None:
         """Reserve capacity for one more copy.

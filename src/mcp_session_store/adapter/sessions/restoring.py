@@ -17,20 +17,21 @@ from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
 from mcp_session_store.adapter.responses import MemoryFull, RestoreFailed, SessionNotFound, ShuttingDown
 from mcp_session_store.adapter.sessions.registry import Restore
-from mcp_session_store.errors import RestoreRefused, SessionStoreError
+from mcp_session_store.errors import RestoreRefused, SessionStoreError, StoreUnavailable
 from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker, session_key
 
 if TYPE_CHECKING:
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from starlette.types import Scope
 
+    from mcp_session_store.adapter.outage import RequestWait
     from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.admission import Admission
     from mcp_session_store.adapter.sessions.lookup import Lookup
+    from mcp_session_store.adapter.sessions.patient_store import PatientStore
     from mcp_session_store.adapter.sessions.registry import Interest, Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
-    from mcp_session_store.store import SessionStore
 
 __all__ = ["RestoreHook", "Restorer"]
 
@@ -60,7 +61,7 @@ class Restorer:
 
     def __init__(
         self,
-        store: SessionStore,
+        store: PatientStore,
         registry: Registry,
         lookup: Lookup,
         admission: Admission,
@@ -79,13 +80,16 @@ class Restorer:
         self._on_restore = on_restore
         self._replay_timeout = replay_timeout
 
-    async def restored(self, session_id: str, requestor: AuthorizationContext | None, scope: Scope) -> ResidentSession:
+    async def restored(
+        self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, request: RequestWait
+    ) -> ResidentSession:
         """Return a session, resident and pinned, after a restore if it is not in memory.
 
         Args:
             session_id: Id of the session.
             requestor: Principal of the request.
             scope: ASGI scope of the request.
+            request: The request, which may have to wait for the store.
 
         Raises:
             SessionNotFound: There is no such session for this principal.
@@ -99,11 +103,11 @@ class Restorer:
             try:
                 # Query the store for another principal's resident session too, so that neither timing nor an outage
                 # distinguishes it from an unknown one.
-                record = await self._lookup.record_of(interest.key, requestor)
+                record = await self._lookup.record_of(interest.key, requestor, request)
                 # It may have been restored while the query ran.
                 session = self._registry.get(session_id)
                 if session is None or not session.serving:
-                    return await self._join_restore(session_id, interest, record, requestor, scope)
+                    return await self._join_restore(session_id, interest, record, requestor, scope, request)
             finally:
                 self._registry.lose_interest(interest)
         session.pin()
@@ -116,6 +120,7 @@ class Restorer:
         record: SessionRecord,
         requestor: AuthorizationContext | None,
         scope: Scope,
+        request: RequestWait,
     ) -> ResidentSession:
         """Wait for the one restore of this session, and begin it if none is under way.
 
@@ -130,17 +135,23 @@ class Restorer:
                 interest,
                 previous_instance=self._previous_instance(record),
                 loaded_at=clock.now(),
+                arrived=request.arrived,
             )
             # In the manager's task group: the disconnect of this request fails no other. The task inherits this
             # request's context variables.
             self._tasks.start_soon(self._run_restore, restore, record, requestor, scope, RESTORE_ATTEMPTS)
         restore.waiters += 1
         try:
-            await restore.over.wait()
+            await restore.over_or_waiting.wait()
+            if not restore.is_over:
+                await self._store.gate.hold(request, restore.wait)
         except BaseException:
             if restore.session is not None:
                 restore.session.unpin()
             restore.waiters -= 1
+            if restore.is_waiting and not restore.waiters:
+                self._registry.not_restored(restore, StoreUnavailable("no request waits for the restore any more"))
+                restore.give_up()
             raise
         if restore.session is None:
             assert restore.failure is not None
@@ -189,15 +200,15 @@ class Restorer:
             replaying=True,
         )
         if self._on_restore is not None:
-            await self._ask_application(self._on_restore, marker, record)
-        journal = await self._store.read_journal(record.key) if record.revision else ()
+            await self._ask_application(self._on_restore, restore, marker, record)
+        journal = await self._store.read_journal(record.key, restore) if record.revision else ()
         session = restore.copy = self._admission.admit(session_id, requestor)
 
         def failed(failure: Exception) -> None:
             self._registry.not_restored(restore, failure)
 
         async def replayed() -> bool:
-            if restore.over.is_set():
+            if restore.is_over:
                 return False
             restore.deadline = math.inf
             session.loop.limit(math.inf)
@@ -257,14 +268,14 @@ class Restorer:
                 claimed = replace(record, instance_hint=self._activity.instance, restores=marker.restores)
             else:
                 claimed = await self._store.claim(
-                    record.key, instance=self._activity.instance, restores=marker.restores - 1
+                    record.key, restore, instance=self._activity.instance, restores=marker.restores - 1
                 )
             if claimed is None or interest.ended:
                 raise SessionNotFound
             if not session.serving:
                 raise RestoreFailed("the server loop of a session ended while it was being restored")
             if claimed.revision == record.revision:
-                session.stored(claimed, self._store.retention, new=False, loaded_at=loaded_at)
+                session.stored(claimed, self._store.inner.retention, new=False, loaded_at=loaded_at)
                 if session.lifetime.past_absolute:
                     raise SessionNotFound
                 if loaded_at is not None:
@@ -321,12 +332,14 @@ class Restorer:
             "an earlier copy of the session has not left memory yet, because one of its handlers does not end"
         )
 
-    async def _ask_application(self, hook: RestoreHook, marker: SessionRestoreMarker, record: SessionRecord) -> None:
+    async def _ask_application(
+        self, hook: RestoreHook, restore: Restore, marker: SessionRestoreMarker, record: SessionRecord
+    ) -> None:
         """Let the application refuse the restore, which ends the session."""
         try:
             with anyio.fail_after(self._replay_timeout):
                 await hook(marker, record)
         except RestoreRefused:
-            await self._store.end(record.key, reason=EndReason.REFUSED)
+            await self._store.end(record.key, restore, reason=EndReason.REFUSED)
             telemetry.ended.add(1, {"reason": EndReason.REFUSED.value})
             raise SessionNotFound from None

@@ -1,0 +1,108 @@
+"""The calls of the store that requests make, each of which waits while the store is away."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from mcp_session_store.errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from uuid import UUID
+
+    from mcp_session_store.adapter.outage import Gate, Waits
+    from mcp_session_store.records import EndReason, JournalEntry, NewSession, SessionRecord
+    from mcp_session_store.store import SessionStore
+
+__all__ = ["PatientStore"]
+
+_T = TypeVar("_T")
+
+
+class PatientStore:
+    """Calls of a store for requests, each of which waits while the store is away.
+
+    Args:
+        inner: The store.
+        gate: Where they wait.
+    """
+
+    __slots__ = ("gate", "inner")
+
+    def __init__(self, inner: SessionStore, gate: Gate) -> None:
+        self.inner = inner
+        """The store itself, for calls that do not wait."""
+        self.gate = gate
+
+    async def load(self, key: UUID, waits: Waits) -> SessionRecord | None:
+        """See `SessionStore.load`."""
+        gate = self.gate
+        if gate.is_open:
+            outage = gate.outages
+            try:
+                return await self.inner.load(key)
+            except StoreUnavailable as error:
+                gate.failed(error, outage)
+        return await gate.answer_to(lambda: self.inner.load(key), waits)
+
+    async def create(self, session: NewSession, waits: Waits) -> SessionRecord:
+        """See `SessionStore.create`."""
+        gate = self.gate
+        if gate.is_open:
+            outage = gate.outages
+            try:
+                return await self.inner.create(session)
+            except StoreUnavailable as error:
+                gate.failed(error, outage)
+        return await gate.answer_to(lambda: self.inner.create(session), waits)
+
+    async def claim(self, key: UUID, waits: Waits, *, instance: str, restores: int) -> SessionRecord | None:
+        """See `SessionStore.claim`."""
+        gate = self.gate
+        if gate.is_open:
+            outage = gate.outages
+            try:
+                return await self.inner.claim(key, instance=instance, restores=restores)
+            except StoreUnavailable as error:
+                gate.failed(error, outage)
+        return await gate.answer_to(lambda: self.inner.claim(key, instance=instance, restores=restores), waits)
+
+    async def read_journal(self, key: UUID, waits: Waits) -> Sequence[JournalEntry]:
+        """See `SessionStore.read_journal`."""
+        return await self._wait_if_away(lambda: self.inner.read_journal(key), waits)
+
+    async def end(self, key: UUID, waits: Waits, *, reason: EndReason) -> bool:
+        """See `SessionStore.end`."""
+        return await self._wait_if_away(lambda: self.inner.end(key, reason=reason), waits)
+
+    async def replace_initialize(
+        self,
+        key: UUID,
+        waits: Waits,
+        *,
+        initialize_params: str,
+        protocol_version: str,
+        client_name: str,
+        client_version: str,
+    ) -> bool:
+        """See `SessionStore.replace_initialize`."""
+        return await self._wait_if_away(
+            lambda: self.inner.replace_initialize(
+                key,
+                initialize_params=initialize_params,
+                protocol_version=protocol_version,
+                client_name=client_name,
+                client_version=client_version,
+            ),
+            waits,
+        )
+
+    async def _wait_if_away(self, call: Callable[[], Awaitable[_T]], waits: Waits) -> _T:
+        gate = self.gate
+        if gate.is_open:
+            outage = gate.outages
+            try:
+                return await call()
+            except StoreUnavailable as error:
+                gate.failed(error, outage)
+        return await gate.answer_to(call, waits)
