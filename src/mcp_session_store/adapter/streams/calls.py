@@ -8,14 +8,23 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, RequestId
+from mcp_types import (
+    INTERNAL_ERROR,
+    ErrorData,
+    JSONRPCError,
+    JSONRPCNotification,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    RequestId,
+)
 
-from mcp_session_store.records import NewEvent
+from mcp_session_store.records import EventKind, NewEvent
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
     from uuid import UUID
 
-    from mcp_session_store.records import EventKind
+    from mcp_types import JSONRPCMessage
 
 __all__ = [
     "CALL_STREAM",
@@ -27,6 +36,7 @@ __all__ = [
     "CallStream",
     "call_error",
     "call_of",
+    "kind_of",
 ]
 
 LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
@@ -53,6 +63,8 @@ class CallStream:
     request_id: RequestId
     resumable: bool
     """Whether the call's client comes back for what it misses."""
+    owner: Hashable = None
+    """Principal of the session."""
     identified: bool = False
     """Whether the client may have an event id to come back with."""
     answer: NewEvent | None = None
@@ -97,3 +109,18 @@ def call_of(stream_id: str, body: bytes) -> tuple[RequestId, str | None]:
             message = json.loads(body)
             return message["id"], message["method"]
     return (int(stream_id) if integer else stream_id), None
+
+
+def kind_of(message: JSONRPCMessage | None) -> EventKind:
+    """Return the kind of the event of a message; `None` stands for a priming event."""
+    match message:
+        case None:
+            return EventKind.PRIMING
+        case JSONRPCRequest():
+            return EventKind.REQUEST
+        case JSONRPCNotification():
+            return EventKind.NOTIFICATION
+        case JSONRPCResponse():
+            return EventKind.RESPONSE
+        case JSONRPCError():
+            return EventKind.ERROR

@@ -9,30 +9,24 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 from mcp.server.streamable_http import GET_STREAM_KEY, EventStore
-from mcp_types import (
-    CONNECTION_CLOSED,
-    JSONRPCError,
-    JSONRPCNotification,
-    JSONRPCRequest,
-    JSONRPCResponse,
-)
+from mcp_types import CONNECTION_CLOSED
 from mcp_types.version import is_version_at_least
 
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.requests import POSTED
-from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, call_error, call_of
+from mcp_session_store.adapter.streams.backlog import can_do_without
+from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, call_error, call_of, kind_of
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
 from mcp_session_store.adapter.streams.recorder import ROUNDS, Outcome
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
     from contextlib import AbstractAsyncContextManager
     from uuid import UUID
 
-    from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.streamable_http import EventCallback, EventId, StreamId
     from mcp_types import JSONRPCMessage, RequestId
 
@@ -63,7 +57,7 @@ class SessionEvents(EventStore):
     Args:
         key: Key of the session.
         recorder: Recorder that stores the events.
-        owner: Principal of the session, as the SDK compares principals.
+        owner: Principal of the session; `None`: none.
         retry_interval: Milliseconds, as for the SDK's transport.
     """
 
@@ -72,12 +66,12 @@ class SessionEvents(EventStore):
         key: UUID,
         recorder: EventRecorder,
         *,
-        owner: AuthorizationContext | None = None,
+        owner: Hashable = None,
         retry_interval: int | None = None,
     ) -> None:
         self.key = key
-        self._owner = owner
         self.recorder = recorder
+        self._owner = owner
         self.ids = EventIds(key)
         self.retry_interval = retry_interval
         self.active = False
@@ -133,7 +127,9 @@ class SessionEvents(EventStore):
             await self._lose(forgotten)
         if not self.active:
             return  # the copy has left memory meanwhile
-        stream = self._calls[stream_id] = self.recorder.begin(self.key, request_id, resumable=resumable)
+        stream = self._calls[stream_id] = self.recorder.begin(
+            self.key, request_id, resumable=resumable, owner=self._owner
+        )
         if not resumable or self.recorder.down:
             return
         if self._is_id_enough and self._is_newest_known():
@@ -186,7 +182,7 @@ class SessionEvents(EventStore):
             StoreBusy: On entry; see `Turns.take`.
         """
         # Sessions without a principal have nothing else in common.
-        owners = (self.key,) if self._owner is None else (self.key, tuple(self._owner.values()))
+        owners = (self.key,) if self._owner is None else (self.key, self._owner)
         return self.recorder.turns.take(*owners)
 
     # Called by the session manager
@@ -282,7 +278,8 @@ class SessionEvents(EventStore):
 
     async def _lose(self, stream: CallStream) -> None:
         text = call_error(stream.request_id, LOST, code=CONNECTION_CLOSED, reason="lost")
-        await self.recorder.record(self.key, stream.next_event(EventKind.ERROR, text), deliver=lambda _: False)
+        error = stream.next_event(EventKind.ERROR, text)
+        await self.recorder.record(self.key, error, deliver=lambda _: False, owner=self._owner)
         self._note_recorded(stream)
 
     def _note_recorded(self, stream: CallStream) -> None:
@@ -308,7 +305,7 @@ class SessionEvents(EventStore):
             return ""
 
     async def _store(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
-        kind = _kind_of(message)
+        kind = kind_of(message)
         try:
             text = None if message is None else message.model_dump_json(by_alias=True, exclude_unset=True)
         except ValueError as error:
@@ -326,7 +323,10 @@ class SessionEvents(EventStore):
             if final := kind.final:
                 stream.answer = event
         recorded = await self.recorder.record(
-            self.key, event, deliver=lambda followers: self._deliver(stream_id, event, followers)
+            self.key,
+            event,
+            deliver=lambda followers: self._deliver(stream_id, event, followers),
+            owner=self._owner,
         )
         if stream is not None:
             if final:
@@ -334,7 +334,9 @@ class SessionEvents(EventStore):
                     # Later events under this id belong to another call.
                     del self._calls[stream_id]
                 self._note_recorded(stream)
-            if recorded.outcome is not Outcome.LIVE:
+            if recorded.outcome is not Outcome.LIVE and not (
+                recorded.outcome is Outcome.LOST and can_do_without(event)
+            ):
                 stream.previous = event.position
         if recorded.outcome is not Outcome.STORED:
             self._in_doubt = True
@@ -395,17 +397,3 @@ class SessionEvents(EventStore):
     def _close_response(self, stream_id: str) -> None:
         if self.live is not None:
             self.live.close(stream_id)
-
-
-def _kind_of(message: JSONRPCMessage | None) -> EventKind:
-    match message:
-        case None:
-            return EventKind.PRIMING
-        case JSONRPCRequest():
-            return EventKind.REQUEST
-        case JSONRPCNotification():
-            return EventKind.NOTIFICATION
-        case JSONRPCResponse():
-            return EventKind.RESPONSE
-        case JSONRPCError():
-            return EventKind.ERROR

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -13,33 +12,32 @@ import anyio
 
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import Wake, report_failure, run_every
-from mcp_session_store.adapter.streams.backlog import Backlog
+from mcp_session_store.adapter.streams.backlog import STORED_AT_ONCE, Backlog, ends_call
 from mcp_session_store.adapter.streams.calls import CallStream, call_error
+from mcp_session_store.adapter.streams.circuit import Circuit
 from mcp_session_store.adapter.streams.turns import Turns
 from mcp_session_store.errors import SchemaError, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
-from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LEAST_EVENT_SWEEP, NO_SESSION, STANDALONE_STREAM
-from mcp_session_store.records import EventKind, NewEvent
+from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LARGE_APPEND, LEAST_EVENT_SWEEP, NO_SESSION
+from mcp_session_store.records import EventKind, NewEvent, message_bytes
 from mcp_session_store.retention import SweepPace
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
     from uuid import UUID
 
     from mcp_types import RequestId
 
+    from mcp_session_store.adapter.streams.backlog import Followed
     from mcp_session_store.adapter.streams.followers import Followers
     from mcp_session_store.adapter.streams.instances import Instances
     from mcp_session_store.event_log import EventLog
 
 __all__ = ["EventRecorder", "Outcome", "Recorded", "sweep_events"]
 
-logger = logging.getLogger(__name__)
-
 Deliver: TypeAlias = Callable[[bool], bool]
 """Delivers an event that is not stored to a client, and returns whether it could. Its argument allows followers of the
 log, which must not get an event before those of the backlog."""
 
-STORED_AT_ONCE: Final = 100
-"""Number of events of a session's backlog that are stored together."""
 RECOVERY_INTERVAL: Final = 5.0
 """Seconds after which storing is tried again, at the latest."""
 ROUNDS: Final = 4
@@ -80,31 +78,6 @@ class Recorded:
     sequence: int = 0
 
 
-class _Circuit:
-    """Whether the log is tried for the sake of an event: not from a failure until a background task has succeeded.
-
-    Open at first: until this instance has stored a heartbeat, others would consider it dead, and its calls lost.
-    """
-
-    __slots__ = ("_reported", "is_open")
-
-    def __init__(self) -> None:
-        self.is_open = True
-        self._reported = False
-
-    def open(self, error: Exception) -> None:
-        self.is_open = True
-        if not self._reported:
-            self._reported = True
-            logger.warning("events cannot be stored for now, and go out without ids: %s", error)
-
-    def close(self, backlog: Backlog) -> None:
-        self.is_open = False
-        if self._reported:
-            self._reported = False
-            logger.info("events can be stored again; %d sessions have a backlog", len(backlog.sessions))
-
-
 class EventRecorder:
     """Stores events, and a bounded backlog of those that could not be stored as soon as they can.
 
@@ -128,8 +101,8 @@ class EventRecorder:
         """Starts an attempt to store the backlog."""
         self._announced = False
         """Whether a heartbeat of this instance is stored."""
-        self._circuit = _Circuit()
-        self._backlog = Backlog()
+        self._circuit = Circuit()
+        self._backlog = Backlog(self._too_much, self._dropped)
         self._streams = 0
         """Number of streams begun."""
         max_age = log.policy.max_age
@@ -141,10 +114,10 @@ class EventRecorder:
         """Whether events cannot be stored for now."""
         return self._circuit.is_open
 
-    def begin(self, key: UUID, request_id: RequestId, *, resumable: bool) -> CallStream:
+    def begin(self, key: UUID, request_id: RequestId, *, resumable: bool, owner: Hashable = None) -> CallStream:
         """Return the stream of a new call of a session, under a name that is unique among all instances."""
         self._streams += 1
-        stream = CallStream(key, f"{self.instances.name}.{self._streams:x}", request_id, resumable)
+        stream = CallStream(key, f"{self.instances.name}.{self._streams:x}", request_id, resumable, owner)
         self.unfinished[stream.name] = stream
         return stream
 
@@ -159,37 +132,41 @@ class EventRecorder:
             report_failure("events", error, key=key)
         return None
 
-    async def record(self, key: UUID, event: NewEvent, *, deliver: Deliver, again: bool = False) -> Recorded:
+    async def record(
+        self, key: UUID, event: NewEvent, *, deliver: Deliver, owner: Hashable = None, again: bool = False
+    ) -> Recorded:
         """Store an event, if that can be done at once. Raises nothing.
 
         Args:
             key: Key of the event's session.
             event: Event to store.
             deliver: Called when the event cannot be stored.
+            owner: Principal of the session.
             again: Whether it may have been stored before.
         """
         stream = self.unfinished.get(event.stream)
         if stream is None:
-            recorded = await self._record(key, event, deliver, again)
+            recorded = await self._record(key, event, deliver, owner, again)
         else:
             stream.under_way += 1
             try:
-                recorded = await self._record(key, event, deliver, again)
+                recorded = await self._record(key, event, deliver, owner, again)
             finally:
                 stream.under_way -= 1
             if recorded.outcome is Outcome.STORED:
                 stream.idle = False
         telemetry.events.add(1, {"outcome": recorded.outcome.value})
-        if _ends_call(event) and recorded.outcome is not Outcome.BACKLOG:
+        if ends_call(event) and recorded.outcome is not Outcome.BACKLOG:
             self.unfinished.pop(event.stream, None)
         return recorded
 
     async def record_again(self, stream: CallStream) -> None:
         """Store the answer of a call, unless it is stored already."""
-        if stream.answer is not None:
-            await self.record(stream.key, stream.answer, deliver=lambda _: False, again=True)
+        answer = stream.answer
+        if answer is not None and not self._backlog.holds(stream.key, answer):
+            await self.record(stream.key, answer, deliver=lambda _: False, owner=stream.owner, again=True)
 
-    async def _record(self, key: UUID, event: NewEvent, deliver: Deliver, again: bool) -> Recorded:
+    async def _record(self, key: UUID, event: NewEvent, deliver: Deliver, owner: Hashable, again: bool) -> Recorded:
         attempted = False
         waiting = self._backlog.sessions
         # Not looked for in an empty backlog, as it nearly always is, because UUIDs of Python are slow to hash.
@@ -197,15 +174,15 @@ class EventRecorder:
             try:
                 sequence = await self._append(key, event, again=again)
             except _DOWN as error:
-                self._went_down(error)
+                self._failed(error, key, event)
                 attempted = True
             except Exception as error:
                 # The log refuses this event.
                 report_failure("events", error, key=key)
                 delivered = deliver(key not in self._backlog.sessions)
-                if not _ends_call(event):
+                if not ends_call(event):
                     return Recorded(Outcome.LIVE if delivered else Outcome.LOST)
-                return await self._store_instead(key, event, error)
+                return await self._store_instead(key, event, error, owner)
             else:
                 if sequence is None:
                     return Recorded(Outcome.LOST)  # with its session
@@ -213,9 +190,9 @@ class EventRecorder:
         # Followers of the log get the backlog first.
         delivered = deliver(key not in self._backlog.sessions)
         # A client that comes back for an answer has not received it.
-        if delivered and not _ends_call(event):
+        if delivered and not ends_call(event):
             return Recorded(Outcome.LIVE)
-        return Recorded(self._add_to_backlog(key, event, uncertain=attempted or again))
+        return Recorded(self._add_to_backlog(key, event, owner, uncertain=attempted or again))
 
     async def _append(self, key: UUID, *events: NewEvent, again: bool) -> int | None:
         """Store events and wake their followers; return the sequence of the first."""
@@ -225,14 +202,14 @@ class EventRecorder:
                 self.followers.advance(key, event.stream, sequence + place)
         return sequence
 
-    async def _store_instead(self, key: UUID, event: NewEvent, error: Exception) -> Recorded:
+    async def _store_instead(self, key: UUID, event: NewEvent, error: Exception, owner: Hashable) -> Recorded:
         """Store an error in place of an answer that the log refuses, so that its client does not wait for ever."""
         instead = self._instead_of(event, f"it is not taken by the log ({type(error).__name__})")
         try:
             await self._append(key, instead, again=False)
         except _DOWN as failure:
             self._went_down(failure)
-            return Recorded(self._add_to_backlog(key, instead, uncertain=True))
+            return Recorded(self._add_to_backlog(key, instead, owner, uncertain=True))
         except Exception as failure:
             report_failure("events", failure, key=key)
         return Recorded(Outcome.LOST)
@@ -243,19 +220,41 @@ class EventRecorder:
         request_id = None if stream is None else stream.request_id
         text = call_error(request_id, f"The answer to the call could not be kept: {reason}", reason="lost")
         # A client that missed earlier events gets this error all the same.
-        return replace(event, previous=-1, kind=EventKind.ERROR, message=text)
+        instead = replace(event, previous=-1, kind=EventKind.ERROR, message=text)
+        if stream is not None:
+            stream.answer = instead  # so that the answer itself takes no more memory
+        return instead
 
-    def _add_to_backlog(self, key: UUID, event: NewEvent, *, uncertain: bool) -> Outcome:
+    def _too_much(self, event: NewEvent) -> NewEvent:
+        return self._instead_of(event, "too much was waiting to be stored")
+
+    def _dropped(self, number: int, followed: Followed) -> None:
+        """Note that events of the backlog are lost, so that later events of their calls follow the ones before them."""
+        telemetry.events.add(number, {"outcome": Outcome.LOST.value})
+        for (name, position), previous in followed.items():
+            stream = self.unfinished.get(name)
+            if stream is not None and stream.previous == position:
+                stream.previous = previous
+
+    def _add_to_backlog(self, key: UUID, event: NewEvent, owner: Hashable, *, uncertain: bool) -> Outcome:
         if event.kind is EventKind.PRIMING:
             return Outcome.LOST  # its id was not sent
-        if not self._backlog.has_room(key, event):
-            if not _ends_call(event):
+        if not self._backlog.add(key, event, owner=owner, uncertain=uncertain):
+            if not ends_call(event):
                 return Outcome.LOST
             # The error is small, and there are no more of them than calls.
-            event = self._instead_of(event, "too much was waiting to be stored")
-        self._backlog.add(key, event, uncertain=uncertain)
+            self._backlog.put(key, self._too_much(event), owner=owner, uncertain=uncertain)
         self.wake.set()
         return Outcome.BACKLOG
+
+    def _failed(self, error: Exception, key: UUID, *events: NewEvent) -> None:
+        """Note that events could not be stored now, which says nothing about other events where these are large."""
+        if isinstance(error, SchemaError) or sum(map(message_bytes, events)) <= LARGE_APPEND:
+            self._went_down(error)
+        else:
+            report_failure("events", error, key=key)
+            self._circuit.in_doubt = True
+            self.wake.set()
 
     def _went_down(self, error: Exception) -> None:
         self._circuit.open(error)
@@ -314,10 +313,16 @@ class EventRecorder:
         """
         if not self._announced:
             await self.beat()
-        if self._circuit.is_open:
+        if self._circuit.is_open or self._circuit.in_doubt:
             # An event of a session that does not exist takes the way of any other, and is not stored. A heartbeat
             # would not do, because it has a table of its own.
-            await self.log.append(NO_SESSION, [NewEvent(stream="", position=0, kind=EventKind.PRIMING, message=None)])
+            probe = NewEvent(stream="", position=0, kind=EventKind.PRIMING, message=None)
+            try:
+                await self.log.append(NO_SESSION, [probe])
+            except Exception as error:
+                if not self._circuit.is_open:
+                    self._circuit.open(error)
+                raise
             self._circuit.close(self._backlog)
         async with anyio.create_task_group() as tasks:
             for key in list(self._backlog.sessions):
@@ -335,11 +340,12 @@ class EventRecorder:
             uncertain = waiting.is_uncertain(events[0])
             # Before the attempt, because one that is cancelled does not learn its outcome.
             waiting.mark(events)
+            waiting.being_stored = len(events)
             sequence: int | None = None
             try:
                 sequence = await self._append(key, *events, again=uncertain)
             except _DOWN as error:
-                self._went_down(error)
+                self._failed(error, key, *events)
                 return
             except Exception as error:
                 if len(events) > 1:
@@ -349,16 +355,18 @@ class EventRecorder:
                     continue
                 report_failure("events", error, key=key)
                 event = events[0]
-                if _ends_call(event) and event.kind is not EventKind.ERROR:
+                if ends_call(event) and event.kind is not EventKind.ERROR:
                     instead = self._instead_of(event, f"it is not taken by the log ({type(error).__name__})")
                     self._backlog.replace_first(waiting, instead)
                     continue
+            finally:
+                waiting.being_stored = 0
             outcome = Outcome.LOST if sequence is None else Outcome.STORED
             waiting.unmark(events)
             for event in events:
                 self._backlog.remove_first(waiting)
                 telemetry.events.add(1, {"outcome": outcome.value})
-                if _ends_call(event):
+                if ends_call(event):
                     self.unfinished.pop(event.stream, None)
         del self._backlog.sessions[key]
 
@@ -392,7 +400,3 @@ async def sweep_events(log: EventLog) -> None:
         if not report.more:
             return
         await anyio.sleep(pace.pause_after(report, anyio.current_time() - began))
-
-
-def _ends_call(event: NewEvent) -> bool:
-    return event.kind.final and event.stream != STANDALONE_STREAM
