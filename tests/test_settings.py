@@ -35,7 +35,7 @@ def test_each_setting_has_a_default_a_unit_and_a_description() -> None:
         instance_timeout=30.0,
         replay_timeout=5.0,
         outage_patience=20.0,
-        max_initialize_params=64 * 1024,
+        max_initialize_params=8 * 1024,
     )
     assert set(InstanceSettings.model_fields) == {*SECONDS, "outage_patience", *COUNTS}
     for name, field in InstanceSettings.model_fields.items():

@@ -31,6 +31,9 @@ follows `initialize`), so a record that stays unused is one whose commit was not
 MIN_TOMBSTONE: Final = timedelta(minutes=1)
 """Shortest time for which an ended session is kept, because an instance may take that long to learn of the end."""
 
+ANONYMOUS_SESSIONS: Final = 1_000_000
+"""Most stored sessions without a principal by default: those of a day at a dozen a second."""
+
 SWEEP_STEP_TIME: Final = 0.005
 """Seconds for which a step of a sweep may hold up other writers, more or less."""
 
@@ -53,9 +56,9 @@ class RetentionPolicy(Settings):
     A session keeps the expiry that its last activity gave it, so that a changed policy applies to a
     session from its next activity on.
 
-    Limits on the number of sessions are exact, and have a price: sessions of one principal, and those without
-    a principal, are then opened one transaction after the other, on all instances, and each transaction counts the
-    stored sessions along an index. Up to a thousand sessions this takes milliseconds.
+    Limits on the number of sessions have a price: sessions of one principal are then opened one transaction after the
+    other, on all instances, and each transaction counts the stored ones along an index. Up to a thousand sessions this
+    takes milliseconds. Those without a principal are counted only now and then, until the limit is near.
 
     Raises:
         pydantic.ValidationError: A value cannot work; the error names its field.
@@ -74,10 +77,11 @@ class RetentionPolicy(Settings):
     """Effect of opening one session more: the principal's session that has been idle for longest ends, or the new
     one is refused (503). Idleness is judged by the stored `last_seen_at`, which lags by up to a twentieth of `idle`
     for a session in use."""
-    anonymous: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(none_or)] = None
+    anonymous: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(none_or)] = ANONYMOUS_SESSIONS
     """Most stored sessions without a principal, tombstones included; one more is refused (503). Tombstones of such
     sessions are removed when room is needed. While there is much room, sessions are not counted one by one: each
-    instance may exceed the limit by a hundredth of that room."""
+    instance may exceed the limit by a hundredth of that room. The default is for no server to meet, and bounds what
+    strangers can fill of the disk."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -158,7 +158,7 @@ class InstanceSettings(Settings):
         "30. 0: none waits.",
     )
     max_initialize_params: Annotated[int, BeforeValidator(_positive_count), Unit.BYTES] = Field(
-        default=64 * 1024,
+        default=8 * 1024,
         description="Bytes of initialize params, as JSON, that are stored at most; more are refused with "
         "INVALID_PARAMS.",
     )

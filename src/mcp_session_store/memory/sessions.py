@@ -123,6 +123,8 @@ class MemorySessionStore(SessionStore):
         policy, now = self.retention, self._data.now()
         if (policy.anonymous if session.principal is None else policy.per_principal) is None:
             return
+        if session.principal is None and policy.anonymous is not None and len(self._data.rows) < policy.anonymous:
+            return  # far from the limit, as nearly always
         rows = [row for row in self._mine() if row.record.principal == session.principal]
         if session.principal is None:
             if policy.anonymous is None or len(rows) < policy.anonymous:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Limits"]
 
-SPARE_FOR: Final = 10.0
+SPARE_FOR: Final = 300.0
 """Seconds after which sessions without a principal are counted again, however much room there was."""
 
 
