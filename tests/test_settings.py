@@ -16,9 +16,17 @@ from tests.support.instances import Notes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SECONDS = ["evict_after", "end_within", "sweep_interval", "activity_interval", "instance_timeout", "replay_timeout"]
+SECONDS = [
+    "evict_after",
+    "end_within",
+    "serve_unverified_for",
+    "sweep_interval",
+    "activity_interval",
+    "instance_timeout",
+    "replay_timeout",
+]
 COUNTS = ["max_sessions", "max_initialize_params"]
-OPTIONAL = {"evict_after", "sweep_interval", "activity_interval", "max_sessions"}
+OPTIONAL = {"evict_after", "serve_unverified_for", "sweep_interval", "activity_interval", "max_sessions"}
 
 
 def variable(name: str) -> str:
@@ -30,6 +38,7 @@ def test_each_setting_has_a_default_a_unit_and_a_description() -> None:
         evict_after=300.0,
         max_sessions=DEFAULT_MAX_SESSIONS,
         end_within=5.0,
+        serve_unverified_for=None,
         sweep_interval=60.0,
         activity_interval=None,
         instance_timeout=30.0,

@@ -52,6 +52,7 @@ def durable_app(
     evict_after: float | NotGiven | None = NOT_GIVEN,
     max_sessions: int | NotGiven | None = NOT_GIVEN,
     end_within: float | NotGiven = NOT_GIVEN,
+    serve_unverified_for: float | NotGiven | None = NOT_GIVEN,
     sweep_interval: float | NotGiven | None = NOT_GIVEN,
     activity_interval: float | NotGiven | None = NOT_GIVEN,
     instance_timeout: float | NotGiven = NOT_GIVEN,
@@ -96,6 +97,7 @@ def durable_app(
         evict_after: See `InstanceSettings`; seconds. Numbers are given by keyword or in `settings`, not both.
         max_sessions: See `InstanceSettings`.
         end_within: See `InstanceSettings`; seconds.
+        serve_unverified_for: See `InstanceSettings`; seconds.
         sweep_interval: See `InstanceSettings`; seconds.
         activity_interval: See `InstanceSettings`; seconds.
         instance_timeout: See `InstanceSettings`; seconds.
@@ -116,6 +118,7 @@ def durable_app(
         evict_after=evict_after,
         max_sessions=max_sessions,
         end_within=end_within,
+        serve_unverified_for=serve_unverified_for,
         sweep_interval=sweep_interval,
         activity_interval=activity_interval,
         instance_timeout=instance_timeout,

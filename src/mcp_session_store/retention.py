@@ -31,6 +31,13 @@ follows `initialize`), so a record that stays unused is one whose commit was not
 MIN_TOMBSTONE: Final = timedelta(minutes=1)
 """Shortest time for which an ended session is kept, because an instance may take that long to learn of the end."""
 
+MAY_BE_HELD: Final = timedelta(minutes=15)
+"""Time since its last activity within which a session is a change when a sweep ends it.
+
+An instance may hold a copy then and not foresee the expiry, because another one has a policy with a shorter idle time.
+Later ends are no changes, so that a sweep of very many sessions floods no instance.
+"""
+
 ANONYMOUS_SESSIONS: Final = 1_000_000
 """Most stored sessions without a principal by default: those of a day at a dozen a second."""
 

@@ -129,8 +129,14 @@ class InstanceSettings(Settings):
     )
     end_within: _Seconds = Field(
         default=5.0,
-        description="Seconds within which a session that was ended elsewhere is refused here. Half of them lie between "
-        "two polls for changes, each one query for all sessions.",
+        description="Seconds within which a session that was ended elsewhere is refused here, if this process reaches "
+        "the store. Half of them lie between two polls for changes, each one query for all sessions. A process that "
+        "was paused for longer asks the store before it serves a session again.",
+    )
+    serve_unverified_for: _SecondsOrNone = Field(
+        default=None,
+        description="Seconds for which sessions in memory are served while the store cannot be asked whether they have "
+        "ended; after that their requests wait, as others do in an outage. None: until the store is back.",
     )
     sweep_interval: _SecondsOrNone = Field(
         default=60.0,

@@ -285,7 +285,8 @@ class SessionStore(Store):
     async def changes(self, since: datetime | None) -> Changes:
         """Return the sessions that ended or have a new revision, for the copies that instances hold of them.
 
-        Sessions that expired are not returned, because an instance knows when its own will.
+        Sessions that expired are not returned, because an instance knows when its own will; but those are that a sweep
+        ended although they were used within `MAY_BE_HELD` (of `mcp_session_store.retention`) before.
 
         Args:
             since: `until` of the previous call. No change that was committed after that call is

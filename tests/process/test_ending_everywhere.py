@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -154,6 +156,39 @@ async def test_a_hint_is_faster_than_the_bound(application: Application, postgre
         await whoami(there)
         assert (await here.delete()).status == 200
         await _refused_within(there, SLACK)
+
+
+async def test_a_process_that_was_paused_serves_no_session_that_ended_meanwhile(
+    application: Application, store_url: str
+) -> None:
+    server = application.serve(store_url, "stateful", end_within=END_WITHIN)
+    async with (
+        RawClient(server.mcp_url) as ended,
+        RawClient(server.mcp_url) as live,
+        SqlSessionStore(store_url) as store,
+    ):
+        for client in (ended, live):
+            await client.handshake()
+            await whoami(client)
+        statuses: dict[RawClient, int] = {}
+
+        async def call(client: RawClient) -> None:
+            statuses[client] = (await client.call_tool("whoami")).status
+
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            assert ended.session_id is not None
+            assert await store.end(session_key(ended.session_id), reason=EndReason.OPERATOR)
+            await anyio.sleep(END_WITHIN + 0.5)
+            async with anyio.create_task_group() as group:
+                for client in (ended, live):
+                    group.start_soon(call, client)
+                # The requests are there when the process goes on.
+                await anyio.sleep(0.5)
+                os.kill(server.pid, signal.SIGCONT)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        assert (statuses[ended], statuses[live]) == (404, 200)
 
 
 async def test_an_absolute_lifetime_ends_a_session_that_is_in_use(

@@ -25,6 +25,7 @@ from mcp_session_store.adapter.routing import Router
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.admission import Admission
+from mcp_session_store.adapter.sessions.changes import TICKS
 from mcp_session_store.adapter.sessions.ending import Ender, EndHook
 from mcp_session_store.adapter.sessions.lookup import Lookup
 from mcp_session_store.adapter.sessions.opening import Opener
@@ -106,6 +107,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         evict_after: See `InstanceSettings`; seconds.
         max_sessions: See `InstanceSettings`.
         end_within: See `InstanceSettings`; seconds.
+        serve_unverified_for: See `InstanceSettings`; seconds.
         sweep_interval: See `InstanceSettings`; seconds.
         activity_interval: See `InstanceSettings`; seconds.
         instance_timeout: See `InstanceSettings`; seconds.
@@ -140,6 +142,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         evict_after: float | NotGiven | None = NOT_GIVEN,
         max_sessions: int | NotGiven | None = NOT_GIVEN,
         end_within: float | NotGiven = NOT_GIVEN,
+        serve_unverified_for: float | NotGiven | None = NOT_GIVEN,
         sweep_interval: float | NotGiven | None = NOT_GIVEN,
         activity_interval: float | NotGiven | None = NOT_GIVEN,
         instance_timeout: float | NotGiven = NOT_GIVEN,
@@ -175,6 +178,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             evict_after=evict_after,
             max_sessions=max_sessions,
             end_within=end_within,
+            serve_unverified_for=serve_unverified_for,
             sweep_interval=sweep_interval,
             activity_interval=activity_interval,
             instance_timeout=instance_timeout,
@@ -264,7 +268,16 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._gate = Gate(self._tasks, patience=self._settings.outage_patience)
         patient = PatientStore(self.store, self._gate)
         lookup = Lookup(patient)
-        self._ender = Ender(patient, self._registry, lookup, self._activity, self._tasks, on_end=self._on_end)
+        self._ender = Ender(
+            patient,
+            self._registry,
+            lookup,
+            self._activity,
+            self._tasks,
+            on_end=self._on_end,
+            end_within=self._settings.end_within,
+            serve_unverified_for=self._settings.serve_unverified_for,
+        )
         writer = RecordWriter(
             patient,
             self._registry,
@@ -311,6 +324,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         changes = self._ender.changes
         start(partial(run_every, "activity", self._activity.interval, self._ender.report, wake=self._activity.wake))
         start(partial(run_every, "changes", poll_interval, self._poll_changes, wake=changes.wake))
+        start(run_every, "pauses", settings.end_within / TICKS, changes.tick)
         start(run_again, "hints", changes.listen)
         start(run_every, "restores", settings.replay_timeout, self._restorer.fail_overdue)
         evict_after = math.inf if settings.evict_after is None else settings.evict_after

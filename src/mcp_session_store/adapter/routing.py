@@ -10,6 +10,7 @@ from mcp.server.streamable_http import SESSION_ID_PATTERN
 from starlette.requests import Request
 
 from mcp_session_store.adapter import responses
+from mcp_session_store.adapter.clock import now
 from mcp_session_store.adapter.outage import RequestWait
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.requests import POSTED, ClientGone, Incoming, Posted, session_id_of
@@ -74,6 +75,7 @@ class Router:
         self._opener = opener
         self._restorer = restorer
         self._ender = ender
+        self._changes = ender.changes
         self._activity = activity
         self._writer = writer
         self._security = security
@@ -93,7 +95,13 @@ class Router:
             return  # or the client has gone
         session = self._registry.get(session_id)
         method = scope["method"]
-        if session is None or not session.serving or session.owner != requestor or method not in ("POST", "GET"):
+        if (
+            session is None
+            or not session.serving
+            or session.owner != requestor
+            or method not in ("POST", "GET")
+            or now() > self._changes.verified_until
+        ):
             found = await self._find(session_id, requestor, scope, incoming)
             if not isinstance(found, ResidentSession):
                 await found(scope, incoming.receive, send)

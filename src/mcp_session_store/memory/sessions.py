@@ -20,7 +20,7 @@ from mcp_session_store.records import (
     check_texts,
     merged_activities,
 )
-from mcp_session_store.retention import MIN_TOMBSTONE, RetentionPolicy, SweepReport
+from mcp_session_store.retention import MAY_BE_HELD, MIN_TOMBSTONE, RetentionPolicy, SweepReport
 from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SWEEP_LIMIT, SessionStore, checked_namespace
 
 if TYPE_CHECKING:
@@ -266,6 +266,8 @@ class MemorySessionStore(SessionStore):
         expired = [row for row in self._mine() if row.ended is None and row.expired_at(now - policy.sweep_grace)]
         for row in expired[:limit]:
             self._end(row, EndReason.EXPIRED)
+            if row.record.last_seen_at > now - MAY_BE_HELD:
+                row.changed_at = now
         kept = policy.tombstone_kept
         old = [row for row in self._mine() if kept is not None and row.ended_at and row.ended_at <= now - kept]
         for row in old[:limit]:

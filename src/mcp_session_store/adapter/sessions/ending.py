@@ -52,6 +52,8 @@ class Ender:
         activity: Reports activity, and so learns which sessions are not live any more.
         tasks: Task group in which sessions are ended.
         on_end: The application's hook, called once for each resident session that ends.
+        end_within: See `InstanceSettings`.
+        serve_unverified_for: See `InstanceSettings`.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Ender:
         tasks: ManagerTasks,
         *,
         on_end: EndHook | None,
+        end_within: float,
+        serve_unverified_for: float | None,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -70,7 +74,14 @@ class Ender:
         self._activity = activity
         self._tasks = tasks
         self._on_end = on_end
-        self.changes: Final = ChangeWatch(store.inner, concerns=registry.concerns, learn=self.learn, verify=self.verify)
+        self.changes: Final = ChangeWatch(
+            store.inner,
+            concerns=registry.concerns,
+            learn=self.learn,
+            verify=self.verify,
+            within=end_within,
+            unverified_for=serve_unverified_for,
+        )
         """Learns which sessions ended elsewhere."""
 
     async def delete(self, session_id: str, requestor: AuthorizationContext | None, request: RequestWait) -> None:

@@ -96,20 +96,18 @@ class Restorer:
             MemoryFull: All places in memory are in use.
             SessionStoreError: The store did not answer.
         """
-        session = self._registry.get(session_id)
-        if session is None or not session.serving or session.owner != requestor:
-            # From before the load, so that an end or a change is heard of that the record does not show.
-            interest = self._registry.take_interest(session_key(session_id))
-            try:
-                # Query the store for another principal's resident session too, so that neither timing nor an outage
-                # distinguishes it from an unknown one.
-                record = await self._lookup.record_of(interest.key, requestor, request)
-                # It may have been restored while the query ran.
-                session = self._registry.get(session_id)
-                if session is None or not session.serving:
-                    return await self._join_restore(session_id, interest, record, requestor, scope, request)
-            finally:
-                self._registry.lose_interest(interest)
+        # From before the load, so that an end or a change is heard of that the record does not show.
+        interest = self._registry.take_interest(session_key(session_id))
+        try:
+            # Query the store for a resident session too: another principal's, so that neither timing nor an outage
+            # distinguishes it from an unknown one, and one that must be verified before it is served.
+            record = await self._lookup.record_of(interest.key, requestor, request)
+            # It may have been restored while the query ran.
+            session = self._registry.get(session_id)
+            if session is None or not session.serving:
+                return await self._join_restore(session_id, interest, record, requestor, scope, request)
+        finally:
+            self._registry.lose_interest(interest)
         session.pin()
         return session
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import sqlalchemy as sa
 
 from mcp_session_store.records import EndReason
+from mcp_session_store.retention import MAY_BE_HELD
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.sql.sessions.statements import ended, expiry
@@ -157,7 +158,16 @@ class SweepStatements:
             dialect,
             table,
             keys=candidates.expired,
-            change=sa.update(table).values(ended(sa.literal(EndReason.EXPIRED.value, sa.Text))),
+            change=sa.update(table).values(
+                ended(sa.literal(EndReason.EXPIRED.value, sa.Text))
+                # Instances that hold it hear of it, unless that is too long ago: a sweep of very many floods none.
+                | {
+                    "changed_at": sa.case(
+                        (table.c.last_seen_at > StoreClock(-MAY_BE_HELD.total_seconds()), StoreClock()),
+                        else_=table.c.changed_at,
+                    )
+                }
+            ),
             ends=True,
             loses_events=True,
         )

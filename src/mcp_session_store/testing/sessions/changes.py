@@ -57,8 +57,18 @@ class ChangesAndHints(StoreSuite):
         await self.expire(store, expired.key)
         await store.end(expired.key, reason=EndReason.CLIENT)
         store.retention = SHORT
-        assert (await sweep_sessions(store)).expired == 1
         assert (await store.changes(since)).changes == []
+
+    async def test_a_session_that_a_sweep_ended_soon_after_its_use_is_a_change(self, make_store: MakeStore) -> None:
+        # Another instance may hold it, by a policy with a longer idle time.
+        store = make_store("default")
+        since = (await store.changes(None)).until
+        expired = await store.create(new_session())
+        await self.expire(store, expired.key)
+        store.retention = SHORT
+        assert (await sweep_sessions(store)).expired == 1
+        changes = (await store.changes(since)).changes
+        assert [(change.key, change.ended) for change in changes] == [(expired.key, EndReason.EXPIRED)]
 
     async def test_no_change_is_missing_however_often_it_is_asked(self, make_store: MakeStore) -> None:
         here, there = make_store("default"), make_store("default")
