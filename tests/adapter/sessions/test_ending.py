@@ -12,8 +12,9 @@ import pytest
 
 from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
 from mcp_session_store.adapter import background, telemetry
+from mcp_session_store.adapter import clock as adapter_clock
+from mcp_session_store.adapter.sessions import changes, restoring
 from mcp_session_store.adapter.sessions import resident as session_module
-from mcp_session_store.adapter.sessions import restoring
 from mcp_session_store.retention import MIN_TOMBSTONE
 from tests.support.asgi import Client, until
 from tests.support.faulty_stores import FaultyStore, Sessions
@@ -350,8 +351,9 @@ async def test_a_poll_that_fails_is_logged_and_tried_again_and_misses_nothing(
 
 @pytest.mark.parametrize("touch", ["works", "fails at first"])
 async def test_after_an_outage_that_outlives_tombstones_all_sessions_are_verified(
-    store: FaultyStore, sessions: Sessions, clock: Clock, touch: str
+    store: FaultyStore, sessions: Sessions, clock: Clock, touch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(changes, "now", lambda: adapter_clock.now())
     store.hints = False
     ends = Ends()
     async with instance(store, end_within=LONG, on_end=ends) as one:
