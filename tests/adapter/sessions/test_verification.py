@@ -108,7 +108,7 @@ async def test_a_poll_that_was_under_way_in_a_pause_verifies_nothing(
 async def test_an_outage_alone_is_no_pause_and_one_after_a_pause_refuses(
     store: FaultyStore, advance: Callable[[float], None]
 ) -> None:
-    async with instance(store, end_within=WITHIN) as one:
+    async with instance(store, end_within=WITHIN, outage_patience=0) as one:
         client = one.client()
         await client.handshake()
         await settled(one)
@@ -126,7 +126,7 @@ async def test_an_outage_alone_is_no_pause_and_one_after_a_pause_refuses(
 async def test_copies_that_could_not_be_verified_for_long_wait_where_that_is_set(
     store: FaultyStore, advance: Callable[[float], None]
 ) -> None:
-    async with instance(store, end_within=WITHIN, serve_unverified_for=3 * WITHIN) as one:
+    async with instance(store, end_within=WITHIN, serve_unverified_for=3 * WITHIN, outage_patience=0) as one:
         client = one.client()
         await client.handshake()
         await settled(one)
