@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import anyio
 from mcp.server.streamable_http import GET_STREAM_KEY, EventStore
 from mcp_types import CONNECTION_CLOSED
-from mcp_types.version import is_version_at_least
+from mcp_types.version import KNOWN_PROTOCOL_VERSIONS, is_version_at_least
 
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.streams.calls import CallStream
     from mcp_session_store.adapter.streams.recorder import EventRecorder
 
-__all__ = ["RESUMABLE_SINCE", "SessionEvents"]
+__all__ = ["RESUMABLE_VERSIONS", "SessionEvents"]
 
-RESUMABLE_SINCE: Final = "2025-11-25"
-"""First protocol version whose clients understand priming events, and come back for a stream."""
+RESUMABLE_VERSIONS: Final = frozenset(v for v in KNOWN_PROTOCOL_VERSIONS if is_version_at_least(v, "2025-11-25"))
+"""Protocol versions whose clients understand priming events, and come back for a stream."""
 
 KNOWN_FOR: Final = 60.0
 """Seconds for which the sequence that this copy stored or read last is the place before the first event of a new call.
@@ -118,10 +118,11 @@ class SessionEvents(EventStore):
         request_id, method = call_of(stream_id, posted.body)
         if method == "initialize" or not fits(request_id):
             return
-        resumable = is_version_at_least(protocol_version, RESUMABLE_SINCE)
-        if resumable and not self._is_newest_known():
+        resumable = protocol_version in RESUMABLE_VERSIONS
+        is_newest_known = resumable and self._is_newest_known()
+        if resumable and not is_newest_known:
             # Before the stream begins, so that nothing is left of a call that is cancelled meanwhile.
-            await self._find_newest()
+            is_newest_known = await self._find_newest()
         if (forgotten := self._calls.get(stream_id)) is not None and forgotten.answer is None:
             # The client uses the id of a call that runs; the SDK answers the later one with whatever comes first.
             await self._lose(forgotten)
@@ -132,12 +133,12 @@ class SessionEvents(EventStore):
         )
         if not resumable or self.recorder.down:
             return
-        if self._is_id_enough and self._is_newest_known():
+        if is_newest_known and self._is_id_enough:
             stream.identified = True
-            position = stream.next_event(EventKind.PRIMING, None).position
-            event_id = self.ids.write(Cursor(stream.name, self._newest, position, request_id))
+            stream.position = 1
+            event_id = self.ids.write(Cursor(stream.name, self._newest, 0, request_id))
         else:
-            event_id = await self._never_raising(stream, stream_id, None)
+            event_id = await self._store(stream, stream_id, None)
         if event_id:
             posted.priming = self.priming_event(event_id)
 
@@ -163,7 +164,7 @@ class SessionEvents(EventStore):
             stream = self._calls.get(stream_id)
             if stream is None:
                 return ""  # the call is answered already, or cannot be resumed
-        return await self._never_raising(stream, stream_id, message)
+        return await self._store(stream, stream_id, message)
 
     async def replay_events_after(self, last_event_id: EventId, send_callback: EventCallback) -> StreamId | None:
         """Refuse: `resumption` answers each GET with a `Last-Event-ID` before the transport sees it.
@@ -214,7 +215,7 @@ class SessionEvents(EventStore):
         """Store a priming event of the standalone stream, and return its place; `None` if that cannot be done now."""
         if not self.active or self.recorder.down:
             return None
-        event_id = await self._never_raising(None, GET_STREAM_KEY, None)
+        event_id = await self._store(None, GET_STREAM_KEY, None)
         return self.ids.read(event_id) if event_id else None
 
     def resumed(self, cursor: Cursor) -> None:
@@ -297,80 +298,84 @@ class SessionEvents(EventStore):
 
     # Storing
 
-    async def _never_raising(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
+    async def _store(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
+        """Store an event; return its id, or an empty text if it is not stored. Raises nothing."""
         try:
-            return await self._store(stream, stream_id, message)
+            kind = kind_of(message)
+            try:
+                text = None if message is None else message.model_dump_json(by_alias=True, exclude_unset=True)
+            except ValueError as error:
+                # The SDK cannot send it either.
+                report_failure("events", error, key=self.key)
+                if stream is None or not kind.final:
+                    return ""
+                kind, text = EventKind.ERROR, call_error(stream.request_id, NOT_JSON, reason="lost")
+            if stream is None:
+                self._position += 1
+                event = NewEvent(stream=STANDALONE_STREAM, position=self._position, kind=kind, message=text)
+                final = False
+            else:
+                event = stream.next_event(kind, text)
+                if final := kind.final:
+                    stream.answer = event
+            recorded = await self.recorder.record(
+                self.key,
+                event,
+                deliver=lambda followers: self._deliver(stream_id, event, followers),
+                owner=self._owner,
+            )
+            if stream is not None:
+                if final:
+                    if self._calls.get(stream_id) is stream:
+                        # Later events under this id belong to another call.
+                        del self._calls[stream_id]
+                    self._note_recorded(stream)
+                if recorded.outcome is not Outcome.LIVE and not (
+                    recorded.outcome is Outcome.LOST and can_do_without(event)
+                ):
+                    stream.previous = event.position
+            if recorded.outcome is not Outcome.STORED:
+                self._in_doubt = True
+                return ""
+            self._in_doubt = False
+            self._note_newest(recorded.sequence)
+            if stream is None:
+                self._identified = True
+            else:
+                stream.identified = True
+            if self._is_blocked(stream, stream_id):
+                # Its client does not read: it gets the rest from the log, and the session's other streams go on.
+                self._close_response(stream_id)
+            return self.ids.write(
+                Cursor(
+                    stream=event.stream,
+                    sequence=recorded.sequence,
+                    position=event.position,
+                    request_id=None if stream is None else stream.request_id,
+                    final=final,
+                )
+            )
         except Exception as error:
             report_failure("events", error, key=self.key)
             return ""
-
-    async def _store(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
-        kind = kind_of(message)
-        try:
-            text = None if message is None else message.model_dump_json(by_alias=True, exclude_unset=True)
-        except ValueError as error:
-            # The SDK cannot send it either.
-            report_failure("events", error, key=self.key)
-            if stream is None or not kind.final:
-                return ""
-            kind, text = EventKind.ERROR, call_error(stream.request_id, NOT_JSON, reason="lost")
-        if stream is None:
-            self._position += 1
-            event = NewEvent(stream=STANDALONE_STREAM, position=self._position, kind=kind, message=text)
-            final = False
-        else:
-            event = stream.next_event(kind, text)
-            if final := kind.final:
-                stream.answer = event
-        recorded = await self.recorder.record(
-            self.key,
-            event,
-            deliver=lambda followers: self._deliver(stream_id, event, followers),
-            owner=self._owner,
-        )
-        if stream is not None:
-            if final:
-                if self._calls.get(stream_id) is stream:
-                    # Later events under this id belong to another call.
-                    del self._calls[stream_id]
-                self._note_recorded(stream)
-            if recorded.outcome is not Outcome.LIVE and not (
-                recorded.outcome is Outcome.LOST and can_do_without(event)
-            ):
-                stream.previous = event.position
-        if recorded.outcome is not Outcome.STORED:
-            self._in_doubt = True
-            return ""
-        self._in_doubt = False
-        self._note_newest(recorded.sequence)
-        if stream is None:
-            self._identified = True
-        else:
-            stream.identified = True
-        if self._is_blocked(stream, stream_id):
-            # Its client does not read: it gets the rest from the log, and the session's other streams go on.
-            self._close_response(stream_id)
-        return self.ids.write(
-            Cursor(
-                stream=event.stream,
-                sequence=recorded.sequence,
-                position=event.position,
-                request_id=None if stream is None else stream.request_id,
-                final=final,
-            )
-        )
 
     def _note_newest(self, sequence: int) -> None:
         # Not the highest of all, because the log may have been set back, as after a restored backup.
         self._newest = sequence
         self._known_at = time.monotonic()
 
-    async def _find_newest(self) -> None:
-        """Ask the log for the session's newest event, unless the priming event of the next call is stored anyway."""
+    async def _find_newest(self) -> bool:
+        """Ask the log for the session's newest event, unless the priming event of the next call is stored anyway.
+
+        Returns:
+            Whether it is known now.
+        """
         if self._is_id_enough and not self.recorder.down:
             sequence = await self.recorder.newest(self.key)
             if sequence is not None:
                 self._note_newest(sequence)
+                return True
+        return False
 
     @property
     def _is_id_enough(self) -> bool:

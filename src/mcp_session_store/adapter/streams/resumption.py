@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp.server.streamable_http import GET_STREAM_KEY, check_accept_headers
 from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
 from mcp_types import CONNECTION_CLOSED, DEFAULT_NEGOTIATED_VERSION
-from mcp_types.version import is_version_at_least
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 
 from mcp_session_store.adapter import responses, telemetry
 from mcp_session_store.adapter.streams.calls import LOST, NOT_RESUMABLE, TRIMMED, call_error
 from mcp_session_store.adapter.streams.event_ids import EventIds
-from mcp_session_store.adapter.streams.event_store import RESUMABLE_SINCE, SessionEvents
+from mcp_session_store.adapter.streams.event_store import RESUMABLE_VERSIONS, SessionEvents
 from mcp_session_store.adapter.streams.reader import NOTHING_YET, Ended, Event, Gap, Lost, StreamReader
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import session_key
@@ -64,7 +63,7 @@ async def serve_stream(
     request = Request(scope, receive)
     last_event_id = request.headers.get("last-event-id") or None
     version = request.headers.get(MCP_PROTOCOL_VERSION_HEADER, DEFAULT_NEGOTIATED_VERSION)
-    resumable = is_version_at_least(version, RESUMABLE_SINCE)
+    resumable = version in RESUMABLE_VERSIONS
     is_followed = bool(events.recorder.followers.of(events.key, STANDALONE_STREAM))
     if last_event_id is None and not resumable and not is_followed:
         return False

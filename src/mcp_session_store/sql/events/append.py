@@ -32,12 +32,10 @@ class Append(NamedTuple):
     events: Sequence[NewEvent]
     sizes: Sequence[int]
     """Bytes of each event's message."""
+    size: int
+    """Bytes of all messages."""
     again: bool = False
     """Whether a call before this one may have stored them."""
-
-    def weigh(self) -> int:
-        """Return the bytes of all messages."""
-        return sum(self.sizes)
 
 
 class LogState(NamedTuple):
@@ -297,7 +295,7 @@ class EventWriter:
         added: list[tuple[object, int, int, str, int, int, str, str | None]] = []
         for key, appends in wanted.items():
             behind = sum([len(append.events) for append in appends])
-            bytes_behind = sum([sum(append.sizes) for append in appends])
+            bytes_behind = sum([append.size for append in appends])
             growths.append((key, behind, bytes_behind))
             for append in appends:
                 for event, size in zip(append.events, append.sizes, strict=True):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
 from mcp_session_store.errors import ConfigurationError, EventTooLarge
@@ -103,7 +104,7 @@ class SqlEventLog(EventLog):
         self._instances = Instances(dialect, schema=schema)
         self._listener = Listener(self._database, EVENT_CHANNEL)
         self._appends, self._large_appends = (
-            Batcher(self._database, self._append_all, writes=True, weigh=Append.weigh, patient=is_large)
+            Batcher(self._database, self._append_all, writes=True, weigh=attrgetter("size"), patient=is_large)
             for is_large in (False, True)
         )
         # One call at a time, so that a page has its own timeout, and its memory is released as soon as it is sent.
@@ -142,11 +143,12 @@ class SqlEventLog(EventLog):
 
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
         sizes = [checked_size(event) for event in events]
-        if sum(sizes) > self.policy.max_bytes_per_session:
+        size = sum(sizes)
+        if size > self.policy.max_bytes_per_session:
             raise EventTooLarge(
                 f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
             )
-        append = Append(key, events, sizes, again)
+        append = Append(key, events, sizes, size, again)
         return await self._lane_of(append).submit(append)
 
     def _lane_of(self, append: Append) -> Batcher[Append, int | None]:
@@ -154,7 +156,7 @@ class SqlEventLog(EventLog):
 
         All appends of a session that are pending are in one lane, so that they are stored in their order.
         """
-        is_large = append.weigh() > LARGE_APPEND
+        is_large = append.size > LARGE_APPEND
         if not is_large and not self._large_appends.busy:
             return self._appends
         lane, other = self._appends, self._large_appends
