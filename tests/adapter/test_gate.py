@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from mcp_session_store.adapter import clock, outage
+from mcp_session_store.adapter import clock, outage, telemetry
 from mcp_session_store.adapter.outage import Gate, RequestWait, SharedWait
 from mcp_session_store.adapter.requests import ClientGone, Incoming
 from mcp_session_store.adapter.responses import ShuttingDown
@@ -435,14 +435,31 @@ async def test_a_request_that_is_cancelled_leaves_nothing_behind() -> None:
         one.away = False
 
 
-async def test_the_begin_and_the_end_of_an_outage_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+class Counter:
+    """A counter that shows what it counts."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, amount: int) -> None:
+        self.value += amount
+
+
+async def test_the_begin_and_the_end_of_an_outage_are_logged_once_and_those_who_wait_are_counted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level("INFO")
+    waiting, outages = Counter(), Counter()
+    monkeypatch.setattr(telemetry, "waiting", waiting)
+    monkeypatch.setattr(telemetry, "outages", outages)
     async with door() as one:
         await one.lose()
         for name in range(10):
             one.start(name)
         await until(lambda: len(one.tried) >= 2)
+        assert (waiting.value, outages.value) == (11, 1)
         one.away = False
+    assert (waiting.value, outages.value) == (0, 1)
     texts = [record.message for record in caplog.records if record.name == "mcp_session_store.adapter.outage"]
     assert len(texts) == 2
     assert "the session store is away" in texts[0]

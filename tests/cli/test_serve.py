@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import psutil
 import pytest
 from starlette.applications import Starlette
@@ -14,13 +17,16 @@ from mcp_session_store.cli import worker_app
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
-from tests.support.clients import official_client
+from tests.support.clients import official_client, until
 from tests.support.commands import UNREACHABLE
 from tests.support.http import RawClient
 from tests.support.servers import ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from tests.support.commands import CommandFunction, InvokeFunction, ServeCommandFunction
+    from tests.support.http import Answer
 
 
 TARGETS = [
@@ -131,14 +137,29 @@ async def test_namespaces_keep_servers_apart_that_share_a_database(
 
 
 @pytest.mark.anyio
-async def test_a_database_that_is_down_stops_no_server_and_clients_get_503(
+async def test_a_database_that_is_down_stops_no_server_and_a_stop_answers_those_who_wait_for_it(
     serve_command: ServeCommandFunction,
 ) -> None:
-    server = serve_command("tests.support.targets:mcpserver", "--url", UNREACHABLE)
-    async with RawClient(server.mcp_url) as client:
-        answer = await client.initialize()
-        assert answer.status == 503
-        assert "retry-after" in answer.headers
+    server = serve_command("tests.support.targets:mcpserver", "--url", UNREACHABLE, "--outage-patience", "29")
+    async with RawClient(server.mcp_url) as client, RawClient(server.mcp_url, session_id="0" * 32) as other:
+        answers: list[Answer] = []
+
+        async def ask(request: Callable[[], Awaitable[Answer]]) -> None:
+            answers.append(await request())
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask, client.initialize)
+            group.start_soon(ask, partial(other.call_tool, "whoami"))
+            group.start_soon(ask, other.get)
+            await until(lambda: "the session store is away" in server.log(), "requests wait")
+            assert answers == []
+            # At the signal, and not when uvicorn has waited for them, or their patience is over.
+            with anyio.fail_after(9):
+                assert await anyio.to_thread.run_sync(server.terminate) in (0, -signal.SIGTERM)
+        assert len(answers) == 3
+        for answer in answers:
+            assert answer.error["code"] == -32603
+            assert answer.session_id is None
     assert "Warning: " in server.log()
     assert "s3cret" not in server.log()
 

@@ -260,6 +260,14 @@ class DurableSessionManager(sdk.ManagerSeams):
                 finally:
                     await self._shut_down()
 
+    def answer_waiting(self) -> None:
+        """Answer the requests that wait for the store, and let none wait from now on, because the server is to stop.
+
+        A manager that stops does this by itself. A server that first waits for its requests to end, as uvicorn does,
+        calls this before, or waits for their patience.
+        """
+        self._gate.shut_down()
+
     def _wire(self) -> None:
         """Make the collaborators that need the event loop, the instance's id and the policy as it is now."""
         # Another app may share the store, and have set its policy.
@@ -349,7 +357,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._gate.store_answered()
 
     async def _shut_down(self) -> None:
-        self._gate.shut_down()
+        self.answer_waiting()
         with anyio.move_on_after(ANSWERS_TIMEOUT + SHUTDOWN_TIMEOUT, shield=True):
             self._activity.gather(everything=True)
             # Concurrently, so that a slow store leaves no stream open, and no client leaves activity unreported.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 from click.core import ParameterSource
@@ -32,9 +34,12 @@ from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
+    from types import FrameType
 
     from starlette.applications import Starlette
+
+    from mcp_session_store.adapter.manager import DurableSessionManager
 
 # uvicorn, the SDK and the database's drivers are imported where they are used, because other commands need none.
 
@@ -143,7 +148,7 @@ def serve(
     """Serve an MCPServer, a low-level Server or a FastMCP 4 server with durable sessions.
 
     MODULE:ATTRIBUTE names the server object, as in `notes.server:mcp`; its code needs no change.
-    The server starts although the database is down: clients get 503 until it answers.
+    The server starts although the database is down: requests that need it wait for it, and get 503 in the end.
     """
     read_settings(RetentionPolicy, retention)
     read_settings(EventPolicy, event_retention)
@@ -228,7 +233,7 @@ def _build(settings: _ServeSettings) -> Starlette:
     }
     options |= {name: value for name, value in of_the_database.items() if name in settings.given}
     try:
-        return _frozen(durable_app(server, settings.url, **options))
+        return _answering_at_signals(_frozen(durable_app(server, settings.url, **options)))
     except ConfigurationError as error:
         raise ConfigurationError(f"cannot serve {settings.target}: {error}") from error
 
@@ -246,6 +251,35 @@ def _frozen(app: Starlette) -> Starlette:
         async with serve(of) as state:
             gc.collect()
             gc.freeze()
+            yield state
+
+    app.router.lifespan_context = lifespan
+    return app
+
+
+def _answering_at_signals(app: Starlette) -> Starlette:
+    """Answer the requests that wait for the database at the signal to stop, because uvicorn waits for them first."""
+    from mcp_session_store.adapter.sdk import mcp_endpoint
+
+    serve = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(of: Starlette) -> AsyncIterator[Any]:
+        async with serve(of) as state:
+            manager = cast("DurableSessionManager", mcp_endpoint(app).session_manager)
+            loop = asyncio.get_running_loop()
+
+            def before(uvicorns: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
+                def handle(number: int, frame: FrameType | None) -> None:
+                    loop.call_soon_threadsafe(manager.answer_waiting)
+                    uvicorns(number, frame)
+
+                return handle
+
+            # uvicorn has set its own before, and puts back at its end what was there before that.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if callable(uvicorns := signal.getsignal(number)):
+                    signal.signal(number, before(uvicorns))
             yield state
 
     app.router.lifespan_context = lifespan
@@ -307,7 +341,7 @@ async def _check_store(settings: _ServeSettings) -> None:
         # A new SQLite file is migrated here, because several workers would find it at once.
         await store.open()
     except (StoreUnavailable, StoreBusy) as error:
-        click.echo(f"Warning: {error} Starting all the same: clients get 503 until it answers.", err=True)
+        click.echo(f"Warning: {error} Starting all the same: requests wait until it answers.", err=True)
     finally:
         await store.aclose()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import anyio
@@ -295,6 +296,31 @@ async def test_a_client_that_leaves_its_handshake_leaves_nothing_behind(store: F
         assert (await one.client().initialize()).status == 200
         await at_rest(one)
         assert one.residents == 1
+
+
+async def test_after_an_outage_all_is_as_before(store: FaultyStore) -> None:
+    ids = [await open_session(store) for _ in range(5)]
+    async with instance(store, outage_patience=PATIENCE, sweep_interval=None) as one:
+        await one.first_poll()
+        before = len(asyncio.all_tasks())
+        store.down("load", "create")
+        clients = [one.client(session_id) for session_id in ids]
+        exchanges = [client.open_request("ping") for client in clients for _ in range(20)]
+        leaving = [client.open("GET") for client in clients for _ in range(4)]
+        opening = [one.client().open_initialize() for _ in range(10)]
+        await waiting(one, 110, streams=20)
+        for exchange in [*leaving, *opening, *exchanges[::2]]:
+            await left(exchange)
+        await waiting(one, 50)
+        store.up()
+        for exchange in exchanges[1::2]:
+            assert (await exchange.answer()).status == 200
+        await at_rest(one)
+        assert one.residents == 5
+        assert len(one.notes.replayed("initialize")) == 5
+        for session in registry_of(one.manager):
+            await registry_of(one.manager).evict(session)
+        await until(lambda: len(asyncio.all_tasks()) <= before)
 
 
 # Bounds and stops
