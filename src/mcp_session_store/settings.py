@@ -125,7 +125,7 @@ class InstanceSettings(Settings):
     max_sessions: Annotated[int | None, BeforeValidator(_count_or_none), Unit.SESSIONS] = Field(
         default=10_000,
         description="Sessions in memory at most. One more evicts the one that has been idle for longest; when all are "
-        "in use, it is answered 503. None: no limit.",
+        "in use, it is refused for now. None: no limit.",
     )
     end_within: _Seconds = Field(
         default=5.0,

@@ -113,10 +113,3 @@ async def test_a_client_whose_body_is_not_whole_is_not_watched() -> None:
     assert (incoming.body, incoming.gone) == (b"12", False)
     await incoming.read(100)
     assert incoming.body == b"1234"
-
-
-async def test_a_body_that_may_be_a_handshake_is_recognized() -> None:
-    for body, may_initialize in ((b'{"method":"initialize"}', True), (b'{"method":"ping"}', False)):
-        incoming = Incoming(Connection(part(body)).receive)
-        await incoming.read(100)
-        assert incoming.may_initialize is may_initialize

@@ -83,7 +83,7 @@ async def test_a_sessions_life_is_counted(
         await third.get_stream()
         counted.take()
         await one.client().initialize()
-        assert counted.take() == {"refused": [(1, {"reason": "too many sessions"})]}
+        assert counted.take() == {"refused": [(1, {"reason": "memory full"})]}
 
 
 async def test_what_becomes_of_events_and_of_resumed_streams_is_counted(

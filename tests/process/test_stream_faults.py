@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from tests.support.clients import BOUND, Talking, assert_unavailable, everything, sessions, until, whoami
+from tests.support.clients import BOUND, Talking, everything, sessions, until, whoami
 from tests.support.faults import breaking
-from tests.support.http import RawClient
+from tests.support.http import RawClient, assert_unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -46,10 +46,11 @@ class Exchange:
     Args:
         app: The app.
         scope: The ASGI scope of the request.
-        body: Its body.
+        parts: Its body, as it arrives.
+        whole: Whether that is all of it.
     """
 
-    def __init__(self, app: ASGIApp, scope: Scope, body: bytes) -> None:
+    def __init__(self, app: ASGIApp, scope: Scope, *parts: bytes, whole: bool = True) -> None:
         self.sent: list[ASGIMessage] = []
         """Each ASGI message of the answer."""
         self.over = anyio.Event()
@@ -58,13 +59,27 @@ class Exchange:
         """Set when `http.response.start` was sent."""
         self._app = app
         self._scope = scope
-        self._incoming: list[ASGIMessage] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._incoming: list[ASGIMessage] = []
+        self._arrival = anyio.Event()
         self._gone = anyio.Event()
         self._reads = anyio.Event()
         self._reads.set()
         self._cancellation = anyio.CancelScope()
         self._error: Exception | None = None
         self._taken = 0
+        self.arrive(*parts, whole=whole)
+
+    @property
+    def unread(self) -> int:
+        """Number of parts of the body that have arrived, and that the app has not taken."""
+        return len(self._incoming)
+
+    def arrive(self, *parts: bytes, whole: bool = True) -> None:
+        """Have more of the body arrive."""
+        self._incoming += [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        if whole:
+            self._incoming[-1]["more_body"] = False
+        self._arrival.set()
 
     async def run(self) -> None:
         """Have the app serve the request."""
@@ -164,10 +179,14 @@ class Exchange:
         return Answer(status=self.status, headers=self.headers, body=self.body, messages=self.messages)
 
     async def _receive(self) -> ASGIMessage:
-        if self._incoming:
-            return self._incoming.pop()
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
+        while not self._incoming:
+            if self._gone.is_set():
+                return {"type": "http.disconnect"}
+            self._arrival = anyio.Event()
+            async with anyio.create_task_group() as either:
+                either.start_soon(_cancel_after, self._arrival, either.cancel_scope)
+                either.start_soon(_cancel_after, self._gone, either.cancel_scope)
+        return self._incoming.pop(0)
 
     async def send(self, message: ASGIMessage) -> None:
         """Take a message of the answer, when the client reads."""
@@ -225,6 +244,18 @@ class Client:
             headers: Underscores stand for hyphens; `None` removes a header.
         """
         content = json.dumps(message).encode() if isinstance(message, dict) else message
+        return self._begin(Exchange(self._app, self._scope(method, content, headers), content or b""))
+
+    def open_parts(self, *parts: bytes, whole: bool = True, **headers: str | None) -> Exchange:
+        """POST a body of unknown length in parts; it goes on arriving unless it is whole."""
+        headers = {"content_type": "application/json", **headers}
+        return self._begin(Exchange(self._app, self._scope("POST", None, headers), *parts, whole=whole))
+
+    def _begin(self, exchange: Exchange) -> Exchange:
+        self._tasks.start_soon(exchange.run)
+        return exchange
+
+    def _scope(self, method: str, content: bytes | None, headers: Mapping[str, str | None]) -> Scope:
         sent: dict[str, str | None] = {
             "host": "127.0.0.1:8000",
             "accept": "text/event-stream" if method == "GET" else "application/json, text/event-stream",
@@ -251,9 +282,7 @@ class Client:
         }
         if self.user is not None:
             scope["user"] = self.user
-        exchange = Exchange(self._app, scope, content or b"")
-        self._tasks.start_soon(exchange.run)
-        return exchange
+        return scope
 
     def open_request(
         self, method: str, params: Message | None = None, *, request_id: str | int | None = None, **headers: str | None

@@ -13,7 +13,7 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import Implementation, ResourceUpdatedNotification
 
-from tests.support.http import RawClient
+from tests.support.http import RawClient, assert_not_handled, assert_unavailable, is_not_handled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -74,17 +74,14 @@ async def sessions(url: str, number: int) -> AsyncIterator[list[RawClient]]:
         yield clients
 
 
-def assert_unavailable(answer: Answer) -> None:
-    """Check that a request was refused for now: with a time to come again, and without a session id."""
-    assert answer.status == 503, answer
-    assert int(answer.headers["retry-after"]) > 0
-    assert answer.session_id is None
-    assert answer.error["code"] == -32603
-
-
 async def is_refused(request: Callable[[], Awaitable[Answer]]) -> None:
-    """Send it, and have it refused for now."""
+    """Send it, and have it refused for now by HTTP."""
     assert_unavailable(await request())
+
+
+async def call_is_refused(request: Callable[[], Awaitable[Answer]]) -> None:
+    """Send a JSON-RPC request, and have it refused for now by an error with its id."""
+    assert_not_handled(await request())
 
 
 def opens(client: RawClient) -> Callable[[], Awaitable[bool]]:
@@ -321,8 +318,10 @@ class Load:
         """The HTTP statuses of all answers."""
         self.disconnects = 0
         """Requests without an answer: refused, or cut in the middle."""
+        self.not_handled = 0
+        """Calls that were refused for now."""
         self.wrong: list[Answer] = []
-        """Answers with 200 that are not the tool's result."""
+        """Other answers with 200 that are not the tool's result."""
         self._clients = list(clients)
         self._done = [0] * len(clients)
         self._stopping = False
@@ -362,6 +361,8 @@ class Load:
                     self.disconnects += 1
                 elif "result" in answer.messages[-1] and json.loads(answer.text)["client"] == "raw":
                     self._done[index] += 1
+                elif is_not_handled(answer):
+                    self.not_handled += 1
                 else:
                     self.wrong.append(answer)
             # A round trip leaves little time for the others on a slow machine.

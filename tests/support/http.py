@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 from httpx2 import EventSource
+from mcp_types import INTERNAL_ERROR
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -71,6 +72,30 @@ class Event:
     """`None`: the event came without an id."""
     message: Message | None
     """`None`: the event primes the client's `Last-Event-ID`, or sets the time after which to come back."""
+
+
+def assert_unavailable(answer: Answer) -> None:
+    """Check that a request was refused for now by HTTP: with a time to come again, and without a session id."""
+    assert answer.status == 503, answer
+    assert int(answer.headers["retry-after"]) > 0
+    assert answer.session_id is None
+    assert answer.error["code"] == INTERNAL_ERROR
+
+
+def assert_not_handled(answer: Answer) -> None:
+    """Check that a JSON-RPC request was refused for now: with an error that has its id, and without a session id."""
+    assert is_not_handled(answer), answer
+    assert answer.session_id is None
+    assert answer.error["code"] == INTERNAL_ERROR
+    assert "try again later" in answer.error["message"]
+
+
+def is_not_handled(answer: Answer) -> bool:
+    """Return whether the answer refuses a JSON-RPC request for now."""
+    return answer.status == 200 and any(
+        message.get("id") is not None and "error" in message and "was not handled" in message["error"]["message"]
+        for message in answer.messages
+    )
 
 
 class Stream:

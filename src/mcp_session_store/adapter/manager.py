@@ -21,6 +21,7 @@ from mcp_session_store.adapter.background import report_failure, run_again, run_
 from mcp_session_store.adapter.outage import Gate
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
+from mcp_session_store.adapter.requests import BodyLimit
 from mcp_session_store.adapter.routing import Router
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
@@ -85,7 +86,7 @@ class DurableSessionManager(sdk.ManagerSeams):
     Args:
         app: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
         store: Store that keeps the sessions. The manager opens it when it starts to run. A store that
-            cannot be reached then stops nothing: requests that need it are answered 503.
+            cannot be reached then stops nothing: requests that need it are refused for now.
         event_store: As for the SDK's manager; not with `event_log`.
         event_log: Log that keeps the events of streams, so that a client that lost its connection gets what it missed,
             on any instance. The manager opens it when it starts to run. Without one no stream can be resumed.
@@ -98,7 +99,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         max_request_body_size: As for the SDK's manager, in bytes.
         on_restore: Called with the marker and the record before the replay. It may raise
             `RestoreRefused`: the session ends, and the client gets 404. Any other error, and a hook
-            that takes longer than `replay_timeout`, is answered 503.
+            that takes longer than `replay_timeout`, fails the request, and the session stays.
         on_end: Called once with the record and the reason, in each instance in which the session is
             resident when it ends, wherever that was; not when a copy leaves memory. A session that expires
             because it was idle has no copy left as a rule, and then no hook is called for it.
@@ -202,6 +203,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             )
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
+        self.asgi_app = BodyLimit(self.asgi_app.app, max_request_body_size)
         self.store = store
         self.event_log = event_log
         self.instance = ""

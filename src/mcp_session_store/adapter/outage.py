@@ -12,7 +12,7 @@ import anyio
 
 from mcp_session_store.adapter import clock, telemetry
 from mcp_session_store.adapter.latch import Latch
-from mcp_session_store.adapter.requests import ClientGone
+from mcp_session_store.adapter.requests import READ_AT_ONCE, ClientGone
 from mcp_session_store.adapter.responses import ShuttingDown
 from mcp_session_store.errors import StoreBusy, StoreClosed, StoreUnavailable
 
@@ -40,8 +40,6 @@ MAX_WAITING_STREAMS: Final = 10_000
 """Number of GET requests that may wait at the same time."""
 MAX_BYTES: Final = 64 * 1024 * 1024
 """Bytes of bodies that all requests that wait may hold."""
-READ_AT_ONCE: Final = 64 * 1024
-"""Bytes of a body that is read while its request waits: the client's going is seen only behind the whole body."""
 STREAM_PATIENCE: Final = 300.0
 """Seconds that a GET waits at most; a client waits for a stream without a timeout, as a rule."""
 DELETE_PATIENCE: Final = 5.0

@@ -6,11 +6,48 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
 import anyio
+from mcp.server.transport_security import RequestBodyLimitMiddleware
+from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
-__all__ = ["POSTED", "ClientGone", "Incoming", "Posted", "session_id_of"]
+__all__ = ["POSTED", "READ_AT_ONCE", "INITIALIZE", "BodyLimit", "ClientGone", "Incoming", "Posted"]
+
+READ_AT_ONCE: Final = 64 * 1024
+"""Bytes of a body that are read before it is known whether the request must wait; the rest stays with the client."""
+
+INITIALIZE: Final = b'"initialize"'
+"""Part of the body of each `initialize`; searched for, and not parsed, as the middleware releases a false positive."""
+
+_VERSION: Final = MCP_PROTOCOL_VERSION_HEADER.encode()
+_HANDSHAKE_VERSIONS: Final = frozenset(version.encode() for version in HANDSHAKE_PROTOCOL_VERSIONS)
+
+
+class BodyLimit(RequestBodyLimitMiddleware):
+    """The SDK's limit of bodies, but for requests within a session: the SDK reads each body before the request begins.
+
+    Those are passed on unread, unless they say themselves that they are too long.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request whose body is not too long, or not read yet."""
+        within_session = False
+        version: bytes | None = None
+        for name, value in scope["headers"] if scope["type"] == "http" else ():
+            if name == b"mcp-session-id":
+                within_session = True
+            elif name == _VERSION:
+                # The first one decides the era, in the SDK's manager too.
+                version = value if version is None else version
+            elif name == b"content-length" and int(value) > self.max_body_size:  # ASGI servers let numbers pass only
+                break
+        else:
+            if within_session and (version is None or version in _HANDSHAKE_VERSIONS):
+                await self.app(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 class ClientGone(Exception):
@@ -47,15 +84,6 @@ POSTED: Final[ContextVar[Posted | None]] = ContextVar("mcp_session_store.posted"
 """The POST that the current task serves."""
 
 
-def session_id_of(scope: Scope) -> str | None:
-    """Return the `Mcp-Session-Id` of a request."""
-    for name, value in scope["headers"]:
-        if name == b"mcp-session-id":
-            decoded: str = value.decode("latin-1")
-            return decoded
-    return None
-
-
 class Incoming:
     """Body of one HTTP request, as far as it was read.
 
@@ -74,12 +102,6 @@ class Incoming:
         """The body was read to its end."""
         self.gone = False
         """The client has disconnected, as far as was read."""
-
-    @property
-    def may_initialize(self) -> bool:
-        """Whether the request, read whole, may be an `initialize`."""
-        # Search the body instead of parsing it; the middleware releases a false positive.
-        return b'"initialize"' in self.body
 
     async def read(self, limit: int) -> None:
         """Read on until the body is whole, has more than `limit` bytes, or ends because the client has gone.

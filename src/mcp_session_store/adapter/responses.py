@@ -1,4 +1,4 @@
-"""The HTTP answers that the session layer gives itself, and which error gets which of them."""
+"""The HTTP answers that the session layer gives itself: which error gets which of them, by the kind of the request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, JSONRPCError
+import anyio
+import pydantic_core
+from mcp.server.streamable_http import check_accept_headers
+from mcp_types import (
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
+    INVALID_REQUEST,
+    PARSE_ERROR,
+    ErrorData,
+    JSONRPCError,
+    JSONRPCRequest,
+    jsonrpc_message_adapter,
+)
+from pydantic import ValidationError
+from starlette.requests import Request
 from starlette.responses import Response
 
 from mcp_session_store.adapter import telemetry
@@ -16,25 +30,38 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from uuid import UUID
 
+    from mcp_types import RequestId
+    from starlette.types import Scope
+
+    from mcp_session_store.adapter.requests import Incoming
+
 __all__ = [
     "BAD_EVENT_ID",
+    "FAILED",
+    "MEMORY_FULL",
     "METHOD_NOT_ALLOWED",
     "NOT_ACCEPTABLE",
     "ONE_STREAM",
+    "RESTORE_FAILED",
+    "SCHEMA",
     "SESSION_ENDED",
     "SESSION_NOT_FOUND",
+    "SHUTTING_DOWN",
     "STREAM_COMPLETE",
     "TOO_MANY_SESSIONS",
     "UNAVAILABLE",
     "Answer",
     "MemoryFull",
+    "Refusals",
     "RestoreFailed",
     "SessionNotFound",
     "ShuttingDown",
     "answer_to",
     "log_unavailable",
     "refuse",
+    "response_to",
     "session_ended",
+    "too_large",
 ]
 
 logger = logging.getLogger(__name__)
@@ -47,6 +74,17 @@ MAX_REPORTED: Final = 1000
 
 _RETRY_AFTER: Final = {"retry-after": "2"}
 """Seconds that `Retry-After` (RFC 9110, section 10.2.3) asks for."""
+_STREAM: Final = {"cache-control": "no-cache, no-transform"}
+"""Headers of a stream, as the SDK's transport sends them."""
+
+READERS: Final = 4
+"""Number of long bodies that are read at a time."""
+LONGEST_READ: Final = 4 * 1024 * 1024
+"""Bytes of a body that is read, the SDK's own limit of bodies: so those that are read hold 16 MiB together."""
+MAX_WAITING: Final = 64
+"""Number of requests that wait for their body to be read; each holds what was read at once."""
+READ_TIMEOUT: Final = 3.0
+"""Seconds for a long body to be read, its turn included."""
 
 
 class SessionNotFound(Exception):
@@ -70,9 +108,10 @@ class ShuttingDown(SessionStoreError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An HTTP answer with a JSON-RPC error in it."""
+    """What a request gets instead of being served: an HTTP answer with a JSON-RPC error in it."""
 
     status: int
+    """HTTP status; where it is 503, a JSON-RPC request gets 200 instead, see `response_to`."""
     code: int
     """Code of the JSON-RPC error."""
     message: str
@@ -81,15 +120,36 @@ class Answer:
     reason: str = ""
     """Reason by which the metric of refused requests counts it."""
 
+    @property
+    def for_now(self) -> bool:
+        """Whether the same request may be served later."""
+        return self.status == 503
+
     def response(self) -> Response:
         """Return the answer as an ASGI application."""
-        body = JSONRPCError(jsonrpc="2.0", id=None, error=ErrorData(code=self.code, message=self.message))
-        return Response(
-            body.model_dump_json(by_alias=True, exclude_unset=True),
-            status_code=self.status,
-            headers=self.headers,
-            media_type="application/json",
-        )
+        error = self._error(None, self.message)
+        return Response(error, status_code=self.status, headers=self.headers, media_type="application/json")
+
+    def response_with_id(self, request_id: RequestId, *, as_event: bool) -> Response:
+        """Return the answer to a JSON-RPC request, which no handler has seen, in a 200 response.
+
+        Args:
+            request_id: Id of the request.
+            as_event: Whether it is sent as the one event of a stream.
+        """
+        error = self._error(request_id, f"The request was not handled: {self.message}")
+        if as_event:
+            return Response(f"event: message\r\ndata: {error}\r\n\r\n", headers=_STREAM, media_type="text/event-stream")
+        return Response(error, media_type="application/json")
+
+    def _error(self, request_id: RequestId | None, message: str) -> str:
+        error = JSONRPCError(jsonrpc="2.0", id=request_id, error=ErrorData(code=self.code, message=message))
+        return error.model_dump_json(by_alias=True, exclude_unset=True)
+
+
+def _for_now(reason: str, message: str) -> Answer:
+    """Return the answer to a request that is refused for now, and leaves the session as it was."""
+    return Answer(503, INTERNAL_ERROR, f"{message}; try again later", _RETRY_AFTER, reason)
 
 
 SESSION_NOT_FOUND: Final = Answer(404, INVALID_REQUEST, "Session not found", reason="not found")
@@ -97,12 +157,20 @@ SESSION_NOT_FOUND: Final = Answer(404, INVALID_REQUEST, "Session not found", rea
 
 MCP 2025-11-25, basic/transports, session management, 3: the client starts a new session.
 """
-UNAVAILABLE: Final = Answer(
-    503, INTERNAL_ERROR, "Session store unavailable; try again later", _RETRY_AFTER, "unavailable"
-)
-"""The store did not answer; the session is as it was."""
-TOO_MANY_SESSIONS: Final = Answer(503, INTERNAL_ERROR, "Too many open sessions", _RETRY_AFTER, "too many sessions")
-"""Memory or the store holds as many sessions as it may."""
+UNAVAILABLE: Final = _for_now("unavailable", "Session store unavailable")
+"""The store is away, busy or closed."""
+SCHEMA: Final = _for_now("schema", "Session store unavailable")
+"""The schema of the database does not fit."""
+MEMORY_FULL: Final = _for_now("memory full", "Too many open sessions")
+"""Memory holds as many sessions as it may, and all are in use."""
+TOO_MANY_SESSIONS: Final = _for_now("too many sessions", "Too many open sessions")
+"""The policy allows no more sessions."""
+RESTORE_FAILED: Final = _for_now("restore failed", "Session cannot be restored now")
+"""The replay took too long, the record kept changing, or an earlier copy does not stop."""
+SHUTTING_DOWN: Final = _for_now("shutting down", "Server is shutting down")
+"""The instance stops."""
+FAILED: Final = _for_now("error", "Internal error")
+"""A bug of ours, or of the application's in a restore."""
 METHOD_NOT_ALLOWED: Final = Answer(405, INVALID_REQUEST, "Method Not Allowed", {"allow": "GET, POST, DELETE"})
 """The transport speaks POST, GET and DELETE."""
 BAD_EVENT_ID: Final = Answer(400, INVALID_REQUEST, "Last-Event-ID is not an event id of this session")
@@ -123,18 +191,48 @@ ONE_STREAM: Final = Answer(409, INVALID_REQUEST, "Conflict: Only one SSE stream 
 
 _BY_ERROR: Final[tuple[tuple[type[Exception], Answer], ...]] = (
     (SessionNotFound, SESSION_NOT_FOUND),
-    (MemoryFull, TOO_MANY_SESSIONS),
+    (MemoryFull, MEMORY_FULL),
     (SessionLimitReached, TOO_MANY_SESSIONS),
     # As an unknown session: the client can begin anew, and trying again would not help.
     (RecordUnreadable, SESSION_NOT_FOUND),
-    # The store, the schema, or a bug of ours: the session is as it was, and the client may try again.
-    (Exception, UNAVAILABLE),
+    (RestoreFailed, RESTORE_FAILED),
+    (ShuttingDown, SHUTTING_DOWN),
+    (SchemaError, SCHEMA),
+    (SessionStoreError, UNAVAILABLE),
+    (Exception, FAILED),
 )
 
 
 def answer_to(error: Exception) -> Answer:
     """Return the answer to a request that failed with an error."""
     return next(answer for kind, answer in _BY_ERROR if isinstance(error, kind))
+
+
+def response_to(answer: Answer, scope: Scope, body: bytes | None) -> Response:
+    """Return the response that gives one request its answer.
+
+    A JSON-RPC request that is refused for now gets 200 and an error with its id, because this fails that one call in
+    every client, while 503 ends some clients as a whole. An `initialize` gets 503, as a session that was not opened
+    leaves nothing to go on in; so do messages that have no answer in JSON-RPC.
+
+    Args:
+        answer: The answer.
+        scope: ASGI scope of the request.
+        body: Whole body of the request; `None` if it was not read.
+    """
+    if not answer.for_now or scope["method"] != "POST" or body is None:
+        return answer.response()
+    # A body that is no message gets the SDK's own answer, as after the outage.
+    try:
+        message = jsonrpc_message_adapter.validate_python(pydantic_core.from_json(body), by_name=False)
+    except ValidationError as error:
+        return Answer(400, INVALID_PARAMS, f"Validation error: {error}").response()
+    except ValueError as error:
+        return Answer(400, PARSE_ERROR, f"Parse error: {error}").response()
+    if not isinstance(message, JSONRPCRequest) or message.method == "initialize":
+        return answer.response()
+    accepts_json, accepts_events = check_accept_headers(Request(scope))
+    return answer.response_with_id(message.id, as_event=accepts_events and not accepts_json)
 
 
 def refuse(error: Exception, session: UUID) -> Answer:
@@ -150,7 +248,7 @@ def refuse(error: Exception, session: UUID) -> Answer:
         logger.warning("the new session %s is refused: %s", session, error)
     elif isinstance(error, RecordUnreadable):
         _report_unreadable(error, session)
-    elif answer is UNAVAILABLE:
+    elif answer.for_now and answer is not MEMORY_FULL:
         log_unavailable(error, session)
     return answer
 
@@ -175,6 +273,41 @@ def _report_unreadable(error: RecordUnreadable, session: UUID) -> None:
     )
 
 
+class Refusals:
+    """Refuses requests, each with the answer that fails no more than it must.
+
+    The id of a JSON-RPC request may be the last key of a long body. So the body of a refused request is read to its
+    end, a few bodies at a time; one that is too long or too slow is answered without its id.
+
+    Args:
+        max_body: Highest number of bytes of a body.
+    """
+
+    def __init__(self, max_body: int) -> None:
+        self._max_read = min(max_body, LONGEST_READ)
+        self._readers = anyio.Semaphore(READERS)
+
+    async def response(self, error: Exception, session: UUID, scope: Scope, incoming: Incoming) -> Response:
+        """Return the response to a request that failed with an error; log and count it.
+
+        Args:
+            error: The error.
+            session: Key of the session that the request is for.
+            scope: ASGI scope of the request.
+            incoming: Body of the request, as far as it was read.
+        """
+        answer = refuse(error, session)
+        if answer.for_now and scope["method"] == "POST" and not incoming.whole:
+            await self._read(incoming)
+        return response_to(answer, scope, incoming.body if incoming.whole else None)
+
+    async def _read(self, incoming: Incoming) -> None:
+        if self._readers.statistics().tasks_waiting < MAX_WAITING:
+            with anyio.move_on_after(READ_TIMEOUT):
+                async with self._readers:
+                    await incoming.read(self._max_read)
+
+
 def log_unavailable(error: Exception, session: UUID) -> None:
     """Log why a request that needs the store is refused.
 
@@ -188,6 +321,11 @@ def log_unavailable(error: Exception, session: UUID) -> None:
         logger.warning("a request for the session %s is refused for now: %s", session, error)
     else:
         logger.error("a request for the session %s is refused because of an unexpected error", session, exc_info=error)
+
+
+def too_large() -> Response:
+    """Return 413 to a request whose body is too long, as the SDK's manager answers it."""
+    return Response("Request body too large", status_code=413)
 
 
 def session_ended(session_id: str) -> Response:

@@ -13,7 +13,7 @@ from mcp_session_store.adapter import responses
 from mcp_session_store.adapter.clock import now
 from mcp_session_store.adapter.outage import RequestWait
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
-from mcp_session_store.adapter.requests import POSTED, ClientGone, Incoming, Posted, session_id_of
+from mcp_session_store.adapter.requests import INITIALIZE, POSTED, READ_AT_ONCE, ClientGone, Incoming, Posted
 from mcp_session_store.adapter.responses import SessionNotFound
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
@@ -55,7 +55,7 @@ class Router:
         writer: Commits what requests change in the record of their session.
         security: Check that each request passes before a session is looked up; the SDK has it in its transport.
         has_event_store: Whether the SDK's transports have an event store of the user's.
-        max_body: Bytes of a body; the SDK's manager has refused longer ones.
+        max_body: Highest number of bytes of a body.
     """
 
     def __init__(
@@ -81,10 +81,15 @@ class Router:
         self._security = security
         self._has_event_store = has_event_store
         self._max_body = max_body
+        self._refusals = responses.Refusals(max_body)
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: by its resident session, after a restore, or by a new session."""
-        session_id = session_id_of(scope)
+        session_id: str | None = None
+        for name, value in scope["headers"]:
+            if name == b"mcp-session-id":
+                session_id = value.decode("latin-1")
+                break
         user = scope.get("user")
         requestor = authorization_context(user) if isinstance(user, AuthenticatedUser) else None
         incoming = Incoming(receive)
@@ -93,8 +98,12 @@ class Router:
             if incoming.whole:
                 await self._opener.open(requestor, scope, incoming, send)
             return  # or the client has gone
-        session = self._registry.get(session_id)
         method = scope["method"]
+        if method == "POST":
+            await incoming.read(READ_AT_ONCE)
+            if incoming.gone:
+                return
+        session = self._registry.get(session_id)
         if (
             session is None
             or not session.serving
@@ -110,6 +119,9 @@ class Router:
         else:
             session.pin()
         try:
+            if method == "POST" and not incoming.whole:
+                await self._read_rest(incoming, scope, send)
+                return
             self._activity.note(session)
             scope[RESIDENT_SESSION] = session
             scope[RECORD_WRITER] = self._writer
@@ -119,22 +131,30 @@ class Router:
                 with session.stream():
                     await self._serve_stream(session, scope, incoming.receive, _noting_standalone_stream(session, send))
                 return
-            await incoming.read(self._max_body)
-            if not incoming.whole:
-                return  # the client has gone
             posted: Posted | None = None
             if session.events is not None:
                 posted = Posted(incoming.body)
                 POSTED.set(posted)
             receive = incoming.receive
-            if incoming.may_initialize:
+            if INITIALIZE in incoming.body:
                 # The answer to a handshake promises durability.
-                held = HeldResponse(session, scope, receive, send, opening=False)
+                held = HeldResponse(session, scope, incoming, send, opening=False)
                 await held.answered_by(partial(_serve_post, session, posted, scope, receive))
                 return
-            await _serve_post(session, posted, scope, receive, send)
+            # Not by `_serve_post`, which would be one more call.
+            to_sdk = send if posted is None else posted.sending_to(send)
+            await session.transport.handle_request(scope, receive, to_sdk)
         finally:
             session.unpin()
+
+    async def _read_rest(self, incoming: Incoming, scope: Scope, send: Send) -> None:
+        """Read a long body to its end, and serve the request."""
+        await incoming.read(self._max_body)
+        if incoming.whole:
+            # From the start, because the copy may have left memory meanwhile.
+            await self.serve(scope, incoming.receive, send)
+        elif not incoming.gone:
+            await responses.too_large()(scope, incoming.receive, send)
 
     async def _find(
         self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, incoming: Incoming
@@ -156,7 +176,7 @@ class Router:
         except ClientGone:
             return responses.UNAVAILABLE.response()  # which reaches no client
         except Exception as error:
-            return responses.refuse(error, session_key(session_id)).response()
+            return await self._refusals.response(error, session_key(session_id), scope, incoming)
 
     async def _serve_stream(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a GET: from the event log where there is one, which has earlier events and other instances' events."""

@@ -14,7 +14,7 @@ from mcp.shared.exceptions import MCPError
 from sse_starlette import EventSourceResponse
 
 from tests.support.asgi import until
-from tests.support.http import INITIALIZE_PARAMS, Answer
+from tests.support.http import INITIALIZE_PARAMS, Answer, assert_unavailable
 from tests.support.instances import Notes, instance, wait_for
 from tests.support.internals import stopping_in
 
@@ -33,13 +33,6 @@ def assert_nothing_stays(one: Instance) -> None:
     assert one.residents == 0
     assert stopping_in(one.manager) == {}
     one.assert_seats_match()
-
-
-def assert_unavailable(answer: Answer) -> None:
-    assert answer.status == 503
-    assert int(answer.headers["retry-after"]) > 0
-    assert answer.session_id is None
-    assert "error" in answer.messages[0]
 
 
 async def test_nothing_of_the_answer_leaves_before_the_record_is_committed(

@@ -6,15 +6,16 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.adapter.latch import Latch
-from mcp_session_store.adapter.responses import UNAVAILABLE, Answer
+from mcp_session_store.adapter.responses import FAILED, Answer, response_to
 from mcp_session_store.adapter.sessions.handshake import HANDSHAKE, Handshake, HandshakeOutcome
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import Message, Scope, Send
 
+    from mcp_session_store.adapter.requests import Incoming
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = ["HeldResponse"]
@@ -30,7 +31,7 @@ class HeldResponse:
     Args:
         session: The session, whose server loop handles the request.
         scope: ASGI scope of the request.
-        receive: The request's `receive`.
+        incoming: Body of the request, which was read.
         send: Where the answer goes.
         opening: Whether the answer would give the client a session id that it does not know yet; the id is removed
             from each answer to a handshake that did not open the session.
@@ -38,8 +39,8 @@ class HeldResponse:
 
     __slots__ = (
         "_handshake",
+        "_incoming",
         "_opening",
-        "_receive",
         "_replaced",
         "_scope",
         "_send",
@@ -48,11 +49,13 @@ class HeldResponse:
         "opened",
     )
 
-    def __init__(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send, *, opening: bool) -> None:
+    def __init__(
+        self, session: ResidentSession, scope: Scope, incoming: Incoming, send: Send, *, opening: bool
+    ) -> None:
         self._handshake = Handshake()
         self._session = session
         self._scope = scope
-        self._receive = receive
+        self._incoming = incoming
         self._send = send
         self._opening = opening
         self._started = Latch()
@@ -79,7 +82,7 @@ class HeldResponse:
         finally:
             held.discard(handshake)
         if not self._started.is_set():
-            await self._replace(UNAVAILABLE)
+            await self._replace(FAILED)
 
     async def send(self, message: Message) -> None:
         """Pass on, hold, or replace one ASGI message of the answer."""
@@ -95,7 +98,7 @@ class HeldResponse:
         outcome = await self._handshake.wait() if status == 200 else self._handshake.outcome
         if self._opening and status >= 500 and not isinstance(outcome, Answer):
             # The SDK's answer, for a server loop or an event store that failed.
-            outcome = UNAVAILABLE
+            outcome = FAILED
         if isinstance(outcome, Answer):
             await self._replace(outcome)
             return
@@ -109,7 +112,8 @@ class HeldResponse:
     async def _replace(self, answer: Answer) -> None:
         self._replaced = True
         self._started.set()
-        await answer.response()(self._scope, self._receive, self._send)
+        response = response_to(answer, self._scope, self._incoming.body)
+        await response(self._scope, self._incoming.receive, self._send)
 
 
 def _without_session_id(headers: Any) -> list[tuple[bytes, bytes]]:

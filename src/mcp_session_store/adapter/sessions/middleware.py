@@ -8,7 +8,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, InitializeRequestParams
 
 from mcp_session_store.adapter.outage import RequestWait
-from mcp_session_store.adapter.responses import SESSION_NOT_FOUND, UNAVAILABLE, answer_to
+from mcp_session_store.adapter.responses import SESSION_NOT_FOUND, answer_to
 from mcp_session_store.adapter.sessions.handshake import (
     HANDSHAKE,
     Handshake,
@@ -112,7 +112,8 @@ async def _store_call(
     except JournalFull as error:
         raise MCPError(code=INVALID_REQUEST, message=str(error)) from error
     except Exception as error:
-        raise MCPError(code=UNAVAILABLE.code, message=UNAVAILABLE.message) from error
+        answer = answer_to(error)
+        raise MCPError(code=answer.code, message=answer.message) from error
     if not live:
         raise MCPError(code=SESSION_NOT_FOUND.code, message=SESSION_NOT_FOUND.message)
     return result

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from mcp_session_store.adapter.responses import MemoryFull, refuse
+from mcp_session_store.adapter.requests import INITIALIZE
+from mcp_session_store.adapter.responses import MemoryFull, refuse, response_to
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
@@ -44,16 +45,17 @@ class Opener:
         """Serve a request without a session id, whose body was read."""
         receive = incoming.receive
         # A request that opens no session evicts none.
-        opens = scope["method"] == "POST" and incoming.may_initialize
+        opens = scope["method"] == "POST" and INITIALIZE in incoming.body
         session_id = uuid4().hex
         try:
             session = self._admission.admit(session_id, requestor, may_evict=opens)
         except MemoryFull as error:
-            await refuse(error, session_key(session_id)).response()(scope, receive, send)
+            answer = refuse(error, session_key(session_id))
+            await response_to(answer, scope, incoming.body)(scope, receive, send)
             return
         # Until it is answered it is in use.
         session.pin()
-        held = HeldResponse(session, scope, receive, send, opening=True)
+        held = HeldResponse(session, scope, incoming, send, opening=True)
         scope[RESIDENT_SESSION] = session
         scope[RECORD_WRITER] = self._writer
 

@@ -11,7 +11,7 @@ from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPC
 
 from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.latch import Latch
-from mcp_session_store.adapter.responses import UNAVAILABLE
+from mcp_session_store.adapter.responses import FAILED
 from mcp_session_store.adapter.sessions.handshake import HandshakeOutcome
 from mcp_session_store.records import session_key
 
@@ -139,7 +139,7 @@ class ServerLoop:
         finally:
             # Each request that waits for a decision of this loop gets one.
             for handshake in self.held:
-                handshake.settle(UNAVAILABLE)
+                handshake.settle(FAILED)
             if self.replay is not None:
                 self.replay.cut_short()
             self.stopped.set()
