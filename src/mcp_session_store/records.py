@@ -14,7 +14,7 @@ from mcp_session_store.errors import InvalidValue
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from datetime import datetime
+    from datetime import datetime, timedelta
 
 __all__ = [
     "MAX_POSITION",
@@ -24,6 +24,7 @@ __all__ = [
     "EndReason",
     "EventKind",
     "EventPage",
+    "Heartbeat",
     "JournalEntry",
     "NewEvent",
     "NewSession",
@@ -377,6 +378,16 @@ def checked_size(event: NewEvent) -> int:
 def instance_name(instance: str) -> str:
     """Return the unique part of an instance's id, which follows its last colon."""
     return instance.rpartition(":")[2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heartbeat:
+    """Last heartbeat of an instance."""
+
+    ago: timedelta
+    """Time since then, by the store's clock."""
+    released: bool = False
+    """Whether the instance held something then that nothing holds now: it has died, or lost it a moment ago."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

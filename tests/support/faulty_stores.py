@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store import EndReason, EventPolicy, RetentionPolicy, SessionRecord
-    from mcp_session_store.records import Activity, Changes, EventPage, JournalEntry, NewEvent, NewSession, StoredEvent
+    from mcp_session_store.records import (
+        Activity,
+        Changes,
+        EventPage,
+        Heartbeat,
+        JournalEntry,
+        NewEvent,
+        NewSession,
+        StoredEvent,
+    )
     from mcp_session_store.retention import EventSweepReport, SweepReport
 
 OPERATIONS = (
@@ -344,6 +353,8 @@ class FaultyLog(_Faulty, EventLog):
         self.closed = 0
         self.hints = True
         """Whether hints of events arrive."""
+        self.holds = False
+        """Whether an instance that listens holds something that its death releases."""
 
     # Contents, past all faults
 
@@ -398,17 +409,27 @@ class FaultyLog(_Faulty, EventLog):
     async def follow(self, keys: Collection[UUID]) -> None:
         await self._call("follow", lambda: self.inner.follow(keys))
 
-    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        await self._call("listen", lambda: self.inner.listen(on_hint) if self.hints else anyio.sleep_forever())
+    async def listen(
+        self,
+        on_hint: Callable[[Collection[UUID] | None], None],
+        *,
+        instance: str | None = None,
+        on_held: Callable[[], None] | None = None,
+    ) -> None:
+        holder = instance if self.holds else None
+        await self._call(
+            "listen",
+            lambda: self.inner.listen(on_hint if self.hints else lambda _: None, instance=holder, on_held=on_held),
+        )
 
-    async def beat(self, instance: str) -> None:
-        await self._call("beat", lambda: self.inner.beat(instance))
+    async def beat(self, instance: str, *, held: bool = True) -> None:
+        await self._call("beat", lambda: self.inner.beat(instance, held=held))
 
     async def retire(self, instance: str) -> None:
         await self._call("retire", lambda: self.inner.retire(instance))
 
-    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
-        beats: dict[str, timedelta] = await self._call("last_beats", lambda: self.inner.last_beats(names))
+    async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
+        beats: dict[str, Heartbeat] = await self._call("last_beats", lambda: self.inner.last_beats(names))
         return beats
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:

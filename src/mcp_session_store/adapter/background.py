@@ -56,7 +56,12 @@ class Wake:
 
 
 async def run_every(
-    task: str, seconds: float, work: Callable[[], Awaitable[None]], *, wake: Wake | None = None
+    task: str,
+    seconds: float,
+    work: Callable[[], Awaitable[None]],
+    *,
+    wake: Wake | None = None,
+    max_backoff: float = MAX_BACKOFF,
 ) -> None:
     """Run a task at intervals, until cancelled.
 
@@ -67,6 +72,7 @@ async def run_every(
         seconds: Seconds from the end of one run to the next run.
         work: The task.
         wake: Wakes the task before its time.
+        max_backoff: Most seconds between two tries after failures.
     """
     wake = wake or Wake(gathering=0)
     failures = 0
@@ -74,14 +80,20 @@ async def run_every(
         pause = seconds * random.uniform(0.8, 1.0)  # noqa: S311 - jitter
         if failures:
             # A task that has just failed is not woken: it backs off instead.
-            await anyio.sleep(min(_backoff(failures), pause))
+            await anyio.sleep(min(_backoff(failures, max_backoff), pause))
         else:
             await wake.wait(pause)
         failures = await _failures_after(failures, task, work)
 
 
-async def run_again(task: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Run a task that is not meant to end, and again when it fails, until cancelled."""
+async def run_again(task: str, work: Callable[[], Awaitable[None]], *, max_backoff: float = MAX_BACKOFF) -> None:
+    """Run a task that is not meant to end, and again when it fails, until cancelled.
+
+    Args:
+        task: Name of the task in the log.
+        work: The task.
+        max_backoff: Most seconds between two tries.
+    """
     failures = 0
     while True:
         began = anyio.current_time()
@@ -90,7 +102,7 @@ async def run_again(task: str, work: Callable[[], Awaitable[None]]) -> None:
             return
         if anyio.current_time() - began > MAX_BACKOFF:
             failures = 1
-        await anyio.sleep(_backoff(failures))
+        await anyio.sleep(_backoff(failures, max_backoff))
 
 
 def report_failure(task: str, error: Exception, *, key: UUID | None = None, log: bool = True) -> None:
@@ -126,6 +138,6 @@ async def _failures_after(failures: int, task: str, work: Callable[[], Awaitable
     return 0
 
 
-def _backoff(failures: int) -> float:
-    longest: float = min(MIN_BACKOFF * 2 ** min(failures - 1, 10), MAX_BACKOFF)
+def _backoff(failures: int, at_most: float) -> float:
+    longest: float = min(MIN_BACKOFF * 2 ** min(failures - 1, 10), at_most)
     return longest * random.uniform(0.75, 1.0)  # noqa: S311 - jitter

@@ -35,7 +35,7 @@ from mcp_session_store.adapter.sessions.recording import RecordWriter
 from mcp_session_store.adapter.sessions.registry import Registry
 from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
 from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Followers
-from mcp_session_store.adapter.streams.instances import Instances
+from mcp_session_store.adapter.streams.instances import MAX_PAUSE, Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
 from mcp_session_store.errors import (
     ConfigurationError,
@@ -348,7 +348,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             followers = recorder.followers
             start(partial(recorder.run, beat_interval=settings.instance_timeout / 3))
             start(partial(run_every, "streams", POLL_INTERVAL, followers.poll, wake=followers.wake))
-            start(run_again, "event hints", followers.listen)
+            start(partial(run_again, "event hints", followers.listen, max_backoff=MAX_PAUSE))
 
     async def _retire(self, recorder: EventRecorder) -> None:
         with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
@@ -365,6 +365,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             # Concurrently, so that a slow store leaves no stream open, and no client leaves activity unreported.
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._report_all)
+                if self._recorder is not None:
+                    tasks.start_soon(self._leave, self._recorder.instances)
                 # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
                 for session in self._registry:
                     tasks.start_soon(self._evict_at_stop, session)
@@ -386,6 +388,13 @@ class DurableSessionManager(sdk.ManagerSeams):
                 await self._activity.report(everything=True)
         except Exception as error:
             report_failure("activity", error)
+
+    async def _leave(self, instances: Instances) -> None:
+        try:
+            with anyio.move_on_after(SHUTDOWN_TIMEOUT):
+                await instances.leave()
+        except Exception as error:
+            report_failure("heartbeat", error)
 
     async def _evict_unused(self) -> None:
         """Evict copies that have been idle for a while, and stop serving sessions whose life is over."""

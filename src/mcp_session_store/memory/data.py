@@ -55,8 +55,10 @@ class Data:
     listeners: list[OnHint] = field(default_factory=list)
     logs: dict[UUID, Log] = field(default_factory=dict)
     log_listeners: list[OnHint] = field(default_factory=list)
-    beats: dict[str, datetime] = field(default_factory=dict)
-    """Time of the last heartbeat of each running instance, by the unique part of its id."""
+    beats: dict[str, tuple[datetime, bool]] = field(default_factory=dict)
+    """Last heartbeat of each running instance, by the unique part of its id: its time, and whether it held anything."""
+    held: set[str] = field(default_factory=set)
+    """Instances that listen, by the unique parts of their ids."""
     ahead: timedelta = timedelta(0)
     """Difference of the stores' one clock to this machine's, so that a test can let time pass."""
 

@@ -12,6 +12,7 @@ from mcp_session_store.memory.data import Data, Log, OnHint
 from mcp_session_store.records import (
     MAX_POSITION,
     EventPage,
+    Heartbeat,
     StoredEvent,
     check_texts,
     checked_size,
@@ -21,8 +22,7 @@ from mcp_session_store.records import (
 from mcp_session_store.retention import EventPolicy, EventSweepReport
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-    from datetime import timedelta
+    from collections.abc import Callable, Collection, Sequence
     from uuid import UUID
 
     from mcp_session_store.memory.sessions import MemorySessionStore
@@ -105,26 +105,41 @@ class MemoryEventLog(EventLog):
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
         return {key: log.last for key in keys if (log := self._log(key)) is not None}
 
-    async def listen(self, on_hint: OnHint) -> None:
+    async def listen(
+        self, on_hint: OnHint, *, instance: str | None = None, on_held: Callable[[], None] | None = None
+    ) -> None:
+        held = set()
+        if instance is not None:
+            check_texts(instance=instance)
+            held.add(instance_name(instance))
         self._data.log_listeners.append(on_hint)
+        self._data.held |= held
+        if held and on_held is not None:
+            on_held()
         try:
             await anyio.sleep_forever()
         finally:
             self._data.log_listeners.remove(on_hint)
+            self._data.held -= held
 
-    async def beat(self, instance: str) -> None:
+    async def beat(self, instance: str, *, held: bool = True) -> None:
         check_texts(instance=instance)
-        self._data.beats[instance_name(instance)] = self._data.now()
+        name = instance_name(instance)
+        self._data.beats[name] = self._data.now(), held and name in self._data.held
 
     async def retire(self, instance: str) -> None:
         check_texts(instance=instance)
         self._data.beats.pop(instance_name(instance), None)
 
-    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+    async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
         for name in names:
             check_texts(instance=name)
-        now = self._data.now()
-        return {name: now - beat for name in names if (beat := self._data.beats.get(name)) is not None}
+        now, beats = self._data.now(), {}
+        for name in names:
+            if (beat := self._data.beats.get(name)) is not None:
+                at, held = beat
+                beats[name] = Heartbeat(ago=now - at, released=held and name not in self._data.held)
+        return beats
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         if self.policy.max_age is None:

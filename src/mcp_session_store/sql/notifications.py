@@ -1,4 +1,4 @@
-"""Listen for notifications of changes: hints, which may be late, duplicated or lost."""
+"""Listen for notifications of changes: hints, which may be late, duplicated or lost; and hold locks of instances."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import contextlib
 import logging
 import random
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.errors import StoreClosed, StoreUnavailable
 from mcp_session_store.sql.database import spawn
 from mcp_session_store.sql.dialects.channel import NotificationChannel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
+    from contextlib import AbstractContextManager
 
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
-    from mcp_session_store.sql.database import Database
+    from mcp_session_store.sql.database import Attempt, Database
 
 __all__ = ["EVENT_CHANNEL", "SESSION_CHANNEL", "Listener"]
 
@@ -41,6 +43,14 @@ DEAF_FOR: Final = (300.0, 600.0)
 
 _PROBE: Final = "?"
 """First character of a payload that only shows whether notifications arrive."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """An instance whose lock is held while it listens."""
+
+    name: str
+    on_held: Callable[[], None] | None
 
 
 class Listener:
@@ -71,14 +81,22 @@ class Listener:
         self._heartbeat = heartbeat
         self._probe_timeout = probe_timeout
         self._deaf_for = deaf_for
+        self.held: Final[set[str]] = set()
+        """Instances whose locks are held while it listens."""
         self._logged_deaf = False
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        """See `SessionStore.listen`."""
+    async def listen(
+        self,
+        on_hint: Callable[[Collection[UUID] | None], None],
+        *,
+        instance: str | None = None,
+        on_held: Callable[[], None] | None = None,
+    ) -> None:
+        """See `EventLog.listen`; `instance` is the unique part of its id."""
         self._database.bind()
         # A task of its own: however its caller is cancelled, it closes its connection in peace.
-        task = spawn(self._listen(on_hint))
+        task = spawn(self._listen(on_hint, None if instance is None else _Holder(instance, on_held)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -96,13 +114,14 @@ class Listener:
                 task.cancel()
             await asyncio.wait(tasks, timeout=self._database.timeout)
 
-    async def _listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+    async def _listen(self, on_hint: Callable[[Collection[UUID] | None], None], holder: _Holder | None) -> None:
         if not self._database.supports_listen:
-            await asyncio.Event().wait()
+            with await self._lock_of_process(holder) as locked, self._holding(holder, locked):
+                await asyncio.Event().wait()
             return
         while True:
             try:
-                await self._listen_on_a_connection(on_hint)
+                await self._listen_on_a_connection(on_hint, holder)
             except Exception as error:
                 failure = self._database.translate(error)
                 if failure is error:
@@ -117,7 +136,16 @@ class Listener:
                 )
             await asyncio.sleep(random.uniform(*self._deaf_for))  # noqa: S311
 
-    async def _listen_on_a_connection(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+    async def _lock_of_process(self, holder: _Holder | None) -> AbstractContextManager[bool]:
+        if holder is None:
+            return contextlib.nullcontext(False)
+        name = holder.name
+        async with self._database.lease(writes=False) as lease:
+            return await lease.run(lambda attempt: self._database.dialect.lock_of_process(attempt.connection, name))
+
+    async def _listen_on_a_connection(
+        self, on_hint: Callable[[Collection[UUID] | None], None], holder: _Holder | None
+    ) -> None:
         """Listen until the connection is lost, or return when notifications do not arrive on it."""
         lost, arrived = asyncio.Event(), asyncio.Event()
         probe = f"{_PROBE}{uuid.uuid4()}"
@@ -128,12 +156,18 @@ class Listener:
             elif not payload.startswith(_PROBE):
                 on_hint(self._keys(payload))
 
-        async with self._database.lease(writes=False) as lease:
-            # The lease replaces a broken connection, and then the pool drops all connections of the same age.
-            await lease.run(lambda attempt: attempt.connection.exec_driver_sql("SELECT 1"))
-        async with asyncio.timeout(self._database.timeout):
-            connection = await self._database.autocommit.connect()
+        pool = self._database.engine.pool
+        connection: AsyncConnection | Exception | None = None
         try:
+            async with self._database.lease(writes=False) as lease:
+                await lease.run(_answers)
+                if isinstance(pool, QueuePool) and pool.size() > 1:
+                    # Beside the lease's: the pool keeps that one where the server takes no more connections.
+                    connection = await self._connect()
+            if connection is None:
+                connection = await self._connect()
+            if isinstance(connection, Exception):
+                raise connection
             # The pool no longer counts it, and has room for another.
             await connection.run_sync(sa.Connection.detach)
             async with asyncio.timeout(self._database.timeout):
@@ -142,17 +176,57 @@ class Listener:
                 if lost.is_set():
                     raise self._is_lost()
                 return
-            on_hint(None)  # because sessions may have changed before it listened
-            while not lost.is_set():
-                try:
-                    async with asyncio.timeout(self._heartbeat):
-                        await lost.wait()
-                except TimeoutError:
-                    async with asyncio.timeout(self._database.timeout):
-                        await connection.exec_driver_sql("SELECT 1")
+            # Not before: a lock that a pooler takes stays on a connection of the server, which it lends to others.
+            async with asyncio.timeout(self._database.timeout):
+                locked = holder is not None and await self._database.dialect.lock_on_connection(connection, holder.name)
+            with self._holding(holder, locked):
+                on_hint(None)  # because sessions may have changed before it listened
+                while not lost.is_set():
+                    try:
+                        async with asyncio.timeout(self._heartbeat):
+                            await lost.wait()
+                    except TimeoutError:
+                        async with asyncio.timeout(self._database.timeout):
+                            await connection.exec_driver_sql("SELECT 1")
             raise self._is_lost()
         finally:
-            self._close(connection)
+            if isinstance(connection, AsyncConnection):
+                self._close(connection)
+
+    async def _connect(self) -> AsyncConnection | Exception:
+        """Connect; a failure is returned, because raised it would cost the connection of a lease around it."""
+        failure: Exception | None = None
+        for _ in range(2):
+            connection: AsyncConnection | None = None
+            try:
+                async with asyncio.timeout(self._database.timeout):
+                    connection = await self._database.autocommit.connect()
+                    await connection.exec_driver_sql("SELECT 1")
+                return connection
+            except BaseException as error:
+                if connection is not None:
+                    self._close(connection)
+                if not isinstance(error, Exception):
+                    raise
+                failure = error
+            if connection is None:
+                break
+            # When SQLAlchemy meets a broken connection, its pool drops all that are as old: the next one is new.
+        assert failure is not None
+        return failure
+
+    @contextlib.contextmanager
+    def _holding(self, holder: _Holder | None, locked: bool) -> Iterator[None]:
+        if holder is None or not locked:
+            yield
+            return
+        self.held.add(holder.name)
+        if holder.on_held is not None:
+            holder.on_held()
+        try:
+            yield
+        finally:
+            self.held.discard(holder.name)
 
     def _is_lost(self) -> StoreUnavailable:
         return StoreUnavailable(
@@ -183,6 +257,10 @@ class Listener:
         task = spawn(_close(connection, self._database.timeout))
         self._database.closing.add(task)
         task.add_done_callback(self._database.closing.discard)
+
+
+async def _answers(attempt: Attempt) -> None:
+    await attempt.connection.exec_driver_sql("SELECT 1")
 
 
 async def _close(connection: AsyncConnection, timeout: float) -> None:

@@ -309,7 +309,7 @@ async def test_an_instance_that_nobody_waits_in_asks_the_log_for_nothing(store: 
         await one.client().handshake()
         await anyio.sleep(0.6)
         assert log.calls == []
-        assert set(log.background) <= {"open", "beat", "heads"}
+        assert set(log.background) <= {"open", "beat", "heads", "listen"}
         assert log.background["heads"] == 0
 
 

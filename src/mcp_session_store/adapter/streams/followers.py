@@ -136,7 +136,6 @@ class Followers:
         """Time at which the other instances were last checked."""
         self._standalone_at = -math.inf
         """Time of the last poll on behalf of standalone streams."""
-        self._tails_elsewhere = anyio.Event()
         self.wake: Final = Wake(gathering=GATHERING)
 
     def add(self, follower: Follower, *, instance: str | None) -> None:
@@ -150,7 +149,6 @@ class Followers:
         if instance is not None:
             self._by_instance.setdefault(instance, {})[follower] = None
             self._asked_at = self._checked_at = -math.inf
-            self._tails_elsewhere.set()
             self.wake.set()
 
     def remove(self, follower: Follower, *, instance: str | None) -> None:
@@ -211,9 +209,8 @@ class Followers:
                     follower.wake()
 
     async def listen(self) -> None:
-        """Poll as soon as the log notifies of events, once a call that runs elsewhere is followed."""
-        await self._tails_elsewhere.wait()
-        await self._log.listen(self._on_notification)
+        """Poll as soon as the log notifies of events."""
+        await self._instances.listen(self._on_notification)
 
     def _on_notification(self, keys: Collection[UUID] | None) -> None:
         if keys is None or not self._by_session.keys().isdisjoint(keys):

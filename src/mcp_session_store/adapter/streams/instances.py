@@ -1,22 +1,34 @@
-"""Heartbeats: this instance stores its own, and finds out from those of others which of them are dead."""
+"""Which instances are dead: by their heartbeats, and at once by the release of what each holds while it lives."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
+from mcp_session_store.adapter.background import Wake
 from mcp_session_store.adapter.streams.calls import INSTANCE_NAME
 from mcp_session_store.records import instance_name
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from datetime import timedelta
+    from uuid import UUID
 
     from mcp_session_store.event_log import EventLog
 
-__all__ = ["Instances"]
+__all__ = ["MAX_PAUSE", "Instances"]
+
+MAX_PAUSE: Final = 1.0
+"""Most seconds between two tries to hold something, and to store that it is held or no longer is."""
+LOOK: Final = 1.0
+"""Seconds between two looks at other instances, at most."""
+LOOK_AGAIN: Final = 0.2
+"""Seconds between two looks while something is released."""
+RELEASED_FOR: Final = 2.5
+"""Seconds for which something is released that only a death releases. A connection breaks in a living instance, too,
+which then stores a heartbeat within that time."""
 
 
 class Instances:
@@ -31,6 +43,12 @@ class Instances:
     def __init__(self, log: EventLog, *, instance: str, dead_after: timedelta) -> None:
         self._log = log
         self._dead_after = dead_after
+        self._leaving = False
+        self._looked_at = -math.inf
+        self._released_for: dict[str, float] = {}
+        """Seconds for which was seen that something is released, by the name of its instance."""
+        self.wake: Final = Wake(gathering=0)
+        """Starts a heartbeat before its time, because something is held now, or no longer is."""
         self.reliable_since = math.inf
         """Since when our own heartbeats have succeeded, by anyio's clock: before, those of others may have failed.
         Infinite while the last one is not stored."""
@@ -41,7 +59,30 @@ class Instances:
     @property
     def check_interval(self) -> float:
         """Seconds between two checks of other instances, at least."""
-        return self._dead_after.total_seconds() / 10
+        return LOOK_AGAIN if self._released_for else min(self._dead_after.total_seconds() / 10, LOOK)
+
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        """Pass on the log's hints, and hold meanwhile what the death of this instance releases, until cancelled.
+
+        Raises:
+            SessionStoreError: Nothing is held any more.
+        """
+        try:
+            await self._log.listen(on_hint, instance=self.id, on_held=self.wake.set)
+        finally:
+            # At once, because others take a release for a death unless a heartbeat follows.
+            self.wake.set()
+
+    async def leave(self) -> None:
+        """Store that nothing is held any more, because the end of this instance's tasks releases it.
+
+        It is dead when it retires, after it has stored the last answers of its calls.
+
+        Raises:
+            SessionStoreError: The log cannot be reached.
+        """
+        self._leaving = True
+        await self.beat()
 
     async def beat(self) -> None:
         """Store a heartbeat of this instance.
@@ -50,7 +91,7 @@ class Instances:
             SessionStoreError: The log cannot be reached.
         """
         try:
-            await self._log.beat(self.id)
+            await self._log.beat(self.id, held=not self._leaving)
         except BaseException:
             self.reliable_since = math.inf
             raise
@@ -70,4 +111,20 @@ class Instances:
         beats = await self._log.last_beats([name for name in names if INSTANCE_NAME.fullmatch(name)])
         # After an outage of the database no heartbeat is young, and all instances run. A stopped one has none.
         is_certain = anyio.current_time() - self.reliable_since > self._dead_after.total_seconds()
-        return [name for name in names if name not in beats or (is_certain and beats[name] > self._dead_after)]
+        released_for = self._note_released({name for name, beat in beats.items() if beat.released})
+        return [
+            name
+            for name in names
+            if (beat := beats.get(name)) is None
+            or (is_certain and beat.ago > self._dead_after)
+            or min(released_for.get(name, 0.0), beat.ago.total_seconds()) > RELEASED_FOR
+        ]
+
+    def _note_released(self, released: Collection[str]) -> dict[str, float]:
+        """Note a look at other instances; return for how many seconds each has been seen to hold nothing any more."""
+        now = anyio.current_time()
+        # No longer than that, because nothing is known of a pause of this process, or of an outage.
+        passed, self._looked_at = min(now - self._looked_at, LOOK), now
+        before = self._released_for
+        self._released_for = {name: before[name] + passed if name in before else 0.0 for name in released}
+        return self._released_for

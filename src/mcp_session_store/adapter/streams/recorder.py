@@ -15,6 +15,7 @@ from mcp_session_store.adapter.background import Wake, report_failure, run_every
 from mcp_session_store.adapter.streams.backlog import STORED_AT_ONCE, Backlog, ends_call
 from mcp_session_store.adapter.streams.calls import CallStream, call_error
 from mcp_session_store.adapter.streams.circuit import Circuit
+from mcp_session_store.adapter.streams.instances import MAX_PAUSE
 from mcp_session_store.adapter.streams.turns import Turns
 from mcp_session_store.errors import SchemaError, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
 from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LARGE_APPEND, LEAST_EVENT_SWEEP, NO_SESSION
@@ -267,7 +268,10 @@ class EventRecorder:
             beat_interval: Seconds between two heartbeats of this instance.
         """
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(run_every, "heartbeat", beat_interval, self.beat)
+            wake = self.instances.wake
+            tasks.start_soon(
+                partial(run_every, "heartbeat", beat_interval, self.beat, wake=wake, max_backoff=MAX_PAUSE)
+            )
             tasks.start_soon(partial(run_every, "events", RECOVERY_INTERVAL, self.recover, wake=self.wake))
             tasks.start_soon(run_every, "silent calls", self.silence / ROUNDS, self.refresh_idle_calls)
 

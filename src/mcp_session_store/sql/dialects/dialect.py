@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from datetime import datetime, timedelta
     from uuid import UUID
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.dialects.compiled import Statement, Steps
 
-__all__ = ["Batch", "Dialect", "FailureKind"]
+__all__ = ["Batch", "Dialect", "FailureKind", "LocksSeen"]
 
 _T = TypeVar("_T")
 
@@ -79,6 +81,16 @@ class Batch(ABC):
     @abstractmethod
     def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
         """Return the statement's parameters for these rows, whose values are in the order of the columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocksSeen:
+    """Locks of instances, as another connection or another process sees them."""
+
+    epoch: str
+    """Name of the time in which locks are kept. With its end they all vanish at once, and instances may live on."""
+    locked: Mapping[str, bool]
+    """Whether the lock of an instance is taken, by its name; without those of which that cannot be said."""
 
 
 class Dialect(ABC):
@@ -201,6 +213,27 @@ class Dialect(ABC):
     @abstractmethod
     def supports_listen(self, url: URL) -> bool:
         """Return whether notifications may arrive on connections that are made with this URL."""
+
+    async def lock_on_connection(self, connection: AsyncConnection, name: str) -> bool:  # noqa: ARG002
+        """Take the lock of an instance on a connection, for as long as it is open; return whether it has it."""
+        return False
+
+    async def lock_of_process(
+        self,
+        connection: AsyncConnection,  # noqa: ARG002
+        name: str,  # noqa: ARG002
+    ) -> AbstractContextManager[bool]:
+        """Return a context in which this process holds the lock of an instance; it says whether it has it.
+
+        Args:
+            connection: A connection to the database, which says where that lock is.
+            name: Unique part of the instance's id.
+        """
+        return contextlib.nullcontext(False)
+
+    @abstractmethod
+    async def locks_seen(self, connection: AsyncConnection, names: Collection[str]) -> LocksSeen:
+        """Return which locks of instances are taken; it takes none."""
 
     @abstractmethod
     def refuse_absent(self, url: URL) -> None:

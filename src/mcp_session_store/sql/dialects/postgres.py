@@ -12,6 +12,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import AdaptedConnection
 from typing_extensions import override
 
+from mcp_session_store.sql.dialects.advisory_locks import locks_seen, take_lock
 from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
@@ -26,7 +27,7 @@ from mcp_session_store.sql.dialects.postgres_options import (
 from mcp_session_store.sql.dialects.private_names import CREATOR, check_compiler, check_creator
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
     from datetime import datetime, timedelta
 
     import asyncpg
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.type_api import TypeEngine
 
     from mcp_session_store.sql.dialects.compiled import Steps
+    from mcp_session_store.sql.dialects.dialect import LocksSeen
 
 __all__ = ["Postgres"]
 
@@ -239,6 +241,14 @@ class Postgres(Dialect):
     def supports_listen(self, url: URL) -> bool:
         # A pooler runs LISTEN on a server connection that it lends for one transaction.
         return url.query.get(BEHIND_PGBOUNCER) != "true"
+
+    @override
+    async def lock_on_connection(self, connection: AsyncConnection, name: str) -> bool:
+        return await take_lock(connection, name)
+
+    @override
+    async def locks_seen(self, connection: AsyncConnection, names: Collection[str]) -> LocksSeen:
+        return await locks_seen(connection, names)
 
     @override
     def refuse_absent(self, url: URL) -> None:

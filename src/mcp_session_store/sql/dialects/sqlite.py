@@ -21,8 +21,9 @@ from typing_extensions import override
 
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects.compiled import Statement
-from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
+from mcp_session_store.sql.dialects.dialect import Batch, FailureKind
 from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
+from mcp_session_store.sql.dialects.lock_files import FileLocks
 from mcp_session_store.sql.dialects.private_names import call_in_thread, check_aiosqlite, check_compiler
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _sqlalchemy_dialect() -> sa.Dialect:
     return made
 
 
-class Sqlite(Dialect):
+class Sqlite(FileLocks):
     name = "sqlite"
     driver = "aiosqlite"
     has_schemas = False

@@ -1,4 +1,4 @@
-"""The running instances, by their heartbeats."""
+"""The running instances: their heartbeats, and the locks that their deaths release."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from mcp_session_store.records import instance_name
+from mcp_session_store.records import Heartbeat, instance_name
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import instances_table
 
@@ -21,7 +21,7 @@ __all__ = ["Instances"]
 
 
 class Instances:
-    """Statements on instances and their last heartbeats.
+    """Statements on instances, their last heartbeats and their locks.
 
     Args:
         dialect: The database's dialect.
@@ -31,22 +31,34 @@ class Instances:
     def __init__(self, dialect: Dialect, *, schema: str | None) -> None:
         table = instances_table(schema)
         name, instance = sa.bindparam("beat_name", type_=sa.Text), sa.bindparam("beat_instance", type_=sa.Text)
-        now = StoreClock()
-        self._beat = sa.update(table).where(table.c.name == name).values(beat_at=now).returning(table.c.name)
-        values: list[sa.ColumnElement[Any]] = [name, instance, now, now]
-        columns = ["name", "instance", "started_at", "beat_at"]
+        now, epoch = StoreClock(), sa.bindparam("beat_epoch", type_=sa.Text)
+        beat = sa.update(table).where(table.c.name == name).values(beat_at=now, lock_epoch=epoch)
+        self._beat = beat.returning(table.c.name)
+        values: list[sa.ColumnElement[Any]] = [name, instance, now, now, epoch]
+        columns = ["name", "instance", "started_at", "beat_at", "lock_epoch"]
+        self._dialect = dialect
         self._begin = dialect.insert_if_absent(table, columns, sa.select(*values))
         self._remove = sa.delete(table).where(table.c.name == name)
         self._names = dialect.batch("named", {"name": sa.Text()})
         ago = sa.bindparam("beat_ago", type_=sa.Double)
-        self._last_beats = sa.select(table.c.name, table.c.beat_at, now.label("now")).where(
+        self._last_beats = sa.select(table.c.name, table.c.beat_at, table.c.lock_epoch, now.label("now")).where(
             self._names.in_batch(table.c.name)
         )
         self._remove_silent = sa.delete(table).where(table.c.beat_at < StoreClock(-ago))
 
-    async def beat(self, attempt: Attempt, instance: str) -> None:
-        """Record that an instance runs now."""
-        parameters = {"beat_name": instance_name(instance), "beat_instance": instance}
+    async def beat(self, attempt: Attempt, instance: str, *, held: bool) -> None:
+        """Record that an instance runs now.
+
+        Args:
+            attempt: Its connection is another than the one that holds the lock.
+            instance: Id of the instance.
+            held: Whether the instance believes that it holds its lock. It is recorded when others see the lock, too.
+        """
+        name, epoch = instance_name(instance), None
+        if held:
+            seen = await self._dialect.locks_seen(attempt.connection, [name])
+            epoch = seen.epoch if seen.locked.get(name) else None
+        parameters = {"beat_name": name, "beat_instance": instance, "beat_epoch": epoch}
         if (await attempt.connection.execute(self._beat, parameters)).first() is None:
             await attempt.connection.execute(self._begin, parameters)
 
@@ -54,11 +66,19 @@ class Instances:
         """Record that an instance has stopped."""
         await attempt.connection.execute(self._remove, {"beat_name": name})
 
-    async def last_beats(self, attempt: Attempt, names: Collection[str]) -> dict[str, timedelta]:
-        """Return how long ago each instance sent a heartbeat, by name and without those that are unknown."""
+    async def last_beats(self, attempt: Attempt, names: Collection[str]) -> dict[str, Heartbeat]:
+        """Return the last heartbeat of each instance, by name and without those that are unknown."""
         parameters = self._names.parameters([(name,) for name in names])
-        rows = await attempt.connection.execute(self._last_beats, parameters)
-        return {row.name: row.now - row.beat_at for row in rows}
+        rows = (await attempt.connection.execute(self._last_beats, parameters)).all()
+        # Older versions store no epoch, nor does an instance that can hold nothing.
+        epochs = {row.name: row.lock_epoch for row in rows if row.lock_epoch is not None}
+        released: set[str] = set()
+        if epochs:
+            # After the rows, so that a lock that was taken meanwhile is not missed.
+            seen = await self._dialect.locks_seen(attempt.connection, epochs)
+            # Locks of another epoch have vanished for all at once.
+            released = {name for name, locked in seen.locked.items() if not locked and epochs[name] == seen.epoch}
+        return {row.name: Heartbeat(ago=row.now - row.beat_at, released=row.name in released) for row in rows}
 
     async def remove_silent(self, attempt: Attempt, silent_for: timedelta) -> None:
         """Remove the instances that have sent no heartbeat for that long."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store.records import EventPage, NewEvent
+    from mcp_session_store.records import EventPage, Heartbeat, NewEvent
     from mcp_session_store.retention import EventPolicy
 
 __all__ = ["SqlEventLog"]
@@ -177,19 +177,34 @@ class SqlEventLog(EventLog):
         if keys and self._database.dialect.has_notifications:
             await self._do(lambda attempt: self._tail.follow(attempt, keys))
 
-    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        """See `EventLog.listen`. On Postgres it takes a connection of its own; on SQLite there are no hints."""
-        await self._listener.listen(on_hint)
+    async def listen(
+        self,
+        on_hint: Callable[[Collection[UUID] | None], None],
+        *,
+        instance: str | None = None,
+        on_held: Callable[[], None] | None = None,
+    ) -> None:
+        """See `EventLog.listen`.
 
-    async def beat(self, instance: str) -> None:
+        On Postgres it takes a connection of its own, which also holds the lock of the instance; on SQLite there are no
+        hints, and a file beside the database is locked.
+        """
+        name = None
+        if instance is not None:
+            check_texts(instance=instance)
+            name = instance_name(instance)
+        await self._listener.listen(on_hint, instance=name, on_held=on_held)
+
+    async def beat(self, instance: str, *, held: bool = True) -> None:
         check_texts(instance=instance)
-        await self._do(lambda attempt: self._instances.beat(attempt, instance))
+        held = held and instance_name(instance) in self._listener.held
+        await self._do(lambda attempt: self._instances.beat(attempt, instance, held=held))
 
     async def retire(self, instance: str) -> None:
         check_texts(instance=instance)
         await self._do(lambda attempt: self._instances.remove(attempt, instance_name(instance)))
 
-    async def last_beats(self, names: Collection[str]) -> dict[str, timedelta]:
+    async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
         for name in names:
             check_texts(instance=name)
         return await self._ask(lambda attempt: self._instances.last_beats(attempt, names)) if names else {}

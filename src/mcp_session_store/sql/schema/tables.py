@@ -116,6 +116,8 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         sa.Column("instance", sa.Text, nullable=False),
         sa.Column("started_at", MOMENT, nullable=False),
         sa.Column("beat_at", MOMENT, nullable=False),
+        # Epoch in which the instance holds its lock: of the server, or of the machine. NULL: it holds none.
+        sa.Column("lock_epoch", sa.Text),
     )
     return metadata
 

@@ -19,7 +19,7 @@ __all__ = ["HEAD", "check_revision", "check_schema", "is_empty", "is_newer", "re
 
 logger = logging.getLogger(__name__)
 
-HEAD: Final = "1_0005_event_compression"
+HEAD: Final = "1_0006_instance_locks"
 """The newest revision; a constant, so that Alembic is imported for migrations only."""
 
 # Major version of the schema, and number of the migration. Within a major version migrations only add.

@@ -26,7 +26,9 @@ class Instances(LogSuite):
                 await there.beat(f"host:1234:{name}")
         beats = await here.last_beats(names)
         assert beats.keys() == set(names[:2])
-        assert all(timedelta(0) <= ago < timedelta(minutes=1) for ago in beats.values())
+        assert all(timedelta(0) <= beat.ago < timedelta(minutes=1) for beat in beats.values())
+        # They hold nothing, and so nothing of theirs can be released.
+        assert not any(beat.released for beat in beats.values())
         for _ in range(2):
             await there.retire(f"host:1234:{names[0]}")
         assert (await here.last_beats(names)).keys() == {names[1]}
@@ -39,7 +41,26 @@ class Instances(LogSuite):
         await asyncio.sleep(0.05)
         await log.beat(f"host:1:{late}")
         beats = await log.last_beats([early, late])
-        assert beats[early] - beats[late] > timedelta(milliseconds=20)
+        assert beats[early].ago - beats[late].ago > timedelta(milliseconds=20)
         await log.beat(f"host:1:{early}")
         beats = await log.last_beats([early, late])
-        assert beats[early] <= beats[late]
+        assert beats[early].ago <= beats[late].ago
+
+    async def test_what_an_instance_holds_is_not_released_while_it_listens(self, make_log: MakeLog) -> None:
+        (_, here), (_, there) = make_log(), make_log()
+        name, may_hold = uuid.uuid4().hex, asyncio.Event()
+        listening = asyncio.ensure_future(there.listen(lambda _: None, instance=f"host:1:{name}", on_held=may_hold.set))
+        # A log that holds nothing does not call it.
+        await asyncio.wait({asyncio.ensure_future(may_hold.wait())}, timeout=2)
+        assert not listening.done()
+        for _ in range(2):
+            await there.beat(f"host:1:{name}")
+            assert not (await here.last_beats([name]))[name].released
+        # It says before it ends that it holds nothing.
+        await there.beat(f"host:1:{name}", held=False)
+        listening.cancel()
+        await asyncio.wait({listening})
+        assert listening.cancelled()
+        assert not (await here.last_beats([name]))[name].released
+        await there.retire(f"host:1:{name}")
+        assert await here.last_beats([name]) == {}
