@@ -16,6 +16,7 @@ from mcp_session_store import EndReason, EventPolicy, InvalidValue, StoreUnavail
 from mcp_session_store.records import Activity
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql.notifications import PROBE_TIMEOUT
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import execute, settled
@@ -226,3 +227,26 @@ async def test_bad_data_keeps_no_server_connection(migrated_url: str) -> None:
                 await log.append(key, [new_event(2**63)])
             await log.aclose()
         await asyncio.gather(*map(use, stores))
+
+
+@pytest.mark.parametrize("behind_pgbouncer", [True, False], ids=["with the option", "without the option"])
+async def test_an_instance_holds_nothing_and_leaves_no_lock_on_a_server_connection(
+    pgbouncer: PgBouncer, migrated_url: str, postgres_url: str, behind_pgbouncer: bool
+) -> None:
+    """A session's lock on a connection that others use next would say for ever that the instance lives."""
+    url = migrated_url if behind_pgbouncer else pgbouncer.url_of(postgres_url, pgbouncer=None)
+    async with stores_at(url, 1) as (store,):
+        log = SqlEventLog(store)
+        held = asyncio.Event()
+        listening = asyncio.ensure_future(log.listen(lambda _: None, instance="host:1:pooled", on_held=held.set))
+        # Longer than the probe is waited for.
+        await asyncio.wait({listening}, timeout=PROBE_TIMEOUT + 1)
+        assert not held.is_set()
+        await log.beat("host:1:pooled")
+        ((epoch,),) = await execute(postgres_url, "SELECT lock_epoch FROM mcp_session_instance WHERE name = 'pooled'")
+        assert epoch is None
+        assert not (await log.last_beats(["pooled"]))["pooled"].released
+        listening.cancel()
+        await asyncio.wait({listening})
+        await log.aclose()
+    assert await execute(postgres_url, "SELECT objid FROM pg_locks WHERE locktype = 'advisory'") == []
