@@ -150,8 +150,8 @@ class InstanceSettings(Settings):
     )
     instance_timeout: _Seconds = Field(
         default=30.0,
-        description="Seconds without a heartbeat after which an instance is considered dead and its calls lost; each "
-        "sends three in that time. The same for all instances.",
+        description="Seconds without a heartbeat after which an instance is considered dead and its calls lost, where "
+        "its death is not noticed at once; each sends three in that time. The same for all instances.",
     )
     replay_timeout: _Seconds = Field(
         default=5.0,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
+ONE, TWO = "00000001", "00000002"
 SECOND = timedelta(seconds=1)
 
 
@@ -47,29 +48,29 @@ async def holding(one: Instances) -> AsyncIterator[None]:
 
 async def looks(two: Instances, clock: Clock, *, seconds: int) -> list[str]:
     """Let an instance look at another once a second; return whom it takes for dead at last."""
-    dead = await two.find_dead(["one"])
+    dead = await two.find_dead([ONE])
     for _ in range(seconds):
         clock.advance(SECOND)
-        dead = await two.find_dead(["one"])
+        dead = await two.find_dead([ONE])
     return dead
 
 
 async def test_an_instance_is_dead_when_it_has_held_nothing_for_a_while(
     log: FaultyLog, other_log: FaultyLog, clock: Clock
 ) -> None:
-    one, two = known(log, "one"), known(other_log, "two")
+    one, two = known(log, ONE), known(other_log, TWO)
     async with holding(one):
         assert await looks(two, clock, seconds=10) == []
         assert two.check_interval == 1
     assert await looks(two, clock, seconds=int(RELEASED_FOR)) == []
     assert two.check_interval < 1
-    assert await looks(two, clock, seconds=1) == ["one"]
+    assert await looks(two, clock, seconds=1) == [ONE]
 
 
 async def test_an_instance_that_lost_what_it_held_and_says_so_is_not_dead(
     log: FaultyLog, other_log: FaultyLog, clock: Clock
 ) -> None:
-    one, two = known(log, "one"), known(other_log, "two")
+    one, two = known(log, ONE), known(other_log, TWO)
     async with holding(one):
         pass
     assert await looks(two, clock, seconds=2) == []
@@ -87,32 +88,32 @@ async def test_an_instance_that_lost_what_it_held_and_says_so_is_not_dead(
 async def test_a_pause_of_an_instance_is_not_time_in_which_it_saw_that_others_held_nothing(
     log: FaultyLog, other_log: FaultyLog, clock: Clock
 ) -> None:
-    one, two = known(log, "one"), known(other_log, "two")
+    one, two = known(log, ONE), known(other_log, TWO)
     async with holding(one):
         pass
-    assert await two.find_dead(["one"]) == []
+    assert await two.find_dead([ONE]) == []
     clock.advance(30 * SECOND)
-    assert await two.find_dead(["one"]) == []
+    assert await two.find_dead([ONE]) == []
 
 
 async def test_an_instance_that_leaves_holds_nothing_before_its_tasks_end(
     log: FaultyLog, other_log: FaultyLog, clock: Clock
 ) -> None:
-    one, two = known(log, "one"), known(other_log, "two")
+    one, two = known(log, ONE), known(other_log, TWO)
     async with holding(one):
         await one.leave()
         await one.beat()
     assert await looks(two, clock, seconds=60) == []
     await one.retire()
-    assert await two.find_dead(["one"]) == ["one"]
+    assert await two.find_dead([ONE]) == [ONE]
 
 
 async def test_a_thing_that_is_held_proves_no_life(log: FaultyLog, other_log: FaultyLog, clock: Clock) -> None:
-    one, two = known(log, "one"), known(other_log, "two")
+    one, two = known(log, ONE), known(other_log, TWO)
     await two.beat()
     async with holding(one):
         clock.advance(timedelta(hours=1, seconds=1))
-        assert await two.find_dead(["one"]) == ["one"]
+        assert await two.find_dead([ONE]) == [ONE]
 
 
 async def test_a_call_of_an_instance_that_was_killed_is_lost_at_once(
