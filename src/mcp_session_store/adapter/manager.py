@@ -366,7 +366,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._report_all)
                 if self._recorder is not None:
-                    tasks.start_soon(self._leave, self._recorder.instances)
+                    tasks.start_soon(self._recorder.instances.leave)
                 # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
                 for session in self._registry:
                     tasks.start_soon(self._evict_at_stop, session)
@@ -388,13 +388,6 @@ class DurableSessionManager(sdk.ManagerSeams):
                 await self._activity.report(everything=True)
         except Exception as error:
             report_failure("activity", error)
-
-    async def _leave(self, instances: Instances) -> None:
-        try:
-            with anyio.move_on_after(SHUTDOWN_TIMEOUT):
-                await instances.leave()
-        except Exception as error:
-            report_failure("heartbeat", error)
 
     async def _evict_unused(self) -> None:
         """Evict copies that have been idle for a while, and stop serving sessions whose life is over."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 
-from mcp_session_store.adapter.background import Wake
+from mcp_session_store.adapter.background import Wake, report_failure
 from mcp_session_store.adapter.streams.calls import INSTANCE_NAME
 from mcp_session_store.records import instance_name
 
@@ -74,15 +74,15 @@ class Instances:
             self.wake.set()
 
     async def leave(self) -> None:
-        """Store that nothing is held any more, because the end of this instance's tasks releases it.
+        """Store that nothing is held any more, because the end of this instance's tasks releases it. Raises nothing.
 
         It is dead when it retires, after it has stored the last answers of its calls.
-
-        Raises:
-            SessionStoreError: The log cannot be reached.
         """
         self._leaving = True
-        await self.beat()
+        try:
+            await self.beat()
+        except Exception as error:
+            report_failure("heartbeat", error)
 
     async def beat(self) -> None:
         """Store a heartbeat of this instance.
