@@ -113,6 +113,8 @@ class Talk:
     """Things that it says only after it has closed its stream, so that the client comes back."""
     padding: int = 0
     """Dots at the end of each thing that it says."""
+    answer_padding: int = 0
+    """Dots at the end of its result."""
 
 
 async def _talk(
@@ -131,7 +133,7 @@ async def _talk(
         await anyio.sleep(talk.pause)
     await _may_say(talk.call, talk.count)
     await _note_handshake(f"talked {talk.call}", ctx)
-    return str(os.getpid())
+    return f"{os.getpid()}{'.' * talk.answer_padding}"
 
 
 async def _may_say(call: str, number: int) -> None:
@@ -158,9 +160,22 @@ def _mcpserver() -> MCPServer:
 
     @server.tool(structured_output=False)
     async def talk(
-        ctx: Context, call: str, count: int, pause: float = 0.0, leaves_before: tuple[int, ...] = (), padding: int = 0
+        ctx: Context,
+        call: str,
+        count: int,
+        pause: float = 0.0,
+        leaves_before: tuple[int, ...] = (),
+        padding: int = 0,
+        answer_padding: int = 0,
     ) -> str:
-        arguments = Talk(call=call, count=count, pause=pause, leaves_before=leaves_before, padding=padding)
+        arguments = Talk(
+            call=call,
+            count=count,
+            pause=pause,
+            leaves_before=leaves_before,
+            padding=padding,
+            answer_padding=answer_padding,
+        )
         return await _talk(arguments, ctx, ctx.report_progress, ctx.close_sse_stream)
 
     @server.tool(structured_output=False)

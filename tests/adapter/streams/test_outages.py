@@ -15,7 +15,7 @@ from mcp_session_store.adapter.streams import backlog as backlog_module
 from mcp_session_store.adapter.streams import circuit as circuit_module
 from mcp_session_store.adapter.streams.followers import Followers
 from mcp_session_store.adapter.streams.instances import Instances
-from mcp_session_store.adapter.streams.recorder import EventRecorder, Outcome
+from mcp_session_store.adapter.streams.recorder import LARGE_AT_ONCE, EventRecorder, Outcome
 from mcp_session_store.errors import EventTooLarge, SchemaBehind, StoreBusy
 from mcp_session_store.event_log import LARGE_APPEND, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent, checked_size, message_bytes
@@ -503,6 +503,31 @@ async def test_an_answer_that_has_gone_from_the_backlog_takes_no_memory(
     (stream,) = recorder_of(one.manager).unfinished.values()
     assert stream.answer is not None
     assert message_bytes(stream.answer) < 500
+
+
+async def test_of_many_large_answers_few_are_on_their_way_and_one_that_waits_survives_a_stop(
+    store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcp_session_store.adapter.manager.SHUTDOWN_TIMEOUT", 0.1)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        clients = [one.client() for _ in range(LARGE_AT_ONCE + 1)]
+        calls = []
+        for client in clients:
+            await client.handshake()
+            calls.append(await away(talking, client))
+        held = log.hold("append")
+        log.appended.clear()
+        for call, _ in calls:
+            call.answer("x" * LARGE_APPEND)
+        await held.wait_entered()
+        await one_more_turn()
+        assert len(log.appended) == LARGE_AT_ONCE
+        log.up()  # but for those that are on their way
+    async with instance(store, events=log) as one:
+        resumed = one.client(clients[-1].session_id).open_stream(calls[-1][1])
+        await resumed.end()
+        assert told(resumed.messages) == ["x" * LARGE_APPEND]
 
 
 @pytest.mark.parametrize("is_down", [False, True], ids=["up", "down"])

@@ -19,7 +19,7 @@ from mcp_session_store.adapter.streams.backlog import can_do_without
 from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, call_error, call_of, kind_of
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
 from mcp_session_store.adapter.streams.recorder import ROUNDS, Outcome
-from mcp_session_store.event_log import STANDALONE_STREAM
+from mcp_session_store.event_log import LARGE_APPEND, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
 
 if TYPE_CHECKING:
@@ -170,9 +170,6 @@ class SessionEvents(EventStore):
         """Refuse: `resumption` answers each GET with a `Last-Event-ID` before the transport sees it.
 
         The SDK would go on with what this process says alone, and lose what is said between the two.
-
-        Raises:
-            NotImplementedError: Always.
         """
         raise NotImplementedError("a stream is resumed by serve_stream, not by the SDK's transport")
 
@@ -298,7 +295,22 @@ class SessionEvents(EventStore):
 
     # Storing
 
-    async def _store(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None) -> str:
+    async def _store_in_turn(self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage) -> str:
+        """Store a large message when it is its turn, so that of many that wait only few are held as text, too."""
+        try:
+            await self.recorder.large_turns.acquire()
+        except BaseException:
+            if stream is not None and (kind := kind_of(message)).final:
+                stream.answer = stream.next_event(kind, message.model_dump_json(by_alias=True, exclude_unset=True))
+            raise
+        try:
+            return await self._store(stream, stream_id, message, in_turn=True)
+        finally:
+            self.recorder.large_turns.release()
+
+    async def _store(
+        self, stream: CallStream | None, stream_id: str, message: JSONRPCMessage | None, *, in_turn: bool = False
+    ) -> str:
         """Store an event; return its id, or an empty text if it is not stored. Raises nothing."""
         try:
             kind = kind_of(message)
@@ -310,6 +322,9 @@ class SessionEvents(EventStore):
                 if stream is None or not kind.final:
                     return ""
                 kind, text = EventKind.ERROR, call_error(stream.request_id, NOT_JSON, reason="lost")
+            if message and text and len(text) > LARGE_APPEND and not (in_turn or self.recorder.down):
+                text = None  # not held meanwhile
+                return await self._store_in_turn(stream, stream_id, message)
             if stream is None:
                 self._position += 1
                 event = NewEvent(stream=STANDALONE_STREAM, position=self._position, kind=kind, message=text)
@@ -330,9 +345,8 @@ class SessionEvents(EventStore):
                         # Later events under this id belong to another call.
                         del self._calls[stream_id]
                     self._note_recorded(stream)
-                if recorded.outcome is not Outcome.LIVE and not (
-                    recorded.outcome is Outcome.LOST and can_do_without(event)
-                ):
+                is_missed = recorded.outcome is not Outcome.LOST or not can_do_without(event)
+                if is_missed and recorded.outcome is not Outcome.LIVE:
                     stream.previous = event.position
             if recorded.outcome is not Outcome.STORED:
                 self._in_doubt = True

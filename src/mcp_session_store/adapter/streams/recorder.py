@@ -47,6 +47,8 @@ MAX_SILENCE: Final = 3600.0
 """Most seconds without an event of a call that runs, however long events are kept."""
 REFRESHED_AT_ONCE: Final = 100
 """Number of idle calls for which an event is stored at the same time."""
+LARGE_AT_ONCE: Final = 2
+"""Number of large messages that are on their way to the log; the next one is ready when the log has stored one."""
 LAST_EVENTS: Final = 4.0
 """Seconds to store the backlog when an instance stops; some more are for storing that it has."""
 
@@ -98,6 +100,8 @@ class EventRecorder:
         """Turns of the sessions at reading the log."""
         self.unfinished: dict[str, CallStream] = {}
         """Calls of this instance whose last event is not stored yet, by the names of their streams."""
+        self.large_turns: Final = anyio.Semaphore(LARGE_AT_ONCE)
+        """Turns of large messages to be stored, those of all sessions in the order of their arrival."""
         self.wake: Final = Wake(gathering=0)
         """Starts an attempt to store the backlog."""
         self._announced = False
