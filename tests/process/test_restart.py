@@ -82,7 +82,7 @@ async def test_a_server_killed_between_initialize_and_initialized_leaves_a_sessi
         # The application sees it once, as part of the replay; the client's own, which came later, is swallowed.
         assert len(application.handshakes("notifications/initialized", replayed=True)) == 1
         assert application.handshakes("notifications/initialized", replayed=False) == []
-        row = await records.row(client.session_id)
+        row = await records.restored(client.session_id)
         assert row["restores"] == 1
         assert row["expires_at"] - row["last_seen_at"] > timedelta(hours=23)
         assert pid_of(row["instance_hint"]) == server.pid != killed
@@ -113,12 +113,22 @@ async def test_a_server_killed_during_a_restore_leaves_a_session_that_can_be_res
         row = await records.row(client.session_id)
         assert (row["restores"], pid_of(row["instance_hint"])) == (0, opened_by)
 
+        async with records.locked(table="mcp_session"):
+            await anyio.to_thread.run_sync(server.start)
+            told = await whoami(client)
+            assert (told["pid"], told["restores"], pid_of(told["previous_instance"])) == (server.pid, 1, opened_by)
+            await anyio.to_thread.run_sync(server.kill)
+        # Neither was a restore that was served, and not reported yet.
+        row = await records.row(client.session_id)
+        assert (row["restores"], pid_of(row["instance_hint"])) == (0, opened_by)
+
         await anyio.to_thread.run_sync(server.start)
 
         told = await whoami(client)
         assert (told["pid"], told["restores"], pid_of(told["previous_instance"])) == (server.pid, 1, opened_by)
-        assert (await records.row(client.session_id))["restores"] == 1
-        assert len(application.handshakes(replayed=True)) == 2
+        row = await records.restored(client.session_id)
+        assert (row["restores"], pid_of(row["instance_hint"])) == (1, server.pid)
+        assert len(application.handshakes(replayed=True)) == 3
         assert len(application.handshakes(replayed=False)) == 1
 
 
@@ -162,7 +172,7 @@ async def test_of_the_sessions_that_clients_know_a_sigkill_under_load_loses_none
     # Three first requests for each, at once, and one restore.
     replayed = [one.replayed_in for one in application.handshakes(replayed=True)]
     assert sorted(map(str, replayed)) == sorted(session_id for _, session_id in known)
-    assert [(await records.row(session_id))["restores"] for _, session_id in known] == [1] * len(known)
+    assert [(await records.restored(session_id))["restores"] for _, session_id in known] == [1] * len(known)
 
 
 async def test_a_server_that_asks_the_client_when_it_is_initialized_asks_again_in_the_restored_session(

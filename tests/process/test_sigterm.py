@@ -46,7 +46,7 @@ async def test_a_redeploy_under_load_loses_no_session(
         assert [client.session_id for client in clients] == ids
         assert before["pid"] != after["pid"] == server.pid
         assert official.statuses.keys() <= {200, 202, 503}
-        rows = [await records.row(session_id) for session_id in [*ids, *official.session_ids]]
+        rows = [await records.restored(session_id) for session_id in [*ids, *official.session_ids]]
         assert {(row["ended_at"], row["restores"]) for row in rows} == {(None, 1)}
     assert "Application shutdown complete" in server.log()
     assert len(application.handshakes(replayed=False)) == 9

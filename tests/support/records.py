@@ -6,12 +6,14 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from mcp_session_store import session_key
 from mcp_session_store.sql.schema.tables import events_table, sessions_table
+from tests.support.clients import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,6 +41,13 @@ class Records:
             query = sa.select(_TABLE).where(_TABLE.c.key == session_key(session_id))
             return (await connection.execute(query)).mappings().one()
 
+    async def restored(self, session_id: str | None, times: int = 1) -> sa.RowMapping:
+        """Wait until a number of restores of a session is stored, and return its row."""
+        with anyio.fail_after(PATIENCE):
+            while (row := await self.row(session_id))["restores"] < times:
+                await anyio.sleep(0.05)
+        return row
+
     async def expire(self, session_id: str | None) -> None:
         """Make a session have expired long ago."""
         assert session_id is not None
@@ -58,14 +67,14 @@ class Records:
         return int(await self._scalar(sa.select(sa.func.count()).select_from(_EVENTS).where(of_session)))
 
     @asynccontextmanager
-    async def locked(self) -> AsyncIterator[None]:
-        """Lock the database, so that no process can store events until the context ends."""
+    async def locked(self, *, table: str = "mcp_session_log") -> AsyncIterator[None]:
+        """Lock the database, so that no process can store events, or change another table, until the context ends."""
         async with self._engine.connect() as connection:
             if connection.dialect.name == "sqlite":
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
             else:
                 await connection.exec_driver_sql("BEGIN")
-                await connection.exec_driver_sql("LOCK TABLE mcp_session_log IN EXCLUSIVE MODE")
+                await connection.exec_driver_sql(f"LOCK TABLE {table} IN EXCLUSIVE MODE")
             try:
                 yield
             finally:
