@@ -109,14 +109,20 @@ class ActivityReporter:
             restores: Number of its restores, this one included.
             since: Moment, by `clock`, at which the session was in use and live.
         """
-        claimed = {key: _Unreported(since, clock.now(), restores)}
-        _merge(claimed, into=self._unreported)
+        claimed = _Unreported(since, since, restores)
+        unreported = self._unreported.setdefault(key, claimed)
+        if unreported is not claimed:
+            _merge({key: claimed}, into=self._unreported)
         self._report_soon(key)
 
     def claimed(self, key: UUID) -> int:
         """Return the number of restores of a session that is claimed, but perhaps not stored yet; 0: none."""
-        unreported = [activity[key] for activity in (self._unreported, *self._under_way) if key in activity]
-        return max((one.restores for one in unreported), default=0)
+        unreported = self._unreported.get(key)
+        restores = 0 if unreported is None else unreported.restores
+        for reported in self._under_way:
+            if key in reported:
+                restores = max(restores, reported[key].restores)
+        return restores
 
     def _report_soon(self, key: UUID) -> None:
         if not self._urgent:

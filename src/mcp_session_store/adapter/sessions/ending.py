@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import anyio
@@ -209,8 +210,12 @@ class Ender:
     async def _notify_application(self, session: ResidentSession, reason: EndReason) -> None:
         if self._on_end is None or session.record is None:
             return
+        record = session.record
+        if session.marker is not None:
+            # Its claim may have travelled with a report, whose answer has no record.
+            record = replace(record, instance_hint=self._activity.instance, restores=session.marker.restores)
         try:
             with anyio.fail_after(END_HOOK_TIMEOUT):
-                await self._on_end(session.record, reason)
+                await self._on_end(record, reason)
         except Exception:
             logger.exception("the on_end hook failed for the session %s", session.record.key)

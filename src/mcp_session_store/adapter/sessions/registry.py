@@ -49,6 +49,7 @@ class Restore(SharedWait):
         session_id: Id of the session.
         interest: What is heard of the session.
         previous_instance: Id of the instance that created or restored the session before.
+        restores: Number of restores before this one.
         loaded_at: Moment, by `clock`, at which the record was loaded.
         arrived: Arrival of the request that caused it.
     """
@@ -60,18 +61,27 @@ class Restore(SharedWait):
         "interest",
         "loaded_at",
         "previous_instance",
+        "restores",
         "session",
         "session_id",
     )
 
     def __init__(
-        self, session_id: str, interest: Interest, *, previous_instance: str, loaded_at: float, arrived: float
+        self,
+        session_id: str,
+        interest: Interest,
+        *,
+        previous_instance: str,
+        restores: int,
+        loaded_at: float,
+        arrived: float,
     ) -> None:
         super().__init__(arrived)
         self.session_id = session_id
         self.interest = interest
         interest.holders += 1
         self.previous_instance = previous_instance
+        self.restores = restores
         self.loaded_at = loaded_at
         self.copy: ResidentSession | None = None
         """The copy that is being made."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -128,10 +127,16 @@ class Restorer:
         # The client may have changed the session elsewhere before it sent a request that joins.
         interest.stale_since = max(interest.stale_since, record.revision)
         if restore is None:
+            # A claim that has not left yet counts as if it were stored.
+            restores, instance = record.restores, record.instance_hint
+            if (claimed := self._activity.claimed(interest.key)) > 0:
+                restores = max(restores + (instance != self._activity.instance), claimed)
+                instance = self._activity.instance
             restore = self._registry.restores[session_id] = Restore(
                 session_id,
                 interest,
-                previous_instance=self._previous_instance(record),
+                previous_instance=instance,
+                restores=restores,
                 loaded_at=clock.now(),
                 arrived=request.arrived,
             )
@@ -193,7 +198,7 @@ class Restorer:
             session_id=session_id,
             created_at=record.created_at,
             restored_at=datetime.now(UTC),
-            restores=self._restores(record) + 1,
+            restores=restore.restores + 1,
             previous_instance=restore.previous_instance,
             replaying=True,
         )
@@ -228,17 +233,6 @@ class Restorer:
         session.loop.begin_with(replay, restore.deadline, RequestIds())
         return session
 
-    def _restores(self, record: SessionRecord) -> int:
-        """Return how often a session was restored, as the store counts once all claims of this instance are stored."""
-        claimed = self._activity.claimed(record.key)
-        if not claimed:
-            return record.restores
-        return max(record.restores + (record.instance_hint != self._activity.instance), claimed)
-
-    def _previous_instance(self, record: SessionRecord) -> str:
-        """Return the instance that created or restored a session last, as far as this instance knows."""
-        return self._activity.instance if self._activity.claimed(record.key) else record.instance_hint
-
     def _may_claim_later(self, record: SessionRecord, interest: Interest) -> bool:
         """Return whether the next report of activity may claim a session that was restored from a record.
 
@@ -263,10 +257,10 @@ class Restorer:
             claimed: SessionRecord | None
             if self._may_claim_later(record, interest):
                 loaded_at = restore.loaded_at
-                claimed = replace(record, instance_hint=self._activity.instance, restores=marker.restores)
+                claimed = record
             else:
                 claimed = await self._store.claim(
-                    record.key, restore, instance=self._activity.instance, restores=marker.restores - 1
+                    record.key, restore, instance=self._activity.instance, restores=restore.restores
                 )
             if claimed is None or interest.ended:
                 raise SessionNotFound
@@ -283,7 +277,7 @@ class Restorer:
                     session_id=marker.session_id,
                     created_at=marker.created_at,
                     restored_at=marker.restored_at,
-                    restores=claimed.restores,
+                    restores=max(claimed.restores, marker.restores),
                     previous_instance=marker.previous_instance,
                     replaying=False,
                 )
@@ -296,6 +290,7 @@ class Restorer:
             self._registry.not_restored(restore, self._failure(error, record))
             return False
         # Another instance has replaced meanwhile what was replayed here.
+        restore.restores = claimed.restores
         self._registry.unpublish(session)
         self._tasks.start_soon(self._run_restore, restore, claimed, session.owner, scope, attempts - 1)
         return False
