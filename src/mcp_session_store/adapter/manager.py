@@ -310,6 +310,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             lookup,
             admission,
             self._activity,
+            self._ender.changes,
             self._tasks,
             on_restore=self._on_restore,
             replay_timeout=self._settings.replay_timeout,

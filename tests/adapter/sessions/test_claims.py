@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from mcp_session_store import EndReason, RetentionPolicy, session_key
 from tests.support.asgi import until
 from tests.support.http import assert_not_handled
 from tests.support.instances import Notes, instance, open_session, wait_for
-from tests.support.internals import activity_is_failing, evict_unused, report_activity, rows_of, stopping_in
+from tests.support.internals import activity_is_failing, changes_of, evict_unused, report_activity, rows_of, stopping_in
 
 if TYPE_CHECKING:
     from mcp_session_store import SessionRecord
@@ -255,6 +256,25 @@ async def test_while_the_store_takes_no_reports_each_restore_is_claimed_before_i
         store.calls.clear()
         assert (await one.client(ids[2]).ping()).status == 200
         assert store.counts()["claim"] == 0
+
+
+async def test_a_session_that_ended_while_the_process_was_suspended_in_its_restore_is_not_served(
+    store: FaultyStore, sessions: Sessions
+) -> None:
+    session_id = await open_session(store)
+    notes = Notes()
+    async with instance(store, notes, end_within=LONG) as one:
+        await one.first_poll()
+
+        async def suspended(_ctx: RequestContext) -> None:
+            await sessions.end(session_key(session_id), reason=EndReason.OPERATOR)
+            changes_of(one.manager).verified_until = -math.inf
+
+        store.hints = False
+        notes.on_initialize = suspended
+        assert (await one.client(session_id).ping()).status == 404
+        assert store.counts()["claim"] == 1
+    assert notes.genuine("ping") == []
 
 
 async def test_a_session_that_is_deleted_before_its_claim_was_reported_is_gone(store: FaultyStore) -> None:

@@ -79,6 +79,11 @@ class ChangeWatch:
         """Moment, by `clock`, up to which a copy is served without a look into the store."""
         self.wake: Final = Wake(gathering=GATHERING)
 
+    @property
+    def verified(self) -> bool:
+        """Whether a copy is served now without a look into the store."""
+        return now() <= self.verified_until
+
     async def tick(self) -> None:
         """Note that the process runs, or that it was paused."""
         self._tick()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.admission import Admission
+    from mcp_session_store.adapter.sessions.changes import ChangeWatch
     from mcp_session_store.adapter.sessions.lookup import Lookup
     from mcp_session_store.adapter.sessions.patient_store import PatientStore
     from mcp_session_store.adapter.sessions.registry import Interest, Registry
@@ -53,6 +54,7 @@ class Restorer:
         lookup: Looks up the record of a session for its principal.
         admission: Makes the copy and runs its server loop.
         activity: Reports activity, and with it claims the sessions that were restored.
+        changes: Learns which sessions ended or changed elsewhere.
         tasks: Task group in which restores run.
         on_restore: The application's hook; it may refuse a restore.
         replay_timeout: Seconds that each part of a replay may take.
@@ -65,6 +67,7 @@ class Restorer:
         lookup: Lookup,
         admission: Admission,
         activity: ActivityReporter,
+        changes: ChangeWatch,
         tasks: ManagerTasks,
         *,
         on_restore: RestoreHook | None,
@@ -75,6 +78,7 @@ class Restorer:
         self._lookup = lookup
         self._admission = admission
         self._activity = activity
+        self._changes = changes
         self._tasks = tasks
         self._on_restore = on_restore
         self._replay_timeout = replay_timeout
@@ -236,10 +240,13 @@ class Restorer:
     def _may_claim_later(self, record: SessionRecord, interest: Interest) -> bool:
         """Return whether the next report of activity may claim a session that was restored from a record.
 
-        Not when there may be more to replay: the answer to a claim says so. And not when the store takes no reports,
-        so that copies are not made without end that it knows nothing of.
+        Not when there may be more to replay, or when the process may have been suspended since the load: the answer
+        to a claim says what was missed. And not when the store takes no reports, so that copies are not made without
+        end that it knows nothing of.
         """
-        return not (interest.stale_since or record.loaded_at is None or self._activity.failing)
+        return not (
+            interest.stale_since or record.loaded_at is None or self._activity.failing or not self._changes.verified
+        )
 
     async def _publish(
         self,
