@@ -13,7 +13,7 @@ from mcp.server import streamable_http_manager
 from mcp.server.runner import serve_loop
 
 from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
-from mcp_session_store.adapter.streams.followers import Follower
+from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Follower
 from mcp_session_store.event_log import NO_SESSION
 from mcp_session_store.records import EventKind
 from mcp_session_store.settings import InstanceSettings
@@ -141,6 +141,28 @@ async def test_a_name_that_no_instance_can_have_does_not_stop_the_look_at_all_ot
         await resumed.end()
         assert told(resumed.messages) == ["lost"]
         followers.remove(odd, instance=name)
+
+
+async def test_a_client_that_comes_back_often_has_no_poll_of_its_own(
+    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+) -> None:
+    talking = Talking()
+    async with (
+        instance(other_store, events=other_log) as two,
+        instance(store, talking.notes, events=log) as one,
+    ):
+        client = one.client()
+        session_id = await client.handshake()
+        _, last_event_id = await away(talking, client)
+        back = two.client(session_id)
+        other_log.background.clear()
+        began = anyio.current_time()
+        for _ in range(20):
+            resumed = await opened(back, last_event_id)
+            await anyio.sleep(0.02)
+            await resumed.leave()
+        polls = (anyio.current_time() - began) / (0.8 * POLL_INTERVAL)
+        assert other_log.background["last_beats"] <= polls + 1
 
 
 async def test_who_comes_back_after_the_instance_stopped_is_told_at_once(store: FaultyStore, log: FaultyLog) -> None:

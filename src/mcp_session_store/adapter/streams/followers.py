@@ -148,8 +148,9 @@ class Followers:
         self._by_session.setdefault(follower.key, {})[follower] = None
         if instance is not None:
             self._by_instance.setdefault(instance, {})[follower] = None
+            # At the next poll, which is near. With one at once, a client that comes back again and again would have
+            # all responses polled for.
             self._asked_at = self._checked_at = -math.inf
-            self.wake.set()
 
     def remove(self, follower: Follower, *, instance: str | None) -> None:
         """Remove a response that has ended, with the arguments of `add`."""
