@@ -561,6 +561,29 @@ async def test_a_large_event_that_takes_too_long_does_not_make_events_count_as_d
     assert told(resumed.messages) == ["x" * LARGE_APPEND]
 
 
+async def test_a_large_event_that_fails_again_and_again_is_tried_now_and_then(
+    log: FaultyLog, talking: Talking, one: Instance, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = log.inner.append
+    tries = 0
+
+    async def refuse_large(key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
+        nonlocal tries
+        if sum(map(message_bytes, events)) > LARGE_APPEND:
+            tries += 1
+            raise StoreUnavailable("it has no room for this")
+        return await append(key, events, again=again)
+
+    monkeypatch.setattr(log.inner, "append", refuse_large)
+    call, exchange = await talking.call(client)
+    call.answer("x" * LARGE_APPEND)
+    await exchange.end()
+    await until(lambda: tries >= 2)
+    await anyio.sleep(0.3)
+    assert tries <= 4
+    assert not recorder_of(one.manager).down
+
+
 async def test_what_others_have_to_keep_is_not_lost_by_a_session_that_keeps_too_much(
     store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,7 +179,9 @@ class EventRecorder:
             try:
                 sequence = await self._append(key, event, again=again)
             except _DOWN as error:
-                self._failed(error, key, event)
+                self._failed(error, event)
+                if not self._circuit.is_open:
+                    report_failure("events", error, key=key)
                 attempted = True
             except Exception as error:
                 # The log refuses this event.
@@ -252,12 +254,11 @@ class EventRecorder:
         self.wake.set()
         return Outcome.BACKLOG
 
-    def _failed(self, error: Exception, key: UUID, *events: NewEvent) -> None:
+    def _failed(self, error: Exception, *events: NewEvent) -> None:
         """Note that events could not be stored now, which says nothing about other events where these are large."""
         if isinstance(error, SchemaError) or sum(map(message_bytes, events)) <= LARGE_APPEND:
             self._went_down(error)
         else:
-            report_failure("events", error, key=key)
             self._circuit.in_doubt = True
             self.wake.set()
 
@@ -335,7 +336,7 @@ class EventRecorder:
         async with anyio.create_task_group() as tasks:
             for key in list(self._backlog.sessions):
                 tasks.start_soon(self._store_backlog, key)
-        if self._circuit.is_open:
+        if self._circuit.is_open or self._circuit.in_doubt:
             raise EventsNotStored("events cannot be stored yet")
 
     async def _store_backlog(self, key: UUID) -> None:
@@ -353,7 +354,7 @@ class EventRecorder:
             try:
                 sequence = await self._append(key, *events, again=uncertain)
             except _DOWN as error:
-                self._failed(error, key, *events)
+                self._failed(error, *events)
                 return
             except Exception as error:
                 if len(events) > 1:
