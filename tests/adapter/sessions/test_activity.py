@@ -310,22 +310,44 @@ async def test_an_open_stream_is_activity(store: FaultyStore, clock: Clock) -> N
         assert (await client.ping()).status == 200
 
 
-async def test_a_running_call_is_activity_even_when_its_client_has_left(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store, end_within=NO_POLL) as one:
+async def test_a_running_call_is_activity_while_its_client_waits(
+    store: FaultyStore, clock: Clock, json_response: bool
+) -> None:
+    async with instance(store, end_within=NO_POLL, json_response=json_response) as one:
         client = one.client()
         await client.handshake()
         call = client.open_call("wait")
         await until(lambda: one.notes.waiting == 1)
-        call.cancel()
-        await call.end()
         await reported(one, store)
         for _ in range(30):
             clock.advance(timedelta(hours=2))
             await report(one)
         assert len(store.touches) == 30
-        assert await store.record(str(client.session_id)) is not None
         one.notes.proceed.set()
-        await until(lambda: one.notes.waited == 1)
+        assert (await call.answer()).text == "waited"
+
+
+async def test_a_running_call_is_no_activity_when_its_client_has_left(store: FaultyStore, clock: Clock) -> None:
+    async with instance(store, end_within=NO_POLL) as one:
+        client = one.client()
+        await client.handshake()
+        call = client.open_call("wait")
+        await until(lambda: one.notes.waiting == 1)
+        call.disconnect()
+        await call.end()
+        await reported(one, store)
+        for _ in range(11):
+            clock.advance(timedelta(hours=2))
+            await report(one)
+        assert store.touches == []
+        assert one.notes.waiting == 1
+        # Its idle time is over: the store is asked, and confirms it.
+        clock.advance(timedelta(hours=3))
+        await report(one)
+        assert store.touches != []
+        assert await store.record(str(client.session_id)) is None
+        await until(lambda: one.notes.waiting == 0)
+        assert one.residents == 0
 
 
 async def test_a_wrong_principals_requests_are_no_activity(store: FaultyStore, clock: Clock) -> None:

@@ -469,6 +469,7 @@ async def test_a_request_after_the_absolute_lifetime_is_refused_whether_the_copy
     async with instance(store, end_within=LONG, evict_after=None) as one:
         client = one.client()
         await client.handshake()
+        await until(lambda: not activity_is_urgent(one.manager))
         clock.advance(timedelta(minutes=59))
         assert (await client.ping()).status == 200
         clock.advance(timedelta(minutes=2))

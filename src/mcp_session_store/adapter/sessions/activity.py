@@ -68,7 +68,7 @@ class ActivityReporter:
 
     Args:
         store: Store that the activity is reported to.
-        registry: Registry of the copies in memory. One that is busy is active.
+        registry: Registry of the copies in memory. A session is in use while there is contact with its client.
         instance: Id of this instance.
         interval: Seconds between two reports.
     """
@@ -136,12 +136,16 @@ class ActivityReporter:
         return can_be_extended and now > lifetime.expiry_reported - 2 * self.interval
 
     def gather(self, *, everything: bool = False) -> None:
-        """Note which copies are in use now; with `everything`, also when all others were last used."""
+        """Note which sessions are in use now; with `everything`, also when all others were last used.
+
+        When the client has been away for long from a call that runs here, the store is asked whether the session is
+        still live, because the client may have been in contact with other instances.
+        """
         for session in self._registry:
             if session.record is None:
                 continue
             unreported = self._unreported.get(session.record.key)
-            if session.busy:
+            if session.pins:
                 now = clock.now()
                 if unreported is None:
                     self._unreported[session.record.key] = _Unreported(now, now)
@@ -149,10 +153,10 @@ class ActivityReporter:
                     unreported.last = now
             elif unreported is not None:
                 # It was in use until its last request was over.
-                unreported.last = max(unreported.last, session.idle_since)
-            elif everything and session.lifetime.reported_at > -math.inf:
+                unreported.last = max(unreported.last, session.last_contact)
+            elif (everything and session.lifetime.reported_at > -math.inf) or (session.past_idle and session.busy):
                 # Not those that are new and were never used.
-                self._unreported[session.record.key] = _Unreported(session.idle_since, session.idle_since)
+                self._unreported[session.record.key] = _Unreported(session.last_contact, session.last_contact)
 
     async def report(self, *, everything: bool = False) -> Collection[UUID]:
         """Report the activity that is due.

@@ -50,13 +50,32 @@ class Admission:
         self._recorder = recorder
         self._retry_interval = retry_interval
 
-    def admit(self, session_id: str, owner: AuthorizationContext | None, *, may_evict: bool = True) -> ResidentSession:
-        """Reserve a place in memory for a session, and return its copy, which is not published yet.
+    def opening(self, session_id: str, owner: AuthorizationContext | None, *, opens: bool) -> ResidentSession:
+        """Return the copy of a session that may be opened. It has no place in memory yet.
+
+        Args:
+            session_id: Id of the session.
+            owner: Principal of the request.
+            opens: Whether the request may open a session.
+
+        Raises:
+            MemoryFull: There is no place for it.
+        """
+        session = self._copy(session_id, owner)
+        self._registry.enter(owner, opens=opens)
+        return session
+
+    def restoring(self, session_id: str, owner: AuthorizationContext | None) -> ResidentSession:
+        """Reserve a place in memory for a session that is restored, and return its copy, which is not published yet.
 
         Raises:
             MemoryFull: All places are in use.
         """
-        self._registry.reserve(may_evict=may_evict)
+        session = self._copy(session_id, owner)
+        self._registry.reserve(session)
+        return session
+
+    def _copy(self, session_id: str, owner: AuthorizationContext | None) -> ResidentSession:
         events: SessionEvents | None = None
         if self._recorder is not None:
             events = SessionEvents(

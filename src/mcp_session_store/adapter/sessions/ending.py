@@ -184,12 +184,15 @@ class Ender:
         self._end_expired(await self._activity.report(everything=True))
 
     def end_past_life(self) -> None:
-        """Stop serving sessions whose absolute lifetime is over, and evict those that were idle for too long."""
+        """Stop serving sessions whose absolute lifetime is over, and evict those that were idle for too long.
+
+        The store knows whether a session was used elsewhere meanwhile. So a copy whose calls run stays, until the store
+        says in a report of activity that the session has expired.
+        """
         for session in self._registry:
             if session.lifetime.past_absolute:
                 self._end_copy(session, EndReason.EXPIRED)
-            elif session.past_idle:
-                # The store knows whether it was used elsewhere.
+            elif session.past_idle and not session.busy:
                 self._registry.evict_soon(session)
 
     def _end_expired(self, keys: Collection[UUID]) -> None:

@@ -44,11 +44,11 @@ class Opener:
     async def open(self, requestor: AuthorizationContext | None, scope: Scope, incoming: Incoming, send: Send) -> None:
         """Serve a request without a session id, whose body was read."""
         receive = incoming.receive
-        # A request that opens no session evicts none.
+        # What it looks like; whether it opens a session is known when the handshake is committed.
         opens = scope["method"] == "POST" and INITIALIZE in incoming.body
         session_id = uuid4().hex
         try:
-            session = self._admission.admit(session_id, requestor, may_evict=opens)
+            session = self._admission.opening(session_id, requestor, opens=opens)
         except MemoryFull as error:
             answer = refuse(error, session_key(session_id))
             await response_to(answer, scope, incoming.body)(scope, receive, send)

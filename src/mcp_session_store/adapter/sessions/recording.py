@@ -88,21 +88,27 @@ class RecordWriter:
     async def _create(
         self, session: ResidentSession, params: InitializeParams, version: str, request: RequestWait
     ) -> None:
-        record = await self._store.create(
-            NewSession(
-                key=session_key(session.session_id),
-                initialize_params=params.text,
-                protocol_version=version,
-                client_name=params.client_name,
-                client_version=params.client_version,
-                principal=principal_of(session.owner),
-                instance=self._instance,
-            ),
-            request,
-        )
+        self._registry.promise(session)
+        try:
+            record = await self._store.create(
+                NewSession(
+                    key=session_key(session.session_id),
+                    initialize_params=params.text,
+                    protocol_version=version,
+                    client_name=params.client_name,
+                    client_version=params.client_version,
+                    principal=principal_of(session.owner),
+                    instance=self._instance,
+                ),
+                request,
+            )
+        except BaseException:
+            self._registry.withdraw()
+            raise
         session.stored(record, self._store.inner.retention, new=True)
         telemetry.created.add(1)
-        self._registry.publish(session)
+        # Only now does another copy leave: a handshake that fails, whatever for, evicts none.
+        self._registry.opened(session)
 
     async def _replace(
         self,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+import sys
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.outage import SharedWait
 from mcp_session_store.adapter.responses import MemoryFull
+from mcp_session_store.adapter.sessions.eviction import EvictionOrder
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
@@ -25,6 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["Interest", "Registry", "Restore"]
 
 logger = logging.getLogger(__name__)
+
+OPENING: Final = 100
+"""Number of copies, or a tenth of `max_sessions` where that is more, that may be opened at once in a full memory.
+
+They bound what requests take that turn out not to open a session.
+"""
 
 
 class Interest:
@@ -116,17 +126,21 @@ class Registry:
         self._transports = transports
         self._owners = owners
         self._tasks = tasks
-        self._capacity = capacity
+        self._capacity = sys.maxsize if capacity is None else capacity
         self._published: dict[str, ResidentSession] = {}
         self._by_key: dict[UUID, ResidentSession] = {}
         self._stopping: dict[str, ResidentSession] = {}
-        self._idle: dict[ResidentSession, None] = {}
-        """Copies that are published and not busy, the longest idle first."""
+        self._order = EvictionOrder(self._published.values, capacity=self._capacity)
+        self._idle: Final = self._order.idle
         self._interests: dict[UUID, Interest] = {}
         self.restores: dict[str, Restore] = {}
         """Restores under way, by session id."""
         self.reserved = 0
-        """Number of copies in memory: published, or being opened or restored."""
+        """Number of copies that hold a place: published, or being restored."""
+        self._opening = 0
+        """Number of copies that are being opened. They have no place until their handshake is committed."""
+        self._promised = 0
+        """Number of places that handshakes are promised which are being committed."""
 
     def __iter__(self) -> Iterator[ResidentSession]:
         return iter(list(self._published.values()))
@@ -191,23 +205,91 @@ class Registry:
         self.lose_interest(restore.interest)
         restore.end()
 
-    def reserve(self, *, may_evict: bool) -> None:
-        """Reserve capacity for one more copy.
+    def enter(self, owner: AuthorizationContext | None, *, opens: bool) -> None:
+        """Let in a request that may open a session; its copy gets a place when the session is opened.
 
         Args:
-            may_evict: Whether the copy that has been idle for longest may be evicted in its favour.
+            owner: Principal of the request.
+            opens: Whether the request may open a session. One that does not needs no place.
 
         Raises:
-            MemoryFull: All capacity is in use.
+            MemoryFull: There is no place for it, or too many copies are being opened.
         """
-        if self._capacity is not None and self.reserved >= self._capacity:
-            evicted = next(iter(self._idle), None) if may_evict else None
-            # Copies whose clean-up hangs must not pile up.
-            if evicted is None or len(self._stopping) >= self._capacity:
-                logger.warning("%d sessions are in memory, as many as max_sessions allows", self.reserved)
-                raise MemoryFull
-            self.evict_soon(evicted)
+        if self.reserved + self._opening >= self._capacity or self._stopping:
+            if opens:
+                self._check_room(owner)
+            most = self._capacity + max(OPENING, self._capacity // 10)
+            # Copies that were not opened and whose clean-up hangs must not pile up either.
+            if self.reserved + self._opening >= most or len(self._stopping) >= most:
+                self._refuse()
+        self._opening += 1
+
+    def reserve(self, session: ResidentSession) -> None:
+        """Reserve a place for a copy that is going to be restored, for which another one leaves if need be.
+
+        Raises:
+            MemoryFull: No copy makes room.
+        """
+        if self.reserved + self._promised >= self._capacity:
+            self._check_room(session.owner)
+        self._place(session)
+
+    def promise(self, session: ResidentSession) -> None:
+        """Promise a place to a copy whose handshake is about to be committed. None leaves before that succeeds.
+
+        Raises:
+            MemoryFull: No copy makes room.
+        """
+        if self.reserved + self._promised >= self._capacity:
+            self._check_room(session.owner)
+        self._promised += 1
+
+    def withdraw(self) -> None:
+        """Withdraw a promise, because the handshake could not be committed."""
+        self._promised -= 1
+
+    def opened(self, session: ResidentSession) -> None:
+        """Publish the copy of a session whose handshake is committed, in the place that it was promised.
+
+        Raises:
+            MemoryFull: All copies that could have made room have come into use meanwhile.
+        """
+        self._promised -= 1
+        if session.stopping:
+            return  # its client has gone
+        if self.reserved + self._promised >= self._capacity:
+            self._check_room(session.owner)
+        self._opening -= 1
+        self._place(session)
+        self.publish(session)
+
+    def _check_room(self, owner: AuthorizationContext | None) -> None:
+        """Check that there is a place for one more copy, beside those that are promised."""
+        lacking = self.reserved + self._promised + 1 - self._capacity
+        if lacking <= 0:
+            return
+        # Copies whose clean-up hangs must not pile up.
+        if len(self._stopping) >= self._capacity or (
+            len(self._idle) < lacking and next(islice(self._order.candidates(owner), lacking - 1, None), None) is None
+        ):
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        logger.warning("%d sessions are in memory, as many as max_sessions allows", self.reserved)
+        raise MemoryFull
+
+    def _place(self, session: ResidentSession) -> None:
+        """Give a copy a place, and evict another one in its favour if need be."""
+        if self.reserved >= self._capacity:
+            evicted = next(self._order.candidates(session.owner))
+            if evicted.busy:
+                key = session_key(evicted.session_id)
+                logger.warning("the session %s leaves memory to make room, and the calls that it runs are lost", key)
+            self.evict_soon(evicted, lost=evicted.busy)
+        session.placed = True
         self.reserved += 1
+        if session.owner is not None:
+            self._order.add(session, session.owner)
 
     def publish(self, session: ResidentSession) -> None:
         """Let requests find a copy."""
@@ -240,19 +322,19 @@ class Registry:
             self.evict_soon(session)
 
     def evict_idle(self, since: float) -> None:
-        """Evict the copies that have been idle since a moment of `clock`, in the background."""
-        idle = []
-        for session in self._idle:
-            if session.idle_since > since:
-                break
-            idle.append(session)
-        for session in idle:
+        """Evict the idle copies whose clients have not been in contact since a moment of `clock`, in the background."""
+        for session in [session for session in self._idle if session.last_contact <= since]:
             self.evict_soon(session)
 
-    def evict_soon(self, session: ResidentSession) -> None:
-        """Unpublish a copy and stop it in the background."""
+    def evict_soon(self, session: ResidentSession, *, lost: bool = False) -> None:
+        """Unpublish a copy and stop it in the background.
+
+        Args:
+            session: The copy.
+            lost: Whether its calls in flight are answered by the error for lost ones.
+        """
         self.unpublish(session)
-        self._tasks.start_soon(self.stop, session)
+        self._tasks.start_soon(partial(self.stop, session, lost=lost))
 
     async def evict(self, session: ResidentSession, *, answer: str | None = None) -> None:
         """Unpublish a copy and stop it.
@@ -282,16 +364,20 @@ class Registry:
         self._idle.pop(session, None)
         if not session.stopping:
             session.stopping = True
-            self.reserved -= 1
+            if session.placed:
+                self.reserved -= 1
+                self._order.remove(session)
+            else:
+                self._opening -= 1
             if session.record is not None:
                 telemetry.evicted.add(1)
             if session.loop.running and not session.loop.stopped.is_set():
                 self._stopping[session.session_id] = session
 
-    async def stop(self, session: ResidentSession, answer: str | None = None) -> None:
-        """Stop an unpublished copy; a failure is reported and not raised."""
+    async def stop(self, session: ResidentSession, *, answer: str | None = None, lost: bool = False) -> None:
+        """Stop an unpublished copy, as `ResidentSession.stop` does; a failure is reported and not raised."""
         try:
-            await session.stop(answer=answer)
+            await session.stop(answer=answer, lost=lost)
         except Exception as error:
             report_failure("eviction", error, key=session_key(session.session_id))
 

@@ -13,6 +13,7 @@ from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.sessions.lifetime import Lifetime
 from mcp_session_store.adapter.sessions.server_loop import ServerLoop
+from mcp_session_store.adapter.streams.calls import LOST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,13 +52,14 @@ class ResidentSession:
         "_on_usage",
         "_recording",
         "events",
-        "idle_since",
         "in_flight",
+        "last_contact",
         "lifetime",
         "loop",
         "marker",
         "owner",
         "pins",
+        "placed",
         "record",
         "session_id",
         "stale_since",
@@ -88,16 +90,18 @@ class ResidentSession:
         """The marker of a restored copy."""
         self.stale_since = 0
         """Highest revision that was heard of; the copy is stale when it is above the record's."""
+        self.placed = False
+        """The copy holds a place in memory: it is published, or being restored."""
         self.stopping = False
         """The copy was unpublished: requests do not find it any more."""
         self.pins = 0
-        """Number of HTTP requests being served."""
+        """Number of HTTP requests being served: while there are any, there is contact with the client."""
         self.streams = 0
         """Number of those requests that are open GET streams."""
         self.in_flight = 0
         """Number of messages that were read and whose handlers have not returned."""
-        self.idle_since = clock.now()
-        """Moment, by `clock`, at which the copy was last busy."""
+        self.last_contact = clock.now()
+        """Moment, by `clock`, at which contact with the client ended, if there is none now."""
         self._on_usage = on_usage
         self._recording: anyio.Lock | None = None
         self._calls: set[RequestId] = set()
@@ -114,17 +118,28 @@ class ResidentSession:
 
     @property
     def serving(self) -> bool:
-        """Whether requests may still be given to the copy."""
+        """Whether requests may be given to the copy without asking the store."""
         # The transport is asked too, because others can terminate it: FastMCP does at shutdown.
         if self.stopping or self.transport.is_terminated:
             return False
         now = clock.now()
-        return now < self.lifetime.ends_at and (now < self.idle_since + self.lifetime.idle or self.busy)
+        return now < self.lifetime.ends_at and (now < self.last_contact + self.lifetime.idle or self.pins > 0)
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether requests may be given to the copy of a session that the store has said to be live.
+
+        A copy that is past idle as far as this instance knows was in contact with its client on another one, and its
+        calls go on. One that runs none is restored, so that it has what was changed there.
+        """
+        if self.stopping or self.transport.is_terminated or self.lifetime.past_absolute:
+            return False
+        return self.busy or not self.past_idle
 
     @property
     def past_idle(self) -> bool:
-        """Whether the session has been idle for as long as it may be, as far as this instance knows."""
-        return clock.now() >= self.idle_since + self.lifetime.idle and not self.busy
+        """Whether the client has been away for as long as the session may be idle, as far as this instance knows."""
+        return clock.now() >= self.last_contact + self.lifetime.idle and self.pins == 0
 
     @property
     def busy(self) -> bool:
@@ -132,6 +147,23 @@ class ResidentSession:
         # A call outlives its client's connection, and a 202 precedes its processing: so both count. And an answer
         # that is to be stored outlives its handler.
         return self.pins > 0 or self.in_flight > 0 or (self.events is not None and self.events.busy)
+
+    @property
+    def answering(self) -> bool:
+        """Whether the answer of a call whose handler has returned is on its way to the log or to the client."""
+        if self.events is not None and self.events.busy:
+            return True
+        return self.pins > self.streams and self.in_flight == 0
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether the handlers of all messages in flight wait for an answer of the client.
+
+        A question that does not name the call for which it is asked may be that of any handler.
+        """
+        asked = self.loop.asked.values()
+        calls = self._calls.intersection(call for call in asked if call is not None)
+        return self.in_flight <= len(calls) + sum(call is None for call in asked)
 
     @property
     def stale(self) -> bool:
@@ -160,6 +192,7 @@ class ResidentSession:
         if self._answered is not None and self.pins == self.streams:
             self._answered.set()
         if self.pins == 0:
+            self.last_contact = clock.now()
             self._rest()
 
     @contextmanager
@@ -187,6 +220,9 @@ class ResidentSession:
     def finished(self, request_id: RequestId | None) -> None:
         """Note that the handler of a message has returned."""
         self.in_flight -= 1
+        if self.in_flight == 0 and self.loop.asked:
+            # Not all questions that no handler waits for any more are withdrawn.
+            self.loop.asked.clear()
         if request_id is not None:
             self._calls.discard(request_id)
             if self.events is not None:
@@ -196,32 +232,35 @@ class ResidentSession:
 
     def _rest(self) -> None:
         if not self.busy:
-            self.idle_since = clock.now()
             self._on_usage(self, False)
 
-    async def stop(self, *, answer: str | None = None) -> None:
+    async def stop(self, *, answer: str | None = None, lost: bool = False) -> None:
         """Close the streams of this copy and cancel its calls. The record stays.
 
         The loop's `stopped` is set when the server task, clean-up included, has ended.
 
         Args:
-            answer: Message of the JSON-RPC error with which the calls in flight are answered; `None`: they get none.
+            answer: Message of the JSON-RPC error with which the calls in flight are answered, where the session has
+                ended; `None`: they get none.
+            lost: Whether calls in flight are answered by the error for lost ones, because the session goes on.
         """
-        if self.events is not None:
-            self.events.close(answer)
         with anyio.CancelScope(shield=True):
+            if lost and not self.transport.is_terminated:
+                await self._answer_calls(LOST, reason="lost")
+            if self.events is not None:
+                self.events.close(answer)
             if not self.transport.is_terminated:
                 if answer is not None:
-                    await self._answer_calls(answer)
+                    await self._answer_calls(answer, reason="ended")
                 await self.transport.terminate()
         # Closed streams end the loop, unless it is parked in an inline `initialize`.
         self.loop.cancel()
 
-    async def _answer_calls(self, message: str) -> None:
+    async def _answer_calls(self, message: str, *, reason: str) -> None:
         if (writer := self.loop.writer) is None:
             return
         self._answered = Latch()
-        error = ErrorData(code=CONNECTION_CLOSED, message=message)
+        error = ErrorData(code=CONNECTION_CLOSED, message=message, data={"reason": reason})
         # A client that does not read must not keep the copy.
         with anyio.move_on_after(LAST_ANSWERS):
             try:

@@ -107,7 +107,7 @@ class Restorer:
             record = await self._lookup.record_of(interest.key, requestor, request)
             # It may have been restored while the query ran.
             session = self._registry.get(session_id)
-            if session is None or not session.serving:
+            if session is None or not session.can_serve:
                 return await self._join_restore(session_id, interest, record, requestor, scope, request)
         finally:
             self._registry.lose_interest(interest)
@@ -209,7 +209,7 @@ class Restorer:
         if self._on_restore is not None:
             await self._ask_application(self._on_restore, restore, marker, record)
         journal = await self._store.read_journal(record.key, restore) if record.revision else ()
-        session = restore.copy = self._admission.admit(session_id, requestor)
+        session = restore.copy = self._admission.restoring(session_id, requestor)
 
         def failed(failure: Exception) -> None:
             self._registry.not_restored(restore, failure)

@@ -6,7 +6,9 @@ import logging
 from typing import TYPE_CHECKING, Final, Self
 
 import anyio
-from mcp.shared.message import SessionMessage
+from mcp.shared.dispatcher import coerce_request_id
+from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params
+from mcp.shared.message import ServerMessageMetadata, SessionMessage
 from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
 
 from mcp_session_store.adapter.background import is_cancelled
@@ -55,6 +57,7 @@ class ServerLoop:
 
     __slots__ = (
         "_scope",
+        "asked",
         "handshake",
         "held",
         "replay",
@@ -81,6 +84,9 @@ class ServerLoop:
         """The genuine `initialize` that the server handles now."""
         self.held: set[Handshake] = set()
         """Handshakes, or requests that may be one, whose HTTP answers wait; the end of the loop decides them."""
+        self.asked: dict[RequestId, RequestId | None] = {}
+        """Requests to the client that it has not answered, each with the call for which it was sent, where that is
+        known."""
         self.running = False
         """The server task has begun."""
         self.stopped = Latch()
@@ -148,6 +154,18 @@ class ServerLoop:
         """Cancel the server task."""
         self._scope.cancel()
 
+    def heard(self, message: JSONRPCMessage) -> None:
+        """Note that the client has answered a request, if the message does so."""
+        if isinstance(message, JSONRPCResponse | JSONRPCError) and message.id is not None:
+            self.asked.pop(coerce_request_id(message.id), None)
+
+    def withdrawn(self, message: JSONRPCMessage) -> None:
+        """Note that no handler waits for the answer of the client any more, if a message to the client says so."""
+        if isinstance(message, JSONRPCNotification) and message.method == "notifications/cancelled":
+            request_id = cancelled_request_id_from_params(message.params)
+            if request_id is not None:
+                self.asked.pop(coerce_request_id(request_id), None)
+
 
 class _Inbound:
     """What the server loop reads: the client's messages, after the replay.
@@ -197,6 +215,8 @@ class _Inbound:
                     self._on_read(None)
                 if loop.request_ids is not None:
                     received = loop.request_ids.inbound(received)
+                if loop.asked:
+                    loop.heard(received.message)
             return received
 
     async def aclose(self) -> None:
@@ -226,10 +246,16 @@ class _Outbound:
     async def send(self, item: SessionMessage) -> None:
         message = item.message
         loop = self._loop
-        if loop.replay is not None and isinstance(message, JSONRPCRequest):
-            loop.replay.asked()
-            with anyio.move_on_after(STANDALONE_STREAM_WAIT):
-                await loop.standalone_stream_open.wait()
+        if type(message) is JSONRPCRequest:
+            metadata = item.metadata
+            related = metadata.related_request_id if isinstance(metadata, ServerMessageMetadata) else None
+            loop.asked[coerce_request_id(message.id)] = related
+            if loop.replay is not None:
+                loop.replay.asked()
+                with anyio.move_on_after(STANDALONE_STREAM_WAIT):
+                    await loop.standalone_stream_open.wait()
+        elif loop.asked:
+            loop.withdrawn(message)
         if loop.handshake is not None:
             self._settle(loop.handshake, message)
         if loop.request_ids is not None:

@@ -196,6 +196,11 @@ class SessionEvents(EventStore):
         """Whether answers are on their way to the log."""
         return bool(self._returned)
 
+    @property
+    def resumable(self) -> bool:
+        """Whether a client may come back for the answer of a call that is not finished."""
+        return any(stream.identified for stream in self._calls.values())
+
     def returned(self, request_id: RequestId) -> None:
         """Note that the handler of a call has returned, so that its answer is on its way to the log."""
         stream = self._calls.get(str(request_id))
