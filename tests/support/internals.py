@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.outage import Gate
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.changes import ChangeWatch
+    from mcp_session_store.adapter.sessions.departures import Departures
     from mcp_session_store.adapter.sessions.ending import Ender
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
@@ -131,6 +132,12 @@ def resident_of(manager: DurableSessionManager, session_id: str) -> ResidentSess
 def max_initialize_params_of(manager: DurableSessionManager) -> int:
     """Bytes of `initialize` params that a manager stores."""
     return manager._settings.max_initialize_params
+
+
+def departures_of(manager: DurableSessionManager) -> Departures:
+    """What watches the clients that wait for the JSON responses of a manager."""
+    assert manager._departures is not None
+    return manager._departures
 
 
 def ender_of(manager: DurableSessionManager) -> Ender:

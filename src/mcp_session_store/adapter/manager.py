@@ -27,6 +27,7 @@ from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.admission import Admission
 from mcp_session_store.adapter.sessions.changes import TICKS
+from mcp_session_store.adapter.sessions.departures import LOOK_INTERVAL, Departures
 from mcp_session_store.adapter.sessions.ending import Ender, EndHook
 from mcp_session_store.adapter.sessions.lookup import Lookup
 from mcp_session_store.adapter.sessions.opening import Opener
@@ -37,15 +38,9 @@ from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
 from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Followers
 from mcp_session_store.adapter.streams.instances import MAX_PAUSE, Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
-from mcp_session_store.errors import (
-    ConfigurationError,
-    StoreBusy,
-    StoreUnavailable,
-)
+from mcp_session_store.errors import ConfigurationError, StoreBusy, StoreUnavailable
 from mcp_session_store.event_log import EventLog
-from mcp_session_store.records import (
-    display_text,
-)
+from mcp_session_store.records import display_text
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, checked_seconds
 from mcp_session_store.store import SessionStore
@@ -303,7 +298,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             self._recorder,
             retry_interval=self.retry_interval,
         )
-        opener = Opener(self._registry, admission, writer, self._tasks)
+        self._departures = Departures(self._tasks) if self.json_response else None
+        opener = Opener(self._registry, admission, writer, self._tasks, departures=self._departures)
         self._restorer = Restorer(
             patient,
             self._registry,
@@ -325,6 +321,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             TransportSecurityMiddleware(self.security_settings),
             has_event_store=self.event_store is not None,
             max_body=self.max_request_body_size,
+            departures=self._departures,
         )
         self._serve_sessions_by(router.serve)
 
@@ -340,6 +337,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         start(run_every, "restores", settings.replay_timeout, self._restorer.fail_overdue)
         evict_after = math.inf if settings.evict_after is None else settings.evict_after
         start(run_every, "eviction", min(evict_after / 4, poll_interval), self._evict_unused)
+        if self._departures is not None:
+            start(run_every, "departures", LOOK_INTERVAL, self._departures.look)
         if settings.sweep_interval is not None:
             start(run_every, "sweep", settings.sweep_interval, self._ender.sweep)
             if self.event_log is not None:

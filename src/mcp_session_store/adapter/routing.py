@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
+    from mcp_session_store.adapter.sessions.departures import Departures
     from mcp_session_store.adapter.sessions.ending import Ender
     from mcp_session_store.adapter.sessions.opening import Opener
     from mcp_session_store.adapter.sessions.recording import RecordWriter
@@ -56,6 +57,7 @@ class Router:
         security: Check that each request passes before a session is looked up; the SDK has it in its transport.
         has_event_store: Whether the SDK's transports have an event store of the user's.
         max_body: Highest number of bytes of a body.
+        departures: Watches the clients that wait for JSON responses; `None` where there are none.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Router:
         *,
         has_event_store: bool,
         max_body: int,
+        departures: Departures | None,
     ) -> None:
         self._registry = registry
         self._opener = opener
@@ -82,6 +85,7 @@ class Router:
         self._has_event_store = has_event_store
         self._max_body = max_body
         self._refusals = responses.Refusals(max_body)
+        self._departures = departures
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: by its resident session, after a restore, or by a new session."""
@@ -136,6 +140,8 @@ class Router:
                 posted = Posted(incoming.body)
                 POSTED.set(posted)
             receive = incoming.receive
+            if self._departures is not None:
+                self._departures.waiting[incoming] = session.transport
             if INITIALIZE in incoming.body:
                 # The answer to a handshake promises durability.
                 held = HeldResponse(session, scope, incoming, send, opening=False)
@@ -145,6 +151,10 @@ class Router:
             to_sdk = send if posted is None else posted.sending_to(send)
             await session.transport.handle_request(scope, receive, to_sdk)
         finally:
+            if self._departures is not None and incoming in self._departures.waiting:
+                del self._departures.waiting[incoming]
+                if self._departures.watches:
+                    self._departures.over(incoming)
             session.unpin()
 
     async def _read_rest(self, incoming: Incoming, scope: Scope, send: Send) -> None:

@@ -6,6 +6,7 @@ versions that work, instead of failing later while a client waits.
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -49,6 +50,7 @@ __all__ = [
     "ManagerTasks",
     "TransportEvents",
     "check_dispatch_context",
+    "end_json_response",
     "is_fastmcp",
     "make_kernel",
     "make_transport",
@@ -272,6 +274,18 @@ def _begin_streams(transport: StreamableHTTPServerTransport, events: TransportEv
     transport_seams._mint_priming_event = events.prime
     # A stream that was resumed is not the transport's any more.
     transport_seams.close_sse_stream = close_sse_stream
+
+
+def end_json_response(transport: StreamableHTTPServerTransport, body: bytes) -> None:
+    """End the JSON response to a request, because its client has gone; the call runs on.
+
+    Args:
+        transport: Transport that answers the request.
+        body: Body of the request.
+    """
+    # Public, and for JSON responses as well, although the SDK does not say so: the request ends by an answer that
+    # reaches no client. Not the one of the instance, which `_begin_streams` replaces.
+    StreamableHTTPServerTransport.close_sse_stream(transport, str(json.loads(body).get("id")))
 
 
 def serve_loop(

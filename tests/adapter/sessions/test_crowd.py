@@ -14,6 +14,7 @@ from tests.support.asgi import until
 from tests.support.instances import Notes, instance, principal
 from tests.support.internals import (
     activity_of,
+    departures_of,
     evict_unused,
     registry_of,
     report_activity,
@@ -406,3 +407,65 @@ async def test_an_outage_cancels_no_call_whose_client_is_away(
         store.up()
         await report_activity(one.manager)
         await until(lambda: one.notes.waiting == 0)
+
+
+# JSON responses
+
+
+@pytest.mark.parametrize("events", [False, True], ids=["no events", "events"])
+async def test_a_client_that_leaves_a_json_response_is_noticed(
+    store: FaultyStore, log: FaultyLog, clock: Clock, events: bool
+) -> None:
+    async with instance(store, max_sessions=1, json_response=True, events=log if events else False) as one:
+        departures = departures_of(one.manager)
+        client = one.client()
+        await client.handshake()
+        await one.at_rest()
+        call = await running(one, client)
+        for _ in range(2):
+            await departures.look()
+        assert len(departures.watches) == 1
+        call.disconnect()
+        await call.end()
+        assert one.notes.waiting == 1
+        assert resident_of(one.manager, str(client.session_id)).pins == 0
+        assert (await one.client().initialize()).status == 503
+        clock.advance(AWAY)
+        assert (await one.client().initialize()).status == 200
+        await until(lambda: one.notes.waiting == 0 and not departures.watches)
+        assert departures.waiting == {}
+
+
+async def test_a_json_response_that_is_watched_comes_whole(store: FaultyStore) -> None:
+    async with instance(store, json_response=True) as one:
+        departures = departures_of(one.manager)
+        client = one.client()
+        await client.handshake()
+        call = await running(one, client)
+        await departures.look()
+        assert departures.watches == {}
+        await departures.look()
+        one.notes.proceed.set()
+        assert (await call.answer()).text == "waited"
+        await until(lambda: not departures.watches)
+        assert departures.waiting == {}
+
+
+async def test_a_handshake_whose_client_has_gone_leaves_no_copy_with_json_responses(store: FaultyStore) -> None:
+    notes = Notes()
+
+    async def hang(_ctx: RequestContext) -> None:
+        notes.waiting += 1
+        await notes.proceed.wait()
+
+    notes.on_initialize = hang
+    async with instance(store, notes, json_response=True) as one:
+        opening = one.client().open_initialize()
+        await until(lambda: notes.waiting == 1)
+        for _ in range(2):
+            await departures_of(one.manager).look()
+        opening.disconnect()
+        await opening.end()
+        await until(lambda: not stopping_in(one.manager))
+        assert store.records == 0
+        one.assert_seats_match()

@@ -50,42 +50,30 @@ class Admission:
         self._recorder = recorder
         self._retry_interval = retry_interval
 
-    def opening(self, session_id: str, owner: AuthorizationContext | None, *, opens: bool) -> ResidentSession:
-        """Return the copy of a session that may be opened. It has no place in memory yet.
+    def admit(
+        self, session_id: str, owner: AuthorizationContext | None, *, opens: bool | None = None
+    ) -> ResidentSession:
+        """Return the copy of a session that is not published yet.
 
         Args:
             session_id: Id of the session.
             owner: Principal of the request.
-            opens: Whether the request may open a session.
+            opens: Whether the request may open a session, whose copy has no place in memory until it does; `None` for a
+                session that is restored, which reserves its place.
 
         Raises:
             MemoryFull: There is no place for it.
         """
-        session = self._copy(session_id, owner)
-        self._registry.enter(owner, opens=opens)
-        return session
-
-    def restoring(self, session_id: str, owner: AuthorizationContext | None) -> ResidentSession:
-        """Reserve a place in memory for a session that is restored, and return its copy, which is not published yet.
-
-        Raises:
-            MemoryFull: All places are in use.
-        """
-        session = self._copy(session_id, owner)
-        self._registry.reserve(session)
-        return session
-
-    def _copy(self, session_id: str, owner: AuthorizationContext | None) -> ResidentSession:
         events: SessionEvents | None = None
         if self._recorder is not None:
-            events = SessionEvents(
-                session_key(session_id),
-                self._recorder,
-                owner=None if owner is None else tuple(owner.values()),
-                retry_interval=self._retry_interval,
-            )
+            events = SessionEvents(session_key(session_id), self._recorder, retry_interval=self._retry_interval)
         transport = self._make_transport(session_id, events)
-        return ResidentSession(session_id, owner, transport, self._registry.usage_changed, events)
+        session = ResidentSession(session_id, owner, transport, self._registry.usage_changed, events)
+        if opens is None:
+            self._registry.reserve(session)
+        else:
+            self._registry.enter(owner, opens=opens)
+        return session
 
     async def run(self, session: ResidentSession, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run the server loop of a copy until it leaves memory."""

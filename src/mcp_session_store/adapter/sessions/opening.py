@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.requests import Incoming
     from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.admission import Admission
+    from mcp_session_store.adapter.sessions.departures import Departures
     from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.registry import Registry
 
@@ -33,13 +34,23 @@ class Opener:
         admission: Makes the copy and runs its server loop.
         writer: Commits the record, which publishes the session.
         tasks: Task group in which the server loop runs.
+        departures: Watches the clients that wait for JSON responses; `None` where there are none.
     """
 
-    def __init__(self, registry: Registry, admission: Admission, writer: RecordWriter, tasks: ManagerTasks) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        admission: Admission,
+        writer: RecordWriter,
+        tasks: ManagerTasks,
+        *,
+        departures: Departures | None,
+    ) -> None:
         self._registry = registry
         self._admission = admission
         self._writer = writer
         self._tasks = tasks
+        self._departures = departures
 
     async def open(self, requestor: AuthorizationContext | None, scope: Scope, incoming: Incoming, send: Send) -> None:
         """Serve a request without a session id, whose body was read."""
@@ -48,7 +59,7 @@ class Opener:
         opens = scope["method"] == "POST" and INITIALIZE in incoming.body
         session_id = uuid4().hex
         try:
-            session = self._admission.opening(session_id, requestor, opens=opens)
+            session = self._admission.admit(session_id, requestor, opens=opens)
         except MemoryFull as error:
             answer = refuse(error, session_key(session_id))
             await response_to(answer, scope, incoming.body)(scope, receive, send)
@@ -63,9 +74,14 @@ class Opener:
             await self._tasks.start(self._admission.run, session)
             await session.transport.handle_request(scope, receive, send)
 
+        if self._departures is not None:
+            self._departures.waiting[incoming] = session.transport
         try:
             await held.answered_by(serve)
         finally:
+            if self._departures is not None:
+                del self._departures.waiting[incoming]
+                self._departures.over(incoming)
             session.unpin()
             if not held.opened:
                 await self._registry.evict(session)

@@ -225,14 +225,19 @@ class Registry:
         self._opening += 1
 
     def reserve(self, session: ResidentSession) -> None:
-        """Reserve a place for a copy that is going to be restored, for which another one leaves if need be.
+        """Give a copy a place, for which another one leaves if need be.
 
         Raises:
             MemoryFull: No copy makes room.
         """
         if self.reserved + self._promised >= self._capacity:
             self._check_room(session.owner)
-        self._place(session)
+        if self.reserved >= self._capacity:
+            self._make_room(session)
+        session.placed = True
+        self.reserved += 1
+        if session.owner is not None:
+            self._order.add(session, session.owner)
 
     def promise(self, session: ResidentSession) -> None:
         """Promise a place to a copy whose handshake is about to be committed. None leaves before that succeeds.
@@ -257,10 +262,8 @@ class Registry:
         self._promised -= 1
         if session.stopping:
             return  # its client has gone
-        if self.reserved + self._promised >= self._capacity:
-            self._check_room(session.owner)
+        self.reserve(session)
         self._opening -= 1
-        self._place(session)
         self.publish(session)
 
     def _check_room(self, owner: AuthorizationContext | None) -> None:
@@ -278,18 +281,13 @@ class Registry:
         logger.warning("%d sessions are in memory, as many as max_sessions allows", self.reserved)
         raise MemoryFull
 
-    def _place(self, session: ResidentSession) -> None:
-        """Give a copy a place, and evict another one in its favour if need be."""
-        if self.reserved >= self._capacity:
-            evicted = next(self._order.candidates(session.owner))
-            if evicted.busy:
-                key = session_key(evicted.session_id)
-                logger.warning("the session %s leaves memory to make room, and the calls that it runs are lost", key)
-            self.evict_soon(evicted, lost=evicted.busy)
-        session.placed = True
-        self.reserved += 1
-        if session.owner is not None:
-            self._order.add(session, session.owner)
+    def _make_room(self, session: ResidentSession) -> None:
+        """Evict a copy in favour of another one."""
+        evicted = next(self._order.candidates(session.owner))
+        if evicted.busy:
+            key = session_key(evicted.session_id)
+            logger.warning("the session %s leaves memory to make room, and the calls that it runs are lost", key)
+        self.evict_soon(evicted, lost=evicted.busy)
 
     def publish(self, session: ResidentSession) -> None:
         """Let requests find a copy."""

@@ -209,7 +209,7 @@ class Restorer:
         if self._on_restore is not None:
             await self._ask_application(self._on_restore, restore, marker, record)
         journal = await self._store.read_journal(record.key, restore) if record.revision else ()
-        session = restore.copy = self._admission.restoring(session_id, requestor)
+        session = restore.copy = self._admission.admit(session_id, requestor)
 
         def failed(failure: Exception) -> None:
             self._registry.not_restored(restore, failure)

@@ -62,12 +62,7 @@ class SessionEvents(EventStore):
     """
 
     def __init__(
-        self,
-        key: UUID,
-        recorder: EventRecorder,
-        *,
-        owner: Hashable = None,
-        retry_interval: int | None = None,
+        self, key: UUID, recorder: EventRecorder, *, owner: Hashable = None, retry_interval: int | None = None
     ) -> None:
         self.key = key
         self.recorder = recorder
