@@ -10,7 +10,7 @@ import anyio
 import pytest
 from sqlalchemy.engine import make_url
 
-from tests.support.clients import BOUND, Load, call_is_refused, is_refused, opens, sessions, until, whoami
+from tests.support.clients import BOUND, Load, is_refused, opens, sessions, until, whoami
 from tests.support.http import RawClient
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ async def test_a_sqlite_file_that_somebody_else_keeps_locked_counts_as_down(
                 with anyio.fail_after(BOUND):
                     async with anyio.create_task_group() as group:
                         group.start_soon(is_refused, new.initialize)
-                        # It can be read, but not be noted where it is now.
-                        group.start_soon(call_is_refused, lambda: evicted.call_tool("whoami"))
+                        # It can be read; where it is now is noted later.
+                        group.start_soon(whoami, evicted)
                         group.start_soon(is_refused, evicted.delete)
                         await load.advance(5)
                 other.execute("ROLLBACK")
