@@ -148,7 +148,7 @@ def serve(
     """Serve an MCPServer, a low-level Server or a FastMCP 4 server with durable sessions.
 
     MODULE:ATTRIBUTE names the server object, as in `notes.server:mcp`; its code needs no change.
-    The server starts although the database is down: requests that need it wait for it, and get 503 in the end.
+    The server starts although the database is down: requests that need it wait for it, and are refused in the end.
     """
     read_settings(RetentionPolicy, retention)
     read_settings(EventPolicy, event_retention)
