@@ -66,7 +66,12 @@ class Admission:
         """
         events: SessionEvents | None = None
         if self._recorder is not None:
-            events = SessionEvents(session_key(session_id), self._recorder, retry_interval=self._retry_interval)
+            events = SessionEvents(
+                session_key(session_id),
+                self._recorder,
+                owner=None if owner is None else tuple(owner.values()),
+                retry_interval=self._retry_interval,
+            )
         transport = self._make_transport(session_id, events)
         session = ResidentSession(session_id, owner, transport, self._registry.usage_changed, events)
         if opens is None:
