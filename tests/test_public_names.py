@@ -46,6 +46,7 @@ ELSEWHERE = {
         "EventTooLarge",
         "InvalidValue",
         "JournalFull",
+        "RecordUnreadable",
         "RestoreRefused",
         "SchemaAhead",
         "SchemaBehind",
