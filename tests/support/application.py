@@ -363,6 +363,23 @@ def asking() -> Starlette:
     return _app(server)
 
 
+def questioning() -> Starlette:
+    """One whose tools ask the client's user something, on the stream of the call."""
+
+    async def list_tools(
+        _ctx: ServerRequestContext[Any, Any], _params: types.PaginatedRequestParams | None
+    ) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=[types.Tool(name="ask", input_schema={"type": "object"})])
+
+    async def call_tool(
+        ctx: ServerRequestContext[Any, Any], _params: types.CallToolRequestParams
+    ) -> types.CallToolResult:
+        await ctx.session.elicit_form("?", {"type": "object", "properties": {}}, related_request_id=ctx.request_id)
+        return types.CallToolResult(content=[])
+
+    return _app(Server("process", on_list_tools=list_tools, on_call_tool=call_tool))
+
+
 def mcpserver_both() -> Starlette:
     return _both(_mcpserver)
 
