@@ -222,6 +222,8 @@ class Activity:
     """Id of the instance that claims the session, because it has restored it; `None`: this is no claim."""
     restores: int = 0
     """Number of restores of the session as far as that instance knows, its own included."""
+    used: bool = True
+    """Whether the session was used; otherwise it is only claimed, and no life is extended."""
 
 
 def merged_activities(activities: Iterable[Activity]) -> dict[UUID, Activity]:
@@ -237,6 +239,7 @@ def merged_activities(activities: Iterable[Activity]) -> dict[UUID, Activity]:
                 last_age=min(other.last_age, activity.last_age),
                 claimed_by=claim.claimed_by,
                 restores=claim.restores,
+                used=other.used or activity.used,
             )
     return merged
 

@@ -259,7 +259,7 @@ class SessionStore(Store):
 
         A session is extended when its first reported activity lies before its expiry, even if the
         report comes after the expiry; `last_seen_at` never goes back. The session then expires as the policy says
-        from its `last_seen_at` on.
+        from its `last_seen_at` on. An activity without a use extends nothing, and `last_seen_at` stays.
 
         Where a session is extended by an activity with `claimed_by`, that instance becomes the hint, and the restores
         are counted: one more where another instance was the hint, and no fewer than the activity's `restores`. So a

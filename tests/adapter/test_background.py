@@ -342,7 +342,7 @@ async def test_shutdown_cancels_what_hangs(store: FaultyStore, operation: str) -
         async with instance(store, sweep_interval=0.02, end_within=0.04) as one:
             held = held or store.hold(operation)
             if operation == "touch":
-                await one.client().handshake()
+                await one.client().begin()
             await held.wait_entered()
 
 

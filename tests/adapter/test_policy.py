@@ -122,14 +122,14 @@ async def test_an_idle_timeout_ends_sessions_on_all_instances(sessions: Sessions
         instance(other_store, evict_after=None) as two,
     ):
         client = one.client()
-        session_id = await client.handshake()
-        assert (await two.client(session_id).ping()).status == 200
+        session_id = await client.begin()
+        assert (await two.client(session_id).request("tools/list")).status == 200
         await until(lambda: not any(s.busy for i in (one, two) for s in registry_of(i.manager)))
         for each in (one, two):
             await activity_of(each.manager).report(everything=True)
         clock.advance(timedelta(seconds=61))
         for each in (one, two):
-            assert (await each.client(session_id).ping()).status == 404
+            assert (await each.client(session_id).request("tools/list")).status == 404
 
 
 # From code and from the environment
@@ -205,7 +205,7 @@ async def test_one_session_too_many_is_answered_503_without_an_id(
     async with instance(store, json_response=json_response) as one:
         clients = [one.client(user=user) for _ in range(2)]
         for client in clients:
-            await client.handshake()
+            await client.begin()
         for _ in range(3):
             refused = await one.client(user=user).initialize()
             assert refused.status == 503
@@ -216,10 +216,10 @@ async def test_one_session_too_many_is_answered_503_without_an_id(
         assert one.residents == 2
         one.assert_seats_match()
         for client in clients:
-            assert (await client.ping()).status == 200
+            assert (await client.request("tools/list")).status == 200
         # Others are not limited by it.
         other = one.client(user=principal("bob"))
-        await other.handshake()
+        await other.begin()
         if limit == "per_principal":
             assert (await clients[0].delete()).status == 200
             assert (await one.client(user=user).initialize()).status == 200
@@ -238,7 +238,7 @@ async def test_a_limit_is_answered_as_a_full_memory_is(store: FaultyStore, json_
         limited = await one.client().initialize()
     async with instance(FaultyStore(), max_sessions=1, json_response=json_response) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await client.get_stream()
         full = await one.client().initialize()
     assert seen_by_a_client(limited) == seen_by_a_client(full)
@@ -257,17 +257,17 @@ async def test_one_session_too_many_ends_the_oldest_wherever_it_is(
     async with instance(store, on_end=on_end) as one, instance(other_store) as two:
         oldest, used = one.client(user=alice), one.client(user=alice)
         for client in (used, oldest):
-            await client.handshake()
+            await client.begin()
             clock.advance(timedelta(minutes=1))
         # Used again, and stored so: the other one is idle for longer.
-        await used.ping()
+        await used.request("tools/list")
         await activity_of(one.manager).report(everything=True)
         stream = await oldest.get_stream()
         newest = two.client(user=alice)
-        await newest.handshake()
+        await newest.begin()
         await stream.end()
-        assert (await oldest.ping()).status == 404
-        assert (await used.ping()).status == 200
-        assert (await newest.ping()).status == 200
+        assert (await oldest.request("tools/list")).status == 404
+        assert (await used.request("tools/list")).status == 200
+        assert (await newest.request("tools/list")).status == 200
         await until(lambda: ends != [])
     assert ends == [EndReason.LIMIT]

@@ -350,6 +350,12 @@ class Client:
             self.session_id = answer.session_id
         return answer
 
+    async def begin(self) -> str:
+        """Open a session and make use of it, so that it lives as the policy says; return its id."""
+        session_id = await self.handshake()
+        assert (await self.request("tools/list")).status == 200
+        return session_id
+
     async def handshake(self, params: Message | None = None) -> str:
         """Send `initialize` and `notifications/initialized`, which must succeed; return the session's id."""
         answer = await self.initialize(params)

@@ -222,8 +222,9 @@ class MemorySessionStore(SessionStore):
             if row is not None and row.live_at(now - timedelta(seconds=activity.first_age)):
                 if activity.claimed_by is not None:
                     row.record = _claimed(row.record, activity.claimed_by, activity.restores)
-                seen = max(row.record.last_seen_at, now - timedelta(seconds=activity.last_age))
-                row.record = replace(row.record, last_seen_at=seen, expires_at=self._expiry(row.record, seen))
+                if activity.used:
+                    seen = max(row.record.last_seen_at, now - timedelta(seconds=activity.last_age))
+                    row.record = replace(row.record, last_seen_at=seen, expires_at=self._expiry(row.record, seen))
             if self._live(key) is None:
                 not_live.add(key)
         return not_live

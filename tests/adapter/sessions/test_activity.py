@@ -76,22 +76,16 @@ async def test_a_new_record_lives_ten_minutes(store: FaultyStore) -> None:
     assert await store.expiry(session_id) == NEW_SESSION_LIFETIME
 
 
-@pytest.mark.parametrize("activity", ["initialized", "call", "stream"])
-async def test_the_first_activity_makes_a_record_live_on(store: FaultyStore, activity: str) -> None:
+async def test_the_first_use_makes_a_record_live_on(store: FaultyStore) -> None:
     async with instance(store) as one:
         await one.first_poll()
         client = one.client()
         await client.initialize()
-        if activity == "initialized":
-            await client.notify("notifications/initialized")
-        elif activity == "call":
-            await client.call("add", {"a": 1, "b": 2})
-        else:
-            await client.get_stream()
+        await client.call("add", {"a": 1, "b": 2})
         await until(lambda: store.counts()["touch"] == 1)
         assert await store.expiry(client.session_id) == DAY
         for _ in range(20):
-            await client.ping()
+            await client.request("tools/list")
         assert store.counts()["touch"] == 1
 
 
@@ -101,7 +95,7 @@ async def test_first_activities_are_reported_together(store: FaultyStore) -> Non
         clients = [one.client() for _ in range(20)]
         for client in clients:
             await client.initialize()
-        exchanges = [client.open_request("ping") for client in clients]
+        exchanges = [client.open_request("tools/list") for client in clients]
         for exchange in exchanges:
             await exchange.answer()
         await until(lambda: store.counts()["touch"] > 0)
@@ -117,12 +111,12 @@ async def test_activity_costs_no_query_for_a_request_and_one_for_a_report(store:
     async with instance(store, activity_interval=3600, end_within=NO_POLL) as one:
         clients = [one.client() for _ in range(20)]
         for client in clients:
-            await client.handshake()
+            await client.begin()
         await reported(one, store)
         clock.advance(timedelta(hours=2))
         for _ in range(10):
             for client in clients:
-                await client.ping()
+                await client.request("tools/list")
         assert store.calls == []
         await report(one)
         assert store.calls == ["touch"]
@@ -135,7 +129,7 @@ async def test_the_activity_task_reports_by_itself_at_intervals(store: FaultySto
     sessions.retention = RetentionPolicy(idle=timedelta(seconds=20))
     async with instance(store, activity_interval=0.02) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await client.get_stream()
         await until(lambda: store.counts()["touch"] >= 2)
         assert len(unreported_in(one.manager)) <= 1
@@ -144,14 +138,14 @@ async def test_the_activity_task_reports_by_itself_at_intervals(store: FaultySto
 async def test_ages_are_those_of_the_first_and_the_last_activity(store: FaultyStore, clock: Clock) -> None:
     async with instance(store, end_within=NO_POLL) as one:
         client, other = one.client(), one.client()
-        await client.handshake()
-        await other.handshake()
+        await client.begin()
+        await other.begin()
         await reported(one, store)
         clock.advance(timedelta(hours=2))
-        await client.ping()
+        await client.request("tools/list")
         clock.advance(timedelta(minutes=40))
-        await client.ping()
-        await other.ping()
+        await client.request("tools/list")
+        await other.request("tools/list")
         clock.advance(timedelta(minutes=5))
         await report(one)
         (touch,) = store.touches
@@ -161,7 +155,7 @@ async def test_ages_are_those_of_the_first_and_the_last_activity(store: FaultySt
         assert 300 <= others.last_age <= others.first_age < 300 + LATE
         # What has been reported is not reported again.
         clock.advance(timedelta(hours=2))
-        await client.ping()
+        await client.request("tools/list")
         await report(one)
         assert told(store.touches[1], client.session_id).first_age < LATE
         assert len(store.touches[1]) == 1
@@ -172,11 +166,11 @@ async def test_a_session_is_reported_at_most_once_in_a_twentieth_of_the_idle_tim
 ) -> None:
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         for _ in range(14):
             clock.advance(timedelta(minutes=5))
-            await client.ping()
+            await client.request("tools/list")
             await report(one)
         assert store.touches == []
         clock.advance(timedelta(minutes=5))
@@ -193,10 +187,10 @@ async def test_without_an_idle_time_sessions_are_still_reported_now_and_then(
     sessions.retention = RetentionPolicy(idle=None)
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         assert await store.expiry(client.session_id) is None
-        await client.ping()
+        await client.request("tools/list")
         clock.advance(timedelta(minutes=4))
         await report(one)
         assert store.touches == []
@@ -208,14 +202,14 @@ async def test_without_an_idle_time_sessions_are_still_reported_now_and_then(
 async def test_a_session_that_is_about_to_expire_is_reported_at_once(store: FaultyStore, clock: Clock) -> None:
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         clock.advance(timedelta(hours=23, minutes=59, seconds=45))
-        await client.ping()
+        await client.request("tools/list")
         # Nobody but the request asks for it: the next report is seconds away.
         await until(lambda: store.touches != [])
         clock.advance(timedelta(hours=1))
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         assert await store.record(str(client.session_id)) is not None
 
 
@@ -224,11 +218,11 @@ async def test_activity_that_was_held_back_is_reported_before_the_session_expire
 ) -> None:
     async with instance(store, activity_interval=3600) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         await until(lambda: registry_of(one.manager).with_key(session_key(str(client.session_id))) is not None)
         clock.advance(timedelta(minutes=30))
-        await client.ping()
+        await client.request("tools/list")
         await report(one)
         assert store.touches == []
         # Nothing more is heard of the client; the report that fits in still comes.
@@ -248,11 +242,11 @@ async def test_a_session_at_the_end_of_its_absolute_lifetime_is_not_reported_ove
     sessions.retention = RetentionPolicy(absolute=timedelta(hours=1))
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         clock.advance(timedelta(minutes=59, seconds=45))
         for _ in range(5):
-            await client.ping()
+            await client.request("tools/list")
             assert not activity_is_urgent(one.manager)
             await report(one)
         assert len(store.touches) <= 1
@@ -263,15 +257,15 @@ async def test_new_sessions_have_no_others_reported_before_their_time_nor_keep_t
 ) -> None:
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         clock.advance(timedelta(hours=2))
         await report(one)
-        await client.ping()
+        await client.request("tools/list")
         assert store.touches == []
         for number in (1, 2):
             new = one.client()
-            await new.handshake()
+            await new.begin()
             await until(lambda number=number: len(store.touches) == number)  # type: ignore[misc]
             assert [activity.key for activity in store.touches[-1]] == [session_key(str(new.session_id))]
         await one.at_rest()
@@ -279,7 +273,7 @@ async def test_new_sessions_have_no_others_reported_before_their_time_nor_keep_t
         # Their time has come, and new ones are opened all the while.
         clock.advance(timedelta(seconds=20))
         new = one.client()
-        await new.handshake()
+        await new.begin()
         await until(lambda: len(store.touches) > 2)
         assert told(store.touches[2], client.session_id)
         assert told(store.touches[2], new.session_id)
@@ -291,7 +285,8 @@ async def test_new_sessions_have_no_others_reported_before_their_time_nor_keep_t
 async def test_an_open_stream_is_activity(store: FaultyStore, clock: Clock) -> None:
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
+        await client.request("tools/list")
         stream = await client.get_stream()
         await reported(one, store)
         for _ in range(30):
@@ -307,7 +302,7 @@ async def test_an_open_stream_is_activity(store: FaultyStore, clock: Clock) -> N
         clock.advance(timedelta(hours=2))
         await report(one)
         assert len(store.touches) == 30
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
 
 
 async def test_a_running_call_is_activity_while_its_client_waits(
@@ -315,7 +310,7 @@ async def test_a_running_call_is_activity_while_its_client_waits(
 ) -> None:
     async with instance(store, end_within=NO_POLL, json_response=json_response) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         call = client.open_call("wait")
         await until(lambda: one.notes.waiting == 1)
         await reported(one, store)
@@ -353,12 +348,12 @@ async def test_a_running_call_is_no_activity_when_its_client_has_left(store: Fau
 async def test_a_wrong_principals_requests_are_no_activity(store: FaultyStore, clock: Clock) -> None:
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client(user=principal("alice"))
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         clock.advance(timedelta(hours=2))
         wrong = one.client(client.session_id, user=principal("mallory"))
         for _ in range(3):
-            assert (await wrong.ping()).status == 404
+            assert (await wrong.request("tools/list")).status == 404
             assert (await wrong.open("GET").answer()).status == 404
         await report(one)
         assert store.touches == []
@@ -388,22 +383,22 @@ async def test_an_activity_that_cannot_be_reported_is_logged_counted_and_reporte
         await one.first_poll()
         client = one.client()
         {"down": store.down, "bug": store.broken, "lost": store.lose_the_answer_of}[fault]("touch")
-        await client.handshake()
+        await client.begin()
         await until(lambda: store.counts()["touch"] == 3)
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         told = [record for record in caplog.records if "activity" in record.getMessage()]
         assert told
         assert {record.levelname for record in told} == {"ERROR" if fault == "bug" else "WARNING"}
         assert failures.added.count({"task": "activity"}) >= 2
         later = one.client()
-        await later.handshake()
+        await later.begin()
         store.up()
         await until(lambda: not unreported_in(one.manager))
         for each in (client, later):
             assert await store.expiry(each.session_id) == DAY
         # It has recovered: the next one is reported at once.
         another = one.client()
-        await another.handshake()
+        await another.begin()
         touches = store.counts()["touch"]
         await until(lambda: store.counts()["touch"] > touches)
 
@@ -411,10 +406,10 @@ async def test_an_activity_that_cannot_be_reported_is_logged_counted_and_reporte
 async def test_what_a_failed_report_held_counts_from_its_first_activity_on(store: FaultyStore, clock: Clock) -> None:
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         clock.advance(timedelta(hours=2))
-        await client.ping()
+        await client.request("tools/list")
         touch = store.hold("touch")
         async with anyio.create_task_group() as tasks:
 
@@ -426,7 +421,7 @@ async def test_what_a_failed_report_held_counts_from_its_first_activity_on(store
             await touch.wait_entered()
             # More activity, while the report that is going to fail is under way.
             clock.advance(timedelta(minutes=10))
-            await client.ping()
+            await client.request("tools/list")
             touch.fail(RuntimeError("a bug"))
         store.up()
         clock.advance(timedelta(minutes=1))
@@ -441,10 +436,10 @@ async def test_reports_that_fail_at_once_lose_nothing(store: FaultyStore, clock:
     # The background task's, and the one that the watch asks for after an outage.
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         clock.advance(timedelta(hours=2))
-        await client.ping()
+        await client.request("tools/list")
         touch = store.hold("touch")
 
         async def failing() -> None:
@@ -457,7 +452,7 @@ async def test_reports_that_fail_at_once_lose_nothing(store: FaultyStore, clock:
                 await until(lambda calls=calls: touch.calls == calls)  # type: ignore[misc]
                 clock.advance(timedelta(minutes=10))
                 if calls < 3 or used_since:
-                    await client.ping()
+                    await client.request("tools/list")
             if not used_since:
                 # Nobody can look up any more when it was used.
                 await one.terminate(str(client.session_id))
@@ -479,6 +474,7 @@ async def test_an_activity_in_time_counts_when_it_is_reported_late(store: Faulty
         await client.initialize()
         store.down("touch")
         await client.notify("notifications/initialized")
+        await client.request("tools/list")
         await until(lambda: store.counts()["touch"] > 0)
         clock.advance(timedelta(minutes=12))
         store.up()
@@ -495,6 +491,7 @@ async def test_an_activity_of_a_session_that_has_left_memory_is_reported(store: 
         await client.initialize()
         touch = store.hold("touch")
         await client.notify("notifications/initialized")
+        await client.request("tools/list")
         await one.terminate(str(client.session_id))
         await until(lambda: one.residents == 0)
         touch.release()
@@ -507,10 +504,10 @@ async def test_an_activity_that_was_held_back_is_reported_when_its_session_leave
 ) -> None:
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         clock.advance(timedelta(minutes=30))
-        await client.ping()
+        await client.request("tools/list")
         await report(one)
         assert store.touches == []
         await one.terminate(str(client.session_id))
@@ -532,7 +529,7 @@ async def test_the_copy_of_a_session_that_turns_out_to_be_over_leaves_memory(
 
     async with instance(store, on_end=on_end, json_response=json_response) as one:
         client = one.client()
-        await client.handshake()
+        await client.begin()
         await reported(one, store)
         stream = await client.get_stream()
         call = client.open_call("wait")
@@ -545,7 +542,7 @@ async def test_the_copy_of_a_session_that_turns_out_to_be_over_leaves_memory(
         answer = await call.answer()
         assert answer.error["message"] == "Session ended"
         await until(lambda: one.notes.waiting == 0)
-        assert (await client.ping()).status == 404
+        assert (await client.request("tools/list")).status == 404
         await until(lambda: ends != [])
         assert ends == [EndReason.EXPIRED]
         assert one.residents == 0
@@ -560,21 +557,21 @@ async def test_a_report_learns_which_sessions_have_expired(store: FaultyStore, s
 
     async with instance(store, end_within=3600, on_end=on_end) as one:
         expired, live = one.client(), one.client()
-        await expired.handshake()
-        await live.handshake()
+        await expired.begin()
+        await live.begin()
         await reported(one, store)
         # Due, without the time that would have the poll verify all.
         for session in registry_of(one.manager):
             session.lifetime.reported_at -= 7200
         stream = await expired.get_stream()
-        await live.ping()
+        await live.request("tools/list")
         # What this instance does not know of, such as a policy that another one has.
         row = rows_of(sessions)[session_key(str(expired.session_id))]
         row.record = dataclasses.replace(row.record, expires_at=row.record.created_at)
         await report(one)
         await stream.end()
-        assert (await expired.ping()).status == 404
-        assert (await live.ping()).status == 200
+        assert (await expired.request("tools/list")).status == 404
+        assert (await live.request("tools/list")).status == 200
         await until(lambda: ends != [])
     assert ends == [EndReason.EXPIRED]
 
@@ -587,7 +584,7 @@ async def test_shutdown_reports_what_has_not_been_reported(store: FaultyStore) -
         await one.first_poll()
         client = one.client()
         store.down("touch")
-        await client.handshake()
+        await client.begin()
         await until(lambda: store.counts()["touch"] > 0)
         store.up()
     assert await store.expiry(client.session_id) == DAY
@@ -598,11 +595,11 @@ async def test_shutdown_reports_when_each_session_was_last_used(store: FaultySto
         used, streaming = one.client(), Client(one.app, outside)
         ended = Client(one.app, outside)
         for client in (used, streaming, ended):
-            await client.handshake()
+            await client.begin()
         await reported(one, store)
         clock.advance(timedelta(minutes=5))
         for client in (used, streaming, ended):
-            await client.ping()
+            await client.request("tools/list")
         await streaming.get_stream()
         stream = await ended.get_stream()
         clock.advance(timedelta(minutes=5))
@@ -623,9 +620,9 @@ async def test_shutdown_with_activity_waits_for_a_store_that_fails_no_longer_tha
     with anyio.fail_after(5):
         async with instance(store) as one:
             client = one.client()
-            await client.handshake()
+            await client.begin()
             await reported(one, store)
-            await client.ping()
+            await client.request("tools/list")
             if fault == "down":
                 store.down("touch")
             else:
@@ -650,6 +647,7 @@ async def test_shutdown_loses_no_report_that_is_under_way(store: FaultyStore, mo
         client = one.client()
         await client.initialize()
         await client.notify("notifications/initialized")
+        await client.request("tools/list")
         await touch.wait_entered()
         store.up()
         # It has left memory: nothing but the report that hangs knows of its activity.

@@ -52,7 +52,7 @@ async def test_a_claim_is_reported_at_once_by_every_policy(store: FaultyStore, p
     store.retention = policy
     session_id = await open_session(store)
     async with instance(store, activity_interval=LONG, end_within=LONG) as one:
-        await one.client(session_id).ping()
+        await one.client(session_id).request("tools/list")
         await store.restored(session_id)
 
 
@@ -84,7 +84,7 @@ async def test_a_copy_whose_claim_comes_back_as_not_live_is_dropped(
         touch = store.hold("touch")
         client = one.client(session_id)
         stream = await client.get_stream()
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         await touch.wait_entered()
         if how == "ended":
             await sessions.end(session_key(session_id), reason=EndReason.OPERATOR)
@@ -95,7 +95,7 @@ async def test_a_copy_whose_claim_comes_back_as_not_live_is_dropped(
         await stream.end()
         await until(lambda: told != [])
         assert one.residents == 0
-        assert (await client.ping()).status == 404
+        assert (await client.request("tools/list")).status == 404
     ((record, reason),) = told
     assert reason is (EndReason.OPERATOR if how == "ended" else EndReason.EXPIRED)
     # The record is that of the restored session.
@@ -106,7 +106,7 @@ async def test_a_claim_is_judged_by_its_age(store: FaultyStore, sessions: Sessio
     sessions.retention = RetentionPolicy(idle=HOUR)
     async with instance(store) as gone:
         client = gone.client()
-        session_id = await client.handshake()
+        session_id = await client.begin()
     clock.advance(timedelta(minutes=59))
     notes = Notes()
     reached, proceed = anyio.Event(), anyio.Event()
@@ -126,7 +126,7 @@ async def test_a_claim_is_judged_by_its_age(store: FaultyStore, sessions: Sessio
         assert (await call.answer()).status == 200
         record = await store.restored(session_id)
         assert record.expires_at == record.last_seen_at + HOUR
-        assert (await one.client(session_id).ping()).status == 200
+        assert (await one.client(session_id).request("tools/list")).status == 200
     assert len(notes.replayed("initialize")) == 1
 
 
@@ -143,7 +143,7 @@ async def test_a_restore_that_outlasts_the_absolute_lifetime_is_not_published(
 
     notes.on_initialize = last
     async with instance(store, notes, end_within=LONG) as one:
-        assert (await one.client(session_id).ping()).status == 404
+        assert (await one.client(session_id).request("tools/list")).status == 404
         await until(lambda: not stopping_in(one.manager))
         assert one.residents == 0
         one.assert_seats_match()
@@ -154,7 +154,8 @@ async def test_a_copy_ends_by_the_times_that_the_load_told(
     store: FaultyStore, sessions: Sessions, clock: Clock
 ) -> None:
     sessions.retention = RetentionPolicy(idle=HOUR, absolute=2 * HOUR)
-    session_id = await open_session(store)
+    async with instance(store) as gone:
+        session_id = await gone.client().begin()
     clock.advance(HOUR / 2)
     # Clocks that differ change nothing.
     sessions.ahead += timedelta(days=365)
@@ -164,7 +165,7 @@ async def test_a_copy_ends_by_the_times_that_the_load_told(
         await one.first_poll()
         store.hold("touch")
         client = one.client(session_id)
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         clock.advance(timedelta(minutes=59))
         await evict_unused(one.manager)
         assert one.residents == 1
@@ -184,7 +185,7 @@ async def test_a_claim_that_has_not_left_counts_when_the_session_is_restored_aga
         touch = store.hold("touch")
         client = one.client(session_id)
         for restores in (1, 2, 3):
-            assert (await client.ping()).status == 200
+            assert (await client.request("tools/list")).status == 200
             marker = notes.seen[-1].marker
             assert marker is not None
             assert marker.restores == restores
@@ -205,11 +206,11 @@ async def test_a_claim_before_the_service_counts_those_that_have_not_left(store:
         await one.first_poll()
         touch = store.hold("touch")
         client = one.client(session_id)
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         await one.terminate(session_id)
         await until(lambda: not stopping_in(one.manager))
         store.claims_first = True
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         marker = notes.seen[-1].marker
         assert marker is not None
         assert marker.restores == 2
@@ -226,7 +227,7 @@ async def test_a_claim_that_the_store_does_not_take_is_repeated_and_counts_once(
         await one.first_poll()
         {"down": store.down, "lost": store.lose_the_answer_of}[fault]("touch")
         client = one.client(session_id)
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         await until(lambda: store.counts()["touch"] >= 2)
         # The copy leaves, and its claim stays.
         await one.terminate(session_id)
@@ -242,19 +243,19 @@ async def test_while_the_store_takes_no_reports_each_restore_is_claimed_before_i
     async with instance(store, end_within=LONG) as one:
         await one.first_poll()
         store.down("touch")
-        assert (await one.client(ids[0]).ping()).status == 200
+        assert (await one.client(ids[0]).request("tools/list")).status == 200
         await until(lambda: activity_is_failing(one.manager))
-        assert (await one.client(ids[1]).ping()).status == 200
+        assert (await one.client(ids[1]).request("tools/list")).status == 200
         assert store.counts()["claim"] == 1
         # Of a database that takes no changes, such as a copy that is promoted late, nothing is served.
         store.down("touch", "claim")
-        assert_not_handled(await one.client(ids[2]).ping())
+        assert_not_handled(await one.client(ids[2]).request("tools/list"))
         store.up()
         for session_id in ids[:2]:
             await store.restored(session_id)
         await until(lambda: not activity_is_failing(one.manager))
         store.calls.clear()
-        assert (await one.client(ids[2]).ping()).status == 200
+        assert (await one.client(ids[2]).request("tools/list")).status == 200
         assert store.counts()["claim"] == 0
 
 
@@ -283,12 +284,12 @@ async def test_a_session_that_is_deleted_before_its_claim_was_reported_is_gone(s
         await one.first_poll()
         touch = store.hold("touch")
         client = one.client(session_id)
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         assert (await client.delete()).status == 200
         touch.release()
         await until(lambda: store.claims(session_id) != [])
         assert await store.ended(session_id) is EndReason.CLIENT
-        assert (await client.ping()).status == 404
+        assert (await client.request("tools/list")).status == 404
 
 
 async def test_a_stop_reports_the_claims_that_have_not_left(store: FaultyStore) -> None:
@@ -296,7 +297,7 @@ async def test_a_stop_reports_the_claims_that_have_not_left(store: FaultyStore) 
     async with instance(store, end_within=LONG) as one:
         await one.first_poll()
         for session_id in (resident, evicted):
-            assert (await one.client(session_id).ping()).status == 200
+            assert (await one.client(session_id).request("tools/list")).status == 200
         await one.terminate(evicted)
     for session_id in (resident, evicted):
         record = await store.record(session_id)
@@ -310,12 +311,12 @@ async def test_a_record_shows_nothing_of_a_restore_that_was_killed_before_its_re
     async with instance(store, end_within=LONG) as killed:
         await killed.first_poll()
         store.down("touch")
-        assert (await killed.client(session_id).ping()).status == 200
+        assert (await killed.client(session_id).request("tools/list")).status == 200
     assert await store.record(session_id) == before
     store.up()
     notes = Notes()
     async with instance(store, notes) as one:
-        assert (await one.client(session_id).ping()).status == 200
+        assert (await one.client(session_id).request("tools/list")).status == 200
         marker = notes.seen[-1].marker
         assert marker is not None
         assert before is not None

@@ -76,7 +76,7 @@ class Used:
     async def of(cls, one: Instance, session_id: str | None, **settings: Any) -> Used:
         client = one.client(session_id, **settings)
         if session_id is None:
-            await client.handshake()
+            await client.begin()
         stream = await client.get_stream()
         assert stream.status == 200
         call = client.open_call("wait")
@@ -91,7 +91,7 @@ class Used:
         assert [message.get("id") for message in answer.messages] == [self.call_id]
         await until(lambda: self.one.notes.waiting == 0)
         assert self.one.notes.waited == 0
-        assert (await self.client.ping()).status == 404
+        assert (await self.client.request("tools/list")).status == 404
         assert (await self.client.open("GET").answer()).status == 404
         assert (await self.client.delete()).status == 404
         await until(lambda: stopping_in(self.one.manager) == {})
@@ -139,7 +139,7 @@ async def test_a_session_that_ends_anywhere_ends_everywhere(
             reason = EndReason.OPERATOR
         else:
             async with instance(FaultyStore(store.inner)) as three:
-                await three.client(user=alice).handshake()
+                await three.client(user=alice).begin()
             reason = EndReason.LIMIT
         await used.is_over()
         await elsewhere.is_over()
@@ -157,12 +157,12 @@ async def test_an_end_leaves_other_sessions_alone(store: FaultyStore, other_stor
         others = [one.client() for _ in range(3)]
         streams = []
         for other in others:
-            await other.handshake()
+            await other.begin()
             streams.append(await other.get_stream())
         await other_store.end(session_key(str(used.client.session_id)), reason=EndReason.OPERATOR)
         await used.call.answer()
         for other, stream in zip(others, streams, strict=True):
-            assert (await other.ping()).status == 200
+            assert (await other.request("tools/list")).status == 200
             assert not stream.over.is_set()
         assert one.residents == 3
         one.assert_seats_match()
@@ -174,11 +174,11 @@ async def test_a_copy_that_is_idle_leaves_when_its_session_ends_elsewhere(
     ends = Ends()
     async with instance(store, end_within=LONG, on_end=ends) as one:
         await one.first_poll()
-        session_id = await one.client().handshake()
+        session_id = await one.client().begin()
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0 and ends.told != [])
         one.assert_seats_match()
-        assert (await one.client(session_id).ping()).status == 404
+        assert (await one.client(session_id).request("tools/list")).status == 404
     assert ends.reasons == [EndReason.OPERATOR]
 
 
@@ -191,11 +191,11 @@ async def test_the_session_is_refused_while_its_copy_still_leaves(store: FaultyS
 
     notes.on_initialize = push
     async with instance(store, notes, end_within=LONG) as one:
-        session_id = await one.client().handshake()
+        session_id = await one.client().begin()
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0)
         assert registry_of(one.manager).stopping(session_id) is not None
-        assert (await one.client(session_id).ping()).status == 404
+        assert (await one.client(session_id).request("tools/list")).status == 404
         proceed.set()
 
 
@@ -205,7 +205,7 @@ async def test_a_client_that_reads_no_answer_does_not_keep_the_copy(
     monkeypatch.setattr(session_module, "LAST_ANSWERS", 0.05)
     async with instance(store, json_response=json_response, end_within=LONG) as one:
         client = one.client()
-        session_id = await client.handshake()
+        session_id = await client.begin()
         call = client.open_call("wait")
 
         async def stuck(_message: Any) -> None:
@@ -227,7 +227,7 @@ async def test_one_query_learns_of_all_sessions(store: FaultyStore, other_store:
     store.hints = False
     async with instance(store, end_within=LONG) as one:
         await one.first_poll()
-        ids = [await one.client().handshake() for _ in range(30)]
+        ids = [await one.client().begin() for _ in range(30)]
         for session_id in ids[:20]:
             await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: store.touches != [] and not activity_is_urgent(one.manager))
@@ -237,7 +237,7 @@ async def test_one_query_learns_of_all_sessions(store: FaultyStore, other_store:
         assert store.background == {"changes": 1}
         assert store.calls == []
         assert one.residents == 10
-        assert {(await one.client(session_id).ping()).status for session_id in ids[20:]} == {200}
+        assert {(await one.client(session_id).request("tools/list")).status for session_id in ids[20:]} == {200}
 
 
 async def test_polling_goes_on_whether_there_are_sessions_or_not(store: FaultyStore) -> None:
@@ -254,7 +254,7 @@ async def test_each_poll_goes_on_where_the_last_one_that_worked_ended(
     async with instance(store, end_within=LONG) as one:
         await one.first_poll()
         for _ in range(3):
-            session_id = await one.client().handshake()
+            session_id = await one.client().begin()
             await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
             store.down("changes")
             with pytest.raises(StoreUnavailable):
@@ -272,10 +272,10 @@ async def test_each_poll_goes_on_where_the_last_one_that_worked_ended(
 async def test_hints_for_sessions_of_others_cost_nothing(store: FaultyStore, other_store: FaultyStore) -> None:
     async with instance(store, end_within=LONG) as one, instance(other_store, end_within=LONG) as two:
         await one.first_poll()
-        mine = await one.client().handshake()
+        mine = await one.client().begin()
         clients = [two.client() for _ in range(5)]
         for client in clients:
-            await client.handshake()
+            await client.begin()
         polls = store.background["changes"]
         for client in clients:
             await client.delete()
@@ -288,7 +288,7 @@ async def test_hints_for_sessions_of_others_cost_nothing(store: FaultyStore, oth
 async def test_hints_that_come_together_cost_one_query(store: FaultyStore, other_store: FaultyStore) -> None:
     async with instance(store, end_within=LONG) as one:
         await one.first_poll()
-        ids = [await one.client().handshake() for _ in range(20)]
+        ids = [await one.client().begin() for _ in range(20)]
         # A report learns of ends, too.
         await until(lambda: unreported_in(one.manager) == {})
         polls = store.background["changes"]
@@ -319,7 +319,7 @@ async def test_a_broken_listener_is_logged_counted_and_tried_again_and_polling_h
     )
     store.down("listen")
     async with instance(store, end_within=SOON) as one:
-        session_id = await one.client().handshake()
+        session_id = await one.client().begin()
         await until(lambda: store.background["listen"] >= 3)
         assert "hints failed" in caplog.text
         assert failures.count({"task": "hints"}) >= 2
@@ -336,17 +336,17 @@ async def test_a_poll_that_fails_is_logged_and_tried_again_and_misses_nothing(
     monkeypatch.setattr(background, "MIN_BACKOFF", 0.01)
     store.hints = False
     async with instance(store, end_within=SOON) as one:
-        session_id = await one.client().handshake()
+        session_id = await one.client().begin()
         await one.first_poll()
         store.down("changes")
         polls = store.background["changes"]
         await until(lambda: store.background["changes"] >= polls + 3)
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
-        assert (await one.client(session_id).ping()).status == 200
+        assert (await one.client(session_id).request("tools/list")).status == 200
         assert "changes failed" in caplog.text
         store.up()
         await until(lambda: one.residents == 0)
-        assert (await one.client(session_id).ping()).status == 404
+        assert (await one.client(session_id).request("tools/list")).status == 404
 
 
 @pytest.mark.parametrize("touch", ["works", "fails at first"])
@@ -360,7 +360,7 @@ async def test_after_an_outage_that_outlives_tombstones_all_sessions_are_verifie
         await one.first_poll()
         ended, live = [one.client() for _ in range(2)]
         for client in (ended, live):
-            await client.handshake()
+            await client.begin()
         stream = await ended.get_stream()
         store.down()
         await sessions.end(session_key(str(ended.session_id)), reason=EndReason.OPERATOR)
@@ -376,8 +376,8 @@ async def test_after_an_outage_that_outlives_tombstones_all_sessions_are_verifie
         await learned(one)
         await stream.end()
         assert one.residents == 1
-        assert (await live.ping()).status == 200
-        assert (await ended.ping()).status == 404
+        assert (await live.request("tools/list")).status == 200
+        assert (await ended.request("tools/list")).status == 404
         await until(lambda: ends.told != [])
         # Where there is no outage, nothing is verified.
         store.calls.clear()
@@ -393,12 +393,12 @@ async def test_an_end_hook_that_fails_is_logged_and_the_copy_leaves(
         raise RuntimeError("the application's bug")
 
     async with instance(store, end_within=LONG, on_end=on_end) as one:
-        session_id = await one.client().handshake()
+        session_id = await one.client().begin()
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: f"the on_end hook failed for the session {session_key(session_id)}" in caplog.text)
         assert one.residents == 0
         # The instance goes on.
-        await one.client().handshake()
+        await one.client().begin()
 
 
 # Restores
@@ -409,7 +409,7 @@ async def test_a_session_that_ends_elsewhere_while_it_is_restored_is_not_publish
     store: FaultyStore, other_store: FaultyStore, when: str
 ) -> None:
     async with instance(other_store) as gone:
-        session_id = await gone.client().handshake()
+        session_id = await gone.client().begin()
     ends = Ends()
     async with instance(store, end_within=LONG, on_end=ends) as one:
         await one.first_poll()
@@ -427,7 +427,7 @@ async def test_a_session_that_ends_elsewhere_while_it_is_restored_is_not_publish
         await until(lambda: stopping_in(one.manager) == {})
         assert one.residents == 0
         one.assert_seats_match()
-        assert (await one.client(session_id).ping()).status == 404
+        assert (await one.client(session_id).request("tools/list")).status == 404
 
 
 # Lifetimes
@@ -442,7 +442,7 @@ async def test_the_absolute_lifetime_ends_copies_that_are_in_use(
     session_id = None
     if restored:
         async with instance(FaultyStore(sessions)) as gone:
-            session_id = await gone.client().handshake()
+            session_id = await gone.client().begin()
         clock.advance(HOUR / 2)
     # Nothing but the eviction task learns of it: polls and reports are far away.
     async with instance(
@@ -454,7 +454,7 @@ async def test_the_absolute_lifetime_ends_copies_that_are_in_use(
             clock.advance(HOUR / 2)
         clock.advance(timedelta(minutes=29))
         await evict_unused(one.manager)
-        assert (await used.client.ping()).status == 200
+        assert (await used.client.request("tools/list")).status == 200
         assert not used.stream.over.is_set()
         clock.advance(timedelta(minutes=1, seconds=1))
         await used.is_over()
@@ -468,13 +468,13 @@ async def test_a_request_after_the_absolute_lifetime_is_refused_whether_the_copy
     sessions.retention = RetentionPolicy(absolute=HOUR)
     async with instance(store, end_within=LONG, evict_after=None) as one:
         client = one.client()
-        await client.handshake()
-        await until(lambda: not activity_is_urgent(one.manager))
+        await client.begin()
+        await activity_of(one.manager).report(everything=True)
         clock.advance(timedelta(minutes=59))
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         clock.advance(timedelta(minutes=2))
         assert one.residents == 1
-        assert (await client.ping()).status == 404
+        assert (await client.request("tools/list")).status == 404
         assert one.notes.replayed("initialize") == []
 
 
@@ -485,18 +485,18 @@ async def test_an_idle_session_expires_on_a_copy_that_nothing_evicts(
     async with instance(store, end_within=LONG, evict_after=None) as one:
         clients = [one.client() for _ in range(2)]
         for client in clients:
-            await client.handshake()
+            await client.begin()
         await one.at_rest()
         await activity_of(one.manager).report(everything=True)
         clock.advance(timedelta(minutes=59))
         await evict_unused(one.manager)
         assert one.residents == 2
-        assert (await clients[0].ping()).status == 200
+        assert (await clients[0].request("tools/list")).status == 200
         clock.advance(timedelta(minutes=2))
-        assert (await clients[1].ping()).status == 404
+        assert (await clients[1].request("tools/list")).status == 404
         await evict_unused(one.manager)
         assert one.residents == 1
-        assert (await clients[0].ping()).status == 200
+        assert (await clients[0].request("tools/list")).status == 200
         assert one.notes.replayed("initialize") == []
 
 
@@ -509,15 +509,15 @@ async def test_a_session_that_was_used_elsewhere_meanwhile_goes_on_here(
         instance(other_store, end_within=LONG, evict_after=None) as two,
     ):
         client = one.client()
-        session_id = await client.handshake()
+        session_id = await client.begin()
         await one.at_rest()
         await activity_of(one.manager).report(everything=True)
         for _ in range(4):
             clock.advance(timedelta(minutes=20))
-            assert (await two.client(session_id).ping()).status == 200
+            assert (await two.client(session_id).request("tools/list")).status == 200
             await activity_of(two.manager).report(everything=True)
         # Expired as far as this instance knows; the store knows better.
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         assert len(one.notes.replayed("initialize")) == 1
 
 
@@ -534,7 +534,7 @@ async def test_an_abandoned_new_session_expires_after_ten_minutes_on_its_copy_to
         clock.advance(timedelta(minutes=2))
         await evict_unused(one.manager)
         assert one.residents == 0
-        assert (await client.ping()).status == 404
+        assert (await client.request("tools/list")).status == 404
 
 
 # Clocks
@@ -560,28 +560,28 @@ async def test_an_instance_whose_wall_clock_is_wrong_behaves_like_any_other(
     async with instance(store, end_within=LONG, evict_after=None, on_end=ends) as one:
         await one.first_poll()
         client, quiet = one.client(), one.client()
-        session_id = await client.handshake()
-        await quiet.handshake()
+        session_id = await client.begin()
+        await quiet.begin()
         await one.at_rest()
         await activity_of(one.manager).report(everything=True)
         for _ in range(2):
             clock.advance(timedelta(minutes=15))
-            assert (await client.ping()).status == 200
+            assert (await client.request("tools/list")).status == 200
             await activity_of(one.manager).report(everything=True)
             await evict_unused(one.manager)
         assert await store.expiry(session_id) == timedelta(minutes=20)
         # The other one was idle for as long as it may.
         assert one.residents == 1
-        assert (await quiet.ping()).status == 404
+        assert (await quiet.request("tools/list")).status == 404
         # Evicted and restored, and still the same lifetimes.
         await one.terminate(session_id)
-        assert (await client.ping()).status == 200
+        assert (await client.request("tools/list")).status == 200
         await client.get_stream()
         clock.advance(timedelta(minutes=19))
         await evict_unused(one.manager)
         assert one.residents == 1
         clock.advance(timedelta(minutes=3))
-        assert (await client.ping()).status == 404
+        assert (await client.request("tools/list")).status == 404
         await evict_unused(one.manager)
         await until(lambda: one.residents == 0)
 
@@ -594,7 +594,7 @@ async def test_ends_are_learned_of_whatever_the_wall_clock_says(
     store.hints = False
     async with instance(store, end_within=SOON) as one:
         await one.first_poll()
-        session_id = await one.client().handshake()
+        session_id = await one.client().begin()
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0)
 
@@ -610,11 +610,11 @@ async def test_a_second_initialize_in_a_session_that_has_ended_elsewhere_ends_th
     async with instance(store, json_response=json_response, end_within=LONG, on_end=ends) as one:
         await one.first_poll()
         client = one.client()
-        session_id = await client.handshake()
+        session_id = await client.begin()
         stream = await client.get_stream()
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         assert (await client.initialize({**INITIALIZE_PARAMS, "n": 1})).status == 404
-        assert (await client.ping()).status == 404
+        assert (await client.request("tools/list")).status == 404
         await stream.end()
         await until(lambda: ends.told != [])
         one.assert_seats_match()
@@ -628,7 +628,7 @@ async def test_a_session_that_ends_elsewhere_during_its_second_initialize_is_ove
     reached, proceed = anyio.Event(), anyio.Event()
     async with instance(store, notes, json_response=json_response, end_within=LONG) as one:
         client = one.client()
-        session_id = await client.handshake()
+        session_id = await client.begin()
 
         async def hold(_ctx: RequestContext) -> None:
             reached.set()
@@ -643,5 +643,5 @@ async def test_a_session_that_ends_elsewhere_during_its_second_initialize_is_ove
         assert answer.status in (404, 503) or answer.error["message"] == "Session ended"
         await until(lambda: stopping_in(one.manager) == {})
         one.assert_seats_match()
-        assert (await client.ping()).status == 404
+        assert (await client.request("tools/list")).status == 404
         proceed.set()

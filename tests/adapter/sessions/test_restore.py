@@ -106,7 +106,7 @@ async def test_a_restore_is_claimed_and_counted(store: FaultyStore) -> None:
     session_id = await open_session(store)
     for restores in (1, 2):
         async with instance(store) as one:
-            await one.client(session_id).ping()
+            await one.client(session_id).request("tools/list")
             record = await store.restored(session_id, restores)
             assert record.restores == restores
             assert record.instance_hint == one.manager.instance

@@ -58,6 +58,8 @@ class _Unreported:
     last: float
     restores: int = 0
     """Number of restores that is claimed with the activity; 0: none."""
+    used: bool = True
+    """Whether it is a use of the session."""
 
 
 class ActivityReporter:
@@ -90,26 +92,33 @@ class ActivityReporter:
         self.wake: Final = Wake(gathering=GATHERING)
 
     def note(self, session: ResidentSession) -> None:
-        """Note that a session is in use now."""
+        """Note that a session is in use now, unless nothing has been asked of it yet that is a use."""
+        if not session.lifetime.used:
+            return
         assert session.record is not None
         key, now = session.record.key, clock.now()
         unreported = self._unreported.get(key)
         if unreported is not None:
             unreported.last = now
+            if not unreported.used:
+                # Claimed before its first use.
+                unreported.used = True
+                self._report_soon(key)
             return
         self._unreported[key] = _Unreported(now, now)
         if self._expires_soon(session, now):
             self._report_soon(key)
 
-    def claim(self, key: UUID, *, restores: int, since: float) -> None:
+    def claim(self, key: UUID, *, restores: int, since: float, used: bool) -> None:
         """Note that a session was restored, which the next report claims.
 
         Args:
             key: Key of the session.
             restores: Number of its restores, this one included.
             since: Moment, by `clock`, at which the session was in use and live.
+            used: Whether the session was ever used.
         """
-        claimed = _Unreported(since, since, restores)
+        claimed = _Unreported(since, since, restores, used=used)
         unreported = self._unreported.setdefault(key, claimed)
         if unreported is not claimed:
             _merge({key: claimed}, into=self._unreported)
@@ -145,7 +154,9 @@ class ActivityReporter:
             if session.record is None:
                 continue
             unreported = self._unreported.get(session.record.key)
-            if session.pins:
+            if not session.lifetime.used:
+                self._look_at_unused(session, everything=everything)
+            elif session.pins:
                 now = clock.now()
                 if unreported is None:
                     self._unreported[session.record.key] = _Unreported(now, now)
@@ -157,6 +168,17 @@ class ActivityReporter:
             elif (everything and session.lifetime.reported_at > -math.inf) or (session.past_idle and session.busy):
                 # Not those that are new and were never used.
                 self._unreported[session.record.key] = _Unreported(session.last_contact, session.last_contact)
+
+    def _look_at_unused(self, session: ResidentSession, *, everything: bool) -> None:
+        assert session.record is not None
+        lifetime, policy = session.lifetime, self._store.retention
+        if session.streams and clock.now() - lifetime.opened_at > policy.new_session_lifetime.total_seconds() / 2:
+            lifetime.used = True
+            self.note(session)
+        elif everything:
+            # To learn whether it is live.
+            now = clock.now()
+            _merge({session.record.key: _Unreported(now, now, used=False)}, into=self._unreported)
 
     async def report(self, *, everything: bool = False) -> Collection[UUID]:
         """Report the activity that is due.
@@ -196,6 +218,7 @@ class ActivityReporter:
                         last_age=now - one.last,
                         claimed_by=self.instance if one.restores else None,
                         restores=one.restores,
+                        used=one.used,
                     )
                     for key, one in reported.items()
                 ]
@@ -209,7 +232,7 @@ class ActivityReporter:
             self._under_way = [others for others in self._under_way if others is not reported]
         self.failing = False
         for key in reported.keys() - not_live:
-            if (session := self._registry.with_key(key)) is not None:
+            if (session := self._registry.with_key(key)) is not None and reported[key].used:
                 session.lifetime.reported(reported[key].last, self._store.retention)
         return not_live
 
@@ -224,5 +247,8 @@ def _merge(some: dict[UUID, _Unreported], *, into: dict[UUID, _Unreported]) -> N
     for key, one in some.items():
         other = into.get(key, one)
         into[key] = _Unreported(
-            min(one.first, other.first), max(one.last, other.last), max(one.restores, other.restores)
+            min(one.first, other.first),
+            max(one.last, other.last),
+            max(one.restores, other.restores),
+            used=one.used or other.used,
         )

@@ -21,7 +21,7 @@ class Lifetime:
     changes nothing.
     """
 
-    __slots__ = ("ends_at", "expiry_reported", "idle", "reported_at")
+    __slots__ = ("ends_at", "expiry_reported", "idle", "opened_at", "reported_at", "used")
 
     def __init__(self) -> None:
         self.ends_at = math.inf
@@ -32,6 +32,14 @@ class Lifetime:
         """Moment of the last activity that is stored."""
         self.expiry_reported = -math.inf
         """Moment at which the session expires by the activity that is stored."""
+        self.used = True
+        """Whether the client has made use of the session since it opened it: until then it keeps the life of a new one.
+
+        A request other than `initialize` and `ping` is a use. Notifications are none: `notifications/initialized`
+        is part of each handshake. A stream that the client keeps open for half of that life is.
+        """
+        self.opened_at = -math.inf
+        """Moment at which a session that is not used was opened."""
 
     @property
     def past_absolute(self) -> bool:
@@ -53,6 +61,9 @@ class Lifetime:
         moment, stored_at = clock.now(), record.last_seen_at
         if loaded_at is not None and record.loaded_at is not None:
             moment, stored_at = loaded_at, record.loaded_at
+        self.used = not new and record.last_seen_at > record.created_at
+        if not self.used:
+            self.opened_at = moment - (stored_at - record.created_at).total_seconds()
         if policy.absolute is not None:
             self.ends_at = moment + (record.created_at + policy.absolute - stored_at).total_seconds()
         if new:

@@ -278,7 +278,9 @@ class Restorer:
                 if session.lifetime.past_absolute:
                     raise SessionNotFound
                 if loaded_at is not None:
-                    self._activity.claim(record.key, restores=marker.restores, since=loaded_at)
+                    self._activity.claim(
+                        record.key, restores=marker.restores, since=loaded_at, used=session.lifetime.used
+                    )
                 session.stale_since = interest.stale_since
                 session.marker = SessionRestoreMarker(
                     session_id=marker.session_id,

@@ -116,7 +116,7 @@ class Records:
             waited = now - touch.called_at
             by_driver_key = {self._dialect.driver_key(one.key): one for one in touch.activities}
             reports = [
-                (key, one.first_age + waited, one.last_age + waited, one.claimed_by, one.restores)
+                (key, one.first_age + waited, one.last_age + waited, one.claimed_by, one.restores, int(one.used))
                 for key, one in by_driver_key.items()
             ]
             rows = yield sql.touch, sql.touches.parameters(reports)

@@ -135,6 +135,7 @@ class SessionStatements:
                 "last_age": sa.Double(),
                 "instance": sa.Text(),
                 "restores": sa.Integer(),
+                "used": sa.Integer(),
             },
         )
         self.touch = dialect.precompiled(self._touch())
@@ -219,7 +220,7 @@ class SessionStatements:
             lambda touched: locked(table, touched.key, self._live(ArrivalClock(-touched.first_age)))
         ).cte("locked")
         last = ArrivalClock(-touched.c.last_age)
-        seen = sa.case((table.c.last_seen_at < last, last), else_=table.c.last_seen_at)
+        seen = sa.case(((touched.c.used == 1) & (table.c.last_seen_at < last), last), else_=table.c.last_seen_at)
         return (
             sa.update(table)
             .where(table.c.key == touched.c.key, self.touches.in_batch(table.c.key))
@@ -228,7 +229,13 @@ class SessionStatements:
                 instance_hint=sa.func.coalesce(touched.c.instance, table.c.instance_hint),
                 restores=self._counted(touched),
                 last_seen_at=seen,
-                expires_at=expiry(self._retention, created_at=table.c.created_at, last_seen_at=seen),
+                expires_at=sa.case(
+                    (
+                        touched.c.used == 1,
+                        expiry(self._retention, created_at=table.c.created_at, last_seen_at=seen),
+                    ),
+                    else_=table.c.expires_at,
+                ),
             )
             # A report may arrive so late that the session has expired again; and none extends the absolute limit.
             .returning(table.c.key, table.c.expires_at, StoreClock().label("now"))

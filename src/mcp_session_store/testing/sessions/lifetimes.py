@@ -74,6 +74,16 @@ class Lifetimes(StoreSuite):
         assert record.last_seen_at >= created.last_seen_at
         assert record.created_at == created.created_at
 
+    async def test_an_activity_without_a_use_claims_and_extends_nothing(self, make_store: MakeStore) -> None:
+        store = with_policy(make_store, RetentionPolicy(idle=timedelta(days=1)))
+        created = await store.create(new_session())
+        claim = Activity(key=created.key, first_age=0.0, last_age=0.0, claimed_by="instance-b", restores=1, used=False)
+        assert await store.touch([claim]) == set()
+        record = await store.load(created.key)
+        assert record is not None
+        assert (record.instance_hint, record.restores) == ("instance-b", 1)
+        assert (record.last_seen_at, record.expires_at) == (created.last_seen_at, created.expires_at)
+
     async def test_a_report_that_comes_later_than_the_idle_time_extends_nothing_to_now(
         self, make_store: MakeStore
     ) -> None:
