@@ -207,17 +207,14 @@ class SessionRecord:
 class Activity:
     """A report that a session was in use, in seconds before now on the reporting instance's monotonic clock.
 
-    Ages instead of times, because the store subtracts them from its own clock: an instance whose wall clock is
-    wrong reports the same as any other.
-
+    Ages instead of times, because the store subtracts them from its own clock: a wall clock that is wrong changes nothing.
     It also claims the session for an instance that has restored it since its last report.
     """
 
     key: UUID
     first_age: float
     """Seconds since the first activity that has not been reported yet."""
-    last_age: float
-    """Seconds since the last activity; at most `first_age`."""
+    last_age: float  # at most `first_age`
     claimed_by: str | None = None
     """Id of the instance that claims the session, because it has restored it; `None`: this is no claim."""
     restores: int = 0

@@ -34,12 +34,13 @@ async def test_a_session_lives_ten_minutes_until_it_is_used_and_is_unknown_when_
             assert abs(row["expires_at"] - row["created_at"] - timedelta(minutes=10)) < timedelta(seconds=1)
 
         await used.notify("notifications/initialized")
+        assert (await used.call_tool("whoami")).status == 200
 
         async def lives_on() -> bool:
             row = await records.row(used.session_id)
             return bool(row["expires_at"] - row["last_seen_at"] > timedelta(hours=23))
 
-        await until(lives_on, "the first activity has given the session the policy's life")
+        await until(lives_on, "the first use has given the session the policy's life")
         row = await records.row(unused.session_id)
         assert row["expires_at"] - row["created_at"] < timedelta(minutes=11)
         await records.expire(expired.session_id)
