@@ -207,7 +207,7 @@ class SessionRecord:
 class Activity:
     """A report that a session was in use, in seconds before now on the reporting instance's monotonic clock.
 
-    Ages instead of times, because the store subtracts them from its own clock: a wall clock that is wrong changes nothing.
+    Ages instead of times, because the store subtracts them from its own clock: a wrong wall clock changes nothing.
     It also claims the session for an instance that has restored it since its last report.
     """
 
