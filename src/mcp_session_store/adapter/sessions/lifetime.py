@@ -76,6 +76,8 @@ class Lifetime:
             self.idle = math.inf if policy.idle is None else policy.idle.total_seconds()
             expires_at = record.expires_at
             self.expiry_reported = math.inf if expires_at is None else moment + (expires_at - stored_at).total_seconds()
+        if not self.used:
+            self.expiry_reported = -math.inf  # its first use is reported at once
 
     def reported(self, moment: float, policy: RetentionPolicy) -> None:
         """Note that the activity up to a moment is stored."""
