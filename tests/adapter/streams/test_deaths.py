@@ -96,6 +96,19 @@ async def test_a_pause_of_an_instance_is_not_time_in_which_it_saw_that_others_he
     assert await two.find_dead([ONE]) == []
 
 
+async def test_what_was_seen_the_last_time_that_a_client_waited_does_not_count(
+    log: FaultyLog, other_log: FaultyLog, clock: Clock
+) -> None:
+    one, two = known(log, ONE), known(other_log, TWO)
+    async with holding(one):
+        pass
+    assert await looks(two, clock, seconds=2) == []
+    # The client goes. The instance holds something again, and loses it again.
+    async with holding(one):
+        clock.advance(5 * SECOND)
+    assert await two.find_dead([ONE]) == []
+
+
 async def test_an_instance_that_leaves_holds_nothing_before_its_tasks_end(
     log: FaultyLog, other_log: FaultyLog, clock: Clock
 ) -> None:
@@ -141,3 +154,22 @@ async def test_an_instance_that_stops_says_first_that_it_holds_nothing(store: Fa
         log.down("retire")
         name = one.manager.instance.rpartition(":")[2]
     assert not (await log.inner.last_beats([name]))[name].released
+
+
+async def test_a_death_is_noticed_although_notifications_cannot_be_asked_for(
+    store: FaultyStore, other_store: FaultyStore, other_log: FaultyLog
+) -> None:
+    talking, log = Talking(), FaultyLog(store)
+    other_log.hints = False
+    other_log.down("follow")
+    async with instance(other_store, events=other_log, instance_timeout=3600) as two:
+        async with instance(store, talking.notes, events=log) as one:
+            client = one.client()
+            session_id = await client.handshake()
+            call, last_event_id = await away(talking, client)
+            resumed = await opened(two.client(session_id), last_event_id)
+            await call.say("a")
+            await until(lambda: told(resumed.messages) == ["a"])
+            log.down("append")
+        await resumed.end()
+        assert told(resumed.messages) == ["a", "lost"]

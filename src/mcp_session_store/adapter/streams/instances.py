@@ -123,8 +123,10 @@ class Instances:
     def _note_released(self, released: Collection[str]) -> dict[str, float]:
         """Note a look at other instances; return for how many seconds each has been seen to hold nothing any more."""
         now = anyio.current_time()
+        passed, self._looked_at = now - self._looked_at, now
+        # What was seen before a longer gap, as no client waited, may have been over since.
+        before = self._released_for if passed <= RELEASED_FOR else {}
         # No longer than that, because nothing is known of a pause of this process, or of an outage.
-        passed, self._looked_at = min(now - self._looked_at, LOOK), now
-        before = self._released_for
+        passed = min(passed, LOOK)
         self._released_for = {name: before[name] + passed if name in before else 0.0 for name in released}
         return self._released_for
