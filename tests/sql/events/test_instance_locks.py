@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from mcp_session_store.sql import SqlEventLog
 from mcp_session_store.sql.dialects.advisory_locks import LOCK_CLASS, lock_number
 from mcp_session_store.sql.dialects.lock_files import STALE_AFTER, lock_folder
 from mcp_session_store.sql.schema import migrate
+from mcp_session_store.testing import new_event, new_session
 from tests.support.clients import until
-from tests.support.databases import execute, settled
+from tests.support.databases import engine_of, execute, settled, sql_store
 from tests.support.forking import ForkedProcess
 from tests.support.servers import ROOT
 
@@ -149,6 +151,24 @@ async def test_an_instance_whose_connection_is_cut_says_with_its_next_heartbeat_
         async with listening(log, name):
             assert await epoch(postgres_url, log, name) is not None
             assert not await is_released(other, name)
+
+
+async def test_a_heartbeat_waits_for_no_session_that_is_locked(postgres_url: str) -> None:
+    async with sql_store(postgres_url) as store:
+        log = SqlEventLog(store)
+        key = (await store.create(new_session())).key
+        await log.append(key, [new_event(0)])
+        async with engine_of(log).connect() as other:
+            await other.execute(sa.text("BEGIN"))
+            await other.execute(sa.text("SELECT * FROM mcp_session_log FOR UPDATE"))
+            following = asyncio.ensure_future(log.follow([key]))
+            await asyncio.sleep(0.1)
+            async with asyncio.timeout(2):
+                await log.beat(instance("mine"))
+            assert not following.done()
+            await other.execute(sa.text("ROLLBACK"))
+        await following
+        await settled(store, log)
 
 
 async def test_a_lock_that_an_application_has_taken_is_left_to_it(postgres_url: str) -> None:

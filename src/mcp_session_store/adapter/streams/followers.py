@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from mcp_session_store.adapter.background import Wake
+from mcp_session_store.adapter.background import Wake, report_failure
 from mcp_session_store.event_log import STANDALONE_STREAM
 
 if TYPE_CHECKING:
@@ -187,7 +187,11 @@ class Followers:
         keys = {follower.key for of_instance in self._by_instance.values() for follower in of_instance}
         if keys and now - self._asked_at > ASK_AGAIN:
             # Before the poll, so that events which come after it are notified of.
-            await self._log.follow(keys)
+            try:
+                await self._log.follow(keys)
+            except Exception as error:
+                # Polling is enough. A log that one of them has locked would keep all from it.
+                report_failure("notifications", error)
             self._asked_at = now
         if now - self._standalone_at > STANDALONE_INTERVAL:
             keys.update(key for key in self._by_session if self.of(key, STANDALONE_STREAM))

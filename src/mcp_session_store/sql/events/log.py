@@ -53,7 +53,7 @@ class SqlEventLog(EventLog):
     """Events in Postgres or SQLite, shared by any number of processes.
 
     Events of all sessions that are stored at once share a commit; a lone event is stored at once. Storing takes two
-    connections at most, of which one is for large appends, reading another, and all other calls three; on Postgres
+    connections at most, of which one is for large appends, reading another, and all other calls four; on Postgres
     `listen` takes one more.
 
     Args:
@@ -113,6 +113,8 @@ class SqlEventLog(EventLog):
         self._heads = Batcher(self._database, self._tail.heads, writes=False)
         self._reads: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
         self._chores: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=True, max_batch=1)
+        # Not behind the chores, because others take an instance for dead that waits there.
+        self._beats: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=True, max_batch=1)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"
@@ -136,6 +138,7 @@ class SqlEventLog(EventLog):
             self._heads,
             self._reads,
             self._chores,
+            self._beats,
         )
         await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
         if self._owned:
@@ -198,11 +201,11 @@ class SqlEventLog(EventLog):
     async def beat(self, instance: str, *, held: bool = True) -> None:
         check_texts(instance=instance)
         held = held and instance_name(instance) in self._listener.held
-        await self._do(lambda attempt: self._instances.beat(attempt, instance, held=held))
+        await self._beats.submit(lambda attempt: self._instances.beat(attempt, instance, held=held))
 
     async def retire(self, instance: str) -> None:
         check_texts(instance=instance)
-        await self._do(lambda attempt: self._instances.remove(attempt, instance_name(instance)))
+        await self._beats.submit(lambda attempt: self._instances.remove(attempt, instance_name(instance)))
 
     async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
         for name in names:
