@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import mcp_types as types
 import pytest
 from mcp.shared.message import ServerMessageMetadata
@@ -332,6 +333,53 @@ async def test_a_call_beyond_its_principals_share_is_answered_as_lost(
         assert lost.error["data"] == {"reason": "lost"}
         one.notes.proceed.set()
         assert (await calls[1].answer()).text == "waited"
+
+
+@pytest.mark.parametrize("stalled", ["body", "answer"])
+async def test_requests_that_stall_keep_no_place_beyond_a_share(
+    store: FaultyStore, json_response: bool, stalled: str
+) -> None:
+    async with instance(store, max_sessions=4, json_response=json_response) as one:
+        for _ in range(4):
+            client = one.client(user=principal("alice"))
+            await client.handshake()
+            await one.at_rest()
+            if stalled == "body":
+                client.open_parts(b"{" + b" " * 100_000, whole=False)
+            else:
+                (await running(one, client)).stop_reading()
+        one.notes.proceed.set()
+        await until(lambda: all(session.pins and not session.in_flight for session in registry_of(one.manager)))
+        # Each has a client that is in contact.
+        assert (await one.client().initialize()).status == 503
+        for _ in range(2):
+            await held(one, user=principal("bob"))
+        assert (await one.client(user=principal("bob")).initialize()).status == 503
+        await until(lambda: not stopping_in(one.manager))
+        one.assert_seats_match()
+
+
+async def test_an_answer_on_its_way_to_the_client_leaves_after_all_others(store: FaultyStore) -> None:
+    async with instance(store, max_sessions=3) as one:
+        answered = one.client(user=principal("alice"))
+        await answered.handshake()
+        await one.at_rest()
+        call = await running(one, answered)
+        call.stop_reading()
+        one.notes.proceed.set()
+        session = resident_of(one.manager, str(answered.session_id))
+        await until(lambda: session.in_flight == 0)
+        one.notes.proceed = anyio.Event()
+        other = one.client(user=principal("alice"))
+        await other.handshake()
+        await running(one, other)
+        await held(one, user=principal("alice"))
+        await held(one, user=principal("bob"))
+        assert {answered.session_id, other.session_id} < in_memory(one)
+        await held(one, user=principal("carol"))
+        assert answered.session_id in in_memory(one)
+        call.read_on()
+        assert (await call.answer()).text == "waited"
 
 
 async def test_a_stranger_cancels_no_running_call(store: FaultyStore) -> None:

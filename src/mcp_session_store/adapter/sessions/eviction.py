@@ -33,7 +33,7 @@ class EvictionOrder:
     First those that are idle, the longest idle first. Then those without contact: first the ones whose calls all wait
     for an answer of the client, then those whose calls cannot be resumed, and last those whose calls can. A copy that
     has contact, or had it a short time ago, makes room only where its principal holds more than its share. A copy with
-    a finished answer on its way stays.
+    a finished answer on its way to the log stays, and one with an answer on its way to the client leaves last.
 
     Args:
         published: Returns the copies that requests find.
@@ -50,10 +50,18 @@ class EvictionOrder:
         self._searched_at = -math.inf
         self._held: dict[_Principal, dict[ResidentSession, None]] = {}
         """Copies that hold a place, by principal; those without a principal have no share."""
+        self._by_number: dict[int, dict[_Principal, None]] = {}
+        """Principals by the number of copies that they hold."""
+        self._orders: dict[_Principal, tuple[float, dict[ResidentSession, None]]] = {}
+        """Copies of principals that held more than their share, in their order, and when that was looked at."""
 
     def add(self, session: ResidentSession, owner: AuthorizationContext) -> None:
         """Note that a copy of a principal's session holds a place."""
-        self._held.setdefault(_principal(owner), {})[session] = None
+        principal = _principal(owner)
+        held = self._held.setdefault(principal, {})
+        held[session] = None
+        self._number_changed(principal, len(held) - 1, len(held))
+        self._orders.pop(principal, None)
 
     def remove(self, session: ResidentSession) -> None:
         """Note that a copy does not hold its place any more."""
@@ -61,8 +69,12 @@ class EvictionOrder:
             principal = _principal(session.owner)
             held = self._held[principal]
             del held[session]
+            self._number_changed(principal, len(held) + 1, len(held))
             if not held:
                 del self._held[principal]
+                self._orders.pop(principal, None)
+            elif principal in self._orders:
+                self._orders[principal][1].pop(session, None)
         if self._abandoned:
             self._abandoned.pop(session, None)
 
@@ -89,18 +101,38 @@ class EvictionOrder:
             if _rank(session, now) is not None:
                 yield session
 
+    def _number_changed(self, principal: _Principal, before: int, after: int) -> None:
+        if before:
+            principals = self._by_number[before]
+            del principals[principal]
+            if not principals:
+                del self._by_number[before]
+        if after:
+            self._by_number.setdefault(after, {})[principal] = None
+
     def _beyond_share(self, newcomer: _Principal) -> Iterator[ResidentSession]:
         """Return the copies of principals that hold more than their share, those that hold most first."""
         principals = len(self._held) + (newcomer not in self._held)
         least = max(self._capacity / principals, len(self._held.get(newcomer, ())) + 1)
-        beyond = [held for held in self._held.values() if len(held) > least]
         now = clock.now()
-        for held in sorted(beyond, key=len, reverse=True):
-            in_use = [one for one in held if one.record is not None and one.busy and not one.answering]
-            # Those with a call last, because it is cancelled.
-            in_use.sort(key=lambda one: (one.in_flight > 0, one.pins > 0, one.last_contact))
-            others = (session for session in in_use if _rank(session, now) is None)
-            yield from islice(others, math.ceil(len(held) - least))
+        for number in sorted((number for number in self._by_number if number > least), reverse=True):
+            for principal in self._by_number[number]:
+                in_use = (one for one in self._in_order(principal, now) if _is_in_use(one, now))
+                yield from islice(in_use, math.ceil(number - least))
+
+    def _in_order(self, principal: _Principal, now: float) -> Iterable[ResidentSession]:
+        """Return the copies of a principal in the order in which they make room for other principals."""
+        looked_at, order = self._orders.get(principal, (-math.inf, {}))
+        if now - looked_at >= SEARCH_PAUSE:
+            # Those with a call after the others, because it is cancelled.
+            order = dict.fromkeys(
+                sorted(
+                    self._held[principal],
+                    key=lambda one: (one.answering, one.in_flight > 0, one.pins > 0, one.last_contact),
+                )
+            )
+            self._orders[principal] = now, order
+        return order
 
 
 def _principal(owner: AuthorizationContext) -> _Principal:
@@ -117,3 +149,11 @@ def _rank(session: ResidentSession, now: float) -> int | None:
     if session.events is None or not session.events.resumable:
         return 1
     return 2 if away >= AWAY_RESUMABLE else None
+
+
+def _is_in_use(session: ResidentSession, now: float) -> bool:
+    """Return whether a copy is in use and may make room all the same, for another principal."""
+    # An answer that a client does not read, or a body that it does not send, keeps no others out.
+    if session.record is None or not session.busy or (session.events is not None and session.events.busy):
+        return False
+    return _rank(session, now) is None
