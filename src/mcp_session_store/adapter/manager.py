@@ -288,6 +288,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             self._registry,
             self._journal,
             self._ender.end_not_live,
+            self._activity.first_used,
             instance=self.instance,
             max_initialize_params=self._settings.max_initialize_params,
         )

@@ -122,7 +122,6 @@ class Router:
             session = found
         else:
             session.pin()
-        was_used = session.lifetime.used
         try:
             if method == "POST" and not incoming.whole:
                 await self._read_rest(incoming, scope, send)
@@ -156,8 +155,6 @@ class Router:
                 del self._departures.waiting[incoming]
                 if self._departures.watches:
                     self._departures.over(incoming)
-            if not was_used:
-                self._activity.note(session)  # this may have been its first use
             session.unpin()
 
     async def _read_rest(self, incoming: Incoming, scope: Scope, send: Send) -> None:

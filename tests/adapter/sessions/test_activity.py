@@ -76,6 +76,21 @@ async def test_a_new_record_lives_ten_minutes(store: FaultyStore) -> None:
     assert await store.expiry(session_id) == NEW_SESSION_LIFETIME
 
 
+async def test_a_first_use_that_lasts_is_reported_at_once(store: FaultyStore) -> None:
+    async with instance(store, activity_interval=3600, end_within=NO_POLL) as one:
+        await one.first_poll()
+        client = one.client()
+        await client.handshake()
+        await one.at_rest()
+        store.calls.clear()
+        call = client.open_call("wait")
+        await until(lambda: store.counts()["touch"] == 1)
+        assert one.notes.waiting == 1
+        assert await store.expiry(client.session_id) == DAY
+        one.notes.proceed.set()
+        assert (await call.answer()).text == "waited"
+
+
 async def test_the_first_use_makes_a_record_live_on(store: FaultyStore) -> None:
     async with instance(store) as one:
         await one.first_poll()

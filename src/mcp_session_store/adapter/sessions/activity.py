@@ -109,6 +109,11 @@ class ActivityReporter:
         if self._expires_soon(session, now):
             self._report_soon(key)
 
+    def first_used(self, session: ResidentSession) -> None:
+        """Note the first use of a session, which the next report extends although its request may last."""
+        session.lifetime.used = True
+        self.note(session)
+
     def claim(self, key: UUID, *, restores: int, since: float, used: bool) -> None:
         """Note that a session was restored, which the next report claims.
 
@@ -173,8 +178,7 @@ class ActivityReporter:
         assert session.record is not None
         lifetime, policy = session.lifetime, self._store.retention
         if session.streams and clock.now() - lifetime.opened_at > policy.new_session_lifetime.total_seconds() / 2:
-            lifetime.used = True
-            self.note(session)
+            self.first_used(session)
         elif everything:
             # To learn whether it is live.
             now = clock.now()

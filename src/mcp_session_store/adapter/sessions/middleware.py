@@ -59,7 +59,7 @@ async def session_middleware(ctx: ServerRequestContext[Any, Any], call_next: Cal
         if ctx.method == "initialize" and ctx.request_id is not None:
             return await _store_handshake(ctx, call_next, session, handshake or Handshake())
         if not session.lifetime.used and ctx.request_id is not None and ctx.method != "ping":
-            session.lifetime.used = True
+            scope[RECORD_WRITER].on_first_use(session)
         if handshake is not None:
             handshake.settle(HandshakeOutcome.NOT_OPENED)
         if ctx.request_id is not None and ctx.method in scope[RECORD_WRITER].journal.methods:

@@ -37,6 +37,7 @@ class RecordWriter:
         registry: Registry in which a session is published when its record is committed.
         journal: Rules that say which calls are stored, and as what.
         on_not_live: Called with the keys of sessions that turn out not to be live any more.
+        on_first_use: Called with a session of which something is asked for the first time.
         instance: Id of this instance.
         max_initialize_params: Highest number of bytes of `initialize` params, as JSON, that are stored.
     """
@@ -47,6 +48,7 @@ class RecordWriter:
         registry: Registry,
         journal: Journal,
         on_not_live: Callable[[Collection[UUID]], Awaitable[None]],
+        on_first_use: Callable[[ResidentSession], None],
         *,
         instance: str,
         max_initialize_params: int,
@@ -54,6 +56,7 @@ class RecordWriter:
         self._store = store
         self._registry = registry
         self._on_not_live = on_not_live
+        self.on_first_use: Final = on_first_use
         self._instance = instance
         self.journal: Final = journal
         self.max_initialize_params: Final = max_initialize_params
