@@ -14,6 +14,7 @@ from mcp_session_store.adapter.sessions import changes
 from tests.support.asgi import PATIENCE, until
 from tests.support.instances import instance
 from tests.support.internals import changes_of, has_polled
+from tests.support.stateful import Stateful, set_level
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,6 +85,24 @@ async def test_a_session_is_verified_before_it_is_served_after_a_pause(
         assert (await live.ping()).status == 200
         assert store.counts()["load"] == 3
         await until(lambda: one.residents == 1)
+
+
+async def test_a_copy_that_missed_a_change_in_a_pause_is_restored(
+    store: FaultyStore, other_store: FaultyStore, advance: Callable[[float], None]
+) -> None:
+    store.down("listen")  # or a notification makes it poll
+    async with (
+        instance(store, Stateful(), end_within=WITHIN) as one,
+        instance(other_store, Stateful(), end_within=WITHIN) as two,
+    ):
+        client = one.client()
+        session_id = await client.handshake()
+        await settled(one)
+        await set_level(two.client(session_id), "debug")
+        advance(WITHIN + 1)
+        assert (await client.ping()).status == 200
+        assert len(one.notes.replayed("logging/setLevel")) == 1
+        one.assert_seats_match()
 
 
 async def test_a_poll_that_was_under_way_in_a_pause_verifies_nothing(

@@ -107,6 +107,11 @@ class Restorer:
             record = await self._lookup.record_of(interest.key, requestor, request)
             # It may have been restored while the query ran.
             session = self._registry.get(session_id)
+            if session is not None and record.revision > session.stale_since:
+                # Another copy may have changed what this one replayed, and this one not have heard of it.
+                session.stale_since = record.revision
+                self._registry.evict_if_stale(session)
+                session = self._registry.get(session_id)
             if session is None or not session.can_serve:
                 return await self._join_restore(session_id, interest, record, requestor, scope, request)
         finally:
