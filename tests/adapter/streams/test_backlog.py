@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 from typing import TYPE_CHECKING
 
 import pytest
 
 from mcp_session_store.adapter.streams import backlog as backlog_module
-from mcp_session_store.adapter.streams.backlog import Backlog
+from mcp_session_store.adapter.streams.backlog import SMALL_ANSWER, Backlog
+from mcp_session_store.adapter.streams.calls import call_error
 from mcp_session_store.event_log import LARGE_APPEND, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent, message_bytes
 
@@ -61,6 +63,7 @@ class Kept:
 def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
     monkeypatch.setattr(backlog_module, "MAX_BYTES_IN_ALL", ALL)
     monkeypatch.setattr(backlog_module, "MAX_BYTES", EACH)
+    monkeypatch.setattr(backlog_module, "SMALL_ANSWER", 1)
     return Kept()
 
 
@@ -187,3 +190,30 @@ def test_what_is_stored_together_is_no_large_append() -> None:
         for _ in events:
             kept.backlog.remove_first(waiting)
     assert stored == [sizes[:2], sizes[2:3], sizes[3:4], sizes[4:]]
+
+
+def test_room_is_made_in_few_steps_whatever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backlog_module, "MAX_BYTES_IN_ALL", 2 * 1024**2)
+    kept, greedy, modest = Kept(), keys(40), uuid.uuid4()
+    for number in range(7000):
+        kept.add(greedy[number % 40], "greedy", 300)
+    calls = 0
+
+    def count(_frame: object, event: str, _: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        assert kept.add(modest, "modest", 1024**2)
+    finally:
+        sys.setprofile(None)
+    # 3500 answers have made room.
+    assert calls < 60_000
+
+
+def test_the_error_in_place_of_an_answer_is_no_larger_than_the_answers_that_are_passed_over() -> None:
+    longest = call_error(
+        f"{'x' * 98}", "The answer to the call could not be kept: too much was waiting to be stored", reason="lost"
+    )
+    assert len(longest) <= SMALL_ANSWER

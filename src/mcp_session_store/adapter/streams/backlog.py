@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from mcp_session_store.event_log import LARGE_APPEND, STANDALONE_STREAM
@@ -25,6 +26,8 @@ MAX_BYTES: Final = 4 * 1024**2
 """Bytes of messages that wait for one session."""
 MAX_BYTES_IN_ALL: Final = 64 * 1024**2
 """Bytes of messages that wait for all sessions together."""
+SMALL_ANSWER: Final = 280
+"""Bytes of an answer that frees nothing, because the error that would wait in its place may be as large."""
 Followed: TypeAlias = Mapping[tuple[str, int], int]
 """Positions that later events of streams have as their `previous`, by the places of those that are lost."""
 
@@ -36,8 +39,8 @@ STORED_AT_ONCE: Final = 100
 class SessionBacklog:
     """Events of one session that wait, in their order."""
 
-    owner: Hashable
-    """Principal of the session; all sessions without one have `None`."""
+    owned: Owned
+    """What waits for the principal of the session; all sessions without one have it in common."""
     events: deque[NewEvent] = field(default_factory=deque)
     uncertain: set[tuple[str, int]] = field(default_factory=set)
     """Places of the events that the log may hold already, because the outcome of an attempt is unknown."""
@@ -76,6 +79,14 @@ class SessionBacklog:
         self.uncertain.difference_update(map(place_of, events))
 
 
+@dataclass(slots=True)
+class Owned:
+    """Sessions of one principal that have events waiting."""
+
+    sessions: dict[UUID, SessionBacklog] = field(default_factory=dict)
+    bytes: int = 0
+
+
 class Backlog:
     """Events of all sessions that wait.
 
@@ -98,6 +109,8 @@ class Backlog:
         """Sessions that have events waiting, or just being stored."""
         self._instead_of = instead_of
         self._on_dropped = on_dropped
+        self._owners: dict[Hashable, Owned] = {}
+        """What waits by principal, because there may be many sessions."""
         self._bytes = 0
 
     def add(self, key: UUID, event: NewEvent, *, owner: Hashable, uncertain: bool) -> bool:
@@ -117,46 +130,48 @@ class Backlog:
             return False
         waiting = self.sessions.get(key)
         while True:
-            victim: SessionBacklog | None
             # First, so that others do not make room in vain.
-            if waiting is not None and (over := waiting.excess(size)) > 0:
-                victim = waiting
-            elif (over := self._bytes + size - MAX_BYTES_IN_ALL) > 0:
-                victim = self._victim(key, owner, size)
-            else:
-                break
-            if victim is None or (victim is waiting and not is_answer):
+            if waiting is None or (over := waiting.excess(size)) <= 0:
+                if (over := self._bytes + size - MAX_BYTES_IN_ALL) <= 0:
+                    break
+                if (others := self._others(waiting, owner, size)) is not None:
+                    if not self._make_room(*others, over, answers=is_answer):
+                        return False
+                    continue
+            # An answer goes before what is no answer in its own session, and before nothing else.
+            followed = self._drop(waiting, over) if waiting is not None and is_answer else None
+            if followed is None:
                 return False
-            followed = self._drop(victim, over)
-            if victim is waiting:
-                # An answer goes before what is no answer in its own session, and before nothing else.
-                if followed is None:
-                    return False
-                event = _following(event, followed)
-            elif followed is None and not (is_answer and self._shorten(victim)):
-                return False
+            event = _following(event, followed)
         self.put(key, event, owner=owner, uncertain=uncertain)
         return True
 
-    def _victim(self, key: UUID, owner: Hashable, size: int) -> SessionBacklog | None:
-        """Return the session that has to make room for an event of this size; `None`: its own, which has nothing."""
-        held: dict[Hashable, int] = {owner: 0}
-        for waiting in self.sessions.values():
-            held[waiting.owner] = held.get(waiting.owner, 0) + waiting.bytes
-        share = MAX_BYTES_IN_ALL // len(held)
-        if held[owner] + size <= share:
-            # Then another principal holds more than its share.
-            owner = max(held, key=lambda other: held[other])
-            return max(self._of(owner), key=lambda waiting: waiting.bytes)
-        own = self.sessions.get(key)
-        sessions = self._of(owner)
-        share //= len(sessions) + (own is None)
-        if (0 if own is None else own.bytes) + size <= share:
-            return max(sessions, key=lambda waiting: waiting.bytes)
-        return own
+    def _others(self, waiting: SessionBacklog | None, owner: Hashable, size: int) -> tuple[Owned, int, int] | None:
+        """Return the principal that has to make room for an event of this size.
 
-    def _of(self, owner: Hashable) -> list[SessionBacklog]:
-        return [waiting for waiting in self.sessions.values() if waiting.owner == owner]
+        Returns:
+            The principal, and the bytes that it and each of its sessions keep at least; `None` where the event's own
+            session is beyond its share.
+        """
+        owned = self._owners.get(owner) or Owned()
+        share = MAX_BYTES_IN_ALL // (len(self._owners) + (not owned.sessions))
+        if owned.bytes + size <= share:
+            # Then another principal holds more than its share.
+            return max(self._owners.values(), key=attrgetter("bytes")), share, 0
+        share //= len(owned.sessions) + (waiting is None)
+        return (owned, 0, share) if (0 if waiting is None else waiting.bytes) + size <= share else None
+
+    def _make_room(self, owned: Owned, kept: int, kept_of_each: int, size: int, *, answers: bool) -> bool:
+        """Free so many bytes of a principal's, or some, of the session with the most first; return whether it did."""
+        before = owned.bytes
+        least = max(before - size, kept)
+        for waiting in sorted(owned.sessions.values(), key=attrgetter("bytes"), reverse=True):
+            over = owned.bytes - least
+            if over <= 0 or waiting.bytes <= kept_of_each:
+                break
+            if self._drop(waiting, over) is None and not (answers and self._shorten(waiting, over)):
+                break  # rather than search all in vain
+        return owned.bytes < before
 
     def _drop(self, waiting: SessionBacklog, size: int) -> Followed | None:
         """Drop events of a session that are no answers, the latest first, to free so many bytes, but one at least.
@@ -186,22 +201,29 @@ class Backlog:
         self._on_dropped(len(dropped), followed)
         return followed
 
-    def _shorten(self, waiting: SessionBacklog) -> bool:
-        """Have a small error wait in place of the latest answer of a session; return whether there was one."""
+    def _shorten(self, waiting: SessionBacklog, size: int) -> bool:
+        """Have small errors wait in place of answers of a session, the latest first, to free so many bytes.
+
+        Returns:
+            Whether there was such an answer.
+        """
+        before = waiting.bytes
         for index in range(len(waiting.events) - 1, waiting.being_stored - 1, -1):
             event = waiting.events[index]
-            if ends_call(event):
+            # Passed over without a look at the error, because there may be very many answers.
+            if ends_call(event) and message_bytes(event) > SMALL_ANSWER:
                 instead = self._instead_of(event)
-                if message_bytes(instead) < message_bytes(event):
-                    self._account(waiting, message_bytes(instead) - message_bytes(event))
-                    waiting.events[index] = instead
-                    return True
-        return False
+                self._account(waiting, message_bytes(instead) - message_bytes(event))
+                waiting.events[index] = instead
+                if before - waiting.bytes >= size:
+                    break
+        return waiting.bytes < before
 
     def put(self, key: UUID, event: NewEvent, *, owner: Hashable, uncertain: bool) -> None:
         """Have an event wait as `add` does, whether there is room or not."""
         if (waiting := self.sessions.get(key)) is None:
-            waiting = self.sessions[key] = SessionBacklog(owner)
+            owned = self._owners.setdefault(owner, Owned())
+            waiting = self.sessions[key] = owned.sessions[key] = SessionBacklog(owned)
         waiting.events.append(event)
         if uncertain:
             waiting.mark([event])
@@ -221,8 +243,16 @@ class Backlog:
         """Remove the event of a session that has waited longest."""
         self._account(waiting, -message_bytes(waiting.events.popleft()))
 
+    def remove(self, key: UUID) -> None:
+        """Remove a session of which nothing waits any more."""
+        owned = self.sessions.pop(key).owned
+        del owned.sessions[key]
+        if not owned.sessions:
+            self._owners = {owner: other for owner, other in self._owners.items() if other is not owned}
+
     def _account(self, waiting: SessionBacklog, size: int) -> None:
         waiting.bytes += size
+        waiting.owned.bytes += size
         self._bytes += size
 
 

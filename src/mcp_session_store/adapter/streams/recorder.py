@@ -377,7 +377,7 @@ class EventRecorder:
                 telemetry.events.add(1, {"outcome": outcome.value})
                 if ends_call(event):
                     self.unfinished.pop(event.stream, None)
-        del self._backlog.sessions[key]
+        self._backlog.remove(key)
 
     async def retire(self) -> None:
         """Store the backlog, if that can be done, and that this instance has stopped with all its calls."""
