@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import pairwise
@@ -171,6 +172,31 @@ async def test_those_who_waited_go_on_in_portions(monkeypatch: pytest.MonkeyPatc
         await one.at_rest()
         assert one.most_under_way == 5
         assert len(one.answered) == 101
+
+
+async def test_the_cost_of_going_on_does_not_grow_with_the_number_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outage, "AT_ONCE", 1)  # one after the other, as where each answer comes by itself
+    costs = []
+    for number in (100, 1000):
+        async with door() as one:
+            await one.lose()
+            for name in range(number):
+                one.start(name)
+            await until(lambda: one.waiting == number + 1)  # noqa: B023
+            calls = 0
+
+            def count(_frame: object, event: str, _argument: object) -> None:
+                nonlocal calls
+                calls += event in ("call", "c_call")
+
+            one.away = False
+            sys.setprofile(count)
+            try:
+                await one.at_rest()
+            finally:
+                sys.setprofile(None)
+            costs.append(calls / number)
+    assert costs[1] < 1.5 * costs[0]
 
 
 def test_a_portion_is_smaller_than_a_batch() -> None:

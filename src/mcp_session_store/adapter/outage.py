@@ -176,7 +176,9 @@ class Gate:
         self._failure = StoreUnavailable("the session store is away")
         self._stopping = False
         self._places: list[_Place] = []
-        """Calls that wait or are being made again, in order."""
+        """Calls that wait, in order."""
+        self._under_way = 0
+        """Number of calls that are being made again."""
         self._arrivals = 0
         self._answers = True
         """Whether the store answered when it was last tried."""
@@ -289,7 +291,7 @@ class Gate:
 
     def store_answered(self) -> None:
         """Note that the store answered a call that no request made: an outage in which none waits is over."""
-        if not (self.is_open or self._places):
+        if not (self.is_open or self._places or self._under_way):
             self._open()
 
     def shut_down(self) -> None:
@@ -334,7 +336,10 @@ class Gate:
                     self._answers = True
                     return result
         finally:
-            del self._places[bisect_left(self._places, place.order, key=_order)]
+            if place.turn.is_set():
+                self._under_way -= 1
+            else:
+                del self._places[self._index_of(place)]
             if self._prober is place:
                 self._prober = None
             self._changed.set()
@@ -342,6 +347,8 @@ class Gate:
     def _failed_again(self, place: _Place, error: StoreUnavailable) -> None:
         place.turn = anyio.Event()
         place.failures += 1
+        self._under_way -= 1
+        insort(self._places, place, key=_order)
         self._failure = error
         if self.is_open:
             self._close(error)
@@ -355,7 +362,7 @@ class Gate:
     async def _let_through(self) -> None:
         """Let calls through while any wait."""
         try:
-            while self._places:
+            while self._places or self._under_way:
                 self._changed = anyio.Event()
                 if self._answers:
                     self._let_some_through()
@@ -371,20 +378,22 @@ class Gate:
             self._driving = False
 
     def _let_some_through(self) -> None:
-        free = AT_ONCE - sum(place.turn.is_set() for place in self._places)
-        for place in self._places:
-            if free <= 0:
-                break
-            if not place.turn.is_set():
-                place.turn.set()
-                free -= 1
+        let_through = self._places[: max(AT_ONCE - self._under_way, 0)]
+        del self._places[: len(let_through)]
+        self._under_way += len(let_through)
+        for place in let_through:
+            place.turn.set()
 
     def _probe(self) -> None:
-        waiting = [place for place in self._places if not place.turn.is_set()]
-        if waiting:
-            self._prober = min(waiting, key=lambda place: place.failures)
+        if self._places:
+            self._prober = min(self._places, key=lambda place: place.failures)
+            del self._places[self._index_of(self._prober)]
+            self._under_way += 1
             self._prober.turn.set()
             self._probe_at = clock.now() + PROBE_INTERVAL
+
+    def _index_of(self, place: _Place) -> int:
+        return bisect_left(self._places, place.order, key=_order)
 
     def _close(self, error: StoreUnavailable) -> None:
         self._failure = error
