@@ -38,9 +38,9 @@ class StoreUnavailable(SessionStoreError):
 
 
 class StoreBusy(SessionStoreError):
-    """The store is there and cannot take this call now, such as when too many calls wait for it already.
+    """The store answers and cannot take this call now: too many wait already, or it refuses a password or a privilege.
 
-    The call should be repeated later; the message says when.
+    The call should be repeated later; the message says when, or what to change.
     """
 
 

@@ -31,7 +31,7 @@ from mcp_session_store.sql.engine import (
     make_engine,
     shown_url,
 )
-from mcp_session_store.sql.failures import failure_kind, hide_parameters, summary_of
+from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_parameters
 from mcp_session_store.sql.schema.version import check_schema, is_empty
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ class Database:
             return error
         if kind is FailureKind.INVALID_VALUE:
             return InvalidValue("the database does not take a value of this call, such as one that is too large")
-        return StoreUnavailable(f"the database {self.shown_url} cannot serve now: {summary_of(error, self.dialect)}")
+        return cannot_serve(self.shown_url, kind, error, self.dialect)
 
     def close_to_calls(self) -> None:
         """Refuse calls from now on."""

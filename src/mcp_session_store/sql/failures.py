@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import exc
 
+from mcp_session_store.errors import StoreBusy, StoreUnavailable
 from mcp_session_store.sql.dialects.dialect import FailureKind
 
 if TYPE_CHECKING:
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["failure_kind", "hide_parameters", "summary_of"]
+__all__ = ["cannot_serve", "failure_kind", "hide_parameters", "summary_of"]
 
 
 def failure_kind(error: Exception, dialect: Dialect) -> FailureKind | None:
@@ -48,6 +49,13 @@ def _kind_of_driver_error(error: exc.DBAPIError, dialect: Dialect) -> FailureKin
     if isinstance(error, (exc.InterfaceError, exc.NotSupportedError, exc.InternalError)):
         return FailureKind.BROKEN  # a connection in a wrong state, or a prepared statement that is out of date
     return FailureKind.UNAVAILABLE
+
+
+def cannot_serve(shown_url: str, kind: FailureKind, error: Exception, dialect: Dialect) -> StoreBusy | StoreUnavailable:
+    """Return this package's error for a driver's that says nothing of the values of a call."""
+    # A refusal is not waited for: that would not help, and would keep others from what the database does serve.
+    failure = StoreBusy if kind is FailureKind.REFUSED else StoreUnavailable
+    return failure(f"the database {shown_url} cannot serve now: {summary_of(error, dialect)}")
 
 
 def hide_parameters(error: BaseException | None) -> None:

@@ -35,6 +35,8 @@ class FailureKind(Enum):
     """The connection is lost, or what was prepared on it is. Another connection may work at once."""
     UNAVAILABLE = auto()
     """The database cannot serve now."""
+    REFUSED = auto()
+    """The database answers, and does not serve this client: it lacks a privilege, or the database is damaged."""
     INVALID_VALUE = auto()
     """The database refuses a value. The same statement works without that value."""
     WRONG_SCHEMA = auto()

@@ -55,6 +55,9 @@ _FAILURES: Final = (
     ("22", FailureKind.INVALID_VALUE),  # data exception
     ("23", FailureKind.INVALID_VALUE),  # an integrity constraint
     ("54", FailureKind.INVALID_VALUE),  # a program limit
+    ("28", FailureKind.REFUSED),  # a wrong password, or none that is asked for
+    ("3D000", FailureKind.REFUSED),  # no such database
+    ("42501", FailureKind.REFUSED),  # a privilege is missing
     ("42P01", FailureKind.WRONG_SCHEMA),  # undefined table
     ("42703", FailureKind.WRONG_SCHEMA),  # undefined column
     ("3F000", FailureKind.WRONG_SCHEMA),  # undefined schema

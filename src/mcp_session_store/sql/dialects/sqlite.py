@@ -49,6 +49,10 @@ _STEPS_BETWEEN_CHECKS: Final = 10_000
 
 # "Result and Error Codes" of SQLite, without their extended bits.
 _FAILURES: Final = {
+    3: FailureKind.REFUSED,  # SQLITE_PERM
+    8: FailureKind.REFUSED,  # SQLITE_READONLY
+    11: FailureKind.REFUSED,  # SQLITE_CORRUPT
+    26: FailureKind.REFUSED,  # SQLITE_NOTADB
     18: FailureKind.INVALID_VALUE,  # SQLITE_TOOBIG
     19: FailureKind.INVALID_VALUE,  # SQLITE_CONSTRAINT
     20: FailureKind.INVALID_VALUE,  # SQLITE_MISMATCH

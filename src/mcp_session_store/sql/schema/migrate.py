@@ -17,7 +17,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
 
-from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy
 from mcp_session_store.sql.dialects import dialect_named
 from mcp_session_store.sql.engine import (
     checked_engine,
@@ -26,7 +26,7 @@ from mcp_session_store.sql.engine import (
     make_migration_engine,
     shown_url,
 )
-from mcp_session_store.sql.failures import failure_kind, hide_parameters, summary_of
+from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_parameters
 from mcp_session_store.sql.schema.tables import VERSION_TABLE
 from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision
 
@@ -199,11 +199,9 @@ async def _connected(
         raise
     except Exception as error:
         hide_parameters(error)
-        if failure_kind(error, dialect) is None:
+        if (kind := failure_kind(error, dialect)) is None:
             raise
-        raise StoreUnavailable(
-            f"the database {shown_url(engine.url)} cannot serve now: {summary_of(error, dialect)}"
-        ) from error
+        raise cannot_serve(shown_url(engine.url), kind, error, dialect) from error
     finally:
         if owned:
             await engine.dispose()
