@@ -17,6 +17,7 @@ from mcp_session_store.errors import SchemaMissing, SessionLimitReached, StoreBu
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.http import INITIALIZE_PARAMS, SESSION_ID, assert_not_handled, assert_unavailable
 from tests.support.instances import instance, principal
+from tests.support.internals import registry_of, resident_of
 from tests.support.servers import ROOT
 
 if TYPE_CHECKING:
@@ -356,3 +357,32 @@ async def test_a_client_that_goes_within_its_body_leaves_nothing(
         await one.at_rest()
         with anyio.fail_after(5):
             assert (await client.ping()).status == 200
+
+
+# A call whose copy leaves memory
+
+
+@pytest.mark.parametrize("way", ["evicted", "terminated", "crashed"])
+async def test_a_call_whose_copy_is_gone_is_lost_and_its_client_learns_it_by_its_id(
+    store: FaultyStore, way: str
+) -> None:
+    async with instance(store, json_response=True) as one:
+        client = one.client()
+        session_id = await client.handshake()
+        # A body with the name of a handshake takes another way.
+        calls = [client.open_call("wait", arguments) for arguments in ({}, {"method": "initialize"})]
+        await until(lambda: one.notes.waiting == len(calls))
+        session = resident_of(one.manager, session_id)
+        if way == "evicted":
+            await registry_of(one.manager).evict(session)
+        elif way == "terminated":
+            await one.terminate(session_id)
+        else:
+            session.loop.cancel()
+        for number, call in enumerate(calls, start=2):
+            answer = await call.answer()
+            assert answer.status == 200
+            assert answer.messages[0]["id"] == number
+            assert answer.error["data"] == {"reason": "lost"}
+            assert "was not handled" not in answer.error["message"]
+        assert (await client.call("add", {"a": 1, "b": 2})).text == "3"

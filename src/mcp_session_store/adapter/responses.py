@@ -10,6 +10,7 @@ import anyio
 import pydantic_core
 from mcp.server.streamable_http import check_accept_headers
 from mcp_types import (
+    CONNECTION_CLOSED,
     INTERNAL_ERROR,
     INVALID_PARAMS,
     INVALID_REQUEST,
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_types import RequestId
-    from starlette.types import Scope
+    from starlette.types import Message, Scope, Send
 
     from mcp_session_store.adapter.requests import Incoming
 
 __all__ = [
     "BAD_EVENT_ID",
+    "CALL_LOST",
     "FAILED",
+    "LOST",
     "MEMORY_FULL",
     "METHOD_NOT_ALLOWED",
     "NOT_ACCEPTABLE",
@@ -57,6 +60,7 @@ __all__ = [
     "SessionNotFound",
     "ShuttingDown",
     "answer_to",
+    "answering_lost_calls",
     "log_unavailable",
     "refuse",
     "response_to",
@@ -68,6 +72,9 @@ logger = logging.getLogger(__name__)
 
 SESSION_ENDED: Final = "Session ended"
 """Message of the JSON-RPC error for the calls that were in flight when their session ended."""
+
+LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
+"""Message of the JSON-RPC error for a call whose session goes on."""
 
 MAX_REPORTED: Final = 1000
 """Number of sessions that cannot be read after which they are logged again."""
@@ -119,6 +126,8 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     """Reason by which the metric of refused requests counts it."""
+    lost: bool = False
+    """Whether it answers a call that a handler may have seen."""
 
     @property
     def for_now(self) -> bool:
@@ -131,19 +140,22 @@ class Answer:
         return Response(error, status_code=self.status, headers=self.headers, media_type="application/json")
 
     def response_with_id(self, request_id: RequestId, *, as_event: bool) -> Response:
-        """Return the answer to a JSON-RPC request, which no handler has seen, in a 200 response.
+        """Return the answer to a JSON-RPC request in a 200 response.
 
         Args:
             request_id: Id of the request.
             as_event: Whether it is sent as the one event of a stream.
         """
-        error = self._error(request_id, f"The request was not handled: {self.message}")
+        error = self._error(request_id, self.message if self.lost else f"The request was not handled: {self.message}")
         if as_event:
             return Response(f"event: message\r\ndata: {error}\r\n\r\n", headers=_STREAM, media_type="text/event-stream")
         return Response(error, media_type="application/json")
 
     def _error(self, request_id: RequestId | None, message: str) -> str:
-        error = JSONRPCError(jsonrpc="2.0", id=request_id, error=ErrorData(code=self.code, message=message))
+        data = ErrorData(code=self.code, message=message)
+        if self.lost:
+            data.data = {"reason": "lost"}
+        error = JSONRPCError(jsonrpc="2.0", id=request_id, error=data)
         return error.model_dump_json(by_alias=True, exclude_unset=True)
 
 
@@ -171,6 +183,8 @@ SHUTTING_DOWN: Final = _for_now("shutting down", "Server is shutting down")
 """The instance stops."""
 FAILED: Final = _for_now("error", "Internal error")
 """A bug of ours, or of the application's in a restore."""
+CALL_LOST: Final = Answer(503, CONNECTION_CLOSED, LOST, _RETRY_AFTER, lost=True)
+"""The copy that ran the call has left memory, or its server loop has crashed."""
 METHOD_NOT_ALLOWED: Final = Answer(405, INVALID_REQUEST, "Method Not Allowed", {"allow": "GET, POST, DELETE"})
 """The transport speaks POST, GET and DELETE."""
 BAD_EVENT_ID: Final = Answer(400, INVALID_REQUEST, "Last-Event-ID is not an event id of this session")
@@ -233,6 +247,24 @@ def response_to(answer: Answer, scope: Scope, body: bytes | None) -> Response:
         return answer.response()
     accepts_json, accepts_events = check_accept_headers(Request(scope))
     return answer.response_with_id(message.id, as_event=accepts_events and not accepts_json)
+
+
+def answering_lost_calls(scope: Scope, incoming: Incoming, send: Send) -> Send:
+    """Return the `send` for a JSON response of the SDK, which answers a call that was lost with its id.
+
+    The SDK answers 500, which this package never does, without the id, and that ends some clients as a whole.
+    """
+    lost = False
+
+    async def sending(message: Message) -> None:
+        nonlocal lost
+        if message["type"] == "http.response.start" and message["status"] == 500:
+            lost = True
+            await response_to(CALL_LOST, scope, incoming.body)(scope, incoming.receive, send)
+        elif not lost:
+            await send(message)
+
+    return sending
 
 
 def refuse(error: Exception, session: UUID) -> Answer:

@@ -142,6 +142,7 @@ class Router:
             receive = incoming.receive
             if self._departures is not None:
                 self._departures.waiting[incoming] = session.transport
+                send = responses.answering_lost_calls(scope, incoming, send)
             if INITIALIZE in incoming.body:
                 # The answer to a handshake promises durability.
                 held = HeldResponse(session, scope, incoming, send, opening=False)

@@ -11,9 +11,9 @@ from mcp_types import CONNECTION_CLOSED, ErrorData, JSONRPCError
 
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.responses import LOST
 from mcp_session_store.adapter.sessions.lifetime import Lifetime
 from mcp_session_store.adapter.sessions.server_loop import ServerLoop
-from mcp_session_store.adapter.streams.calls import LOST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = [
     "CALL_STREAM",
     "INSTANCE_NAME",
-    "LOST",
     "NOT_JSON",
     "NOT_RESUMABLE",
     "TRIMMED",
@@ -39,7 +38,6 @@ __all__ = [
     "kind_of",
 ]
 
-LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
 NOT_JSON: Final = "The answer to the call cannot be written as JSON."
 NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
 TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."

@@ -15,8 +15,9 @@ from mcp_types.version import KNOWN_PROTOCOL_VERSIONS, is_version_at_least
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.requests import POSTED
+from mcp_session_store.adapter.responses import LOST
 from mcp_session_store.adapter.streams.backlog import can_do_without
-from mcp_session_store.adapter.streams.calls import LOST, NOT_JSON, call_error, call_of, kind_of
+from mcp_session_store.adapter.streams.calls import NOT_JSON, call_error, call_of, kind_of
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
 from mcp_session_store.adapter.streams.recorder import ROUNDS, Outcome
 from mcp_session_store.event_log import LARGE_APPEND, STANDALONE_STREAM

@@ -15,7 +15,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 
 from mcp_session_store.adapter import responses, telemetry
-from mcp_session_store.adapter.streams.calls import LOST, NOT_RESUMABLE, TRIMMED, call_error
+from mcp_session_store.adapter.streams.calls import NOT_RESUMABLE, TRIMMED, call_error
 from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.event_store import RESUMABLE_VERSIONS, SessionEvents
 from mcp_session_store.adapter.streams.reader import NOTHING_YET, Ended, Event, Gap, Lost, StreamReader
@@ -198,7 +198,7 @@ async def _sent(
                         yield _terminal(ids, reader.cursor, TRIMMED, outcome)
                     case Lost():
                         outcome = "lost"
-                        yield _terminal(ids, reader.cursor, LOST, outcome)
+                        yield _terminal(ids, reader.cursor, responses.LOST, outcome)
                     case Ended(answer):
                         outcome = "ended"
                         yield _terminal(ids, reader.cursor, answer, outcome)
