@@ -505,6 +505,26 @@ async def test_an_answer_that_has_gone_from_the_backlog_takes_no_memory(
     assert message_bytes(stream.answer) < 500
 
 
+async def test_the_answer_of_a_call_whose_client_was_given_no_id_is_not_kept(
+    log: FaultyLog, talking: Talking, one: Instance, client: Client
+) -> None:
+    log.down("append", "heads")
+    first, exchange = await talking.call(client)
+    await first.say("a")
+    await until(lambda: recorder_of(one.manager).down)
+    first.answer()
+    await exchange.end()
+    kept = backlog_bytes_of(one.manager)
+    for _ in range(3):
+        call, exchange = await talking.call(client)
+        call.answer()
+        await exchange.end()
+        assert told(exchange.messages) == ["done"]
+    assert kept > 0
+    assert backlog_bytes_of(one.manager) == kept
+    assert len(recorder_of(one.manager).unfinished) <= 1
+
+
 async def test_of_many_large_answers_few_are_on_their_way_and_one_that_waits_survives_a_stop(
     store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,9 +196,10 @@ class EventRecorder:
                 return Recorded(Outcome.STORED, sequence)
         # Followers of the log get the backlog first.
         delivered = deliver(key not in self._backlog.sessions)
-        # A client that comes back for an answer has not received it.
-        if delivered and not ends_call(event):
-            return Recorded(Outcome.LIVE)
+        # A client that comes back for an answer has not received it. Without an id it cannot come back.
+        stream = self.unfinished.get(event.stream)
+        if (delivered and not ends_call(event)) or (stream is not None and not stream.identified):
+            return Recorded(Outcome.LIVE if delivered else Outcome.LOST)
         return Recorded(self._add_to_backlog(key, event, owner, uncertain=attempted or again))
 
     async def _append(self, key: UUID, *events: NewEvent, again: bool) -> int | None:
