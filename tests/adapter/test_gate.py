@@ -80,6 +80,7 @@ class Door:
 
     async def request(self, name: object, wait: RequestWait | SharedWait) -> None:
         try:
+            failures = 0
             if self.gate.is_open:
                 number = self.gate.outages
                 try:
@@ -87,7 +88,8 @@ class Door:
                     return
                 except StoreUnavailable as error:
                     self.gate.failed(error, number)
-            self.outcomes[name] = await self.gate.answer_to(partial(self.call, name), wait)
+                    failures = 1
+            self.outcomes[name] = await self.gate.answer_to(partial(self.call, name), wait, failures=failures)
         except Exception as error:
             self.outcomes[name] = error
 
@@ -152,8 +154,8 @@ async def test_while_the_store_is_away_one_call_at_a_time_is_tried_soon_and_then
         await until(lambda: len(one.tried) >= 4)
         (_, first), *tries = one.tried
         assert one.most_under_way == 1
-        # The first in line, and then others: it may fail for a reason of its own.
-        assert [name for name, _ in tries] == ["first", 0, 1][: len(tries)]
+        # Those that have not failed yet: a call may fail for a reason of its own.
+        assert [name for name, _ in tries] == [0, 1, 2][: len(tries)]
         moments = [moment for _, moment in tries]
         assert moments[0] - max(first, began) >= outage.FIRST_PROBE * 0.9
         assert all(b - a >= outage.PROBE_INTERVAL * 0.9 for a, b in pairwise(moments))
@@ -220,6 +222,21 @@ async def test_a_call_that_always_fails_keeps_no_other_from_going_on(monkeypatch
         await until(lambda: "next" in one.answered)
 
 
+async def test_calls_that_have_failed_are_tried_after_those_that_may_not() -> None:
+    async with door() as one:
+        names = [f"bad {number}" for number in range(20)]
+        for name in names:
+            one.failures[name] = StoreUnavailable("for a reason of its own")
+            one.start(name)
+        await until(lambda: one.waiting == len(names))
+        one.start("good")
+        await until(lambda: one.waiting == len(names) + 1)
+        one.tried.clear()
+        await until(lambda: one.outcomes.get("good") == "good")
+        assert one.tried[0][0] == "good"
+        one.failures.clear()
+
+
 async def test_a_request_waits_no_longer_than_its_patience_and_the_gate_opens_when_the_store_answers() -> None:
     async with door(patience=0.05) as one:
         await one.lose()
@@ -283,7 +300,7 @@ async def test_a_failure_from_before_an_outage_that_is_over_closes_nothing() -> 
         one.gate.failed(StoreUnavailable("late"), before)
         assert one.gate.is_open
         # It is made again all the same.
-        assert await one.gate.answer_to(partial(one.call, "late"), RequestWait("POST")) == "late"
+        assert await one.gate.answer_to(partial(one.call, "late"), RequestWait("POST"), failures=0) == "late"
         assert one.gate.outages == before + 1
 
 

@@ -142,11 +142,11 @@ class _Place:
 
     __slots__ = ("failures", "order", "turn")
 
-    def __init__(self, order: tuple[float, int]) -> None:
+    def __init__(self, order: tuple[float, int], failures: int) -> None:
         self.order = order
         self.turn = anyio.Event()
         """The call is being made."""
-        self.failures = 0
+        self.failures = failures
 
 
 _order = attrgetter("order")
@@ -155,8 +155,8 @@ _order = attrgetter("order")
 class Gate:
     """Where calls of requests wait while the store is away.
 
-    It closes when a call fails because the store is away. Then one call at a time is made again: the first one at
-    first, then another one each time, because a call may fail for a reason of its own, such as a locked row. When one
+    It closes when a call fails because the store is away. Then one call at a time is made again: of those that
+    have failed least the first, because a call may fail for a reason of its own, such as a locked row. When one
     succeeds, the others go on in the order in which their requests arrived, some at a time. When none is left the gate
     opens. While it is open it costs a request nothing.
 
@@ -209,12 +209,13 @@ class Gate:
         if outage == self.outages:
             self._close(error)
 
-    async def answer_to(self, call: Callable[[], Awaitable[_T]], waits: Waits) -> _T:
+    async def answer_to(self, call: Callable[[], Awaitable[_T]], waits: Waits, *, failures: int) -> _T:
         """Make a call when its turn comes, and again until the store has answered it.
 
         Args:
             call: The call.
             waits: The request for which it is made, or the work that several requests wait for.
+            failures: Number of times that the call has failed already.
 
         Raises:
             StoreUnavailable: The patience of the request is over, or too many wait.
@@ -223,7 +224,7 @@ class Gate:
         """
         if self._stopping:
             raise ShuttingDown
-        return await waits.during(self, partial(self._in_turn, call, waits.arrived))
+        return await waits.during(self, partial(self._in_turn, call, waits.arrived, failures))
 
     async def hold(self, request: RequestWait, wait: Callable[[], Awaitable[_T]]) -> _T:
         """Let a request wait, as in an outage: counted, within its patience, and no longer than its client does.
@@ -312,9 +313,9 @@ class Gate:
         away.__cause__ = self._failure.__cause__
         return away
 
-    async def _in_turn(self, call: Callable[[], Awaitable[_T]], arrived: float) -> _T:
+    async def _in_turn(self, call: Callable[[], Awaitable[_T]], arrived: float, failures: int) -> _T:
         self._arrivals += 1
-        place = _Place((arrived, self._arrivals))
+        place = _Place((arrived, self._arrivals), failures)
         insort(self._places, place, key=_order)
         if not self._driving:
             self._driving = True

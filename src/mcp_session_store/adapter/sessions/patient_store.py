@@ -37,35 +37,43 @@ class PatientStore:
     async def load(self, key: UUID, waits: Waits) -> SessionRecord | None:
         """See `SessionStore.load`."""
         gate = self.gate
+        failures = 0
         if gate.is_open:
             outage = gate.outages
             try:
                 return await self.inner.load(key)
             except StoreUnavailable as error:
                 gate.failed(error, outage)
-        return await gate.answer_to(lambda: self.inner.load(key), waits)
+                failures = 1
+        return await gate.answer_to(lambda: self.inner.load(key), waits, failures=failures)
 
     async def create(self, session: NewSession, waits: Waits) -> SessionRecord:
         """See `SessionStore.create`."""
         gate = self.gate
+        failures = 0
         if gate.is_open:
             outage = gate.outages
             try:
                 return await self.inner.create(session)
             except StoreUnavailable as error:
                 gate.failed(error, outage)
-        return await gate.answer_to(lambda: self.inner.create(session), waits)
+                failures = 1
+        return await gate.answer_to(lambda: self.inner.create(session), waits, failures=failures)
 
     async def claim(self, key: UUID, waits: Waits, *, instance: str, restores: int) -> SessionRecord | None:
         """See `SessionStore.claim`."""
         gate = self.gate
+        failures = 0
         if gate.is_open:
             outage = gate.outages
             try:
                 return await self.inner.claim(key, instance=instance, restores=restores)
             except StoreUnavailable as error:
                 gate.failed(error, outage)
-        return await gate.answer_to(lambda: self.inner.claim(key, instance=instance, restores=restores), waits)
+                failures = 1
+        return await gate.answer_to(
+            lambda: self.inner.claim(key, instance=instance, restores=restores), waits, failures=failures
+        )
 
     async def read_journal(self, key: UUID, waits: Waits) -> Sequence[JournalEntry]:
         """See `SessionStore.read_journal`."""
@@ -99,10 +107,12 @@ class PatientStore:
 
     async def _wait_if_away(self, call: Callable[[], Awaitable[_T]], waits: Waits) -> _T:
         gate = self.gate
+        failures = 0
         if gate.is_open:
             outage = gate.outages
             try:
                 return await call()
             except StoreUnavailable as error:
                 gate.failed(error, outage)
-        return await gate.answer_to(call, waits)
+                failures = 1
+        return await gate.answer_to(call, waits, failures=failures)
