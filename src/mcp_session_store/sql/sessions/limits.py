@@ -29,6 +29,12 @@ __all__ = ["Limits"]
 SPARE_FOR: Final = 300.0
 """Seconds after which sessions without a principal are counted again, however much room there was."""
 
+FULL_FOR: Final = 1.0
+"""Seconds for which further sessions without a principal are refused without counting."""
+
+MANY: Final = 1_000
+"""Number of sessions above which to count them takes long, and others wait for it."""
+
 
 class Limits:
     """Limits of a policy on the sessions of one namespace.
@@ -51,6 +57,8 @@ class Limits:
         self._spare = 0
         """Number of sessions without a principal that may be created without counting."""
         self._spare_until = -math.inf
+        self._full_until = -math.inf
+        """Moment up to which sessions without a principal are refused, because a count found no room."""
         table = sessions_table(schema)
         mine = table.c.namespace == sa.literal(namespace, sa.Text)
 
@@ -159,15 +167,22 @@ class Limits:
         return refused, removed
 
     def _make_room(self, wanted: int, limit: int) -> Steps[tuple[int, list[tuple[object, int]]]]:
+        if time.monotonic() < self._full_until:
+            return 0, []
         ((stored,),) = yield self._count_anonymous, {"at_most": limit + 1}
         room = limit - stored
+        removed: list[tuple[object, int]] = []
+        if 0 <= room < wanted:
+            # Some more at once, where the next count would take long.
+            rows = yield self._remove_anonymous, {"at_most": wanted - room + limit // MANY}
+            removed = [(key, revision) for key, revision in rows]
+            room += len(removed)
+        now = time.monotonic()
         self._spare = max(0, room - wanted) // 100
-        self._spare_until = time.monotonic() + SPARE_FOR
-        if room < 0 or room >= wanted:
-            return max(0, room), []
-        rows = yield self._remove_anonymous, {"at_most": wanted - room}
-        removed = [(key, revision) for key, revision in rows]
-        return room + len(removed), removed
+        self._spare_until = now + SPARE_FOR
+        if room <= 0 and limit > MANY:
+            self._full_until = now + FULL_FOR
+        return max(0, room), removed
 
     def _refuse_principals(self, new: Sequence[NewSession], limit: int) -> Steps[dict[UUID, SessionLimitReached]]:
         refused = {}
