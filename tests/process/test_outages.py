@@ -151,7 +151,8 @@ async def check_outages(
             # Each goes on in its session.
             for client in second:
                 await until(partial(_answers, client), "a session goes on after the outage")
-                assert (await whoami(client))["restores"] == 1
+                # A restore that no request waited for any more may have been claimed.
+                assert (await whoami(client))["restores"] in (1, 2)
             done.set()
         assert {answer.status for answer in of_residents} == {200}
         assert [answer for answer in of_residents if "result" not in answer.messages[-1]] == []
