@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.servers import ServeFunction, ServerProcess
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one worker more than there are processors, because many tests wait for the processes that they start."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session")

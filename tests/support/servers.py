@@ -230,6 +230,8 @@ def uvicorn_server(
         options: More options for uvicorn.
     """
     command = ["uvicorn", app, "--host", "127.0.0.1", "--port", "{port}"]
+    # A connection that uvicorn closes after five idle seconds may meet a request that is just being sent.
+    command += ["--timeout-keep-alive", "60"]
     if workers > 1:
         command += ["--workers", str(workers)]
     return ForkedServerProcess([*command, *options], log=log, environment=environment, port=port)
