@@ -54,7 +54,7 @@ async def test_an_id_of_128_characters_is_looked_up(store: FaultyStore) -> None:
 @pytest.mark.parametrize("which", ["resident", "evicted", "unknown"])
 async def test_another_method_is_refused_without_a_query(store: FaultyStore, which: str, method: str) -> None:
     async with instance(store) as one:
-        session_id = await one.client().handshake()
+        session_id = await one.client().begin()
         if which == "evicted":
             await one.terminate(session_id)
             await until(lambda: one.residents == 0)
@@ -77,7 +77,7 @@ async def test_the_host_check_holds_before_a_restore_and_before_a_delete(
 ) -> None:
     guard = TransportSecuritySettings(allowed_hosts=["127.0.0.1:*"], allowed_origins=["http://127.0.0.1:*"])
     async with instance(store, transport_security=guard) as one:
-        session_id = await one.client().handshake()
+        session_id = await one.client().begin()
         await until(lambda: "touch" in store.calls)
         if not resident:
             await one.terminate(session_id)

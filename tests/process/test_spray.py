@@ -67,6 +67,7 @@ async def test_a_spray_of_random_session_ids_neither_fills_memory_nor_exhausts_t
             row = await records.row(resident.session_id)
             return bool(row["expires_at"] - row["created_at"] > timedelta(hours=23))
 
+        await whoami(resident)
         await until(first_activity_is_reported, "nothing is under way before the spray")
         before = await bookkeeping()
         async with anyio.create_task_group() as watching:
