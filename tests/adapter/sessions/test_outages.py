@@ -143,6 +143,30 @@ async def test_when_patience_runs_out_a_request_is_refused_and_the_session_goes_
         await at_rest(one)
 
 
+@pytest.mark.parametrize("patience", [0, 0.2])
+async def test_a_claim_whose_answer_was_lost_counts_once(store: FaultyStore, patience: float) -> None:
+    session_id = await opened_with_journal(store)
+    asked: list[SessionRestoreMarker] = []
+
+    async def allow(marker: SessionRestoreMarker, _record: SessionRecord) -> None:
+        asked.append(marker)
+
+    async with instance(store, Stateful(), outage_patience=patience, on_restore=allow) as one:
+        client = one.client(session_id)
+        store.lose_the_answer_of("claim")
+        assert "error" in (await client.ping()).messages[0]
+        store.up()
+        while "result" not in (await client.call("add", {"a": 1, "b": 1})).messages[0]:
+            assert patience
+        assert {(marker.restores, marker.previous_instance) for marker in asked} == {(1, asked[0].previous_instance)}
+        assert asked[0].previous_instance != one.manager.instance
+        assert len(asked) > 1
+        record = await store.record(session_id)
+        assert record is not None
+        assert record.restores == 1
+        await at_rest(one)
+
+
 async def test_a_schema_that_does_not_fit_never_waits(store: FaultyStore) -> None:
     session_id = await open_session(store)
     async with instance(store, outage_patience=PATIENCE) as one:

@@ -20,6 +20,8 @@ from mcp_session_store.errors import RestoreRefused, SessionStoreError, StoreUna
 from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker, session_key
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from starlette.types import Scope
 
@@ -41,6 +43,8 @@ RestoreHook: TypeAlias = Callable[[SessionRestoreMarker, SessionRecord], Awaitab
 
 STOP_TIMEOUT: Final = 10.0
 """Seconds that a restore waits for an earlier copy to stop: the SDK gives a connection's `exit_stack` five."""
+MAX_UNANSWERED: Final = 1_000
+"""Number of claims without an answer that are remembered."""
 RESTORE_ATTEMPTS: Final = 3
 """Number of times that a restore begins, because the record changed meanwhile."""
 
@@ -82,6 +86,8 @@ class Restorer:
         self._tasks = tasks
         self._on_restore = on_restore
         self._replay_timeout = replay_timeout
+        self._unanswered: dict[UUID, tuple[int, str]] = {}
+        """Claims that may have taken effect without an answer, by key: restores and instance before each."""
 
     async def restored(
         self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, request: RequestWait
@@ -137,7 +143,7 @@ class Restorer:
         interest.stale_since = max(interest.stale_since, record.revision)
         if restore is None:
             # A claim that has not left yet counts as if it were stored.
-            restores, instance = record.restores, record.instance_hint
+            restores, instance = self._before_unanswered(record)
             if (claimed := self._activity.claimed(interest.key)) > 0:
                 restores = max(restores + (instance != self._activity.instance), claimed)
                 instance = self._activity.instance
@@ -242,6 +248,14 @@ class Restorer:
         session.loop.begin_with(replay, restore.deadline, RequestIds())
         return session
 
+    def _before_unanswered(self, record: SessionRecord) -> tuple[int, str]:
+        """Return the restores of a record and its instance, without a claim of a restore that was given up."""
+        before = self._unanswered.pop(record.key, None)
+        if before is not None and (record.restores, record.instance_hint) == (before[0] + 1, self._activity.instance):
+            # The next claim names the same number, so that both count once.
+            return before
+        return record.restores, record.instance_hint
+
     def _may_claim_later(self, record: SessionRecord, interest: Interest) -> bool:
         """Return whether the next report of activity may claim a session that was restored from a record.
 
@@ -271,9 +285,7 @@ class Restorer:
                 loaded_at = restore.loaded_at
                 claimed = record
             else:
-                claimed = await self._store.claim(
-                    record.key, restore, instance=self._activity.instance, restores=restore.restores
-                )
+                claimed = await self._claimed(record.key, restore)
             if claimed is None or interest.ended:
                 raise SessionNotFound
             if not session.serving:
@@ -308,6 +320,16 @@ class Restorer:
         self._registry.unpublish(session)
         self._tasks.start_soon(self._run_restore, restore, claimed, session.owner, scope, attempts - 1)
         return False
+
+    async def _claimed(self, key: UUID, restore: Restore) -> SessionRecord | None:
+        """Claim a session for a restore."""
+        try:
+            return await self._store.claim(key, restore, instance=self._activity.instance, restores=restore.restores)
+        except BaseException:
+            if len(self._unanswered) >= MAX_UNANSWERED:
+                del self._unanswered[next(iter(self._unanswered))]
+            self._unanswered[key] = restore.restores, restore.previous_instance
+            raise
 
     def _failure(self, error: BaseException, record: SessionRecord) -> Exception:
         """Return the failure of a restore for the requests that wait for it."""
