@@ -36,6 +36,7 @@ ROOT = {
     "StoreUnavailable",
     "durable_app",
     "get_restore_marker",
+    "run_durable",
     "session_key",
 }
 """What a server is written with."""
@@ -46,6 +47,7 @@ ELSEWHERE = {
         "EventTooLarge",
         "InvalidValue",
         "JournalFull",
+        "NotRunning",
         "RecordUnreadable",
         "RestoreRefused",
         "SchemaAhead",

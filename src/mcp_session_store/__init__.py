@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.replay.journal import JournaledMethod
     from mcp_session_store.adapter.replay.marker import get_restore_marker
     from mcp_session_store.app import durable_app
+    from mcp_session_store.serving import run_durable
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 
 __all__ = [
     # Serve a server durably
     "durable_app",
+    "run_durable",
     "InstanceSettings",
     "DurableSessionManager",
     "JournaledMethod",
@@ -70,6 +72,7 @@ _IMPORTED_WHEN_USED: Final = {
     "RestoreHook": "adapter.manager",
     "get_restore_marker": "adapter.replay.marker",
     "durable_app": "app",
+    "run_durable": "serving",
     "SqlEventLog": "sql",
     "SqlSessionStore": "sql",
 }

@@ -7,6 +7,7 @@ __all__ = [
     "EventTooLarge",
     "InvalidValue",
     "JournalFull",
+    "NotRunning",
     "RecordUnreadable",
     "RestoreRefused",
     "SchemaAhead",
@@ -28,6 +29,10 @@ class SessionStoreError(Exception):
 
 class ConfigurationError(SessionStoreError, ValueError):
     """An argument, option or setting cannot work; the message names it and the remedy."""
+
+
+class NotRunning(SessionStoreError, RuntimeError):
+    """A request came to an app whose lifespan was not entered, or to a session manager that does not run."""
 
 
 class StoreUnavailable(SessionStoreError):

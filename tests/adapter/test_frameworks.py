@@ -84,7 +84,7 @@ async def test_an_app_can_be_started_again(kind: str, store: FaultyStore, json_r
                 session_id = await client.handshake()
             assert (await client.call("add", {"a": start, "b": 0})).text == str(start)
             managers.add(made.lowlevel.session_manager)
-            assert sum(1 for entry in made.lowlevel.middleware if "session_middleware" in repr(entry)) == 1
+            assert sum(1 for entry in made.lowlevel.middleware if "SessionMiddleware" in repr(entry)) == 1
     assert len(managers) == 3
     assert store.counts()["open"] == 3
     assert store.closed == 0

@@ -255,7 +255,7 @@ def app_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         arguments.update(options)
         raise ConfigurationError("this far and no further")
 
-    monkeypatch.setattr("mcp_session_store.app.durable_app", durable_app)
+    monkeypatch.setattr("mcp_session_store.serving.durable_app", durable_app)
     return arguments
 
 
@@ -379,7 +379,7 @@ def test_workers_get_the_same_retention_and_memory(
         made.append(options)
         return Starlette()
 
-    monkeypatch.setattr("mcp_session_store.app.durable_app", durable_app)
+    monkeypatch.setattr("mcp_session_store.serving.durable_app", durable_app)
     # A worker is a process of its own, that has nothing but the environment.
     monkeypatch.setattr("uvicorn.run", lambda app, **options: worker_app())
     options = "--idle 30m --tombstone none --per-principal 5 --evict-after none --max-sessions 50 --end-within 2.5"

@@ -35,6 +35,7 @@ from mcp_session_store import (
     durable_app,
     get_restore_marker,
     migrations,
+    run_durable,
     session_key,
 )
 from mcp_session_store.records import Changes, EventPage, Principal
@@ -94,6 +95,11 @@ def apps(mcpserver: MCPServer[Any], lowlevel: Server[Any], fastmcp: FastMCP[Any]
     durable_app(mcpserver, 5)  # type: ignore[arg-type]
     durable_app("server:app", URL)  # type: ignore[arg-type]
     durable_app(mcpserver, URL, on_end=on_restore)  # type: ignore[arg-type]
+    run_durable(mcpserver)
+    run_durable(fastmcp, URL, host="0.0.0.0", port=80, path="/mcp", json_response=True, log_level=None, events=True)
+    run_durable(lowlevel, store, shutdown_timeout=30, namespace="notes")
+    run_durable("server:app", URL)  # type: ignore[arg-type]
+    run_durable(mcpserver, URL, port="80")  # type: ignore[arg-type]
 
 
 async def manager(lowlevel: Server[Any], store: SessionStore) -> None:

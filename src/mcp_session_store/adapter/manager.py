@@ -198,7 +198,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             )
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
-        self.asgi_app = BodyLimit(self.asgi_app.app, max_request_body_size)
+        self.asgi_app = BodyLimit(self._refuse_while_not_running, max_request_body_size)
         self.store = store
         self.event_log = event_log
         self.instance = ""
@@ -210,11 +210,11 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._close_event_log = close_event_log
         self._recorder: EventRecorder | None = None
         self._journal = Journal(journaled_methods)
+        middleware.install(self.app)
         checked_interval(settings.activity_interval, store.retention)
         self._tasks = sdk.ManagerTasks(self)
-        self._registry = Registry(
-            sdk.transports_of(self), sdk.owners_of(self), self._tasks, capacity=settings.max_sessions
-        )
+        transports, owners = sdk.transports_of(self), sdk.owners_of(self)
+        self._registry = Registry(transports, owners, self._tasks, capacity=settings.max_sessions)
         self._evict_transport = self._registry.evict_transport
 
     @contextlib.asynccontextmanager

@@ -44,6 +44,7 @@ __all__ = [
     "MEMORY_FULL",
     "METHOD_NOT_ALLOWED",
     "NOT_ACCEPTABLE",
+    "NOT_RUNNING",
     "ONE_STREAM",
     "RESTORE_FAILED",
     "SCHEMA",
@@ -181,6 +182,8 @@ RESTORE_FAILED: Final = _for_now("restore failed", "Session cannot be restored n
 """The replay took too long, the record kept changing, or an earlier copy does not stop."""
 SHUTTING_DOWN: Final = _for_now("shutting down", "Server is shutting down")
 """The instance stops."""
+NOT_RUNNING: Final = _for_now("not running", "Server is not running")
+"""The lifespan of the app was not entered."""
 FAILED: Final = _for_now("error", "Internal error")
 """A bug of ours, or of the application's in a restore."""
 CALL_LOST: Final = Answer(503, CONNECTION_CLOSED, LOST, _RETRY_AFTER, lost=True)

@@ -6,9 +6,10 @@ versions that work, instead of failing later while a client waits.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
 
 from mcp.server import streamable_http_manager
 from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
@@ -23,16 +24,18 @@ from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 from starlette.routing import Route
 from typing_extensions import get_protocol_members
 
+from mcp_session_store.adapter import responses
 from mcp_session_store.adapter.supported import SUPPORTED_SDK
-from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.errors import ConfigurationError, NotRunning
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 
     from anyio.abc import TaskGroup
     from anyio.streams.memory import MemoryObjectSendStream
     from fastmcp import FastMCP
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
+    from mcp.server.context import ServerRequestContext
     from mcp.server.streamable_http import EventCallback, EventStore
     from mcp.shared._stream_protocols import ReadStream, WriteStream
     from mcp.shared.message import SessionMessage
@@ -58,6 +61,7 @@ __all__ = [
     "owners_of",
     "scope_event_store",
     "serve_loop",
+    "session_id_of",
     "set_session_manager",
     "transports_of",
     "underlying_server",
@@ -122,11 +126,20 @@ def check_dispatch_context(context: type) -> None:
         raise ImportError(f"its DispatchContext has {', '.join(missing)}, which {context.__name__} does not have")
 
 
+_NOT_RUNNING: Final = (
+    "the server does not run, because the lifespan of its app was not entered: where the app that durable_app returned "
+    "is mounted in another app, the lifespan of that one enters it, async with app.router.lifespan_context(app); the "
+    "ASGI server has to support lifespans (uvicorn: without --lifespan off); a DurableSessionManager in an app of your "
+    "own serves within async with manager.run()"
+)
+
+
 class ManagerSeams(StreamableHTTPSessionManager):
     """The SDK's session manager, with the seams that the session layer plugs into."""
 
     _evict_transport: Callable[[str, StreamableHTTPServerTransport], Awaitable[None]]
     """Evicts the copy of a session that has this transport."""
+    _has_refused = False
 
     def _serve_sessions_by(self, serve: Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]) -> None:
         """Have a function serve the requests of the handshake era (2025-11-25 and earlier)."""
@@ -134,6 +147,31 @@ class ManagerSeams(StreamableHTTPSessionManager):
         # with this decision. Requests of the modern era (2026-07-28) never come here. Replaced instead of overridden,
         # because each step of a request would pass through an override.
         self._handle_stateful_request = serve  # type: ignore[method-assign, assignment]
+
+    @contextlib.asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        """See the SDK's manager."""
+        async with super().run():
+            # Exchanged instead of checked for each request.
+            self.asgi_app.app = self._handle_request
+            try:
+                yield
+            finally:
+                self.asgi_app.app = self._refuse_while_not_running
+
+    async def _refuse_while_not_running(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that comes before `run()` or after it; the first that comes before also fails.
+
+        Raises:
+            NotRunning: The first time, so that the log of the ASGI server says what to do.
+        """
+        if self._has_started:
+            await responses.SHUTTING_DOWN.response()(scope, receive, send)
+            return
+        await responses.NOT_RUNNING.response()(scope, receive, send)
+        if not self._has_refused:
+            self._has_refused = True
+            raise NotRunning(_NOT_RUNNING)
 
     # The SDK forgets a session by its id, but copies share their id with their successors: a late call
     # of this must not remove a successor.
@@ -296,6 +334,12 @@ def serve_loop(
         manager.app, read, write, lifespan_state=manager._lifespan_state, session_id=session_id
     )
     return loop
+
+
+def session_id_of(ctx: ServerRequestContext[Any, Any]) -> str | None:
+    """Return the id of the session that a message came in; `None` on a transport without sessions."""
+    # Public on the connection, which the context of a request has no public name for.
+    return ctx.session._connection.session_id
 
 
 def underlying_server(server: object) -> Server[Any]:

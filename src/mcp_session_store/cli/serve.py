@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import gc
 import importlib
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from click.core import ParameterSource
@@ -34,12 +30,7 @@ from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-    from types import FrameType
-
     from starlette.applications import Starlette
-
-    from mcp_session_store.adapter.manager import DurableSessionManager
 
 # uvicorn, the SDK and the database's drivers are imported where they are used, because other commands need none.
 
@@ -49,7 +40,6 @@ _WORKER_SETTINGS: Final = "_MCP_SESSION_STORE_SERVE"
 """Environment variable with the settings of `serve`, because uvicorn gives its workers an import string alone."""
 
 _UVICORN_STARTUP_FAILED: Final = 3
-_OUR_LOGGER: Final = "mcp_session_store"
 
 
 class _ServeSettings(BaseModel):
@@ -173,20 +163,17 @@ def serve(
     app = _build(settings)
     run(_check_store(settings))
 
-    import uvicorn
+    from mcp_session_store.serving import run_uvicorn
 
     os.environ[_WORKER_SETTINGS] = settings.model_dump_json()
     try:
-        uvicorn.run(
+        run_uvicorn(
             app if workers == 1 else f"{__package__}:{worker_app.__name__}",
-            factory=workers > 1,
             workers=workers,
             host=host,
             port=port,
             log_level=log_level,
-            log_config=_log_config(log_level),
-            # Open SSE streams never end by themselves.
-            timeout_graceful_shutdown=shutdown_timeout,
+            shutdown_timeout=shutdown_timeout,
         )
     except SystemExit as exit_:
         if exit_.code == _UVICORN_STARTUP_FAILED:
@@ -200,8 +187,8 @@ def worker_app() -> Starlette:
 
 
 def _build(settings: _ServeSettings) -> Starlette:
-    from mcp_session_store.adapter.sdk import is_fastmcp, underlying_server
-    from mcp_session_store.app import durable_app
+    from mcp_session_store.adapter.sdk import underlying_server
+    from mcp_session_store.serving import served_app
 
     server = _import_target(settings.target, settings.app_dir)
     try:
@@ -219,13 +206,6 @@ def _build(settings: _ServeSettings) -> Starlette:
         options["events"] = settings.events and read_settings(EventPolicy, settings.event_retention)
     if settings.instance:
         options["settings"] = read_settings(InstanceSettings, settings.instance)
-    if settings.json_response is not None:
-        options["json_response"] = settings.json_response
-    if settings.path is not None:
-        options["path" if is_fastmcp(server) else "streamable_http_path"] = settings.path
-    if not is_fastmcp(server):
-        # The SDK guards against DNS rebinding where it listens on this machine only.
-        options["host"] = settings.host
     of_the_database = {
         "namespace": settings.namespace,
         "schema": settings.schema_name,
@@ -233,57 +213,16 @@ def _build(settings: _ServeSettings) -> Starlette:
     }
     options |= {name: value for name, value in of_the_database.items() if name in settings.given}
     try:
-        return _answering_at_signals(_frozen(durable_app(server, settings.url, **options)))
+        return served_app(
+            server,
+            settings.url,
+            host=settings.host,
+            path=settings.path,
+            json_response=settings.json_response,
+            **options,
+        )
     except ConfigurationError as error:
         raise ConfigurationError(f"cannot serve {settings.target}: {error}") from error
-
-
-def _frozen(app: Starlette) -> Starlette:
-    """Exclude all objects that exist when the app has started from garbage collection.
-
-    They are some 200,000, nearly all of them of modules, and live as long as the process. A full collection goes
-    through them in 0.1 s and more, during which no request is served.
-    """
-    serve = app.router.lifespan_context
-
-    @contextlib.asynccontextmanager
-    async def lifespan(of: Starlette) -> AsyncIterator[Any]:
-        async with serve(of) as state:
-            gc.collect()
-            gc.freeze()
-            yield state
-
-    app.router.lifespan_context = lifespan
-    return app
-
-
-def _answering_at_signals(app: Starlette) -> Starlette:
-    """Answer the requests that wait for the database at the signal to stop, because uvicorn waits for them first."""
-    from mcp_session_store.adapter.sdk import mcp_endpoint
-
-    serve = app.router.lifespan_context
-
-    @contextlib.asynccontextmanager
-    async def lifespan(of: Starlette) -> AsyncIterator[Any]:
-        async with serve(of) as state:
-            manager = cast("DurableSessionManager", mcp_endpoint(app).session_manager)
-            loop = asyncio.get_running_loop()
-
-            def before(uvicorns: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
-                def handle(number: int, frame: FrameType | None) -> None:
-                    loop.call_soon_threadsafe(manager.answer_waiting)
-                    uvicorns(number, frame)
-
-                return handle
-
-            # uvicorn has set its own before, and puts back at its end what was there before that.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if callable(uvicorns := signal.getsignal(number)):
-                    signal.signal(number, before(uvicorns))
-            yield state
-
-    app.router.lifespan_context = lifespan
-    return app
 
 
 def _import_target(target: str, app_dir: str) -> Any:
@@ -344,12 +283,3 @@ async def _check_store(settings: _ServeSettings) -> None:
         click.echo(f"Warning: {error} Starting all the same: requests wait until it answers.", err=True)
     finally:
         await store.aclose()
-
-
-def _log_config(level: str) -> dict[str, Any]:
-    """Return uvicorn's configuration of logs, with this package's beside it. The root logger is the user's."""
-    from uvicorn.config import LOGGING_CONFIG
-
-    level_name = "DEBUG" if level == "trace" else level.upper()
-    ours = {"handlers": ["default"], "level": level_name, "propagate": False}
-    return {**LOGGING_CONFIG, "loggers": {**LOGGING_CONFIG["loggers"], _OUR_LOGGER: ours}}

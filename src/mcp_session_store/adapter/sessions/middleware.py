@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, InitializeRequestParams
 
 from mcp_session_store.adapter.outage import RequestWait
+from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.responses import SESSION_NOT_FOUND, answer_to
+from mcp_session_store.adapter.sdk import session_id_of
 from mcp_session_store.adapter.sessions.handshake import (
     HANDSHAKE,
     Handshake,
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
-__all__ = ["install", "session_middleware"]
+__all__ = ["SessionMiddleware", "install"]
+
+logger = logging.getLogger(__name__)
 
 _NO_SCOPE: Final[Scope] = {}
 
@@ -39,34 +44,61 @@ def install(server: Server[Any]) -> None:
     Outermost, because what is stored is what the whole chain let through, and because a failure to
     store still vetoes the handshake: the SDK commits it only when the chain has succeeded.
     """
-    server.middleware[:] = [
-        session_middleware,
-        *(entry for entry in server.middleware if entry != session_middleware),
-    ]
+    ours = next((entry for entry in server.middleware if isinstance(entry, SessionMiddleware)), None)
+    others = [entry for entry in server.middleware if entry is not ours]
+    server.middleware[:] = [ours or SessionMiddleware(server.name), *others]
 
 
-async def session_middleware(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
-    """Store handshakes and journaled calls.
+class SessionMiddleware:
+    """Stores handshakes and journaled calls.
 
     Messages that are replayed, and those outside of a resident session (stdio, 2026-07-28), pass by.
+
+    Args:
+        server_name: Name of the server.
     """
-    scope: Scope = getattr(ctx.request, "scope", _NO_SCOPE)
-    session: ResidentSession | None = scope.get(RESIDENT_SESSION)
-    if session is None:
-        return await call_next(ctx)
-    try:
-        handshake: Handshake | None = scope.get(HANDSHAKE)
-        if ctx.method == "initialize" and ctx.request_id is not None:
-            return await _store_handshake(ctx, call_next, session, handshake or Handshake())
-        if not session.lifetime.used and ctx.request_id is not None and ctx.method != "ping":
-            scope[RECORD_WRITER].on_first_use(session)
-        if handshake is not None:
-            handshake.settle(HandshakeOutcome.NOT_OPENED)
-        if ctx.request_id is not None and ctx.method in scope[RECORD_WRITER].journal.methods:
-            return await _store_call(ctx, call_next, session)
-        return await call_next(ctx)
-    finally:
-        session.finished(ctx.request_id)
+
+    def __init__(self, server_name: str) -> None:
+        self._server_name = server_name
+        self._has_warned = False
+
+    async def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
+        """Serve one message."""
+        scope: Scope = getattr(ctx.request, "scope", _NO_SCOPE)
+        session: ResidentSession | None = scope.get(RESIDENT_SESSION)
+        if session is None:
+            if ctx.method == "initialize" and not self._has_warned:
+                self._warn_of_another_app(ctx, scope)
+            return await call_next(ctx)
+        try:
+            handshake: Handshake | None = scope.get(HANDSHAKE)
+            if ctx.method == "initialize" and ctx.request_id is not None:
+                return await _store_handshake(ctx, call_next, session, handshake or Handshake())
+            if not session.lifetime.used and ctx.request_id is not None and ctx.method != "ping":
+                scope[RECORD_WRITER].on_first_use(session)
+            if handshake is not None:
+                handshake.settle(HandshakeOutcome.NOT_OPENED)
+            if ctx.request_id is not None and ctx.method in scope[RECORD_WRITER].journal.methods:
+                return await _store_call(ctx, call_next, session)
+            return await call_next(ctx)
+        finally:
+            session.finished(ctx.request_id)
+
+    def _warn_of_another_app(self, ctx: ServerRequestContext[Any, Any], scope: Scope) -> None:
+        """Warn once when a client opens a session through an app that the server built itself, beside the durable one.
+
+        Every example of the SDK ends with a `run()` that builds such an app.
+        """
+        # A session id stands on the connections of Streamable HTTP with sessions alone.
+        if ctx.request is None or RESTORE_MARKER in scope or session_id_of(ctx) is None:
+            return
+        self._has_warned = True
+        logger.warning(
+            "a client opens a session with the server %r that is not durable, because it does not come through the app "
+            "that durable_app returned: server.run(), streamable_http_app() and http_app() build another app; serve "
+            "the one that durable_app returned, or write run_durable(server, url) in place of server.run()",
+            self._server_name,
+        )
 
 
 async def _store_handshake(
