@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 
 def _environment(environment: Mapping[str, str] | None) -> dict[str, str]:
-    # Nor variables that make rich take a pipe for a terminal, or a terminal for another.
-    ours = ("MCP_SESSION_STORE_", "FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "TTY_")
+    # Nor variables that say how wide a terminal is, or what it can show.
+    ours = ("MCP_SESSION_STORE_", "FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES")
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | dict(environment or {})
 
 

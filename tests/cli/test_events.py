@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from rich.cells import cell_len
 
 from mcp_session_store.records import session_key
 from tests.support.commands import CONTROL, UNREACHABLE
@@ -81,7 +80,7 @@ def test_a_terminal_gets_a_list_as_wide_as_it_is(
     header, *lines = CONTROL.sub("", output).splitlines()
     assert len(header.split()) == shown
     assert len(lines) == 1
-    assert max(map(cell_len, [header, *lines])) <= width
+    assert max(map(len, [header, *lines])) <= width
 
 
 def test_pages_of_the_list_lead_to_one_another(command: CommandFunction, database_url: str) -> None:

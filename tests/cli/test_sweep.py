@@ -65,14 +65,16 @@ def test_a_sweep_goes_on_until_there_is_no_more_and_reports_what_went(
     assert json.loads(again.stdout) == {"dry_run": False, "expired": 0, "purged": 0, "events": 0, "more": False}
 
 
-def test_a_terminal_gets_a_bar_and_the_report(terminal: TerminalFunction, database_url: str) -> None:
+def test_a_terminal_gets_a_bar_where_there_is_work(terminal: TerminalFunction, database_url: str) -> None:
     code, output = terminal("sweep", "--limit-per-step", "5", environment=_seed(database_url, _rows()))
     assert code == 0, output
     plain = CONTROL.sub("", output)
     assert "sweeping" in plain
-    assert "━" in plain
+    assert "#" * 30 in plain
     assert "37/37" in plain
     assert "25 expired sessions ended, 12 that ended long ago were removed for good" in plain
+    code, output = terminal("sweep", environment={"MCP_SESSION_STORE_URL": database_url})
+    assert (code, output) == (0, "0 expired sessions ended, 0 that ended long ago were removed for good\n")
 
 
 @pytest.mark.parametrize("how", ["options", "environment"])

@@ -16,7 +16,6 @@ from mcp_session_store.cli.options import (
 )
 from mcp_session_store.cli.output import (
     print_json,
-    stdout,
 )
 from mcp_session_store.cli.pages import all_option, cursor_option, limit_option, page_size, pages, print_pages
 from mcp_session_store.cli.partitions import maintain, partition, unpartition
@@ -150,7 +149,7 @@ def stats(target: Target, *, top: int, as_json: bool) -> None:
     if as_json:
         print_json(asdict(statistics))
     else:
-        print_statistics(stdout(), statistics)
+        print_statistics(statistics)
 
 
 for command in (partition, maintain, unpartition):

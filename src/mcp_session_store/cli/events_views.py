@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from mcp_session_store.cli.output import Column, ago, cell, number, plural, print_json, print_table, size, stdout
+from mcp_session_store.cli.output import Column, ago, number, plural, print_json, print_table, print_text, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
-
-    from rich.console import Console, RenderableType
 
     from mcp_session_store.sql.admin.events import EventStatistics, LogDetails, LoggedEvent, LogPage, StoredLog
     from mcp_session_store.sql.admin.partitions import Partition
@@ -38,10 +36,10 @@ def print_page(page: LogPage, *, first: bool, all_pages: bool, as_json: bool) ->
     elif as_json:
         print_json({"as_of": page.as_of, "logs": [asdict(log) for log in page.logs], "next": page.next})
     elif page.logs:
-        print_table(stdout(), _LOG_COLUMNS, [_log_row(log, page.as_of) for log in page.logs], header=first)
+        print_table(_LOG_COLUMNS, [_log_row(log, page.as_of) for log in page.logs], header=first)
 
 
-def _log_row(log: StoredLog, now: datetime) -> Sequence[RenderableType]:
+def _log_row(log: StoredLog, now: datetime) -> Sequence[str]:
     oldest = "" if log.oldest_at is None else ago(log.oldest_at, now)
     return [str(log.key), number(log.events), size(log.bytes), str(log.first), str(log.last), oldest]
 
@@ -66,37 +64,34 @@ def print_events(page: LogDetails, *, first: bool, all_pages: bool, payloads: bo
         else:
             print_json({"as_of": page.as_of, "log": asdict(page.log), "events": listed, "next": page.next})
     elif payloads:
-        _print_payloads(stdout(), page)
+        _print_payloads(page)
     elif page.events:
         rows = [_event_row(event, page.as_of) for event in page.events]
-        print_table(stdout(), _EVENT_COLUMNS, rows, header=first)
+        print_table(_EVENT_COLUMNS, rows, header=first)
 
 
-def _event_row(event: LoggedEvent, now: datetime) -> Sequence[RenderableType]:
+def _event_row(event: LoggedEvent, now: datetime) -> Sequence[str]:
     return [
-        cell(text)
-        for text in (
-            str(event.sequence),
-            event.stream,
-            str(event.position),
-            event.kind,
-            ago(event.created_at, now),
-            size(event.bytes),
-            _about(event),
-        )
+        str(event.sequence),
+        event.stream,
+        str(event.position),
+        event.kind,
+        ago(event.created_at, now),
+        size(event.bytes),
+        _about(event),
     ]
 
 
-def _print_payloads(console: Console, page: LogDetails) -> None:
+def _print_payloads(page: LogDetails) -> None:
     for event in page.events:
         parts = [
             str(event.sequence),
             f"stream {event.stream}, position {event.position}, {event.kind}",
             f"{event.created_at:%Y-%m-%d %H:%M:%S} UTC, {size(event.bytes)}",
         ]
-        console.print(cell("  ".join(parts), length=2000), soft_wrap=True)
+        print_text("  ".join(parts), length=2000)
         if event.message is not None:
-            console.print(cell(event.message, length=len(event.message)), soft_wrap=True)
+            print_text(event.message, length=len(event.message))
 
 
 def _event_as_json(event: LoggedEvent, *, payloads: bool) -> dict[str, Any]:
@@ -126,7 +121,7 @@ def _method_and_id(event: LoggedEvent) -> tuple[str | None, str | int | None]:
     return method if isinstance(method, str) else None, request_id if isinstance(request_id, str | int) else None
 
 
-def print_statistics(console: Console, statistics: EventStatistics) -> None:
+def print_statistics(statistics: EventStatistics) -> None:
     now = statistics.as_of
     sessions = f"{number(statistics.sessions)} {plural('session', statistics.sessions)}"
     counted = f"{number(statistics.events)} {plural('event', statistics.events)}"
@@ -143,11 +138,8 @@ def print_statistics(console: Console, statistics: EventStatistics) -> None:
             Column(title="STARTED", width=10, rank=1),
             Column(title="LAST BEAT", width=10),
         )
-        rows = [
-            [cell(text) for text in (one.instance, ago(one.started_at, now), ago(one.beat_at, now))]
-            for one in statistics.instances
-        ]
-        print_table(console, columns, rows)
+        rows = [[one.instance, ago(one.started_at, now), ago(one.beat_at, now)] for one in statistics.instances]
+        print_table(columns, rows)
     if statistics.partitions:
         click.echo()
         partition_columns = (
@@ -156,11 +148,11 @@ def print_statistics(console: Console, statistics: EventStatistics) -> None:
             Column(title="TO", width=16),
             Column(title="SIZE", width=9, right=True),
         )
-        print_table(console, partition_columns, [_partition_row(one) for one in statistics.partitions])
+        print_table(partition_columns, [_partition_row(one) for one in statistics.partitions])
 
 
-def _partition_row(partition: Partition) -> Sequence[RenderableType]:
+def _partition_row(partition: Partition) -> Sequence[str]:
     def when(moment: datetime | None) -> str:
         return "" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
 
-    return [cell(partition.name), when(partition.since), when(partition.until), size(partition.size)]
+    return [partition.name, when(partition.since), when(partition.until), size(partition.size)]

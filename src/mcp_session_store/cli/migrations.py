@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from mcp_session_store.cli.options import Failure, json_option, run, schema_option, url_option
-from mcp_session_store.cli.output import Column, cell, number, plural, print_json, print_table, stdout
+from mcp_session_store.cli.output import Column, number, plural, print_json, print_table
 from mcp_session_store.cli.target import tables_options
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from mcp_session_store.cli.target import Target
     from mcp_session_store.sql.admin.rows import UnreadableRow
 
@@ -109,7 +107,7 @@ def check(target: Target, *, rows: bool, as_json: bool) -> None:
         print_json({"unreadable": [asdict(row) for row in found]})
     elif found:
         columns = [Column(title=title, width=width) for title, width in _ROW_COLUMNS.items()]
-        print_table(stdout(), columns, [_row_cells(row) for row in found])
+        print_table(columns, [_row_cells(row) for row in found])
     else:
         click.echo("the schema fits, and all rows can be read")
     if found:
@@ -123,6 +121,6 @@ def check(target: Target, *, rows: bool, as_json: bool) -> None:
 _ROW_COLUMNS: Final = {"TABLE": 20, "KEY": 36, "NAMESPACE": 12, "STATE": 5, "CANNOT BE READ": 20}
 
 
-def _row_cells(row: UnreadableRow) -> list[RenderableType]:
+def _row_cells(row: UnreadableRow) -> list[str]:
     state = "live" if row.live else ""
-    return [cell(text) for text in (row.table, str(row.key or ""), row.namespace or "", state, ", ".join(row.columns))]
+    return [row.table, str(row.key or ""), row.namespace or "", state, ", ".join(row.columns)]

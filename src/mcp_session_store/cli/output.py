@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import shutil
 import sys
+import unicodedata
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from mcp_session_store.records import display_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from rich.console import RenderableType
-
     from mcp_session_store.sql.admin.sessions import StoredSession
 
 __all__ = [
     "Column",
     "ago",
-    "cell",
+    "bar",
     "number",
     "plural",
     "print_json",
     "print_table",
+    "print_text",
     "progress",
     "session_as_json",
     "size",
     "span",
-    "stdout",
 ]
 
 _GAP: Final = 2
-_WIDE: Final = 100_000
+_LONGEST_CELL: Final = 500
 _WIDEST_TEXT: Final = 40
+_LONGEST_BAR: Final = 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,86 +49,113 @@ class Column:
 
     title: str
     width: int
-    """Characters that the column needs."""
+    """Places on a line that the column takes at least, so that the columns of all pages stand below each other."""
     flexible: bool = False
-    """Whether the column takes more room on a wide terminal; its cells are cut to the room that it has."""
+    """Whether a terminal may cut the cells, to as much room as there is; a wide one gives the column more."""
     rank: int = 0
     """Order in which columns are left out on a narrow terminal, the highest first."""
     right: bool = False
 
 
-def stdout() -> Console:
-    """Return the console of the standard output: as wide as the terminal, or else as wide as it takes."""
+def print_text(text: str, *, length: int) -> None:
+    """Print a line that may hold a text of a client's, without control characters.
+
+    Args:
+        text: The line.
+        length: Number of characters to keep.
+    """
+    _take_all_characters()
+    click.echo(display_text(text, length=length))
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, header: bool = True) -> None:
+    """Print rows with a cell for each column, without control characters.
+
+    A pipe gets all of each cell. A terminal gets the columns that it has room for, and flexible ones cut.
+    """
+    _take_all_characters()
+    cells = [[display_text(text, length=_LONGEST_CELL) for text in row] for row in rows]
+    # What each takes at least, which on a terminal is all that a flexible one is sure of.
+    widths = [max(column.width, len(column.title)) for column in columns]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for position, column in enumerate(columns):
+        if room is None or not column.flexible:
+            widths[position] = max([widths[position], *(_places(row[position]) for row in cells)])
+    shown = list(range(len(columns)))
+    if room is not None:
+        while len(shown) > 1 and room < _length(widths, shown):
+            shown.remove(max(shown, key=lambda position: columns[position].rank))
+        flexible = [position for position in shown if columns[position].flexible]
+        share = max(0, room - _length(widths, shown)) // max(1, len(flexible))
+        for position in flexible:
+            widths[position] = min(widths[position] + share, max(widths[position], _WIDEST_TEXT))
+    if header:
+        titles = [column.title for column in columns]
+        click.secho(_line(columns, widths, shown, titles), bold=True)
+    for row in cells:
+        click.echo(_line(columns, widths, shown, row))
+
+
+def _length(widths: Sequence[int], shown: Sequence[int]) -> int:
+    return sum(widths[position] for position in shown) + _GAP * (len(shown) - 1)
+
+
+def _line(columns: Sequence[Column], widths: Sequence[int], shown: Sequence[int], cells: Sequence[str]) -> str:
+    aligned = []
+    for position in shown:
+        text = _cut(cells[position], widths[position])
+        padding = " " * (widths[position] - _places(text))
+        aligned.append(padding + text if columns[position].right else text + padding)
+    return (" " * _GAP).join(aligned).rstrip()
+
+
+def _cut(text: str, width: int) -> str:
+    if _places(text) <= width:
+        return text
+    places = itertools.accumulate(map(_places, text))
+    return text[: sum(place < width for place in places)] + "…"
+
+
+def _places(text: str) -> int:
+    """Return the number of places that a text takes on a line of a terminal.
+
+    Wide characters (Unicode Standard Annex #11) take two, and marks that combine with the one before take none.
+    """
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in ("W", "F") else 1
+        for c in text
+    )
+
+
+def _take_all_characters() -> None:
+    """Let no text of a client's fail because the encoding of the standard output lacks a character of it."""
     if hasattr(sys.stdout, "reconfigure"):
-        # A client's name must not fail because the terminal's encoding lacks a character of it.
         sys.stdout.reconfigure(errors="backslashreplace")
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, emoji=False, width=_WIDE)
-    return console
 
 
-def cell(text: str, *, length: int = 500) -> Text:
-    """Return the cell for a text that a client may have chosen: without control characters, and markup as text."""
-    return Text(display_text(text, length=length))
-
-
-def print_table(
-    console: Console, columns: Sequence[Column], rows: Sequence[Sequence[RenderableType]], *, header: bool = True
-) -> None:
-    """Print rows with a cell for each column; on a terminal, only the columns that there is room for."""
-    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_header=header, header_style="bold")
-    shown = list(columns)
-    share = 0
-    if console.is_terminal:
-        while len(shown) > 1 and _room(console, shown) < 0:
-            shown.remove(max(shown, key=lambda column: column.rank))
-        share = max(0, _room(console, shown)) // max(1, sum(column.flexible for column in shown))
-    for column in shown:
-        wide = min(column.width + share, max(column.width, _WIDEST_TEXT)) if column.flexible else column.width
-        table.add_column(
-            column.title,
-            justify="right" if column.right else "left",
-            # Fixed, so that the columns of all pages stand below each other.
-            min_width=wide if console.width >= column.width else None,
-            max_width=wide if console.is_terminal else None,
-            no_wrap=True,
-            overflow="ellipsis" if column.flexible else "fold",
-        )
-    positions = [columns.index(column) for column in shown]
-    for row in rows:
-        table.add_row(*(row[position] for position in positions))
-    if console.is_terminal:
-        console.print(table)
-        return
-    with console.capture() as capture:
-        console.print(table)
-    click.echo("\n".join(line.rstrip() for line in capture.get().removesuffix("\n").split("\n")))
-
-
-def _room(console: Console, columns: Sequence[Column]) -> int:
-    return console.width - sum(column.width for column in columns) - _GAP * (len(columns) - 1)
+def bar(part: int, whole: int) -> str:
+    """Return a line as long as a number is large beside the largest one."""
+    return "#" * -(-_LONGEST_BAR * part // max(1, whole))
 
 
 @contextlib.contextmanager
 def progress(description: str, *, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar while work goes on, if messages go to a terminal. Yields a function that moves the bar on.
+    """Show a bar while work goes on, if messages go to a terminal and there is work. Yields what moves the bar on.
 
     Args:
         description: The work.
         total: How far it will go; `None`: unknown.
     """
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)
+    if total == 0 or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    endless = itertools.count() if total is None else None
+    with click.progressbar(
+        endless, length=total, label=description, width=_LONGEST_BAR, show_pos=True, file=sys.stderr
+    ) as shown:
+        yield shown.update
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:

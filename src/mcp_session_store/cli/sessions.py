@@ -25,7 +25,6 @@ from mcp_session_store.cli.output import (
     plural,
     print_json,
     progress,
-    stdout,
 )
 from mcp_session_store.cli.pages import (
     LARGE_PAGE,
@@ -221,7 +220,7 @@ def show(target: Target, *, names: tuple[str, ...], params: bool, as_json: bool)
     if as_json:
         print_json(details_as_json(found, params=params))
     else:
-        print_details(stdout(), found, params=params)
+        print_details(found, params=params)
 
 
 @sessions.command()
@@ -345,4 +344,4 @@ def stats(target: Target, *, top: int, retention: Mapping[str, str], as_json: bo
     if as_json:
         print_json(statistics_as_json(statistics, preview))
     else:
-        print_statistics(stdout(), statistics, preview)
+        print_statistics(statistics, preview)

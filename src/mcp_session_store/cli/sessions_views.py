@@ -9,22 +9,20 @@ import click
 from mcp_session_store.cli.output import (
     Column,
     ago,
-    cell,
+    bar,
     number,
     plural,
     print_json,
     print_table,
+    print_text,
     session_as_json,
     size,
     span,
-    stdout,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime, timedelta
-
-    from rich.console import Console, RenderableType
 
     from mcp_session_store.retention import SweepReport
     from mcp_session_store.sql.admin.sessions import SessionDetails, SessionPage, Statistics, StoredSession
@@ -66,24 +64,21 @@ def print_page(page: SessionPage, state: str, *, first: bool, all_pages: bool, a
     elif page.sessions:
         columns = [_KEY, _CLIENT, _PRINCIPAL, _INSTANCE, _OPENED, *_LAST_COLUMNS[state]]
         rows = [_row(session, page.as_of, state) for session in page.sessions]
-        print_table(stdout(), columns, rows, header=first)
+        print_table(columns, rows, header=first)
 
 
-def _row(session: StoredSession, now: datetime, state: str) -> Sequence[RenderableType]:
+def _row(session: StoredSession, now: datetime, state: str) -> Sequence[str]:
     if state == "ended":
         last = ago(session.ended_at, now), session.end_reason or ""
     else:
         last = ago(session.last_seen_at, now), ago(session.expires_at, now)
     return [
-        cell(text)
-        for text in (
-            str(session.key),
-            session.client_name,
-            "" if session.principal is None else session.principal.display,
-            session.instance_hint,
-            ago(session.created_at, now),
-            *last,
-        )
+        str(session.key),
+        session.client_name,
+        "" if session.principal is None else session.principal.display,
+        session.instance_hint,
+        ago(session.created_at, now),
+        *last,
     ]
 
 
@@ -102,7 +97,7 @@ def details_as_json(found: SessionDetails, *, params: bool) -> dict[str, Any]:
     }
 
 
-def print_details(console: Console, found: SessionDetails, *, params: bool) -> None:
+def print_details(found: SessionDetails, *, params: bool) -> None:
     session, now = found.session, found.as_of
 
     def when(moment: datetime | None) -> str:
@@ -128,11 +123,11 @@ def print_details(console: Console, found: SessionDetails, *, params: bool) -> N
         *(("", f"{entry.method} {entry.subject}".rstrip()) for entry in found.journal),
     ]
     for name, text in lines:
-        console.print(cell(f"{name:<11}{text}", length=2000), soft_wrap=True)
+        print_text(f"{name:<11}{text}", length=2000)
     if params:
         for text in (found.initialize_params, *(entry.params for entry in found.journal)):
             if text:
-                console.print(cell(text, length=len(text)), soft_wrap=True)
+                print_text(text, length=len(text))
 
 
 def statistics_as_json(statistics: Statistics, preview: SweepReport) -> dict[str, Any]:
@@ -151,22 +146,17 @@ def statistics_as_json(statistics: Statistics, preview: SweepReport) -> dict[str
     }
 
 
-_BAR: Final = 30
-
-
-def print_statistics(console: Console, statistics: Statistics, preview: SweepReport) -> None:
-    from rich.bar import Bar
-
+def print_statistics(statistics: Statistics, preview: SweepReport) -> None:
     count = Column(title="SESSIONS", width=10, right=True)
     states = (
         ("live", statistics.live),
         ("expired, not yet swept", statistics.expired),
         ("ended, still kept", statistics.ended),
     )
-    print_table(console, [Column(title="STATE", width=24), count], [(name, number(n)) for name, n in states])
+    print_table([Column(title="STATE", width=24), count], [(name, number(n)) for name, n in states])
 
     ages = []
-    most = max(1, *(n for _, n in statistics.ages))
+    most = max(n for _, n in statistics.ages)
     youngest: timedelta | None = None
     for age, n in statistics.ages:
         name = (
@@ -177,16 +167,15 @@ def print_statistics(console: Console, statistics: Statistics, preview: SweepRep
             else f"{span(youngest)} or more"
         )
         youngest = age
-        ages.append((name, number(n), Bar(most, 0, n, width=_BAR)))
+        ages.append((name, number(n), bar(n, most)))
     click.echo()
-    bar = Column(title="", width=_BAR)
-    print_table(console, [Column(title="LIVE, OPENED AGO", width=24), count, bar], ages)
+    print_table([Column(title="LIVE, OPENED AGO", width=24), count, Column(title="", width=0, rank=1)], ages)
 
     for title, counted in (("CLIENT", statistics.clients), ("INSTANCE", statistics.instances)):
         if counted:
             click.echo()
             name_column = Column(title=f"LIVE, {title}", width=24, flexible=True)
-            print_table(console, [name_column, count], [(cell(name), number(n)) for name, n in counted])
+            print_table([name_column, count], [(name, number(n)) for name, n in counted])
 
     click.echo()
     if statistics.index_bytes is None:
