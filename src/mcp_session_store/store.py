@@ -293,6 +293,17 @@ class SessionStore(Store):
                 missing; some may be returned again. With `None` no changes are returned, only the time to continue at.
         """
 
+    async def ping(self) -> None:
+        """Check that the store can be used now: it answers, and its schema fits. This changes nothing.
+
+        A store that does not override this method asks for changes, of which there are none without a moment to begin
+        at.
+
+        Raises:
+            SessionStoreError: The store cannot be used, and why, as for every other method.
+        """
+        await self.changes(None)
+
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:  # noqa: ARG002
         """Pass on hints that sessions changed, until cancelled.
 

@@ -15,7 +15,7 @@ from mcp_session_store.sql.schema.tables import VERSION_TABLE
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["HEAD", "check_revision", "check_schema", "is_empty", "is_newer", "read_revision"]
+__all__ = ["HEAD", "check_again", "check_revision", "check_schema", "is_empty", "is_newer", "read_revision"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,10 @@ async def read_revision(connection: AsyncConnection, schema: str | None) -> str 
     exists = await connection.run_sync(lambda sync: sa.inspect(sync).has_table(VERSION_TABLE, schema=schema))
     if not exists:
         return None
+    return await _stored_revision(connection, schema)
+
+
+async def _stored_revision(connection: AsyncConnection, schema: str | None) -> str | None:
     version = sa.table(VERSION_TABLE, sa.column("version_num", sa.String), schema=schema)
     return (await connection.execute(sa.select(version.c.version_num))).scalar()
 
@@ -57,12 +61,24 @@ async def check_schema(connection: AsyncConnection, schema: str | None) -> None:
     check_revision(revision, options=shown_options(connection.engine.url, schema))
 
 
-def check_revision(revision: str | None, *, options: str) -> None:
+async def check_again(connection: AsyncConnection, schema: str | None) -> None:
+    """Check the schema of a database that fitted before, by one statement and without a warning.
+
+    Raises:
+        SchemaError: The schema does not fit any more. Where its tables are gone, the driver's error is raised.
+    """
+    revision = await _stored_revision(connection, schema)
+    if revision != HEAD:
+        check_revision(revision, options=shown_options(connection.engine.url, schema), warn=False)
+
+
+def check_revision(revision: str | None, *, options: str, warn: bool = True) -> None:
     """Check a revision. A newer one of the same major version passes, with a warning.
 
     Args:
         revision: Revision of the database.
         options: Options with which the command that the message names finds the database.
+        warn: Whether to log that warning.
 
     Raises:
         SchemaMissing: The database was never migrated.
@@ -86,9 +102,10 @@ def check_revision(revision: str | None, *, options: str) -> None:
         )
     if (int(found[1]), int(found[2])) < (int(needed[1]), int(needed[2])):
         raise SchemaBehind(f"the database's schema is at {revision}, and {HEAD} is needed; {upgrade}")
-    logger.warning(
-        "the database's schema is at %s, newer than the %s of this version of mcp-session-store; it works, "
-        "upgrade the package when you can",
-        revision,
-        HEAD,
-    )
+    if warn:
+        logger.warning(
+            "the database's schema is at %s, newer than the %s of this version of mcp-session-store; it works, "
+            "upgrade the package when you can",
+            revision,
+            HEAD,
+        )

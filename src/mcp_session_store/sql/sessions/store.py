@@ -6,13 +6,14 @@ import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from mcp_session_store.errors import InvalidValue, RecordUnreadable, SessionConflict, SessionStoreError
+from mcp_session_store.errors import InvalidValue, RecordUnreadable, SchemaError, SessionConflict, SessionStoreError
 from mcp_session_store.records import check_session, check_texts, merged_activities
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
+from mcp_session_store.sql.schema.version import check_again
 from mcp_session_store.sql.sessions.creation import Creation
 from mcp_session_store.sql.sessions.journal import EntryWrite, JournalStatements
 from mcp_session_store.sql.sessions.limits import Limits
@@ -99,7 +100,7 @@ class SqlSessionStore(SessionStore):
         )
         self._sweep = Sweep(dialect, statements=self._for_policy(SweepStatements), removal=self._removal)
         self._listener = Listener(self._database, SESSION_CHANNEL)
-        self._contacts = Batcher(self._database, _make_contact, writes=False)
+        self._pings = Batcher(self._database, self._check_again, writes=False)
         self._loads = Batcher(self._database, self._records.load, writes=False, max_batch=RECORDS_PER_STATEMENT)
         self._creates = Batcher(self._database, self._creation.create, writes=True, weigh=_params_of)
         self._claims = Batcher(self._database, self._records.claim, writes=True, max_batch=RECORDS_PER_STATEMENT)
@@ -144,12 +145,12 @@ class SqlSessionStore(SessionStore):
 
     async def open(self) -> None:
         self._database.reopen()
-        await self._contacts.submit(None)
+        await self.ping()
 
     async def aclose(self) -> None:
         self._database.close_to_calls()
         batchers: tuple[Batcher[Any, Any], ...] = (
-            self._contacts,
+            self._pings,
             self._loads,
             self._creates,
             self._claims,
@@ -251,6 +252,19 @@ class SqlSessionStore(SessionStore):
         """
         return await self._polls.submit(since)
 
+    async def ping(self) -> None:
+        """See `SessionStore.ping`. Pings that are made at once share a statement, which reads the schema's revision."""
+        await self._pings.submit(None)
+
+    async def _check_again(self, attempt: Attempt, pings: Sequence[None]) -> Sequence[None]:
+        try:
+            await check_again(attempt.connection, self._database.schema)
+        except SchemaError:
+            # The other calls then say it, too, until the schema fits.
+            self._database.forget_contact()
+            raise
+        return pings
+
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
         """See `SessionStore.listen`. On Postgres it takes a connection of its own; on SQLite there are no hints."""
         await self._listener.listen(on_hint)
@@ -263,11 +277,6 @@ class SqlSessionStore(SessionStore):
             more=any(result.more for result in done),
             longest=max(result.held_up for result in done),
         )
-
-
-async def _make_contact(attempt: Attempt, openings: Sequence[None]) -> Sequence[None]:
-    await attempt.connection.exec_driver_sql("SELECT 1")
-    return openings
 
 
 def _params_of(session: NewSession) -> int:

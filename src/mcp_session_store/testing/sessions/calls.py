@@ -1,4 +1,4 @@
-"""Cases of the suite for session stores: cancelled calls, and opening and closing a store."""
+"""Cases of the suite for session stores: cancelled calls, pings, and opening and closing a store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Calls(StoreSuite):
-    """Cancelled calls, and opening and closing a store."""
+    """Cancelled calls, pings, and opening and closing a store."""
 
     async def test_a_call_that_is_cancelled_disturbs_no_other(self, store: SessionStore) -> None:
         sessions = [new_session() for _ in range(30)]
@@ -32,3 +32,11 @@ class Calls(StoreSuite):
         await store.open()
         await store.aclose()
         await store.aclose()
+
+    async def test_a_ping_changes_nothing(self, store: SessionStore) -> None:
+        session = new_session()
+        created = await store.create(session)
+        since = (await store.changes(None)).until
+        await asyncio.gather(*(store.ping() for _ in range(20)))
+        assert await store.load(session.key) == created
+        assert not (await store.changes(since)).changes
