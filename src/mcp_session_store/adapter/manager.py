@@ -9,15 +9,14 @@ import os
 import socket
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
-import anyio
 from mcp.server.streamable_http_manager import DEFAULT_MAX_REQUEST_BODY_SIZE
 from mcp.server.transport_security import TransportSecurityMiddleware
 
 from mcp_session_store.adapter import clock, sdk
-from mcp_session_store.adapter.background import report_failure, run_again, run_every
+from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.outage import Gate
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
@@ -35,6 +34,7 @@ from mcp_session_store.adapter.sessions.patient_store import PatientStore
 from mcp_session_store.adapter.sessions.recording import RecordWriter
 from mcp_session_store.adapter.sessions.registry import Registry
 from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
+from mcp_session_store.adapter.stopping import close, retire, shut_down
 from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Followers
 from mcp_session_store.adapter.streams.instances import MAX_PAUSE, Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from mcp.server.transport_security import TransportSecuritySettings
 
     from mcp_session_store.adapter.replay.journal import JournaledMethod
-    from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = [
     "DurableSessionManager",
@@ -64,11 +63,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-SHUTDOWN_TIMEOUT: Final = 5.0
-"""Seconds for all that is still to be written when the manager stops."""
-ANSWERS_TIMEOUT: Final = 6.0
-"""Seconds that a stop waits for answers on their way to the event log: by default longer than a log tries to store."""
 
 
 class DurableSessionManager(sdk.ManagerSeams):
@@ -230,14 +224,14 @@ class DurableSessionManager(sdk.ManagerSeams):
         middleware.install(self.app)
         async with contextlib.AsyncExitStack() as stack:
             if self._close_store:
-                stack.push_async_callback(_close, self.store)
+                stack.push_async_callback(close, self.store)
             if self._close_event_log and self.event_log is not None:
-                stack.push_async_callback(_close, self.event_log)
+                stack.push_async_callback(close, self.event_log)
             if self.event_log is not None:
                 dead_after = timedelta(seconds=self._settings.instance_timeout)
                 instances = Instances(self.event_log, instance=self.instance, dead_after=dead_after)
                 self._recorder = EventRecorder(self.event_log, Followers(self.event_log, instances), instances)
-                stack.push_async_callback(self._retire, self._recorder)
+                stack.push_async_callback(retire, self._recorder)
             self._wire()
             try:
                 await self.store.open()
@@ -255,7 +249,8 @@ class DurableSessionManager(sdk.ManagerSeams):
                 try:
                     yield
                 finally:
-                    await self._shut_down()
+                    self.answer_waiting()
+                    await shut_down(self._registry, self._activity, self._recorder)
 
     def answer_waiting(self) -> None:
         """Answer the requests that wait for the store, and let none wait from now on, because the server is to stop.
@@ -351,44 +346,9 @@ class DurableSessionManager(sdk.ManagerSeams):
             start(partial(run_every, "streams", POLL_INTERVAL, followers.poll, wake=followers.wake))
             start(partial(run_again, "event hints", followers.listen, max_backoff=MAX_PAUSE))
 
-    async def _retire(self, recorder: EventRecorder) -> None:
-        with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
-            await recorder.retire()
-
     async def _poll_changes(self) -> None:
         await self._ender.changes.poll()
         self._gate.store_answered()
-
-    async def _shut_down(self) -> None:
-        self.answer_waiting()
-        with anyio.move_on_after(ANSWERS_TIMEOUT + SHUTDOWN_TIMEOUT, shield=True):
-            self._activity.gather(everything=True)
-            # Concurrently, so that a slow store leaves no stream open, and no client leaves activity unreported.
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._report_all)
-                if self._recorder is not None:
-                    tasks.start_soon(self._recorder.instances.leave)
-                # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
-                for session in self._registry:
-                    tasks.start_soon(self._evict_at_stop, session)
-
-    async def _evict_at_stop(self, session: ResidentSession) -> None:
-        if session.events is not None:
-            # Wait also for an answer of a call that is over which waits behind others.
-            with anyio.move_on_after(ANSWERS_TIMEOUT):
-                await session.events.recorded()
-        with anyio.move_on_after(SHUTDOWN_TIMEOUT):
-            await self._registry.evict(session)
-            if session.events is not None:
-                # Or the tasks are cancelled before clients elsewhere can learn that their calls are lost.
-                await session.events.abandoned.wait()
-
-    async def _report_all(self) -> None:
-        try:
-            with anyio.move_on_after(SHUTDOWN_TIMEOUT):
-                await self._activity.report(everything=True)
-        except Exception as error:
-            report_failure("activity", error)
 
     async def _evict_unused(self) -> None:
         """Evict copies that have been idle for a while, and stop serving sessions whose life is over."""
@@ -400,11 +360,6 @@ class DurableSessionManager(sdk.ManagerSeams):
 def instance_id() -> str:
     """Return a name for this process: host, process id, and a random part, because the first two come again."""
     return f"{display_text(socket.gethostname(), length=80)}:{os.getpid()}:{uuid4().hex[:8]}"
-
-
-async def _close(closed: SessionStore | EventLog) -> None:
-    with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
-        await closed.aclose()
 
 
 def _set_idle(store: SessionStore, session_idle_timeout: float | None) -> None:

@@ -1,10 +1,9 @@
-"""The one way to a connection: time limits, one retry, the schema check, and translated driver errors."""
+"""The one way to a connection: time limits, one retry, and translated driver errors."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -15,14 +14,12 @@ from sqlalchemy.pool import QueuePool
 from mcp_session_store.errors import (
     ConfigurationError,
     InvalidValue,
-    SchemaBehind,
-    SchemaMissing,
     SessionStoreError,
-    StoreBusy,
     StoreClosed,
     StoreUnavailable,
 )
 from mcp_session_store.settings import checked_seconds
+from mcp_session_store.sql.contact import FirstContact, spawn
 from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.engine import (
     checked_engine,
@@ -32,10 +29,9 @@ from mcp_session_store.sql.engine import (
     shown_url,
 )
 from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_parameters
-from mcp_session_store.sql.schema.version import check_schema, is_empty
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
     from typing import Self
 
@@ -49,10 +45,6 @@ __all__ = ["Attempt", "Database", "Lease", "spawn"]
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-
-MIGRATION_TIMEOUT: Final = 60.0
-"""Seconds that a migration on first contact may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +77,21 @@ class Database:
             url, self.dialect = checked_url(url_or_engine)
             self.engine = make_engine(url, self.dialect, timeout=self.timeout)
             self.supports_listen = self.dialect.supports_listen(url)
-            self._given: URL | AsyncEngine = url
-            self._owned = True
+            self.given: URL | AsyncEngine = url
+            self.owned = True
         else:
             self.dialect = checked_engine(url_or_engine)
             self.supports_listen = self.dialect.has_notifications
-            self.engine = self._given = url_or_engine
-            self._owned = False
+            self.engine = self.given = url_or_engine
+            self.owned = False
         self.schema: Final = checked_schema(schema, self.dialect)
         self.shown_url: Final = shown_url(self.engine.url)
         self.autocommit: Final = (
-            self.engine if self._owned else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+            self.engine if self.owned else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
         """Engine whose connections run each statement as a transaction of its own."""
         self.write_lock: asyncio.Lock | None = asyncio.Lock() if self.dialect.single_writer else None
-        self._auto_upgrade = auto_upgrade
-        self._contact: asyncio.Task[None] | None = None
+        self._contact = FirstContact(self, auto_upgrade=auto_upgrade)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.closing: set[asyncio.Task[None]] = set()
@@ -144,97 +135,20 @@ class Database:
     def reopen(self) -> None:
         """Allow calls again after `aclose`, and make the next one check the schema."""
         self._closed = False
-        if self._contact is not None and self._contact.done():
-            self._contact = None
+        self._contact.forget()
 
     async def first_contact(self) -> None:
         """Check the schema once, and again after a failure. Concurrent callers wait for the same check."""
-        contact = self._contact
-        if contact is not None and contact.done() and not _failed(contact):
-            return
-        if contact is None or contact.done():
-            # A task of its own, because one caller's timeout must not stop a migration that others wait for.
-            contact = self._contact = spawn(self._check())
-        if not contact.done():
-            await asyncio.wait({contact})
-        if contact.cancelled():
-            raise StoreClosed("the session store was closed")
-        contact.result()
+        await self._contact.make()
 
     def forget_contact(self) -> None:
         """Make the next call check the schema again, because a table was missing."""
-        if self._contact is not None and self._contact.done():
-            self._contact = None
-
-    async def _check(self) -> None:
-        try:
-            async with self._checking() as connection:
-                if self._owned:
-                    await self.dialect.prepare(connection)
-                try:
-                    await check_schema(connection, self.schema)
-                    return
-                except SchemaMissing:
-                    empty = self.dialect.migrates_when_empty and await is_empty(connection)
-                    if not (empty or self._auto_upgrade):
-                        raise
-                except SchemaBehind:
-                    if not self._auto_upgrade:
-                        raise
-            await self._migrate()
-            async with self._checking() as connection:
-                await check_schema(connection, self.schema)
-        except SessionStoreError:
-            raise
-        except Exception as error:
-            raise self.translate(error) from error
-
-    @contextlib.asynccontextmanager
-    async def _checking(self) -> AsyncIterator[AsyncConnection]:
-        """Lend a connection for the schema check, and drop it when it falls silent for the timeout.
-
-        The check has a time limit of its own, because callers that give up waiting do not end it.
-        """
-        connection: AsyncConnection | None = None
-        broken = True
-        try:
-            async with asyncio.timeout(self.timeout):
-                connection = await self.autocommit.connect()
-                try:
-                    yield connection
-                except SessionStoreError:
-                    broken = False
-                    raise
-            broken = False
-        except TimeoutError:
-            raise self._silent() from None
-        finally:
-            if connection is not None:
-                await self.release(connection, broken=broken)
-
-    async def _migrate(self) -> None:
-        # Imported here, because Alembic is not needed where the schema fits.
-        from mcp_session_store.sql.schema import migrate
-
-        task = spawn(migrate.upgrade(self._given, schema=self.schema))
-        try:
-            done, _ = await asyncio.wait({task}, timeout=MIGRATION_TIMEOUT)
-        finally:
-            # Not waited for, because on a connection that has fallen silent it never ends.
-            task.cancel()
-        if not done:
-            raise StoreBusy(
-                f"the migration of the database {self.shown_url} did not end within {MIGRATION_TIMEOUT:g} s"
-            )
-        task.result()
-
-    def _silent(self) -> StoreUnavailable:
-        return StoreUnavailable(f"the database {self.shown_url} did not answer within {self.timeout:g} s")
+        self._contact.forget()
 
     async def release(self, connection: AsyncConnection, *, broken: bool) -> None:
         """Return a connection to the pool, or drop it when it is broken."""
         pool = self.engine.pool
-        if not broken and self._owned and isinstance(pool, QueuePool) and pool.checkedin() < pool.size():
+        if not broken and self.owned and isinstance(pool, QueuePool) and pool.checkedin() < pool.size():
             # There is nothing to roll back on an engine of ours, and nothing to close where the pool has room: so there
             # is no wait in which the caller could be cancelled.
             await _release(connection, broken=False)
@@ -263,13 +177,12 @@ class Database:
 
     async def aclose(self) -> None:
         """Close connections, unless the caller made the engine. All calls must have ended."""
-        contact, self._contact = self._contact, None
-        if contact is not None:
+        if (contact := self._contact.withdraw()) is not None:
             await self.stop(contact)
         if self.closing:
             await asyncio.wait(self.closing, timeout=self.timeout)
         self._loop = None
-        if self._owned:
+        if self.owned:
             await self._dispose()
         if self.dialect.single_writer:
             self.write_lock = asyncio.Lock()
@@ -399,15 +312,6 @@ async def _release(connection: AsyncConnection, *, broken: bool) -> None:
             await connection.invalidate()
     with contextlib.suppress(Exception):
         await connection.close()
-
-
-def spawn(coroutine: Coroutine[object, object, _T]) -> asyncio.Task[_T]:
-    """Start a task that belongs to no request: it inherits no context variables."""
-    return asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
-
-
-def _failed(task: asyncio.Task[None]) -> bool:
-    return task.cancelled() or task.exception() is not None
 
 
 def _is_broken(error: StoreUnavailable, dialect: Dialect) -> bool:

@@ -631,7 +631,7 @@ async def test_shutdown_reports_when_each_session_was_last_used(store: FaultySto
 async def test_shutdown_with_activity_waits_for_a_store_that_fails_no_longer_than_its_bound(
     store: FaultyStore, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(manager_module, "SHUTDOWN_TIMEOUT", 0.05)
+    monkeypatch.setattr("mcp_session_store.adapter.stopping.SHUTDOWN_TIMEOUT", 0.05)
     with anyio.fail_after(5):
         async with instance(store) as one:
             client = one.client()

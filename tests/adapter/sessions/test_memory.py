@@ -12,7 +12,6 @@ import pytest
 from mcp.shared.exceptions import MCPError
 
 from mcp_session_store import EndReason, RestoreRefused, session_key
-from mcp_session_store.adapter import manager as manager_module
 from mcp_session_store.adapter.sessions import restoring
 from tests.support.asgi import Client, until
 from tests.support.http import INITIALIZE_PARAMS, assert_not_handled, assert_unavailable, is_not_handled
@@ -319,7 +318,7 @@ async def test_shutdown_waits_for_no_client_and_the_session_goes_on_elsewhere(
 async def test_shutdown_does_not_depend_on_the_store(
     store: FaultyStore, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager_module, "SHUTDOWN_TIMEOUT", 0.05)
+    monkeypatch.setattr("mcp_session_store.adapter.stopping.SHUTDOWN_TIMEOUT", 0.05)
     with anyio.fail_after(5):
         async with instance(store) as one:
             client = one.client()

@@ -528,7 +528,7 @@ async def test_the_answer_of_a_call_whose_client_was_given_no_id_is_not_kept(
 async def test_of_many_large_answers_few_are_on_their_way_and_one_that_waits_survives_a_stop(
     store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcp_session_store.adapter.manager.SHUTDOWN_TIMEOUT", 0.1)
+    monkeypatch.setattr("mcp_session_store.adapter.stopping.SHUTDOWN_TIMEOUT", 0.1)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:
         clients = [one.client() for _ in range(LARGE_AT_ONCE + 1)]
@@ -789,7 +789,7 @@ async def test_what_is_kept_is_stored_when_the_instance_stops(store: FaultyStore
 async def test_an_outage_does_not_hold_up_the_end_of_an_instance(
     store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcp_session_store.adapter.manager.SHUTDOWN_TIMEOUT", 0.1)
+    monkeypatch.setattr("mcp_session_store.adapter.stopping.SHUTDOWN_TIMEOUT", 0.1)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:
         client = one.client()

@@ -1,0 +1,70 @@
+"""The stop of a manager: what is still to be written is written, within bounds, and open responses end whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from mcp_session_store.adapter.background import report_failure
+
+if TYPE_CHECKING:
+    from mcp_session_store.adapter.sessions.activity import ActivityReporter
+    from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.adapter.streams.recorder import EventRecorder
+    from mcp_session_store.event_log import EventLog
+    from mcp_session_store.store import SessionStore
+
+__all__ = ["close", "retire", "shut_down"]
+
+SHUTDOWN_TIMEOUT: Final = 5.0
+"""Seconds for all that is still to be written when the manager stops."""
+ANSWERS_TIMEOUT: Final = 6.0
+"""Seconds that a stop waits for answers on their way to the event log: by default longer than a log tries to store."""
+
+
+async def shut_down(registry: Registry, activity: ActivityReporter, recorder: EventRecorder | None) -> None:
+    """Evict all copies, and store what is known of them, before the tasks of the manager are cancelled."""
+    with anyio.move_on_after(ANSWERS_TIMEOUT + SHUTDOWN_TIMEOUT, shield=True):
+        activity.gather(everything=True)
+        # Concurrently, so that a slow store leaves no stream open, and no client leaves activity unreported.
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_report_all, activity)
+            if recorder is not None:
+                tasks.start_soon(recorder.instances.leave)
+            # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
+            for session in registry:
+                tasks.start_soon(_evict, registry, session)
+
+
+async def retire(recorder: EventRecorder) -> None:
+    """Store the last events, and that the instance is no longer there."""
+    with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
+        await recorder.retire()
+
+
+async def close(closed: SessionStore | EventLog) -> None:
+    """Close a store or an event log."""
+    with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
+        await closed.aclose()
+
+
+async def _evict(registry: Registry, session: ResidentSession) -> None:
+    if session.events is not None:
+        # Wait also for an answer of a call that is over which waits behind others.
+        with anyio.move_on_after(ANSWERS_TIMEOUT):
+            await session.events.recorded()
+    with anyio.move_on_after(SHUTDOWN_TIMEOUT):
+        await registry.evict(session)
+        if session.events is not None:
+            # Or the tasks are cancelled before clients elsewhere can learn that their calls are lost.
+            await session.events.abandoned.wait()
+
+
+async def _report_all(activity: ActivityReporter) -> None:
+    try:
+        with anyio.move_on_after(SHUTDOWN_TIMEOUT):
+            await activity.report(everything=True)
+    except Exception as error:
+        report_failure("activity", error)

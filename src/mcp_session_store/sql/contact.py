@@ -1,0 +1,165 @@
+"""First contact with a database: its schema is checked, and migrated where that was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+
+from mcp_session_store.errors import (
+    SchemaBehind,
+    SchemaMissing,
+    SessionStoreError,
+    StoreBusy,
+    StoreClosed,
+    StoreUnavailable,
+)
+from mcp_session_store.sql.schema.version import check_schema, is_empty
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Coroutine
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from mcp_session_store.sql.dialects.dialect import Dialect
+
+__all__ = ["FirstContact", "spawn"]
+
+_T = TypeVar("_T")
+
+MIGRATION_TIMEOUT: Final = 60.0
+"""Seconds that a migration on first contact may take."""
+
+
+class Contacted(Protocol):
+    """What first contact needs of a `Database`."""
+
+    @property
+    def dialect(self) -> Dialect: ...
+    @property
+    def schema(self) -> str | None: ...
+    @property
+    def timeout(self) -> float: ...
+    @property
+    def shown_url(self) -> str: ...
+    @property
+    def given(self) -> URL | AsyncEngine: ...
+    @property
+    def owned(self) -> bool: ...
+    @property
+    def autocommit(self) -> AsyncEngine: ...
+    async def release(self, connection: AsyncConnection, *, broken: bool) -> None: ...
+    def translate(self, error: Exception) -> Exception: ...
+
+
+class FirstContact:
+    """The check of a database's schema, which is made once, and again after a failure.
+
+    Args:
+        database: The database.
+        auto_upgrade: Whether a schema that is missing or behind is migrated.
+    """
+
+    def __init__(self, database: Contacted, *, auto_upgrade: bool) -> None:
+        self._database = database
+        self._auto_upgrade = auto_upgrade
+        self._contact: asyncio.Task[None] | None = None
+
+    async def make(self) -> None:
+        """Check the schema, unless it was found to fit. Concurrent callers wait for the same check."""
+        contact = self._contact
+        if contact is not None and contact.done() and not _failed(contact):
+            return
+        if contact is None or contact.done():
+            # A task of its own, because one caller's timeout must not stop a migration that others wait for.
+            contact = self._contact = spawn(self._check())
+        if not contact.done():
+            await asyncio.wait({contact})
+        if contact.cancelled():
+            raise StoreClosed("the session store was closed")
+        contact.result()
+
+    def forget(self) -> None:
+        """Make the next call check the schema again."""
+        if self._contact is not None and self._contact.done():
+            self._contact = None
+
+    def withdraw(self) -> asyncio.Task[None] | None:
+        """Forget the check, and return its task, which may still run."""
+        contact, self._contact = self._contact, None
+        return contact
+
+    async def _check(self) -> None:
+        try:
+            async with self._checking() as connection:
+                if self._database.owned:
+                    await self._database.dialect.prepare(connection)
+                try:
+                    await check_schema(connection, self._database.schema)
+                    return
+                except SchemaMissing:
+                    empty = self._database.dialect.migrates_when_empty and await is_empty(connection)
+                    if not (empty or self._auto_upgrade):
+                        raise
+                except SchemaBehind:
+                    if not self._auto_upgrade:
+                        raise
+            await self._migrate()
+            async with self._checking() as connection:
+                await check_schema(connection, self._database.schema)
+        except SessionStoreError:
+            raise
+        except Exception as error:
+            raise self._database.translate(error) from error
+
+    @contextlib.asynccontextmanager
+    async def _checking(self) -> AsyncIterator[AsyncConnection]:
+        """Lend a connection for the schema check, and drop it when it falls silent for the timeout.
+
+        The check has a time limit of its own, because callers that give up waiting do not end it.
+        """
+        connection: AsyncConnection | None = None
+        broken = True
+        try:
+            async with asyncio.timeout(self._database.timeout):
+                connection = await self._database.autocommit.connect()
+                try:
+                    yield connection
+                except SessionStoreError:
+                    broken = False
+                    raise
+            broken = False
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"the database {self._database.shown_url} did not answer within {self._database.timeout:g} s"
+            ) from None
+        finally:
+            if connection is not None:
+                await self._database.release(connection, broken=broken)
+
+    async def _migrate(self) -> None:
+        # Imported here, because Alembic is not needed where the schema fits.
+        from mcp_session_store.sql.schema import migrate
+
+        task = spawn(migrate.upgrade(self._database.given, schema=self._database.schema))
+        try:
+            done, _ = await asyncio.wait({task}, timeout=MIGRATION_TIMEOUT)
+        finally:
+            # Not waited for, because on a connection that has fallen silent it never ends.
+            task.cancel()
+        if not done:
+            raise StoreBusy(
+                f"the migration of the database {self._database.shown_url} did not end within {MIGRATION_TIMEOUT:g} s"
+            )
+        task.result()
+
+
+def spawn(coroutine: Coroutine[object, object, _T]) -> asyncio.Task[_T]:
+    """Start a task that belongs to no request: it inherits no context variables."""
+    return asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+
+
+def _failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None
