@@ -14,6 +14,7 @@ from mcp_session_store.errors import (
     RestoreRefused,
     SchemaError,
     SessionStoreError,
+    StoreMisconfigured,
     StoreUnavailable,
 )
 from mcp_session_store.event_log import EventLog
@@ -62,6 +63,7 @@ __all__ = [
     "InvalidValue",
     "RestoreRefused",
     "SchemaError",
+    "StoreMisconfigured",
     "StoreUnavailable",
 ]
 

@@ -19,6 +19,7 @@ __all__ = [
     "SessionStoreError",
     "StoreBusy",
     "StoreClosed",
+    "StoreMisconfigured",
     "StoreUnavailable",
 ]
 
@@ -43,9 +44,16 @@ class StoreUnavailable(SessionStoreError):
 
 
 class StoreBusy(SessionStoreError):
-    """The store answers and cannot take this call now: too many wait already, or it refuses a password or a privilege.
+    """The store answers and cannot take this call now: too many wait already.
 
-    The call should be repeated later; the message says when, or what to change.
+    The call should be repeated later; the message says when.
+    """
+
+
+class StoreMisconfigured(SessionStoreError):
+    """The store cannot be used as it is set up: wrong password, no such database, missing privilege, damaged file.
+
+    The message says what to change. Until that is done, no call succeeds.
     """
 
 

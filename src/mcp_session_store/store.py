@@ -99,6 +99,7 @@ class Store(ABC):
 
         Raises:
             StoreUnavailable: The database cannot be reached now. The store stays usable and recovers by itself.
+            StoreMisconfigured: The database cannot be used as it is set up; the message says what to change.
             SchemaError: The schema does not fit; the message names the command to run.
         """
         return
@@ -132,9 +133,10 @@ class SessionStore(Store):
       effect one after the other in some order.
     * Failure: `StoreUnavailable` when the store is away, which means that it cannot be reached or does not answer
       within a bound of seconds that it sets itself, and for nothing else, because callers wait until it is back and
-      repeat the call; `StoreBusy` when it cannot take the call now, such as when too many wait or a privilege is
-      missing; `StoreClosed` after `aclose`; `SchemaError` when the stored schema does not fit. The call may or may
-      not have taken effect. Each call is idempotent, so that it may be repeated.
+      repeat the call; `StoreMisconfigured` when it cannot be used as it is set up, such as with a wrong password or
+      without a privilege, which callers wait for as well, because it may be set right; `StoreBusy` when it cannot take
+      the call now, such as when too many wait; `StoreClosed` after `aclose`; `SchemaError` when the stored schema does
+      not fit. The call may or may not have taken effect. Each call is idempotent, so that it may be repeated.
     * Unreadable: `RecordUnreadable` where what is stored of the session cannot be read, as after a change by hand. So
       do `load`, `claim` and `read_journal`. No other session is affected, and no other method fails for it.
     * Cancellation: as failure. A cancelled call disturbs no other call.

@@ -361,7 +361,7 @@ async def test_a_store_that_is_down_at_the_start_stops_nothing(
 ) -> None:
     store.down()
     async with instance(store, json_response=json_response) as one:
-        assert "cannot be reached" in caplog.text
+        assert "the session store is away" in caplog.text
         client = one.client()
         assert_unavailable(await client.initialize())
         assert_not_handled(await one.client("0" * 32).ping())

@@ -14,6 +14,7 @@ import pytest
 
 from mcp_session_store.adapter import clock, outage, telemetry
 from mcp_session_store.adapter.outage import Gate, RequestWait, SharedWait
+from mcp_session_store.adapter.readiness import Readiness
 from mcp_session_store.adapter.requests import ClientGone, Incoming
 from mcp_session_store.adapter.responses import ShuttingDown
 from mcp_session_store.errors import SchemaBehind, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
@@ -49,7 +50,7 @@ class Door:
     """
 
     def __init__(self, group: TaskGroup, *, patience: float) -> None:
-        self.gate = Gate(Tasks(group), patience=patience)  # type: ignore[arg-type]
+        self.gate = Gate(Tasks(group), Readiness(), patience=patience)  # type: ignore[arg-type]
         self.away = False
         self.tried: list[tuple[object, float]] = []
         """Each call that was made, and when."""
@@ -503,7 +504,7 @@ async def test_the_begin_and_the_end_of_an_outage_are_logged_once_and_those_who_
         assert (waiting.value, outages.value) == (11, 1)
         one.away = False
     assert (waiting.value, outages.value) == (0, 1)
-    texts = [record.message for record in caplog.records if record.name == "mcp_session_store.adapter.outage"]
+    texts = [record.message for record in caplog.records if record.name == "mcp_session_store.adapter.readiness"]
     assert len(texts) == 2
     assert "the session store is away" in texts[0]
     assert texts[1].endswith("s; 11 requests waited for it")

@@ -75,7 +75,7 @@ async def test_a_sessions_life_is_counted(
         store.down("load", "create")
         await one.client(session_id).ping()
         await one.client().initialize()
-        assert counted.take() == {"refused": [(1, {"reason": "unavailable"})] * 2}
+        assert counted.take() == {"outages": [(1, {})], "refused": [(1, {"reason": "unavailable"})] * 2}
         store.up()
         await client.initialize()
         third = one.client()

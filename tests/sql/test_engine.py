@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
-from mcp_session_store.errors import ConfigurationError, StoreBusy, StoreClosed, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, StoreClosed, StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.dialects import DIALECTS
 from mcp_session_store.sql.dialects.dialect import FailureKind
@@ -31,7 +31,6 @@ from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.anyio
 
@@ -338,26 +337,6 @@ def test_both_errors_of_a_pooled_prepared_statement_name_the_remedy(kind: type[a
 def test_a_connection_that_the_driver_itself_finds_in_a_wrong_state_is_broken(error: Exception) -> None:
     """As it is raised where SQLAlchemy makes a new connection ready, and where statements go to the driver."""
     assert failure_kind(error, DIALECTS["postgresql"]) is FailureKind.BROKEN
-
-
-@pytest.mark.parametrize(
-    "kind", [asyncpg.InvalidPasswordError, asyncpg.InvalidCatalogNameError, asyncpg.InsufficientPrivilegeError]
-)
-def test_what_postgres_refuses_for_good_is_no_outage(kind: type[asyncpg.PostgresError]) -> None:
-    assert failure_kind(kind("no"), DIALECTS["postgresql"]) is FailureKind.REFUSED
-
-
-async def test_a_database_that_refuses_is_not_away(postgres_url: str, tmp_path: Path) -> None:
-    file = tmp_path / "no database"
-    file.write_bytes(b"text " * 1000)
-    url = sa.make_url(postgres_url)
-    for refusing in (f"sqlite:///{file}", url.set(password="wrong"), url.set(database="nowhere")):
-        store = SqlSessionStore(refusing)
-        with pytest.raises(StoreBusy, match="cannot serve now"):
-            await store.load(uuid.uuid4())
-        await store.aclose()
-        with pytest.raises(StoreBusy, match="cannot serve now"):
-            await migrate.upgrade(refusing)
 
 
 def test_a_connection_that_aiosqlite_is_closing_is_broken() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.pool import QueuePool
 
-from mcp_session_store import DurableSessionManager
+from mcp_session_store.adapter import stopping
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store import MemoryEventLog, MemorySessionStore
+    from mcp_session_store import DurableSessionManager, MemoryEventLog, MemorySessionStore
     from mcp_session_store.adapter.outage import Gate
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.changes import ChangeWatch
@@ -225,7 +225,8 @@ async def sweep_store(manager: DurableSessionManager) -> None:
 
 async def shut_down(manager: DurableSessionManager) -> None:
     """Put all sessions away, as a stop does."""
-    await manager._shut_down()
+    manager.answer_waiting()
+    await stopping.shut_down(manager._registry, manager._activity, manager._recorder)
 
 
 def cancel_tasks(manager: DurableSessionManager) -> None:
@@ -239,8 +240,8 @@ def replace_shutdown(
     replacement: Callable[[Callable[[], Coroutine[Any, Any, None]]], Coroutine[Any, Any, None]],
 ) -> None:
     """Make managers shut down by a replacement, which is called with their own way to do it."""
-    shut_down = DurableSessionManager._shut_down
-    monkeypatch.setattr(DurableSessionManager, "_shut_down", lambda manager: replacement(lambda: shut_down(manager)))
+    own = stopping.shut_down
+    monkeypatch.setattr("mcp_session_store.adapter.manager.shut_down", lambda *of: replacement(lambda: own(*of)))
 
 
 def is_settled(recorder: EventRecorder) -> bool:

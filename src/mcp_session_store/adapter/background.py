@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from uuid import UUID
 
+    from mcp_session_store.adapter.readiness import Readiness
+
 __all__ = ["Wake", "is_cancelled", "report_failure", "run_again", "run_every"]
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ async def run_every(
     *,
     wake: Wake | None = None,
     max_backoff: float = MAX_BACKOFF,
+    readiness: Readiness | None = None,
 ) -> None:
     """Run a task at intervals, until cancelled.
 
@@ -73,36 +76,44 @@ async def run_every(
         work: The task.
         wake: Wakes the task before its time.
         max_backoff: Most seconds between two tries after failures.
+        readiness: Says which failures the log has a line about already.
     """
     wake = wake or Wake(gathering=0)
-    failures = 0
+    failures = _Failures(task, work, readiness)
     while True:
         pause = seconds * random.uniform(0.8, 1.0)  # noqa: S311 - jitter
-        if failures:
+        if failures.number:
             # A task that has just failed is not woken: it backs off instead.
-            await anyio.sleep(min(_backoff(failures, max_backoff), pause))
+            await anyio.sleep(min(_backoff(failures.number, max_backoff), pause))
         else:
             await wake.wait(pause)
-        failures = await _failures_after(failures, task, work)
+        await failures.run()
 
 
-async def run_again(task: str, work: Callable[[], Awaitable[None]], *, max_backoff: float = MAX_BACKOFF) -> None:
+async def run_again(
+    task: str,
+    work: Callable[[], Awaitable[None]],
+    *,
+    max_backoff: float = MAX_BACKOFF,
+    readiness: Readiness | None = None,
+) -> None:
     """Run a task that is not meant to end, and again when it fails, until cancelled.
 
     Args:
         task: Name of the task in the log.
         work: The task.
         max_backoff: Most seconds between two tries.
+        readiness: Says which failures the log has a line about already.
     """
-    failures = 0
+    failures = _Failures(task, work, readiness)
     while True:
         began = anyio.current_time()
-        failures = await _failures_after(failures, task, work)
-        if not failures:
+        await failures.run()
+        if not failures.number:
             return
         if anyio.current_time() - began > MAX_BACKOFF:
-            failures = 1
-        await anyio.sleep(_backoff(failures, max_backoff))
+            failures.number = 1
+        await anyio.sleep(_backoff(failures.number, max_backoff))
 
 
 def report_failure(task: str, error: Exception, *, key: UUID | None = None, log: bool = True) -> None:
@@ -124,18 +135,35 @@ def report_failure(task: str, error: Exception, *, key: UUID | None = None, log:
         logger.error("the background task %s failed, and tries again", name, exc_info=error)
 
 
-async def _failures_after(failures: int, task: str, work: Callable[[], Awaitable[None]]) -> int:
-    """Run a task once more; return how often it has now failed in a row."""
-    try:
-        await work()
-    except Exception as error:
-        failures += 1
-        # In a long outage the log gets shorter: the 1st, 2nd, 4th, 8th failure is logged, and so on. All are counted.
-        report_failure(task, error, log=failures & (failures - 1) == 0)
-        return failures
-    if failures:
-        logger.info("the background task %s works again, after it failed %d times", task, failures)
-    return 0
+class _Failures:
+    """Failures of a task in a row, and whether the log says of them."""
+
+    __slots__ = ("_is_logged", "_readiness", "_task", "_work", "number")
+
+    def __init__(self, task: str, work: Callable[[], Awaitable[None]], readiness: Readiness | None) -> None:
+        self._task = task
+        self._work = work
+        self._readiness = readiness
+        self._is_logged = False
+        self.number = 0
+
+    async def run(self) -> None:
+        """Run the task once more."""
+        try:
+            await self._work()
+        except Exception as error:
+            self.number += 1
+            # The log gets shorter with time: the 1st, 2nd, 4th, 8th failure is logged, and so on. All are counted.
+            log = self.number & (self.number - 1) == 0
+            if self._readiness is not None and self._readiness.covers(error, self.number):
+                log = False
+            self._is_logged = self._is_logged or log
+            report_failure(self._task, error, log=log)
+            return
+        if self._is_logged:
+            logger.info("the background task %s works again, after it failed %d times", self._task, self.number)
+        self.number = 0
+        self._is_logged = False
 
 
 def _backoff(failures: int, at_most: float) -> float:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import socket
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import uuid4
 
+import anyio
 from mcp.server.streamable_http_manager import DEFAULT_MAX_REQUEST_BODY_SIZE
 from mcp.server.transport_security import TransportSecurityMiddleware
 
 from mcp_session_store.adapter import clock, sdk
 from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.outage import Gate
+from mcp_session_store.adapter.readiness import FINAL, Readiness
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
 from mcp_session_store.adapter.requests import BodyLimit
@@ -62,7 +63,8 @@ __all__ = [
     "RestoreHook",
 ]
 
-logger = logging.getLogger(__name__)
+VERDICT_WITHIN: Final = 5.0
+"""Seconds for which a start asks the store whether it can be used."""
 
 
 class DurableSessionManager(sdk.ManagerSeams):
@@ -197,6 +199,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         self.event_log = event_log
         self.instance = ""
         """Id of this process; made when the manager starts to run, because processes fork before."""
+        self.readiness: Final = Readiness()
+        """Whether this process can serve."""
         self._on_restore = on_restore
         self._on_end = on_end
         self._settings = settings
@@ -218,7 +222,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         When the context closes, the resident sessions leave memory. No session ends by it.
 
         Raises:
-            SchemaError: The database answers, and its schema does not fit.
+            StoreMisconfigured: The database cannot be used as it is set up; the message says what to change.
+            SchemaError: The schema does not fit; the message names the command to run.
         """
         self.instance = instance_id()
         middleware.install(self.app)
@@ -231,19 +236,10 @@ class DurableSessionManager(sdk.ManagerSeams):
                 dead_after = timedelta(seconds=self._settings.instance_timeout)
                 instances = Instances(self.event_log, instance=self.instance, dead_after=dead_after)
                 self._recorder = EventRecorder(self.event_log, Followers(self.event_log, instances), instances)
-                stack.push_async_callback(retire, self._recorder)
             self._wire()
-            try:
-                await self.store.open()
-                # Start watching before serving, so that no end is missed.
-                await self._ender.changes.poll()
-                if self._recorder is not None:
-                    # Before a client can wait for any call that runs here.
-                    await self._recorder.recover()
-            except (StoreUnavailable, StoreBusy) as error:
-                logger.warning("the session store cannot be reached; requests that need it wait: %s", error)
-                if self._recorder is not None:
-                    self._recorder.wake.set()
+            await self._open()
+            if self._recorder is not None:
+                stack.push_async_callback(retire, self._recorder)
             async with super().run():
                 self._start_background_tasks()
                 try:
@@ -258,14 +254,34 @@ class DurableSessionManager(sdk.ManagerSeams):
         A manager that stops does this by itself. A server that first waits for its requests to end, as uvicorn does,
         calls this before, or waits for their patience.
         """
+        self.readiness.stop()
         self._gate.shut_down()
+
+    async def _open(self) -> None:
+        """Ask the store once whether it can be used. What may pass is waited for; a final cause is raised."""
+        try:
+            with anyio.move_on_after(VERDICT_WITHIN) as scope:
+                await self.store.open()
+                # Start watching before serving, so that no end is missed.
+                await self._ender.changes.poll()
+                if self._recorder is not None:
+                    # Before a client can wait for any call that runs here.
+                    await self._recorder.recover()
+            if scope.cancelled_caught:
+                raise StoreUnavailable(f"it did not answer within {VERDICT_WITHIN:g} s")
+        except (StoreUnavailable, StoreBusy) as error:
+            self.readiness.failed(error)
+            if self._recorder is not None:
+                self._recorder.wake.set()
+        else:
+            self.readiness.answered()
 
     def _wire(self) -> None:
         """Make the collaborators that need the event loop, the instance's id and the policy as it is now."""
         # Another app may share the store, and have set its policy.
         interval = checked_interval(self._settings.activity_interval, self.store.retention)
         self._activity = ActivityReporter(self.store, self._registry, instance=self.instance, interval=interval)
-        self._gate = Gate(self._tasks, patience=self._settings.outage_patience)
+        self._gate = Gate(self._tasks, self.readiness, patience=self._settings.outage_patience)
         patient = PatientStore(self.store, self._gate)
         lookup = Lookup(patient)
         self._ender = Ender(
@@ -326,28 +342,35 @@ class DurableSessionManager(sdk.ManagerSeams):
         settings = self._settings
         poll_interval = settings.end_within / 2
         changes = self._ender.changes
-        start(partial(run_every, "activity", self._activity.interval, self._ender.report, wake=self._activity.wake))
-        start(partial(run_every, "changes", poll_interval, self._poll_changes, wake=changes.wake))
-        start(run_every, "pauses", settings.end_within / TICKS, changes.tick)
-        start(run_again, "hints", changes.listen)
-        start(run_every, "restores", settings.replay_timeout, self._restorer.fail_overdue)
+        every = partial(run_every, readiness=self.readiness)
+        again = partial(run_again, readiness=self.readiness)
+        self.readiness.look = changes.wake.set
+        start(partial(every, "activity", self._activity.interval, self._ender.report, wake=self._activity.wake))
+        start(partial(every, "changes", poll_interval, self._poll_changes, wake=changes.wake))
+        start(every, "pauses", settings.end_within / TICKS, changes.tick)
+        start(again, "hints", changes.listen)
+        start(every, "restores", settings.replay_timeout, self._restorer.fail_overdue)
         evict_after = math.inf if settings.evict_after is None else settings.evict_after
-        start(run_every, "eviction", min(evict_after / 4, poll_interval), self._evict_unused)
+        start(every, "eviction", min(evict_after / 4, poll_interval), self._evict_unused)
         if self._departures is not None:
-            start(run_every, "departures", LOOK_INTERVAL, self._departures.look)
+            start(every, "departures", LOOK_INTERVAL, self._departures.look)
         if settings.sweep_interval is not None:
-            start(run_every, "sweep", settings.sweep_interval, self._ender.sweep)
+            start(every, "sweep", settings.sweep_interval, self._ender.sweep)
             if self.event_log is not None:
                 # In a task of its own: where many events are stored there may always be more that are too old.
-                start(run_every, "event sweep", settings.sweep_interval, partial(sweep_events, self.event_log))
+                start(every, "event sweep", settings.sweep_interval, partial(sweep_events, self.event_log))
         if (recorder := self._recorder) is not None:
             followers = recorder.followers
-            start(partial(recorder.run, beat_interval=settings.instance_timeout / 3))
-            start(partial(run_every, "streams", POLL_INTERVAL, followers.poll, wake=followers.wake))
-            start(partial(run_again, "event hints", followers.listen, max_backoff=MAX_PAUSE))
+            start(partial(recorder.run, self.readiness, beat_interval=settings.instance_timeout / 3))
+            start(partial(every, "streams", POLL_INTERVAL, followers.poll, wake=followers.wake))
+            start(partial(again, "event hints", followers.listen, max_backoff=MAX_PAUSE))
 
     async def _poll_changes(self) -> None:
-        await self._ender.changes.poll()
+        try:
+            await self._ender.changes.poll()
+        except (StoreUnavailable, *FINAL) as error:
+            self.readiness.failed(error)
+            raise
         self._gate.store_answered()
 
     async def _evict_unused(self) -> None:

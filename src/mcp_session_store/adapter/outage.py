@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left, insort
 from functools import partial
 from operator import attrgetter
@@ -14,19 +13,22 @@ from mcp_session_store.adapter import clock, telemetry
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.requests import READ_AT_ONCE, ClientGone
 from mcp_session_store.adapter.responses import ShuttingDown
-from mcp_session_store.errors import StoreBusy, StoreClosed, StoreUnavailable
+from mcp_session_store.errors import StoreBusy, StoreClosed, StoreMisconfigured, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from mcp_session_store.adapter.readiness import Readiness
     from mcp_session_store.adapter.requests import Incoming
     from mcp_session_store.adapter.sdk import ManagerTasks
+    from mcp_session_store.errors import SessionStoreError
 
-__all__ = ["Gate", "RequestWait", "SharedWait", "Waits"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["WAITED_FOR", "Gate", "RequestWait", "SharedWait", "Waits"]
 
 _T = TypeVar("_T")
+
+WAITED_FOR: Final = (StoreUnavailable, StoreMisconfigured)
+"""Errors of the store after which requests wait and their calls are made again."""
 
 FIRST_PROBE: Final = 0.1
 """Seconds from a failure until one call is made again."""
@@ -162,18 +164,19 @@ class Gate:
 
     Args:
         tasks: Task group of the task that lets calls through.
+        readiness: Learns when the gate closes and opens.
         patience: Seconds that a request waits at most, from its arrival on; 0: none ever waits.
     """
 
-    def __init__(self, tasks: ManagerTasks, *, patience: float) -> None:
+    def __init__(self, tasks: ManagerTasks, readiness: Readiness, *, patience: float) -> None:
         self._tasks = tasks
+        self._readiness = readiness
         self._patience = patience
         self.is_open = True
         """Whether calls are made at once."""
         self.outages = 0
         """Number of times that the gate closed."""
-        self._since = 0.0
-        self._failure = StoreUnavailable("the session store is away")
+        self._failure: SessionStoreError = StoreUnavailable("the session store is away")
         self._stopping = False
         self._places: list[_Place] = []
         """Calls that wait, in order."""
@@ -194,7 +197,7 @@ class Gate:
 
     # What requests do
 
-    def failed(self, error: StoreUnavailable, outage: int) -> None:
+    def failed(self, error: SessionStoreError, outage: int) -> None:
         """Close after a failure of a call that was made while the gate was open.
 
         Args:
@@ -202,8 +205,10 @@ class Gate:
             outage: `outages` when the call was made. A failure from before an outage that is over closes nothing.
 
         Raises:
-            StoreUnavailable: The failure, where requests do not wait.
+            SessionStoreError: The failure, where requests do not wait.
         """
+        if outage == self.outages:
+            self._readiness.failed(error)
         if not self._patience or self._stopping:
             raise error
         if outage == self.outages:
@@ -218,7 +223,7 @@ class Gate:
             failures: Number of times that the call has failed already.
 
         Raises:
-            StoreUnavailable: The patience of the request is over, or too many wait.
+            StoreUnavailable, StoreMisconfigured: The patience of the request is over, or too many wait.
             ClientGone: The client gave up.
             ShuttingDown: The instance stops.
         """
@@ -234,7 +239,7 @@ class Gate:
             wait: What it waits for.
 
         Raises:
-            StoreUnavailable: The patience of the request is over, or too many wait.
+            StoreUnavailable, StoreMisconfigured: The patience of the request is over, or too many wait.
             ClientGone: The client gave up.
             ShuttingDown: The instance stops.
         """
@@ -292,7 +297,9 @@ class Gate:
 
     def store_answered(self) -> None:
         """Note that the store answered a call that no request made: an outage in which none waits is over."""
-        if not (self.is_open or self._places or self._under_way):
+        if self.is_open:
+            self._readiness.answered()
+        elif not (self._places or self._under_way):
             self._open()
 
     def shut_down(self) -> None:
@@ -308,8 +315,9 @@ class Gate:
             return STREAM_PATIENCE if self._patience else 0.0
         return min(self._patience, DELETE_PATIENCE) if method == "DELETE" else self._patience
 
-    def _away(self, reason: str) -> StoreUnavailable:
-        away = StoreUnavailable(f"{self._failure}; {reason}")
+    def _away(self, reason: str) -> SessionStoreError:
+        kind = StoreMisconfigured if isinstance(self._failure, StoreMisconfigured) else StoreUnavailable
+        away = kind(f"{self._failure}; {reason}")
         away.__cause__ = self._failure.__cause__
         return away
 
@@ -326,7 +334,7 @@ class Gate:
                 await place.turn.wait()
                 try:
                     result = await call()
-                except StoreUnavailable as error:
+                except WAITED_FOR as error:
                     self._failed_again(place, error)
                 except (StoreBusy, StoreClosed):
                     raise
@@ -345,12 +353,13 @@ class Gate:
                 self._prober = None
             self._changed.set()
 
-    def _failed_again(self, place: _Place, error: StoreUnavailable) -> None:
+    def _failed_again(self, place: _Place, error: SessionStoreError) -> None:
         place.turn = anyio.Event()
         place.failures += 1
         self._under_way -= 1
         insort(self._places, place, key=_order)
         self._failure = error
+        self._readiness.failed(error)
         if self.is_open:
             self._close(error)
         elif self._answers:
@@ -396,24 +405,16 @@ class Gate:
     def _index_of(self, place: _Place) -> int:
         return bisect_left(self._places, place.order, key=_order)
 
-    def _close(self, error: StoreUnavailable) -> None:
+    def _close(self, error: SessionStoreError) -> None:
         self._failure = error
         if not self.is_open:
             return
-        now = clock.now()
         self.is_open = False
         self.outages += 1
         self._answers = False
-        self._since = now
         self._waited = 0
-        self._probe_at = now + FIRST_PROBE
-        telemetry.outages.add(1)
-        logger.warning("the session store is away, requests that need it wait: %s", error)
+        self._probe_at = clock.now() + FIRST_PROBE
 
     def _open(self) -> None:
         self.is_open = self._answers = True
-        logger.info(
-            "the session store is back after %.1f s; %d requests waited for it",
-            clock.now() - self._since,
-            self._waited,
-        )
+        self._readiness.answered(self._waited)

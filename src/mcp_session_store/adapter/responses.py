@@ -350,9 +350,7 @@ def log_unavailable(error: Exception, session: UUID) -> None:
         error: The error of the store, or of a bug of ours.
         session: Key of the session that the request is for.
     """
-    if isinstance(error, SchemaError):
-        logger.error("a request for the session %s is refused, the session store cannot be used: %s", session, error)
-    elif isinstance(error, SessionStoreError):
+    if isinstance(error, SessionStoreError):
         logger.warning("a request for the session %s is refused for now: %s", session, error)
     else:
         logger.error("a request for the session %s is refused because of an unexpected error", session, exc_info=error)

@@ -13,8 +13,10 @@ from mcp_session_store.errors import (
     SessionStoreError,
     StoreBusy,
     StoreClosed,
+    StoreMisconfigured,
     StoreUnavailable,
 )
+from mcp_session_store.sql.schema.tables import needed_privileges
 from mcp_session_store.sql.schema.version import check_schema, is_empty
 
 if TYPE_CHECKING:
@@ -92,15 +94,18 @@ class FirstContact:
         return contact
 
     async def _check(self) -> None:
+        database = self._database
+        if (reason := database.dialect.unusable(database.autocommit.url)) is not None:
+            raise self._misconfigured(reason)
         try:
             async with self._checking() as connection:
-                if self._database.owned:
-                    await self._database.dialect.prepare(connection)
+                if database.owned:
+                    await database.dialect.prepare(connection)
                 try:
-                    await check_schema(connection, self._database.schema)
+                    await self._check_tables(connection)
                     return
                 except SchemaMissing:
-                    empty = self._database.dialect.migrates_when_empty and await is_empty(connection)
+                    empty = database.dialect.migrates_when_empty and await is_empty(connection)
                     if not (empty or self._auto_upgrade):
                         raise
                 except SchemaBehind:
@@ -108,11 +113,23 @@ class FirstContact:
                         raise
             await self._migrate()
             async with self._checking() as connection:
-                await check_schema(connection, self._database.schema)
+                await self._check_tables(connection)
         except SessionStoreError:
             raise
         except Exception as error:
-            raise self._database.translate(error) from error
+            raise database.translate(error) from error
+
+    async def _check_tables(self, connection: AsyncConnection) -> None:
+        database = self._database
+        await check_schema(connection, database.schema)
+        needed = needed_privileges(database.schema)
+        # Asked for, because a server that may only read would find out with its first handshake.
+        if missing := await database.dialect.missing_privileges(connection, needed):
+            grants = "; ".join(f"GRANT {grant} TO the user" for grant in missing)
+            raise self._misconfigured(f"the user lacks privileges; run: {grants}")
+
+    def _misconfigured(self, reason: str) -> StoreMisconfigured:
+        return StoreMisconfigured(f"the database {self._database.shown_url} cannot be used: {reason}")
 
     @contextlib.asynccontextmanager
     async def _checking(self) -> AsyncIterator[AsyncConnection]:

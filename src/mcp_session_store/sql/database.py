@@ -16,6 +16,7 @@ from mcp_session_store.errors import (
     InvalidValue,
     SessionStoreError,
     StoreClosed,
+    StoreMisconfigured,
     StoreUnavailable,
 )
 from mcp_session_store.settings import checked_seconds
@@ -167,9 +168,10 @@ class Database:
         kind = failure_kind(error, self.dialect)
         if kind is None:
             return error
-        if kind is FailureKind.INVALID_VALUE:
+        failure = cannot_serve(self.engine.url, self.shown_url, error, self.dialect)
+        if kind is FailureKind.INVALID_VALUE and not isinstance(failure, StoreMisconfigured):
             return InvalidValue("the database does not take a value of this call, such as one that is too large")
-        return cannot_serve(self.shown_url, kind, error, self.dialect)
+        return failure
 
     def close_to_calls(self) -> None:
         """Refuse calls from now on."""

@@ -1,4 +1,4 @@
-"""Classify driver errors: broken connection, unavailable, invalid value, wrong schema."""
+"""Classify driver errors: broken connection, unavailable, misconfigured, invalid value, wrong schema."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import exc
 
-from mcp_session_store.errors import StoreBusy, StoreUnavailable
+from mcp_session_store.errors import StoreMisconfigured, StoreUnavailable
 from mcp_session_store.sql.dialects.dialect import FailureKind
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["cannot_serve", "failure_kind", "hide_parameters", "summary_of"]
+__all__ = ["cannot_serve", "failure_kind", "hide_parameters", "misconfiguration", "summary_of"]
 
 
 def failure_kind(error: Exception, dialect: Dialect) -> FailureKind | None:
@@ -51,11 +53,24 @@ def _kind_of_driver_error(error: exc.DBAPIError, dialect: Dialect) -> FailureKin
     return FailureKind.UNAVAILABLE
 
 
-def cannot_serve(shown_url: str, kind: FailureKind, error: Exception, dialect: Dialect) -> StoreBusy | StoreUnavailable:
+def cannot_serve(url: URL, shown_url: str, error: Exception, dialect: Dialect) -> StoreMisconfigured | StoreUnavailable:
     """Return this package's error for a driver's that says nothing of the values of a call."""
-    # A refusal is not waited for: that would not help, and would keep others from what the database does serve.
-    failure = StoreBusy if kind is FailureKind.REFUSED else StoreUnavailable
-    return failure(f"the database {shown_url} cannot serve now: {summary_of(error, dialect)}")
+    if (reason := misconfiguration(url, error, dialect)) is not None:
+        return StoreMisconfigured(f"the database {shown_url} cannot be used: {reason}")
+    return StoreUnavailable(f"the database {shown_url} cannot serve now: {summary_of(error, dialect)}")
+
+
+def misconfiguration(url: URL, error: Exception, dialect: Dialect) -> str | None:
+    """Say what is wrong with how a database is set up, and what to do; `None` for an error that may pass."""
+    driver_error = _driver_error(error)
+    for cause in (driver_error.__cause__, driver_error):
+        if cause is not None and (reason := dialect.misconfiguration(cause, url)) is not None:
+            return reason
+    return None
+
+
+def _driver_error(error: BaseException) -> BaseException:
+    return error.orig if isinstance(error, exc.StatementError) and error.orig is not None else error
 
 
 def hide_parameters(error: BaseException | None) -> None:
@@ -70,7 +85,7 @@ def hide_parameters(error: BaseException | None) -> None:
 
 def summary_of(error: BaseException, dialect: Dialect) -> str:
     """Return an error in a few words, without the statement: its class, the driver's text, and advice."""
-    driver_error = error.orig if isinstance(error, exc.StatementError) and error.orig is not None else error
+    driver_error = _driver_error(error)
     driver_error = driver_error.__cause__ or driver_error
     text = str(driver_error).partition("\n")[0]
     if advice := dialect.advice_on(driver_error):

@@ -5,23 +5,18 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
 import uuid
-from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from mcp_session_store.errors import SchemaAhead, SchemaBehind, SchemaMissing, StoreUnavailable
+from mcp_session_store.errors import SchemaAhead, SchemaBehind, SchemaMissing
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.testing import new_session
 from tests.support.databases import execute
 from tests.support.internals import database_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.anyio
 
@@ -176,16 +171,6 @@ async def test_several_processes_may_meet_an_empty_file_at_once(sqlite_url: str)
         process.communicate(b"go\n", timeout=120)
     assert [process.returncode for process in processes] == [0] * 6
     assert [tuple(row) for row in await execute(sqlite_url, "SELECT count(*) FROM mcp_session")] == [(6,)]
-
-
-async def test_a_file_in_a_folder_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
-    store = SqlSessionStore(f"sqlite:///{tmp_path}/missing/sessions.db")
-    with pytest.raises(StoreUnavailable, match=r"missing/sessions\.db"):
-        await store.open()
-    await store.aclose()
-    # aiosqlite's thread for a connection that could not be made ends on its own, and tells the event loop.
-    while any("_connection_worker_thread" in thread.name for thread in threading.enumerate()):
-        await asyncio.sleep(0.001)
 
 
 def test_alembic_stays_out_where_nothing_is_to_be_migrated(sqlite_url: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from mcp_session_store.errors import StoreUnavailable
+from mcp_session_store.adapter.outage import WAITED_FOR
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -42,7 +42,7 @@ class PatientStore:
             outage = gate.outages
             try:
                 return await self.inner.load(key)
-            except StoreUnavailable as error:
+            except WAITED_FOR as error:
                 gate.failed(error, outage)
                 failures = 1
         return await gate.answer_to(lambda: self.inner.load(key), waits, failures=failures)
@@ -55,7 +55,7 @@ class PatientStore:
             outage = gate.outages
             try:
                 return await self.inner.create(session)
-            except StoreUnavailable as error:
+            except WAITED_FOR as error:
                 gate.failed(error, outage)
                 failures = 1
         return await gate.answer_to(lambda: self.inner.create(session), waits, failures=failures)
@@ -68,7 +68,7 @@ class PatientStore:
             outage = gate.outages
             try:
                 return await self.inner.claim(key, instance=instance, restores=restores)
-            except StoreUnavailable as error:
+            except WAITED_FOR as error:
                 gate.failed(error, outage)
                 failures = 1
         return await gate.answer_to(
@@ -112,7 +112,7 @@ class PatientStore:
             outage = gate.outages
             try:
                 return await call()
-            except StoreUnavailable as error:
+            except WAITED_FOR as error:
                 gate.failed(error, outage)
                 failures = 1
         return await gate.answer_to(call, waits, failures=failures)

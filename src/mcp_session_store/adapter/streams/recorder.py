@@ -17,7 +17,14 @@ from mcp_session_store.adapter.streams.calls import CallStream, call_error
 from mcp_session_store.adapter.streams.circuit import Circuit
 from mcp_session_store.adapter.streams.instances import MAX_PAUSE
 from mcp_session_store.adapter.streams.turns import Turns
-from mcp_session_store.errors import SchemaError, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
+from mcp_session_store.errors import (
+    SchemaError,
+    SessionStoreError,
+    StoreBusy,
+    StoreClosed,
+    StoreMisconfigured,
+    StoreUnavailable,
+)
 from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LARGE_APPEND, LEAST_EVENT_SWEEP, NO_SESSION
 from mcp_session_store.records import EventKind, NewEvent, message_bytes
 from mcp_session_store.retention import SweepPace
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
 
     from mcp_types import RequestId
 
+    from mcp_session_store.adapter.readiness import Readiness
     from mcp_session_store.adapter.streams.backlog import Followed
     from mcp_session_store.adapter.streams.followers import Followers
     from mcp_session_store.adapter.streams.instances import Instances
@@ -53,7 +61,7 @@ LAST_EVENTS: Final = 4.0
 """Seconds to store the backlog when an instance stops; some more are for storing that it has."""
 
 
-_DOWN: Final = (StoreUnavailable, StoreBusy, StoreClosed, SchemaError)
+_DOWN: Final = (StoreUnavailable, StoreMisconfigured, StoreBusy, StoreClosed, SchemaError)
 """Errors of a log that can store no event now, whichever event it is."""
 
 
@@ -267,19 +275,19 @@ class EventRecorder:
         self._circuit.open(error)
         self.wake.set()
 
-    async def run(self, *, beat_interval: float) -> None:
+    async def run(self, readiness: Readiness, *, beat_interval: float) -> None:
         """Run the background tasks, until cancelled.
 
         Args:
+            readiness: Readiness of this instance.
             beat_interval: Seconds between two heartbeats of this instance.
         """
+        every = partial(run_every, readiness=readiness)
         async with anyio.create_task_group() as tasks:
             wake = self.instances.wake
-            tasks.start_soon(
-                partial(run_every, "heartbeat", beat_interval, self.beat, wake=wake, max_backoff=MAX_PAUSE)
-            )
-            tasks.start_soon(partial(run_every, "events", RECOVERY_INTERVAL, self.recover, wake=self.wake))
-            tasks.start_soon(run_every, "silent calls", self.silence / ROUNDS, self.refresh_idle_calls)
+            tasks.start_soon(partial(every, "heartbeat", beat_interval, self.beat, wake=wake, max_backoff=MAX_PAUSE))
+            tasks.start_soon(partial(every, "events", RECOVERY_INTERVAL, self.recover, wake=self.wake))
+            tasks.start_soon(every, "silent calls", self.silence / ROUNDS, self.refresh_idle_calls)
 
     async def beat(self) -> None:
         """Store a heartbeat of this instance; after the first one its events are stored.

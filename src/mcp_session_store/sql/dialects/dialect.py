@@ -35,8 +35,6 @@ class FailureKind(Enum):
     """The connection is lost, or what was prepared on it is. Another connection may work at once."""
     UNAVAILABLE = auto()
     """The database cannot serve now."""
-    REFUSED = auto()
-    """The database answers, and does not serve this client: it lacks a privilege, or the database is damaged."""
     INVALID_VALUE = auto()
     """The database refuses a value. The same statement works without that value."""
     WRONG_SCHEMA = auto()
@@ -172,6 +170,30 @@ class Dialect(ABC):
     @abstractmethod
     def failure_kind(self, error: BaseException) -> FailureKind | None:
         """Classify an error of the driver; `None` for any other."""
+
+    @abstractmethod
+    def misconfiguration(self, error: BaseException, url: URL) -> str | None:
+        """Say what is wrong with how the database is set up, and what to do about it, without any part of a secret.
+
+        `None` for an error that may pass.
+
+        Args:
+            error: An error of the driver or the network.
+            url: URL of the database.
+        """
+
+    @abstractmethod
+    def unusable(self, url: URL) -> str | None:
+        """Say why this process cannot use a database and what to do, as far as that is seen without a connection."""
+
+    @abstractmethod
+    async def missing_privileges(self, connection: AsyncConnection, needed: Mapping[sa.Table, str]) -> Sequence[str]:
+        """Return the privileges on tables that the connection's user lacks, as parts of a GRANT.
+
+        Args:
+            connection: A connection to the database.
+            needed: Names of the privileges, separated by commas, by the table.
+        """
 
     @abstractmethod
     def advice_on(self, error: BaseException) -> str | None:

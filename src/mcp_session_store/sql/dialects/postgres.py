@@ -14,9 +14,10 @@ from typing_extensions import override
 
 from mcp_session_store.sql.dialects.advisory_locks import locks_seen, take_lock
 from mcp_session_store.sql.dialects.compiled import Statement
-from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
+from mcp_session_store.sql.dialects.dialect import Batch, Dialect
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
+from mcp_session_store.sql.dialects.postgres_failures import POOLED_STATEMENT, kind_of_failure, misconfiguration
 from mcp_session_store.sql.dialects.postgres_options import (
     BEHIND_PGBOUNCER,
     checked_options,
@@ -25,6 +26,7 @@ from mcp_session_store.sql.dialects.postgres_options import (
     pool_arguments,
 )
 from mcp_session_store.sql.dialects.private_names import CREATOR, check_compiler, check_creator
+from mcp_session_store.sql.dialects.privileges import missing_privileges
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -38,33 +40,11 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.type_api import TypeEngine
 
     from mcp_session_store.sql.dialects.compiled import Steps
-    from mcp_session_store.sql.dialects.dialect import LocksSeen
+    from mcp_session_store.sql.dialects.dialect import FailureKind, LocksSeen
 
 __all__ = ["Postgres"]
 
 _T = TypeVar("_T")
-
-
-# Classes and codes of SQLSTATE, "PostgreSQL Error Codes" in its manual.
-_FAILURES: Final = (
-    ("08", FailureKind.BROKEN),  # connection exception
-    ("57P", FailureKind.BROKEN),  # the server shuts down, or starts
-    ("25006", FailureKind.BROKEN),  # a read-only transaction: what was the primary has become a standby
-    ("40", FailureKind.BROKEN),  # deadlock, serialization failure: the statement is undone and may be repeated
-    ("0A000", FailureKind.BROKEN),  # a prepared statement that is out of date, within a transaction
-    ("22", FailureKind.INVALID_VALUE),  # data exception
-    ("23", FailureKind.INVALID_VALUE),  # an integrity constraint
-    ("54", FailureKind.INVALID_VALUE),  # a program limit
-    ("28", FailureKind.REFUSED),  # a wrong password, or none that is asked for
-    ("3D000", FailureKind.REFUSED),  # no such database
-    ("42501", FailureKind.REFUSED),  # a privilege is missing
-    ("42P01", FailureKind.WRONG_SCHEMA),  # undefined table
-    ("42703", FailureKind.WRONG_SCHEMA),  # undefined column
-    ("3F000", FailureKind.WRONG_SCHEMA),  # undefined schema
-)
-# A prepared statement is missing, or another client has one of that name: behind a pooler the server connection has
-# changed in between.
-_POOLED_STATEMENT: Final = frozenset({"26000", "42P05"})
 
 
 class _ArrayBatch(Batch):
@@ -259,20 +239,23 @@ class Postgres(Dialect):
 
     @override
     def failure_kind(self, error: BaseException) -> FailureKind | None:
-        state = getattr(error, "sqlstate", None)
-        if isinstance(state, str):
-            return next((kind for start, kind in _FAILURES if state.startswith(start)), FailureKind.UNAVAILABLE)
-        import asyncpg  # imported here, because users of SQLite do without it
+        return kind_of_failure(error)
 
-        if isinstance(error, asyncpg.DataError):
-            return FailureKind.INVALID_VALUE  # an InterfaceError as well
-        # asyncpg's own errors: SQLAlchemy lets them pass while it makes a connection ready, and `run` meets them.
-        wrong_state = isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError))
-        return FailureKind.BROKEN if wrong_state else None
+    @override
+    def misconfiguration(self, error: BaseException, url: URL) -> str | None:
+        return misconfiguration(error)
+
+    @override
+    def unusable(self, url: URL) -> str | None:
+        return None
+
+    @override
+    async def missing_privileges(self, connection: AsyncConnection, needed: Mapping[sa.Table, str]) -> Sequence[str]:
+        return await missing_privileges(connection, needed)
 
     @override
     def advice_on(self, error: BaseException) -> str | None:
-        if getattr(error, "sqlstate", None) in _POOLED_STATEMENT:
+        if getattr(error, "sqlstate", None) in POOLED_STATEMENT:
             return "behind PgBouncer in transaction mode, add ?pgbouncer=true to the database URL"
         return None
 

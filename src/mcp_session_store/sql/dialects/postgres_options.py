@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
@@ -75,6 +76,9 @@ _DSN: Final = frozenset(
     }
 )
 """Options that asyncpg reads from a DSN, and has no argument for."""
+
+_FILES: Final = frozenset({"sslrootcert", "sslcert", "sslkey", "sslcrl"})
+"""Options that name a file which has to be there."""
 
 _ARGUMENTS: Final = frozenset(
     {
@@ -196,8 +200,17 @@ def connect_arguments(url: URL, *, timeout: float) -> dict[str, Any]:
     Args:
         url: URL that `checked_options` returned.
         timeout: Seconds that connecting may take.
+
+    Raises:
+        ConfigurationError: A file that the URL names cannot be read.
     """
     query = url.query
+    for name in _FILES & query.keys():
+        if query[name] != "system" and not os.access(str(query[name]), os.R_OK):
+            raise ConfigurationError(
+                f"{name}={query[name]!r} in the database URL cannot be used: there is no such file, or this process "
+                "may not read it"
+            )
     for name in _LEFT_OUT.keys() & query.keys():
         logger.info("the option %s of the database URL is left out: %s", name, _LEFT_OUT[name])
     # libpq: zero stands for no limit.

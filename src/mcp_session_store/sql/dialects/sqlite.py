@@ -21,10 +21,16 @@ from typing_extensions import override
 
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects.compiled import Statement
-from mcp_session_store.sql.dialects.dialect import Batch, FailureKind
+from mcp_session_store.sql.dialects.dialect import Batch
 from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
 from mcp_session_store.sql.dialects.lock_files import FileLocks
 from mcp_session_store.sql.dialects.private_names import call_in_thread, check_aiosqlite, check_compiler
+from mcp_session_store.sql.dialects.sqlite_failures import (
+    is_busy,
+    kind_of_failure,
+    misconfiguration,
+    unusable_file,
+)
 
 if TYPE_CHECKING:
     import sqlite3
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.type_api import TypeEngine
 
     from mcp_session_store.sql.dialects.compiled import Rows, Steps
+    from mcp_session_store.sql.dialects.dialect import FailureKind
 
 __all__ = ["Sqlite"]
 
@@ -46,21 +53,6 @@ _T = TypeVar("_T")
 
 
 _STEPS_BETWEEN_CHECKS: Final = 10_000
-
-# "Result and Error Codes" of SQLite, without their extended bits.
-_FAILURES: Final = {
-    3: FailureKind.REFUSED,  # SQLITE_PERM
-    8: FailureKind.REFUSED,  # SQLITE_READONLY
-    11: FailureKind.REFUSED,  # SQLITE_CORRUPT
-    26: FailureKind.REFUSED,  # SQLITE_NOTADB
-    18: FailureKind.INVALID_VALUE,  # SQLITE_TOOBIG
-    19: FailureKind.INVALID_VALUE,  # SQLITE_CONSTRAINT
-    20: FailureKind.INVALID_VALUE,  # SQLITE_MISMATCH
-}
-_BUSY: Final = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
-_CLOSED: Final = frozenset({"Connection closed", "no active connection"})  # as aiosqlite says it
-_NOT_WRITABLE: Final = frozenset({8, 14})  # SQLITE_READONLY, SQLITE_CANTOPEN
-
 
 _URI: Final = "uri"
 _OPTIONS: Final[Mapping[str, tuple[str, ...] | None]] = {
@@ -140,18 +132,6 @@ class _JsonBatch(Batch):
         if _MAY_BE_NUL in text and any("\0" in value for row in rows for value in row if isinstance(value, str)):
             raise ValueError("a text holds a NUL character, which cannot be stored")
         return {self._name: text}
-
-
-def _code(error: BaseException | None) -> int | None:
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
-
-
-def _is_closed(error: BaseException) -> bool:
-    import sqlite3  # imported here, because Python may be built without it
-
-    # Without a code, `sqlite3` itself refuses to use the connection. aiosqlite refuses by a ValueError.
-    return isinstance(error, sqlite3.ProgrammingError) or (isinstance(error, ValueError) and str(error) in _CLOSED)
 
 
 def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
@@ -236,18 +216,22 @@ class Sqlite(FileLocks):
 
     @override
     def failure_kind(self, error: BaseException) -> FailureKind | None:
-        if (code := _code(error)) is None:
-            return FailureKind.BROKEN if _is_closed(error) else None
-        if kind := _FAILURES.get(code):
-            return kind
-        # SQLITE_ERROR stands for everything that is wrong with a statement; only its text distinguishes the cases.
-        missing = ("no such table", "no such column", "has no column")
-        return FailureKind.WRONG_SCHEMA if any(text in str(error) for text in missing) else FailureKind.UNAVAILABLE
+        return kind_of_failure(error)
+
+    @override
+    def misconfiguration(self, error: BaseException, url: URL) -> str | None:
+        return misconfiguration(error, url)
+
+    @override
+    def unusable(self, url: URL) -> str | None:
+        return unusable_file(url)
+
+    @override
+    async def missing_privileges(self, connection: AsyncConnection, needed: Mapping[sa.Table, str]) -> Sequence[str]:
+        return ()
 
     @override
     def advice_on(self, error: BaseException) -> str | None:
-        if _code(error) in _NOT_WRITABLE:
-            return "the file's folder must exist, and this process must be allowed to write there"
         return None
 
     @override
@@ -373,7 +357,7 @@ class Sqlite(FileLocks):
                 if mode != "wal":
                     mode = (await connection.exec_driver_sql("PRAGMA journal_mode=WAL")).scalar_one()
             except OperationalError as error:
-                if _code(error.orig) not in _BUSY:
+                if not is_busy(error.orig):
                     raise
                 # Without a bound, because each caller bounds its own wait.
                 await asyncio.sleep(random.uniform(0.005, 0.05))  # noqa: S311

@@ -199,9 +199,9 @@ async def _connected(
         raise
     except Exception as error:
         hide_parameters(error)
-        if (kind := failure_kind(error, dialect)) is None:
+        if failure_kind(error, dialect) is None:
             raise
-        raise cannot_serve(shown_url(engine.url), kind, error, dialect) from error
+        raise cannot_serve(engine.url, shown_url(engine.url), error, dialect) from error
     finally:
         if owned:
             await engine.dispose()

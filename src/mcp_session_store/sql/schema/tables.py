@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sa
 
 from mcp_session_store.sql.dialects.functions import MOMENT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "VERSION_TABLE",
@@ -16,6 +19,7 @@ __all__ = [
     "journal_table",
     "logs_table",
     "make_tables",
+    "needed_privileges",
     "sessions_table",
 ]
 
@@ -145,6 +149,20 @@ def events_table(schema: str | None = None) -> sa.Table:
 def instances_table(schema: str | None = None) -> sa.Table:
     """Return the table of running instances."""
     return _table("mcp_session_instance", schema)
+
+
+def needed_privileges(schema: str | None = None) -> Mapping[sa.Table, str]:
+    """Return the privileges that every store needs. Those of an event log go beyond them.
+
+    The end of a session removes its events, whether there is an event log or not.
+    """
+    changes = "SELECT, INSERT, UPDATE, DELETE"
+    return {
+        sessions_table(schema): changes,
+        journal_table(schema): changes,
+        logs_table(schema): "SELECT, DELETE",
+        events_table(schema): "SELECT, DELETE",
+    }
 
 
 def _table(name: str, schema: str | None) -> sa.Table:
