@@ -16,6 +16,7 @@ from mcp_session_store import EndReason, EventPolicy, InvalidValue, StoreUnavail
 from mcp_session_store.records import Activity
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql.admin.doctor import Verdict, examine
 from mcp_session_store.sql.notifications import PROBE_TIMEOUT
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
@@ -250,3 +251,19 @@ async def test_an_instance_holds_nothing_and_leaves_no_lock_on_a_server_connecti
         await asyncio.wait({listening})
         await log.aclose()
     assert await execute(postgres_url, "SELECT objid FROM pg_locks WHERE locktype = 'advisory'") == []
+
+
+@pytest.mark.parametrize("behind_pgbouncer", [True, False], ids=["with the option", "without the option"])
+async def test_the_doctor_notices_the_pooler(
+    pgbouncer: PgBouncer, migrated_url: str, postgres_url: str, behind_pgbouncer: bool
+) -> None:
+    url = migrated_url if behind_pgbouncer else pgbouncer.url_of(postgres_url, pgbouncer=None)
+    found = {finding.check: finding async for finding in examine(url)}
+    assert found["pooler"].values == {"pooler": True, "pgbouncer": behind_pgbouncer}
+    if behind_pgbouncer:
+        assert {finding.verdict for finding in found.values()} == {Verdict.OK}
+    else:
+        assert found["notifications"].verdict is Verdict.WARN
+        assert "?pgbouncer=true" in f"{found['pooler'].remedy}"
+    direct = {finding.check: finding async for finding in examine(postgres_url)}
+    assert direct["pooler"].values["pooler"] is False

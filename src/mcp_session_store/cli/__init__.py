@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from mcp_session_store.cli.doctor import doctor
 from mcp_session_store.cli.events import events
 from mcp_session_store.cli.migrations import check, current, downgrade, upgrade
 from mcp_session_store.cli.options import Group
@@ -24,5 +25,5 @@ def main() -> None:
     """
 
 
-for command in (upgrade, downgrade, current, check, serve, sessions, events, sweep):
+for command in (upgrade, downgrade, current, check, doctor, serve, sessions, events, sweep):
     main.add_command(command)

@@ -26,6 +26,7 @@ __all__ = [
     "checked_schema",
     "checked_url",
     "make_engine",
+    "make_engine_without_pool",
     "make_migration_engine",
     "shown_options",
     "shown_url",
@@ -183,7 +184,14 @@ def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
 
 def make_migration_engine(url: URL, dialect: Dialect) -> AsyncEngine:
     """Return an engine for migrations: statements have no time limit, and no connection is kept."""
-    arguments = dialect.engine_arguments(url, timeout=_MIGRATION_TIMEOUT, command_timeout=None)
+    return make_engine_without_pool(url, dialect, timeout=_MIGRATION_TIMEOUT, command_timeout=None)
+
+
+def make_engine_without_pool(
+    url: URL, dialect: Dialect, *, timeout: float, command_timeout: float | None
+) -> AsyncEngine:
+    """Return an engine that keeps no connection; see `Dialect.engine_arguments`."""
+    arguments = dialect.engine_arguments(url, timeout=timeout, command_timeout=command_timeout)
     return create_async_engine(url, poolclass=NullPool, hide_parameters=True, isolation_level="AUTOCOMMIT", **arguments)
 
 

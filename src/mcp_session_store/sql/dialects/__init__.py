@@ -11,9 +11,12 @@ from mcp_session_store.sql.dialects.sqlite import Sqlite
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sqlalchemy.engine import URL
+
+    from mcp_session_store.sql.dialects.checkup import Checkup
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["DIALECTS", "dialect_named"]
+__all__ = ["DIALECTS", "checkup_of", "dialect_named"]
 
 DIALECTS: Final[Mapping[str, Dialect]] = {dialect.name: dialect for dialect in (Postgres(), Sqlite())}
 """The databases that this package works on, by SQLAlchemy's name."""
@@ -30,3 +33,15 @@ def dialect_named(name: str) -> Dialect:
         raise ConfigurationError(f"sessions cannot be stored on {name!r}; use a postgresql:// or a sqlite:/// URL")
     dialect.check_libraries()
     return dialect
+
+
+def checkup_of(dialect: Dialect, url: URL, *, pool_size: int) -> Checkup:
+    """Return what can be looked at in the database of a checked URL, for processes with a pool of this size."""
+    # Imported here, because only operators look.
+    if dialect.name == Sqlite.name:
+        from mcp_session_store.sql.dialects.sqlite_checkup import SqliteCheckup
+
+        return SqliteCheckup(url)
+    from mcp_session_store.sql.dialects.postgres_checkup import PostgresCheckup
+
+    return PostgresCheckup(url, pool_size=pool_size)

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import URL
 
-__all__ = ["BEHIND_PGBOUNCER", "checked_options", "connect_arguments", "driver_arguments", "pool_arguments"]
+__all__ = [
+    "BEHIND_PGBOUNCER",
+    "checked_options",
+    "connect_arguments",
+    "driver_arguments",
+    "explained_options",
+    "pool_arguments",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +245,21 @@ def pool_arguments(url: URL) -> dict[str, Any]:
     """Return the arguments for an engine's pool that the options of a checked URL stand for."""
     size = url.query.get("pool_size")
     return {} if size is None else {"pool_size": int(str(size)), "max_overflow": 0}
+
+
+def explained_options(url: URL) -> dict[str, str]:
+    """Return what becomes of each option of a checked URL.
+
+    The value is shown of those that are a number or one of a few words, because it may be a secret of any other.
+    """
+    explained = {}
+    for name, value in url.query.items():
+        shown = f"{name}={value}" if name in _CHOICES or name in _LEAST else name
+        if name in _LEFT_OUT:
+            explained[shown] = f"left out, because {_LEFT_OUT[name]}"
+        else:
+            explained[shown] = "for this package" if name in _OURS else "for the driver"
+    return explained
 
 
 def driver_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
