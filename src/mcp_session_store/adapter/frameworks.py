@@ -9,6 +9,7 @@ from mcp.server.transport_security import TransportSecuritySettings
 
 from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.manager import DurableSessionManager
+from mcp_session_store.adapter.starting import run_in_lifespan, say_in_one_line
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -78,10 +79,11 @@ def build_app(
         if sdk.was_started(manager):
             # A manager runs once, an app may be started again: FastMCP makes a new manager each time, too.
             manager = new_manager()
-        async with manager.run():
+        async with run_in_lifespan(manager):
             yield
 
     app.router.lifespan_context = lifespan
+    say_in_one_line(app)
     return app
 
 

@@ -18,7 +18,7 @@ from mcp.server.transport_security import TransportSecurityMiddleware
 from mcp_session_store.adapter import clock, sdk
 from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.outage import Gate
-from mcp_session_store.adapter.readiness import FINAL, Readiness
+from mcp_session_store.adapter.readiness import FINAL, VERDICT_WITHIN, Readiness, not_answered
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
 from mcp_session_store.adapter.requests import BodyLimit
@@ -62,9 +62,6 @@ __all__ = [
     "EndHook",
     "RestoreHook",
 ]
-
-VERDICT_WITHIN: Final = 5.0
-"""Seconds for which a start asks the store whether it can be used."""
 
 
 class DurableSessionManager(sdk.ManagerSeams):
@@ -260,6 +257,8 @@ class DurableSessionManager(sdk.ManagerSeams):
     async def _open(self) -> None:
         """Ask the store once whether it can be used. What may pass is waited for; a final cause is raised."""
         try:
+            if (verdict := self.readiness.verdict) is not None:
+                raise verdict
             with anyio.move_on_after(VERDICT_WITHIN) as scope:
                 await self.store.open()
                 # Start watching before serving, so that no end is missed.
@@ -268,7 +267,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                     # Before a client can wait for any call that runs here.
                     await self._recorder.recover()
             if scope.cancelled_caught:
-                raise StoreUnavailable(f"it did not answer within {VERDICT_WITHIN:g} s")
+                raise not_answered()
         except (StoreUnavailable, StoreBusy) as error:
             self.readiness.failed(error)
             if self._recorder is not None:

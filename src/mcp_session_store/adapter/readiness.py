@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.errors import SessionStoreError
 
-__all__ = ["FINAL", "Readiness", "State"]
+__all__ = ["FINAL", "VERDICT_WITHIN", "Readiness", "State", "not_answered"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,10 @@ REPEATED: Final = 60.0
 
 A role that has lost a privilege, or a password that was changed, fails some calls and not others.
 """
+
+
+VERDICT_WITHIN: Final = 5.0
+"""Seconds for which a start asks the store whether it can be used."""
 
 
 class State(Enum):
@@ -52,6 +56,8 @@ class Readiness:
     def __init__(self) -> None:
         self.cause: SessionStoreError | None = None
         """Why the store did not serve when it was last tried; `None` when it did."""
+        self.verdict: SessionStoreError | None = None
+        """Passing cause that was found before the instance starts to run, which then does not ask again."""
         self.look: Callable[[], None] = _nothing
         """Has the store be asked soon whether it answers."""
         self._was_ready = False
@@ -135,6 +141,11 @@ class Readiness:
     def stop(self) -> None:
         """Note that the instance stops."""
         self._stopping = True
+
+
+def not_answered() -> StoreUnavailable:
+    """Return the error of a store that was silent for as long as a start asks it."""
+    return StoreUnavailable(f"the session store did not answer within {VERDICT_WITHIN:g} s")
 
 
 def _nothing() -> None:

@@ -20,8 +20,9 @@ __all__ = ["main", "worker_app"]
 def main() -> None:
     """Durable sessions for MCP servers: migrate the database, serve a server object, look after the sessions.
 
-    Exit codes: 0 done; 1 a check or an operation failed (schema, database, start of the server, a session
-    that is not there); 2 wrong usage (arguments, settings, the server object).
+    Exit codes: 0 done; 1 a check or an operation failed (schema, database, a session that is not there); 2 wrong
+    usage (arguments, settings, the server object); 3 a server cannot start until its database, or how it is reached, is
+    repaired.
     """
 
 

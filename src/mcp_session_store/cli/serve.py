@@ -25,7 +25,7 @@ from mcp_session_store.cli.options import (
     schema_option,
     url_option,
 )
-from mcp_session_store.errors import ConfigurationError, StoreBusy, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, SchemaError, StoreMisconfigured
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
 
@@ -40,6 +40,12 @@ _WORKER_SETTINGS: Final = "_MCP_SESSION_STORE_SERVE"
 """Environment variable with the settings of `serve`, because uvicorn gives its workers an import string alone."""
 
 _UVICORN_STARTUP_FAILED: Final = 3
+
+
+class _NoStart(click.ClickException):
+    """Start that cannot succeed until something is repaired: exit code 3."""
+
+    exit_code = 3
 
 
 class _ServeSettings(BaseModel):
@@ -138,7 +144,8 @@ def serve(
     """Serve an MCPServer, a low-level Server or a FastMCP 4 server with durable sessions.
 
     MODULE:ATTRIBUTE names the server object, as in `notes.server:mcp`; its code needs no change.
-    The server starts although the database is down: requests that need it wait for it, and are refused in the end.
+    The server starts although the database is down: requests that need it wait for it, and are refused in the end. It
+    does not start with a database that cannot be used until something is repaired: exit code 3, with what to do.
     """
     read_settings(RetentionPolicy, retention)
     read_settings(EventPolicy, event_retention)
@@ -161,9 +168,14 @@ def serve(
     )
     # Built here even if only workers will serve, so that what cannot work is said once, and before anything listens.
     app = _build(settings)
-    run(_check_store(settings))
-
+    from mcp_session_store.adapter.starting import ask_store
     from mcp_session_store.serving import run_uvicorn
+
+    try:
+        # A new SQLite file is migrated here, too, because several workers would find it at once.
+        run(ask_store(app))
+    except (StoreMisconfigured, SchemaError) as error:
+        raise _NoStart(str(error)) from error
 
     os.environ[_WORKER_SETTINGS] = settings.model_dump_json()
     try:
@@ -265,21 +277,3 @@ def _import_target(target: str, app_dir: str) -> Any:
 def _is_part_of(missing: str | None, module_name: str) -> bool:
     """Return whether the module itself is missing, or a package around it, and not a module that it imports."""
     return missing is not None and f"{module_name}.".startswith(f"{missing}.")
-
-
-async def _check_store(settings: _ServeSettings) -> None:
-    from mcp_session_store.sql import SqlSessionStore
-
-    store = SqlSessionStore(
-        settings.url,
-        namespace=settings.namespace,
-        schema=settings.schema_name,
-        auto_upgrade=settings.auto_upgrade,
-    )
-    try:
-        # A new SQLite file is migrated here, because several workers would find it at once.
-        await store.open()
-    except (StoreUnavailable, StoreBusy) as error:
-        click.echo(f"Warning: {error} Starting all the same: requests wait until it answers.", err=True)
-    finally:
-        await store.aclose()

@@ -16,12 +16,12 @@ from mcp_session_store.errors import (
     StoreMisconfigured,
     StoreUnavailable,
 )
-from mcp_session_store.sql.schema.tables import needed_privileges
 from mcp_session_store.sql.schema.version import check_schema, is_empty
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
 
+    import sqlalchemy as sa
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -68,6 +68,8 @@ class FirstContact:
         self._database = database
         self._auto_upgrade = auto_upgrade
         self._contact: asyncio.Task[None] | None = None
+        self.needed: dict[sa.Table, str] = {}
+        """Names of the privileges that the user needs, separated by commas, by the table."""
 
     async def make(self) -> None:
         """Check the schema, unless it was found to fit. Concurrent callers wait for the same check."""
@@ -121,10 +123,15 @@ class FirstContact:
 
     async def _check_tables(self, connection: AsyncConnection) -> None:
         database = self._database
-        await check_schema(connection, database.schema)
-        needed = needed_privileges(database.schema)
+        try:
+            await check_schema(connection, database.schema)
+        except SchemaMissing:
+            reason = None if database.schema is not None else await database.dialect.hidden_tables(connection)
+            if reason is None:
+                raise
+            raise self._misconfigured(reason) from None
         # Asked for, because a server that may only read would find out with its first handshake.
-        if missing := await database.dialect.missing_privileges(connection, needed):
+        if self.needed and (missing := await database.dialect.missing_privileges(connection, self.needed)):
             grants = "; ".join(f"GRANT {grant} TO the user" for grant in missing)
             raise self._misconfigured(f"the user lacks privileges; run: {grants}")
 

@@ -32,10 +32,11 @@ from mcp_session_store.sql.engine import (
 from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
     from types import TracebackType
     from typing import Self
 
+    import sqlalchemy as sa
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -141,6 +142,11 @@ class Database:
     async def first_contact(self) -> None:
         """Check the schema once, and again after a failure. Concurrent callers wait for the same check."""
         await self._contact.make()
+
+    def need(self, privileges: Mapping[sa.Table, str]) -> None:
+        """Make first contact fail where the user lacks one of these privileges, see `Dialect.missing_privileges`."""
+        for table, names in privileges.items():
+            self._contact.needed[table] = ", ".join(filter(None, (self._contact.needed.get(table), names)))
 
     def forget_contact(self) -> None:
         """Make the next call check the schema again, because a table was missing."""

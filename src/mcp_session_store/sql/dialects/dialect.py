@@ -186,6 +186,10 @@ class Dialect(ABC):
     def unusable(self, url: URL) -> str | None:
         """Say why this process cannot use a database and what to do, as far as that is seen without a connection."""
 
+    async def hidden_tables(self, connection: AsyncConnection) -> str | None:  # noqa: ARG002
+        """Say why no table is seen on a connection although there may be some, and what to do."""
+        return None
+
     @abstractmethod
     async def missing_privileges(self, connection: AsyncConnection, needed: Mapping[sa.Table, str]) -> Sequence[str]:
         """Return the privileges on tables that the connection's user lacks, as parts of a GRANT.

@@ -250,6 +250,12 @@ class Postgres(Dialect):
         return None
 
     @override
+    async def hidden_tables(self, connection: AsyncConnection) -> str | None:
+        if (await connection.execute(sa.select(sa.func.current_schema()))).scalar_one() is not None:
+            return None
+        return "the user may use no schema of its search path; run: GRANT USAGE ON SCHEMA public TO the user"
+
+    @override
     async def missing_privileges(self, connection: AsyncConnection, needed: Mapping[sa.Table, str]) -> Sequence[str]:
         return await missing_privileges(connection, needed)
 

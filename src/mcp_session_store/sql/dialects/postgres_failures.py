@@ -46,7 +46,8 @@ _AUTHORIZATION: Final = (
 )
 """What errors of the class 28 other than a wrong password mean, by a part of the server's text."""
 _STATES: Final = {
-    "28P01": "the server refuses the password; correct it in the URL, in PGPASSWORD or in the password file",
+    "28P01": "the server refuses the user or the password; correct them in the URL, or the password in PGPASSWORD or "
+    "in the password file",
     "3D000": "the server has no such database; create it, or correct its name in the URL",
 }
 _POOLER_TEXTS: Final = (
@@ -112,8 +113,8 @@ def _is_fatal(error: BaseException) -> bool:
 def _tls_failure(error: BaseException) -> str | None:
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
-            f"the certificate of the server is refused ({error.verify_message.rstrip('.')}); name its authority's "
-            "by sslrootcert= in the URL, and the host by the name in the certificate"
+            f"the certificate of the server is refused ({error.verify_message.rstrip('.')}); name the authority that "
+            "signed it by sslrootcert= in the URL, and the server as the certificate does"
         )
     if isinstance(error, ssl.SSLError) and not isinstance(
         error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)

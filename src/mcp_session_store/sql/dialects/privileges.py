@@ -18,7 +18,7 @@ __all__ = ["missing_privileges"]
 
 async def missing_privileges(connection: AsyncConnection, needed: Mapping[sa.Table, str]) -> list[str]:
     """See `Dialect.missing_privileges`."""
-    each = [(table, name.strip()) for table, names in needed.items() for name in names.split(",")]
+    each = [(table, name) for table, names in needed.items() for name in dict.fromkeys(names.split(", "))]
     held = (
         await connection.execute(
             sa.select(*(sa.func.has_table_privilege(regclass(table), name) for table, name in each))

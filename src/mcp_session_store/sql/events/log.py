@@ -23,6 +23,7 @@ from mcp_session_store.sql.events.tail import LogTail
 from mcp_session_store.sql.events.trim import EventTrimming, logs_per_step
 from mcp_session_store.sql.failures import hide_parameters, summary_of
 from mcp_session_store.sql.notifications import EVENT_CHANNEL, Listener
+from mcp_session_store.sql.schema.tables import privileges_for_events
 from mcp_session_store.sql.sessions.store import SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, checked_namespace
 
@@ -97,6 +98,7 @@ class SqlEventLog(EventLog):
             self._database = Database(where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
         self._namespace = namespace
         dialect, schema = self._database.dialect, self._database.schema
+        self._database.need(privileges_for_events(schema))
         self._writer = EventWriter(dialect, schema=schema, namespace=namespace)
         self._reader = EventReader(dialect, schema=schema, namespace=namespace)
         self._tail = LogTail(dialect, schema=schema, namespace=namespace)

@@ -19,7 +19,8 @@ __all__ = [
     "journal_table",
     "logs_table",
     "make_tables",
-    "needed_privileges",
+    "privileges_for_events",
+    "privileges_for_sessions",
     "sessions_table",
 ]
 
@@ -151,17 +152,29 @@ def instances_table(schema: str | None = None) -> sa.Table:
     return _table("mcp_session_instance", schema)
 
 
-def needed_privileges(schema: str | None = None) -> Mapping[sa.Table, str]:
-    """Return the privileges that every store needs. Those of an event log go beyond them.
+_CHANGE: Final = "SELECT, INSERT, UPDATE, DELETE"
+
+
+def privileges_for_sessions(schema: str | None = None) -> Mapping[sa.Table, str]:
+    """Return the privileges that a store of sessions needs.
 
     The end of a session removes its events, whether there is an event log or not.
     """
-    changes = "SELECT, INSERT, UPDATE, DELETE"
     return {
-        sessions_table(schema): changes,
-        journal_table(schema): changes,
+        sessions_table(schema): _CHANGE,
+        journal_table(schema): _CHANGE,
         logs_table(schema): "SELECT, DELETE",
         events_table(schema): "SELECT, DELETE",
+    }
+
+
+def privileges_for_events(schema: str | None = None) -> Mapping[sa.Table, str]:
+    """Return the privileges that an event log needs."""
+    return {
+        sessions_table(schema): "SELECT",
+        logs_table(schema): _CHANGE,
+        events_table(schema): "SELECT, INSERT, DELETE",
+        instances_table(schema): _CHANGE,
     }
 
 

@@ -13,6 +13,7 @@ from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
+from mcp_session_store.sql.schema.tables import privileges_for_sessions
 from mcp_session_store.sql.schema.version import check_again
 from mcp_session_store.sql.sessions.creation import Creation
 from mcp_session_store.sql.sessions.journal import EntryWrite, JournalStatements
@@ -87,6 +88,7 @@ class SqlSessionStore(SessionStore):
         self._namespace = checked_namespace(namespace)
         self._database = Database(url_or_engine, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
         dialect, schema = self._database.dialect, self._database.schema
+        self._database.need(privileges_for_sessions(schema))
         overlap = timedelta(seconds=2 * self._database.timeout)
         self._removal = SessionRemoval(dialect, schema=schema, namespace=namespace)
         self._journal = JournalStatements(dialect, schema=schema, namespace=namespace)
