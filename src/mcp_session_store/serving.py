@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import signal
-import threading
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
-from mcp_session_store.adapter.sdk import is_fastmcp, mcp_endpoint
+from mcp_session_store.adapter.draining import STOP_MARGIN
+from mcp_session_store.adapter.sdk import is_fastmcp
 from mcp_session_store.app import durable_app
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-    from types import FrameType
+    from collections.abc import AsyncIterator
 
     from fastmcp import FastMCP
     from mcp.server.lowlevel.server import Server
     from mcp.server.mcpserver import MCPServer
     from starlette.applications import Starlette
 
-    from mcp_session_store.adapter.manager import DurableSessionManager
     from mcp_session_store.store import SessionStore
 
 __all__ = ["DEFAULT_HOST", "DEFAULT_PORT", "DEFAULT_SHUTDOWN_TIMEOUT", "run_durable", "run_uvicorn", "served_app"]
@@ -119,7 +116,7 @@ def served_app(
     if not is_fastmcp(server):
         # The SDK guards against DNS rebinding where it listens on this machine only.
         options["host"] = host
-    return _answering_at_signals(_frozen(durable_app(server, store, **options)))
+    return _frozen(durable_app(server, store, **options))
 
 
 def run_uvicorn(
@@ -154,8 +151,8 @@ def run_uvicorn(
         port=port,
         log_level=log_level,
         log_config=None if log_level is None else _log_config(log_level),
-        # Open SSE streams never end by themselves.
-        timeout_graceful_shutdown=shutdown_timeout,
+        # Calls that are still open are answered as lost before the server cuts them.
+        timeout_graceful_shutdown=shutdown_timeout + STOP_MARGIN,
     )
 
 
@@ -172,34 +169,6 @@ def _frozen(app: Starlette) -> Starlette:
         async with serve(of) as state:
             gc.collect()
             gc.freeze()
-            yield state
-
-    app.router.lifespan_context = lifespan
-    return app
-
-
-def _answering_at_signals(app: Starlette) -> Starlette:
-    """Answer the requests that wait for the database at the signal to stop, because uvicorn waits for them first."""
-    serve = app.router.lifespan_context
-
-    @contextlib.asynccontextmanager
-    async def lifespan(of: Starlette) -> AsyncIterator[Any]:
-        async with serve(of) as state:
-            manager = cast("DurableSessionManager", mcp_endpoint(app).session_manager)
-            loop = asyncio.get_running_loop()
-
-            def before(uvicorns: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
-                def handle(number: int, frame: FrameType | None) -> None:
-                    loop.call_soon_threadsafe(manager.answer_waiting)
-                    uvicorns(number, frame)
-
-                return handle
-
-            # As uvicorn, which has set its own before, and puts back at its end what was there before that.
-            if threading.current_thread() is threading.main_thread():
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    if callable(uvicorns := signal.getsignal(number)):
-                        signal.signal(number, before(uvicorns))
             yield state
 
     app.router.lifespan_context = lifespan

@@ -17,6 +17,7 @@ from mcp.server.transport_security import TransportSecurityMiddleware
 
 from mcp_session_store.adapter import clock, sdk
 from mcp_session_store.adapter.background import run_again, run_every
+from mcp_session_store.adapter.draining import Drain
 from mcp_session_store.adapter.outage import Gate
 from mcp_session_store.adapter.readiness import FINAL, VERDICT_WITHIN, Readiness, not_answered
 from mcp_session_store.adapter.replay.journal import Journal
@@ -337,10 +338,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._serve_sessions_by(router.serve)
 
     def _start_background_tasks(self) -> None:
-        start = self._tasks.start_soon
-        settings = self._settings
+        start, settings, changes = self._tasks.start_soon, self._settings, self._ender.changes
         poll_interval = settings.end_within / 2
-        changes = self._ender.changes
         every = partial(run_every, readiness=self.readiness)
         again = partial(run_again, readiness=self.readiness)
         self.readiness.look = changes.wake.set
@@ -351,6 +350,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         start(every, "restores", settings.replay_timeout, self._restorer.fail_overdue)
         evict_after = math.inf if settings.evict_after is None else settings.evict_after
         start(every, "eviction", min(evict_after / 4, poll_interval), self._evict_unused)
+        followers = None if self._recorder is None else self._recorder.followers
+        start(again, "stop", Drain(self.app, self._registry, followers, self.answer_waiting).run)
         if self._departures is not None:
             start(every, "departures", LOOK_INTERVAL, self._departures.look)
         if settings.sweep_interval is not None:
@@ -359,10 +360,9 @@ class DurableSessionManager(sdk.ManagerSeams):
                 # In a task of its own: where many events are stored there may always be more that are too old.
                 start(every, "event sweep", settings.sweep_interval, partial(sweep_events, self.event_log))
         if (recorder := self._recorder) is not None:
-            followers = recorder.followers
             start(partial(recorder.run, self.readiness, beat_interval=settings.instance_timeout / 3))
-            start(partial(every, "streams", POLL_INTERVAL, followers.poll, wake=followers.wake))
-            start(partial(again, "event hints", followers.listen, max_backoff=MAX_PAUSE))
+            start(partial(every, "streams", POLL_INTERVAL, recorder.followers.poll, wake=recorder.followers.wake))
+            start(partial(again, "event hints", recorder.followers.listen, max_backoff=MAX_PAUSE))
 
     async def _poll_changes(self) -> None:
         try:

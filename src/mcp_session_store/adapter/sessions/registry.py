@@ -145,6 +145,11 @@ class Registry:
     def __iter__(self) -> Iterator[ResidentSession]:
         return iter(list(self._published.values()))
 
+    @property
+    def is_arriving(self) -> bool:
+        """Whether a session is being opened or restored."""
+        return self._opening > 0 or bool(self.restores)
+
     def get(self, session_id: str) -> ResidentSession | None:
         """Return the copy that requests for this session find."""
         return self._published.get(session_id)

@@ -153,7 +153,12 @@ class ResidentSession:
         """Whether the answer of a call whose handler has returned is on its way to the log or to the client."""
         if self.events is not None and self.events.busy:
             return True
-        return self.pins > self.streams and self.in_flight == 0
+        return self.has_calls and self.in_flight == 0
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a client waits for the answer to a request."""
+        return self.pins > self.streams
 
     @property
     def waits_for_client(self) -> bool:
@@ -268,5 +273,5 @@ class ResidentSession:
                     await writer.send(SessionMessage(JSONRPCError(jsonrpc="2.0", id=request_id, error=error)))
             except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                 return
-            if self.pins > self.streams:
+            if self.has_calls:
                 await self._answered.wait()

@@ -170,6 +170,18 @@ class Followers:
         followers = self._by_session.get(key, ())
         return [f for f in followers if not f.closed and (stream is None or f.stream == stream)]
 
+    def close_but_calls_here(self) -> bool:
+        """End all responses but those that follow a call of this instance; return whether there are any of these."""
+        elsewhere = {follower for of_instance in self._by_instance.values() for follower in of_instance}
+        calls_here = False
+        for of_session in self._by_session.values():
+            for follower in of_session:
+                if follower.stream == STANDALONE_STREAM or follower in elsewhere:
+                    follower.close()
+                else:
+                    calls_here = calls_here or not follower.closed
+        return calls_here
+
     def advance(self, key: UUID, stream: str, sequence: int) -> None:
         """Wake the responses of a stream of which an event was stored here."""
         if self._by_session:
