@@ -12,7 +12,7 @@ from mcp_session_store.environment import truth, variable
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
-from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven
+from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, read_pool_size
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
@@ -44,6 +44,7 @@ def durable_app(
     namespace: str | NotGiven = NOT_GIVEN,
     schema: str | NotGiven | None = NOT_GIVEN,
     auto_upgrade: bool | NotGiven = NOT_GIVEN,
+    pool_size: int | NotGiven | None = NOT_GIVEN,
     retention: RetentionPolicy | None = None,
     events: bool | EventPolicy | EventLog | NotGiven = NOT_GIVEN,
     on_restore: RestoreHook | None = None,
@@ -70,8 +71,8 @@ def durable_app(
 
     An argument that is not given is read from the environment, as the commands read it, so that a server and
     `mcp-session-store sessions list` look into the same place: `MCP_SESSION_STORE_URL`, `…_NAMESPACE`, `…_SCHEMA`,
-    `…_AUTO_UPGRADE`, `…_EVENTS`, and the variables of `RetentionPolicy`, `EventPolicy` and `InstanceSettings`. When the
-    app starts, it logs the namespace and the schema, and where each comes from.
+    `…_AUTO_UPGRADE`, `…_POOL_SIZE`, `…_EVENTS`, and the variables of `RetentionPolicy`, `EventPolicy` and
+    `InstanceSettings`. When the app starts, it logs the namespace and the schema, and where each comes from.
 
     Args:
         server: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
@@ -85,6 +86,8 @@ def durable_app(
         auto_upgrade: With a Postgres URL: whether to run the migrations on first contact. Without it the
             database must have been migrated (`mcp-session-store upgrade`). A SQLite file that is empty
             is always migrated.
+        pool_size: With a URL: connections for queries at most, see `SqlSessionStore`; one that is given here or in the
+            environment takes precedence over the URL's.
         retention: With a URL: how long sessions live, and how many there may be;
             `RetentionPolicy.from_environment()` unless given.
         events: Whether streams can be resumed: a client that lost its connection, or its server, comes back with
@@ -137,6 +140,7 @@ def durable_app(
             "namespace": namespace not in (NOT_GIVEN, DEFAULT_NAMESPACE),
             "schema": schema not in (NOT_GIVEN, None),
             "auto_upgrade": auto_upgrade not in (NOT_GIVEN, False),
+            "pool_size": pool_size not in (NOT_GIVEN, None),
             "retention": retention is not None,
         }
         if names := [name for name, is_given in given.items() if is_given]:
@@ -145,7 +149,7 @@ def durable_app(
         if isinstance(store, SqlSessionStore):
             place += f", schema {_shown(store.database.schema)} (the given store's)"
     else:
-        store, place = _sql_store(store, namespace, schema, auto_upgrade, retention)
+        store, place = _sql_store(store, namespace, schema, auto_upgrade, pool_size, retention)
         arguments["close_store"] = True
     wanted, wanted_by = _setting("events", events, False, truth)
     arguments |= _event_arguments(store, wanted, wanted_by)
@@ -157,6 +161,7 @@ def _sql_store(
     namespace: str | NotGiven,
     schema: str | NotGiven | None,
     auto_upgrade: bool | NotGiven,
+    pool_size: int | NotGiven | None,
     retention: RetentionPolicy | None,
 ) -> tuple[SqlSessionStore, str]:
     """Make the store of an app; return it with the text about its namespace and schema for the log."""
@@ -171,11 +176,17 @@ def _sql_store(
     in_namespace, namespace_from = _setting("namespace", namespace, DEFAULT_NAMESPACE, str)
     in_schema, schema_from = _setting("schema", schema, None, str)
     upgrades, _ = _setting("auto_upgrade", auto_upgrade, False, truth)
+    connections, _ = _setting("pool_size", pool_size, None, read_pool_size)
     if retention is None:
         retention = RetentionPolicy.from_environment()
     try:
         store = SqlSessionStore(
-            url, namespace=in_namespace, schema=in_schema, auto_upgrade=upgrades, retention=retention
+            url,
+            namespace=in_namespace,
+            schema=in_schema,
+            auto_upgrade=upgrades,
+            pool_size=connections,
+            retention=retention,
         )
     except ConfigurationError as error:
         read = [source for source in (url_from, namespace_from, schema_from) if source not in (_ARGUMENT, _DEFAULT)]

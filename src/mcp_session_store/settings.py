@@ -24,7 +24,9 @@ __all__ = [
     "InstanceSettings",
     "NotGiven",
     "Unit",
+    "checked_pool_size",
     "checked_seconds",
+    "read_pool_size",
 ]
 
 DEFAULT_TIMEOUT: Final = 5.0
@@ -101,6 +103,33 @@ def checked_seconds(name: str, value: object) -> float:
         raise ConfigurationError(f"{name}={error}") from None
     assert isinstance(value, int | float)
     return float(value)
+
+
+def checked_pool_size(value: object) -> int | None:
+    """Return a number of connections, or `None` where none is given.
+
+    Raises:
+        ConfigurationError: The value is not a positive whole number.
+    """
+    if value is None:
+        return None
+    try:
+        _positive_count(value)
+    except ValueError as error:
+        raise ConfigurationError(f"pool_size={error}") from None
+    assert isinstance(value, int)
+    return value
+
+
+def read_pool_size(text: str) -> int | None:
+    """Return the number of connections that a text stands for.
+
+    Raises:
+        ValueError: It is not a positive whole number.
+    """
+    value = _read(text)
+    _positive_count(value)
+    return checked_pool_size(value)
 
 
 _Seconds = Annotated[float, BeforeValidator(_positive_seconds), Unit.SECONDS]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
 from mcp_session_store.records import EndReason
@@ -71,12 +70,7 @@ async def recorded(url: str, **options: Any) -> AsyncIterator[Recorded]:
     finally:
         await recorded.batcher.aclose()
         await database.aclose()
-        assert connections_checked_out_of(database) == 0
-
-
-def connections_checked_out_of(database: Database) -> int:
-    checkedout: int = database.engine.pool.checkedout()  # type: ignore[attr-defined]
-    return checkedout
+        assert database.connections.in_use == 0
 
 
 async def test_a_lone_call_goes_at_once_and_those_that_come_meanwhile_share_the_next(migrated_url: str) -> None:
@@ -365,15 +359,13 @@ async def test_cancelled_calls_leave_no_connection_in_use(migrated_url: str) -> 
 async def test_a_store_that_is_closed_while_a_connection_goes_back_has_it_back(migrated_url: str) -> None:
     for wait in range(6):
         store = SqlSessionStore(migrated_url)
-        pool = engine_of(store).pool
-        assert isinstance(pool, QueuePool)
         call = asyncio.ensure_future(store.load(uuid.uuid4()))
         while not call.done():
             await asyncio.sleep(0)
         for _ in range(wait):
             await asyncio.sleep(0)
         await store.aclose()
-        assert pool.checkedout() == 0
+        assert connections_checked_out(store) == 0
 
 
 async def test_sessions_are_locked_in_the_order_of_their_keys(postgres_url: str) -> None:

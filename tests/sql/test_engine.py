@@ -6,7 +6,6 @@ import asyncio
 import shlex
 import ssl
 import uuid
-from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -25,12 +24,18 @@ from mcp_session_store.sql.engine import checked_url, make_engine, shown_options
 from mcp_session_store.sql.failures import failure_kind, summary_of
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
-from tests.support.databases import connections_checked_out, engine_of, execute, settled, sql_store
-from tests.support.internals import pool_timeout_of
+from tests.support.databases import (
+    connections_checked_out,
+    engine_of,
+    execute,
+    kept_connections,
+    settled,
+    sql_store,
+)
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.anyio
 
@@ -212,7 +217,6 @@ async def test_options_of_libpq_reach_the_server(postgres_url: str) -> None:
             "connect_timeout": "10",
             "keepalives": "1",
             "fallback_application_name": "mine",
-            "pool_size": "2",
         }
     )
     engine = make_engine(*checked_url(url), timeout=5)
@@ -223,8 +227,6 @@ async def test_options_of_libpq_reach_the_server(postgres_url: str) -> None:
                 for name in ("search_path", "work_mem", "application_name")
             ]
         assert settings == ["elsewhere", "5MB", "mine"]
-        assert isinstance(engine.pool, QueuePool)
-        assert engine.pool.size() == 2
     finally:
         await engine.dispose()
 
@@ -260,7 +262,6 @@ async def test_an_engine_of_ours_waits_for_nothing_longer_than_the_timeout(postg
     async with sql_store(postgres_url, timeout=0.5) as store:
         engine = engine_of(store)
         assert engine.sync_engine.hide_parameters
-        assert pool_timeout_of(engine) == 0.5
         async with asyncio.timeout(20):
             async with engine.connect() as connection:
                 with pytest.raises(TimeoutError):
@@ -275,17 +276,6 @@ async def test_operators_can_tell_the_connections_of_a_store(postgres_url: str) 
         assert ("mcp-session-store",) in [tuple(row) for row in rows]
 
 
-@asynccontextmanager
-async def _pooled_connections(store: SqlSessionStore) -> AsyncIterator[list[asyncpg.Connection]]:
-    """The driver's own connections in the store's pool."""
-    pool = engine_of(store).pool
-    assert isinstance(pool, QueuePool)
-    async with AsyncExitStack() as stack:
-        count = pool.checkedin()
-        connections = [await stack.enter_async_context(engine_of(store).connect()) for _ in range(count)]
-        yield [(await connection.get_raw_connection()).driver_connection for connection in connections]
-
-
 @pytest.mark.parametrize(("option", "prepares"), [("true", False), ("false", True), (None, True)])
 async def test_behind_pgbouncer_a_store_prepares_no_statements(
     postgres_url: str, option: str | None, prepares: bool
@@ -295,10 +285,10 @@ async def test_behind_pgbouncer_a_store_prepares_no_statements(
         session = new_session()
         assert await store.create(session) == await store.load(session.key)
         await settled(store)
-        async with _pooled_connections(store) as connections:
-            rows = [
-                await connection.fetch("SELECT statement FROM pg_prepared_statements") for connection in connections
-            ]
+        rows = [
+            await connection.fetch("SELECT statement FROM pg_prepared_statements")
+            for connection in await kept_connections(store)
+        ]
         prepared = ["clock_timestamp" in row["statement"] for found in rows for row in found]
         assert any(prepared) == prepares
 
@@ -307,14 +297,11 @@ async def test_a_prepared_statement_that_is_gone_is_answered_with_what_to_do_beh
     postgres_url: str,
 ) -> None:
     async with sql_store(postgres_url) as store:
-        for _ in range(10):
-            # On each connection of the pool, of which the one that came back first is taken next.
-            await store.load(uuid.uuid4())
-            await settled(store)
+        await store.load(uuid.uuid4())
+        await settled(store)
         # As when PgBouncer puts another server connection in the place of the one before.
-        async with _pooled_connections(store) as connections:
-            for connection in connections:
-                await connection.execute("DEALLOCATE ALL")
+        for connection in await kept_connections(store):
+            await connection.execute("DEALLOCATE ALL")
         with pytest.raises(StoreUnavailable, match=r"InvalidSQLStatementNameError: .*\?pgbouncer=true"):
             await store.load(uuid.uuid4())
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
-from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
@@ -17,7 +16,7 @@ from mcp_session_store.sql.engine import checked_url, make_migration_engine
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table, make_tables, sessions_table
 from tests.support.faults import FaultProxy
-from tests.support.internals import database_of, drains_of, listening_of
+from tests.support.internals import database_of, drains_of, idle_connections_of, listening_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -35,9 +34,15 @@ def engine_of(store: SessionStore | EventLog) -> AsyncEngine:
 
 
 def connections_checked_out(store: SessionStore | EventLog) -> int:
-    pool = engine_of(store).pool
-    assert isinstance(pool, QueuePool)
-    return pool.checkedout()
+    assert isinstance(store, SqlSessionStore | SqlEventLog)
+    return database_of(store).connections.in_use
+
+
+async def kept_connections(store: SessionStore | EventLog) -> list[Any]:
+    """The driver's own connections that a store keeps, and that no call uses."""
+    assert isinstance(store, SqlSessionStore | SqlEventLog)
+    connections = idle_connections_of(database_of(store))
+    return [(await connection.get_raw_connection()).driver_connection for connection in connections]
 
 
 async def settled(*stores: SessionStore | EventLog) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.pool import QueuePool
-
 from mcp_session_store.adapter import stopping
 from mcp_session_store.sql.batching import Batcher
+from mcp_session_store.sql.connections import Connections
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from mcp.server.context import ServerRequestContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store import DurableSessionManager, MemoryEventLog, MemorySessionStore
     from mcp_session_store.adapter.outage import Gate
@@ -88,10 +87,10 @@ def channel_name() -> str:
     return SESSION_CHANNEL._name
 
 
-def pool_timeout_of(engine: AsyncEngine) -> float:
-    """Seconds for which a call waits for a connection of the pool, which SQLAlchemy keeps for itself."""
-    assert isinstance(engine.pool, QueuePool)
-    return engine.pool._timeout
+def idle_connections_of(database: Database) -> list[AsyncConnection]:
+    """The connections that a database keeps open, and no call uses."""
+    assert isinstance(database.connections, Connections)
+    return database.connections._idle
 
 
 async def trim_waiting(log: SqlEventLog, key: UUID) -> None:

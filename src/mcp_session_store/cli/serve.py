@@ -59,6 +59,7 @@ class _ServeSettings(BaseModel):
     schema_name: str | None
     namespace: str
     auto_upgrade: bool
+    pool_size: int | None
     host: str
     path: str | None
     json_response: bool | None
@@ -74,7 +75,7 @@ class _ServeSettings(BaseModel):
     its log can say so."""
 
 
-_OF_THE_DATABASE: Final = ("namespace", "schema", "auto_upgrade")
+_OF_THE_DATABASE: Final = ("namespace", "schema", "auto_upgrade", "pool_size")
 
 
 def _is_given(parameter: str) -> bool:
@@ -93,6 +94,12 @@ def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str 
 @schema_option
 @namespace_option
 @option("--auto-upgrade", is_flag=True, help="Migrate a server database at start; a new SQLite file always is.")
+@option(
+    "--pool-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Connections that each process takes for queries at most. Not given: as the URL says, or 5.",
+)
 @option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
 @option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Number of processes.")
@@ -128,6 +135,7 @@ def serve(
     schema: str | None,
     namespace: str,
     auto_upgrade: bool,
+    pool_size: int | None,
     host: str,
     port: int,
     workers: int,
@@ -157,6 +165,7 @@ def serve(
         schema_name=schema,
         namespace=namespace,
         auto_upgrade=auto_upgrade,
+        pool_size=pool_size,
         host=host,
         path=path,
         json_response=json_response,
@@ -222,6 +231,7 @@ def _build(settings: _ServeSettings) -> Starlette:
         "namespace": settings.namespace,
         "schema": settings.schema_name,
         "auto_upgrade": settings.auto_upgrade,
+        "pool_size": settings.pool_size,
     }
     options |= {name: value for name, value in of_the_database.items() if name in settings.given}
     try:

@@ -8,7 +8,7 @@ from collections import deque
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed, StoreUnavailable
+from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed
 from mcp_session_store.sql.database import spawn
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ So many also make a busy batcher return its connection, because on SQLite all th
 MAX_WAITING: Final = 10_000
 """Number of items that may wait for a statement; beyond it calls fail."""
 BATCHES_PER_LEASE: Final = 50
-"""Number of statements after which a busy batcher returns its connection, so that others get their turn."""
+"""Number of statements after which a busy batcher returns its connection; at once where calls wait for one."""
 
 
 class Batcher(Generic[_Item, _Result]):
@@ -127,12 +127,7 @@ class Batcher(Generic[_Item, _Result]):
                 if deadline > loop.time():
                     self._timer = loop.call_at(deadline, self._time_out)
                     return
-                _fail(
-                    future,
-                    StoreUnavailable(
-                        f"the database {self._database.shown_url} did not answer within {self._database.timeout:g} s"
-                    ),
-                )
+                _fail(future, self._database.silent())
             self._deadlines.popleft()
 
     async def aclose(self) -> None:
@@ -162,7 +157,7 @@ class Batcher(Generic[_Item, _Result]):
                             self._served = {}
                         while self._deadlines and self._deadlines[0][1].done():
                             self._deadlines.popleft()
-                        if carried >= MAX_BATCH_BYTES:
+                        if carried >= MAX_BATCH_BYTES or self._database.connections.wanted:
                             break
                         # A caller that was answered may have its next call ready, and finds the connection open.
                         await asyncio.sleep(0)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol
 
 from mcp_session_store.errors import (
     SchemaBehind,
@@ -16,10 +15,11 @@ from mcp_session_store.errors import (
     StoreMisconfigured,
     StoreUnavailable,
 )
+from mcp_session_store.sql.connections import spawn
 from mcp_session_store.sql.schema.version import check_schema, is_empty
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator
 
     import sqlalchemy as sa
     from sqlalchemy.engine import URL
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["FirstContact", "spawn"]
-
-_T = TypeVar("_T")
+__all__ = ["FirstContact"]
 
 MIGRATION_TIMEOUT: Final = 60.0
 """Seconds that a migration on first contact may take."""
@@ -52,7 +50,9 @@ class Contacted(Protocol):
     def owned(self) -> bool: ...
     @property
     def autocommit(self) -> AsyncEngine: ...
+    async def connect(self) -> AsyncConnection: ...
     async def release(self, connection: AsyncConnection, *, broken: bool) -> None: ...
+    def silent(self) -> StoreUnavailable: ...
     def translate(self, error: Exception) -> Exception: ...
 
 
@@ -71,11 +71,17 @@ class FirstContact:
         self.needed: dict[sa.Table, str] = {}
         """Names of the privileges that the user needs, separated by commas, by the table."""
 
+    @property
+    def made(self) -> bool:
+        """Whether the schema was found to fit."""
+        contact = self._contact
+        return contact is not None and contact.done() and not _failed(contact)
+
     async def make(self) -> None:
         """Check the schema, unless it was found to fit. Concurrent callers wait for the same check."""
-        contact = self._contact
-        if contact is not None and contact.done() and not _failed(contact):
+        if self.made:
             return
+        contact = self._contact
         if contact is None or contact.done():
             # A task of its own, because one caller's timeout must not stop a migration that others wait for.
             contact = self._contact = spawn(self._check())
@@ -148,7 +154,7 @@ class FirstContact:
         broken = True
         try:
             async with asyncio.timeout(self._database.timeout):
-                connection = await self._database.autocommit.connect()
+                connection = await self._database.connect()
                 try:
                     yield connection
                 except SessionStoreError:
@@ -156,9 +162,7 @@ class FirstContact:
                     raise
             broken = False
         except TimeoutError:
-            raise StoreUnavailable(
-                f"the database {self._database.shown_url} did not answer within {self._database.timeout:g} s"
-            ) from None
+            raise self._database.silent() from None
         finally:
             if connection is not None:
                 await self._database.release(connection, broken=broken)
@@ -178,11 +182,6 @@ class FirstContact:
                 f"the migration of the database {self._database.shown_url} did not end within {MIGRATION_TIMEOUT:g} s"
             )
         task.result()
-
-
-def spawn(coroutine: Coroutine[object, object, _T]) -> asyncio.Task[_T]:
-    """Start a task that belongs to no request: it inherits no context variables."""
-    return asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
 
 
 def _failed(task: asyncio.Task[None]) -> bool:

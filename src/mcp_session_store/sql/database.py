@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.errors import (
     ConfigurationError,
@@ -19,8 +18,9 @@ from mcp_session_store.errors import (
     StoreMisconfigured,
     StoreUnavailable,
 )
-from mcp_session_store.settings import checked_seconds
-from mcp_session_store.sql.contact import FirstContact, spawn
+from mcp_session_store.settings import checked_pool_size, checked_seconds
+from mcp_session_store.sql.connections import Connections, PoolOfEngine, spawn
+from mcp_session_store.sql.contact import FirstContact
 from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.engine import (
     checked_engine,
@@ -42,11 +42,15 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["Attempt", "Database", "Lease", "spawn"]
+__all__ = ["DEFAULT_POOL_SIZE", "Attempt", "Database", "Lease", "spawn"]
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+
+DEFAULT_POOL_SIZE: Final = 5
+"""Number of connections for queries at most, unless given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +70,38 @@ class Database:
         schema: Schema with the tables; the connection's default unless given.
         auto_upgrade: Whether a schema that is missing or behind is migrated on first contact.
         timeout: Seconds that a piece of work may take.
+        pool_size: With a URL: number of connections for queries; as the URL says, or else `DEFAULT_POOL_SIZE`, unless
+            given.
 
     Raises:
         ConfigurationError: An argument cannot work.
     """
 
     def __init__(
-        self, url_or_engine: str | URL | AsyncEngine, *, schema: str | None, auto_upgrade: bool, timeout: float
+        self,
+        url_or_engine: str | URL | AsyncEngine,
+        *,
+        schema: str | None,
+        auto_upgrade: bool,
+        timeout: float,
+        pool_size: int | None = None,
     ) -> None:
         self.timeout: Final = checked_seconds("timeout", timeout)
+        pool_size = checked_pool_size(pool_size)
         if isinstance(url_or_engine, (str, tuple)):
             url, self.dialect = checked_url(url_or_engine)
             self.engine = make_engine(url, self.dialect, timeout=self.timeout)
             self.supports_listen = self.dialect.supports_listen(url)
             self.given: URL | AsyncEngine = url
             self.owned = True
+            pool_size = pool_size or self.dialect.pool_size(url) or DEFAULT_POOL_SIZE
         else:
             self.dialect = checked_engine(url_or_engine)
+            if pool_size is not None:
+                raise ConfigurationError(
+                    "pool_size goes with a database URL; an engine has a pool of its own, with the size that it was "
+                    "made with"
+                )
             self.supports_listen = self.dialect.has_notifications
             self.engine = self.given = url_or_engine
             self.owned = False
@@ -92,6 +111,12 @@ class Database:
             self.engine if self.owned else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
         """Engine whose connections run each statement as a transaction of its own."""
+        self.connections: Final[Connections | PoolOfEngine] = (
+            PoolOfEngine(self.autocommit, self.dialect, shown_url=self.shown_url)
+            if pool_size is None
+            else Connections(self.autocommit, self.dialect, most=pool_size, shown_url=self.shown_url)
+        )
+        """Connections for queries."""
         self.write_lock: asyncio.Lock | None = asyncio.Lock() if self.dialect.single_writer else None
         self._contact = FirstContact(self, auto_upgrade=auto_upgrade)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -139,6 +164,11 @@ class Database:
         self._closed = False
         self._contact.forget()
 
+    @property
+    def in_contact(self) -> bool:
+        """Whether the schema was found to fit."""
+        return self._contact.made
+
     async def first_contact(self) -> None:
         """Check the schema once, and again after a failure. Concurrent callers wait for the same check."""
         await self._contact.make()
@@ -152,19 +182,38 @@ class Database:
         """Make the next call check the schema again, because a table was missing."""
         self._contact.forget()
 
+    def silent(self) -> StoreUnavailable:
+        """Return the error of a call that was not answered within the timeout."""
+        if (refusal := self.connections.refusal(within=self.timeout)) is not None:
+            return StoreUnavailable(
+                f"the database {self.shown_url} gave this process no connection within {self.timeout:g} s: {refusal}"
+            )
+        return StoreUnavailable(f"the database {self.shown_url} did not answer within {self.timeout:g} s")
+
+    async def connect(self) -> AsyncConnection:
+        """Return a connection for queries, to be given back by `release`."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await self.connections.take()
+        except TimeoutError:
+            raise self.silent() from None
+
     async def release(self, connection: AsyncConnection, *, broken: bool) -> None:
-        """Return a connection to the pool, or drop it when it is broken."""
-        pool = self.engine.pool
-        if not broken and self.owned and isinstance(pool, QueuePool) and pool.checkedin() < pool.size():
-            # There is nothing to roll back on an engine of ours, and nothing to close where the pool has room: so there
-            # is no wait in which the caller could be cancelled.
-            await _release(connection, broken=False)
-            return
+        """Give a connection back, or drop it when it is broken."""
+        if broken or not self.connections.give_back(connection):
+            await asyncio.shield(self._close(connection, broken=broken))
+
+    def note_break(self) -> None:
+        """Let no call use a connection that was opened before now, because the database has ended one."""
+        for connection in self.connections.note_break():
+            self._close(connection, broken=True)
+
+    def _close(self, connection: AsyncConnection, *, broken: bool) -> asyncio.Task[None]:
         # In a task of its own, so that a cancelled caller leaves no connection behind.
-        task = spawn(_release(connection, broken=broken))
+        task = spawn(self.connections.close(connection, broken=broken))
         self.closing.add(task)
         task.add_done_callback(self.closing.discard)
-        await asyncio.shield(task)
+        return task
 
     def translate(self, error: Exception) -> Exception:
         """Return this package's error for a driver's, to be raised from it; a bug is returned as it is."""
@@ -190,8 +239,7 @@ class Database:
         if self.closing:
             await asyncio.wait(self.closing, timeout=self.timeout)
         self._loop = None
-        if self.owned:
-            await self._dispose()
+        await self.connections.aclose(timeout=self.timeout)
         if self.dialect.single_writer:
             self.write_lock = asyncio.Lock()
 
@@ -201,17 +249,6 @@ class Database:
             await asyncio.wait({task}, timeout=self.timeout)
         task.cancel()
         await asyncio.wait({task}, timeout=self.timeout)
-
-    async def _dispose(self) -> None:
-        patience = self.timeout
-        while True:
-            # Closing a connection whose other end is silent never ends. Cancelled, it is dropped, and the next
-            # connection is closed.
-            try:
-                async with asyncio.timeout(patience):
-                    return await self.engine.dispose()
-            except TimeoutError:
-                patience = 0.1
 
 
 class Lease:
@@ -254,12 +291,10 @@ class Lease:
             async with asyncio.timeout(self._database.timeout):
                 return await self._try_twice(work)
         except TimeoutError:
-            raise StoreUnavailable(
-                f"the database {self._database.shown_url} did not answer within {self._database.timeout:g} s"
-            ) from None
+            raise self._database.silent() from None
 
     async def _try_twice(self, work: Callable[[Attempt], Awaitable[_T]]) -> _T:
-        await self._database.first_contact()
+        await self._contact()
         if self._writing is not None and not self._holds_writing:
             # Half of the timeout, because the wait for the file comes on top: the caller would have given up by then,
             # and what was refused would be committed.
@@ -274,17 +309,25 @@ class Lease:
             logger.info("a connection to the database broke, trying another: %s", error)
         return await self._attempt(work, repeated=True)
 
+    async def _contact(self) -> None:
+        """Have the schema checked, without the lease's connection, because the check may need it."""
+        if self._connection is not None and not self._database.in_contact:
+            await self._release(broken=False)
+        await self._database.first_contact()
+
     async def _attempt(self, work: Callable[[Attempt], Awaitable[_T]], *, repeated: bool) -> _T:
         failure: Exception
         try:
             if self._connection is None:
-                self._connection = await self._database.autocommit.connect()
+                self._connection = await self._database.connect()
             return await work(Attempt(self._connection, repeated))
         except Exception as error:
             failure = self._database.translate(error)
             kind = failure_kind(error, self._database.dialect)
-            if kind is FailureKind.BROKEN and not isinstance(error, SQLAlchemyError):
-                await self._show_that_it_is_broken()
+            if kind is FailureKind.BROKEN:
+                self._database.note_break()
+                if not isinstance(error, SQLAlchemyError):
+                    await self._show_that_it_is_broken()
             # After an invalid value too: a statement whose values could not be sent is still open on the server, in a
             # transaction that asyncpg does not end, which behind PgBouncer keeps a server connection from others.
             await self._release(broken=True)
@@ -302,7 +345,7 @@ class Lease:
         raise failure
 
     async def _show_that_it_is_broken(self) -> None:
-        """Let SQLAlchemy meet the broken connection, so that its pool drops all connections that are as old."""
+        """Let SQLAlchemy meet the broken connection, so that a given engine's pool drops all that are as old."""
         if self._connection is not None:
             with contextlib.suppress(Exception):
                 await self._connection.exec_driver_sql("SELECT 1")
@@ -311,15 +354,6 @@ class Lease:
         connection, self._connection = self._connection, None
         if connection is not None:
             await self._database.release(connection, broken=broken)
-
-
-async def _release(connection: AsyncConnection, *, broken: bool) -> None:
-    # The error of a broken connection was raised where it was used.
-    with contextlib.suppress(Exception):
-        if broken and not connection.closed:
-            await connection.invalidate()
-    with contextlib.suppress(Exception):
-        await connection.close()
 
 
 def _is_broken(error: StoreUnavailable, dialect: Dialect) -> bool:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
+from sqlalchemy.pool import NullPool
 
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects import dialect_named
@@ -167,14 +167,13 @@ def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
     """Return an engine in which each wait ends after `timeout` seconds, and whose errors hide parameters."""
     engine = create_async_engine(
         url,
-        poolclass=AsyncAdaptedQueuePool,
-        pool_timeout=timeout,
+        # `Connections` keeps those for queries; one that listens is kept by its listener.
+        poolclass=NullPool,
         hide_parameters=True,
         # Each statement is a transaction; where several belong together, SQL begins one.
         isolation_level="AUTOCOMMIT",
-        # A connection that goes back to the pool has nothing to roll back, which saves a round trip.
+        # A connection that is closed has nothing to roll back, which saves a round trip.
         skip_autocommit_rollback=True,
-        **dialect.pool_arguments(url),
         **dialect.engine_arguments(url, timeout=timeout, command_timeout=timeout),
     )
     # After SQLAlchemy's own listener, because that makes asyncpg forget the types that it has looked up.

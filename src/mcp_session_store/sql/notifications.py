@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.pool import QueuePool
-
 from mcp_session_store.errors import StoreClosed, StoreUnavailable
 from mcp_session_store.sql.database import spawn
 from mcp_session_store.sql.dialects.channel import NotificationChannel
+from mcp_session_store.sql.dialects.dialect import FailureKind
+from mcp_session_store.sql.failures import failure_kind, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
     from contextlib import AbstractContextManager
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store.sql.database import Attempt, Database
 
@@ -40,6 +40,8 @@ PROBE_TIMEOUT: Final = 3.0
 """Seconds within which the listener's own probe must arrive."""
 DEAF_FOR: Final = (300.0, 600.0)
 """Least and most seconds until listening is tried again on a database through which no notifications arrive."""
+WITHOUT_FOR: Final = (30.0, 60.0)
+"""Least and most seconds until listening is tried again on a database that has no room for a connection more."""
 
 _PROBE: Final = "?"
 """First character of a payload that only shows whether notifications arrive."""
@@ -56,8 +58,9 @@ class _Holder:
 class Listener:
     """Passes on the notifications of one channel as hints.
 
-    While it listens, it takes a connection out of the engine's pool, which makes another in its place. Where the
-    database has no notifications, it waits without a connection.
+    While it listens, it has a connection of its own, beside those for queries, which come first: where the database has
+    no room for one more after it, or refuses one for queries later, it goes without. Where the database has no
+    notifications, it waits without a connection.
 
     Args:
         database: Database to listen to.
@@ -65,6 +68,7 @@ class Listener:
         heartbeat: See `HEARTBEAT`.
         probe_timeout: See `PROBE_TIMEOUT`.
         deaf_for: See `DEAF_FOR`.
+        without_for: See `WITHOUT_FOR`.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Listener:
         heartbeat: float = HEARTBEAT,
         probe_timeout: float = PROBE_TIMEOUT,
         deaf_for: tuple[float, float] = DEAF_FOR,
+        without_for: tuple[float, float] = WITHOUT_FOR,
     ) -> None:
         self._database = database
         self._channel = channel
@@ -83,7 +88,8 @@ class Listener:
         self._deaf_for = deaf_for
         self.held: Final[set[str]] = set()
         """Instances whose locks are held while it listens."""
-        self._logged_deaf = False
+        self._without_for = without_for
+        self._logged_without = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(
@@ -120,21 +126,26 @@ class Listener:
                 await asyncio.Event().wait()
             return
         while True:
+            while self._database.connections.are_short:  # noqa: ASYNC110 - nothing sets an event when that is over
+                await asyncio.sleep(random.uniform(*self._without_for))  # noqa: S311
             try:
                 await self._listen_on_a_connection(on_hint, holder)
+                reason, pause = "they are lost on the way, as behind PgBouncer in transaction mode", self._deaf_for
             except Exception as error:
                 failure = self._database.translate(error)
-                if failure is error:
-                    raise
-                raise failure from error
-            if not self._logged_deaf:
-                self._logged_deaf = True
+                if failure_kind(error, self._database.dialect) is not FailureKind.NO_ROOM:
+                    if failure is error:
+                        raise
+                    raise failure from error
+                reason, pause = summary_of(error, self._database.dialect), self._without_for
+            if not self._logged_without:
+                self._logged_without = True
                 logger.info(
-                    "notifications of changes do not arrive from the database %s, as behind PgBouncer in transaction "
-                    "mode; changes are found by polling",
+                    "notifications of changes do not arrive from the database %s, and changes are found by polling: %s",
                     self._database.shown_url,
+                    reason,
                 )
-            await asyncio.sleep(random.uniform(*self._deaf_for))  # noqa: S311
+            await asyncio.sleep(random.uniform(*pause))  # noqa: S311
 
     async def _lock_of_process(self, holder: _Holder | None) -> AbstractContextManager[bool]:
         if holder is None:
@@ -146,7 +157,7 @@ class Listener:
     async def _listen_on_a_connection(
         self, on_hint: Callable[[Collection[UUID] | None], None], holder: _Holder | None
     ) -> None:
-        """Listen until the connection is lost, or return when notifications do not arrive on it."""
+        """Listen until the connection is lost or given up, or return when notifications do not arrive on it."""
         lost, arrived = asyncio.Event(), asyncio.Event()
         probe = f"{_PROBE}{uuid.uuid4()}"
 
@@ -156,20 +167,9 @@ class Listener:
             elif not payload.startswith(_PROBE):
                 on_hint(self._keys(payload))
 
-        pool = self._database.engine.pool
-        connection: AsyncConnection | Exception | None = None
+        connection: AsyncConnection | None = None
         try:
-            async with self._database.lease(writes=False) as lease:
-                await lease.run(_answers)
-                if isinstance(pool, QueuePool) and pool.size() > 1:
-                    # Beside the lease's: the pool keeps that one where the server takes no more connections.
-                    connection = await self._connect()
-            if connection is None:
-                connection = await self._connect()
-            if isinstance(connection, Exception):
-                raise connection
-            # The pool no longer counts it, and has room for another.
-            await connection.run_sync(sa.Connection.detach)
+            connection = await self._connect()
             async with asyncio.timeout(self._database.timeout):
                 await self._channel.listen(connection, on_payload=receive, on_loss=lost.set)
             if not await self._notifications_arrive(probe, arrived):
@@ -179,7 +179,7 @@ class Listener:
             # Not before: a lock that a pooler takes stays on a connection of the server, which it lends to others.
             async with asyncio.timeout(self._database.timeout):
                 locked = holder is not None and await self._database.dialect.lock_on_connection(connection, holder.name)
-            with self._holding(holder, locked):
+            with self._holding(holder, locked), self._database.connections.calling_when_short(lost.set):
                 on_hint(None)  # because sessions may have changed before it listened
                 while not lost.is_set():
                     try:
@@ -188,32 +188,22 @@ class Listener:
                     except TimeoutError:
                         async with asyncio.timeout(self._database.timeout):
                             await connection.exec_driver_sql("SELECT 1")
+            if self._database.connections.are_short:
+                raise StoreUnavailable(
+                    f"the database {self._database.shown_url} has no room for a connection that listens for changes, "
+                    "because one for queries was refused; changes are found by polling meanwhile"
+                )
             raise self._is_lost()
         finally:
-            if isinstance(connection, AsyncConnection):
+            if connection is not None:
                 self._close(connection)
 
-    async def _connect(self) -> AsyncConnection | Exception:
-        """Connect; a failure is returned, because raised it would cost the connection of a lease around it."""
-        failure: Exception | None = None
-        for _ in range(2):
-            connection: AsyncConnection | None = None
-            try:
-                async with asyncio.timeout(self._database.timeout):
-                    connection = await self._database.autocommit.connect()
-                    await connection.exec_driver_sql("SELECT 1")
-                return connection
-            except BaseException as error:
-                if connection is not None:
-                    self._close(connection)
-                if not isinstance(error, Exception):
-                    raise
-                failure = error
-            if connection is None:
-                break
-            # When SQLAlchemy meets a broken connection, its pool drops all that are as old: the next one is new.
-        assert failure is not None
-        return failure
+    async def _connect(self) -> AsyncConnection:
+        """Return a connection beside those for queries, of which one is open before: requests come first."""
+        async with self._database.lease(writes=False) as lease:
+            await lease.run(_answers)
+        async with asyncio.timeout(self._database.timeout):
+            return await self._database.connections.connect_beside()
 
     @contextlib.contextmanager
     def _holding(self, holder: _Holder | None, locked: bool) -> Iterator[None]:

@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.errors import ConfigurationError, SchemaMissing, StoreBusy, StoreUnavailable
 from mcp_session_store.records import Principal
@@ -303,9 +302,7 @@ async def test_a_question_that_takes_too_long_is_given_up_by_the_database_too(da
         with pytest.raises(StoreUnavailable, match=r"within 0\.5 s.*--timeout"):
             await directory.read(lambda connection, now: connection.exec_driver_sql(ENDLESS))
         assert await directory.count(SessionFilter()) == 1
-        pool = directory.database.engine.pool
-        assert isinstance(pool, QueuePool)
-        assert pool.checkedout() == 0
+        assert directory.database.connections.in_use == 0
     if "postgres" in database_url:
         async with asyncio.timeout(20):
             while await execute(

@@ -17,7 +17,7 @@ from mcp_session_store.sql.admin.events import EventDirectory
 from mcp_session_store.sql.admin.reader import Reader
 from mcp_session_store.sql.admin.rows import RowCheck
 from mcp_session_store.sql.admin.session_list import SessionFilter, SessionList, SessionState, readable
-from mcp_session_store.sql.database import Attempt
+from mcp_session_store.sql.database import DEFAULT_POOL_SIZE, Attempt
 from mcp_session_store.sql.dialects import checkup_of
 from mcp_session_store.sql.dialects.checkup import Finding, Verdict
 from mcp_session_store.sql.dialects.functions import MOMENT
@@ -44,8 +44,6 @@ LOOKS_IN_ALL: Final = 6
 """How many times as long all looks together take at most."""
 SWEPT_WITHIN: Final = timedelta(minutes=15)
 """Time after its expiry within which a session is swept, where a server sweeps, or a sweep runs often enough."""
-DEFAULT_POOL_SIZE: Final = 5
-"""Connections for queries that a server opens where nothing else is said."""
 INSTANCES: Final = 500
 """Number of instances that are looked at."""
 NAMED: Final = 5
@@ -74,7 +72,7 @@ async def examine(
     """
     parsed, dialect = checked_url(url)
     timeout = checked_seconds("timeout", timeout)
-    checkup = checkup_of(dialect, parsed, pool_size=int(str(parsed.query.get("pool_size", DEFAULT_POOL_SIZE))))
+    checkup = checkup_of(dialect, parsed, pool_size=dialect.pool_size(parsed) or DEFAULT_POOL_SIZE)
     engine = make_engine_without_pool(checkup.read_only_url(), dialect, timeout=timeout, command_timeout=timeout)
     async with _Examination(parsed, engine, namespace=namespace, schema=schema, timeout=timeout) as examination:
         first = await examination.looked("connection", examination.look_at_connection)
@@ -148,7 +146,7 @@ class _Examination(Reader):
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[AsyncConnection]:
         """Lend a connection, and drop it when it is given up: to close one whose other end is silent never ends."""
-        connection = await self.database.autocommit.connect()
+        connection = await self.database.connect()
         broken = True
         try:
             yield connection

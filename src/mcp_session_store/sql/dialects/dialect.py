@@ -35,6 +35,8 @@ class FailureKind(Enum):
     """The connection is lost, or what was prepared on it is. Another connection may work at once."""
     UNAVAILABLE = auto()
     """The database cannot serve now."""
+    NO_ROOM = auto()
+    """The database, or a pooler before it, takes no more connections now."""
     INVALID_VALUE = auto()
     """The database refuses a value. The same statement works without that value."""
     WRONG_SCHEMA = auto()
@@ -282,8 +284,8 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def pool_arguments(self, url: URL) -> dict[str, Any]:
-        """Return the arguments of `create_async_engine` for the size of the pool, where the URL gives one."""
+    def pool_size(self, url: URL) -> int | None:
+        """Return the number of connections for queries, where the URL gives one."""
 
     @abstractmethod
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from mcp_session_store.sql.dialects.advisory_locks import locks_seen, take_lock
 from mcp_session_store.sql.dialects.compiled import Statement
-from mcp_session_store.sql.dialects.dialect import Batch, Dialect
+from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
 from mcp_session_store.sql.dialects.postgres_failures import POOLED_STATEMENT, kind_of_failure, misconfiguration
@@ -23,7 +23,7 @@ from mcp_session_store.sql.dialects.postgres_options import (
     checked_options,
     connect_arguments,
     driver_arguments,
-    pool_arguments,
+    pool_size,
 )
 from mcp_session_store.sql.dialects.private_names import CREATOR, check_compiler, check_creator
 from mcp_session_store.sql.dialects.privileges import missing_privileges
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.type_api import TypeEngine
 
     from mcp_session_store.sql.dialects.compiled import Steps
-    from mcp_session_store.sql.dialects.dialect import FailureKind, LocksSeen
+    from mcp_session_store.sql.dialects.dialect import LocksSeen
 
 __all__ = ["Postgres"]
 
@@ -194,8 +194,8 @@ class Postgres(Dialect):
         return {"connect_args": connect}
 
     @override
-    def pool_arguments(self, url: URL) -> dict[str, Any]:
-        return pool_arguments(url)
+    def pool_size(self, url: URL) -> int | None:
+        return pool_size(url)
 
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
@@ -263,6 +263,8 @@ class Postgres(Dialect):
     def advice_on(self, error: BaseException) -> str | None:
         if getattr(error, "sqlstate", None) in POOLED_STATEMENT:
             return "behind PgBouncer in transaction mode, add ?pgbouncer=true to the database URL"
+        if self.failure_kind(error) is FailureKind.NO_ROOM:
+            return "allow more connections there, or run fewer processes, or give each a smaller pool_size"
         return None
 
     @override

@@ -19,6 +19,7 @@ _KINDS: Final = (
     ("57P", FailureKind.BROKEN),  # the server shuts down, or starts
     ("25006", FailureKind.BROKEN),  # a read-only transaction: what was the primary has become a standby
     ("40", FailureKind.BROKEN),  # deadlock, serialization failure: the statement is undone and may be repeated
+    ("53300", FailureKind.NO_ROOM),  # too many connections: of all, of this role, or of this database
     ("0A000", FailureKind.BROKEN),  # a prepared statement that is out of date, within a transaction
     ("22", FailureKind.INVALID_VALUE),  # data exception
     ("23", FailureKind.INVALID_VALUE),  # an integrity constraint
@@ -27,6 +28,14 @@ _KINDS: Final = (
     ("42703", FailureKind.WRONG_SCHEMA),  # undefined column
     ("3F000", FailureKind.WRONG_SCHEMA),  # undefined schema
 )
+_NO_ROOM: Final = (
+    "max clients reached",
+    "max client connections reached",
+    "no more connections allowed",
+    "too many clients",
+    "too many connections",
+)
+"""As poolers say it under codes of other failures: Supabase's in two versions, PgBouncer, and others."""
 # A prepared statement is missing, or another client has one of that name: behind a pooler the server connection has
 # changed in between.
 POOLED_STATEMENT: Final = frozenset({"26000", "42P05"})
@@ -64,6 +73,9 @@ def kind_of_failure(error: BaseException) -> FailureKind | None:
     """Classify an error of the driver; `None` for any other."""
     state = getattr(error, "sqlstate", None)
     if isinstance(state, str):
+        text = str(error).lower()
+        if any(part in text for part in _NO_ROOM):
+            return FailureKind.NO_ROOM
         return next((kind for start, kind in _KINDS if state.startswith(start)), FailureKind.UNAVAILABLE)
     import asyncpg  # imported here, because users of SQLite do without it
 

@@ -21,7 +21,7 @@ __all__ = [
     "connect_arguments",
     "driver_arguments",
     "explained_options",
-    "pool_arguments",
+    "pool_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -241,10 +241,10 @@ def connect_arguments(url: URL, *, timeout: float) -> dict[str, Any]:
     return arguments
 
 
-def pool_arguments(url: URL) -> dict[str, Any]:
-    """Return the arguments for an engine's pool that the options of a checked URL stand for."""
+def pool_size(url: URL) -> int | None:
+    """Return the number of connections for queries that the options of a checked URL ask for."""
     size = url.query.get("pool_size")
-    return {} if size is None else {"pool_size": int(str(size)), "max_overflow": 0}
+    return None if size is None else int(str(size))
 
 
 def explained_options(url: URL) -> dict[str, str]:

@@ -323,8 +323,8 @@ class Sqlite(FileLocks):
         return {"connect_args": {"timeout": timeout * 0.4}}
 
     @override
-    def pool_arguments(self, url: URL) -> dict[str, Any]:
-        return {}
+    def pool_size(self, url: URL) -> int | None:
+        return None
 
     @override
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:

@@ -53,9 +53,8 @@ INSTANCES_KEPT: Final = timedelta(days=1)
 class SqlEventLog(EventLog):
     """Events in Postgres or SQLite, shared by any number of processes.
 
-    Events of all sessions that are stored at once share a commit; a lone event is stored at once. Storing takes two
-    connections at most, of which one is for large appends, reading another, and all other calls four; on Postgres
-    `listen` takes one more.
+    Events of all sessions that are stored at once share a commit; a lone event is stored at once. All calls share the
+    connections of the store; on Postgres `listen` takes one more.
 
     Args:
         where: The store of the sessions that the events belong to, or a URL or engine of its database, as
@@ -64,6 +63,7 @@ class SqlEventLog(EventLog):
         namespace: As for the store that the sessions are in.
         schema: Postgres: the schema with the tables. The first of the search path unless given.
         auto_upgrade: Run the migrations on first contact where the schema is missing or behind.
+        pool_size: As for `SqlSessionStore`, where its URL is given.
         timeout: Seconds that a call takes at most. A large append waits longer while others before it are stored.
         policy: See `EventLog`.
 
@@ -79,6 +79,7 @@ class SqlEventLog(EventLog):
         schema: str | None = None,
         auto_upgrade: bool = False,
         timeout: float = DEFAULT_TIMEOUT,
+        pool_size: int | None = None,
         policy: EventPolicy | None = None,
     ) -> None:
         super().__init__(policy=policy)
@@ -89,13 +90,16 @@ class SqlEventLog(EventLog):
                 "schema": schema is not None,
                 "auto_upgrade": auto_upgrade,
                 "timeout": timeout != DEFAULT_TIMEOUT,
+                "pool_size": pool_size is not None,
             }
             if names := [name for name, is_given in given.items() if is_given]:
                 raise ConfigurationError(f"{', '.join(names)} go with a URL or an engine; a store has its own")
             namespace, self._database = where.namespace, where.database
         else:
             namespace = checked_namespace(namespace)
-            self._database = Database(where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
+            self._database = Database(
+                where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout, pool_size=pool_size
+            )
         self._namespace = namespace
         dialect, schema = self._database.dialect, self._database.schema
         self._database.need(privileges_for_events(schema))

@@ -52,22 +52,23 @@ class SqlSessionStore(SessionStore):
     migrated on first use; any other database only with `auto_upgrade`. While a database is down, from the
     start or later, calls fail with `StoreUnavailable`.
 
-    Calls of one kind that are made at once share a statement. A store uses at most one connection for
-    each kind of call, and on SQLite one at a time for all that write. On Postgres `listen` takes one more, which
-    does not count in the pool; behind PgBouncer in transaction mode, where no hints arrive, it waits without one.
+    Calls of one kind that are made at once share a statement, and all calls share `pool_size` connections, on SQLite
+    one at a time for all that write. One that is not needed is closed after ten seconds, but for the last. On Postgres
+    `listen` takes one more; behind PgBouncer in transaction mode, where no hints arrive, it waits without one.
 
     Args:
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
             `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is: it is
-            never disposed, and no PRAGMA is set on it. Its pool should have at least
-            5 connections; at most 12 are used, one of them for hints for as long as an app runs, and 7 more
-            with an event log.
+            never disposed, and no PRAGMA is set on it. Its pool says how many connections there are; at most 11 are
+            used at once, 18 with an event log, and one for hints, two with an event log, is taken out of it.
             Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
             from PgBouncer 1.21 on, with its `max_prepared_statements`.
         namespace: Keeps servers that share a database apart.
         schema: Postgres: the schema with the tables. The first of the search path unless given.
         auto_upgrade: Run the migrations on first contact where the schema is missing or behind.
         timeout: Seconds that a call takes at most. It should be the same for all instances, see `changes`.
+        pool_size: With a URL: connections for queries at most; 5 unless given here, or in the URL by `pool_size` or
+            `connection_limit`. 1 works.
         retention: See `SessionStore`.
 
     Raises:
@@ -82,11 +83,14 @@ class SqlSessionStore(SessionStore):
         schema: str | None = None,
         auto_upgrade: bool = False,
         timeout: float = DEFAULT_TIMEOUT,
+        pool_size: int | None = None,
         retention: RetentionPolicy | None = None,
     ) -> None:
         super().__init__(retention=retention)
         self._namespace = checked_namespace(namespace)
-        self._database = Database(url_or_engine, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout)
+        self._database = Database(
+            url_or_engine, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout, pool_size=pool_size
+        )
         dialect, schema = self._database.dialect, self._database.schema
         self._database.need(privileges_for_sessions(schema))
         overlap = timedelta(seconds=2 * self._database.timeout)
