@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mcp_session_store.errors import RecordUnreadable
-from mcp_session_store.records import Activity, EndReason, EventKind, Principal
+from mcp_session_store.records import Activity, EndReason, EventKind, Principal, instance_name
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog
 from mcp_session_store.sql.admin.events import EventDirectory
@@ -174,6 +174,21 @@ async def test_events_that_cannot_be_read_are_missing_and_those_of_a_newer_versi
         page = await log.read(key, stream, after=0, limit=1)
         assert page is not None
         assert [event.sequence for event in page.events] == read[:1]
+
+
+async def test_a_heartbeat_that_cannot_be_read_hides_no_other_and_proves_no_death(sqlite_url: str) -> None:
+    async with sql_store(sqlite_url) as store, SqlEventLog(store) as log:
+        for instance in ("a:1:good", "a:1:damaged"):
+            await log.beat(instance)
+        name = instance_name("a:1:damaged")
+        await execute(store, f"UPDATE mcp_session_instance SET beat_at = '{SECRET}' WHERE name = '{name}'")
+        names = {instance_name("a:1:good"), name}
+        beats = await log.last_beats(names)
+        assert beats.keys() == names
+        assert beats[name].ago == timedelta(0)
+        await log.beat("a:1:damaged")
+        async with RowCheck(sqlite_url) as check:
+            assert await check.unreadable() == []
 
 
 async def test_lists_go_on_beside_rows_that_cannot_be_read(database_url: str) -> None:

@@ -42,7 +42,7 @@ MOMENT: Final[TypeEngine[datetime]] = _Milliseconds().with_variant(postgresql.TI
 """Type of a moment on the database's clock; an aware `datetime` in Python."""
 
 
-def driver_value(column: sa.Column[Any]) -> sa.Label[Any]:
+def driver_value(column: sa.Column[Any] | sa.Label[Any]) -> sa.Label[Any]:
     """Return a column whose values are left as the driver returns them, because they may not be of its type."""
     return sa.type_coerce(column, sa.types.NullType()).label(column.name)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from mcp_session_store.records import Heartbeat, instance_name
-from mcp_session_store.sql.dialects.functions import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock, driver_value
 from mcp_session_store.sql.schema.tables import instances_table
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-    from datetime import timedelta
 
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects.dialect import Dialect
@@ -41,9 +41,10 @@ class Instances:
         self._remove = sa.delete(table).where(table.c.name == name)
         self._names = dialect.batch("named", {"name": sa.Text()})
         ago = sa.bindparam("beat_ago", type_=sa.Double)
-        self._last_beats = sa.select(table.c.name, table.c.beat_at, table.c.lock_epoch, now.label("now")).where(
-            self._names.in_batch(table.c.name)
-        )
+        # A moment that cannot be read, as after a change by hand, must not hide the heartbeats of others.
+        self._last_beats = sa.select(
+            table.c.name, driver_value(table.c.beat_at), table.c.lock_epoch, driver_value(now.label("now"))
+        ).where(self._names.in_batch(table.c.name))
         self._remove_silent = sa.delete(table).where(table.c.beat_at < StoreClock(-ago))
 
     async def beat(self, attempt: Attempt, instance: str, *, held: bool) -> None:
@@ -67,7 +68,10 @@ class Instances:
         await attempt.connection.execute(self._remove, {"beat_name": name})
 
     async def last_beats(self, attempt: Attempt, names: Collection[str]) -> dict[str, Heartbeat]:
-        """Return the last heartbeat of each instance, by name and without those that are unknown."""
+        """Return the last heartbeat of each instance, by name and without those that are unknown.
+
+        One that cannot be read counts as one of now: the next heartbeat of an instance that lives repairs it.
+        """
         parameters = self._names.parameters([(name,) for name in names])
         rows = (await attempt.connection.execute(self._last_beats, parameters)).all()
         # Older versions store no epoch, nor does an instance that can hold nothing.
@@ -78,7 +82,15 @@ class Instances:
             seen = await self._dialect.locks_seen(attempt.connection, epochs)
             # Locks of another epoch have vanished for all at once.
             released = {name for name, locked in seen.locked.items() if not locked and epochs[name] == seen.epoch}
-        return {row.name: Heartbeat(ago=row.now - row.beat_at, released=row.name in released) for row in rows}
+        return {row.name: Heartbeat(ago=self._age(row), released=row.name in released) for row in rows}
+
+    def _age(self, row: Any) -> timedelta:
+        try:
+            beat_at, now = self._dialect.moments([row.beat_at, row.now])
+        except (TypeError, OverflowError):
+            return timedelta(0)
+        age: timedelta = now - beat_at
+        return age
 
     async def remove_silent(self, attempt: Attempt, silent_for: timedelta) -> None:
         """Remove the instances that have sent no heartbeat for that long."""
