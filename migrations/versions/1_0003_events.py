@@ -11,6 +11,8 @@ from alembic import op
 from alembic.util.exc import CommandError
 from sqlalchemy.dialects import postgresql
 
+from mcp_session_store.sql.engine import shown_command, url_of
+
 revision = "1_0003_events"
 down_revision = "1_0002_retention"
 branch_labels = None
@@ -61,7 +63,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     schema = op.get_context().version_table_schema
     if _is_partitioned(schema):
-        raise CommandError("the events are partitioned; run first: mcp-session-store events unpartition")
+        url = url_of(op.get_bind().engine)
+        raise CommandError(f"the events are partitioned; first, {shown_command('events unpartition', url, schema)}")
     op.drop_table("mcp_session_instance", schema=schema)
     op.drop_table("mcp_session_event", schema=schema)
     op.drop_index("ix_mcp_session_log_oldest", "mcp_session_log", schema=schema)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 __all__ = [
     "ConfigurationError",
     "EventTooLarge",
@@ -21,7 +24,21 @@ __all__ = [
     "StoreClosed",
     "StoreMisconfigured",
     "StoreUnavailable",
+    "without_passwords",
 ]
+
+_PASSWORDS: Final = (
+    # The credentials of a URL, but not of the example in texts of this package, up to the last @ of all that follows.
+    (re.compile(r"\b((?!sqlite)[a-z][\w+]*://)(?!user:password@)[^\s/?#@]*(?::|%(?!40)).*@", re.DOTALL), r"\1***@"),
+    (re.compile(r"\b((?:\w*password|user)=)[^\s&]+"), r"\1***"),
+)
+
+
+def without_passwords(text: str) -> str:
+    """Return a text without the passwords of database URLs in it: for a text that quotes what it was given."""
+    for pattern, replacement in _PASSWORDS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 class SessionStoreError(Exception):
@@ -29,7 +46,14 @@ class SessionStoreError(Exception):
 
 
 class ConfigurationError(SessionStoreError, ValueError):
-    """An argument, option or setting cannot work; the message names it and the remedy."""
+    """An argument, option or setting cannot work; the message names it and the remedy.
+
+    Where the message quotes a value that was given, as one that is no name of a schema, it may be a database URL that
+    was meant for elsewhere: its password is taken out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_passwords(message))
 
 
 class NotRunning(SessionStoreError, RuntimeError):

@@ -46,7 +46,7 @@ def test_a_database_that_cannot_be_reached(invoke: InvokeFunction) -> None:
 def test_what_to_do_stands_behind_what_is_there(sqlite_url: str, invoke: InvokeFunction) -> None:
     result = invoke("doctor", "--url", sqlite_url)
     assert result.exit_code == 1
-    assert "To do: make it with mcp-session-store upgrade" in result.stdout.splitlines()[0]
+    assert "To do: to make it, run: mcp-session-store upgrade --url sqlite:////" in result.stdout.splitlines()[0]
 
 
 def test_an_argument_that_cannot_work_is_wrong_usage(invoke: InvokeFunction) -> None:

@@ -8,8 +8,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy.engine import make_url
 
-from tests.support.commands import UNREACHABLE
+from tests.support.commands import UNREACHABLE, run_printed
 from tests.support.postgres import execute
 from tests.support.rows import insert_rows, session_row
 
@@ -96,13 +97,14 @@ def test_a_check_of_the_rows_finds_those_that_cannot_be_read(command: CommandFun
     header, line = done.stdout.splitlines()
     assert header.split()[:4] == ["TABLE", "KEY", "NAMESPACE", "STATE"]
     assert line.split() == ["mcp_session", str(bad["key"]), "one", "live", "initialize_params"]
-    assert "mcp-session-store sessions end KEY" in done.stderr
+    assert f"run: mcp-session-store sessions end {bad['key']} --namespace one --url" in done.stderr
     as_json = command("check", "--rows", "--json", "--url", database_url)
     assert as_json.returncode == 1
     (row,) = json.loads(as_json.stdout)["unreadable"]
     assert (row["key"], row["columns"]) == (str(bad["key"]), ["initialize_params"])
     assert "s3cret" not in done.stdout + done.stderr + as_json.stdout + as_json.stderr
     # What it says to do helps.
-    assert command("sessions", "end", str(bad["key"]), "--namespace", "one", "--url", database_url).returncode == 0
+    ended = run_printed(done.stderr, password=make_url(database_url).password)
+    assert ended.returncode == 0, ended.stderr
     done = command("check", "--rows", "--url", database_url)
     assert (done.returncode, done.stdout) == (0, "the schema fits, and all rows can be read\n")

@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import ssl
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -55,16 +56,33 @@ pytestmark = pytest.mark.anyio
             "postgresql+asyncpg://u:p@/db?host=h1%3A5433&host=h2%3A5432&target_session_attrs=read-write",
         ),
         (" postgresql://host/db\n", "postgresql+asyncpg://host/db"),
-        ("sqlite:///sessions.db\n", "sqlite+aiosqlite:///sessions.db"),
+        ("sqlite:////sessions.db\n", "sqlite+aiosqlite:////sessions.db"),
         ("postgresql://host/db?pgbouncer=true", "postgresql+asyncpg://host/db?pgbouncer=true"),
-        ("sqlite:///sessions.db", "sqlite+aiosqlite:///sessions.db"),
+        ("sqlite:///sessions.db", f"sqlite+aiosqlite:///{Path.cwd()}/sessions.db"),
         ("sqlite:////var/lib/sessions.db", "sqlite+aiosqlite:////var/lib/sessions.db"),
-        ("sqlite+aiosqlite:///sessions.db", "sqlite+aiosqlite:///sessions.db"),
+        ("sqlite+aiosqlite:////sessions.db", "sqlite+aiosqlite:////sessions.db"),
     ],
 )
 def test_a_url_gets_the_driver_of_this_package(given: str, made: str) -> None:
     url, _ = checked_url(given)
     assert url.render_as_string(hide_password=False) == made
+
+
+def test_a_relative_path_of_sqlite_is_made_absolute_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a folder, 100%"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    url, _ = checked_url("sqlite:///s.db")
+    as_uri, _ = checked_url("sqlite:///file:s.db?uri=true")
+    given = create_async_engine("sqlite+aiosqlite:///s.db")
+    shown = [shown_url(url), shown_url(given.url)]
+    monkeypatch.undo()
+    assert url.database == str(folder / "s.db")
+    # SQLite decodes a URI.
+    assert as_uri.database == f"file:{tmp_path}/a%20folder%2C%20100%25/s.db"
+    assert [checked_url(text)[0].database for text in shown] == [str(folder / "s.db")] * 2
 
 
 @pytest.mark.parametrize(

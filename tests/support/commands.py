@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Mapping
 
     from click.testing import Result
@@ -21,6 +23,25 @@ UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """A control sequence of a terminal."""
+
+
+def run_printed(text: str, *, password: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command that a message ends with, as it stands there, in a shell."""
+    command = text.strip().partition("run: mcp-session-store ")[2]
+    assert command, text
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MCP_SESSION_STORE_")}
+    if password is not None:
+        assert "with the password in PGPASSWORD, run: " in text
+        environment["PGPASSWORD"] = password
+    return subprocess.run(
+        f"{shlex.join(COMMAND)} {command}",
+        shell=True,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 class CommandFunction(Protocol):

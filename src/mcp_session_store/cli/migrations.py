@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -12,6 +12,8 @@ from mcp_session_store.cli.output import Column, number, plural, print_json, pri
 from mcp_session_store.cli.target import tables_options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mcp_session_store.cli.target import Target
     from mcp_session_store.sql.admin.rows import UnreadableRow
 
@@ -111,11 +113,16 @@ def check(target: Target, *, rows: bool, as_json: bool) -> None:
     else:
         click.echo("the schema fits, and all rows can be read")
     if found:
-        raise Failure(
-            f"{number(len(found))} {plural('row', len(found))} cannot be read. Repair them in the database; or end a "
-            "live session with: mcp-session-store sessions end KEY --namespace NAMESPACE. A row without a key can only "
-            "be deleted in the database"
-        )
+        raise Failure(f"{number(len(found))} {plural('row', len(found))} cannot be read. {_remedy(target, found)}")
+
+
+def _remedy(target: Target, found: Sequence[UnreadableRow]) -> str:
+    repair = "Repair them in the database; a row without a key can only be deleted there"
+    live = next((row for row in found if row.live and row.key is not None and row.namespace is not None), None)
+    if live is None:
+        return repair
+    advice = replace(target, namespace=live.namespace or "").advice(f"sessions end {live.key}")
+    return f"{repair}. Or end a live session, as this one: {advice}"
 
 
 _ROW_COLUMNS: Final = {"TABLE": 20, "KEY": 36, "NAMESPACE": 12, "STATE": 5, "CANNOT BE READ": 20}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from datetime import timedelta
 from types import MappingProxyType
@@ -11,13 +12,13 @@ import click
 from typing_extensions import override
 
 from mcp_session_store.environment import NO_LIMIT, Settings, duration, variable
-from mcp_session_store.errors import ConfigurationError, SessionStoreError
+from mcp_session_store.errors import ConfigurationError, SessionStoreError, without_passwords
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings, Unit
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Iterator, Mapping
 
     from pydantic.fields import FieldInfo
 
@@ -60,13 +61,31 @@ class Group(click.Group):
     """Commands that end on an error of this package with a message and an exit code, and not with a traceback."""
 
     @override
+    def make_context(self, *arguments: Any, **others: Any) -> click.Context:
+        with _quoting_no_password():
+            return super().make_context(*arguments, **others)
+
+    @override
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _quoting_no_password():
+                return super().invoke(ctx)
         except ConfigurationError as error:
             raise _Misuse(str(error)) from error
         except SessionStoreError as error:
             raise Failure(str(error)) from error
+
+
+@contextlib.contextmanager
+def _quoting_no_password() -> Iterator[None]:
+    """Take passwords out of click's own messages, which quote an argument that stands in a wrong place."""
+    try:
+        yield
+    except click.UsageError as error:
+        given = error.format_message()
+        if (shown := without_passwords(given)) == given:
+            raise
+        raise click.UsageError(shown, ctx=error.ctx) from None
 
 
 class _Duration(click.ParamType[timedelta]):

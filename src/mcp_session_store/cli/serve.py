@@ -51,7 +51,7 @@ class _NoStart(click.ClickException):
 class _ServeSettings(BaseModel):
     """Values from which a worker builds its app."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     target: str
     app_dir: str

@@ -95,10 +95,15 @@ class Target:
 
     def _refuse_absent(self) -> None:
         """Refuse a SQLite file that does not exist: a name that was mistyped must not make one."""
-        from mcp_session_store.sql.engine import checked_url
+        from mcp_session_store.sql.engine import checked_url, refuse_absent
 
-        url, dialect = checked_url(self.url)
-        dialect.refuse_absent(url)
+        refuse_absent(*checked_url(self.url))
+
+    def advice(self, command: str) -> str:
+        """Return the advice to run a command of this package there."""
+        from mcp_session_store.sql.engine import checked_url, shown_command
+
+        return shown_command(command, checked_url(self.url)[0], self.schema, namespace=self.namespace)
 
 
 def target_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.pool import QueuePool
 
 from mcp_session_store.sql.room import GROW_AGAIN, RETRY, Room
+from mcp_session_store.sql.shown import url_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -43,13 +44,12 @@ class Connections:
         engine: Engine that opens them, without a pool.
         dialect: Dialect of the database.
         most: Number of connections at most.
-        shown_url: The database, for the log.
     """
 
-    def __init__(self, engine: AsyncEngine, dialect: Dialect, *, most: int, shown_url: str) -> None:
+    def __init__(self, engine: AsyncEngine, dialect: Dialect, *, most: int) -> None:
         self._engine = engine
         self._most = most
-        self._room = Room(dialect, shown_url)
+        self._room = Room(dialect, url_of(engine))
         self._opened: dict[AsyncConnection, float] = {}
         """When each was opened: those in use, idle, or being closed."""
         self._closing = 0
@@ -239,9 +239,9 @@ class PoolOfEngine:
     Its pool says how many there are. Only a connection that the database refuses for want of room is waited for here.
     """
 
-    def __init__(self, engine: AsyncEngine, dialect: Dialect, *, shown_url: str) -> None:
+    def __init__(self, engine: AsyncEngine, dialect: Dialect) -> None:
         self._engine = engine
-        self._room = Room(dialect, shown_url)
+        self._room = Room(dialect, url_of(engine))
         self._waiting: deque[asyncio.Future[None]] = deque()
         self.in_use = 0
 

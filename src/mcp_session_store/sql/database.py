@@ -28,8 +28,9 @@ from mcp_session_store.sql.engine import (
     checked_url,
     make_engine,
     shown_url,
+    url_of,
 )
-from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_parameters
+from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -106,15 +107,15 @@ class Database:
             self.engine = self.given = url_or_engine
             self.owned = False
         self.schema: Final = checked_schema(schema, self.dialect)
-        self.shown_url: Final = shown_url(self.engine.url)
+        self.shown_url: Final = shown_url(url_of(self.engine))
         self.autocommit: Final = (
             self.engine if self.owned else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
         """Engine whose connections run each statement as a transaction of its own."""
         self.connections: Final[Connections | PoolOfEngine] = (
-            PoolOfEngine(self.autocommit, self.dialect, shown_url=self.shown_url)
+            PoolOfEngine(self.autocommit, self.dialect)
             if pool_size is None
-            else Connections(self.autocommit, self.dialect, most=pool_size, shown_url=self.shown_url)
+            else Connections(self.autocommit, self.dialect, most=pool_size)
         )
         """Connections for queries."""
         self.write_lock: asyncio.Lock | None = asyncio.Lock() if self.dialect.single_writer else None
@@ -219,11 +220,11 @@ class Database:
         """Return this package's error for a driver's, to be raised from it; a bug is returned as it is."""
         if isinstance(error, SessionStoreError):
             return error
-        hide_parameters(error)
+        hide_secrets(error, url_of(self.engine))
         kind = failure_kind(error, self.dialect)
         if kind is None:
             return error
-        failure = cannot_serve(self.engine.url, self.shown_url, error, self.dialect)
+        failure = cannot_serve(url_of(self.engine), self.shown_url, error, self.dialect)
         if kind is FailureKind.INVALID_VALUE and not isinstance(failure, StoreMisconfigured):
             return InvalidValue("the database does not take a value of this call, such as one that is too large")
         return failure

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import shlex
 from typing import TYPE_CHECKING, Final
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
@@ -15,10 +14,16 @@ from sqlalchemy.pool import NullPool
 
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects import dialect_named
+from mcp_session_store.sql.shown import (
+    engine_url,
+    is_broken_by_password,
+    shown_command,
+    shown_options,
+    shown_url,
+    url_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = [
@@ -28,19 +33,14 @@ __all__ = [
     "make_engine",
     "make_engine_without_pool",
     "make_migration_engine",
+    "refuse_absent",
+    "shown_command",
     "shown_options",
     "shown_url",
+    "url_of",
 ]
 
 _SYNONYMS: Final = {"postgres": "postgresql"}
-
-_PLAIN: Final = re.compile(r"[\w.@+-]{1,63}")
-"""User names that are shown. Another text may be a password that was written in the wrong place."""
-
-_SECRET_OPTIONS: Final = frozenset({"sslpassword", "password", "user"})
-
-_DELIMITERS: Final = frozenset("@/?#:%")
-"""Characters that end a part of a URL, and no one puts into the name of a database."""
 
 _MIGRATION_TIMEOUT: Final = 60.0
 """Seconds to connect, or to wait for SQLite's lock, because another process may be migrating."""
@@ -73,9 +73,10 @@ def checked_url(url: str | URL) -> tuple[URL, Dialect]:
             f"the driver {driver!r} in the database URL cannot be used; write {dialect.name}+{dialect.driver}:// "
             f"or only {dialect.name}://"
         )
-    if isinstance(url, URL) and _is_broken_by_password(parsed):
+    parsed = parsed.set(drivername=f"{dialect.name}+{dialect.driver}")
+    if isinstance(url, URL) and is_broken_by_password(parsed):
         raise _unencoded()
-    return dialect.checked_url(parsed.set(drivername=f"{dialect.name}+{dialect.driver}")), dialect
+    return dialect.checked_url(parsed), dialect
 
 
 def _readable(text: str) -> str:
@@ -103,19 +104,23 @@ def _readable(text: str) -> str:
     return f"{scheme}://{user}{at}{path}?{options}{'&' if query else ''}{query}"
 
 
-def _is_broken_by_password(url: URL) -> bool:
-    """Return whether a URL that was parsed elsewhere has parts of a password where host and database stand.
-
-    SQLAlchemy ends a password at the first @.
-    """
-    return url.host is not None and ("@" in url.host or not _DELIMITERS.isdisjoint(url.database or ""))
-
-
 def _unencoded() -> ConfigurationError:
     return ConfigurationError(
         "the database URL has a special character between :// and the last @ that is not percent-encoded; write "
         "%40 for @, %2F for /, %3F for ?, %23 for #, %3A for :, %25 for %"
     )
+
+
+def refuse_absent(url: URL, dialect: Dialect) -> None:
+    """Refuse a database that a connection would create, as that of a name that was mistyped.
+
+    Raises:
+        ConfigurationError: The database does not exist.
+    """
+    if dialect.is_absent(url):
+        raise ConfigurationError(
+            f"there is no file {url.database!r}; to make it, {shown_command('upgrade', url, None)}"
+        )
 
 
 def checked_engine(engine: AsyncEngine) -> Dialect:
@@ -165,8 +170,10 @@ def checked_schema(schema: str | None, dialect: Dialect) -> str | None:
 
 def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
     """Return an engine in which each wait ends after `timeout` seconds, and whose errors hide parameters."""
+    shown, arguments = engine_url(url)
+    arguments["connect_args"] |= dialect.connect_arguments(url, timeout=timeout, command_timeout=timeout)
     engine = create_async_engine(
-        url,
+        shown,
         # `Connections` keeps those for queries; one that listens is kept by its listener.
         poolclass=NullPool,
         hide_parameters=True,
@@ -174,7 +181,7 @@ def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
         isolation_level="AUTOCOMMIT",
         # A connection that is closed has nothing to roll back, which saves a round trip.
         skip_autocommit_rollback=True,
-        **dialect.engine_arguments(url, timeout=timeout, command_timeout=timeout),
+        **arguments,
     )
     # After SQLAlchemy's own listener, because that makes asyncpg forget the types that it has looked up.
     sa.event.listen(engine.sync_engine, "connect", lambda connection, _: dialect.on_connect(connection, url))
@@ -189,47 +196,13 @@ def make_migration_engine(url: URL, dialect: Dialect) -> AsyncEngine:
 def make_engine_without_pool(
     url: URL, dialect: Dialect, *, timeout: float, command_timeout: float | None
 ) -> AsyncEngine:
-    """Return an engine that keeps no connection; see `Dialect.engine_arguments`."""
-    arguments = dialect.engine_arguments(url, timeout=timeout, command_timeout=command_timeout)
-    return create_async_engine(url, poolclass=NullPool, hide_parameters=True, isolation_level="AUTOCOMMIT", **arguments)
-
-
-def shown_url(url: URL) -> str:
-    """Return a URL as text for messages: without password, driver and options."""
-    backend = url.drivername.partition("+")[0]
-    if _is_broken_by_password(url):
-        return f"{backend}://***"
-    # Rendered alone, because a host with a port would be taken for an address of IPv6.
-    database = URL.create(backend, database=url.database).render_as_string().partition("://")[2]
-    return f"{backend}://{_shown_authority(url)}{database}"
-
-
-def _shown_authority(url: URL) -> str:
-    if url.host is not None:
-        host = f"[{url.host}]" if ":" in url.host else url.host
-        hosts = host if url.port is None else f"{host}:{url.port}"
-    else:
-        several = url.query.get("host", ())
-        hosts = "" if isinstance(several, str) else ",".join(several)
-    if url.username is None:
-        return hosts
-    user = quote(url.username, safe="") if _PLAIN.fullmatch(url.username) else "***"
-    return f"{user}@{hosts}"
-
-
-def shown_options(url: URL, schema: str | None) -> str:
-    """Return the options with which this package's commands find a database, quoted for a shell.
-
-    The URL has no password, because commands are kept in histories; asyncpg takes it from `PGPASSWORD` or a file.
-    """
-    shown = shown_url(url)
-    query = [
-        (name, value)
-        for name, values in url.query.items()
-        if name not in _SECRET_OPTIONS and (name != "host" or isinstance(values, str))
-        for value in ([values] if isinstance(values, str) else values)
-    ]
-    if query:
-        shown += f"?{urlencode(query, safe='/')}"
-    options: Mapping[str, str | None] = {"--url": shown, "--schema": schema}
-    return " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None)
+    """Return an engine that keeps no connection; see `Dialect.connect_arguments`."""
+    shown, arguments = engine_url(url)
+    arguments["connect_args"] |= dialect.connect_arguments(url, timeout=timeout, command_timeout=command_timeout)
+    return create_async_engine(
+        shown,
+        poolclass=NullPool,
+        hide_parameters=True,
+        isolation_level="AUTOCOMMIT",
+        **arguments,
+    )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from sqlalchemy import exc
 
 from mcp_session_store.errors import StoreMisconfigured, StoreUnavailable
 from mcp_session_store.sql.dialects.dialect import FailureKind
+from mcp_session_store.sql.shown import secrets_of
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from sqlalchemy.engine import URL
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["cannot_serve", "failure_kind", "hide_parameters", "misconfiguration", "summary_of"]
+__all__ = ["cannot_serve", "failure_kind", "hide_secrets", "misconfiguration", "summary_of"]
 
 
 def failure_kind(error: Exception, dialect: Dialect) -> FailureKind | None:
@@ -73,14 +77,29 @@ def _driver_error(error: BaseException) -> BaseException:
     return error.orig if isinstance(error, exc.StatementError) and error.orig is not None else error
 
 
-def hide_parameters(error: BaseException | None) -> None:
-    """Keep a statement's parameters out of the text of an error, and of those that caused it."""
+def hide_secrets(error: BaseException | None, url: URL) -> None:
+    """Keep statements' parameters and secrets of the URL out of the text of an error, and of those that caused it.
+
+    A server quotes the name of a user, and a driver an option, which may be part of a password in a wrong place.
+    """
+    secrets = secrets_of(url)
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, exc.StatementError):
             error.hide_parameters = True
+        if any(secret in str(error) for secret in secrets):
+            error.args = tuple(_without(secrets, value) for value in error.args)
         error = error.__cause__ or error.__context__
+
+
+def _without(secrets: Collection[str], value: object) -> object:
+    if isinstance(value, str):
+        for secret in secrets:
+            # A password that is a word may stand in a sentence; as a value it is quoted.
+            pattern = rf"(?<=[\"']){secret}(?=[\"'])" if secret.isalpha() else re.escape(secret)
+            value = re.sub(pattern, "***", value)
+    return value
 
 
 def summary_of(error: BaseException, dialect: Dialect) -> str:

@@ -10,10 +10,13 @@ import random
 from typing import TYPE_CHECKING, Final
 
 from mcp_session_store.sql.dialects.dialect import FailureKind
-from mcp_session_store.sql.failures import failure_kind, hide_parameters, summary_of
+from mcp_session_store.sql.failures import failure_kind, hide_secrets, summary_of
+from mcp_session_store.sql.shown import shown_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from sqlalchemy.engine import URL
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
@@ -33,9 +36,9 @@ RETRY: Final = 0.2
 class Room:
     """What is known of the room that the database has for connections."""
 
-    def __init__(self, dialect: Dialect, shown_url: str) -> None:
+    def __init__(self, dialect: Dialect, url: URL) -> None:
         self._dialect = dialect
-        self._shown_url = shown_url
+        self._url = url
         self._refusal = ""
         self._refused_at = self._again_at = -math.inf
         self._callbacks: set[Callable[[], None]] = set()
@@ -61,13 +64,13 @@ class Room:
         """
         if failure_kind(error, self._dialect) is not FailureKind.NO_ROOM:
             return False
-        hide_parameters(error)
+        hide_secrets(error, self._url)
         self._refusal = summary_of(error, self._dialect)
         if not self.is_short:
             logger.warning(
                 "the database %s refuses this process another connection; calls wait for one of the %d that it has, or "
                 "for room: %s",
-                self._shown_url,
+                shown_url(self._url),
                 others,
                 self._refusal,
             )

@@ -433,32 +433,41 @@ def test_printed_sql_needs_no_database() -> None:
 # What goes wrong is said
 
 
-OPTIONS = "--url postgresql://user@host/db"
+def _advice(command: str) -> str:
+    return f"run: mcp-session-store {command} --url postgresql://user@host/db"
 
 
 @pytest.mark.parametrize(
     ("revision", "error", "parts"),
     [
-        (None, SchemaMissing, ["no tables", f"mcp-session-store upgrade {OPTIONS}", "alembic upgrade head"]),
-        ("0_0004_old", SchemaBehind, ["0_0004_old", HEAD, f"mcp-session-store upgrade {OPTIONS}"]),
-        ("1_0000_older", SchemaBehind, ["1_0000_older", HEAD, f"mcp-session-store upgrade {OPTIONS}"]),
-        ("2_0001_new", SchemaAhead, ["2_0001_new", HEAD, "pip install --upgrade mcp-session-store"]),
-        ("4ae5bb", SchemaAhead, ["4ae5bb", HEAD, "pip install --upgrade mcp-session-store"]),
+        (None, SchemaMissing, ["no tables", _advice("upgrade")]),
+        ("0_0004_old", SchemaBehind, ["0_0004_old", HEAD, _advice("upgrade")]),
+        ("1_0000_older", SchemaBehind, ["1_0000_older", HEAD, _advice("upgrade")]),
+        (
+            "2_0001_new",
+            SchemaAhead,
+            ["2_0001_new", HEAD, "pip install --upgrade mcp-session-store", _advice(f"downgrade {HEAD}")],
+        ),
+        (
+            "4ae5bb",
+            SchemaAhead,
+            ["4ae5bb", HEAD, "pip install --upgrade mcp-session-store", _advice(f"downgrade {HEAD}")],
+        ),
     ],
 )
 def test_each_schema_that_does_not_fit_has_its_error(
     revision: str | None, error: type[Exception], parts: Sequence[str]
 ) -> None:
     with pytest.raises(error) as failure:
-        check_revision(revision, options=OPTIONS)
+        check_revision(revision, advice=_advice)
     for part in parts:
         assert part in str(failure.value)
 
 
 def test_the_head_and_what_only_adds_to_it_fit(caplog: pytest.LogCaptureFixture) -> None:
-    check_revision(HEAD, options=OPTIONS)
+    check_revision(HEAD, advice=_advice)
     assert caplog.records == []
-    check_revision("1_9999_much_later", options=OPTIONS)
+    check_revision("1_9999_much_later", advice=_advice)
     assert "1_9999_much_later" in caplog.text
 
 

@@ -21,7 +21,7 @@ from mcp_session_store.sql.database import DEFAULT_POOL_SIZE, Attempt
 from mcp_session_store.sql.dialects import checkup_of
 from mcp_session_store.sql.dialects.checkup import Finding, Verdict
 from mcp_session_store.sql.dialects.functions import MOMENT
-from mcp_session_store.sql.engine import checked_url, make_engine_without_pool, shown_options, shown_url
+from mcp_session_store.sql.engine import checked_url, make_engine_without_pool, refuse_absent, shown_command, shown_url
 from mcp_session_store.sql.events.instances import Instances
 from mcp_session_store.sql.schema.tables import VERSION_TABLE, instances_table, make_tables, sessions_table
 from mcp_session_store.sql.schema.version import HEAD, check_revision, is_empty, read_revision
@@ -168,8 +168,11 @@ class _Examination(Reader):
             "instances": self.look_at_instances,
         }
 
+    def _advice(self, command: str) -> str:
+        return shown_command(command, self._url, self._schema)
+
     async def look_at_connection(self) -> Finding:
-        self.database.dialect.refuse_absent(self._url)
+        refuse_absent(self._url, self.database.dialect)
         begun = time.monotonic()
         async with self.connected() as connection:
             opened = time.monotonic()
@@ -187,7 +190,7 @@ class _Examination(Reader):
             revision = await read_revision(connection, self._schema)
         values = {"revision": revision, "needed": HEAD}
         try:
-            check_revision(revision, options=shown_options(self._url, self._schema), warn=False)
+            check_revision(revision, advice=self._advice, warn=False)
         except SchemaError as error:
             return _failed("schema", error, values)
         if revision == HEAD:
@@ -232,7 +235,8 @@ class _Examination(Reader):
         if unswept:
             verdict = Verdict.WARN
             found += f"; {unswept} expired more than {SWEPT_WITHIN // timedelta(minutes=1)} minutes ago"
-            remedy = "let a server sweep (sweep_interval), or run from cron: mcp-session-store sweep"
+            advice = shown_command("sweep", self._url, self._schema, namespace=self._namespace)
+            remedy = f"let a server sweep (sweep_interval), or from cron, {advice}"
         elif others and not live + expired + ended:
             verdict, remedy = Verdict.WARN, "give the namespace of the server, if this is another: --namespace"
         values = {"live": live, "expired": expired, "ended": ended, "unswept": unswept, "other_namespaces": others}
@@ -261,7 +265,7 @@ class _Examination(Reader):
             check="rows",
             verdict=Verdict.WARN,
             found=f"{len(unreadable)} cannot be read, each of which is answered as an unknown session",
-            remedy="see which, and repair them: mcp-session-store check --rows",
+            remedy=f"to see which, and repair them, {self._advice('check --rows')}",
             values=values,
         )
 

@@ -29,6 +29,7 @@ from mcp_session_store.sql.dialects.partitions import (
     sqlstate_of,
     start_of_range,
 )
+from mcp_session_store.sql.engine import shown_command, url_of
 from mcp_session_store.sql.schema.tables import events_table
 from mcp_session_store.sql.transaction import transaction
 
@@ -143,8 +144,8 @@ class EventPartitions:
                 found = _length(await self._table.partitions(connection))
                 if found != every:
                     raise ConfigurationError(
-                        f"the events are partitioned already, every {found}; undo that first, with "
-                        "mcp-session-store events unpartition"
+                        f"the events are partitioned already, every {found}; to undo that first, "
+                        f"{self._advice('events unpartition')}"
                     )
                 return False
             await self._table.divide(connection, every, ahead=ahead)
@@ -260,16 +261,19 @@ class EventPartitions:
                     raise
                 raise StoreBusy(
                     f"the partition {name} was not made, because the default one holds so many events that looking "
-                    "through them would take too long; try again when sweeps have removed them, or undo the "
-                    "partitions and begin anew, with mcp-session-store events unpartition"
+                    "through them would take too long; try again when sweeps have removed them; or, to undo the "
+                    f"partitions and begin anew, {self._advice('events unpartition')}"
                 ) from error
             return name
         return None
 
+    def _advice(self, command: str) -> str:
+        return shown_command(command, url_of(self._database.engine), self._database.schema)
+
     async def _present(self, connection: AsyncConnection) -> tuple[list[Partition], datetime]:
         if not await self._table.is_partitioned(connection):
             raise ConfigurationError(
-                "the events are not partitioned; partition them with mcp-session-store events partition"
+                f"the events are not partitioned; to partition them, {self._advice('events partition --every 1h')}"
             )
         now = (await connection.execute(sa.select(StoreClock()))).scalar_one()
         return await self._table.partitions(connection), now

@@ -116,6 +116,8 @@ class Dialect(ABC):
     """Whether clients notify one another through the database; see `NotificationChannel`."""
     changes_in_with: bool
     """Whether one statement may make several changes, one after the other in its WITH clause."""
+    public_options: Collection[str]
+    """Options of a URL whose values may be shown; that of any other may be a secret."""
     has_partitions: bool
     """Whether a table may be partitioned, so that a partition is dropped as a whole."""
 
@@ -160,6 +162,10 @@ class Dialect(ABC):
         Raises:
             ConfigurationError: The URL cannot work.
         """
+
+    def shown_database(self, url: URL) -> str | None:
+        """Return the name of the database as it is shown: one that does not depend on the working folder."""
+        return url.database
 
     @abstractmethod
     def refuse_volatile(self, url: URL) -> None:
@@ -266,16 +272,12 @@ class Dialect(ABC):
         """Return which locks of instances are taken; it takes none."""
 
     @abstractmethod
-    def refuse_absent(self, url: URL) -> None:
-        """Refuse a database that a connection would create.
-
-        Raises:
-            ConfigurationError: The database does not exist.
-        """
+    def is_absent(self, url: URL) -> bool:
+        """Return whether a connection would create the database."""
 
     @abstractmethod
-    def engine_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:
-        """Return the arguments of `create_async_engine` for an engine of this package.
+    def connect_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:
+        """Return the arguments of the driver for a connection of this package.
 
         Args:
             url: URL that `checked_url` returned.

@@ -20,6 +20,7 @@ from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
 from mcp_session_store.sql.dialects.postgres_failures import POOLED_STATEMENT, kind_of_failure, misconfiguration
 from mcp_session_store.sql.dialects.postgres_options import (
     BEHIND_PGBOUNCER,
+    PUBLIC_OPTIONS,
     checked_options,
     connect_arguments,
     driver_arguments,
@@ -155,6 +156,7 @@ class Postgres(Dialect):
     has_notifications = True
     changes_in_with = True
     has_partitions = True
+    public_options = PUBLIC_OPTIONS
 
     @override
     def check_libraries(self) -> None:
@@ -187,11 +189,11 @@ class Postgres(Dialect):
         return checked_options(url)
 
     @override
-    def engine_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:
+    def connect_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:
         connect = connect_arguments(url, timeout=timeout) | {CREATOR: _connect}
         if command_timeout is not None:
             connect["command_timeout"] = command_timeout
-        return {"connect_args": connect}
+        return connect
 
     @override
     def pool_size(self, url: URL) -> int | None:
@@ -234,8 +236,8 @@ class Postgres(Dialect):
         return await locks_seen(connection, names)
 
     @override
-    def refuse_absent(self, url: URL) -> None:
-        return
+    def is_absent(self, url: URL) -> bool:
+        return False
 
     @override
     def failure_kind(self, error: BaseException) -> FailureKind | None:

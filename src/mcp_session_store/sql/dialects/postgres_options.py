@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BEHIND_PGBOUNCER",
+    "PUBLIC_OPTIONS",
     "checked_options",
     "connect_arguments",
     "driver_arguments",
@@ -134,6 +135,11 @@ _LEFT_OUT: Final[Mapping[str, str]] = {
 }
 """Options without which a connection is the same, by the reason."""
 
+_SECRETS: Final = frozenset({"password", "sslpassword"})
+
+PUBLIC_OPTIONS: Final = (_DSN | _ARGUMENTS | _OURS | _LEFT_OUT.keys()) - _SECRETS
+"""Options whose values may be shown. The name of a user is not among them, because it may not be plain."""
+
 _REMEDIES: Final[Mapping[str, str]] = {
     "channel_binding": "remove it, because asyncpg cannot bind the channel, and let the server prove itself by its "
     "certificate: sslmode=verify-full&sslrootcert=system",
@@ -164,7 +170,7 @@ def checked_options(url: URL) -> URL:
             raise ConfigurationError(
                 f"the database URL has the options {other} and {given}, which are the same; write one of them"
             )
-        _check_option(given, name, value)
+        _check_option(given, name, value, beside_a_secret=not _SECRETS.isdisjoint(url.query))
         options[name] = value
     if options.get("sslrootcert") == "system" and options.get("sslmode", "verify-full") != "verify-full":
         raise ConfigurationError(
@@ -178,9 +184,15 @@ def checked_options(url: URL) -> URL:
     return url.set(query=options)
 
 
-def _check_option(given: str, name: str, value: Any) -> None:
+def _check_option(given: str, name: str, value: Any, *, beside_a_secret: bool) -> None:
     known = _DSN | _ARGUMENTS | _OURS | _LEFT_OUT.keys() | _ADDRESS.keys()
     if name not in known:
+        if beside_a_secret:
+            # Not by its name, which may be the end of a password.
+            raise ConfigurationError(
+                "the database URL has an option that cannot be used, beside a password that is an option; write "
+                "%26 for a & in the password, or remove the other option"
+            )
         remedy = _REMEDIES.get(name, "remove it, or give an AsyncEngine that was made with connect_args")
         raise ConfigurationError(f"the database URL has the option {given}, which cannot be used; {remedy}")
     if (choices := _CHOICES.get(name)) is not None and value not in choices:

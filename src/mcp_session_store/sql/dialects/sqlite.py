@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import quote
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -204,6 +205,7 @@ class Sqlite(FileLocks):
     has_notifications = False
     changes_in_with = False
     has_partitions = False
+    public_options = frozenset({*_OPTIONS, *_URI_OPTIONS, "immutable"})
 
     @override
     def check_libraries(self) -> None:
@@ -295,7 +297,17 @@ class Sqlite(FileLocks):
         self.refuse_volatile(url)
         for name, value in url.query.items():
             _check_option(name, value, is_uri=url.query.get(_URI) == "true")
-        return url
+        # A program may change its folder, or start processes in another one.
+        return url.set(database=self.shown_database(url))
+
+    @override
+    def shown_database(self, url: URL) -> str:
+        database = url.database or ""
+        if database.startswith(("file:/", "/")):
+            return database
+        if database.startswith("file:"):
+            return f"file:{quote(str(Path.cwd()))}/{database.removeprefix('file:')}"
+        return str(Path(database).absolute())
 
     @override
     def refuse_volatile(self, url: URL) -> None:
@@ -311,16 +323,15 @@ class Sqlite(FileLocks):
         return False
 
     @override
-    def refuse_absent(self, url: URL) -> None:
+    def is_absent(self, url: URL) -> bool:
         database = url.database or ""
-        if not database.startswith("file:") and not Path(database).exists():
-            raise ConfigurationError(f"there is no file {database!r}; make it with mcp-session-store upgrade")
+        return not database.startswith("file:") and not Path(database).exists()
 
     @override
-    def engine_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:
+    def connect_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:
         # SQLite's busy_timeout, a wait that cannot be cancelled. Together with the wait for this process's own writers,
         # which is half of the timeout at most, it ends before the caller gives up: a refused call is not done later.
-        return {"connect_args": {"timeout": timeout * 0.4}}
+        return {"timeout": timeout * 0.4}
 
     @override
     def pool_size(self, url: URL) -> int | None:

@@ -16,12 +16,13 @@ from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, Database
+from mcp_session_store.sql.engine import url_of
 from mcp_session_store.sql.events.append import Append, EventWriter
 from mcp_session_store.sql.events.instances import Instances
 from mcp_session_store.sql.events.read import EventReader, Read
 from mcp_session_store.sql.events.tail import LogTail
 from mcp_session_store.sql.events.trim import EventTrimming, logs_per_step
-from mcp_session_store.sql.failures import hide_parameters, summary_of
+from mcp_session_store.sql.failures import hide_secrets, summary_of
 from mcp_session_store.sql.notifications import EVENT_CHANNEL, Listener
 from mcp_session_store.sql.schema.tables import privileges_for_events
 from mcp_session_store.sql.sessions.store import SqlSessionStore
@@ -244,7 +245,7 @@ class SqlEventLog(EventLog):
                 await self._trim(attempt, exceeded)
             except Exception as error:
                 # Not raised, because the events are stored, and the next append will find too many again.
-                hide_parameters(error)
+                hide_secrets(error, url_of(self._database.engine))
                 logger.warning(
                     "events beyond the policy's limits could not be removed from the logs of the sessions %s: %s",
                     _shown(exceeded),

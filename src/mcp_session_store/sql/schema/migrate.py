@@ -24,9 +24,12 @@ from mcp_session_store.sql.engine import (
     checked_schema,
     checked_url,
     make_migration_engine,
+    refuse_absent,
+    shown_command,
     shown_url,
+    url_of,
 )
-from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_parameters
+from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_secrets
 from mcp_session_store.sql.schema.tables import VERSION_TABLE
 from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision
 
@@ -139,7 +142,7 @@ def upgrade_sql(
     if not _alembic.acquire(blocking=False):
         raise StoreBusy("another migration runs in this process; try again when it is done")
     try:
-        with _alembic_errors():
+        with _alembic_errors(parsed, schema):
             command.upgrade(config, revision if from_revision is None else f"{from_revision}:{revision}", sql=True)
     finally:
         _alembic.release()
@@ -163,11 +166,12 @@ def _config(attributes: dict[str, Any], output: io.StringIO | None = None) -> Co
 
 
 @contextlib.contextmanager
-def _alembic_errors() -> Iterator[None]:
+def _alembic_errors(url: URL, schema: str | None) -> Iterator[None]:
     try:
         yield
     except CommandError as error:
-        raise ConfigurationError(f"the migration cannot run: {error}; see mcp-session-store current") from error
+        advice = shown_command("current", url, schema)
+        raise ConfigurationError(f"the migration cannot run: {error}; to see the revision, {advice}") from error
 
 
 @contextlib.asynccontextmanager
@@ -186,7 +190,7 @@ async def _connected(
         url, dialect = checked_url(url_or_engine)
         checked_schema(schema, dialect)
         if existing:
-            dialect.refuse_absent(url)
+            refuse_absent(url, dialect)
         engine, owned = make_migration_engine(url, dialect), True
     else:
         dialect = checked_engine(url_or_engine)
@@ -198,10 +202,10 @@ async def _connected(
     except SessionStoreError:
         raise
     except Exception as error:
-        hide_parameters(error)
+        hide_secrets(error, url_of(engine))
         if failure_kind(error, dialect) is None:
             raise
-        raise cannot_serve(engine.url, shown_url(engine.url), error, dialect) from error
+        raise cannot_serve(url_of(engine), shown_url(url_of(engine)), error, dialect) from error
     finally:
         if owned:
             await engine.dispose()
@@ -209,7 +213,7 @@ async def _connected(
 
 async def _migrate(url_or_engine: str | URL | AsyncEngine, schema: str | None, run: Callable[[Config], None]) -> None:
     def migrate(connection: sa.Connection) -> None:
-        with _alembic_errors():
+        with _alembic_errors(url_of(connection.engine), schema):
             run(_config({_CONNECTION: connection, _SCHEMA: schema}))
 
     async with _connected(url_or_engine, schema) as connection:

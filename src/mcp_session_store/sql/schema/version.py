@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from typing import TYPE_CHECKING, Final
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Final
 import sqlalchemy as sa
 
 from mcp_session_store.errors import SchemaAhead, SchemaBehind, SchemaMissing
-from mcp_session_store.sql.engine import shown_options
+from mcp_session_store.sql.engine import shown_command, url_of
 from mcp_session_store.sql.schema.tables import VERSION_TABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 __all__ = ["HEAD", "check_again", "check_revision", "check_schema", "is_empty", "is_newer", "read_revision"]
@@ -58,7 +61,7 @@ async def check_schema(connection: AsyncConnection, schema: str | None) -> None:
         SchemaError: The schema does not fit; the message names the command to run.
     """
     revision = await read_revision(connection, schema)
-    check_revision(revision, options=shown_options(connection.engine.url, schema))
+    check_revision(revision, advice=_advice(connection, schema))
 
 
 async def check_again(connection: AsyncConnection, schema: str | None) -> None:
@@ -69,15 +72,19 @@ async def check_again(connection: AsyncConnection, schema: str | None) -> None:
     """
     revision = await _stored_revision(connection, schema)
     if revision != HEAD:
-        check_revision(revision, options=shown_options(connection.engine.url, schema), warn=False)
+        check_revision(revision, advice=_advice(connection, schema), warn=False)
 
 
-def check_revision(revision: str | None, *, options: str, warn: bool = True) -> None:
+def _advice(connection: AsyncConnection, schema: str | None) -> Callable[[str], str]:
+    return functools.partial(shown_command, url=url_of(connection.engine), schema=schema)
+
+
+def check_revision(revision: str | None, *, advice: Callable[[str], str], warn: bool = True) -> None:
     """Check a revision. A newer one of the same major version passes, with a warning.
 
     Args:
         revision: Revision of the database.
-        options: Options with which the command that the message names finds the database.
+        advice: Returns the advice to run a command on the database.
         warn: Whether to log that warning.
 
     Raises:
@@ -87,21 +94,18 @@ def check_revision(revision: str | None, *, options: str, warn: bool = True) -> 
     """
     if revision == HEAD:
         return
-    # Alembic takes a schema in another way.
-    or_alembic = "" if "--schema" in options else " (or: alembic upgrade head)"
-    upgrade = f"run: mcp-session-store upgrade {options}{or_alembic}"
     if revision is None:
-        raise SchemaMissing(f"the database holds no tables of mcp-session-store; {upgrade}")
+        raise SchemaMissing(f"the database holds no tables of mcp-session-store; {advice('upgrade')}")
     found, needed = _REVISION.fullmatch(revision), _REVISION.fullmatch(HEAD)
     assert needed is not None
     if found is None or int(found[1]) > int(needed[1]):
         raise SchemaAhead(
             f"the database's schema is at {revision}, and this version of mcp-session-store needs {HEAD}; "
-            "run: pip install --upgrade mcp-session-store (or, with the newer version: "
-            f"mcp-session-store downgrade {options} {HEAD})"
+            "run: pip install --upgrade mcp-session-store; or, where the newer version is installed, "
+            f"{advice(f'downgrade {HEAD}')}"
         )
     if (int(found[1]), int(found[2])) < (int(needed[1]), int(needed[2])):
-        raise SchemaBehind(f"the database's schema is at {revision}, and {HEAD} is needed; {upgrade}")
+        raise SchemaBehind(f"the database's schema is at {revision}, and {HEAD} is needed; {advice('upgrade')}")
     if warn:
         logger.warning(
             "the database's schema is at %s, newer than the %s of this version of mcp-session-store; it works, "
