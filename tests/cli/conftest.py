@@ -7,6 +7,7 @@ import itertools
 import os
 import pty
 import select
+import signal
 import subprocess
 import termios
 import time
@@ -19,18 +20,23 @@ from click.testing import CliRunner
 from mcp_session_store.cli import main
 from tests.support.commands import (
     COMMAND,
+    MODULE,
     CommandFunction,
     InvokeFunction,
     ServeCommandFunction,
     TerminalFunction,
 )
-from tests.support.servers import ROOT, ServerProcess
+from tests.support.forking import ForkedProcess, run_forked
+from tests.support.servers import ROOT, ForkedServerProcess, ServerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from click.testing import Result
+
+
+_TIMEOUT = 120.0
 
 
 def _environment(environment: Mapping[str, str] | None) -> dict[str, str]:
@@ -41,19 +47,28 @@ def _environment(environment: Mapping[str, str] | None) -> dict[str, str]:
 
 @pytest.fixture
 def command() -> CommandFunction:
-    """Runs the command line to its end."""
+    """Runs the command line to its end.
+
+    `executed` runs the program itself, and not a fork of a process that has its imports.
+    """
 
     def run(
-        *arguments: str, environment: Mapping[str, str] | None = None, stdin: str | None = None
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        stdin: str | None = None,
+        executed: bool = False,
     ) -> subprocess.CompletedProcess[str]:
+        env, given = _environment(environment), stdin or ""
+        if not executed:
+            return run_forked(MODULE, arguments, cwd=ROOT, env=env, stdin=given, timeout=_TIMEOUT)
         return subprocess.run(
             [*COMMAND, *arguments],
             cwd=ROOT,
-            env=_environment(environment),
-            input=stdin or "",
+            env=env,
+            input=given,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=_TIMEOUT,
             check=False,
         )
 
@@ -85,14 +100,14 @@ def terminal() -> TerminalFunction:
         ours, theirs = pty.openpty()
         with open(ours, "r+b", buffering=0) as screen:
             termios.tcsetwinsize(theirs, (50, width))
-            process = subprocess.Popen(
-                [*COMMAND, *arguments],
+            process = ForkedProcess(
+                MODULE,
+                arguments,
                 cwd=ROOT,
                 env={**_environment(environment), "TERM": "xterm-256color"},
                 stdin=theirs,
                 stdout=theirs,
                 stderr=theirs,
-                start_new_session=True,
             )
             os.close(theirs)
             try:
@@ -107,7 +122,7 @@ def terminal() -> TerminalFunction:
                         output += part
                 return process.wait(60), output.decode().replace("\r\n", "\n")
             finally:
-                process.kill()
+                process.send_signal(signal.SIGKILL)
                 process.wait()
 
     return run
@@ -115,13 +130,19 @@ def terminal() -> TerminalFunction:
 
 @pytest.fixture
 def serve_command(tmp_path: Path) -> Iterator[ServeCommandFunction]:
-    """Starts `serve` and waits until it listens; it is killed when the test is over."""
+    """Starts `serve` and waits until it listens; it is killed when the test is over.
+
+    `executed` starts the program itself, and not a fork of a process that has its imports.
+    """
     with ExitStack() as stack:
         logs = itertools.count()
 
-        def start(*arguments: str, environment: Mapping[str, str] | None = None) -> ServerProcess:
-            server = ServerProcess(
-                [*COMMAND, "serve", *arguments, "--port", "{port}"],
+        def start(
+            *arguments: str, environment: Mapping[str, str] | None = None, executed: bool = False
+        ) -> ServerProcess:
+            kind, command = (ServerProcess, COMMAND) if executed else (ForkedServerProcess, [MODULE])
+            server = kind(
+                [*command, "serve", *arguments, "--port", "{port}"],
                 log=tmp_path / f"serve-{next(logs)}.log",
                 environment=environment,
             )

@@ -101,7 +101,7 @@ async def test_a_migrated_postgres_keeps_the_sessions(
     command: CommandFunction, serve_command: ServeCommandFunction, postgres_url: str
 ) -> None:
     environment = _migrated(command, postgres_url)
-    server = serve_command("tests.support.targets:mcpserver", environment=environment)
+    server = serve_command("tests.support.targets:mcpserver", environment=environment, executed=True)
     async with official_client(server.mcp_url) as client:
         server.restart()
         assert await client.text("whoami") == f"{server.pid} 1"
@@ -188,7 +188,8 @@ def test_settings_of_workers_are_not_among_the_arguments_of_any_process(
     serve_command: ServeCommandFunction, sqlite_url: str
 ) -> None:
     environment = {"MCP_SESSION_STORE_URL": sqlite_url}
-    server = serve_command("tests.support.targets:mcpserver", "--workers", "2", environment=environment)
+    target = "tests.support.targets:mcpserver"
+    server = serve_command(target, "--workers", "2", environment=environment, executed=True)
     shown = [" ".join(psutil.Process(pid).cmdline()) for pid in server.pids()]
     assert len(shown) >= 3
     assert not [line for line in shown if "sqlite" in line]
@@ -225,6 +226,8 @@ def test_a_server_that_its_framework_is_told_to_run_stateless_is_refused(
         "--url",
         sqlite_url,
         environment={"FASTMCP_STATELESS_HTTP": "true"},
+        # FastMCP reads its environment when it is imported.
+        executed=True,
     )
     assert done.returncode == 2, done.stderr
     assert "stateless" in done.stderr

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from tests.support.servers import ServerProcess
 
-COMMAND = [sys.executable, "-m", "mcp_session_store.cli"]
+MODULE = "mcp_session_store.cli"
+COMMAND = [sys.executable, "-m", MODULE]
 
 UNREACHABLE = "postgresql://somebody:s3cret@127.0.0.1:1/sessions"
 """URL at which no database answers, with a password that may appear nowhere."""
@@ -48,14 +49,20 @@ class CommandFunction(Protocol):
     """Type of the fixture `command`."""
 
     def __call__(
-        self, *arguments: str, environment: Mapping[str, str] | None = None, stdin: str | None = None
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        stdin: str | None = None,
+        executed: bool = False,
     ) -> subprocess.CompletedProcess[str]: ...
 
 
 class ServeCommandFunction(Protocol):
     """Type of the fixture `serve_command`."""
 
-    def __call__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> ServerProcess: ...
+    def __call__(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, executed: bool = False
+    ) -> ServerProcess: ...
 
 
 class InvokeFunction(Protocol):

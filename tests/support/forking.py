@@ -1,7 +1,8 @@
-"""Python processes that start fast: forked from one that has already imported the modules of all servers.
+"""Python processes that start fast: forked from one that has already imported the modules of servers and commands.
 
 A start of the interpreter, with the SDK and SQLAlchemy, takes about a second of a core, and the tests start hundreds of
-servers. What is imported here has no threads, and none of it reads the environment at import that a test may set.
+servers and commands. What is imported here has no threads, and none of it reads the environment at import that a test
+may set, except FastMCP its own variables.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ import functools
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +29,10 @@ _IMPORTED = [
     "asyncpg",
     "fastmcp",
     "mcp_session_store.app",
+    "mcp_session_store.cli",
+    "mcp_session_store.sql.admin.doctor",
+    "mcp_session_store.sql.admin.events",
+    "mcp_session_store.sql.schema.migrate",
     "sqlalchemy.dialects.postgresql",
     "uvicorn.main",
 ]
@@ -35,16 +44,33 @@ class ForkedProcess:
     Args:
         module: The module to run as `__main__`.
         arguments: The rest of `sys.argv`.
-        log: The file to which its output is appended.
         cwd: Its working directory; imports come from where this process takes them.
         env: All of its environment, as `os.environ` has it; `/proc` shows that of the process that forked it.
+        stdin: A descriptor of this process; by default there is no input.
+        stdout: A descriptor of this process.
+        stderr: A descriptor of this process.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], *, log: Path, cwd: Path, env: Mapping[str, str]) -> None:
-        self._process: ForkServerProcess = _context().Process(
-            target=_run, args=(module, list(arguments), str(log), str(cwd), dict(env))
-        )
-        self._process.start()
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        stdin: int | None = None,
+        stdout: int,
+        stderr: int,
+    ) -> None:
+        with ExitStack() as stack:
+            if stdin is None:
+                stdin = stack.enter_context(open(os.devnull, "rb")).fileno()
+            # multiprocessing sends the descriptors of its connections along.
+            files = [stack.enter_context(Connection(os.dup(file))) for file in (stdin, stdout, stderr)]
+            self._process: ForkServerProcess = _context().Process(
+                target=_run, args=(module, list(arguments), str(cwd), dict(env), files)
+            )
+            self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -81,15 +107,64 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _run(module: str, arguments: list[str], log: str, cwd: str, env: dict[str, str]) -> None:
+def _run(module: str, arguments: list[str], cwd: str, env: dict[str, str], files: list[Connection]) -> None:
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for opened, standard in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
-        os.dup2(opened, standard)
-    # multiprocessing has put something else in its place; uvicorn hands its number on to workers.
-    sys.stdin = os.fdopen(0, closefd=False)
+    for number, file in enumerate(files):
+        os.dup2(file.fileno(), number)
+        file.close()
+    # As the interpreter makes them at its start, because a terminal is written to in lines. uvicorn hands the number of
+    # the first on to workers.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - stays open
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_forked(
+    module: str, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdin: str, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module arguments` to its end, as `subprocess.run` does with its input and its outputs as pipes.
+
+    Args:
+        module: The module to run as `__main__`.
+        arguments: The rest of `sys.argv`.
+        cwd: Its working directory.
+        env: All of its environment.
+        stdin: Its input, which has room in a pipe.
+        timeout: Seconds that it may take.
+
+    Raises:
+        subprocess.TimeoutExpired: It took longer, and was killed.
+    """
+    with ExitStack() as stack:
+        pipes = [os.pipe() for _ in range(3)]
+        ends = [
+            (stack.enter_context(open(read, "rb")), stack.enter_context(open(write, "wb"))) for read, write in pipes
+        ]
+        (their_input, our_input), (our_output, their_output), (our_errors, their_errors) = ends
+        process = ForkedProcess(
+            module,
+            arguments,
+            cwd=cwd,
+            env=env,
+            stdin=their_input.fileno(),
+            stdout=their_output.fileno(),
+            stderr=their_errors.fileno(),
+        )
+        for theirs in (their_input, their_output, their_errors):
+            theirs.close()
+        our_input.write(stdin.encode())
+        our_input.close()
+        with ThreadPoolExecutor(2) as readers:
+            outputs = [readers.submit(ours.read) for ours in (our_output, our_errors)]
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        output, errors = (read.result().decode() for read in outputs)
+    return subprocess.CompletedProcess([module, *arguments], code, output, errors)

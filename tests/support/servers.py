@@ -195,7 +195,10 @@ class ForkedServerProcess(ServerProcess):
 
     def _launch(self) -> _Process:
         module, *arguments = self._command
-        return ForkedProcess(module, arguments, log=self._log, cwd=ROOT, env=self._environment)
+        with self._log.open("ab") as log:
+            return ForkedProcess(
+                module, arguments, cwd=ROOT, env=self._environment, stdout=log.fileno(), stderr=log.fileno()
+            )
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -107,12 +107,18 @@ async def test_the_death_of_a_process_releases_what_it_held(migrated_url: str, t
     name = uuid.uuid4().hex
     # On Postgres a child that was forked keeps the connection, and the heartbeat decides.
     child = ["child"] if migrated_url.startswith("sqlite") else []
-    process = ForkedProcess(
-        "tests.support.holding", [migrated_url, instance(name), *child], log=tmp_path / "log", cwd=ROOT, env=os.environ
-    )
+    log_file = tmp_path / "log"
+    with log_file.open("ab") as out:
+        process = ForkedProcess(
+            "tests.support.holding",
+            [migrated_url, instance(name), *child],
+            cwd=ROOT,
+            env=os.environ,
+            stdout=out.fileno(),
+            stderr=out.fileno(),
+        )
     try:
-        log_file = tmp_path / "log"
-        await until(lambda: log_file.exists() and "holds" in log_file.read_text(), "the process holds its lock")
+        await until(lambda: "holds" in log_file.read_text(), "the process holds its lock")
         async with opened(migrated_url) as log:
             assert not await is_released(log, name)
             os.kill(process.pid, signal.SIGSTOP)
