@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from mcp.server.transport_security import TransportSecuritySettings
 
 from mcp_session_store import ConfigurationError, DurableSessionManager, MemorySessionStore, run_durable
 from tests.support.asgi import Client
@@ -46,6 +48,124 @@ async def test_a_server_of_any_framework_is_served_durably(
         manager = made.lowlevel.session_manager
         assert isinstance(manager, DurableSessionManager)
         assert manager.max_sessions == 7
+
+
+PUBLIC = "mcp.example.com"
+
+
+async def _statuses(app: Starlette, hosts: list[str], origin: str | None = None) -> list[int]:
+    """The statuses of requests with these Host headers."""
+    async with running(app) as tasks:
+        client = Client(app, tasks)
+        return [(await client.open_initialize(host=host, origin=origin).answer()).status for host in hosts]
+
+
+@pytest.mark.parametrize("kind", ["MCPServer", "Server", "FastMCP"])
+@pytest.mark.parametrize(
+    ("options", "allowed", "refused"),
+    [
+        ({}, ["127.0.0.1:8000", "127.0.0.1", "localhost:1", "[::1]:8000"], [PUBLIC, "127.0.0.1.example.com"]),
+        ({"host": "0.0.0.0"}, [PUBLIC, "127.0.0.1:8000"], []),
+        (
+            {"allowed_hosts": [PUBLIC]},
+            [PUBLIC, f"{PUBLIC}:443", "MCP.example.com", "localhost:8000"],
+            ["example.com", f"evil.{PUBLIC}", f"{PUBLIC}.evil.example", f"{PUBLIC}:x", ""],
+        ),
+        ({"allowed_hosts": ["10.1.2.3:8443"]}, ["10.1.2.3:8443"], ["10.1.2.3", "10.1.2.3:443"]),
+        ({"host": "0.0.0.0", "allowed_hosts": [PUBLIC]}, [PUBLIC], ["127.0.0.1:8000"]),
+        ({"allowed_hosts": ["*"]}, [PUBLIC, "x"], []),
+    ],
+)
+@pytest.mark.anyio
+async def test_hosts_are_guarded_by_one_rule_for_all_frameworks(
+    served: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    options: dict[str, Any],
+    allowed: list[str],
+    refused: list[str],
+) -> None:
+    monkeypatch.setattr("mcp_session_store.serving._is_event_loop_running", lambda: False)
+    run_durable(Made(kind).server, MemorySessionStore(), **options)
+    assert await _statuses(served["app"], [*allowed, *refused]) == [200] * len(allowed) + [421] * len(refused)
+
+
+@pytest.mark.parametrize("kind", ["MCPServer", "FastMCP"])
+@pytest.mark.anyio
+async def test_pages_of_allowed_hosts_and_of_allowed_origins_may_send_requests(
+    served: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("mcp_session_store.serving._is_event_loop_running", lambda: False)
+    origins = ["https://app.example.com/"]
+    run_durable(Made(kind).server, MemorySessionStore(), allowed_hosts=[PUBLIC], allowed_origins=origins)
+    for origin, status in {
+        f"https://{PUBLIC}": 200,
+        "https://app.example.com": 200,
+        "http://localhost:3000": 200,
+        "http://app.example.com": 403,
+        "https://evil.example": 403,
+        "null": 403,
+    }.items():
+        assert await _statuses(served["app"], [PUBLIC], origin) == [status], origin
+
+
+@pytest.mark.anyio
+async def test_a_refused_host_is_logged_once_with_the_option_that_allows_it(
+    served: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mcp_session_store.serving._is_event_loop_running", lambda: False)
+    run_durable(Made("FastMCP").server, MemorySessionStore(), log_level=None)
+    await _statuses(served["app"], [PUBLIC, PUBLIC, "127.0.0.1:8000"])
+    await _statuses(served["app"], ["127.0.0.1:8000"], "https://evil.example")
+    ours = [record.getMessage() for record in caplog.records if record.name.endswith("guard")]
+    assert [PUBLIC in line and "--allowed-host" in line and "allowed_hosts=" in line for line in ours] == [True, False]
+    assert "https://evil.example" in ours[1]
+    assert "--allowed-origin" in ours[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"allowed_hosts": ["https://mcp.example.com"]}, "'https://mcp.example.com' is no host"),
+        ({"allowed_hosts": ["*.example.com"]}, "is no host"),
+        ({"allowed_hosts": "mcp.example.com"}, "allowed_hosts='mcp.example.com' is no list"),
+        ({"allowed_origins": ["app.example.com"]}, "'app.example.com' is no origin"),
+        ({"allowed_origins": ["https://a.example"], "host": "0.0.0.0"}, "name the hosts"),
+        ({"allowed_origins": ["https://a.example"], "allowed_hosts": ["*"]}, "leave out allowed_origins"),
+        ({"allowed_hosts": [PUBLIC], "transport_security": TransportSecuritySettings()}, "transport_security"),
+    ],
+)
+def test_what_is_no_host_and_no_origin_is_refused(served: dict[str, Any], options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(named)):
+        run_durable(Made("Server").server, MemorySessionStore(), **options)
+    assert not served
+
+
+@pytest.mark.anyio
+async def test_a_guard_of_the_frameworks_own_stays(served: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcp_session_store.serving._is_event_loop_running", lambda: False)
+    security = TransportSecuritySettings(allowed_hosts=[PUBLIC])
+    run_durable(Made("Server").server, MemorySessionStore(), transport_security=security)
+    assert await _statuses(served["app"], [PUBLIC, "127.0.0.1:8000"]) == [200, 421]
+    monkeypatch.setattr("fastmcp.settings.http_host_origin_protection", True)
+    monkeypatch.setattr("fastmcp.settings.http_allowed_hosts", [PUBLIC])
+    run_durable(Made("FastMCP").server, MemorySessionStore())
+    assert await _statuses(served["app"], [PUBLIC, "evil.example"]) == [200, 421]
+
+
+def test_the_first_line_says_what_is_served_where(
+    served: dict[str, Any], sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    url = "postgresql://someone:s3cret@db.example/notes"
+    run_durable(Made("FastMCP").server, url, host="::1", port=80, path="/x", namespace="n", log_level=None)
+    assert caplog.messages[-1] == (
+        "serving 'notes' at http://[::1]:80/x: "
+        "sessions in postgresql://someone@db.example/notes, namespace 'n', 1 worker"
+    )
+    run_durable(Made("Server").server, MemorySessionStore(), root_path="/notes", log_level=None)
+    assert served["root_path"] == "/notes"
+    assert "http://127.0.0.1:8000/mcp: sessions in MemorySessionStore, namespace 'default'" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("level", ["warning", None])

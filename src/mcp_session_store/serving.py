@@ -5,24 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from typing import TYPE_CHECKING, Any, Final
+import logging
+import logging.config
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from mcp_session_store.adapter.draining import STOP_MARGIN
-from mcp_session_store.adapter.sdk import is_fastmcp
+from mcp_session_store.adapter.guard import host_guard
+from mcp_session_store.adapter.sdk import guards_itself, is_fastmcp, mcp_route
 from mcp_session_store.app import durable_app
 from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.sql import SqlSessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from fastmcp import FastMCP
     from mcp.server.lowlevel.server import Server
     from mcp.server.mcpserver import MCPServer
     from starlette.applications import Starlette
 
+    from mcp_session_store.adapter.manager import DurableSessionManager
     from mcp_session_store.store import SessionStore
 
 __all__ = ["DEFAULT_HOST", "DEFAULT_PORT", "DEFAULT_SHUTDOWN_TIMEOUT", "run_durable", "run_uvicorn", "served_app"]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
@@ -39,6 +46,9 @@ def run_durable(
     host: str = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
     path: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
+    root_path: str = "",
     json_response: bool | None = None,
     shutdown_timeout: int = DEFAULT_SHUTDOWN_TIMEOUT,
     log_level: str | None = "info",
@@ -55,6 +65,11 @@ def run_durable(
         host: Address to listen on.
         port: Port to listen on.
         path: Path of the MCP endpoint; the framework's, `/mcp`, unless given.
+        allowed_hosts: Hosts by which clients reach the server, as `mcp.example.com`, for any port and none, or with a
+            port. On a loopback address this machine's names are allowed as well, and no others unless they are given;
+            on other addresses any host is, unless some are given. `*`: any.
+        allowed_origins: Origins of web pages of other hosts that may send requests, as `https://app.example.com`.
+        root_path: Path that a proxy takes off before it passes requests on, as `/notes`.
         json_response: Whether calls are answered by JSON instead of SSE; as the framework does unless given.
         shutdown_timeout: Seconds that calls may go on after a signal to stop.
         log_level: Level of the log of uvicorn and of this package. `None`: logs stay as the program has set them up.
@@ -75,8 +90,17 @@ def run_durable(
             "call it outside of async code, or serve the app that durable_app returns, as in "
             "await uvicorn.Server(uvicorn.Config(app)).serve()"
         )
-    app = served_app(server, store, host=host, path=path, json_response=json_response, **options)
-    run_uvicorn(app, host=host, port=port, shutdown_timeout=shutdown_timeout, log_level=log_level)
+    app = served_app(
+        server,
+        store,
+        host=host,
+        path=path,
+        allowed_hosts=allowed_hosts,
+        allowed_origins=allowed_origins,
+        json_response=json_response,
+        **options,
+    )
+    run_uvicorn(app, host=host, port=port, shutdown_timeout=shutdown_timeout, log_level=log_level, root_path=root_path)
 
 
 def _is_event_loop_running() -> bool:
@@ -93,6 +117,8 @@ def served_app(
     *,
     host: str,
     path: str | None,
+    allowed_hosts: Sequence[str],
+    allowed_origins: Sequence[str],
     json_response: bool | None,
     **options: Any,
 ) -> Starlette:
@@ -103,6 +129,8 @@ def served_app(
         store: See `run_durable`.
         host: Address that will be listened on.
         path: See `run_durable`.
+        allowed_hosts: See `run_durable`.
+        allowed_origins: See `run_durable`.
         json_response: See `run_durable`.
         **options: See `run_durable`.
 
@@ -113,46 +141,71 @@ def served_app(
         options["json_response"] = json_response
     if path is not None:
         options["path" if is_fastmcp(server) else "streamable_http_path"] = path
-    if not is_fastmcp(server):
-        # The SDK guards against DNS rebinding where it listens on this machine only.
-        options["host"] = host
+    if options.get("transport_security") is not None:
+        if allowed_hosts or allowed_origins:
+            raise ConfigurationError("transport_security has lists of hosts and origins: give all there, or by keyword")
+    elif allowed_hosts or allowed_origins or not guards_itself(server, options):
+        options["transport_security"] = host_guard(host, allowed_hosts, allowed_origins)
     return _frozen(durable_app(server, store, **options))
 
 
 def run_uvicorn(
-    app: Starlette | str,
+    app: Starlette,
     *,
     host: str,
     port: int,
     shutdown_timeout: int,
     log_level: str | None,
+    root_path: str = "",
     workers: int = 1,
+    worker_app: str = "",
 ) -> None:
     """Serve an app until a signal stops it.
 
     Args:
-        app: The app; with several workers the import string of a function that makes it.
+        app: The app.
         host: Address to listen on.
         port: Port to listen on.
         shutdown_timeout: Seconds that calls may go on after a signal to stop.
         log_level: See `run_durable`.
+        root_path: See `run_durable`.
         workers: Number of processes.
+        worker_app: Import string of a function that makes the app in each of several processes.
 
     Raises:
         SystemExit: The server cannot start; the log says why.
     """
     import uvicorn
 
+    log_config = None if log_level is None else _log_config(log_level)
+    if log_config is not None:
+        # uvicorn does so as well, after the first line.
+        logging.config.dictConfig(log_config)
+    logger.info("%s, %d worker%s", _first_line(app, host, port), workers, "" if workers == 1 else "s")
     uvicorn.run(
-        app,
+        app if workers == 1 else worker_app,
         factory=workers > 1,
         workers=workers,
         host=host,
         port=port,
         log_level=log_level,
-        log_config=None if log_level is None else _log_config(log_level),
+        log_config=log_config,
+        root_path=root_path,
         # Calls that are still open are answered as lost before the server cuts them.
         timeout_graceful_shutdown=shutdown_timeout + STOP_MARGIN,
+    )
+
+
+def _first_line(app: Starlette, host: str, port: int) -> str:
+    """Return what an operator wants to see at a start."""
+    endpoint, path = mcp_route(app)
+    manager = cast("DurableSessionManager", endpoint.session_manager)
+    shown = f"[{host}]" if ":" in host else host
+    store = manager.store
+    database = store.database.shown_url if isinstance(store, SqlSessionStore) else type(store).__name__
+    return (
+        f"serving {manager.app.name!r} at http://{shown}:{port}{path}: sessions in {database}, "
+        f"namespace {store.namespace!r}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import pytest
 from starlette.applications import Starlette
 
 from mcp_session_store.cli import worker_app
+from mcp_session_store.cli.served_object import served_object
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
@@ -24,10 +26,13 @@ from tests.support.servers import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from tests.support.commands import CommandFunction, InvokeFunction, ServeCommandFunction
     from tests.support.http import Answer
 
+
+PUBLIC = "mcp.example.com"
 
 TARGETS = [
     "tests.support.targets:mcpserver",
@@ -199,6 +204,7 @@ def test_settings_of_workers_are_not_among_the_arguments_of_any_process(
     ("arguments", "named"),
     [
         (["tests.support.targets"], "MODULE:ATTRIBUTE"),
+        (["no_such_file.py:server"], "no_such_file.py"),
         (["no_such_module:server"], "'no_such_module'"),
         (["tests.support.no_such_module:server"], "'tests.support.no_such_module'"),
         (["tests.support.broken_target:server"], "no_such_module_of_this_targets"),
@@ -215,6 +221,116 @@ def test_what_cannot_be_served_is_named_with_the_remedy(
     done = invoke("serve", "--url", sqlite_url, *arguments)
     assert done.exit_code == 2, done.stderr
     assert named in done.stderr
+
+
+FILE = """
+from mcp.server.mcpserver import MCPServer
+{more}
+from neighbour import NAME
+
+server = also = MCPServer(NAME, log_level="WARNING")
+async def made_later(): return server
+def made(): made_here.append(1); return MCPServer("made", log_level="WARNING")
+def made_of(name): return server
+def failing(): raise OSError("no such key")
+made_here = []
+"""
+
+
+@pytest.fixture
+def server_file(tmp_path: Path) -> Path:
+    """A file with a server, which imports another one beside it."""
+    folder = tmp_path / "some: folder"
+    folder.mkdir()
+    (folder / "neighbour.py").write_text('NAME = "neighbours"')
+    # A name that a module which is loaded already has.
+    file = folder / "json.py"
+    file.write_text(FILE.format(more=""))
+    return file
+
+
+@pytest.fixture
+def _modules_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("neighbour", "_served_json"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.usefixtures("_modules_as_before")
+@pytest.mark.parametrize(
+    ("attribute", "name"), [("", "neighbours"), (":server", "neighbours"), (":also", "neighbours"), (":made", "made")]
+)
+def test_a_file_names_its_server_or_a_function_that_makes_one(server_file: Path, attribute: str, name: str) -> None:
+    assert served_object(f"{server_file}{attribute}", ".").name == name
+    assert served_object(f"./{server_file.name}{attribute}", str(server_file.parent)).name == name
+    assert json.dumps(1) == "1"
+
+
+@pytest.mark.usefixtures("_modules_as_before")
+def test_a_file_of_a_package_is_imported_as_its_module(tmp_path: Path) -> None:
+    package = tmp_path / "served_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "names.py").write_text('NAME = "relative"')
+    (package / "server.py").write_text(
+        "from mcp.server.mcpserver import MCPServer\nfrom .names import NAME\nserver = MCPServer(NAME)"
+    )
+    assert served_object("served_package/server.py:server", str(tmp_path)).name == "relative"
+    assert "served_package.server" in sys.modules
+
+
+@pytest.mark.usefixtures("_modules_as_before")
+def test_a_factory_is_called_once_in_a_process(
+    invoke: InvokeFunction, monkeypatch: pytest.MonkeyPatch, server_file: Path, sqlite_url: str
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: given.update(options, app=app))
+    arguments = ["serve", f"{server_file}:made", "--url", sqlite_url]
+    done = invoke(*arguments, "--allowed-host", PUBLIC, "--root-path", "/notes/", "--log-level", "info")
+    assert done.exit_code == 0, done.output
+    assert sys.modules["_served_json"].made_here == [1]
+    assert given["root_path"] == "/notes"
+    line = done.stderr.splitlines()[0]
+    for part in ("'made'", "http://127.0.0.1:8000/mcp", "sqlite://", "sessions.db", "'default'", "1 worker"):
+        assert part in line
+
+
+@pytest.mark.usefixtures("_modules_as_before")
+@pytest.mark.parametrize(
+    ("attribute", "more", "named"),
+    [
+        (":made_later", "", "is an async function"),
+        (":made_of", "", "missing a required argument: 'name'"),
+        (":failing", "", "OSError: no such key"),
+        (":nothing", "", "has no 'nothing'"),
+        (":NAME", "", "builtins.str"),
+        ("", "other = MCPServer('other')", "has several servers"),
+        ("", "raise SyntaxError('x')", "line 3"),
+    ],
+)
+def test_what_a_file_does_not_have_is_named_with_the_remedy(
+    invoke: InvokeFunction, server_file: Path, sqlite_url: str, attribute: str, more: str, named: str
+) -> None:
+    server_file.write_text(FILE.format(more=more))
+    done = invoke("serve", f"{server_file}{attribute}", "--url", sqlite_url)
+    assert done.exit_code == 2, done.stderr
+    assert named in done.stderr
+
+
+def test_hosts_and_origins_can_come_from_the_environment(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
+) -> None:
+    environment = {"MCP_SESSION_STORE_ALLOWED_HOST": f"{PUBLIC} 10.1.2.3:80"}
+    arguments = ["serve", "tests.support.fastmcp_target:server", "--url", sqlite_url]
+    invoke(*arguments, "--allowed-origin", "https://a.example", environment=environment)
+    security = app_arguments["transport_security"]
+    assert security.enable_dns_rebinding_protection
+    assert PUBLIC in security.allowed_hosts
+    assert "10.1.2.3:80" in security.allowed_hosts
+    assert "https://a.example" in security.allowed_origins
+    done = invoke(*arguments, "--allowed-host", "http://a.example")
+    assert done.exit_code == 2
+    assert "is no host" in done.stderr
 
 
 def test_a_server_that_its_framework_is_told_to_run_stateless_is_refused(

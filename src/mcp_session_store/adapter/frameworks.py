@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_app"]
 
-_NOT_IN_FASTMCP: Final = ("max_request_body_size",)
+_NOT_IN_FASTMCP: Final = ("max_request_body_size", "transport_security")
 """Options of the session manager that FastMCP's app factory does not pass on."""
 _ONLY_IF_GIVEN: Final = ("session_idle_timeout",)
 
@@ -120,13 +120,16 @@ def _fastmcp_app(server: FastMCP[Any], options: Mapping[str, Any]) -> tuple[Star
     idle_timeout = options.get("session_idle_timeout")
     if idle_timeout is None:
         idle_timeout = defaults.http_session_idle_timeout
-    arguments: dict[str, Any] = {name: options[name] for name in _NOT_IN_FASTMCP if name in options}
+    arguments: dict[str, Any] = {}
+    if "max_request_body_size" in options:
+        arguments["max_request_body_size"] = options["max_request_body_size"]
     arguments |= {
         "event_store": options.get("event_store"),
         "json_response": defaults.json_response if json_response is None else json_response,
         "retry_interval": options.get("retry_interval"),
-        # FastMCP guards hosts itself, in a middleware around the endpoint.
-        "security_settings": TransportSecuritySettings(enable_dns_rebinding_protection=False),
+        # FastMCP has a guard of its own, in a middleware around the endpoint, which is off unless asked for.
+        "security_settings": options.get("transport_security")
+        or TransportSecuritySettings(enable_dns_rebinding_protection=False),
     }
     if idle_timeout != "auto":
         arguments["session_idle_timeout"] = idle_timeout

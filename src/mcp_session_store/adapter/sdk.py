@@ -54,10 +54,12 @@ __all__ = [
     "TransportEvents",
     "check_dispatch_context",
     "end_json_response",
+    "guards_itself",
     "is_fastmcp",
     "make_kernel",
     "make_transport",
     "mcp_endpoint",
+    "mcp_route",
     "owners_of",
     "scope_event_store",
     "serve_loop",
@@ -373,14 +375,29 @@ def set_session_manager(server: Server[Any], manager: StreamableHTTPSessionManag
     server._session_manager = manager
 
 
+def guards_itself(server: object, options: Mapping[str, Any]) -> bool:
+    """Return whether a server's framework guards against foreign hosts by its own settings: FastMCP, when told to."""
+    if not is_fastmcp(server):
+        return False
+    settings = sys.modules["fastmcp"].settings
+    return bool(options.get("host_origin_protection", settings.http_host_origin_protection))
+
+
 def mcp_endpoint(app: Starlette) -> StreamableHTTPASGIApp:
     """Return the ASGI endpoint of the MCP path in an app that a framework built; it reads its manager per request."""
+    return mcp_route(app)[0]
+
+
+def mcp_route(app: Starlette) -> tuple[StreamableHTTPASGIApp, str]:
+    """Return the ASGI endpoint of the MCP path in an app that a framework built, and that path."""
     for route in app.routes:
-        endpoint = getattr(route, "endpoint", None) if isinstance(route, Route) else None
+        if not isinstance(route, Route):
+            continue
+        endpoint: Any = route.endpoint
         if isinstance(endpoint, RequireAuthMiddleware):
             endpoint = endpoint.app
         if hasattr(endpoint, "session_manager"):
-            return cast("StreamableHTTPASGIApp", endpoint)
+            return cast("StreamableHTTPASGIApp", endpoint), route.path
     raise ConfigurationError(
         f"the app of this framework has no known MCP endpoint; mcp-session-store works with mcp{SUPPORTED_SDK} "
         "and fastmcp>=4,<5"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +22,7 @@ from mcp_session_store.cli.options import (
     schema_option,
     url_option,
 )
+from mcp_session_store.cli.served_object import served_object
 from mcp_session_store.errors import ConfigurationError, SchemaError, StoreMisconfigured
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
@@ -62,6 +60,8 @@ class _ServeSettings(BaseModel):
     pool_size: int | None
     host: str
     path: str | None
+    allowed_hosts: tuple[str, ...]
+    allowed_origins: tuple[str, ...]
     json_response: bool | None
     retention: dict[str, str]
     """The texts of the retention options that were given."""
@@ -88,8 +88,12 @@ def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str 
     return value
 
 
+def _root_path(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    return (_absolute_path(ctx, parameter, value) or "").rstrip("/") if value else ""
+
+
 @click.command()
-@click.argument("target", metavar="MODULE:ATTRIBUTE")
+@click.argument("target", metavar="MODULE:ATTRIBUTE|FILE[:ATTRIBUTE]")
 @url_option
 @schema_option
 @namespace_option
@@ -104,6 +108,27 @@ def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str 
 @option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
 @option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Number of processes.")
 @option("--path", callback=_absolute_path, help="Path of the MCP endpoint. Default: the framework's, /mcp.")
+@option(
+    "--allowed-host",
+    multiple=True,
+    metavar="HOST",
+    help="Host by which clients reach the server, as behind a proxy: mcp.example.com, for any port, or with one. May "
+    "be repeated; in the variable, hosts are separated by blanks. '*' allows any. Unless given, a loopback address "
+    "serves this machine's names only, and any other address any host.",
+)
+@option(
+    "--allowed-origin",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Origin of web pages of another host that may send requests: https://app.example.com. May be repeated.",
+)
+@option(
+    "--root-path",
+    default="",
+    callback=_root_path,
+    metavar="PATH",
+    help="Path that a proxy takes off before it passes requests on, as in /notes.",
+)
 @option("--json-response/--sse", default=None, help="Form of the answers to calls. Default: the framework's, SSE.")
 @option(
     "--shutdown-timeout",
@@ -128,7 +153,7 @@ def _absolute_path(_ctx: click.Context, _parameter: click.Parameter, value: str 
 )
 @event_options
 @instance_options
-@option("--app-dir", default=".", show_default=True, help="Folder in which MODULE is looked for first.")
+@option("--app-dir", default=".", show_default=True, help="Folder in which MODULE or FILE is looked for first.")
 def serve(
     target: str,
     url: str,
@@ -140,6 +165,9 @@ def serve(
     port: int,
     workers: int,
     path: str | None,
+    allowed_host: tuple[str, ...],
+    allowed_origin: tuple[str, ...],
+    root_path: str,
     json_response: bool | None,
     shutdown_timeout: int,
     log_level: str,
@@ -151,9 +179,14 @@ def serve(
 ) -> None:
     """Serve an MCPServer, a low-level Server or a FastMCP 4 server with durable sessions.
 
-    MODULE:ATTRIBUTE names the server object, as in `notes.server:mcp`; its code needs no change.
+    MODULE:ATTRIBUTE or FILE:ATTRIBUTE names the server object, as in `notes.server:mcp` or `./server.py:mcp`, or a
+    function without arguments that returns it, which is called in each process; its code needs no change. A file alone
+    is enough where it has one server.
     The server starts although the database is down: requests that need it wait for it, and are refused in the end. It
     does not start with a database that cannot be used until something is repaired: exit code 3, with what to do.
+
+    Behind a proxy, name the public host with --allowed-host. Client address and scheme are taken from X-Forwarded-For
+    and X-Forwarded-Proto of proxies at the addresses in FORWARDED_ALLOW_IPS, 127.0.0.1 unless set.
     """
     read_settings(RetentionPolicy, retention)
     read_settings(EventPolicy, event_retention)
@@ -168,6 +201,8 @@ def serve(
         pool_size=pool_size,
         host=host,
         path=path,
+        allowed_hosts=allowed_host,
+        allowed_origins=allowed_origin,
         json_response=json_response,
         retention=retention,
         events=events,
@@ -189,12 +224,14 @@ def serve(
     os.environ[_WORKER_SETTINGS] = settings.model_dump_json()
     try:
         run_uvicorn(
-            app if workers == 1 else f"{__package__}:{worker_app.__name__}",
+            app,
+            worker_app=f"{__package__}:{worker_app.__name__}",
             workers=workers,
             host=host,
             port=port,
             log_level=log_level,
             shutdown_timeout=shutdown_timeout,
+            root_path=root_path,
         )
     except SystemExit as exit_:
         if exit_.code == _UVICORN_STARTUP_FAILED:
@@ -208,18 +245,9 @@ def worker_app() -> Starlette:
 
 
 def _build(settings: _ServeSettings) -> Starlette:
-    from mcp_session_store.adapter.sdk import underlying_server
     from mcp_session_store.serving import served_app
 
-    server = _import_target(settings.target, settings.app_dir)
-    try:
-        underlying_server(server)
-    except ConfigurationError as error:
-        hint = ""
-        if callable(server):
-            hint = " (an app that was built from a server already, stateless or not, cannot be made durable: name the"
-            hint += " server object itself)"
-        raise ConfigurationError(f"{settings.target}: {error}{hint}") from error
+    server = served_object(settings.target, settings.app_dir)
     options: dict[str, Any] = {}
     if settings.retention:
         options["retention"] = read_settings(RetentionPolicy, settings.retention)
@@ -240,50 +268,10 @@ def _build(settings: _ServeSettings) -> Starlette:
             settings.url,
             host=settings.host,
             path=settings.path,
+            allowed_hosts=settings.allowed_hosts,
+            allowed_origins=settings.allowed_origins,
             json_response=settings.json_response,
             **options,
         )
     except ConfigurationError as error:
         raise ConfigurationError(f"cannot serve {settings.target}: {error}") from error
-
-
-def _import_target(target: str, app_dir: str) -> Any:
-    module_name, _, attributes = target.partition(":")
-    if not module_name or not attributes:
-        raise ConfigurationError(
-            f"{target!r} does not say what to serve: give MODULE:ATTRIBUTE, as in notes.server:mcp"
-        )
-    if app_dir not in sys.path:
-        sys.path.insert(0, app_dir)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and module_name.endswith(".py"):
-            module = module_name.removesuffix(".py").replace("/", ".")
-            raise ConfigurationError(
-                f"{target!r} names a file instead of a module: write {module}:{attributes}"
-            ) from error
-        if isinstance(error, ModuleNotFoundError) and _is_part_of(error.name, module_name):
-            raise ConfigurationError(
-                f"there is no module {error.name!r} in {app_dir} or among the installed packages; "
-                "run the command where the module is, or give its folder with --app-dir"
-            ) from error
-        # The last line of the user's own code, because the machinery of imports explains nothing.
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigurationError(
-            f"the module {module_name!r} cannot be imported: {type(error).__name__}: {error} "
-            f"({place.filename}, line {place.lineno}); correct it, and try again"
-        ) from error
-    for name in attributes.split("."):
-        try:
-            found = getattr(found, name)
-        except AttributeError as error:
-            raise ConfigurationError(
-                f"the module {module_name!r} has no {attributes!r}; name the variable that holds the server object"
-            ) from error
-    return found
-
-
-def _is_part_of(missing: str | None, module_name: str) -> bool:
-    """Return whether the module itself is missing, or a package around it, and not a module that it imports."""
-    return missing is not None and f"{module_name}.".startswith(f"{missing}.")
