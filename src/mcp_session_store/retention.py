@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import Annotated, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from mcp_session_store.environment import Settings, duration, none_or
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "EventPolicy",
@@ -158,6 +161,8 @@ class SweepReport:
     """Whether there may be more to do."""
     longest: float = field(default=0.0, compare=False)
     """Seconds for which all other writers had to wait for it at most; 0 where they do not wait for one another."""
+    lives: Sequence[float] = field(default=(), compare=False)
+    """Seconds that each of the expired sessions had lived, by the store's clock; a store may leave them out."""
 
     def __add__(self, later: SweepReport) -> SweepReport:
         """Return the report of both sweeps, the later one second."""
@@ -166,6 +171,7 @@ class SweepReport:
             purged=self.purged + later.purged,
             more=later.more,
             longest=max(self.longest, later.longest),
+            lives=(*self.lives, *later.lives),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -34,6 +35,7 @@ __all__ = [
     "LEAST_SWEEP",
     "MAX_JOURNAL_ENTRIES",
     "SWEEP_LIMIT",
+    "Absence",
     "SessionStore",
     "Store",
     "checked_namespace",
@@ -51,6 +53,15 @@ SWEEP_LIMIT: Final = 100
 
 LEAST_SWEEP: Final = 25
 """Smallest limit of a step that is worth its price: a transaction costs as much as the end of many sessions."""
+
+
+class Absence(StrEnum):
+    """Why there is no live session under a key. Clients never learn which."""
+
+    UNKNOWN = "unknown"
+    """There is no record; or the store does not say why."""
+    ENDED = "ended"
+    EXPIRED = "expired"
 
 
 def checked_namespace(namespace: str) -> str:
@@ -183,6 +194,14 @@ class SessionStore(Store):
         The record's `loaded_at` is the present time by the store's clock. A store that leaves it out is asked to
         `claim` each restore before the session is served, instead of learning of it by `touch`.
         """
+
+    async def find(self, key: UUID) -> SessionRecord | Absence:
+        """Return what `load` returns, or why there is no live session: for metrics and logs, and not for clients.
+
+        A store that knows the reason says it at no further cost, so that the time of the answer does not tell.
+        """
+        record = await self.load(key)
+        return Absence.UNKNOWN if record is None else record
 
     @abstractmethod
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from mcp_session_store import EndReason, StoreUnavailable, session_key
-from mcp_session_store.adapter import background, telemetry
+from mcp_session_store import EndReason, StoreUnavailable, session_key, telemetry
+from mcp_session_store.adapter import background
 from mcp_session_store.adapter.background import Wake, run_again, run_every
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from tests.support.asgi import until
@@ -223,10 +223,10 @@ async def test_a_sweep_runs_by_itself(store: FaultyStore, sessions: Sessions, mo
     async with instance(store, sweep_interval=0.02):
         await until(lambda: len(ended.added) > 0)
         assert [await store.ended(session_id) for session_id in ids] == [EndReason.EXPIRED] * 3
-        assert ended.added == [(3, {"reason": "expired"})]
+        assert ended.added == [(3, telemetry.of("default", reason="expired"))]
         sessions.ahead += timedelta(hours=25)
         await until(lambda: store.records == 0)
-        await until(lambda: purged.added == [(3, {})])
+        await until(lambda: purged.added == [(3, telemetry.of("default"))])
 
 
 async def test_a_sweep_goes_on_in_steps_until_there_is_no_more(
@@ -317,7 +317,7 @@ async def test_a_sweep_that_fails_is_logged_counted_and_recovers(
     store.broken("sweep")
     async with instance(store, sweep_interval=0.02) as one:
         await until(lambda: len(failures.added) >= 3)
-        assert failures.added[0] == (1, {"task": "sweep"})
+        assert failures.added[0] == (1, telemetry.of("default", task="sweep"))
         assert "sweep failed" in caplog.text
         # The app stays up, and the session is expired all the same.
         assert (await one.client(session_id).ping()).status == 404

@@ -12,7 +12,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from mcp_session_store.adapter import clock, outage, telemetry
+from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock, outage
 from mcp_session_store.adapter.outage import Gate, RequestWait, SharedWait
 from mcp_session_store.adapter.readiness import Readiness
 from mcp_session_store.adapter.requests import ClientGone, Incoming
@@ -50,7 +51,7 @@ class Door:
     """
 
     def __init__(self, group: TaskGroup, *, patience: float) -> None:
-        self.gate = Gate(Tasks(group), Readiness(), patience=patience)  # type: ignore[arg-type]
+        self.gate = Gate(Tasks(group), Readiness("default"), patience=patience)  # type: ignore[arg-type]
         self.away = False
         self.tried: list[tuple[object, float]] = []
         """Each call that was made, and when."""
@@ -485,7 +486,7 @@ class Counter:
     def __init__(self) -> None:
         self.value = 0
 
-    def add(self, amount: int) -> None:
+    def add(self, amount: int, _: dict[str, str]) -> None:
         self.value += amount
 
 
@@ -493,17 +494,16 @@ async def test_the_begin_and_the_end_of_an_outage_are_logged_once_and_those_who_
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
-    waiting, outages = Counter(), Counter()
-    monkeypatch.setattr(telemetry, "waiting", waiting)
+    outages = Counter()
     monkeypatch.setattr(telemetry, "outages", outages)
     async with door() as one:
         await one.lose()
         for name in range(10):
             one.start(name)
         await until(lambda: len(one.tried) >= 2)
-        assert (waiting.value, outages.value) == (11, 1)
+        assert (sum(one.gate.waiting.values()), outages.value) == (11, 1)
         one.away = False
-    assert (waiting.value, outages.value) == (0, 1)
+    assert (sum(one.gate.waiting.values()), outages.value) == (0, 1)
     texts = [record.message for record in caplog.records if record.name == "mcp_session_store.adapter.readiness"]
     assert len(texts) == 2
     assert "the session store is away" in texts[0]

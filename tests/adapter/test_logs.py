@@ -21,7 +21,7 @@ from mcp_session_store import (
     StoreUnavailable,
     session_key,
 )
-from mcp_session_store.adapter.streams.recorder import sweep_events
+from mcp_session_store.adapter.streams.sweeping import sweep_events
 from mcp_session_store.errors import EventTooLarge
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS, assert_not_handled, assert_unavailable
@@ -41,7 +41,8 @@ KEY = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 """What a session's key looks like."""
 PARAMS = {
     **INITIALIZE_PARAMS,
-    "clientInfo": {"name": f"{PAYLOAD}-name", "version": f"{PAYLOAD}-version"},
+    # Its name and version are logged, as what it is.
+    "clientInfo": {"name": "client", "version": "1"},
     "_meta": {"secret": f"{PAYLOAD}-meta"},
 }
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import anyio
 import pytest
 from mcp.server.streamable_http import StreamableHTTPServerTransport
 
 from mcp_session_store import StoreUnavailable
-from mcp_session_store.adapter import responses
-from mcp_session_store.adapter.responses import MemoryFull, RestoreFailed, SessionNotFound, ShuttingDown
-from mcp_session_store.errors import SchemaMissing, SessionLimitReached, StoreBusy, StoreClosed
+from mcp_session_store.adapter import refusals, responses
+from mcp_session_store.adapter.responses import (
+    MemoryFull,
+    RestoreFailed,
+    SessionNotFound,
+    ShuttingDown,
+    TooManyWait,
+    WhyNotFound,
+)
+from mcp_session_store.errors import RecordUnreadable, SchemaMissing, SessionLimitReached, StoreBusy, StoreClosed
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.http import INITIALIZE_PARAMS, SESSION_ID, assert_not_handled, assert_unavailable
 from tests.support.instances import instance, principal
@@ -50,8 +57,13 @@ async def opened(store: FaultyStore, user: object = None) -> str:
 # The table of the README
 
 ERRORS: dict[str, Sequence[Exception]] = {
-    "the session is unknown": [SessionNotFound()],
-    "the database does not answer": [StoreUnavailable("away"), StoreBusy("busy"), StoreClosed("closed")],
+    "the session is unknown": [*map(SessionNotFound, get_args(WhyNotFound)), RecordUnreadable("a column")],
+    "the database does not answer": [
+        StoreUnavailable("away"),
+        TooManyWait("away"),
+        StoreBusy("busy"),
+        StoreClosed("closed"),
+    ],
     "the schema of the database does not fit": [SchemaMissing("no tables")],
     "all sessions in memory are in use": [MemoryFull()],
     "the policy allows no more sessions": [SessionLimitReached("one more")],
@@ -85,12 +97,12 @@ def scope_of(method: str) -> Scope:
 def test_the_table_of_the_readme_is_that_of_the_code() -> None:
     for row in table():
         cause = row.pop("cause")
-        reason = row.pop("counted as").strip("`")
+        reasons = re.findall("`([^`]+)`", row.pop("counted as"))
         (errors,) = (errors for beginning, errors in ERRORS.items() if cause.startswith(beginning))
         assert row.keys() == KINDS.keys()
+        assert list(dict.fromkeys(map(refusals.reason_of, errors))) == reasons
         for error in errors:
             answer = responses.answer_to(error)
-            assert answer.reason == reason, error
             for kind, expected in row.items():
                 method, messages = KINDS[kind]
                 for message in messages if expected in ("404", "503", "200, error") else ():
@@ -246,7 +258,7 @@ async def test_a_long_body_stays_with_its_client_while_the_request_waits(store: 
 async def test_a_body_that_does_not_arrive_is_waited_for_briefly(
     store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(responses, "READ_TIMEOUT", 0.05)
+    monkeypatch.setattr(refusals, "READ_TIMEOUT", 0.05)
     session_id = await opened(store)
     async with instance(store) as one:
         store.down("load")
@@ -256,7 +268,7 @@ async def test_a_body_that_does_not_arrive_is_waited_for_briefly(
 async def test_a_body_that_is_longer_than_may_be_read_is_refused_without_its_id(
     store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(responses, "LONGEST_READ", 10 * PART)
+    monkeypatch.setattr(refusals, "LONGEST_READ", 10 * PART)
     session_id = await opened(store)
     async with instance(store) as one:
         store.down("load")
@@ -268,17 +280,17 @@ async def test_a_body_that_is_longer_than_may_be_read_is_refused_without_its_id(
 async def test_a_few_long_bodies_are_read_at_a_time_and_few_wait(
     store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(responses, "MAX_WAITING", 2)
+    monkeypatch.setattr(refusals, "MAX_WAITING", 2)
     session_id = await opened(store)
     async with instance(store) as one:
         store.down("load")
         *parts, last = long_call(10 * PART)
         exchanges = [one.client(session_id).open_parts(*parts, whole=False) for _ in range(10)]
-        await until(lambda: sum(exchange.unread == 0 for exchange in exchanges) == responses.READERS)
+        await until(lambda: sum(exchange.unread == 0 for exchange in exchanges) == refusals.READERS)
         # Those that need not be read are refused meanwhile.
         assert_not_handled(await one.client(session_id).ping())
         await until(lambda: sum(exchange.over.is_set() for exchange in exchanges) == 4)
-        assert sum(exchange.unread == 0 for exchange in exchanges) == responses.READERS
+        assert sum(exchange.unread == 0 for exchange in exchanges) == refusals.READERS
         for exchange in exchanges:
             exchange.arrive(last)
         answers = [await exchange.answer() for exchange in exchanges]

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store import EndReason, session_key
-from mcp_session_store.adapter import telemetry
+from mcp_session_store import EndReason, session_key, telemetry
 from tests.support.asgi import until
 from tests.support.instances import instance
 from tests.support.streams import all_stored, away, opened
@@ -19,12 +18,27 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
+COUNTERS = (
+    "created",
+    "ended",
+    "events",
+    "evicted",
+    "outages",
+    "purged",
+    "refused",
+    "removed_events",
+    "restored",
+    "resumed",
+    "unreadable",
+)
+
+
 class Counted:
     """What the counters were told, by their names."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.added: dict[str, list[tuple[int, dict[str, str]]]] = {}
-        for name in telemetry.__all__:
+        for name in COUNTERS:
             monkeypatch.setattr(telemetry, name, self._counter(name))
 
     def _counter(self, name: str) -> object:
@@ -32,7 +46,9 @@ class Counted:
 
         class Counter:
             def add(self, amount: int, attributes: dict[str, str] | None = None) -> None:
-                added.append((amount, attributes or {}))
+                counted = dict(attributes or {})
+                assert counted.pop(telemetry.NAMESPACE) == "default"
+                added.append((amount, counted))
 
         return Counter()
 
@@ -56,22 +72,22 @@ async def test_a_sessions_life_is_counted(
         other = one.client()
         other_id = await other.handshake()
         await one.at_rest()
-        assert counted.take() == {"created": [(1, {})], "evicted": [(1, {})]}
+        assert counted.take() == {"created": [(1, {})], "evicted": [(1, {"reason": "memory full"})]}
         await client.ping()
-        assert counted.take() == {"restored": [(1, {})], "evicted": [(1, {})]}
+        assert counted.take() == {"restored": [(1, {})], "evicted": [(1, {"reason": "memory full"})]}
         await client.delete()
-        assert counted.take() == {"ended": [(1, {"reason": "client"})], "evicted": [(1, {})]}
+        assert counted.take() == {"ended": [(1, {"reason": "client"})], "evicted": [(1, {"reason": "ended"})]}
         # Ended elsewhere, it is counted there.
         await other.ping()
         counted.take()
         await other_store.end(session_key(other_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0)
-        assert counted.take() == {"evicted": [(1, {})]}
+        assert counted.take() == {"evicted": [(1, {"reason": "ended"})]}
         # What opens no session leaves no memory that it was in.
         await one.client().ping()
         assert counted.take() == {}
         assert (await one.client(session_id).ping()).status == 404
-        assert counted.take() == {"refused": [(1, {"reason": "not found"})]}
+        assert counted.take() == {"refused": [(1, {"reason": "ended"})]}
         store.down("load", "create")
         await one.client(session_id).ping()
         await one.client().initialize()

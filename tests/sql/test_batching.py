@@ -39,7 +39,7 @@ class Recorded:
         self.go.set()
         self.refused: set[int] = set()
         self.database = database
-        self.batcher: Batcher[int, int] = Batcher(database, self._execute, writes=True, **options)
+        self.batcher: Batcher[int, int] = Batcher(database, self._execute, {}, writes=True, **options)
 
     async def _execute(self, attempt: Attempt, items: Sequence[int]) -> list[int]:
         self.batches.append(list(items))
@@ -115,7 +115,7 @@ async def test_a_batcher_with_much_to_carry_lets_other_writers_of_sqlite_have_th
             turns.append(len(calls.batches))
             return items
 
-        another: Batcher[int, int] = Batcher(calls.database, write, writes=True)
+        another: Batcher[int, int] = Batcher(calls.database, write, {}, writes=True)
         waiting = asyncio.ensure_future(another.submit(1))
         await asyncio.sleep(0)
         calls.go.set()
@@ -132,7 +132,7 @@ async def test_a_patient_caller_waits_longer_while_others_before_it_are_served(m
         return items
 
     database = Database(migrated_url, schema=None, auto_upgrade=False, timeout=1.0)
-    batcher: Batcher[int, int] = Batcher(database, execute, writes=False, max_batch=1, patient=True)
+    batcher: Batcher[int, int] = Batcher(database, execute, {}, writes=False, max_batch=1, patient=True)
     outcomes = await asyncio.gather(*map(batcher.submit, range(11)), return_exceptions=True)
     # Nearly two seconds for the last of these; then no statement ends any more.
     assert outcomes[:9] == list(range(9))
@@ -240,7 +240,7 @@ async def test_a_batcher_carries_no_context_from_one_request_into_another(migrat
         return items
 
     database = Database(migrated_url, schema=None, auto_upgrade=False, timeout=5.0)
-    batcher: Batcher[int, int] = Batcher(database, execute, writes=False)
+    batcher: Batcher[int, int] = Batcher(database, execute, {}, writes=False)
     request.set("first")
     await batcher.submit(1)
     await batcher.aclose()

@@ -18,7 +18,7 @@ from mcp_session_store import (
     session_key,
 )
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT
-from mcp_session_store.store import SWEEP_LIMIT
+from mcp_session_store.store import SWEEP_LIMIT, Absence
 from tests.support.asgi import PATIENCE
 from tests.support.internals import logs_of, rows_of
 
@@ -272,6 +272,10 @@ class FaultyStore(_Faulty, SessionStore):
     async def create(self, session: NewSession) -> SessionRecord:
         record: SessionRecord = await self._call("create", lambda: self.inner.create(session))
         return record
+
+    async def find(self, key: UUID) -> SessionRecord | Absence:
+        record: SessionRecord | Absence = await self._call("load", lambda: self.inner.find(key))
+        return replace(record, loaded_at=None) if self.claims_first and not isinstance(record, Absence) else record
 
     async def load(self, key: UUID) -> SessionRecord | None:
         record: SessionRecord | None = await self._call("load", lambda: self.inner.load(key))

@@ -260,4 +260,4 @@ def gate_of(manager: DurableSessionManager) -> Gate:
 
 def waiting_at(gate: Gate) -> tuple[int, int, int, int]:
     """How many requests wait at a gate, and how many for streams; the bytes that they hold, and the calls in line."""
-    return gate._waiting[False], gate._waiting[True], gate._bytes, len(gate._places) + gate._under_way
+    return gate.waiting[False], gate.waiting[True], gate._bytes, len(gate._places) + gate._under_way

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 
-from mcp_session_store.adapter import telemetry
+from mcp_session_store import telemetry
 from mcp_session_store.errors import SessionStoreError
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ async def run_again(
         await anyio.sleep(_backoff(failures.number, max_backoff))
 
 
-def report_failure(task: str, error: Exception, *, key: UUID | None = None, log: bool = True) -> None:
+def report_failure(
+    task: str, error: Exception, *, key: UUID | None = None, log: bool = True, namespace: str | None = None
+) -> None:
     """Count, and log, that something beside the requests failed.
 
     Args:
@@ -124,8 +126,10 @@ def report_failure(task: str, error: Exception, *, key: UUID | None = None, log:
         error: Reason of the failure.
         key: Key of the session that the failure is about, if it is about one.
         log: Whether to log it.
+        namespace: Namespace of the sessions.
     """
-    telemetry.background_failures.add(1, {"task": task})
+    attributes = {"task": task} if namespace is None else telemetry.of(namespace, task=task)
+    telemetry.background_failures.add(1, attributes)
     if not log:
         return
     name = task if key is None else f"{task} of session {key}"
@@ -158,7 +162,8 @@ class _Failures:
             if self._readiness is not None and self._readiness.covers(error, self.number):
                 log = False
             self._is_logged = self._is_logged or log
-            report_failure(self._task, error, log=log)
+            namespace = None if self._readiness is None else self._readiness.namespace
+            report_failure(self._task, error, log=log, namespace=namespace)
             return
         if self._is_logged:
             logger.info("the background task %s works again, after it failed %d times", self._task, self.number)

@@ -15,21 +15,25 @@ import anyio
 from mcp.server.streamable_http_manager import DEFAULT_MAX_REQUEST_BODY_SIZE
 from mcp.server.transport_security import TransportSecurityMiddleware
 
+from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock, sdk
 from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.draining import Drain
+from mcp_session_store.adapter.gauges import Gauges
 from mcp_session_store.adapter.outage import Gate
 from mcp_session_store.adapter.readiness import FINAL, VERDICT_WITHIN, Readiness, not_answered
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
 from mcp_session_store.adapter.requests import BodyLimit
 from mcp_session_store.adapter.routing import Router
+from mcp_session_store.adapter.session_log import SessionLog
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.admission import Admission
 from mcp_session_store.adapter.sessions.changes import TICKS
 from mcp_session_store.adapter.sessions.departures import LOOK_INTERVAL, Departures
 from mcp_session_store.adapter.sessions.ending import Ender, EndHook
+from mcp_session_store.adapter.sessions.lifetime import set_idle
 from mcp_session_store.adapter.sessions.lookup import Lookup
 from mcp_session_store.adapter.sessions.opening import Opener
 from mcp_session_store.adapter.sessions.patient_store import PatientStore
@@ -39,12 +43,12 @@ from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
 from mcp_session_store.adapter.stopping import close, retire, shut_down
 from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Followers
 from mcp_session_store.adapter.streams.instances import MAX_PAUSE, Instances
-from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
+from mcp_session_store.adapter.streams.recorder import EventRecorder
+from mcp_session_store.adapter.streams.sweeping import sweep_events
 from mcp_session_store.errors import ConfigurationError, StoreBusy, StoreUnavailable
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.records import display_text
-from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, checked_seconds
+from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven
 from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
@@ -177,7 +181,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             max_initialize_params=max_initialize_params,
         )
         if session_idle_timeout != "policy":
-            _set_idle(store, session_idle_timeout)
+            set_idle(store, session_idle_timeout)
         try:
             super().__init__(
                 sdk.underlying_server(app),
@@ -197,7 +201,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         self.event_log = event_log
         self.instance = ""
         """Id of this process; made when the manager starts to run, because processes fork before."""
-        self.readiness: Final = Readiness()
+        self.readiness: Final = Readiness(store.namespace)
         """Whether this process can serve."""
         self._on_restore = on_restore
         self._on_end = on_end
@@ -209,8 +213,9 @@ class DurableSessionManager(sdk.ManagerSeams):
         middleware.install(self.app)
         checked_interval(settings.activity_interval, store.retention)
         self._tasks = sdk.ManagerTasks(self)
+        self._log = SessionLog(store.namespace)
         transports, owners = sdk.transports_of(self), sdk.owners_of(self)
-        self._registry = Registry(transports, owners, self._tasks, capacity=settings.max_sessions)
+        self._registry = Registry(transports, owners, self._tasks, self._log, capacity=settings.max_sessions)
         self._evict_transport = self._registry.evict_transport
 
     @contextlib.asynccontextmanager
@@ -223,7 +228,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             StoreMisconfigured: The database cannot be used as it is set up; the message says what to change.
             SchemaError: The schema does not fit; the message names the command to run.
         """
-        self.instance = instance_id()
+        self.instance = self._log.instance = instance_id()
         middleware.install(self.app)
         async with contextlib.AsyncExitStack() as stack:
             if self._close_store:
@@ -233,12 +238,14 @@ class DurableSessionManager(sdk.ManagerSeams):
             if self.event_log is not None:
                 dead_after = timedelta(seconds=self._settings.instance_timeout)
                 instances = Instances(self.event_log, instance=self.instance, dead_after=dead_after)
-                self._recorder = EventRecorder(self.event_log, Followers(self.event_log, instances), instances)
+                followers = Followers(self.event_log, instances)
+                self._recorder = EventRecorder(self.event_log, followers, instances, self._log)
             self._wire()
             await self._open()
             if self._recorder is not None:
                 stack.push_async_callback(retire, self._recorder)
             async with super().run():
+                stack.enter_context(telemetry.observing(self._gauges))
                 self._start_background_tasks()
                 try:
                     yield
@@ -282,6 +289,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         interval = checked_interval(self._settings.activity_interval, self.store.retention)
         self._activity = ActivityReporter(self.store, self._registry, instance=self.instance, interval=interval)
         self._gate = Gate(self._tasks, self.readiness, patience=self._settings.outage_patience)
+        self._gauges = Gauges(self.readiness, self._registry, self._gate)
         patient = PatientStore(self.store, self._gate)
         lookup = Lookup(patient)
         self._ender = Ender(
@@ -382,16 +390,3 @@ class DurableSessionManager(sdk.ManagerSeams):
 def instance_id() -> str:
     """Return a name for this process: host, process id, and a random part, because the first two come again."""
     return f"{display_text(socket.gethostname(), length=80)}:{os.getpid()}:{uuid4().hex[:8]}"
-
-
-def _set_idle(store: SessionStore, session_idle_timeout: float | None) -> None:
-    """Make the SDK's idle timeout the idle time of a store's policy."""
-    if session_idle_timeout is not None:
-        checked_seconds("session_idle_timeout", session_idle_timeout)
-    idle = None if session_idle_timeout is None else timedelta(seconds=session_idle_timeout)
-    policy = store.retention
-    if "idle" in policy.model_fields_set and policy.idle != idle:
-        raise ConfigurationError(
-            "session_idle_timeout and the retention policy's idle say the same; leave session_idle_timeout out"
-        )
-    store.retention = RetentionPolicy.model_validate(policy.model_dump(exclude_unset=True) | {"idle": idle})

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import anyio
 
-from mcp_session_store.adapter import clock, telemetry
+from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.requests import READ_AT_ONCE, ClientGone
-from mcp_session_store.adapter.responses import ShuttingDown
+from mcp_session_store.adapter.responses import ShuttingDown, TooManyWait
 from mcp_session_store.errors import StoreBusy, StoreClosed, StoreMisconfigured, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Gate:
         self._probe_at = 0.0
         self._driving = False
         self._changed = anyio.Event()
-        self._waiting = {False: 0, True: 0}
+        self.waiting = {False: 0, True: 0}
         """Number of requests that wait: those for streams, by `True`, and all others."""
         self._waited = 0
         self._bytes = 0
@@ -250,14 +250,13 @@ class Gate:
         if self._stopping:
             raise ShuttingDown
         limit = MAX_WAITING_STREAMS if is_stream else MAX_WAITING
-        if self._waiting[is_stream] >= limit or self._bytes + request.held > MAX_BYTES:
-            raise self._away("too many requests wait for it already")
+        if self.waiting[is_stream] >= limit or self._bytes + request.held > MAX_BYTES:
+            raise self._away("too many requests wait for it already", TooManyWait)
         incoming, held = request.incoming, request.held
         refusal: Exception | None = None
-        self._waiting[is_stream] += 1
+        self.waiting[is_stream] += 1
         self._waited += 1
         self._bytes += held
-        telemetry.waiting.add(1)
 
         async def watch(incoming: Incoming) -> None:
             nonlocal held, refusal
@@ -265,7 +264,7 @@ class Gate:
             held += len(incoming.body)
             self._bytes += len(incoming.body)
             if self._bytes > MAX_BYTES:
-                refusal = self._away("the requests that wait for it hold too much already")
+                refusal = self._away("the requests that wait for it hold too much already", TooManyWait)
             else:
                 await incoming.disconnected()
                 refusal = ClientGone()
@@ -286,9 +285,8 @@ class Gate:
                         tasks.cancel_scope.cancel()
         finally:
             self._scopes.discard(scope)
-            self._waiting[is_stream] -= 1
+            self.waiting[is_stream] -= 1
             self._bytes -= held
-            telemetry.waiting.add(-1)
         if refusal is None:
             refusal = ShuttingDown() if self._stopping else self._away("the request waited for as long as it may")
         raise refusal
@@ -315,8 +313,9 @@ class Gate:
             return STREAM_PATIENCE if self._patience else 0.0
         return min(self._patience, DELETE_PATIENCE) if method == "DELETE" else self._patience
 
-    def _away(self, reason: str) -> SessionStoreError:
-        kind = StoreMisconfigured if isinstance(self._failure, StoreMisconfigured) else StoreUnavailable
+    def _away(self, reason: str, kind: type[SessionStoreError] = StoreUnavailable) -> SessionStoreError:
+        if isinstance(self._failure, StoreMisconfigured):
+            kind = StoreMisconfigured
         away = kind(f"{self._failure}; {reason}")
         away.__cause__ = self._failure.__cause__
         return away

@@ -7,7 +7,8 @@ import math
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from mcp_session_store.adapter import clock, telemetry
+from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock
 from mcp_session_store.errors import ConfigurationError, SchemaError, StoreMisconfigured, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -51,9 +52,13 @@ class Readiness:
     """The readiness of one instance: it hears whether the store answers, and logs when that changes.
 
     Each trouble has one line when it begins and one when it is over, whichever requests and background tasks meet it.
+
+    Args:
+        namespace: Namespace of the sessions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str) -> None:
+        self.namespace: Final = namespace
         self.cause: SessionStoreError | None = None
         """Why the store did not serve when it was last tried; `None` when it did."""
         self.verdict: SessionStoreError | None = None
@@ -109,7 +114,7 @@ class Readiness:
         before, self.cause = self.cause, error
         if before is None:
             self._since = clock.now()
-            telemetry.outages.add(1)
+            telemetry.outages.add(1, telemetry.of(self.namespace))
         if isinstance(error, FINAL):
             repeated, until = self._repeated_until
             if str(error) == self._logged or (str(error) == repeated and clock.now() < until):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-import anyio
 import pydantic_core
 from mcp.server.streamable_http import check_accept_headers
 from mcp_types import (
@@ -24,12 +22,16 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mcp_session_store.adapter import telemetry
-from mcp_session_store.errors import RecordUnreadable, SchemaError, SessionLimitReached, SessionStoreError
+from mcp_session_store.errors import (
+    RecordUnreadable,
+    SchemaError,
+    SessionLimitReached,
+    SessionStoreError,
+    StoreUnavailable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from uuid import UUID
 
     from mcp_types import RequestId
     from starlette.types import Message, Scope, Send
@@ -56,20 +58,17 @@ __all__ = [
     "UNAVAILABLE",
     "Answer",
     "MemoryFull",
-    "Refusals",
     "RestoreFailed",
     "SessionNotFound",
     "ShuttingDown",
+    "TooManyWait",
+    "WhyNotFound",
     "answer_to",
     "answering_lost_calls",
-    "log_unavailable",
-    "refuse",
     "response_to",
     "session_ended",
     "too_large",
 ]
-
-logger = logging.getLogger(__name__)
 
 SESSION_ENDED: Final = "Session ended"
 """Message of the JSON-RPC error for the calls that were in flight when their session ended."""
@@ -77,30 +76,43 @@ SESSION_ENDED: Final = "Session ended"
 LOST: Final = "The call was lost: the server that ran it is gone. It was not run again."
 """Message of the JSON-RPC error for a call whose session goes on."""
 
-MAX_REPORTED: Final = 1000
-"""Number of sessions that cannot be read after which they are logged again."""
-
 _RETRY_AFTER: Final = {"retry-after": "2"}
 """Seconds that `Retry-After` (RFC 9110, section 10.2.3) asks for."""
 _STREAM: Final = {"cache-control": "no-cache, no-transform"}
 """Headers of a stream, as the SDK's transport sends them."""
 
-READERS: Final = 4
-"""Number of long bodies that are read at a time."""
-LONGEST_READ: Final = 4 * 1024 * 1024
-"""Bytes of a body that is read, the SDK's own limit of bodies: so those that are read hold 16 MiB together."""
-MAX_WAITING: Final = 64
-"""Number of requests that wait for their body to be read; each holds what was read at once."""
-READ_TIMEOUT: Final = 3.0
-"""Seconds for a long body to be read, its turn included."""
+
+WhyNotFound: TypeAlias = Literal[
+    "unknown",
+    "malformed",
+    "ended",
+    "expired",
+    "another principal",
+    "refused",
+    "other version",
+    "replay failed",
+]
+"""Why a session is not found, which metrics and logs know and no client."""
 
 
 class SessionNotFound(Exception):
-    """The session is unknown, ended, expired, or of another namespace or principal: all the same to the client."""
+    """The session is unknown, ended, expired, or of another namespace or principal: all the same to the client.
+
+    Args:
+        reason: Which of these.
+    """
+
+    def __init__(self, reason: WhyNotFound = "unknown") -> None:
+        super().__init__(reason)
+        self.reason: Final[WhyNotFound] = reason
 
 
 class MemoryFull(Exception):
     """There are as many copies of sessions in memory as there may be, and all are in use."""
+
+
+class TooManyWait(StoreUnavailable):
+    """The store is away, and as many requests wait for it as may."""
 
 
 class RestoreFailed(SessionStoreError):
@@ -268,92 +280,6 @@ def answering_lost_calls(scope: Scope, incoming: Incoming, send: Send) -> Send:
             await send(message)
 
     return sending
-
-
-def refuse(error: Exception, session: UUID) -> Answer:
-    """Return the answer to a request that failed with an error; log the error and count the request as refused.
-
-    Args:
-        error: The error.
-        session: Key of the session that the request is for.
-    """
-    answer = answer_to(error)
-    telemetry.refused.add(1, {"reason": answer.reason})
-    if isinstance(error, SessionLimitReached):
-        logger.warning("the new session %s is refused: %s", session, error)
-    elif isinstance(error, RecordUnreadable):
-        _report_unreadable(error, session)
-    elif answer.for_now and answer is not MEMORY_FULL:
-        log_unavailable(error, session)
-    return answer
-
-
-_reported: Final[set[UUID]] = set()
-"""Keys of the sessions that cannot be read, and were logged by this process."""
-
-
-def _report_unreadable(error: RecordUnreadable, session: UUID) -> None:
-    """Count a request for a session that cannot be read, and log the first one."""
-    telemetry.unreadable.add(1)
-    if session in _reported:
-        return
-    if len(_reported) >= MAX_REPORTED:
-        _reported.clear()
-    _reported.add(session)
-    logger.error(
-        "the session %s is answered as unknown, because its record cannot be read (%s); mcp-session-store check --rows "
-        "lists all such rows",
-        session,
-        error,
-    )
-
-
-class Refusals:
-    """Refuses requests, each with the answer that fails no more than it must.
-
-    The id of a JSON-RPC request may be the last key of a long body. So the body of a refused request is read to its
-    end, a few bodies at a time; one that is too long or too slow is answered without its id.
-
-    Args:
-        max_body: Highest number of bytes of a body.
-    """
-
-    def __init__(self, max_body: int) -> None:
-        self._max_read = min(max_body, LONGEST_READ)
-        self._readers = anyio.Semaphore(READERS)
-
-    async def response(self, error: Exception, session: UUID, scope: Scope, incoming: Incoming) -> Response:
-        """Return the response to a request that failed with an error; log and count it.
-
-        Args:
-            error: The error.
-            session: Key of the session that the request is for.
-            scope: ASGI scope of the request.
-            incoming: Body of the request, as far as it was read.
-        """
-        answer = refuse(error, session)
-        if answer.for_now and scope["method"] == "POST" and not incoming.whole:
-            await self._read(incoming)
-        return response_to(answer, scope, incoming.body if incoming.whole else None)
-
-    async def _read(self, incoming: Incoming) -> None:
-        if self._readers.statistics().tasks_waiting < MAX_WAITING:
-            with anyio.move_on_after(READ_TIMEOUT):
-                async with self._readers:
-                    await incoming.read(self._max_read)
-
-
-def log_unavailable(error: Exception, session: UUID) -> None:
-    """Log why a request that needs the store is refused.
-
-    Args:
-        error: The error of the store, or of a bug of ours.
-        session: Key of the session that the request is for.
-    """
-    if isinstance(error, SessionStoreError):
-        logger.warning("a request for the session %s is refused for now: %s", session, error)
-    else:
-        logger.error("a request for the session %s is refused because of an unexpected error", session, exc_info=error)
 
 
 def too_large() -> Response:

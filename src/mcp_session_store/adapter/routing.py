@@ -12,6 +12,7 @@ from starlette.requests import Request
 from mcp_session_store.adapter import responses
 from mcp_session_store.adapter.clock import now
 from mcp_session_store.adapter.outage import RequestWait
+from mcp_session_store.adapter.refusals import Refusals
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.requests import INITIALIZE, POSTED, READ_AT_ONCE, ClientGone, Incoming, Posted
 from mcp_session_store.adapter.responses import SessionNotFound
@@ -84,7 +85,7 @@ class Router:
         self._security = security
         self._has_event_store = has_event_store
         self._max_body = max_body
-        self._refusals = responses.Refusals(max_body)
+        self._refusals = Refusals(max_body, registry.log)
         self._departures = departures
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -179,7 +180,7 @@ class Router:
             return responses.METHOD_NOT_ALLOWED.response()
         try:
             if len(session_id) > MAX_SESSION_ID or not SESSION_ID_PATTERN.fullmatch(session_id):
-                raise SessionNotFound
+                raise SessionNotFound("malformed")
             if request.method == "DELETE":
                 await self._ender.delete(session_id, requestor, waits)
                 return responses.session_ended(session_id)

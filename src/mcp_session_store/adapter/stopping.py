@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.session_log import STOPPING
 
 if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
@@ -26,11 +27,12 @@ ANSWERS_TIMEOUT: Final = 6.0
 
 async def shut_down(registry: Registry, activity: ActivityReporter, recorder: EventRecorder | None) -> None:
     """Evict all copies, and store what is known of them, before the tasks of the manager are cancelled."""
+    registry.log.stopping(registry.resident)
     with anyio.move_on_after(ANSWERS_TIMEOUT + SHUTDOWN_TIMEOUT, shield=True):
         activity.gather(everything=True)
         # Concurrently, so that a slow store leaves no stream open, and no client leaves activity unreported.
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_report_all, activity)
+            tasks.start_soon(_report_all, activity, registry.log.namespace)
             if recorder is not None:
                 tasks.start_soon(recorder.instances.leave)
             # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
@@ -56,15 +58,15 @@ async def _evict(registry: Registry, session: ResidentSession) -> None:
         with anyio.move_on_after(ANSWERS_TIMEOUT):
             await session.events.recorded()
     with anyio.move_on_after(SHUTDOWN_TIMEOUT):
-        await registry.evict(session)
+        await registry.evict(session, STOPPING)
         if session.events is not None:
             # Or the tasks are cancelled before clients elsewhere can learn that their calls are lost.
             await session.events.abandoned.wait()
 
 
-async def _report_all(activity: ActivityReporter) -> None:
+async def _report_all(activity: ActivityReporter, namespace: str) -> None:
     try:
         with anyio.move_on_after(SHUTDOWN_TIMEOUT):
             await activity.report(everything=True)
     except Exception as error:
-        report_failure("activity", error)
+        report_failure("activity", error, namespace=namespace)

@@ -21,7 +21,14 @@ from mcp_session_store.records import (
     merged_activities,
 )
 from mcp_session_store.retention import MAY_BE_HELD, MIN_TOMBSTONE, RetentionPolicy, SweepReport
-from mcp_session_store.store import DEFAULT_NAMESPACE, MAX_JOURNAL_ENTRIES, SWEEP_LIMIT, SessionStore, checked_namespace
+from mcp_session_store.store import (
+    DEFAULT_NAMESPACE,
+    MAX_JOURNAL_ENTRIES,
+    SWEEP_LIMIT,
+    Absence,
+    SessionStore,
+    checked_namespace,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -150,8 +157,17 @@ class MemorySessionStore(SessionStore):
             self._changed(row)
 
     async def load(self, key: UUID) -> SessionRecord | None:
+        found = await self.find(key)
+        return None if isinstance(found, Absence) else found
+
+    async def find(self, key: UUID) -> SessionRecord | Absence:
         row = self._live(key)
-        return None if row is None else replace(row.record, loaded_at=self._data.now())
+        if row is not None:
+            return replace(row.record, loaded_at=self._data.now())
+        row = self._data.rows.get(key)
+        if row is None or row.record.namespace != self._namespace:
+            return Absence.UNKNOWN
+        return Absence.EXPIRED if row.ended in (None, EndReason.EXPIRED) else Absence.ENDED
 
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
         check_texts(instance=instance)
@@ -274,7 +290,10 @@ class MemorySessionStore(SessionStore):
         for row in old[:limit]:
             del self._data.rows[row.record.key]
         return SweepReport(
-            expired=len(expired[:limit]), purged=len(old[:limit]), more=len(expired) > limit or len(old) > limit
+            expired=len(expired[:limit]),
+            purged=len(old[:limit]),
+            more=len(expired) > limit or len(old) > limit,
+            lives=[(now - row.record.created_at).total_seconds() for row in expired[:limit]],
         )
 
 

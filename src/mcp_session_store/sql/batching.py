@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
+from mcp_session_store import telemetry
 from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed
 from mcp_session_store.sql.database import spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from mcp_session_store.sql.database import Attempt, Database, Lease
 
@@ -47,6 +49,7 @@ class Batcher(Generic[_Item, _Result]):
         database: Database to run statements on.
         execute: Runs the statement for some items, and returns their results in the same order. It may run again
             with the same items.
+        of: Attributes of its metrics: the operation and the namespace.
         writes: Whether the statement changes anything.
         max_batch: See `MAX_BATCH`.
         max_waiting: See `MAX_WAITING`.
@@ -58,6 +61,7 @@ class Batcher(Generic[_Item, _Result]):
         self,
         database: Database,
         execute: Callable[[Attempt, Sequence[_Item]], Awaitable[Sequence[_Result]]],
+        of: Mapping[str, str],
         *,
         writes: bool,
         max_batch: int = MAX_BATCH,
@@ -67,6 +71,7 @@ class Batcher(Generic[_Item, _Result]):
     ) -> None:
         self._database = database
         self._execute = execute
+        self._of = of
         self._writes = writes
         self._max_batch = max_batch
         self._max_waiting = max_waiting
@@ -148,9 +153,11 @@ class Batcher(Generic[_Item, _Result]):
                 async with self._database.lease(writes=self._writes) as lease:
                     carried = 0
                     for _ in range(BATCHES_PER_LEASE):
-                        carried += self._take()
+                        taken = self._take()
                         if not self._served:
                             break
+                        carried += taken
+                        self._count(taken)
                         try:
                             await self._serve(lease, self._served)
                         finally:
@@ -183,10 +190,30 @@ class Batcher(Generic[_Item, _Result]):
         self._served = batch
         return carried
 
+    def _count(self, taken: int) -> None:
+        """Record what shares the next statement, and for how long the first of it has waited."""
+        telemetry.statement_items.record(len(self._served), self._of)
+        if self._weigh is not None:
+            telemetry.statement_bytes.record(taken, self._of)
+        while self._deadlines and self._deadlines[0][1].done():
+            self._deadlines.popleft()
+        if self._deadlines:
+            waited = asyncio.get_running_loop().time() - self._deadlines[0][0] + self._database.timeout
+            telemetry.statement_waits.record(waited, self._of)
+
     async def _serve(self, lease: Lease, batch: dict[asyncio.Future[_Result], _Item]) -> None:
         items = list(batch.values())
+        began = time.monotonic()
+        failure = ""
         try:
-            results = await lease.run(lambda attempt: self._execute(attempt, items))
+            try:
+                results = await lease.run(lambda attempt: self._execute(attempt, items))
+            except BaseException as error:
+                failure = type(error).__qualname__
+                raise
+            finally:
+                attributes = {**self._of, telemetry.ERROR: failure} if failure else self._of
+                telemetry.statements.record(time.monotonic() - began, attributes)
         except InvalidValue as error:
             if len(batch) > 1:
                 await self._serve_halves(lease, batch)

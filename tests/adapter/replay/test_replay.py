@@ -17,7 +17,7 @@ from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 
 from mcp_session_store.adapter.replay.context import ReplayedContext
 from mcp_session_store.adapter.replay.replay import Replay
-from mcp_session_store.adapter.sessions.registry import Restore
+from mcp_session_store.adapter.sessions.restores import Restore
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, open_session

@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mcp_session_store import ConfigurationError, EndReason, RetentionPolicy, StoreUnavailable, durable_app, session_key
+from mcp_session_store import (
+    ConfigurationError,
+    EndReason,
+    RetentionPolicy,
+    StoreUnavailable,
+    durable_app,
+    session_key,
+    telemetry,
+)
 from mcp_session_store.adapter import manager as manager_module
-from mcp_session_store.adapter import telemetry
 from mcp_session_store.adapter.sessions.activity import checked_interval
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
 from tests.support.asgi import Client, until
@@ -404,7 +411,7 @@ async def test_an_activity_that_cannot_be_reported_is_logged_counted_and_reporte
         told = [record for record in caplog.records if "activity" in record.getMessage()]
         assert told
         assert {record.levelname for record in told} == {"ERROR" if fault == "bug" else "WARNING"}
-        assert failures.added.count({"task": "activity"}) >= 2
+        assert failures.added.count(telemetry.of("default", task="activity")) >= 2
         later = one.client()
         await later.begin()
         store.up()

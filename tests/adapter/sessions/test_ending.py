@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
-from mcp_session_store.adapter import background, telemetry
+from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key, telemetry
+from mcp_session_store.adapter import background
 from mcp_session_store.adapter import clock as adapter_clock
 from mcp_session_store.adapter.sessions import changes, restoring
 from mcp_session_store.adapter.sessions import resident as session_module
@@ -322,7 +322,7 @@ async def test_a_broken_listener_is_logged_counted_and_tried_again_and_polling_h
         session_id = await one.client().begin()
         await until(lambda: store.background["listen"] >= 3)
         assert "hints failed" in caplog.text
-        assert failures.count({"task": "hints"}) >= 2
+        assert failures.count(telemetry.of("default", task="hints")) >= 2
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0)
         # It recovers by itself.

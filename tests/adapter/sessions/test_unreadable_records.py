@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store import session_key
-from mcp_session_store.adapter import responses, telemetry
+from mcp_session_store import session_key, telemetry
+from mcp_session_store.adapter import refusals
 from mcp_session_store.errors import RecordUnreadable
 from mcp_session_store.records import Principal
 from tests.support.instances import instance, principal
@@ -30,7 +30,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     added: list[int] = []
 
     class Counter:
-        add = staticmethod(added.append)
+        def add(self, amount: int, _: dict[str, str]) -> None:
+            added.append(amount)
 
     monkeypatch.setattr(telemetry, "unreadable", Counter())
     return added
@@ -109,7 +110,7 @@ async def test_a_stranger_learns_and_causes_nothing_by_a_session_that_cannot_be_
 async def test_the_sessions_that_were_logged_are_not_kept_for_ever(
     store: FaultyStore, counted: list[int], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(responses, "MAX_REPORTED", 1)
+    monkeypatch.setattr(refusals, "MAX_REPORTED", 1)
     async with instance(store) as one:
         store.failing(RecordUnreadable("created_at"), "load")
         for session_id in ("1" * 32, "2" * 32, "1" * 32):

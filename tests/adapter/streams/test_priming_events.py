@@ -16,7 +16,8 @@ from mcp_session_store.adapter.streams.event_ids import TAG_SIZE, Cursor, EventI
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Follower, Followers
 from mcp_session_store.adapter.streams.instances import Instances
-from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
+from mcp_session_store.adapter.streams.recorder import EventRecorder
+from mcp_session_store.adapter.streams.sweeping import sweep_events
 from mcp_session_store.records import EventKind
 from mcp_session_store.settings import InstanceSettings
 from mcp_session_store.testing import new_session

@@ -16,7 +16,8 @@ from mcp_session_store import EventPolicy, StoreUnavailable
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Followers
 from mcp_session_store.adapter.streams.instances import Instances
-from mcp_session_store.adapter.streams.recorder import EventRecorder, sweep_events
+from mcp_session_store.adapter.streams.recorder import EventRecorder
+from mcp_session_store.adapter.streams.sweeping import sweep_events
 from mcp_session_store.testing import new_session
 from tests.support.asgi import Client, seen_by_a_client, until
 from tests.support.faulty_stores import FaultyLog

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import anyio
 import anyio.lowlevel
 from mcp.shared.jsonrpc_dispatcher import handler_exception_to_error_data
+from opentelemetry.trace import get_current_span
 
+from mcp_session_store import telemetry
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.replay.context import ReplayedContext, in_context, next_request_id
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
-from mcp_session_store.adapter.responses import RestoreFailed, SessionNotFound
+from mcp_session_store.adapter.responses import RestoreFailed, SessionNotFound, WhyNotFound
 from mcp_session_store.errors import RecordUnreadable
 from mcp_session_store.store import read_params
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
     from mcp.server.runner import ServerRunner
     from mcp_types import RequestId
+    from opentelemetry.trace import Link
     from starlette.types import Scope
 
     from mcp_session_store.records import JournalEntry, SessionRecord, SessionRestoreMarker
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["TOO_LONG", "Replay", "ReplayedCopy"]
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _OF_THE_BODY: Final = frozenset({b"content-length", b"content-type", b"content-encoding", b"transfer-encoding"})
 TOO_LONG: Final = "the replay of a session was cut short, or took too long"
@@ -95,6 +100,7 @@ class Replay:
         self._copy = copy
         self._timeout = timeout
         self._handler_done = Latch()
+        self._is_traced = get_current_span().is_recording()
         headers = [header for header in scope["headers"] if header[0] not in _OF_THE_BODY]
         headers.append((b"content-type", b"application/json"))
         self._scope = {**scope, RESTORE_MARKER: marker, "method": "POST", "headers": headers}
@@ -116,23 +122,49 @@ class Replay:
             return self._refuse_unreadable(str(error))
         if params is None:
             return self._refuse_unreadable("initialize has no params")
-        call = runner.on_request(self._request("initialize", text), "initialize", params)
+        call = self._handle(runner.on_request, self._request("initialize", text), "initialize", params)
         try:
             answer = await in_context(self._context.copy(), call)
         except Exception as error:
             _log_crash("initialize", error)
-            return self._refuse("the replayed initialize was answered by an error")
+            return self._refuse("the replayed initialize was answered by an error", "replay failed")
         except BaseException:
             self.cut_short()
             raise
         if answer.get("protocolVersion") != self._record.protocol_version:
-            return self._refuse("the replayed initialize negotiated another protocol version")
+            return self._refuse("the replayed initialize negotiated another protocol version", "other version")
         return True
 
-    def _refuse(self, reason: str) -> bool:
+    def _handle(
+        self,
+        handle: Callable[[ReplayedContext, str, dict[str, Any] | None], Awaitable[_T]],
+        context: ReplayedContext,
+        method: str,
+        params: dict[str, Any] | None,
+    ) -> Awaitable[_T]:
+        links: Sequence[Link] = ()
+        if params is not None and "_meta" in params:
+            params, links = telemetry.without_trace(params)
+        if not self._is_traced:
+            return handle(context, method, params)
+        return self._handle_traced(handle(context, method, params), method, links)
+
+    async def _handle_traced(self, handled: Awaitable[_T], method: str, links: Sequence[Link]) -> _T:
+        """Have a message handled within a span that says that the message is replayed."""
+        marks: dict[str, str | int | bool] = {telemetry.REPLAYED: True, "mcp.method.name": method}
+        key = self._record.key
+        span = telemetry.begin_span("replay", self._record.namespace, key=key, links=links, attributes=marks)
+        with telemetry.within(span):
+            try:
+                return await handled
+            except Exception as error:
+                telemetry.fail_span(span, error)
+                raise
+
+    def _refuse(self, reason: str, short: WhyNotFound) -> bool:
         # The record stays: in a rolling deploy other instances still serve the session.
         logger.warning("the session %s cannot be restored by this instance: %s", self._record.key, reason)
-        self._on_failure(SessionNotFound())
+        self._on_failure(SessionNotFound(short))
         return False
 
     def _refuse_unreadable(self, reason: str) -> bool:
@@ -187,7 +219,7 @@ class Replay:
         body = b'{"jsonrpc":"2.0","method":"%s"}' % _INITIALIZED.encode()
         context = ReplayedContext(None, self._scope, body, self._runner.connection.outbound)
         try:
-            await self._runner.on_notify(context, _INITIALIZED, None)
+            await self._handle(self._runner.on_notify, context, _INITIALIZED, None)
         finally:
             self._copy.finished(None)
             self._handler_done.set()
@@ -195,7 +227,7 @@ class Replay:
     async def _call(self, entry: JournalEntry, params: dict[str, Any] | None, answered: Latch) -> None:
         context = self._request(entry.method, entry.params)
         try:
-            await self._runner.on_request(context, entry.method, params)
+            await self._handle(self._runner.on_request, context, entry.method, params)
         except Exception as error:
             _log_crash(entry.method, error)
             logger.warning(

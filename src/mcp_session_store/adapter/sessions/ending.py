@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import anyio
 
-from mcp_session_store.adapter import telemetry
+from mcp_session_store import telemetry
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.responses import SESSION_ENDED, SessionNotFound, ShuttingDown
+from mcp_session_store.adapter.session_log import ENDED, IDLE
 from mcp_session_store.adapter.sessions.changes import ChangeWatch
 from mcp_session_store.errors import SessionStoreError
 from mcp_session_store.records import EndReason, SessionRecord, session_key
-from mcp_session_store.retention import SweepPace
+from mcp_session_store.retention import SweepPace, SweepReport
 from mcp_session_store.store import LEAST_SWEEP, SWEEP_LIMIT
 
 if TYPE_CHECKING:
@@ -119,19 +120,22 @@ class Ender:
     async def _delete(self, session_id: str, requestor: AuthorizationContext | None, request: RequestWait) -> None:
         session = self._registry.get(session_id)
         key = session_key(session_id)
+        record: SessionRecord | None = None
         if session is None or session.owner != requestor:
-            await self._lookup.record_of(key, requestor, request)
+            record = await self._lookup.record_of(key, requestor, request)
         ended = await self._store.end(key, request, reason=EndReason.CLIENT)
         if (interest := self._registry.interest_in(key)) is not None:
             interest.ended = True
         if not ended:
             # It ended elsewhere.
             await self.end_not_live([key])
-            raise SessionNotFound
+            raise SessionNotFound("ended")
         session = self._registry.get(session_id)
         if session is not None:
-            await self._registry.evict(session, answer=SESSION_ENDED)
-        telemetry.ended.add(1, {"reason": EndReason.CLIENT.value})
+            await self._registry.evict(session, ENDED, answer=SESSION_ENDED)
+            record = session.record
+        lived = _age(record) if session is None else session.lifetime.age
+        self._registry.log.ended(key, EndReason.CLIENT, record, lived=lived, counts=True)
         if session is not None:
             await self._notify_application(session, EndReason.CLIENT)
 
@@ -155,7 +159,7 @@ class Ender:
             try:
                 await self.changes.poll()
             except SessionStoreError as error:
-                report_failure("changes", error)
+                report_failure("changes", error, namespace=self._registry.log.namespace)
             # A session that did not end has expired.
             self._end_expired(keys)
 
@@ -167,17 +171,24 @@ class Ender:
         """Sweep the store until nothing is left to sweep."""
         # A session in use here must not look unused: nothing is swept until the activity is reported.
         await self.report()
+        log = self._registry.log
         pace = SweepPace(SWEEP_LIMIT, least=LEAST_SWEEP)
-        while True:
-            began = anyio.current_time()
-            swept = await self._store.inner.sweep(limit=pace.limit)
-            if swept.expired:
-                telemetry.ended.add(swept.expired, {"reason": EndReason.EXPIRED.value})
-            if swept.purged:
-                telemetry.purged.add(swept.purged)
-            if not swept.more:
-                break
-            await anyio.sleep(pace.pause_after(swept, anyio.current_time() - began))
+        total = SweepReport()
+        with telemetry.within(telemetry.begin_span("sweep", log.namespace)) as span:
+            try:
+                while True:
+                    began = anyio.current_time()
+                    swept = await self._store.inner.sweep(limit=pace.limit)
+                    total += swept
+                    log.swept(swept)
+                    if not swept.more:
+                        break
+                    await anyio.sleep(pace.pause_after(swept, anyio.current_time() - began))
+            except Exception as error:
+                telemetry.fail_span(span, error)
+                raise
+            finally:
+                log.sweep_over(total)
 
     async def verify(self) -> None:
         """Find out which of all sessions in memory are not live any more, and stop serving them."""
@@ -193,7 +204,7 @@ class Ender:
             if session.lifetime.past_absolute:
                 self._end_copy(session, EndReason.EXPIRED)
             elif session.past_idle and not session.busy:
-                self._registry.evict_soon(session)
+                self._registry.evict_soon(session, IDLE)
 
     def _end_expired(self, keys: Collection[UUID]) -> None:
         for key in keys:
@@ -202,7 +213,10 @@ class Ender:
 
     def _end_copy(self, session: ResidentSession, reason: EndReason) -> None:
         """Stop serving a session that has ended, and notify the application."""
-        self._registry.unpublish(session)
+        if session.record is not None and not session.stopping:
+            log, age = self._registry.log, session.lifetime.age
+            log.ended(session.record.key, reason, session.record, lived=age, counts=False)
+        self._registry.unpublish(session, ENDED)
 
         async def end() -> None:
             await self._registry.stop(session, answer=SESSION_ENDED)
@@ -222,3 +236,10 @@ class Ender:
                 await self._on_end(record, reason)
         except Exception:
             logger.exception("the on_end hook failed for the session %s", session.record.key)
+
+
+def _age(record: SessionRecord | None) -> float | None:
+    """Return the seconds from the opening of a session to the load of its record, by the store's clock."""
+    if record is None or record.loaded_at is None:
+        return None
+    return (record.loaded_at - record.created_at).total_seconds()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from mcp_session_store.adapter import clock
+from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.settings import checked_seconds
 
 if TYPE_CHECKING:
     from mcp_session_store.records import SessionRecord
-    from mcp_session_store.retention import RetentionPolicy
+    from mcp_session_store.store import SessionStore
 
-__all__ = ["Lifetime"]
+__all__ = ["Lifetime", "set_idle"]
 
 
 class Lifetime:
@@ -39,7 +43,12 @@ class Lifetime:
         is part of each handshake. A stream that the client keeps open for half of that life is.
         """
         self.opened_at = -math.inf
-        """Moment at which a session that is not used was opened."""
+        """Moment at which the session was opened."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since the session was opened."""
+        return clock.now() - self.opened_at
 
     @property
     def past_absolute(self) -> bool:
@@ -62,8 +71,7 @@ class Lifetime:
         if loaded_at is not None and record.loaded_at is not None:
             moment, stored_at = loaded_at, record.loaded_at
         self.used = not new and record.last_seen_at > record.created_at
-        if not self.used:
-            self.opened_at = moment - (stored_at - record.created_at).total_seconds()
+        self.opened_at = moment - (stored_at - record.created_at).total_seconds()
         if policy.absolute is not None:
             self.ends_at = moment + (record.created_at + policy.absolute - stored_at).total_seconds()
         if new:
@@ -84,3 +92,16 @@ class Lifetime:
         self.reported_at = moment
         self.idle = math.inf if policy.idle is None else policy.idle.total_seconds()
         self.expiry_reported = min(moment + self.idle, self.ends_at)
+
+
+def set_idle(store: SessionStore, session_idle_timeout: float | None) -> None:
+    """Make the SDK's idle timeout the idle time of a store's policy."""
+    if session_idle_timeout is not None:
+        checked_seconds("session_idle_timeout", session_idle_timeout)
+    idle = None if session_idle_timeout is None else timedelta(seconds=session_idle_timeout)
+    policy = store.retention
+    if "idle" in policy.model_fields_set and policy.idle != idle:
+        raise ConfigurationError(
+            "session_idle_timeout and the retention policy's idle say the same; leave session_idle_timeout out"
+        )
+    store.retention = RetentionPolicy.model_validate(policy.model_dump(exclude_unset=True) | {"idle": idle})

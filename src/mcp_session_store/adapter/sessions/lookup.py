@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from mcp_session_store.adapter.responses import SessionNotFound
+from mcp_session_store.adapter.responses import SessionNotFound, WhyNotFound
 from mcp_session_store.errors import RecordUnreadable
 from mcp_session_store.records import Principal
+from mcp_session_store.store import Absence
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from mcp_session_store.records import SessionRecord
 
 __all__ = ["Lookup", "principal_of"]
+
+
+OF_ANOTHER: Final[WhyNotFound] = "another principal"
+"""Reason for which a request is refused that is not of the session's principal."""
 
 
 class Lookup:
@@ -47,13 +52,15 @@ class Lookup:
         """
         principal = principal_of(requestor)
         try:
-            record = await self._store.load(key, waits)
+            record = await self._store.find(key, waits)
         except RecordUnreadable as error:
             if error.digest_known and error.digest != (None if principal is None else principal.digest):
-                raise SessionNotFound from None
+                raise SessionNotFound(OF_ANOTHER) from None
             raise
-        if record is None or record.principal != principal:
-            raise SessionNotFound
+        if isinstance(record, Absence):
+            raise SessionNotFound(record.value)
+        if record.principal != principal:
+            raise SessionNotFound(OF_ANOTHER)
         return record
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from mcp_session_store.adapter.refusals import refuse
 from mcp_session_store.adapter.requests import INITIALIZE
-from mcp_session_store.adapter.responses import MemoryFull, refuse, response_to
+from mcp_session_store.adapter.responses import MemoryFull, response_to
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
@@ -61,7 +62,7 @@ class Opener:
         try:
             session = self._admission.admit(session_id, requestor, opens=opens)
         except MemoryFull as error:
-            answer = refuse(error, session_key(session_id))
+            answer = refuse(error, session_key(session_id), self._registry.log)
             await response_to(answer, scope, incoming.body)(scope, receive, send)
             return
         # Until it is answered it is in use.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.outage import Gate, Waits
     from mcp_session_store.records import EndReason, JournalEntry, NewSession, SessionRecord
-    from mcp_session_store.store import SessionStore
+    from mcp_session_store.store import Absence, SessionStore
 
 __all__ = ["PatientStore"]
 
@@ -34,18 +34,18 @@ class PatientStore:
         """The store itself, for calls that do not wait."""
         self.gate = gate
 
-    async def load(self, key: UUID, waits: Waits) -> SessionRecord | None:
-        """See `SessionStore.load`."""
+    async def find(self, key: UUID, waits: Waits) -> SessionRecord | Absence:
+        """See `SessionStore.find`."""
         gate = self.gate
         failures = 0
         if gate.is_open:
             outage = gate.outages
             try:
-                return await self.inner.load(key)
+                return await self.inner.find(key)
             except WAITED_FOR as error:
                 gate.failed(error, outage)
                 failures = 1
-        return await gate.answer_to(lambda: self.inner.load(key), waits, failures=failures)
+        return await gate.answer_to(lambda: self.inner.find(key), waits, failures=failures)
 
     async def create(self, session: NewSession, waits: Waits) -> SessionRecord:
         """See `SessionStore.create`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Final
 
-from mcp_session_store.adapter import telemetry
-from mcp_session_store.adapter.responses import log_unavailable, refuse
+from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock
+from mcp_session_store.adapter.refusals import log_refusal, reason_of, refuse
 from mcp_session_store.adapter.sessions.lookup import principal_of
 from mcp_session_store.errors import JournalFull
 from mcp_session_store.records import NewSession, session_key
@@ -78,15 +79,19 @@ class RecordWriter:
         Raises:
             SessionStoreError: The handshake could not be stored.
         """
-        try:
-            if session.record is None:
-                await self._create(session, params, version, request)
-                return True
-            async with session.recording:
-                return await self._replace(session, session.record, params, version, request)
-        except Exception as error:
-            refuse(error, session_key(session.session_id))
-            raise
+        log, key = self._registry.log, session_key(session.session_id)
+        with telemetry.within(telemetry.begin_span("handshake", log.namespace, key=key)) as span:
+            try:
+                if session.record is None:
+                    await self._create(session, params, version, request)
+                    return True
+                async with session.recording:
+                    return await self._replace(session, session.record, params, version, request)
+            except Exception as error:
+                refuse(error, key, log)
+                log.not_opened(reason_of(error), seconds=clock.now() - request.arrived)
+                telemetry.fail_span(span, error)
+                raise
 
     async def _create(
         self, session: ResidentSession, params: InitializeParams, version: str, request: RequestWait
@@ -109,7 +114,7 @@ class RecordWriter:
             self._registry.withdraw()
             raise
         session.stored(record, self._store.inner.retention, new=True)
-        telemetry.created.add(1)
+        self._registry.log.opened(record, seconds=clock.now() - request.arrived)
         # Only now does another copy leave: a handshake that fails, whatever for, evicts none.
         self._registry.opened(session)
 
@@ -138,6 +143,7 @@ class RecordWriter:
                 client_version=params.client_version,
                 revision=record.revision + 1,
             )
+            self._registry.log.opened_again(seconds=clock.now() - request.arrived)
             # The `notifications/initialized` that follows is not the one that was replayed.
             session.loop.swallow_initialized = False
         else:
@@ -162,7 +168,7 @@ class RecordWriter:
             except JournalFull:
                 raise
             except Exception as error:
-                log_unavailable(error, session.record.key)
+                log_refusal(error, session.record.key, self._registry.log)
                 raise
             if revision is None:
                 await self._on_not_live([session.record.key])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from mcp_session_store.adapter import telemetry
+from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import report_failure
-from mcp_session_store.adapter.outage import SharedWait
+from mcp_session_store.adapter.refusals import reason_of
 from mcp_session_store.adapter.responses import MemoryFull
+from mcp_session_store.adapter.session_log import CLOSED, IDLE, MEMORY_FULL, NOT_RESTORED, STALE
 from mcp_session_store.adapter.sessions.eviction import EvictionOrder
+from mcp_session_store.adapter.sessions.restores import Interest
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http import StreamableHTTPServerTransport
 
     from mcp_session_store.adapter.sdk import ManagerTasks
+    from mcp_session_store.adapter.session_log import SessionLog
     from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.adapter.sessions.restores import Restore
 
-__all__ = ["Interest", "Registry", "Restore"]
+__all__ = ["Registry"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,72 +39,6 @@ OPENING: Final = 100
 
 They bound what requests take that turn out not to open a session.
 """
-
-
-class Interest:
-    """What is heard of a session from before the load of its record until its copy is published."""
-
-    __slots__ = ("ended", "holders", "key", "stale_since")
-
-    def __init__(self, key: UUID) -> None:
-        self.key = key
-        self.holders = 0
-        """Number of requests and restores that hold this."""
-        self.ended = False
-        """Whether the session ended."""
-        self.stale_since = 0
-        """Highest revision of the record that was heard of, or loaded."""
-
-
-class Restore(SharedWait):
-    """One restore under way, and what the requests that wait for it need to know.
-
-    Args:
-        session_id: Id of the session.
-        interest: What is heard of the session.
-        previous_instance: Id of the instance that created or restored the session before.
-        restores: Number of restores before this one.
-        loaded_at: Moment, by `clock`, at which the record was loaded.
-        arrived: Arrival of the request that caused it.
-    """
-
-    __slots__ = (
-        "copy",
-        "deadline",
-        "failure",
-        "interest",
-        "loaded_at",
-        "previous_instance",
-        "restores",
-        "session",
-        "session_id",
-    )
-
-    def __init__(
-        self,
-        session_id: str,
-        interest: Interest,
-        *,
-        previous_instance: str,
-        restores: int,
-        loaded_at: float,
-        arrived: float,
-    ) -> None:
-        super().__init__(arrived)
-        self.session_id = session_id
-        self.interest = interest
-        interest.holders += 1
-        self.previous_instance = previous_instance
-        self.restores = restores
-        self.loaded_at = loaded_at
-        self.copy: ResidentSession | None = None
-        """The copy that is being made."""
-        self.deadline = math.inf
-        """Moment, by anyio's clock, at which the replay takes too long."""
-        self.session: ResidentSession | None = None
-        """The restored session, when the restore is over and succeeded."""
-        self.failure: Exception | None = None
-        """Why the restore failed, when it is over and failed."""
 
 
 class Registry:
@@ -112,6 +50,7 @@ class Registry:
         transports: The SDK's table of resident transports, which the registry keeps true.
         owners: The SDK's table of the principals of resident sessions, which the registry keeps true.
         tasks: Task group in which copies are evicted in the background.
+        log: Log of what becomes of sessions.
         capacity: Highest number of copies in memory; `None`: any number.
     """
 
@@ -120,9 +59,12 @@ class Registry:
         transports: MutableMapping[str, StreamableHTTPServerTransport],
         owners: MutableMapping[str, AuthorizationContext],
         tasks: ManagerTasks,
+        log: SessionLog,
         *,
         capacity: int | None,
     ) -> None:
+        self.log: Final = log
+        """Log of what becomes of sessions."""
         self._transports = transports
         self._owners = owners
         self._tasks = tasks
@@ -141,6 +83,21 @@ class Registry:
         """Number of copies that are being opened. They have no place until their handshake is committed."""
         self._promised = 0
         """Number of places that handshakes are promised which are being committed."""
+
+    @property
+    def resident(self) -> int:
+        """Number of copies that requests find."""
+        return len(self._published)
+
+    @property
+    def busy(self) -> int:
+        """Number of those that are busy."""
+        return max(len(self._published) - len(self._idle), 0)
+
+    @property
+    def streams(self) -> int:
+        """Number of GET streams that are open."""
+        return sum(session.streams for session in list(self._published.values()))
 
     def __iter__(self) -> Iterator[ResidentSession]:
         return iter(list(self._published.values()))
@@ -193,6 +150,9 @@ class Registry:
         else:
             self.evict_if_stale(session)
         restore.session = session
+        assert session.record is not None
+        assert session.marker is not None
+        self.log.restored(session.record, session.marker, seconds=clock.now() - restore.loaded_at)
         self._end(restore)
 
     def not_restored(self, restore: Restore, failure: Exception) -> None:
@@ -200,14 +160,17 @@ class Registry:
         if restore.is_over:
             return
         if restore.copy is not None:
-            self.unpublish(restore.copy)
+            self.unpublish(restore.copy, NOT_RESTORED)
         restore.failure = failure
+        self.log.not_restored(reason_of(failure), seconds=clock.now() - restore.loaded_at)
+        telemetry.fail_span(restore.span, failure)
         self._end(restore)
 
     def _end(self, restore: Restore) -> None:
         restore.copy = None
         del self.restores[restore.session_id]
         self.lose_interest(restore.interest)
+        restore.span.end()
         restore.end()
 
     def enter(self, owner: AuthorizationContext | None, *, opens: bool) -> None:
@@ -283,7 +246,6 @@ class Registry:
             self._refuse()
 
     def _refuse(self) -> NoReturn:
-        logger.warning("%d sessions are in memory, as many as max_sessions allows", self.reserved)
         raise MemoryFull
 
     def _make_room(self, session: ResidentSession) -> None:
@@ -292,7 +254,7 @@ class Registry:
         if evicted.busy:
             key = session_key(evicted.session_id)
             logger.warning("the session %s leaves memory to make room, and the calls that it runs are lost", key)
-        self.evict_soon(evicted, lost=evicted.busy)
+        self.evict_soon(evicted, MEMORY_FULL, lost=evicted.busy)
 
     def publish(self, session: ResidentSession) -> None:
         """Let requests find a copy."""
@@ -314,7 +276,7 @@ class Registry:
         if self._published.get(session.session_id) is session:
             self._idle[session] = None
         if session.stale and not session.stopping:
-            self.evict_soon(session)
+            self.evict_soon(session, STALE)
 
     def evict_if_stale(self, session: ResidentSession) -> None:
         """Evict an idle copy when another copy has changed what a restore replays.
@@ -322,31 +284,33 @@ class Registry:
         The next request restores all of it.
         """
         if session.stale and not session.busy and not session.stopping:
-            self.evict_soon(session)
+            self.evict_soon(session, STALE)
 
     def evict_idle(self, since: float) -> None:
         """Evict the idle copies whose clients have not been in contact since a moment of `clock`, in the background."""
         for session in [session for session in self._idle if session.last_contact <= since]:
-            self.evict_soon(session)
+            self.evict_soon(session, IDLE)
 
-    def evict_soon(self, session: ResidentSession, *, lost: bool = False) -> None:
+    def evict_soon(self, session: ResidentSession, reason: str = CLOSED, *, lost: bool = False) -> None:
         """Unpublish a copy and stop it in the background.
 
         Args:
             session: The copy.
+            reason: Why it leaves memory, for the metric and the log.
             lost: Whether its calls in flight are answered by the error for lost ones.
         """
-        self.unpublish(session)
+        self.unpublish(session, reason)
         self._tasks.start_soon(partial(self.stop, session, lost=lost))
 
-    async def evict(self, session: ResidentSession, *, answer: str | None = None) -> None:
+    async def evict(self, session: ResidentSession, reason: str = CLOSED, *, answer: str | None = None) -> None:
         """Unpublish a copy and stop it.
 
         Args:
             session: The copy.
+            reason: Why it leaves memory, for the metric and the log.
             answer: Message of the JSON-RPC error with which its calls in flight are answered; `None`: they get none.
         """
-        self.unpublish(session)
+        self.unpublish(session, reason)
         await session.stop(answer=answer)
 
     async def evict_transport(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
@@ -355,8 +319,13 @@ class Registry:
         if session is not None and session.transport is transport:
             await self.evict(session)
 
-    def unpublish(self, session: ResidentSession) -> None:
-        """Let no request find a copy any more, and free its capacity; a successor under the same id stays."""
+    def unpublish(self, session: ResidentSession, reason: str = CLOSED) -> None:
+        """Let no request find a copy any more, and free its capacity; a successor under the same id stays.
+
+        Args:
+            session: The copy.
+            reason: Why it leaves memory, for the metric and the log.
+        """
         if self._published.get(session.session_id) is session:
             del self._published[session.session_id]
             self._owners.pop(session.session_id, None)
@@ -373,7 +342,7 @@ class Registry:
             else:
                 self._opening -= 1
             if session.record is not None:
-                telemetry.evicted.add(1)
+                self.log.evicted(session.record, reason)
             if session.loop.running and not session.loop.stopped.is_set():
                 self._stopping[session.session_id] = session
 
@@ -382,7 +351,7 @@ class Registry:
         try:
             await session.stop(answer=answer, lost=lost)
         except Exception as error:
-            report_failure("eviction", error, key=session_key(session.session_id))
+            report_failure("eviction", error, key=session_key(session.session_id), namespace=self.log.namespace)
 
     def on_stopped(self, session: ResidentSession) -> None:
         """Forget a copy whose server task has ended: evicted, crashed, or its transport terminated by others."""

@@ -9,13 +9,16 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import anyio
+from opentelemetry.trace import get_current_span, use_span
 
-from mcp_session_store.adapter import clock, telemetry
+from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
 from mcp_session_store.adapter.replay.request_ids import RequestIds
 from mcp_session_store.adapter.responses import MemoryFull, RestoreFailed, SessionNotFound, ShuttingDown
-from mcp_session_store.adapter.sessions.registry import Restore
+from mcp_session_store.adapter.session_log import STALE
+from mcp_session_store.adapter.sessions.restores import Restore
 from mcp_session_store.errors import RestoreRefused, SessionStoreError, StoreUnavailable
 from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker, session_key
 
@@ -32,8 +35,9 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.changes import ChangeWatch
     from mcp_session_store.adapter.sessions.lookup import Lookup
     from mcp_session_store.adapter.sessions.patient_store import PatientStore
-    from mcp_session_store.adapter.sessions.registry import Interest, Registry
+    from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.adapter.sessions.restores import Interest
 
 __all__ = ["RestoreHook", "Restorer"]
 
@@ -140,7 +144,8 @@ class Restorer:
         """
         restore = self._registry.restores.get(session_id)
         # The client may have changed the session elsewhere before it sent a request that joins.
-        interest.stale_since = max(interest.stale_since, record.revision)
+        if record.revision > interest.stale_since:
+            interest.stale_since = record.revision
         if restore is None:
             # A claim that has not left yet counts as if it were stored.
             restores, instance = self._before_unanswered(record)
@@ -154,10 +159,13 @@ class Restorer:
                 restores=restores,
                 loaded_at=clock.now(),
                 arrived=request.arrived,
+                span=telemetry.begin_span("restore", record.namespace, key=interest.key),
             )
             # In the manager's task group: the disconnect of this request fails no other. The task inherits this
             # request's context variables.
             self._tasks.start_soon(self._run_restore, restore, record, requestor, scope, RESTORE_ATTEMPTS)
+        else:
+            restore.span.add_link(get_current_span().get_span_context())
         restore.waiters += 1
         try:
             await restore.over_or_waiting.wait()
@@ -186,7 +194,9 @@ class Restorer:
     ) -> None:
         """Make a copy of a session, restore it, and serve it until it leaves memory."""
         try:
-            session = await self._admitted(restore, record, requestor, scope, attempts)
+            # The replay takes the context as it is then.
+            with use_span(restore.span, record_exception=False, set_status_on_exception=False):
+                session = await self._admitted(restore, record, requestor, scope, attempts)
         except BaseException as error:
             self._registry.not_restored(restore, self._failure(error, record))
             if isinstance(error, Exception) or (
@@ -287,13 +297,13 @@ class Restorer:
             else:
                 claimed = await self._claimed(record.key, restore)
             if claimed is None or interest.ended:
-                raise SessionNotFound
+                raise SessionNotFound("ended")
             if not session.serving:
                 raise RestoreFailed("the server loop of a session ended while it was being restored")
             if claimed.revision == record.revision:
                 session.stored(claimed, self._store.inner.retention, new=False, loaded_at=loaded_at)
                 if session.lifetime.past_absolute:
-                    raise SessionNotFound
+                    raise SessionNotFound("expired")
                 if loaded_at is not None:
                     self._activity.claim(
                         record.key, restores=marker.restores, since=loaded_at, used=session.lifetime.used
@@ -303,12 +313,11 @@ class Restorer:
                     session_id=marker.session_id,
                     created_at=marker.created_at,
                     restored_at=marker.restored_at,
-                    restores=max(claimed.restores, marker.restores),
+                    restores=max(marker.restores, claimed.restores),
                     previous_instance=marker.previous_instance,
                     replaying=False,
                 )
                 self._registry.restored(restore, session)
-                telemetry.restored.add(1)
                 return True
             if attempts == 1:
                 raise RestoreFailed("the session kept changing while it was restored")
@@ -317,7 +326,7 @@ class Restorer:
             return False
         # Another instance has replaced meanwhile what was replayed here.
         restore.restores = claimed.restores
-        self._registry.unpublish(session)
+        self._registry.unpublish(session, STALE)
         self._tasks.start_soon(self._run_restore, restore, claimed, session.owner, scope, attempts - 1)
         return False
 
@@ -370,5 +379,6 @@ class Restorer:
                 await hook(marker, record)
         except RestoreRefused:
             await self._store.end(record.key, restore, reason=EndReason.REFUSED)
-            telemetry.ended.add(1, {"reason": EndReason.REFUSED.value})
-            raise SessionNotFound from None
+            lived = None if record.loaded_at is None else (record.loaded_at - record.created_at).total_seconds()
+            self._registry.log.ended(record.key, EndReason.REFUSED, record, lived=lived, counts=True)
+            raise SessionNotFound("refused") from None

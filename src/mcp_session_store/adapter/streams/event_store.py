@@ -319,7 +319,7 @@ class SessionEvents(EventStore):
                 text = None if message is None else message.model_dump_json(by_alias=True, exclude_unset=True)
             except ValueError as error:
                 # The SDK cannot send it either.
-                report_failure("events", error, key=self.key)
+                report_failure("events", error, key=self.key, namespace=self.recorder.log.namespace)
                 if stream is None or not kind.final:
                     return ""
                 kind, text = EventKind.ERROR, call_error(stream.request_id, NOT_JSON, reason="lost")
@@ -371,7 +371,7 @@ class SessionEvents(EventStore):
                 )
             )
         except Exception as error:
-            report_failure("events", error, key=self.key)
+            report_failure("events", error, key=self.key, namespace=self.recorder.log.namespace)
             return ""
 
     def _note_newest(self, sequence: int) -> None:

@@ -203,7 +203,7 @@ class Followers:
                 await self._log.follow(keys)
             except Exception as error:
                 # Polling is enough. A log that one of them has locked would keep all from it.
-                report_failure("notifications", error)
+                report_failure("notifications", error, namespace=self._log.namespace)
             self._asked_at = now
         if now - self._standalone_at > STANDALONE_INTERVAL:
             keys.update(key for key in self._by_session if self.of(key, STANDALONE_STREAM))

@@ -82,7 +82,7 @@ class Instances:
         try:
             await self.beat()
         except Exception as error:
-            report_failure("heartbeat", error)
+            report_failure("heartbeat", error, namespace=self._log.namespace)
 
     async def beat(self) -> None:
         """Store a heartbeat of this instance.

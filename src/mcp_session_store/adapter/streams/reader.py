@@ -230,7 +230,7 @@ class StreamReader:
                     return None  # while it waited, by a later response
                 page = await self._recorder.log.read(self._key, self.cursor.stream, after=self._seen)
         except Exception as error:
-            report_failure("streams", error, key=self._key)
+            report_failure("streams", error, key=self._key, namespace=self._recorder.log.namespace)
             # The client keeps its connection, and gets the rest when it can be read.
             await self._follower.wait(self._seen, seconds=RETRY, pause=True)
             return None

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import anyio
 
-from mcp_session_store.adapter import telemetry
+from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import Wake, report_failure, run_every
+from mcp_session_store.adapter.session_log import SessionLog
 from mcp_session_store.adapter.streams.backlog import STORED_AT_ONCE, Backlog, ends_call
 from mcp_session_store.adapter.streams.calls import CallStream, call_error
 from mcp_session_store.adapter.streams.circuit import Circuit
@@ -25,9 +27,8 @@ from mcp_session_store.errors import (
     StoreMisconfigured,
     StoreUnavailable,
 )
-from mcp_session_store.event_log import EVENT_SWEEP_LIMIT, LARGE_APPEND, LEAST_EVENT_SWEEP, NO_SESSION
+from mcp_session_store.event_log import LARGE_APPEND, NO_SESSION
 from mcp_session_store.records import EventKind, NewEvent, message_bytes
-from mcp_session_store.retention import SweepPace
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.streams.instances import Instances
     from mcp_session_store.event_log import EventLog
 
-__all__ = ["EventRecorder", "Outcome", "Recorded", "sweep_events"]
+__all__ = ["EventRecorder", "Outcome", "Recorded"]
 
 Deliver: TypeAlias = Callable[[bool], bool]
 """Delivers an event that is not stored to a client, and returns whether it could. Its argument allows followers of the
@@ -98,12 +99,19 @@ class EventRecorder:
         log: Log that stores the events.
         followers: Open responses, which are woken by what is stored.
         instances: This instance, whose heartbeats come before its events.
+        session_log: Log of what becomes of sessions; one of its own unless given.
     """
 
-    def __init__(self, log: EventLog, followers: Followers, instances: Instances) -> None:
+    def __init__(
+        self, log: EventLog, followers: Followers, instances: Instances, session_log: SessionLog | None = None
+    ) -> None:
         self.log = log
         self.followers = followers
         self.instances = instances
+        self.session_log: Final = SessionLog(log.namespace) if session_log is None else session_log
+        """Log of what becomes of sessions."""
+        self._of_all: Final = telemetry.of(log.namespace)
+        self._of: Final = {outcome: telemetry.of(log.namespace, outcome=outcome.value) for outcome in Outcome}
         self.turns: Final = Turns()
         """Turns of the sessions at reading the log."""
         self.unfinished: dict[str, CallStream] = {}
@@ -142,7 +150,7 @@ class EventRecorder:
             # Storing is not tried as well, because the call that asks has waited long enough.
             self._went_down(error)
         except Exception as error:
-            report_failure("events", error, key=key)
+            report_failure("events", error, key=key, namespace=self.log.namespace)
         return None
 
     async def record(
@@ -168,7 +176,7 @@ class EventRecorder:
                 stream.under_way -= 1
             if recorded.outcome is Outcome.STORED:
                 stream.idle = False
-        telemetry.events.add(1, {"outcome": recorded.outcome.value})
+        telemetry.events.add(1, self._of[recorded.outcome])
         if ends_call(event) and recorded.outcome is not Outcome.BACKLOG:
             self.unfinished.pop(event.stream, None)
         return recorded
@@ -189,11 +197,11 @@ class EventRecorder:
             except _DOWN as error:
                 self._failed(error, event)
                 if not self._circuit.is_open:
-                    report_failure("events", error, key=key)
+                    report_failure("events", error, key=key, namespace=self.log.namespace)
                 attempted = True
             except Exception as error:
                 # The log refuses this event.
-                report_failure("events", error, key=key)
+                report_failure("events", error, key=key, namespace=self.log.namespace)
                 delivered = deliver(key not in self._backlog.sessions)
                 if not ends_call(event):
                     return Recorded(Outcome.LIVE if delivered else Outcome.LOST)
@@ -212,7 +220,9 @@ class EventRecorder:
 
     async def _append(self, key: UUID, *events: NewEvent, again: bool) -> int | None:
         """Store events and wake their followers; return the sequence of the first."""
+        began = clock.now()
         sequence = await self.log.append(key, events, again=again)
+        telemetry.appended.record(clock.now() - began, self._of_all)
         if sequence is not None:
             for place, event in enumerate(events):
                 self.followers.advance(key, event.stream, sequence + place)
@@ -227,7 +237,7 @@ class EventRecorder:
             self._went_down(failure)
             return Recorded(self._add_to_backlog(key, instead, owner, uncertain=True))
         except Exception as failure:
-            report_failure("events", failure, key=key)
+            report_failure("events", failure, key=key, namespace=self.log.namespace)
         return Recorded(Outcome.LOST)
 
     def _instead_of(self, event: NewEvent, reason: str) -> NewEvent:
@@ -246,7 +256,7 @@ class EventRecorder:
 
     def _dropped(self, number: int, followed: Followed) -> None:
         """Note that events of the backlog are lost, so that later events of their calls follow the ones before them."""
-        telemetry.events.add(number, {"outcome": Outcome.LOST.value})
+        telemetry.events.add(number, self._of[Outcome.LOST])
         for (name, position), previous in followed.items():
             stream = self.unfinished.get(name)
             if stream is not None and stream.previous == position:
@@ -371,7 +381,7 @@ class EventRecorder:
                     waiting.unmark(events)
                     at_once = 1
                     continue
-                report_failure("events", error, key=key)
+                report_failure("events", error, key=key, namespace=self.log.namespace)
                 event = events[0]
                 if ends_call(event) and event.kind is not EventKind.ERROR:
                     instead = self._instead_of(event, f"it is not taken by the log ({type(error).__name__})")
@@ -383,7 +393,7 @@ class EventRecorder:
             waiting.unmark(events)
             for event in events:
                 self._backlog.remove_first(waiting)
-                telemetry.events.add(1, {"outcome": outcome.value})
+                telemetry.events.add(1, self._of[outcome])
                 if ends_call(event):
                     self.unfinished.pop(event.stream, None)
         self._backlog.remove(key)
@@ -400,21 +410,8 @@ class EventRecorder:
                         for stream in list(self.unfinished.values()):
                             tasks.start_soon(self.record_again, stream)
         except Exception as error:
-            report_failure("events", error)
+            report_failure("events", error, namespace=self.log.namespace)
         try:
             await self.instances.retire()
         except Exception as error:
-            report_failure("events", error)
-
-
-async def sweep_events(log: EventLog) -> None:
-    """Remove the events that the log's policy wants removed, step by step."""
-    pace = SweepPace(EVENT_SWEEP_LIMIT, least=LEAST_EVENT_SWEEP)
-    while True:
-        began = anyio.current_time()
-        report = await log.sweep(limit=pace.limit)
-        if report.removed:
-            telemetry.removed_events.add(report.removed)
-        if not report.more:
-            return
-        await anyio.sleep(pace.pause_after(report, anyio.current_time() - began))
+            report_failure("events", error, namespace=self.log.namespace)

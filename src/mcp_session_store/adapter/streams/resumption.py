@@ -14,7 +14,9 @@ from mcp_types import CONNECTION_CLOSED, DEFAULT_NEGOTIATED_VERSION
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 
-from mcp_session_store.adapter import responses, telemetry
+from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock, responses
+from mcp_session_store.adapter.refusals import refuse
 from mcp_session_store.adapter.streams.calls import NOT_RESUMABLE, TRIMMED, call_error
 from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.event_store import RESUMABLE_VERSIONS, SessionEvents
@@ -80,7 +82,7 @@ async def serve_stream(
             else:
                 response = await resume_stream(events, cursor, session_id=session_id, resumable=resumable)
         except Exception as error:
-            response = responses.refuse(error, events.key).response()
+            response = refuse(error, events.key, events.recorder.session_log).response()
     if response is None:
         return False
     await response(scope, receive, send)
@@ -116,8 +118,11 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
     """
     if cursor.final:
         return responses.STREAM_COMPLETE.response()
+    log = events.recorder.log
+    began = clock.now()
     async with events.turn():
-        page = await events.recorder.log.read(events.key, cursor.stream, after=cursor.sequence)
+        page = await log.read(events.key, cursor.stream, after=cursor.sequence)
+    telemetry.resumptions.record(clock.now() - began, telemetry.of(log.namespace))
     # Events since the client left may still be on their way to a response that is not read any more.
     events.resumed(cursor)
     if page is None and cursor.sequence == 0:
@@ -125,11 +130,12 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
     if page is None or cursor.sequence > page.last:
         # The log was lost, or set back.
         if not cursor.standalone:
-            telemetry.resumed.add(1, {"outcome": "trimmed"})
+            telemetry.resumed.add(1, telemetry.of(log.namespace, outcome="trimmed"))
             return last_words(events.ids, cursor, TRIMMED, reason="trimmed", session_id=session_id)
         response = await open_stream(events, session_id=session_id)
         if response is None:
-            telemetry.refused.add(1, {"reason": responses.UNAVAILABLE.reason})
+            reason = responses.UNAVAILABLE.reason
+            telemetry.refused.add(1, telemetry.of(log.namespace, reason=reason))
             response = responses.UNAVAILABLE.response()
         return response
     first = {"retry": events.retry_interval} if resumable and events.retry_interval is not None else None
@@ -204,7 +210,7 @@ async def _sent(
                         yield _terminal(ids, reader.cursor, answer, outcome)
                 del item  # rather than hold events that are sent while waiting for more
         finally:
-            telemetry.resumed.add(1, {"outcome": outcome})
+            telemetry.resumed.add(1, telemetry.of(events.recorder.log.namespace, outcome=outcome))
 
 
 def _parts(ids: EventIds, events: Iterable[Event]) -> Iterator[bytes]:

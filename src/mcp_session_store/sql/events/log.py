@@ -6,9 +6,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 
+from mcp_session_store import telemetry
 from mcp_session_store.errors import ConfigurationError, EventTooLarge
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, LARGE_APPEND, EventLog
 from mcp_session_store.records import check_texts, checked_size, instance_name
@@ -110,18 +112,30 @@ class SqlEventLog(EventLog):
         self._trimming = EventTrimming(dialect, schema=schema, namespace=namespace, policy=self.policy)
         self._instances = Instances(dialect, schema=schema)
         self._listener = Listener(self._database, EVENT_CHANNEL)
+        of = partial(telemetry.of_operation, namespace)
         self._appends, self._large_appends = (
-            Batcher(self._database, self._append_all, writes=True, weigh=attrgetter("size"), patient=is_large)
+            Batcher(
+                self._database,
+                self._append_all,
+                of("append"),
+                writes=True,
+                weigh=attrgetter("size"),
+                patient=is_large,
+            )
             for is_large in (False, True)
         )
         # One call at a time, so that a page has its own timeout, and its memory is released as soon as it is sent.
-        self._pages: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
+        self._pages: Batcher[_Call, Any] = Batcher(self._database, _run_each, of("read"), writes=False, max_batch=1)
         # Not behind the pages, because all followers wait for these, and calls before they begin.
-        self._heads = Batcher(self._database, self._tail.heads, writes=False)
-        self._reads: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=False, max_batch=1)
-        self._chores: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=True, max_batch=1)
+        self._heads = Batcher(self._database, self._tail.heads, of("heads"), writes=False)
+        self._reads: Batcher[_Call, Any] = Batcher(
+            self._database, _run_each, of("event_reads"), writes=False, max_batch=1
+        )
+        self._chores: Batcher[_Call, Any] = Batcher(
+            self._database, _run_each, of("event_chores"), writes=True, max_batch=1
+        )
         # Not behind the chores, because others take an instance for dead that waits there.
-        self._beats: Batcher[_Call, Any] = Batcher(self._database, _run_each, writes=True, max_batch=1)
+        self._beats: Batcher[_Call, Any] = Batcher(self._database, _run_each, of("beat"), writes=True, max_batch=1)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"

@@ -8,14 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import logging
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.util.exc import CommandError
 
 from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy
 from mcp_session_store.sql.dialects import dialect_named
@@ -30,8 +28,14 @@ from mcp_session_store.sql.engine import (
     url_of,
 )
 from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_secrets
+from mcp_session_store.sql.schema.quiet import without_steps_in_log
 from mcp_session_store.sql.schema.tables import VERSION_TABLE
 from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision
+
+with without_steps_in_log():
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util.exc import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 __all__ = ["check", "current", "downgrade", "migrations_folder", "run_offline", "run_online", "upgrade", "upgrade_sql"]
+
+logger = logging.getLogger(__name__)
 
 _alembic: Final = threading.Lock()
 """Lock around Alembic, which works on globals of its modules: two migrations at once would mix up their databases."""
@@ -213,7 +219,7 @@ async def _connected(
 
 async def _migrate(url_or_engine: str | URL | AsyncEngine, schema: str | None, run: Callable[[Config], None]) -> None:
     def migrate(connection: sa.Connection) -> None:
-        with _alembic_errors(url_of(connection.engine), schema):
+        with _alembic_errors(url_of(connection.engine), schema), without_steps_in_log():
             run(_config({_CONNECTION: connection, _SCHEMA: schema}))
 
     async with _connected(url_or_engine, schema) as connection:
@@ -221,9 +227,14 @@ async def _migrate(url_or_engine: str | URL | AsyncEngine, schema: str | None, r
         while not _alembic.acquire(blocking=False):  # noqa: ASYNC110 - it may be held in another loop or thread
             await asyncio.sleep(0.01)
         try:
+            before = await read_revision(connection, schema)
             await connection.run_sync(migrate)
+            after = await read_revision(connection, schema)
         finally:
             _alembic.release()
+        if after != before:
+            shown = shown_url(url_of(connection.engine))
+            logger.info("the schema of %s was migrated from %s to %s", shown, before or "nothing", after or "nothing")
 
 
 def run_online(context: ModuleType, target: sa.Connection | str | None, *, schema: str | None) -> None:

@@ -8,8 +8,9 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from mcp_session_store.errors import RecordUnreadable
-from mcp_session_store.records import Change, Changes, SessionRecord
+from mcp_session_store.records import Change, Changes, EndReason, SessionRecord
 from mcp_session_store.sql.sessions.decoding import end_reason, read_record
+from mcp_session_store.store import Absence
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Claim", "Loaded", "Records", "Touch", "as_number"]
 
+Found: TypeAlias = SessionRecord | RecordUnreadable | Absence
+"""What is found under a key."""
 Loaded: TypeAlias = SessionRecord | RecordUnreadable
 """Record of a live session, or why it cannot be read."""
 
@@ -67,17 +70,28 @@ class Records:
         self._dialect = dialect
         self._overlap = overlap
 
-    async def load(self, attempt: Attempt, keys: Sequence[UUID]) -> list[Loaded | None]:
-        """Return the record of each live session, and `None` for any other."""
-        records = await self._dialect.run(attempt.connection, self.load_live(set(keys)), writes=False)
-        return [records.get(key) for key in keys]
+    async def find(self, attempt: Attempt, keys: Sequence[UUID]) -> list[Found]:
+        """Return the record of each live session, and for any other why there is none."""
+        found = await self._dialect.run(attempt.connection, self._find(set(keys)), writes=False)
+        return [found.get(key, Absence.UNKNOWN) for key in keys]
 
     def load_live(self, keys: Collection[UUID]) -> Steps[dict[UUID, Loaded]]:
         """Return the records of the sessions that are live, by key."""
+        found = yield from self._find(keys)
+        return {key: one for key, one in found.items() if not isinstance(one, Absence)}
+
+    def _find(self, keys: Collection[UUID]) -> Steps[dict[UUID, Found]]:
         sql = self.statements
         by_driver_key = {self._dialect.driver_key(key): key for key in keys}
         rows = yield sql.load, sql.loads.parameters([(key,) for key in by_driver_key])
-        return self._records(by_driver_key, rows)
+        found: dict[UUID, Found] = {}
+        live = []
+        for row in rows:
+            if (reason := row[-1]) is None:
+                live.append(row[:-1])
+            elif (key := by_driver_key.get(row[0])) is not None:
+                found[key] = Absence.EXPIRED if reason == EndReason.EXPIRED.value else Absence.ENDED
+        return found | self._records(by_driver_key, live)
 
     async def claim(self, attempt: Attempt, claims: Sequence[Claim]) -> list[Loaded | None]:
         """Claim sessions, and return the record of each as it then is; `None` where it is not live."""

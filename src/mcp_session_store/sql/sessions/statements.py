@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
+from mcp_session_store.records import EndReason
 from mcp_session_store.sql.dialects.functions import MOMENT, After, ArrivalClock, StoreClock, Unindexed
 from mcp_session_store.sql.notifications import SESSION_CHANNEL
 from mcp_session_store.sql.schema.tables import sessions_table
@@ -120,8 +121,8 @@ class SessionStatements:
         self.create = dialect.precompiled(self._creation())
         self.loads = dialect.batch("loaded", _KEY)
         self.load = dialect.precompiled(
-            sa.select(*self.record, StoreClock().label("loaded_at")).where(
-                self.loads.in_batch(table.c.key), self._live(StoreClock())
+            sa.select(*self.record, StoreClock().label("loaded_at"), self._absence()).where(
+                self.loads.in_batch(table.c.key), Unindexed(table.c.namespace) == self._namespace
             )
         )
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
@@ -251,6 +252,13 @@ class SessionStatements:
         return sa.select(clock.c.until, table.c.key, table.c.revision, table.c.end_reason).select_from(
             clock.outerjoin(table, changed)
         )
+
+    def _absence(self) -> sa.ColumnElement[Any]:
+        """Return NULL for a live session, and else why it is not live: the reason of its end, or that it expired."""
+        return sa.case(
+            (self._live(StoreClock()), sa.null()),
+            else_=sa.func.coalesce(self._table.c.end_reason, EndReason.EXPIRED.value),
+        ).label("absence")
 
     def _live(self, moment: sa.ColumnElement[datetime]) -> sa.ColumnElement[bool]:
         return live(self._table, self._namespace, moment)

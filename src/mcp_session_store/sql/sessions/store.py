@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from mcp_session_store import telemetry
 from mcp_session_store.errors import InvalidValue, RecordUnreadable, SchemaError, SessionConflict, SessionStoreError
 from mcp_session_store.records import check_session, check_texts, merged_activities
 from mcp_session_store.retention import SweepReport
@@ -22,7 +24,7 @@ from mcp_session_store.sql.sessions.records import Claim, Records, Touch
 from mcp_session_store.sql.sessions.removal import End, SessionRemoval
 from mcp_session_store.sql.sessions.statements import SessionStatements
 from mcp_session_store.sql.sessions.sweep import Sweep, SweepResult, SweepStatements
-from mcp_session_store.store import DEFAULT_NAMESPACE, SWEEP_LIMIT, SessionStore, checked_namespace
+from mcp_session_store.store import DEFAULT_NAMESPACE, SWEEP_LIMIT, Absence, SessionStore, checked_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -88,11 +90,11 @@ class SqlSessionStore(SessionStore):
     ) -> None:
         super().__init__(retention=retention)
         self._namespace = checked_namespace(namespace)
-        self._database = Database(
+        database = self._database = Database(
             url_or_engine, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout, pool_size=pool_size
         )
-        dialect, schema = self._database.dialect, self._database.schema
-        self._database.need(privileges_for_sessions(schema))
+        dialect, schema = database.dialect, database.schema
+        database.need(privileges_for_sessions(schema))
         overlap = timedelta(seconds=2 * self._database.timeout)
         self._removal = SessionRemoval(dialect, schema=schema, namespace=namespace)
         self._journal = JournalStatements(dialect, schema=schema, namespace=namespace)
@@ -105,21 +107,24 @@ class SqlSessionStore(SessionStore):
             removal=self._removal,
         )
         self._sweep = Sweep(dialect, statements=self._for_policy(SweepStatements), removal=self._removal)
-        self._listener = Listener(self._database, SESSION_CHANNEL)
-        self._pings = Batcher(self._database, self._check_again, writes=False)
-        self._loads = Batcher(self._database, self._records.load, writes=False, max_batch=RECORDS_PER_STATEMENT)
-        self._creates = Batcher(self._database, self._creation.create, writes=True, weigh=_params_of)
-        self._claims = Batcher(self._database, self._records.claim, writes=True, max_batch=RECORDS_PER_STATEMENT)
+        self._listener = Listener(database, SESSION_CHANNEL)
+        of = partial(telemetry.of_operation, namespace)
+        self._pings = Batcher(database, self._check_again, of("ping"), writes=False)
+        self._loads = Batcher(database, self._records.find, of("load"), writes=False, max_batch=RECORDS_PER_STATEMENT)
+        self._creates = Batcher(database, self._creation.create, of("create"), writes=True, weigh=_params_of)
+        self._claims = Batcher(database, self._records.claim, of("claim"), writes=True, max_batch=RECORDS_PER_STATEMENT)
         # Fewer than of the others, because each may have very many events, which are removed with it.
-        self._ends = Batcher(self._database, self._removal.end, writes=True, max_batch=20)
+        self._ends = Batcher(database, self._removal.end, of("end"), writes=True, max_batch=20)
         # One call for each statement, because a second initialize within a session is rare, and a touch is a batch.
-        self._replacements = Batcher(self._database, self._records.replace_initialize, writes=True, max_batch=1)
-        self._touches = Batcher(self._database, self._records.touch, writes=True, max_batch=1)
-        self._journal_writes = Batcher(self._database, self._journal.write, writes=True, max_batch=1)
+        self._replacements = Batcher(
+            database, self._records.replace_initialize, of("replace_initialize"), writes=True, max_batch=1
+        )
+        self._touches = Batcher(database, self._records.touch, of("touch"), writes=True, max_batch=1)
+        self._journal_writes = Batcher(database, self._journal.write, of("write_journal"), writes=True, max_batch=1)
         # One at a time, because each may have several MiB.
-        self._journal_reads = Batcher(self._database, self._journal.read, writes=False, max_batch=1)
-        self._polls = Batcher(self._database, self._records.changes, writes=False)
-        self._sweeps = Batcher(self._database, self._sweep.run, writes=True, max_batch=1)
+        self._journal_reads = Batcher(database, self._journal.read, of("read_journal"), writes=False, max_batch=1)
+        self._polls = Batcher(database, self._records.changes, of("changes"), writes=False)
+        self._sweeps = Batcher(database, self._sweep.run, of("sweep"), writes=True, max_batch=1)
 
     def _for_policy(self, statements: Callable[..., _T]) -> _T:
         """Build statements that follow the policy."""
@@ -181,7 +186,14 @@ class SqlSessionStore(SessionStore):
         return outcome
 
     async def load(self, key: UUID) -> SessionRecord | None:
-        return _readable(await _reading(self._loads, key))
+        record = await self.find(key)
+        return None if isinstance(record, Absence) else record
+
+    async def find(self, key: UUID) -> SessionRecord | Absence:
+        found = await _reading(self._loads, key)
+        if isinstance(found, RecordUnreadable):
+            raise found
+        return found
 
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
         check_texts(instance=instance)
@@ -282,6 +294,7 @@ class SqlSessionStore(SessionStore):
             purged=done[2].handled,
             more=any(result.more for result in done),
             longest=max(result.held_up for result in done),
+            lives=done[1].lives,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.database import Attempt
-    from mcp_session_store.sql.dialects.compiled import Statement, Steps
+    from mcp_session_store.sql.dialects.compiled import Rows, Statement, Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
     from mcp_session_store.sql.sessions.removal import SessionRemoval
 
@@ -73,7 +74,8 @@ def _ago(duration: timedelta) -> sa.ColumnElement[Any]:
 
 
 class SweepStatement:
-    """One kind of step: a statement that changes at most `limit` sessions, and returns the key and revision of each.
+    """One kind of step: a statement that changes at most `limit` sessions, and returns of each the key, the revision,
+    when it was created and the present time.
 
     A session that another transaction has locked is skipped, because it is in use or being swept. The condition is
     checked again once a session is locked.
@@ -121,8 +123,10 @@ class SweepStatement:
         expression = keys = self._keys.limit(sa.literal_column(str(limit), sa.Integer))
         if changes:
             locked = keys.with_for_update(skip_locked=True, key_share=isinstance(self._change, sa.Update))
-            key, revision = self._table.c.key, self._table.c.revision
-            expression = self._change.where(self._dialect.is_one_of(key, locked)).returning(key, revision)
+            c = self._table.c
+            expression = self._change.where(self._dialect.is_one_of(c.key, locked)).returning(
+                c.key, c.revision, c.created_at, StoreClock()
+            )
         statement = self._compiled[limit, changes] = self._dialect.precompiled(expression)
         return statement
 
@@ -194,6 +198,8 @@ class SweepResult(NamedTuple):
     """Whether there may be more to do."""
     held_up: float = 0.0
     """Seconds for which it held up all other writers; 0 where they do not wait for one another."""
+    lives: Sequence[float] = ()
+    """Seconds that each of the sessions has lived."""
 
 
 class Sweep:
@@ -246,6 +252,15 @@ class Sweep:
         began = time.monotonic()
         changed = yield change, {}
         if statement.ends:
-            yield from self._removal.remove_with_session([(key, revision) for key, revision in changed])
+            yield from self._removal.remove_with_session([(row[0], row[1]) for row in changed])
         held_up = time.monotonic() - began if self._dialect.single_writer else 0.0
-        return SweepResult(len(changed), len(changed) == limit, held_up)
+        return SweepResult(len(changed), len(changed) == limit, held_up, self._lives(changed))
+
+    def _lives(self, rows: Rows) -> list[float]:
+        """Return how long the sessions in rows have lived, those aside whose time of creation cannot be read."""
+        lives = []
+        for _, _, *moments in rows:
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                created_at, now = self._dialect.moments(moments)
+                lives.append((now - created_at).total_seconds())
+        return lives

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.records import Activity, EndReason
+from mcp_session_store.records import Activity, EndReason, SessionRecord
 from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.store import Absence
 from mcp_session_store.testing.factories import new_session
 from mcp_session_store.testing.sessions.suite import (
     POLICIES,
@@ -41,6 +42,19 @@ class Lifetimes(StoreSuite):
         assert await store.end(session.key, reason=EndReason.CLIENT) is True
         assert await store.load(session.key) is None
         assert await store.load(other.key) == created
+
+    async def test_a_store_says_why_a_session_is_not_live_or_nothing(self, store: SessionStore) -> None:
+        live, ended, expired = new_session(), new_session(), new_session()
+        for session in (live, ended, expired):
+            await store.create(session)
+        await store.end(ended.key, reason=EndReason.CLIENT)
+        await self.expire(store, expired.key)
+        assert await store.find(uuid.uuid4()) is Absence.UNKNOWN
+        assert await store.find(ended.key) in (Absence.ENDED, Absence.UNKNOWN)
+        assert await store.find(expired.key) in (Absence.EXPIRED, Absence.UNKNOWN)
+        found = await store.find(live.key)
+        assert isinstance(found, SessionRecord)
+        assert found == await store.load(live.key)
 
     async def test_a_session_ends_once(self, store: SessionStore) -> None:
         session = new_session()

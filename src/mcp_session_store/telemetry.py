@@ -1,0 +1,377 @@
+"""Metrics and spans, through OpenTelemetry's API: they hold no payload and no session id, whatever a convention says.
+
+Without a provider, which the application installs, the instruments are the API's own, which do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import weakref
+from collections import Counter as Tally
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from opentelemetry import metrics, trace
+from opentelemetry.context import Context
+from opentelemetry.metrics import Observation
+from opentelemetry.trace import Link, StatusCode, get_current_span, use_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from uuid import UUID
+
+    from opentelemetry.metrics import CallbackOptions, Counter, Histogram
+    from opentelemetry.trace import Span
+
+__all__ = [
+    "ERROR",
+    "INSTRUMENTS",
+    "KEY",
+    "NAMESPACE",
+    "REPLAYED",
+    "SCOPE",
+    "STATES",
+    "Instrument",
+    "Observed",
+    "appended",
+    "background_failures",
+    "begin_span",
+    "created",
+    "ended",
+    "events",
+    "evicted",
+    "fail_span",
+    "handshakes",
+    "observing",
+    "of",
+    "of_operation",
+    "outages",
+    "purged",
+    "refused",
+    "removed_events",
+    "restored",
+    "restores",
+    "resumed",
+    "resumptions",
+    "session_duration",
+    "statement_bytes",
+    "statement_items",
+    "statement_waits",
+    "statements",
+    "unreadable",
+    "within",
+    "without_trace",
+]
+
+SCOPE: Final = "mcp_session_store"
+"""Name of the instrumentation scope of all instruments and spans; its version is the package's."""
+NAMESPACE: Final = "mcp_session_store.namespace"
+"""Attribute for the namespace. Not `namespace`, which Prometheus sets itself for what it finds in Kubernetes."""
+KEY: Final = "mcp_session_store.session.key"
+"""Attribute of spans for the key of the session."""
+REPLAYED: Final = "mcp_session_store.replayed"
+"""Attribute of the spans around replayed messages, whose children are the spans that the SDK makes of them."""
+
+ERROR: Final = "error.type"
+"""Attribute for the name of the error that something failed with."""
+
+STATES: Final = ("starting", "ready", "degraded", "not_ready", "stopping")
+"""States of an instance."""
+
+_TIMES: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0)
+"""Bounds of buckets for what takes a statement or a few: from a lone one to the longest wait in an outage."""
+_ITEMS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
+"""Up to the most items that share a statement."""
+_BYTES: Final = (256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0, 1048576.0, 4194304.0, 16777216.0)
+_LIVES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+"""Those of the semantic conventions for MCP; and some more, because these sessions outlive a process."""
+_LONG_LIVES: Final = (*_LIVES, 1800.0, 7200.0, 28800.0, 86400.0, 604800.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Instrument:
+    """What is known of an instrument when it is made, for the documentation."""
+
+    name: str
+    kind: str
+    unit: str
+    description: str
+    attributes: tuple[str, ...]
+    """Names of its attributes."""
+
+
+INSTRUMENTS: Final[list[Instrument]] = []
+"""All instruments, in the order of the documentation."""
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("mcp-session-store")
+    except importlib.metadata.PackageNotFoundError:
+        return None  # run from a folder, without an installation
+
+
+_meter = metrics.get_meter(SCOPE, _version() or "")
+_tracer = trace.get_tracer(SCOPE, _version())
+_traces: Final = TraceContextTextMapPropagator()
+_OF_A_TRACE: Final = frozenset({"traceparent", "tracestate", "baggage"})
+"""Names under which clients send the context of their trace, in `_meta` (SEP-414)."""
+
+
+def _describe(name: str, kind: str, unit: str, description: str, attributes: tuple[str, ...]) -> str:
+    INSTRUMENTS.append(Instrument(name, kind, unit, description, attributes))
+    return name
+
+
+def _counter(name: str, unit: str, description: str, *attributes: str) -> Counter:
+    name = _describe(name, "counter", unit, description, (*attributes, NAMESPACE))
+    return _meter.create_counter(name, unit, description)
+
+
+def _histogram(name: str, unit: str, bounds: tuple[float, ...], description: str, *attributes: str) -> Histogram:
+    name = _describe(name, "histogram", unit, description, (*attributes, NAMESPACE))
+    return _meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=bounds)
+
+
+class Observed(Protocol):
+    """A running manager, as the gauges show it."""
+
+    @property
+    def namespace(self) -> str:
+        """Namespace of its sessions."""
+
+    @property
+    def resident(self) -> int:
+        """Number of sessions in memory that requests find."""
+
+    @property
+    def busy(self) -> int:
+        """Number of those that are busy."""
+
+    @property
+    def restoring(self) -> int:
+        """Number of restores under way."""
+
+    @property
+    def streams(self) -> int:
+        """Number of open GET streams."""
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for the store."""
+
+    @property
+    def state(self) -> str:
+        """One of `STATES`."""
+
+
+_STATE: Final = "1 for the state that the instance is in, and 0 for each other"
+
+_observed: tuple[weakref.ref[Observed], ...] = ()
+"""Managers that run. Replaced and never changed, because readers of metrics run in threads of their own."""
+
+
+@contextlib.contextmanager
+def observing(observed: Observed) -> Iterator[None]:
+    """Show a manager in the gauges, until the block ends or the manager is no more."""
+    global _observed
+    reference = weakref.ref(observed)
+    del observed
+    _observed = (*_observed, reference)
+    try:
+        yield
+    finally:
+        _observed = tuple(other for other in _observed if other is not reference and other() is not None)
+
+
+def _gauge(name: str, unit: str, description: str, read: Callable[[Observed], int]) -> None:
+    def observe(_: CallbackOptions) -> Iterable[Observation]:
+        totals: Tally[str] = Tally()
+        for reference in _observed:
+            if (observed := reference()) is not None:
+                totals[observed.namespace] += read(observed)
+        return [Observation(total, {NAMESPACE: namespace}) for namespace, total in totals.items()]
+
+    name = _describe(name, "up-down counter", unit, description, (NAMESPACE,))
+    _meter.create_observable_up_down_counter(name, [observe], unit, description)
+
+
+def _observe_states(_: CallbackOptions) -> Iterable[Observation]:
+    totals: Tally[tuple[str, str]] = Tally()
+    for reference in _observed:
+        if (observed := reference()) is not None:
+            now = observed.state
+            for state in STATES:
+                totals[observed.namespace, state] += state == now
+    return [Observation(total, {"state": state, NAMESPACE: name}) for (name, state), total in totals.items()]
+
+
+# Sessions
+
+_gauge("mcp_session_store.sessions.resident", "{session}", "Sessions in memory", lambda observed: observed.resident)
+_gauge(
+    "mcp_session_store.sessions.busy",
+    "{session}",
+    "Sessions in memory with an open request or stream, or a call that runs",
+    lambda observed: observed.busy,
+)
+_gauge("mcp_session_store.sessions.restoring", "{session}", "Restores under way", lambda observed: observed.restoring)
+created: Final = _counter("mcp_session_store.sessions.created", "{session}", "Sessions opened and stored")
+restored: Final = _counter("mcp_session_store.sessions.restored", "{session}", "Sessions restored by replay")
+evicted: Final = _counter(
+    "mcp_session_store.sessions.evicted", "{session}", "Copies that left memory, by reason", "reason"
+)
+ended: Final = _counter("mcp_session_store.sessions.ended", "{session}", "Sessions ended, by reason", "reason")
+purged: Final = _counter("mcp_session_store.sessions.purged", "{session}", "Ended sessions removed for good")
+session_duration: Final = _histogram(
+    "mcp.server.session.duration",
+    "s",
+    _LONG_LIVES,
+    "Time from the opening of a session to its end, on whichever instances it lived",
+    "mcp.protocol.version",
+    "network.protocol.name",
+    "network.transport",
+)
+restores: Final = _histogram(
+    "mcp_session_store.restore.duration",
+    "s",
+    _TIMES,
+    "Time that requests wait for a restore, from the load of the record on, by outcome",
+    "outcome",
+)
+handshakes: Final = _histogram(
+    "mcp_session_store.handshake.duration",
+    "s",
+    _TIMES,
+    "Time from the receipt of `initialize` until it is handled and stored, by outcome",
+    "outcome",
+)
+unreadable: Final = _counter(
+    "mcp_session_store.records.unreadable", "{request}", "Requests for sessions whose record cannot be read"
+)
+
+# Requests
+
+_gauge(
+    "mcp_session_store.requests.waiting",
+    "{request}",
+    "Requests that wait because the store is away",
+    lambda observed: observed.waiting,
+)
+refused: Final = _counter("mcp_session_store.requests.refused", "{request}", "Requests refused, by reason", "reason")
+
+# The store
+
+_meter.create_observable_up_down_counter(
+    _describe("mcp_session_store.instance.state", "up-down counter", "{instance}", _STATE, ("state", NAMESPACE)),
+    [_observe_states],
+    "{instance}",
+    _STATE,
+)
+outages: Final = _counter("mcp_session_store.store.outages", "{outage}", "Times that the store went away")
+statements: Final = _histogram(
+    "mcp_session_store.statement.duration",
+    "s",
+    _TIMES,
+    "Time of a statement, the wait for a connection included, by operation",
+    "operation",
+    ERROR,
+)
+statement_waits: Final = _histogram(
+    "mcp_session_store.statement.wait",
+    "s",
+    _TIMES,
+    "Time that the first of the calls which share a statement has waited for it",
+    "operation",
+)
+statement_items: Final = _histogram(
+    "mcp_session_store.statement.items", "{call}", _ITEMS, "Calls that share a statement", "operation"
+)
+statement_bytes: Final = _histogram(
+    "mcp_session_store.statement.size", "By", _BYTES, "Data of clients in a statement that stores some", "operation"
+)
+background_failures: Final = _counter(
+    "mcp_session_store.background.failures", "{failure}", "Failures outside of any request, by task", "task"
+)
+
+# Streams and their events
+
+_gauge("mcp_session_store.streams.open", "{stream}", "Open GET streams", lambda observed: observed.streams)
+resumed: Final = _counter(
+    "mcp_session_store.streams.resumed", "{stream}", "Streams resumed, by how it ended", "outcome"
+)
+resumptions: Final = _histogram(
+    "mcp_session_store.resumption.duration",
+    "s",
+    _TIMES,
+    "Time until a client that resumes a stream is answered, a turn at reading included",
+)
+events: Final = _counter("mcp_session_store.events", "{event}", "Events of streams, by what became of them", "outcome")
+appended: Final = _histogram("mcp_session_store.event.append.duration", "s", _TIMES, "Time to store an event")
+removed_events: Final = _counter("mcp_session_store.events.removed", "{event}", "Events that were swept")
+
+
+def of(namespace: str, **attributes: str) -> dict[str, str]:
+    """Return the attributes of a measurement."""
+    attributes[NAMESPACE] = namespace
+    return attributes
+
+
+def of_operation(namespace: str, operation: str) -> dict[str, str]:
+    """Return the attributes of the statements that do one kind of thing."""
+    return of(namespace, operation=operation)
+
+
+def begin_span(
+    name: str,
+    namespace: str,
+    *,
+    key: UUID | None = None,
+    links: Sequence[Link] = (),
+    attributes: Mapping[str, str | int | bool] | None = None,
+) -> Span:
+    """Begin a span, a child of the current one, which does not become the current one itself.
+
+    Args:
+        name: Name of the span, without the scope's.
+        namespace: Namespace of the sessions.
+        key: Key of the session.
+        links: Links to other spans.
+        attributes: Other attributes.
+    """
+    span = _tracer.start_span(f"{SCOPE}.{name}", attributes={NAMESPACE: namespace}, links=links)
+    if span.is_recording():
+        if key is not None:
+            span.set_attribute(KEY, str(key))
+        if attributes is not None:
+            span.set_attributes(attributes)
+    return span
+
+
+def within(span: Span) -> AbstractContextManager[Span]:
+    """Return a context manager in which a span is the current one, and with which it ends."""
+    # Not with the error that the block raises: its message may hold what a client sent.
+    return use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False)
+
+
+def fail_span(span: Span, error: BaseException) -> None:
+    """Note on a span that what it stands for has failed; of the error only its name."""
+    span.set_attribute(ERROR, type(error).__qualname__)
+    span.set_status(StatusCode.ERROR)
+
+
+def without_trace(params: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Link]]:
+    """Return params without the trace that their client began long ago, and a link to it.
+
+    Otherwise the SDK makes the span of a replayed message a child of that trace, as if the message were sent again.
+    """
+    meta = params["_meta"]
+    if not isinstance(meta, dict) or not isinstance(meta.get("traceparent"), str):
+        return params, ()
+    texts = {name: text for name, text in meta.items() if name in _OF_A_TRACE and isinstance(text, str)}
+    origin = get_current_span(_traces.extract(texts, Context())).get_span_context()
+    untraced = {name: value for name, value in meta.items() if name not in _OF_A_TRACE}
+    return {**params, "_meta": untraced}, [Link(origin)] if origin.is_valid else ()
