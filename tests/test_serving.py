@@ -48,6 +48,8 @@ async def test_a_server_of_any_framework_is_served_durably(
         manager = made.lowlevel.session_manager
         assert isinstance(manager, DurableSessionManager)
         assert manager.max_sessions == 7
+        ready = await Client(served["app"], tasks, path="/health/ready").open("GET").answer()
+        assert (ready.status, ready.body) == (200, b'{"status":"ready"}')
 
 
 PUBLIC = "mcp.example.com"

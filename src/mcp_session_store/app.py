@@ -61,6 +61,7 @@ def durable_app(
     outage_patience: float | NotGiven = NOT_GIVEN,
     max_initialize_params: int | NotGiven = NOT_GIVEN,
     journaled_methods: Sequence[JournaledMethod] = (),
+    health_path: str | None = None,
     **options: Any,
 ) -> Starlette:
     """Build the ASGI app that the server's framework builds, with sessions that are kept in a database.
@@ -108,6 +109,10 @@ def durable_app(
         outage_patience: See `InstanceSettings`; seconds.
         max_initialize_params: See `InstanceSettings`; bytes.
         journaled_methods: See `DurableSessionManager`.
+        health_path: Path below which health is served, such as `/health`: `/health/live` answers 200 while the app
+            serves, and `/health/ready` while it is ready, which it is from when the schema was found to fit until it
+            stops. Both stand outside of auth and host guard, and give way to a route of the application's own. `None`:
+            neither is served.
         **options: Options of the framework's own factory (`streamable_http_app`, `http_app`), by its names.
             `session_idle_timeout` sets the policy's idle time here, for all instances. `max_request_body_size` can be
             given for FastMCP, too.
@@ -153,7 +158,8 @@ def durable_app(
         arguments["close_store"] = True
     wanted, wanted_by = _setting("events", events, False, truth)
     arguments |= _event_arguments(store, wanted, wanted_by)
-    return _announced(build_app(server, store, options=options, arguments=arguments), place)
+    app = build_app(server, store, options=options, arguments=arguments, health_path=health_path)
+    return _announced(app, place)
 
 
 def _sql_store(

@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.manager import DurableSessionManager
     from mcp_session_store.store import SessionStore
 
-__all__ = ["DEFAULT_HOST", "DEFAULT_PORT", "DEFAULT_SHUTDOWN_TIMEOUT", "run_durable", "run_uvicorn", "served_app"]
+__all__ = [
+    "DEFAULT_HEALTH_PATH",
+    "DEFAULT_HOST",
+    "DEFAULT_PORT",
+    "DEFAULT_SHUTDOWN_TIMEOUT",
+    "run_durable",
+    "run_uvicorn",
+    "served_app",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +43,7 @@ DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8000
 DEFAULT_SHUTDOWN_TIMEOUT: Final = 10
 """Seconds."""
+DEFAULT_HEALTH_PATH: Final = "/health"
 
 _OUR_LOGGER: Final = "mcp_session_store"
 
@@ -52,6 +61,7 @@ def run_durable(
     json_response: bool | None = None,
     shutdown_timeout: int = DEFAULT_SHUTDOWN_TIMEOUT,
     log_level: str | None = "info",
+    health_path: str | None = DEFAULT_HEALTH_PATH,
     **options: Any,
 ) -> None:
     """Serve a server with sessions that are kept in a database, until a signal stops it.
@@ -73,6 +83,7 @@ def run_durable(
         json_response: Whether calls are answered by JSON instead of SSE; as the framework does unless given.
         shutdown_timeout: Seconds that calls may go on after a signal to stop.
         log_level: Level of the log of uvicorn and of this package. `None`: logs stay as the program has set them up.
+        health_path: Path below which `/live` and `/ready` are served, as for `durable_app`; `None`: neither is.
         **options: Options of `durable_app`, those of the framework's own factory among them.
 
     Raises:
@@ -98,6 +109,7 @@ def run_durable(
         allowed_hosts=allowed_hosts,
         allowed_origins=allowed_origins,
         json_response=json_response,
+        health_path=health_path,
         **options,
     )
     run_uvicorn(app, host=host, port=port, shutdown_timeout=shutdown_timeout, log_level=log_level, root_path=root_path)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import uuid
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import httpx2
 import psutil
 import pytest
+from sqlalchemy.engine import make_url
 from starlette.applications import Starlette
 
 from mcp_session_store.cli import worker_app
@@ -19,8 +22,11 @@ from mcp_session_store.cli.served_object import served_object
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
+from mcp_session_store.sql.schema import migrate
 from tests.support.clients import official_client, until
 from tests.support.commands import UNREACHABLE
+from tests.support.databases import execute
+from tests.support.faults import FaultProxy
 from tests.support.http import RawClient
 from tests.support.servers import ROOT
 
@@ -167,6 +173,43 @@ async def test_a_database_that_is_down_stops_no_server_and_a_stop_answers_those_
             assert answer.session_id is None
     assert "Warning: " in server.log()
     assert "s3cret" not in server.log()
+
+
+@pytest.mark.anyio
+async def test_health_through_an_outage_and_a_password_that_changes(
+    serve_command: ServeCommandFunction, postgres_url: str
+) -> None:
+    await migrate.upgrade(postgres_url)
+    role = f"server_{uuid.uuid4().hex}"
+    await execute(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'password'")
+    await execute(postgres_url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}")
+    url = make_url(postgres_url).set(username=role, password="password")
+    async with FaultProxy(f"{url.host}", url.port or 0) as proxy:
+        there = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
+        serve = partial(serve_command, "tests.support.targets:mcpserver", "--url", there, "--end-within", "0.5")
+        server = await anyio.to_thread.run_sync(serve)
+        async with httpx2.AsyncClient(base_url=server.mcp_url.removesuffix("/mcp")) as client:
+
+            async def is_now(status: int, state: str, *, strict: int) -> bool:
+                answer = await client.get("/health/ready")
+                if answer.json() != {"status": state}:
+                    return False
+                live = await client.get("/health/live")
+                assert (answer.status_code, live.status_code) == (status, 200)
+                return (await client.get("/health/ready?strict")).status_code == strict
+
+            # No other request comes: what is away is noticed, and what is back, by the process itself.
+            await until(partial(is_now, 200, "ready", strict=200), "it is ready")
+            proxy.refuse()
+            proxy.kill_connections()
+            await until(partial(is_now, 200, "degraded", strict=503), "the outage is seen")
+            await proxy.accept()
+            await until(partial(is_now, 200, "ready", strict=200), "it is ready after the outage")
+            await execute(postgres_url, f"ALTER ROLE {role} PASSWORD 'another'")
+            proxy.kill_connections()
+            await until(partial(is_now, 503, "not_ready", strict=503), "the wrong password is seen")
+            await execute(postgres_url, f"ALTER ROLE {role} PASSWORD 'password'")
+            await until(partial(is_now, 200, "ready", strict=200), "it is ready with its password")
 
 
 def test_a_server_database_is_migrated_when_asked_only(
@@ -487,6 +530,24 @@ def test_what_is_not_given_is_left_to_the_app(
     left = {"retention", "events", "settings", "namespace", "schema", "auto_upgrade"}
     assert app_arguments
     assert not left & app_arguments.keys()
+
+
+def test_health_is_served_unless_it_is_declined(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
+) -> None:
+    serve = ("serve", "tests.support.targets:mcpserver", "--url", sqlite_url)
+    for options, path in (
+        ((), "/health"),
+        (("--health-path", "/internal/health"), "/internal/health"),
+        (("--no-health",), None),
+    ):
+        invoke(*serve, *options)
+        assert app_arguments["health_path"] == path
+    invoke(*serve, environment={"MCP_SESSION_STORE_HEALTH_PATH": "/well"})
+    assert app_arguments["health_path"] == "/well"
+    done = invoke(*serve, "--health-path", "health")
+    assert done.exit_code == 2
+    assert "slash" in done.stderr
 
 
 def test_workers_get_the_same_retention_and_memory(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp.server.transport_security import TransportSecuritySettings
 
 from mcp_session_store.adapter import sdk
+from mcp_session_store.adapter.health import add_health, checked_health_path
 from mcp_session_store.adapter.manager import DurableSessionManager
 from mcp_session_store.adapter.starting import run_in_lifespan, say_in_one_line
 from mcp_session_store.errors import ConfigurationError
@@ -41,6 +42,7 @@ def build_app(
     *,
     options: Mapping[str, Any],
     arguments: Mapping[str, Any],
+    health_path: object = None,
 ) -> Starlette:
     """Build the app that the server's framework builds, with a `DurableSessionManager` in it.
 
@@ -49,12 +51,14 @@ def build_app(
         store: Store that keeps the server's sessions.
         options: Options of the framework's app factory, by its names.
         arguments: For `DurableSessionManager`, by its names.
+        health_path: See `durable_app`.
 
     Raises:
         ConfigurationError: The server, an option or a setting cannot work.
         TypeError: An option that the framework's app factory does not know.
     """
     lowlevel = sdk.underlying_server(server)
+    health_path = checked_health_path(health_path)
     if options.get("stateless_http"):
         raise ConfigurationError(_STATELESS)
     manager_class = DurableSessionManager
@@ -83,6 +87,8 @@ def build_app(
             yield
 
     app.router.lifespan_context = lifespan
+    if health_path is not None:
+        add_health(app, health_path, lambda: manager.readiness.state)
     say_in_one_line(app)
     return app
 

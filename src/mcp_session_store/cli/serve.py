@@ -62,6 +62,7 @@ class _ServeSettings(BaseModel):
     path: str | None
     allowed_hosts: tuple[str, ...]
     allowed_origins: tuple[str, ...]
+    health_path: str | None
     json_response: bool | None
     retention: dict[str, str]
     """The texts of the retention options that were given."""
@@ -129,6 +130,14 @@ def _root_path(ctx: click.Context, parameter: click.Parameter, value: str) -> st
     metavar="PATH",
     help="Path that a proxy takes off before it passes requests on, as in /notes.",
 )
+@option(
+    "--health-path",
+    callback=_absolute_path,
+    default="/health",
+    show_default=True,
+    help="Path below which /live and /ready say how the process is.",
+)
+@option("--no-health", is_flag=True, help="Serve no health.")
 @option("--json-response/--sse", default=None, help="Form of the answers to calls. Default: the framework's, SSE.")
 @option(
     "--shutdown-timeout",
@@ -168,6 +177,8 @@ def serve(
     allowed_host: tuple[str, ...],
     allowed_origin: tuple[str, ...],
     root_path: str,
+    health_path: str,
+    no_health: bool,
     json_response: bool | None,
     shutdown_timeout: int,
     log_level: str,
@@ -203,6 +214,7 @@ def serve(
         path=path,
         allowed_hosts=allowed_host,
         allowed_origins=allowed_origin,
+        health_path=None if no_health else health_path,
         json_response=json_response,
         retention=retention,
         events=events,
@@ -271,6 +283,7 @@ def _build(settings: _ServeSettings) -> Starlette:
             allowed_hosts=settings.allowed_hosts,
             allowed_origins=settings.allowed_origins,
             json_response=settings.json_response,
+            health_path=settings.health_path,
             **options,
         )
     except ConfigurationError as error:
