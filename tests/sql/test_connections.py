@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import uuid
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
@@ -24,28 +21,9 @@ from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 from tests.support.databases import connections_checked_out, execute, kept_connections, settled, sql_store
 from tests.support.internals import listen_anew
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+from tests.support.roles import limited
 
 pytestmark = pytest.mark.anyio
-
-_roles = itertools.count()
-
-
-@asynccontextmanager
-async def limited(postgres_url: str, *, limit: int) -> AsyncIterator[str]:
-    """The URL of a migrated database for a role that may have so many connections."""
-    await migrate.upgrade(postgres_url)
-    database = make_url(postgres_url)
-    role = f"few_{database.database}_{next(_roles)}"
-    await execute(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'x' CONNECTION LIMIT {limit}")
-    await execute(postgres_url, f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}")
-    try:
-        yield database.set(username=role, password="x").render_as_string(hide_password=False)
-    finally:
-        await execute(postgres_url, f"DROP OWNED BY {role}")
-        await execute(postgres_url, f"DROP ROLE {role}")
 
 
 async def _connections_of(postgres_url: str, url: str) -> int:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from mcp_session_store.sql.dialects.dialect import Dialect
+    from mcp_session_store.sql.dialects.watched_file import WatchedFile
 
 __all__ = ["FirstContact"]
 
@@ -48,6 +49,8 @@ class Contacted(Protocol):
     def given(self) -> URL | AsyncEngine: ...
     @property
     def owned(self) -> bool: ...
+    @property
+    def file(self) -> WatchedFile | None: ...
     @property
     def autocommit(self) -> AsyncEngine: ...
     async def connect(self) -> AsyncConnection: ...
@@ -113,6 +116,9 @@ class FirstContact:
                     await self._check_tables(connection)
                     return
                 except SchemaMissing:
+                    if database.file is not None and database.file.was_lost:
+                        # It may be a backup that is being copied there, and its sessions are not to be given up.
+                        raise
                     empty = database.dialect.migrates_when_empty and await is_empty(connection)
                     if not (empty or self._auto_upgrade):
                         raise

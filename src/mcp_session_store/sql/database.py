@@ -22,6 +22,7 @@ from mcp_session_store.settings import checked_pool_size, checked_seconds
 from mcp_session_store.sql.connections import Connections, PoolOfEngine, spawn
 from mcp_session_store.sql.contact import FirstContact
 from mcp_session_store.sql.dialects.dialect import FailureKind
+from mcp_session_store.sql.dialects.watched_file import file_behind
 from mcp_session_store.sql.engine import (
     checked_engine,
     checked_schema,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from mcp_session_store.sql.dialects.dialect import Dialect
+    from mcp_session_store.sql.dialects.watched_file import OpenFile, WatchedFile
 
 __all__ = ["DEFAULT_POOL_SIZE", "Attempt", "Database", "Lease", "spawn"]
 
@@ -91,7 +93,8 @@ class Database:
         pool_size = checked_pool_size(pool_size)
         if isinstance(url_or_engine, (str, tuple)):
             url, self.dialect = checked_url(url_or_engine)
-            self.engine = make_engine(url, self.dialect, timeout=self.timeout)
+            self.file = self.dialect.file(url)
+            self.engine = make_engine(url, self.dialect, timeout=self.timeout, file=self.file)
             self.supports_listen = self.dialect.supports_listen(url)
             self.given: URL | AsyncEngine = url
             self.owned = True
@@ -105,6 +108,7 @@ class Database:
                 )
             self.supports_listen = self.dialect.has_notifications
             self.engine = self.given = url_or_engine
+            self.file = self.dialect.file(url_or_engine.url)
             self.owned = False
         self.schema: Final = checked_schema(schema, self.dialect)
         self.shown_url: Final = shown_url(url_of(self.engine))
@@ -119,6 +123,8 @@ class Database:
         )
         """Connections for queries."""
         self.write_lock: asyncio.Lock | None = asyncio.Lock() if self.dialect.single_writer else None
+        if self.file is not None:
+            self.file.on_replaced = self.forget_contact
         self._contact = FirstContact(self, auto_upgrade=auto_upgrade)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -193,11 +199,33 @@ class Database:
 
     async def connect(self) -> AsyncConnection:
         """Return a connection for queries, to be given back by `release`."""
+        if self.file is not None and not self.owned:
+            self.file.before_connect(makes=False)
         try:
             async with asyncio.timeout(self.timeout):
-                return await self.connections.take()
+                connection = await self.connections.take()
         except TimeoutError:
             raise self.silent() from None
+        if self.file is not None:
+            try:
+                self._file_of(connection, self.file).check()
+            except OSError:
+                await self.leave_file(connection)
+                await self.release(connection, broken=True)
+                raise
+        return connection
+
+    async def leave_file(self, connection: AsyncConnection) -> None:
+        """Leave the file behind a connection, if it is no longer the one of its name."""
+        if self.file is not None:
+            with contextlib.suppress(Exception):
+                await self.dialect.leave_file(connection, self._file_of(connection, self.file))
+
+    @staticmethod
+    def _file_of(connection: AsyncConnection, file: WatchedFile) -> OpenFile:
+        pooled = connection.sync_connection
+        assert pooled is not None
+        return file_behind(pooled.info, file)
 
     async def release(self, connection: AsyncConnection, *, broken: bool) -> None:
         """Give a connection back, or drop it when it is broken."""
@@ -205,7 +233,9 @@ class Database:
             await asyncio.shield(self._close(connection, broken=broken))
 
     def note_break(self) -> None:
-        """Let no call use a connection that was opened before now, because the database has ended one."""
+        """Let no call use a connection that was opened before now, because the database has ended one, or its file."""
+        if self.file is not None and self.file.is_lost:
+            self.forget_contact()
         for connection in self.connections.note_break():
             self._close(connection, broken=True)
 
@@ -241,6 +271,8 @@ class Database:
             await asyncio.wait(self.closing, timeout=self.timeout)
         self._loop = None
         await self.connections.aclose(timeout=self.timeout)
+        if self.file is not None:
+            self.file.forget()
         if self.dialect.single_writer:
             self.write_lock = asyncio.Lock()
 
@@ -308,6 +340,7 @@ class Lease:
             if not _is_broken(error, self._database.dialect):
                 raise
             logger.info("a connection to the database broke, trying another: %s", error)
+        await self._contact()
         return await self._attempt(work, repeated=True)
 
     async def _contact(self) -> None:
@@ -326,6 +359,8 @@ class Lease:
             failure = self._database.translate(error)
             kind = failure_kind(error, self._database.dialect)
             if kind is FailureKind.BROKEN:
+                if self._connection is not None:
+                    await self._database.leave_file(self._connection)
                 self._database.note_break()
                 if not isinstance(error, SQLAlchemyError):
                     await self._show_that_it_is_broken()

@@ -25,6 +25,7 @@ from mcp_session_store.sql.shown import (
 
 if TYPE_CHECKING:
     from mcp_session_store.sql.dialects.dialect import Dialect
+    from mcp_session_store.sql.dialects.watched_file import WatchedFile
 
 __all__ = [
     "checked_engine",
@@ -168,8 +169,15 @@ def checked_schema(schema: str | None, dialect: Dialect) -> str | None:
     return schema
 
 
-def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
-    """Return an engine in which each wait ends after `timeout` seconds, and whose errors hide parameters."""
+def make_engine(url: URL, dialect: Dialect, *, timeout: float, file: WatchedFile | None = None) -> AsyncEngine:
+    """Return an engine in which each wait ends after `timeout` seconds, and whose errors hide parameters.
+
+    Args:
+        url: URL that `checked_url` returned.
+        dialect: Its dialect.
+        timeout: See above.
+        file: File of the database, which its connections watch.
+    """
     shown, arguments = engine_url(url)
     arguments["connect_args"] |= dialect.connect_arguments(url, timeout=timeout, command_timeout=timeout)
     engine = create_async_engine(
@@ -185,6 +193,8 @@ def make_engine(url: URL, dialect: Dialect, *, timeout: float) -> AsyncEngine:
     )
     # After SQLAlchemy's own listener, because that makes asyncpg forget the types that it has looked up.
     sa.event.listen(engine.sync_engine, "connect", lambda connection, _: dialect.on_connect(connection, url))
+    if file is not None:
+        file.attach(engine.sync_engine, watches=True)
     return engine
 
 
@@ -199,10 +209,13 @@ def make_engine_without_pool(
     """Return an engine that keeps no connection; see `Dialect.connect_arguments`."""
     shown, arguments = engine_url(url)
     arguments["connect_args"] |= dialect.connect_arguments(url, timeout=timeout, command_timeout=command_timeout)
-    return create_async_engine(
+    engine = create_async_engine(
         shown,
         poolclass=NullPool,
         hide_parameters=True,
         isolation_level="AUTOCOMMIT",
         **arguments,
     )
+    if (file := dialect.file(url)) is not None:
+        file.attach(engine.sync_engine, watches=False)
+    return engine

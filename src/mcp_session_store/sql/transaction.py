@@ -24,6 +24,7 @@ async def transaction(connection: AsyncConnection, dialect: Dialect) -> AsyncIte
     await connection.exec_driver_sql(dialect.begin)
     try:
         yield
+        dialect.check_file(connection)
     except Exception:
         # Where this fails the connection is broken, which rolls back too.
         with contextlib.suppress(Exception):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.type_api import TypeEngine
 
     from mcp_session_store.sql.dialects.compiled import Statement, Steps
+    from mcp_session_store.sql.dialects.watched_file import OpenFile, WatchedFile
 
 __all__ = ["Batch", "Dialect", "FailureKind", "LocksSeen"]
 
@@ -288,6 +289,20 @@ class Dialect(ABC):
     @abstractmethod
     def pool_size(self, url: URL) -> int | None:
         """Return the number of connections for queries, where the URL gives one."""
+
+    def file(self, url: URL) -> WatchedFile | None:  # noqa: ARG002
+        """Return the file of the database, where it is one that this process opens."""
+        return None
+
+    def check_file(self, connection: AsyncConnection) -> None:  # noqa: B027 - where there is none
+        """Check before a commit that it goes into the file of the database's name.
+
+        Raises:
+            ConnectionError: That is another file by now.
+        """
+
+    async def leave_file(self, connection: AsyncConnection, file: OpenFile) -> None:  # noqa: B027
+        """Leave a file that is no longer that of its name, see `OpenFile.leave`."""
 
     @abstractmethod
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:

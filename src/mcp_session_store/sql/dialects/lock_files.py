@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,13 +21,18 @@ from typing_extensions import override
 
 from mcp_session_store.sql.dialects.dialect import Dialect, LocksSeen
 from mcp_session_store.sql.dialects.private_names import call_in_thread
+from mcp_session_store.sql.dialects.sqlite_failures import file_of
+from mcp_session_store.sql.dialects.watched_file import WatchedFile, check_file_behind
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Collection, Iterator
     from contextlib import AbstractContextManager
 
+    from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from mcp_session_store.sql.dialects.watched_file import OpenFile
 
 __all__ = ["STALE_AFTER", "FileLocks", "lock_folder"]
 
@@ -37,6 +43,8 @@ STALE_AFTER: Final = 86_400.0
 ATTEMPTS: Final = 10
 """Number of times that a file is made, while others that stop remove it or its folder."""
 
+_FOLDER: Final = "-instances"
+"""What the name of the folder adds to that of the database's file."""
 _CAN_LOCK: Final = hasattr(os, "lockf")
 _OPEN: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
@@ -46,11 +54,26 @@ _here: Final[dict[Path, int]] = {}
 
 def lock_folder(database: str) -> Path:
     """Return the folder of the locked files, by the path of a database's file."""
-    return Path(os.path.realpath(database) + "-instances")
+    return Path(os.path.realpath(database) + _FOLDER)
 
 
 class FileLocks(Dialect):
-    """A dialect whose instances lock files beside the database."""
+    """A dialect whose database is a file, which is watched, and beside which instances lock files of their own."""
+
+    @override
+    def file(self, url: URL) -> WatchedFile | None:
+        file = file_of(url)
+        # Another file system than that of the operating system has files of its own.
+        return None if file is None or "vfs" in url.query else WatchedFile(file)
+
+    @override
+    def check_file(self, connection: AsyncConnection) -> None:
+        pooled: Any = connection.sync_connection
+        check_file_behind(pooled.info)
+
+    @override
+    async def leave_file(self, connection: AsyncConnection, file: OpenFile) -> None:
+        await call_in_thread(_driver_of(connection), lambda driver, left: left.leave(driver), file)
 
     @override
     async def lock_of_process(self, connection: AsyncConnection, name: str) -> AbstractContextManager[bool]:
@@ -150,11 +173,18 @@ def _is_locked(path: Path) -> bool | None:
 
 
 def _take(path: Path) -> int:
-    """Make a file and lock it; return its descriptor, which holds the lock."""
+    """Make a file and lock it; return its descriptor, which holds the lock.
+
+    The file has the permissions of the database's, as those have that SQLite makes beside it, and so has the folder.
+    """
+    permissions = stat.S_IMODE(os.stat(str(path.parent).removesuffix(_FOLDER)).st_mode) & 0o666
     for attempt in range(ATTEMPTS):
         try:
-            path.parent.mkdir(exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _OPEN, 0o644)
+            with contextlib.suppress(FileExistsError):
+                path.parent.mkdir(0o700)
+                path.parent.chmod(permissions | (permissions & 0o444) >> 2)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _OPEN, 0o600)
+            os.fchmod(descriptor, permissions)
         except FileNotFoundError:
             if attempt == ATTEMPTS - 1:
                 raise

@@ -32,10 +32,11 @@ from mcp_session_store.sql.dialects.sqlite_failures import (
     misconfiguration,
     unusable_file,
 )
+from mcp_session_store.sql.dialects.watched_file import check_file_behind
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -135,11 +136,12 @@ class _JsonBatch(Batch):
         return {self._name: text}
 
 
-def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
+def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T], *, info: MutableMapping[Any, Any]) -> _T:
     """Run steps that write in one transaction, in the thread in which the connection is used."""
     connection.execute(Sqlite.begin)
     try:
         result = _one_after_the_other(connection, steps)
+        check_file_behind(info)
         connection.execute("COMMIT")
         return result
     finally:
@@ -264,7 +266,7 @@ class Sqlite(FileLocks):
         self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool, atomic: bool = False
     ) -> Awaitable[_T]:
         pooled: Any = connection.sync_connection
-        run_steps = _in_transaction if writes else _one_after_the_other
+        run_steps = partial(_in_transaction, info=pooled.connection.info) if writes else _one_after_the_other
         return call_in_thread(pooled.connection.driver_connection, run_steps, steps)
 
     @override
