@@ -24,6 +24,7 @@ from mcp_session_store.settings import InstanceSettings
 from tests.support.asgi import Client
 from tests.support.frameworks import Made
 from tests.support.instances import Notes, running
+from tests.support.internals import pool_size_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,6 +118,16 @@ async def test_migrations_on_first_contact_come_from_the_keyword_or_the_environm
     manager(POSTGRES, environment={"AUTO_UPGRADE": "off"})
     manager(POSTGRES, auto_upgrade=True)
     assert asked == [False, True, True, True, True, False, False, True]
+
+
+async def test_the_size_of_the_pool_comes_from_the_keyword_the_environment_or_the_url(manager: Any) -> None:
+    url = f"{POSTGRES}?connection_limit=2"
+    assert pool_size_of(sql_store(manager(POSTGRES))) == 5
+    assert pool_size_of(sql_store(manager(url))) == 2
+    assert pool_size_of(sql_store(manager(url, environment={"POOL_SIZE": "3"}))) == 3
+    assert pool_size_of(sql_store(manager(url, pool_size=4))) == 4
+    with pytest.raises(ConfigurationError, match="MCP_SESSION_STORE_POOL_SIZE: 'many' is not a positive whole number"):
+        manager(url, environment={"POOL_SIZE": "many"})
 
 
 @pytest.mark.parametrize("name", ["AUTO_UPGRADE", "EVENTS"])

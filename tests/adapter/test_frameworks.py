@@ -326,7 +326,9 @@ def test_an_option_that_the_framework_does_not_know_is_named(store: FaultyStore,
         Made(kind).app(store, no_such_option=1)
 
 
-@pytest.mark.parametrize("setting", [{"namespace": "x"}, {"schema": "x"}, {"auto_upgrade": True}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{"namespace": "x"}, {"schema": "x"}, {"auto_upgrade": True}, {"pool_size": 2}], ids=str
+)
 def test_settings_of_a_url_do_not_go_with_a_store(store: FaultyStore, setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(setting))):
         durable_app(Notes().server, store, **setting)

@@ -470,9 +470,11 @@ def test_what_stands_on_the_command_line_goes_before_the_environment(
     environment = {"MCP_SESSION_STORE_NAMESPACE": "notes", "MCP_SESSION_STORE_EVICT_AFTER": "7"}
     invoke(*arguments, environment=environment)
     # The app reads it itself, and says in its log where it comes from.
-    assert not {"namespace", "schema", "auto_upgrade"} & app_arguments.keys()
+    assert not {"namespace", "schema", "auto_upgrade", "pool_size"} & app_arguments.keys()
     app_arguments.clear()
-    invoke(*arguments, "--namespace", "other", "--evict-after", "8", "--auto-upgrade", environment=environment)
+    given = ("--namespace", "other", "--evict-after", "8", "--auto-upgrade", "--pool-size", "2")
+    invoke(*arguments, *given, environment=environment)
+    assert app_arguments["pool_size"] == 2
     assert app_arguments["namespace"] == "other"
     assert app_arguments["auto_upgrade"] is True
     assert "schema" not in app_arguments
@@ -527,7 +529,7 @@ def test_what_is_not_given_is_left_to_the_app(
     invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
 ) -> None:
     invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url)
-    left = {"retention", "events", "settings", "namespace", "schema", "auto_upgrade"}
+    left = {"retention", "events", "settings", "namespace", "schema", "auto_upgrade", "pool_size"}
     assert app_arguments
     assert not left & app_arguments.keys()
 

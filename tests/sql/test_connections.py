@@ -144,6 +144,14 @@ async def test_a_database_without_room_is_away_after_the_timeout_and_says_what_t
     assert caplog.text.count("refuses this process another connection") == 1
 
 
+async def test_a_migration_on_first_contact_needs_no_second_connection(postgres_url: str) -> None:
+    async with limited(postgres_url, limit=1) as url:
+        await migrate.downgrade(postgres_url, revision="base")
+        await execute(postgres_url, f"GRANT CREATE ON SCHEMA public TO {make_url(url).username}")
+        async with SqlSessionStore(url, auto_upgrade=True) as store:
+            await _use(store)
+
+
 async def test_a_connection_that_listens_is_given_up_for_those_for_queries(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

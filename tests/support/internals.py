@@ -87,6 +87,12 @@ def channel_name() -> str:
     return SESSION_CHANNEL._name
 
 
+def pool_size_of(store: SqlSessionStore) -> int:
+    """The number of connections for queries that a store may have."""
+    assert isinstance(store._database.connections, Connections)
+    return store._database.connections._most
+
+
 def idle_connections_of(database: Database) -> list[AsyncConnection]:
     """The connections that a database keeps open, and no call uses."""
     assert isinstance(database.connections, Connections)

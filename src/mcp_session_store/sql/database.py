@@ -232,6 +232,11 @@ class Database:
         if broken or not self.connections.give_back(connection):
             await asyncio.shield(self._close(connection, broken=broken))
 
+    async def close_idle(self) -> None:
+        """Close the connections that no call uses."""
+        if closing := [self._close(connection, broken=False) for connection in self.connections.note_break()]:
+            await asyncio.wait(closing, timeout=self.timeout)
+
     def note_break(self) -> None:
         """Let no call use a connection that was opened before now, because the database has ended one, or its file."""
         if self.file is not None and self.file.is_lost:

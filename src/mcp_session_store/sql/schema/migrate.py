@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy
+from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.dialects import dialect_named
+from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.engine import (
     checked_engine,
     checked_schema,
@@ -28,6 +30,7 @@ from mcp_session_store.sql.engine import (
     url_of,
 )
 from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_secrets
+from mcp_session_store.sql.room import RETRY
 from mcp_session_store.sql.schema.quiet import without_steps_in_log
 from mcp_session_store.sql.schema.tables import VERSION_TABLE
 from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["check", "current", "downgrade", "migrations_folder", "run_offline", "run_online", "upgrade", "upgrade_sql"]
 
@@ -203,8 +208,11 @@ async def _connected(
         checked_schema(schema, dialect)
         engine, owned = url_or_engine, False
     try:
-        async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection = await _with_room(engine.execution_options(isolation_level="AUTOCOMMIT"), dialect)
+        try:
             yield connection
+        finally:
+            await asyncio.shield(asyncio.ensure_future(connection.close()))
     except SessionStoreError:
         raise
     except Exception as error:
@@ -215,6 +223,19 @@ async def _connected(
     finally:
         if owned:
             await engine.dispose()
+
+
+async def _with_room(engine: AsyncEngine, dialect: Dialect) -> AsyncConnection:
+    """Connect; where the database has no room for a connection, wait for it."""
+    gives_up_at = asyncio.get_running_loop().time() + DEFAULT_TIMEOUT
+    while True:
+        try:
+            return await engine.connect()
+        except Exception as error:
+            is_full = failure_kind(error, dialect) is FailureKind.NO_ROOM
+            if not is_full or asyncio.get_running_loop().time() > gives_up_at:
+                raise
+        await asyncio.sleep(RETRY)
 
 
 async def _migrate(url_or_engine: str | URL | AsyncEngine, schema: str | None, run: Callable[[Config], None]) -> None:
