@@ -26,15 +26,20 @@ if TYPE_CHECKING:
 
 _IMPORTED = [
     "aiosqlite",
+    "anyio._backends._asyncio",
     "asyncpg",
-    "fastmcp",
+    "fastmcp.server.server",
     "mcp_session_store.app",
     "mcp_session_store.cli",
     "mcp_session_store.sql.admin.doctor",
     "mcp_session_store.sql.admin.events",
     "mcp_session_store.sql.schema.migrate",
     "sqlalchemy.dialects.postgresql",
+    "uvicorn.lifespan.on",
+    "uvicorn.loops.auto",
     "uvicorn.main",
+    "uvicorn.protocols.http.auto",
+    "uvicorn.protocols.websockets.auto",
 ]
 
 
