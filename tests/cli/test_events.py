@@ -283,7 +283,7 @@ def test_a_partitioned_database_names_the_command_to_run_before_a_downgrade(
 ) -> None:
     environment = _seed(postgres_url, [])
     assert command("events", "partition", "--every", "1h", environment=environment).returncode == 0
-    refused = command("downgrade", "base", environment=environment)
+    refused = command("downgrade", "base", "--yes", environment=environment)
     assert refused.returncode == 2
     assert "mcp-session-store events unpartition" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy.engine import make_url
 
+from mcp_session_store.sql.schema.version import HEAD
 from tests.support.commands import UNREACHABLE, run_printed
 from tests.support.postgres import execute
 from tests.support.rows import insert_rows, session_row
@@ -17,7 +18,7 @@ from tests.support.rows import insert_rows, session_row
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.support.commands import CommandFunction, InvokeFunction
+    from tests.support.commands import CommandFunction, InvokeFunction, TerminalFunction
 
 
 def test_a_database_goes_up_is_checked_and_goes_down_again(command: CommandFunction, database_url: str) -> None:
@@ -29,8 +30,29 @@ def test_a_database_goes_up_is_checked_and_goes_down_again(command: CommandFunct
     upgraded = run("upgrade")
     assert upgraded == f"the schema is at {run('current')}"
     assert run("check") == "the schema fits"
-    assert run("downgrade", "base") == "the schema is removed"
+    asyncio.run(insert_rows(database_url, [session_row(), session_row(namespace="one")]))
+    asked = command("downgrade", "base", "--url", database_url)
+    assert asked.returncode == 2
+    assert "mcp_session, mcp_session_journal, mcp_session_log" in asked.stderr
+    assert "would be removed, with 2 sessions; the table mcp_session_version, and the " in asked.stderr
+    assert "--yes" in asked.stderr
+    assert run("check") == "the schema fits"
+    assert run("downgrade", "1_0002_retention", "--yes") == "the schema is at 1_0002_retention"
+    assert run("downgrade", "base", "--yes") == "the schema is removed"
     assert run("current") == "none"
+    assert run("downgrade", "base") == "the schema is removed"
+
+
+@pytest.mark.parametrize(("typed", "code", "revision"), [("n\n", 1, HEAD), ("y\n", 0, "none")])
+def test_a_terminal_is_asked_before_tables_are_removed(
+    terminal: TerminalFunction, invoke: InvokeFunction, sqlite_url: str, typed: str, code: int, revision: str
+) -> None:
+    invoke("upgrade", "--url", sqlite_url)
+    found, output = terminal("downgrade", "base", "--url", sqlite_url, typed=typed)
+    assert found == code, output
+    assert "the table mcp_session_version, and the file, would stay" in output
+    assert "Remove them for good?" in output
+    assert invoke("current", "--url", sqlite_url).stdout == f"{revision}\n"
 
 
 def test_a_check_of_an_empty_database_fails_and_names_the_command(command: CommandFunction, postgres_url: str) -> None:

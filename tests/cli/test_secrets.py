@@ -214,6 +214,7 @@ COMMANDS = [
     ("events", "unpartition"),
     ("sweep",),
     ("doctor",),
+    ("namespaces",),
     ("serve", "tests.support.apps:server"),
 ]
 

@@ -228,6 +228,39 @@ def test_what_is_no_key_is_taken_for_a_session_id_and_finds_nothing(
     assert str(session_key(name)) in done.stderr
 
 
+def test_a_shortened_key_stands_for_the_one_key_that_begins_with_it(invoke: InvokeFunction, database_url: str) -> None:
+    like = "6f1e2d3c-0000-8000-8000-00000000000"
+    rows = [session_row(key=uuid.UUID(f"{like}{digit}")) for digit in range(2)]
+    rows += [session_row(key=uuid.UUID("7f1e2d3c-aaaa-8000-8000-000000000000"), ended=HOUR)]
+    rows += [session_row(key=uuid.UUID("8f1e2d3c-aaaa-8000-8000-000000000000"), namespace="other")]
+    environment = _seed(database_url, rows)
+    for name in (
+        "7f1e2d3c",
+        "7f1e2d3c-",
+        "7F1E2D3C-AAAA-8",
+        "7f1e2d3caaaa",
+        "7f1e2d3c…",
+        "7f1e2d3c-aaaa-8000-8000-0000000",
+    ):
+        done = invoke("sessions", "show", name, environment=environment)
+        assert done.exit_code == 0, done.stderr
+        assert str(rows[2]["key"]) in done.stdout
+    for command in (("show", "6f1e2d3c"), ("end", "7f1e2d3c", "6f1e"), ("end", "--dry-run", like)):
+        done = invoke("sessions", *command, environment=environment)
+        assert done.exit_code == 1
+        assert f"keys {like}0, {like}1; write more of one" in done.stderr
+    for name in ("8f1e2d3c", "0123456789abcdef0123456789abcde"):
+        done = invoke("sessions", "show", name, environment=environment)
+        assert done.exit_code == 1
+        assert f"begins with {name[:8]};" in done.stderr
+        assert str(session_key(name)) not in done.output
+        assert name[9:] == "" or name[9:] not in done.output
+    done = invoke("sessions", "end", f"{like}0", "6f1e2d3c-0000-8000-8000-00000000000-1", environment=environment)
+    assert done.stdout == "1 session ended\n"
+    done = invoke("events", "show", "7f1e2d3c", environment=environment)
+    assert f"no events are stored for the key {rows[2]['key']}" in done.stderr
+
+
 def test_sessions_that_are_named_end_for_the_reason_operator(command: CommandFunction, database_url: str) -> None:
     session_id = uuid.uuid4().hex
     rows = [session_row(key=session_key(session_id)), session_row(), session_row(expires=-HOUR)]

@@ -7,6 +7,7 @@ import click
 from mcp_session_store.cli.doctor import doctor
 from mcp_session_store.cli.events import events
 from mcp_session_store.cli.migrations import check, current, downgrade, upgrade
+from mcp_session_store.cli.namespaces import namespaces
 from mcp_session_store.cli.options import Group
 from mcp_session_store.cli.serve import serve, worker_app
 from mcp_session_store.cli.sessions import sessions
@@ -26,5 +27,5 @@ def main() -> None:
     """
 
 
-for command in (upgrade, downgrade, current, check, doctor, serve, sessions, events, sweep):
+for command in (upgrade, downgrade, current, check, doctor, serve, sessions, events, namespaces, sweep):
     main.add_command(command)

@@ -104,7 +104,7 @@ def show(
     stored for the session. --json prints one document with as_of, log, events and next, which is the sequence for
     --after or null; with --all, one line of JSON for each event. Payloads are JSON texts, in --json too.
     """
-    key = key_of(names)
+    key = key_of(target, names)
     size = page_size(limit, all_pages=all_pages)
 
     def show_page(page: LogDetails, first: bool) -> int:

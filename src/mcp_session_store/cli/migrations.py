@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Final
 
@@ -52,12 +53,19 @@ def upgrade(revision: str, url: str, schema: str | None, sql: bool, from_revisio
 @click.argument("revision")
 @url_option
 @schema_option
-def downgrade(revision: str, url: str, schema: str | None) -> None:
+@click.option("--yes", is_flag=True, help="Remove tables without a question.")
+def downgrade(revision: str, url: str, schema: str | None, *, yes: bool) -> None:
     """Take the database's schema back to REVISION.
 
-    `base` removes all tables, and with them all sessions.
+    `base` removes all tables, and with them all sessions of all namespaces. It leaves the table in which the revision
+    is noted, which is empty then, the schema that --schema names, and SQLite's file. What goes and what stays is said
+    before tables are removed.
     """
     from mcp_session_store.sql.schema import migrate
+
+    removed, sessions = run(migrate.tables_removed(url, schema=schema, revision=revision))
+    if removed and not yes:
+        _ask(removed, sessions, url, schema)
 
     async def go() -> str | None:
         await migrate.downgrade(url, schema=schema, revision=revision)
@@ -65,6 +73,21 @@ def downgrade(revision: str, url: str, schema: str | None) -> None:
 
     found = run(go())
     click.echo("the schema is removed" if found is None else f"the schema is at {found}")
+
+
+def _ask(removed: Sequence[str], sessions: int, url: str, schema: str | None) -> None:
+    from mcp_session_store.sql.engine import checked_url, shown_url
+    from mcp_session_store.sql.schema.tables import VERSION_TABLE
+
+    parsed, dialect = checked_url(url)
+    place = shown_url(parsed) if schema is None else f"{shown_url(parsed)}, schema {schema}"
+    counted = f", with {number(sessions)} {plural('session', sessions)}" if sessions else ""
+    stays = f"the table {VERSION_TABLE}, and the {'schema' if dialect.has_schemas else 'file'}"
+    text = f"{place}: {', '.join(removed)} would be removed{counted}; {stays}, would stay"
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"{text}. Without a terminal there is no question; give --yes to remove them")
+    click.echo(text, err=True)
+    click.confirm("Remove them for good?", abort=True, err=True)
 
 
 @click.command()

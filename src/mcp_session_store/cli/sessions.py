@@ -71,9 +71,10 @@ _DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
 def sessions() -> None:
     """List, show, end and count the sessions that are stored.
 
-    A session is named by its key, as `list` prints it: a UUID of version 8, with dashes. Any other name is taken for
-    a session id, which is hashed at once, and never printed or stored. A name of - stands for those on the standard
-    input, so that a session id need not stand in the shell's history.
+    A session is named by its key, as `list` prints it: a UUID of version 8, with dashes. Its first digits will do where
+    no other key begins with them. Any other name is taken for a session id, which is hashed at once, and never printed
+    or stored. A name of - stands for those on the standard input, so that a session id need not stand in the shell's
+    history.
     """
 
 
@@ -206,7 +207,7 @@ def show(target: Target, *, names: tuple[str, ...], params: bool, as_json: bool)
 
     Exit code 1 when there is no such session. Params are JSON texts, in --json too.
     """
-    key = key_of(names)
+    key = key_of(target, names)
 
     async def find() -> SessionDetails | None:
         async with target.directory() as directory:
@@ -252,7 +253,7 @@ def end(
         raise click.UsageError("name sessions, or choose them with options, or give --all: one of the three")
     not_live: list[UUID] = []
     if names:
-        keys = keys_of(names)
+        keys = keys_of(target, names)
         live = run(_live(target, keys)) if dry_run else run(_end_named(target, keys))
         ended = len(live)
         not_live = [key for key in keys if key not in live]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mcp_session_store.retention import EventPolicy, RetentionPolicy
     from mcp_session_store.sql import SqlEventLog, SqlSessionStore
     from mcp_session_store.sql.admin.events import EventDirectory
+    from mcp_session_store.sql.admin.namespaces import NamespaceDirectory
     from mcp_session_store.sql.admin.partitions import EventPartitions
     from mcp_session_store.sql.admin.rows import RowCheck
     from mcp_session_store.sql.admin.sessions import SessionDirectory
@@ -62,6 +63,13 @@ class Target:
         from mcp_session_store.sql.admin.partitions import EventPartitions
 
         return EventPartitions(self.url, schema=self.schema, timeout=self.timeout)
+
+    def namespaces(self) -> NamespaceDirectory:
+        """Return what reads the namespaces of the database."""
+        from mcp_session_store.sql.admin.namespaces import NamespaceDirectory
+
+        self._refuse_absent()
+        return NamespaceDirectory(self.url, schema=self.schema, timeout=self.timeout)
 
     def row_check(self) -> RowCheck:
         """Return what finds rows that cannot be read, in all namespaces."""

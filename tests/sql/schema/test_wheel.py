@@ -104,5 +104,5 @@ def test_the_installed_command_migrates_a_database(installed: Path, tmp_path: Pa
     assert "CREATE TABLE mcp_session (" in _run(
         [*command, "upgrade", "--sql", "--url", "postgresql://nowhere.invalid/db"], tmp_path
     )
-    _run([*command, "downgrade", "base", "--url", "sqlite:///sessions.db"], tmp_path)
+    _run([*command, "downgrade", "base", "--yes", "--url", "sqlite:///sessions.db"], tmp_path)
     assert _run([*command, "current", "--url", "sqlite:///sessions.db"], tmp_path).strip() == "none"

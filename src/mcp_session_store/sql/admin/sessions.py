@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -21,7 +22,7 @@ from mcp_session_store.sql.admin.session_list import (
     readable,
     session_position,
 )
-from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength, StoreClock
+from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength, StoreClock, driver_value
 from mcp_session_store.sql.schema.tables import journal_table, sessions_table
 from mcp_session_store.sql.sessions.statements import expiry
 from mcp_session_store.sql.sessions.sweep import SweepCandidates
@@ -29,7 +30,6 @@ from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from uuid import UUID
 
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -185,6 +185,28 @@ class SessionDirectory(Reader):
                     for method, subject, text in entries
                 ],
             )
+
+        return await self.read(read)
+
+    async def keys_beginning_with(self, digits: str, *, limit: int) -> list[UUID]:
+        """Return the first keys, of sessions in any state, that begin with these hexadecimal digits.
+
+        One range scan along the primary key.
+
+        Args:
+            digits: Fewer than 32 digits, without dashes.
+            limit: Keys at most.
+        """
+        key = self._table.c.key
+        first, last = (sa.literal(UUID(hex=digits.ljust(32, fill)), key.type) for fill in "0f")
+        statement = sa.select(driver_value(key)).where(
+            key.between(first, last), self._table.c.namespace == self._namespace
+        )
+
+        async def read(connection: AsyncConnection, now: datetime) -> list[UUID]:  # noqa: ARG001
+            rows = await connection.execute(statement.order_by(key).limit(limit))
+            found = (self.database.dialect.key(value) for (value,) in rows)
+            return [key for key in found if key is not None]
 
         return await self.read(read)
 

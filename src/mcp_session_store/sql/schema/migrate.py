@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import io
 import logging
+import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -32,7 +33,7 @@ from mcp_session_store.sql.engine import (
 from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_secrets
 from mcp_session_store.sql.room import RETRY
 from mcp_session_store.sql.schema.quiet import without_steps_in_log
-from mcp_session_store.sql.schema.tables import VERSION_TABLE
+from mcp_session_store.sql.schema.tables import VERSION_TABLE, make_tables, sessions_table
 from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision
 
 with without_steps_in_log():
@@ -41,7 +42,7 @@ with without_steps_in_log():
     from alembic.util.exc import CommandError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from types import ModuleType
 
     from sqlalchemy.engine import URL
@@ -49,7 +50,17 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["check", "current", "downgrade", "migrations_folder", "run_offline", "run_online", "upgrade", "upgrade_sql"]
+__all__ = [
+    "check",
+    "current",
+    "downgrade",
+    "migrations_folder",
+    "run_offline",
+    "run_online",
+    "tables_removed",
+    "upgrade",
+    "upgrade_sql",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +111,31 @@ async def downgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | Non
     await _migrate(url_or_engine, schema, lambda config: command.downgrade(config, revision))
 
 
+async def tables_removed(url: str | URL, *, schema: str | None = None, revision: str) -> tuple[Sequence[str], int]:
+    """Return the tables that a downgrade would remove, and the number of sessions in them.
+
+    Args:
+        url: URL of the database.
+        schema: Postgres: the schema with the tables.
+        revision: Revision to return to.
+
+    Raises:
+        ConfigurationError: An argument cannot work.
+        StoreUnavailable: The database cannot be reached.
+    """
+    async with _connected(url, schema, existing=True) as connection:
+        if (found := await read_revision(connection, schema)) is None:
+            return (), 0
+        statements = _printed(url, schema, lambda config: command.downgrade(config, f"{found}:{revision}", sql=True))
+        removed = [
+            name for name in make_tables().tables if re.search(rf"^DROP TABLE .*\b{name};$", statements, re.MULTILINE)
+        ]
+        sessions = sessions_table(schema)
+        if sessions.name not in removed:
+            return removed, 0
+        return removed, (await connection.execute(sa.select(sa.func.count()).select_from(sessions))).scalar_one()
+
+
 async def current(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None) -> str | None:
     """Return the revision of a database's schema; `None` before the first migration.
 
@@ -146,6 +182,12 @@ def upgrade_sql(
         ConfigurationError: An argument cannot work.
         StoreBusy: Another migration runs in this process; try again when it is done.
     """
+    revisions = revision if from_revision is None else f"{from_revision}:{revision}"
+    return _printed(url, schema, lambda config: command.upgrade(config, revisions, sql=True))
+
+
+def _printed(url: str | URL, schema: str | None, run: Callable[[Config], None]) -> str:
+    """Return the SQL of a migration that is not run."""
     parsed, dialect = checked_url(url)
     buffer = io.StringIO()
     config = _config({_SCHEMA: checked_schema(schema, dialect), _URL: parsed}, output=buffer)
@@ -154,7 +196,7 @@ def upgrade_sql(
         raise StoreBusy("another migration runs in this process; try again when it is done")
     try:
         with _alembic_errors(parsed, schema):
-            command.upgrade(config, revision if from_revision is None else f"{from_revision}:{revision}", sql=True)
+            run(config)
     finally:
         _alembic.release()
     return buffer.getvalue()
