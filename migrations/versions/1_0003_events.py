@@ -7,11 +7,9 @@ while their table is partitioned.
 from __future__ import annotations
 
 import sqlalchemy as sa
-from alembic import op
+from alembic import context, op
 from alembic.util.exc import CommandError
 from sqlalchemy.dialects import postgresql
-
-from mcp_session_store.sql.engine import shown_command, url_of
 
 revision = "1_0003_events"
 down_revision = "1_0002_retention"
@@ -63,8 +61,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     schema = op.get_context().version_table_schema
     if _is_partitioned(schema):
-        url = url_of(op.get_bind().engine)
-        raise CommandError(f"the events are partitioned; first, {shown_command('events unpartition', url, schema)}")
+        advice = context.config.attributes["advice"]
+        raise CommandError(f"the events are partitioned; first, {advice('events unpartition')}")
     op.drop_table("mcp_session_instance", schema=schema)
     op.drop_table("mcp_session_event", schema=schema)
     op.drop_index("ix_mcp_session_log_oldest", "mcp_session_log", schema=schema)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import io
 import logging
 import re
@@ -70,6 +71,7 @@ _alembic: Final = threading.Lock()
 _CONNECTION: Final = "connection"
 _SCHEMA: Final = "schema"
 _URL: Final = "url"
+_ADVICE: Final = "advice"
 
 
 async def upgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None, revision: str = "head") -> None:
@@ -313,6 +315,8 @@ def run_online(context: ModuleType, target: sa.Connection | str | None, *, schem
     """
     if not isinstance(target, sa.Connection):
         return asyncio.run(_run_online_at(context, target or "", schema))
+    # Migrations import nothing of this package, because it changes and they do not.
+    context.config.attributes[_ADVICE] = functools.partial(shown_command, url=url_of(target.engine), schema=schema)
     dialect = dialect_named(target.dialect.name)
     dialect.begin_migration(target, schema)
     try:
