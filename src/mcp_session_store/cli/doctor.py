@@ -33,6 +33,12 @@ _COLORS: Final = {"ok": "green", "warn": "yellow", "fail": "red", "skipped": Non
 @schema_option
 @namespace_option
 @option(
+    "--pool-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Connections that each process of the server takes for queries. Not given: as the URL says, or 5.",
+)
+@option(
     "--timeout",
     metavar="SECONDS",
     default=5.0,
@@ -41,7 +47,9 @@ _COLORS: Final = {"ok": "green", "warn": "yellow", "fail": "red", "skipped": Non
     help="How long each look may take; all together take six times as long at most.",
 )
 @json_option
-def doctor(url: str, schema: str | None, namespace: str, timeout: float, *, as_json: bool) -> None:
+def doctor(
+    url: str, schema: str | None, namespace: str, pool_size: int | None, timeout: float, *, as_json: bool
+) -> None:
     """Look at all that a server needs of its database, without changing anything.
 
     One line each: what is there, and what to do where it is not right. A role that only reads will do.
@@ -52,7 +60,7 @@ def doctor(url: str, schema: str | None, namespace: str, timeout: float, *, as_j
 
     async def go() -> list[Finding]:
         findings = []
-        async for finding in examine(url, namespace=namespace, schema=schema, timeout=timeout):
+        async for finding in examine(url, namespace=namespace, schema=schema, pool_size=pool_size, timeout=timeout):
             findings.append(finding)
             if not as_json:
                 _print(finding)

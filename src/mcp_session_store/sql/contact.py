@@ -107,7 +107,8 @@ class FirstContact:
 
     async def _check(self) -> None:
         database = self._database
-        if (reason := database.dialect.unusable(database.autocommit.url)) is not None:
+        # Not where nothing will be written: a user that may only read is enough for that.
+        if self.needed and (reason := database.dialect.unusable(database.autocommit.url)) is not None:
             raise self._misconfigured(reason)
         try:
             async with self._checking() as connection:

@@ -204,10 +204,10 @@ def make_migration_engine(url: URL, dialect: Dialect) -> AsyncEngine:
 
 
 def make_engine_without_pool(
-    url: URL, dialect: Dialect, *, timeout: float, command_timeout: float | None
+    url: URL, dialect: Dialect, *, timeout: float, command_timeout: float | None, given: URL | None = None
 ) -> AsyncEngine:
-    """Return an engine that keeps no connection; see `Dialect.connect_arguments`."""
-    shown, arguments = engine_url(url)
+    """Return an engine that keeps no connection; see `engine_url` and `Dialect.connect_arguments`."""
+    shown, arguments = engine_url(url, given=given)
     arguments["connect_args"] |= dialect.connect_arguments(url, timeout=timeout, command_timeout=command_timeout)
     engine = create_async_engine(
         shown,

@@ -110,12 +110,16 @@ def url_of(engine: AsyncEngine | sa.Engine) -> URL:
     return given
 
 
-def engine_url(url: URL) -> tuple[URL, dict[str, Any]]:
+def engine_url(url: URL, *, given: URL | None = None) -> tuple[URL, dict[str, Any]]:
     """Return the URL for an engine, and more arguments for it, which hold the secrets of the URL but for the password.
 
     SQLAlchemy shows all of an engine's URL but the password.
+
+    Args:
+        url: URL by which the engine connects.
+        given: URL that messages show; the same unless given.
     """
-    given = url
+    given = given or url
     names = url.query.keys() - _public_options(url)
     secrets: dict[str, Any] = {name: url.query[name] for name in names}
     url = url.difference_update_query(names)

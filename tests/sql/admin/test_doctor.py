@@ -115,7 +115,8 @@ async def test_a_file_that_is_no_database_is_said_first(sqlite_url: str, tmp_pat
     findings = [finding async for finding in examine(sqlite_url)]
     assert findings[0].check == "connection"
     assert findings[0].verdict is Verdict.FAIL
-    assert "not a database" in findings[0].found
+    assert "no SQLite database" in findings[0].found
+    assert "sqlite:////" in findings[0].found
 
 
 @pytest.mark.parametrize("state", ["missing", "behind", "ahead", "newer"])
@@ -248,6 +249,9 @@ async def test_a_limit_of_connections_and_an_option_that_is_not_needed(postgres_
     assert found["connections"].values["of_role"] == 4
     assert found["connections"].values["free"] <= 3
     assert found["connections"].verdict is Verdict.WARN
+    assert found["connections"].values["of_a_process"] == 7
+    small = await looked(url.render_as_string(hide_password=False), pool_size=1)
+    assert small["connections"].verdict is Verdict.OK
     assert found["pooler"].verdict is Verdict.WARN
     assert "remove pgbouncer=true" in f"{found['pooler'].remedy}"
     assert found["notifications"].values == {"arrive": None}
@@ -258,7 +262,9 @@ async def test_a_folder_that_is_not_writable_is_a_failure(
 ) -> None:
     await migrate.upgrade(sqlite_url)
     # Root may write everywhere.
-    monkeypatch.setattr(os, "access", lambda path, _mode: str(path) != str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, _mode, **_: str(path) != str(tmp_path))
     found = await looked(sqlite_url)
     assert found["file"].verdict is Verdict.FAIL
     assert str(tmp_path) in f"{found['file'].remedy}"
+    # To look at it, reading is enough.
+    assert not verdicts(found, Verdict.SKIPPED)

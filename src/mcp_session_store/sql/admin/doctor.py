@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import sqlalchemy as sa
 
 from mcp_session_store.errors import SchemaError, SessionStoreError
-from mcp_session_store.settings import InstanceSettings, checked_seconds
+from mcp_session_store.settings import InstanceSettings, checked_pool_size, checked_seconds
 from mcp_session_store.sql.admin.events import EventDirectory
 from mcp_session_store.sql.admin.reader import Reader
 from mcp_session_store.sql.admin.rows import RowCheck
@@ -55,6 +55,7 @@ async def examine(
     *,
     namespace: str = DEFAULT_NAMESPACE,
     schema: str | None = None,
+    pool_size: int | None = None,
     timeout: float = LOOK_TIMEOUT,
 ) -> AsyncGenerator[Finding, None]:
     """Look at a database, and yield what is found as it is found. Nothing is changed; a role that only reads will do.
@@ -65,6 +66,7 @@ async def examine(
         url: As for `SqlSessionStore`.
         namespace: The namespace of the sessions.
         schema: Postgres: the schema with the tables.
+        pool_size: As for `SqlSessionStore`: what a server takes is compared with what the database gives.
         timeout: Seconds that each look takes at most; all together take six times as long at most.
 
     Raises:
@@ -72,8 +74,11 @@ async def examine(
     """
     parsed, dialect = checked_url(url)
     timeout = checked_seconds("timeout", timeout)
-    checkup = checkup_of(dialect, parsed, pool_size=dialect.pool_size(parsed) or DEFAULT_POOL_SIZE)
-    engine = make_engine_without_pool(checkup.read_only_url(), dialect, timeout=timeout, command_timeout=timeout)
+    size = checked_pool_size(pool_size) or dialect.pool_size(parsed) or DEFAULT_POOL_SIZE
+    checkup = checkup_of(dialect, parsed, pool_size=size)
+    engine = make_engine_without_pool(
+        checkup.read_only_url(), dialect, timeout=timeout, command_timeout=timeout, given=parsed
+    )
     async with _Examination(parsed, engine, namespace=namespace, schema=schema, timeout=timeout) as examination:
         first = await examination.looked("connection", examination.look_at_connection)
         yield first
