@@ -266,6 +266,9 @@ class DurableSessionManager(sdk.ManagerSeams):
         """Ask the store once whether it can be used. What may pass is waited for; a final cause is raised."""
         try:
             if (verdict := self.readiness.verdict) is not None:
+                # The store was closed after the verdict. It is open as soon as it is asked to be.
+                with anyio.move_on_after(0):
+                    await self.store.open()
                 raise verdict
             with anyio.move_on_after(VERDICT_WITHIN) as scope:
                 await self.store.open()
