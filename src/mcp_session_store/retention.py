@@ -162,7 +162,10 @@ class SweepReport:
     longest: float = field(default=0.0, compare=False)
     """Seconds for which all other writers had to wait for it at most; 0 where they do not wait for one another."""
     lives: Sequence[float] = field(default=(), compare=False)
-    """Seconds that each of the expired sessions had lived, by the store's clock; a store may leave them out."""
+    """Seconds that each of the expired sessions had lived, by the store's clock; a store may leave them out.
+
+    They are of one step: a report of several has none, because there may be very many.
+    """
 
     def __add__(self, later: SweepReport) -> SweepReport:
         """Return the report of both sweeps, the later one second."""
@@ -171,7 +174,6 @@ class SweepReport:
             purged=self.purged + later.purged,
             more=later.more,
             longest=max(self.longest, later.longest),
-            lives=(*self.lives, *later.lives),
         )
 
 

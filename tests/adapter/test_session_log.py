@@ -56,7 +56,7 @@ async def test_what_becomes_of_a_session_is_logged_in_one_line_each(
         session_id = await client.handshake()
         key = str(session_key(session_id))
         (opened,) = lines(log)
-        assert opened["message"] == f"session {key} opened by raw 1"
+        assert opened["message"] == f"the session {key} was opened by raw 1"
         who = {"mcp_session_key": key, "mcp_client_name": "raw", "mcp_client_version": "1"}
         where = {"mcp_namespace": "default", "mcp_instance": one.manager.instance}
         assert opened.pop("mcp_duration") >= 0
@@ -72,20 +72,20 @@ async def test_what_becomes_of_a_session_is_logged_in_one_line_each(
         assert lines(log) == [], "nothing for each request"
         await one.client().handshake()
         evicted = next(line for line in lines(log) if line["mcp_event"] == "evicted")
-        assert evicted["message"] == f"session {key} evicted: memory full"
+        assert evicted["message"] == f"the session {key} was evicted: memory full"
         assert evicted.items() >= (who | where | {"mcp_reason": "memory full"}).items()
         await client.ping()
         restored = next(line for line in lines(log) if line["mcp_event"] == "restored")
         assert re.fullmatch(
-            f"session {key} of raw 1 restored in \\d+\\.\\d{{3}} s from instance "
-            f"{re.escape(one.manager.instance)}; restore 1",
+            f"the session {key} of raw 1 was restored in \\d+\\.\\d{{3}} s, from instance "
+            f"{re.escape(one.manager.instance)} \\(restore 1\\)",
             restored["message"],
         )
         assert restored.items() >= (who | where | {"mcp_previous_instance": one.manager.instance}).items()
         assert (restored["mcp_restores"], restored["mcp_duration"] >= 0) == (1, True)
         await client.delete()
         (ended,) = lines(log)
-        assert (ended["message"], ended["mcp_reason"]) == (f"session {key} ended: client", "client")
+        assert (ended["message"], ended["mcp_reason"]) == (f"the session {key} ended: client", "client")
         assert ended["mcp_duration"] >= 0
         await client.ping()
         (refused,) = lines(log)
@@ -99,7 +99,7 @@ async def test_what_becomes_of_a_session_is_logged_in_one_line_each(
         await one.client().handshake()
         lines(log)
     (stopping,) = lines(log)
-    assert stopping["message"] == "this instance stops; 1 sessions leave its memory, and stay stored"
+    assert stopping["message"] == "this instance stops: 1 of its sessions leave memory, and stay stored"
     assert session_id not in log.text
 
 

@@ -110,7 +110,7 @@ class SessionLog:
         telemetry.handshakes.record(seconds, self._opened_of)
         if logger.isEnabledFor(logging.INFO):
             logger.info(
-                "session %s opened by %s",
+                "the session %s was opened by %s",
                 record.key,
                 _client(record),
                 extra=self._extra("opened", record.key, record, duration=seconds),
@@ -130,7 +130,7 @@ class SessionLog:
             extra = self._extra("restored", record.key, record, duration=seconds)
             extra |= {"mcp_previous_instance": marker.previous_instance, "mcp_restores": marker.restores}
             logger.info(
-                "session %s of %s restored in %.3f s from instance %s; restore %d",
+                "the session %s of %s was restored in %.3f s, from instance %s (restore %d)",
                 record.key,
                 _client(record),
                 seconds,
@@ -158,12 +158,12 @@ class SessionLog:
         level = logging.DEBUG if reason in (ENDED, STOPPING) else logging.INFO
         if logger.isEnabledFor(level):
             extra = self._extra("evicted", record.key, record, reason=reason)
-            logger.log(level, "session %s evicted: %s", record.key, reason, extra=extra)
+            logger.log(level, "the session %s was evicted: %s", record.key, reason, extra=extra)
 
     def stopping(self, residents: int) -> None:
         """Note that the instance stops, and how many sessions leave memory by it, in one line for all."""
         extra = {"mcp_event": "stopping", "mcp_namespace": self.namespace, "mcp_instance": self.instance}
-        logger.info("this instance stops; %d sessions leave its memory, and stay stored", residents, extra=extra)
+        logger.info("this instance stops: %d of its sessions leave memory, and stay stored", residents, extra=extra)
 
     def ended(
         self, key: UUID, reason: EndReason, record: SessionRecord | None, *, lived: float | None, counts: bool
@@ -179,12 +179,12 @@ class SessionLog:
         """
         if counts:
             telemetry.ended.add(1, self._with(reason=reason.value))
-        # An expired session is recorded by the sweep that ends it, of which a copy hears.
-        if lived is not None and reason is not EndReason.EXPIRED and (counts or reason is not EndReason.CLIENT):
+        # What an instance ends it counts as well; what operators and limits end is recorded where it is in memory.
+        if lived is not None and (counts or reason in (EndReason.OPERATOR, EndReason.LIMIT)):
             self.lived(lived, None if record is None else record.protocol_version)
         if logger.isEnabledFor(logging.INFO):
             extra = self._extra("ended", key, record, reason=reason.value, duration=lived)
-            logger.info("session %s ended: %s", key, reason.value, extra=extra)
+            logger.info("the session %s ended: %s", key, reason.value, extra=extra)
 
     def lived(self, seconds: float, protocol_version: str | None = None) -> None:
         """Record the duration of a session that has ended, by the semantic conventions for MCP."""
@@ -206,7 +206,12 @@ class SessionLog:
         """Note what a whole sweep did, in one line for all its sessions."""
         if sweep.expired or sweep.purged:
             extra = {"mcp_event": "swept", "mcp_namespace": self.namespace, "mcp_instance": self.instance}
-            logger.info("a sweep ended %d expired sessions, and purged %d", sweep.expired, sweep.purged, extra=extra)
+            logger.info(
+                "a sweep ended expired sessions (%d), and removed those that had ended long ago (%d)",
+                sweep.expired,
+                sweep.purged,
+                extra=extra,
+            )
 
     def refused(
         self,

@@ -35,6 +35,8 @@ async def test_a_database_says_why_a_session_is_not_live(migrated_url: str) -> N
         assert await store.load(ended["key"]) is None
         report = await store.sweep()
         assert len(report.lives) == report.expired
+        assert report.lives
+        assert (report + report).lives == ()
         assert all(300 < life < 400 for life in report.lives)
 
 
