@@ -223,13 +223,11 @@ COMMANDS = [
 def test_commands(url: str, texts: Texts, invoke: InvokeFunction, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
     # All commands with two of the URLs, and a few commands with all of them.
-    commands = COMMANDS if url in (URLS["plain"], URLS["at sign"]) else [COMMANDS[0], COMMANDS[6], COMMANDS[-1]]
-    for arguments in commands:
-        for done in (
-            invoke(*arguments, "--url", url),
-            invoke(*arguments, environment={"MCP_SESSION_STORE_URL": url}),
-        ):
-            texts.add(done.output, done.stderr)
+    for arguments in COMMANDS if url in (URLS["plain"], URLS["at sign"]) else (("upgrade",), ("sessions", "list")):
+        done = invoke(*arguments, "--url", url)
+        texts.add(done.output, done.stderr)
+    done = invoke(*COMMANDS[-1], environment={"MCP_SESSION_STORE_URL": url})
+    texts.add(done.output, done.stderr)
     texts.check()
 
 
@@ -258,7 +256,8 @@ def test_commands(url: str, texts: Texts, invoke: InvokeFunction, monkeypatch: p
 def test_a_url_in_a_wrong_place_of_a_command(
     arguments: tuple[str, ...], texts: Texts, invoke: InvokeFunction, sqlite_url: str
 ) -> None:
-    invoke("upgrade", "--url", sqlite_url)
+    if "{file}" in arguments:
+        invoke("upgrade", "--url", sqlite_url)
     for name in ("plain", "at sign", "all of them", "blank", "option"):
         done = invoke(*(argument.replace("{url}", URLS[name]).replace("{file}", sqlite_url) for argument in arguments))
         assert done.exit_code != 0
@@ -272,7 +271,7 @@ def test_the_command_of_alembic(
 ) -> None:
     # It would set up the logging of this process.
     monkeypatch.setattr("logging.config.fileConfig", lambda *_, **__: None)
-    for arguments in (["upgrade", "head"], ["current", "--verbose"]):
+    for arguments in (["upgrade", "head"], *([["current", "--verbose"]] if url == URLS["at sign"] else [])):
         with texts.of_error(), contextlib.suppress(SystemExit):
             alembic.config.main(["-c", str(ROOT / "alembic.ini"), "-x", f"url={url}", *arguments])
     texts.add(*capsys.readouterr())
