@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy.engine import make_url
 
+from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
 from tests.support.commands import UNREACHABLE, run_printed
 from tests.support.postgres import execute
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.commands import CommandFunction, InvokeFunction, TerminalFunction
+    from tests.support.postgres import PostgresServer
 
 
 def test_a_database_goes_up_is_checked_and_goes_down_again(command: CommandFunction, database_url: str) -> None:
@@ -109,6 +112,38 @@ def test_wrong_usage_is_told_from_failure_by_its_exit_code(
 def test_the_help_tells_the_exit_codes_and_the_environment_variables(invoke: InvokeFunction) -> None:
     assert "Exit codes" in invoke("--help").stdout
     assert "MCP_SESSION_STORE_URL" in invoke("upgrade", "--help").stdout
+
+
+def test_a_check_waits_for_the_database_and_for_its_migration(
+    invoke: InvokeFunction, stoppable_postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stoppable_postgres.database() as url:
+        stoppable_postgres.stop()
+        steps = iter([stoppable_postgres.start, lambda: asyncio.run(migrate.upgrade(url)), lambda: None])
+
+        async def next_step(_seconds: float) -> None:
+            await asyncio.to_thread(next(steps))
+
+        monkeypatch.setattr("asyncio.sleep", next_step)
+        result = invoke("check", "--wait", "60", "--url", url)
+        assert result.exit_code == 0
+        assert result.stdout == "the schema fits\n"
+        away, missing = result.stderr.splitlines()
+        assert away.startswith("waiting: the database postgresql://")
+        assert "Connect call failed" in away
+        assert missing.startswith("waiting: the database holds no tables")
+        wrong = make_url(url).set(password="wrong").render_as_string(hide_password=False)
+        result = invoke("check", "--wait", "1m", "--url", wrong)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert re.fullmatch("Error: .*refuses the user or the password.*\n", result.stderr)
+
+
+def test_a_check_that_waits_in_vain_says_what_for(invoke: InvokeFunction) -> None:
+    result = invoke("check", "--wait", "0.2", "--url", UNREACHABLE)
+    assert result.exit_code == 1
+    waiting, error = result.stderr.splitlines()
+    assert waiting.removeprefix("waiting: ") == error.removeprefix("Error: ")
+    assert invoke("check", "--wait", "soon", "--url", UNREACHABLE).exit_code == 2
 
 
 def test_a_check_of_the_rows_finds_those_that_cannot_be_read(command: CommandFunction, database_url: str) -> None:

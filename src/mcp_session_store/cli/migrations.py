@@ -8,15 +8,21 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from mcp_session_store.cli.options import Failure, json_option, run, schema_option, url_option
+from mcp_session_store.cli.options import DURATION_OR_SECONDS, Failure, json_option, run, schema_option, url_option
 from mcp_session_store.cli.output import Column, number, plural, print_json, print_table
 from mcp_session_store.cli.target import tables_options
+from mcp_session_store.errors import SchemaBehind, SchemaMissing, StoreBusy, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import timedelta
 
     from mcp_session_store.cli.target import Target
+    from mcp_session_store.errors import SessionStoreError
     from mcp_session_store.sql.admin.rows import UnreadableRow
+
+CHECK_AGAIN: Final = 1.0
+"""Seconds from one check that waits to the next."""
 
 # Alembic is imported by the commands that need it.
 
@@ -107,9 +113,19 @@ def current(url: str, schema: str | None) -> None:
     is_flag=True,
     help="Read all stored sessions, too, of all namespaces, and list the rows that cannot be read; not the events.",
 )
+@click.option(
+    "--wait",
+    type=DURATION_OR_SECONDS,
+    metavar="SECONDS|DURATION",
+    help="Wait as long for a database that is away, and for its schema to be migrated.",
+)
 @json_option
-def check(target: Target, *, rows: bool, as_json: bool) -> None:
+def check(target: Target, *, rows: bool, wait: timedelta | None, as_json: bool) -> None:
     """Check that the database's schema fits this version of the package; with --rows, that its rows can be read.
+
+    With --wait it suits a container that starts before the server's: it waits for what others are about to set right, a
+    database that starts and a migration that runs beside it, and fails at once where waiting would not help, as with a
+    wrong password.
 
     Exit code 1, with what to do, when it does not, or when a row cannot be read. A session whose row cannot be read, as
     after a change by hand or in a damaged file, is answered as an unknown one, and concerns no other.
@@ -118,7 +134,10 @@ def check(target: Target, *, rows: bool, as_json: bool) -> None:
 
     if as_json and not rows:
         raise click.UsageError("--json goes with --rows")
-    run(migrate.check(target.url, schema=target.schema))
+    if wait is None:
+        run(migrate.check(target.url, schema=target.schema))
+    else:
+        run(_check_within(wait.total_seconds(), target))
     if not rows:
         click.echo("the schema fits")
         return
@@ -146,6 +165,27 @@ def _remedy(target: Target, found: Sequence[UnreadableRow]) -> str:
         return repair
     advice = replace(target, namespace=live.namespace or "").advice(f"sessions end {live.key}")
     return f"{repair}. Or end a live session, as this one: {advice}"
+
+
+async def _check_within(seconds: float, target: Target) -> None:
+    """Check the schema until it fits, or until the time is over."""
+    import asyncio
+
+    from mcp_session_store.sql.schema import migrate
+
+    failure: SessionStoreError = StoreUnavailable(f"the database did not answer within {seconds:g} s")
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                try:
+                    return await migrate.check(target.url, schema=target.schema)
+                except (StoreUnavailable, StoreBusy, SchemaMissing, SchemaBehind) as error:
+                    if str(error) != str(failure):
+                        click.echo(f"waiting: {error}", err=True)
+                    failure = error
+                await asyncio.sleep(CHECK_AGAIN)
+    except TimeoutError:
+        raise failure from None
 
 
 _ROW_COLUMNS: Final = {"TABLE": 20, "KEY": 36, "NAMESPACE": 12, "STATE": 5, "CANNOT BE READ": 20}

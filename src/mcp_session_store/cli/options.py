@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DURATION",
+    "DURATION_OR_SECONDS",
     "Failure",
     "Group",
     "event_options",
@@ -105,6 +106,18 @@ class _Duration(click.ParamType[timedelta]):
 
 
 DURATION = _Duration()
+
+
+class _DurationOrSeconds(_Duration):
+    """Duration, or a number of seconds without a unit, as other tools that wait take it."""
+
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        is_number = isinstance(value, str) and value.replace(".", "", 1).isdecimal()
+        return super().convert(f"{value}s" if is_number else value, param, ctx)
+
+
+DURATION_OR_SECONDS = _DurationOrSeconds()
 
 
 def option_name(model: type[Settings], field: str) -> str:
