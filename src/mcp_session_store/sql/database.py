@@ -112,9 +112,7 @@ class Database:
             self.owned = False
         self.schema: Final = checked_schema(schema, self.dialect)
         self.shown_url: Final = shown_url(url_of(self.engine))
-        self.autocommit: Final = (
-            self.engine if self.owned else self.engine.execution_options(isolation_level="AUTOCOMMIT")
-        )
+        self.autocommit: Final = self.engine if self.owned else self.dialect.in_autocommit(self.engine)
         """Engine whose connections run each statement as a transaction of its own."""
         self.connections: Final[Connections | PoolOfEngine] = (
             PoolOfEngine(self.autocommit, self.dialect)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.type_api import TypeEngine
 
@@ -285,6 +285,10 @@ class Dialect(ABC):
             timeout: Seconds to connect, and to wait for a lock on the whole database.
             command_timeout: Seconds that a statement may take; `None` for no limit.
         """
+
+    def in_autocommit(self, engine: AsyncEngine) -> AsyncEngine:
+        """Return an engine over the connections of one that was given, in which each statement is a transaction."""
+        return engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @abstractmethod
     def pool_size(self, url: URL) -> int | None:

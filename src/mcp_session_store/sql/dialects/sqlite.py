@@ -26,6 +26,7 @@ from mcp_session_store.sql.dialects.dialect import Batch
 from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
 from mcp_session_store.sql.dialects.lock_files import FileLocks
 from mcp_session_store.sql.dialects.private_names import call_in_thread, check_aiosqlite, check_compiler
+from mcp_session_store.sql.dialects.sqlite_engines import in_autocommit
 from mcp_session_store.sql.dialects.sqlite_failures import (
     is_busy,
     kind_of_failure,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.type_api import TypeEngine
 
@@ -338,6 +339,10 @@ class Sqlite(FileLocks):
     @override
     def pool_size(self, url: URL) -> int | None:
         return None
+
+    @override
+    def in_autocommit(self, engine: AsyncEngine) -> AsyncEngine:
+        return in_autocommit(engine)
 
     @override
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:

@@ -246,13 +246,15 @@ async def _connected(
         checked_schema(schema, dialect)
         if existing:
             refuse_absent(url, dialect)
-        engine, owned = make_migration_engine(url, dialect), True
+        engine = autocommit = make_migration_engine(url, dialect)
+        owned = True
     else:
         dialect = checked_engine(url_or_engine)
         checked_schema(schema, dialect)
         engine, owned = url_or_engine, False
+        autocommit = dialect.in_autocommit(engine)
     try:
-        connection = await _with_room(engine.execution_options(isolation_level="AUTOCOMMIT"), dialect)
+        connection = await _with_room(autocommit, dialect)
         try:
             yield connection
         finally:

@@ -1,0 +1,122 @@
+"""Engines as their owners set them up: whichever way they control transactions, ours and theirs both work."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+from mcp.server.mcpserver import MCPServer
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+from mcp_session_store import SqlEventLog, SqlSessionStore, durable_app
+from mcp_session_store.records import EventKind, NewEvent
+from mcp_session_store.sql.admin.session_list import SessionFilter
+from mcp_session_store.sql.admin.sessions import SessionDirectory
+from mcp_session_store.sql.schema import migrate
+from mcp_session_store.testing.sessions.values import new_session
+from tests.support.asgi import Client, running
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+pytestmark = pytest.mark.anyio
+
+
+def plain(url: str) -> AsyncEngine:
+    return create_async_engine(url)
+
+
+def one_connection(url: str) -> AsyncEngine:
+    return create_async_engine(url, pool_size=1, max_overflow=0)
+
+
+def no_pool(url: str) -> AsyncEngine:
+    return create_async_engine(url, poolclass=NullPool)
+
+
+def begin_by_listeners(url: str) -> AsyncEngine:
+    """As SQLAlchemy's manual says for SQLite on all versions of Python."""
+    engine = create_async_engine(url)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def connect(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    return engine
+
+
+def begin_by_the_driver(url: str) -> AsyncEngine:
+    """As SQLAlchemy's manual says for SQLite since Python 3.12."""
+    return create_async_engine(url, connect_args={"autocommit": False})
+
+
+ENGINES = [
+    plain,
+    one_connection,
+    no_pool,
+    begin_by_listeners,
+    pytest.param(
+        begin_by_the_driver, marks=pytest.mark.skipif(sys.version_info < (3, 12), reason="Python has no autocommit")
+    ),
+]
+
+
+async def theirs_works(engine: AsyncEngine) -> None:
+    """Check that transactions of the owner's begin and are rolled back, whatever ran on the connections before."""
+    async with engine.begin() as connection:
+        await connection.execute(sa.text("CREATE TABLE IF NOT EXISTS notes (note TEXT)"))
+        await connection.execute(sa.text("INSERT INTO notes VALUES ('kept')"))
+    connection = await engine.connect()
+    await connection.execute(sa.text("INSERT INTO notes VALUES ('rolled back')"))
+    await connection.rollback()
+    assert set((await connection.execute(sa.text("SELECT note FROM notes"))).scalars()) == {"kept"}
+    await connection.close()
+
+
+@pytest.mark.parametrize("make", ENGINES)
+async def test_a_given_engine_of_sqlite_serves_its_owner_and_this_package(
+    sqlite_url: str, make: Callable[[str], AsyncEngine]
+) -> None:
+    engine = make(sqlite_url)
+    await theirs_works(engine)
+    await migrate.upgrade(engine)
+    await theirs_works(engine)
+    for _ in range(2):
+        async with SqlSessionStore(engine) as store:
+            session = new_session()
+            assert await store.create(session) == await store.load(session.key)
+            log = SqlEventLog(store)
+            await log.append(session.key, [NewEvent(stream="s", position=0, kind=EventKind.PRIMING, message=None)])
+            await theirs_works(engine)
+            async with SessionDirectory(engine) as directory:
+                assert await directory.count(SessionFilter()) >= 1
+            await log.aclose()
+        await theirs_works(engine)
+        # Its owner may do so at any time, and the engine has a new pool then.
+        await engine.dispose()
+    await migrate.check(engine)
+    assert await migrate.current(engine) is not None
+    await engine.dispose()
+
+
+async def test_an_engine_goes_to_durable_app_as_it_does_to_a_store(database_url: str) -> None:
+    engine = begin_by_listeners(database_url) if "sqlite" in database_url else plain(database_url)
+    app = durable_app(MCPServer("notes"), engine, auto_upgrade=True)
+    for _ in range(2):
+        async with running(app) as host:
+            client = Client(app, host)
+            await client.handshake()
+            assert (await client.ping()).status == 200
+        async with engine.connect() as connection:
+            assert (await connection.execute(sa.text("SELECT 1"))).scalar() == 1
+    await engine.dispose()
