@@ -59,7 +59,7 @@ def test_each_setting_has_a_default_a_unit_and_a_description() -> None:
 def test_seconds_that_cannot_work_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}: .*positive number of seconds"):
         InstanceSettings.given(None, **{name: value})
-    with pytest.raises(ValidationError, match=name):
+    with pytest.raises(ConfigurationError, match=name):
         InstanceSettings(**{name: value})
 
 
@@ -75,7 +75,7 @@ def test_a_patience_that_cannot_work_is_refused(value: Any) -> None:
 def test_a_count_that_cannot_work_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}: .*positive whole number"):
         InstanceSettings.given(None, **{name: value})
-    with pytest.raises(ValidationError, match=name):
+    with pytest.raises(ConfigurationError, match=name):
         InstanceSettings(**{name: value})
 
 
@@ -93,7 +93,7 @@ def test_none_stands_for_what_the_description_says_or_is_refused_with_the_remedy
 def test_settings_do_not_change_and_have_no_others() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         InstanceSettings().evict_after = 5
-    with pytest.raises(ValidationError, match="evict_afetr"):
+    with pytest.raises(ConfigurationError, match="evict_afetr"):
         InstanceSettings(evict_afetr=5)  # type: ignore[call-arg]
 
 

@@ -16,6 +16,7 @@ from mcp_session_store.event_log import EventLog
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, read_pool_size
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql.engine import check_place
 from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.manager import EndHook, RestoreHook
     from mcp_session_store.adapter.replay.journal import JournaledMethod
+    from mcp_session_store.sql.engine import UrlOrEngine
 
 __all__ = ["durable_app"]
 
@@ -46,7 +48,7 @@ _DEFAULT: Final = "default"
 
 def durable_app(
     server: MCPServer[Any] | Server[Any] | FastMCP[Any],
-    store: str | SessionStore | None = None,
+    store: UrlOrEngine | SessionStore | None = None,
     *,
     namespace: str | NotGiven = NOT_GIVEN,
     schema: str | NotGiven | None = NOT_GIVEN,
@@ -84,19 +86,20 @@ def durable_app(
 
     Args:
         server: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
-        store: Database URL (`postgresql://…`, `sqlite:///…`), or a `SessionStore`; `MCP_SESSION_STORE_URL` unless
-            given. The app closes a store that is made here when it stops. A store that is given stays the caller's to
-            close, and keeps its own namespace, schema and policy, whatever the environment says.
-        namespace: With a URL: name that keeps servers apart which share a database; `default` unless given here or in
-            the environment.
-        schema: With a Postgres URL: schema with the tables; `None`, and unless given here or in the environment: the
+        store: Database URL (`postgresql://…`, `sqlite:///…`), an `AsyncEngine`, which stays the caller's to dispose
+            and is used as `SqlSessionStore` uses it, or a `SessionStore`; `MCP_SESSION_STORE_URL` unless given. The app
+            closes a store that is made here when it stops. A store that is given stays the caller's to close, and keeps
+            its own namespace, schema and policy, whatever the environment says.
+        namespace: With a URL or an engine: name that keeps servers apart which share a database; `default` unless given
+            here or in the environment.
+        schema: On Postgres: schema with the tables; `None`, and unless given here or in the environment: the
             first of the search path.
-        auto_upgrade: With a Postgres URL: whether to run the migrations on first contact. Without it the
+        auto_upgrade: On Postgres: whether to run the migrations on first contact. Without it the
             database must have been migrated (`mcp-session-store upgrade`). A SQLite file that is empty
             is always migrated.
         pool_size: With a URL: connections for queries at most, see `SqlSessionStore`; one that is given here or in the
             environment takes precedence over the URL's.
-        retention: With a URL: how long sessions live, and how many there may be;
+        retention: With a URL or an engine: how long sessions live, and how many there may be;
             `RetentionPolicy.from_environment()` unless given.
         events: Whether streams can be resumed: a client that lost its connection, or its server, comes back with
             `Last-Event-ID` and gets the messages that it missed. Events are kept in the database of the sessions, by
@@ -156,7 +159,9 @@ def durable_app(
             "retention": retention is not None,
         }
         if names := [name for name, is_given in given.items() if is_given]:
-            raise ConfigurationError(f"{', '.join(names)} go with a database URL; give them to the store that you made")
+            raise ConfigurationError(
+                f"{', '.join(names)} go with a database URL or an engine; give them to the store that you made"
+            )
         place = f"namespace {store.namespace!r} (the given store's)"
         if isinstance(store, SqlSessionStore):
             place += f", schema {_shown(store.database.schema)} (the given store's)"
@@ -195,7 +200,7 @@ def _warn_of_shared_namespace(server: object, store: SessionStore) -> None:
 
 
 def _sql_store(
-    url: str | None,
+    url: UrlOrEngine | None,
     namespace: str | NotGiven,
     schema: str | NotGiven | None,
     auto_upgrade: bool | NotGiven,
@@ -206,11 +211,12 @@ def _sql_store(
     url_from = _ARGUMENT
     if url is None:
         url, url_from = os.environ.get(variable("url")), variable("url")
-    if not url:
+    if url is None or url == "":
         raise ConfigurationError(
-            "no database is named: give its URL, or a SessionStore, as the second argument of durable_app, or set "
-            f"{variable('url')}"
+            "no database is named: give its URL, an AsyncEngine or a SessionStore as the second argument of "
+            f"durable_app, or set {variable('url')}"
         )
+    check_place("store", url)
     in_namespace, namespace_from = _setting("namespace", namespace, DEFAULT_NAMESPACE, str)
     in_schema, schema_from = _setting("schema", schema, None, str)
     upgrades, _ = _setting("auto_upgrade", auto_upgrade, False, truth)

@@ -79,6 +79,14 @@ class Settings(BaseModel):
     prefix: ClassVar[str] = ""
     """Prefix of the names of its fields, where they are the names of variables or of options."""
 
+    if not TYPE_CHECKING:  # or type checkers would take any argument for one that is known
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise ConfigurationError(self._explain(error, str)) from None
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
         """Return the values that environment variables ask for.
@@ -113,8 +121,11 @@ class Settings(BaseModel):
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any], *, name: Callable[[str], str] = str) -> Self:
+        checked = cls.__new__(cls)
         try:
-            return cls.model_validate(dict(values))
+            # Not by the constructor, whose error names the fields otherwise.
+            BaseModel.__init__(checked, **values)
+            return checked
         except ValidationError as error:
             raise ConfigurationError(cls._explain(error, name)) from None
 

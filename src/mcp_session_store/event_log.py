@@ -9,6 +9,7 @@ from uuid import UUID
 import anyio
 
 from mcp_session_store.retention import EventPolicy
+from mcp_session_store.settings import checked_type
 from mcp_session_store.store import Store
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class EventLog(Store):
     """
 
     def __init__(self, *, policy: EventPolicy | None = None) -> None:
+        if policy is not None:
+            checked_type("policy", policy, EventPolicy, "an EventPolicy")
         self._policy = EventPolicy() if policy is None else policy
 
     @property

@@ -71,7 +71,7 @@ class RetentionPolicy(Settings):
     takes milliseconds. Those without a principal are counted only now and then, until the limit is near.
 
     Raises:
-        pydantic.ValidationError: A value cannot work; the error names its field.
+        ConfigurationError: A value cannot work; the message names its field.
     """
 
     idle: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(hours=24)
@@ -131,7 +131,7 @@ class EventPolicy(Settings):
     events at once.
 
     Raises:
-        pydantic.ValidationError: A value cannot work; the error names its field.
+        ConfigurationError: A value cannot work; the message names its field.
     """
 
     prefix: ClassVar[str] = "events_"

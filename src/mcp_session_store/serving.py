@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from mcp_session_store.adapter.manager import DurableSessionManager
+    from mcp_session_store.sql.engine import UrlOrEngine
     from mcp_session_store.store import SessionStore
 
 __all__ = [
@@ -50,7 +51,7 @@ _OUR_LOGGER: Final = "mcp_session_store"
 
 def run_durable(
     server: MCPServer[Any] | Server[Any] | FastMCP[Any],
-    store: str | SessionStore | None = None,
+    store: UrlOrEngine | SessionStore | None = None,
     *,
     host: str = DEFAULT_HOST,
     port: int = DEFAULT_PORT,
@@ -71,7 +72,8 @@ def run_durable(
 
     Args:
         server: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
-        store: Database URL or `SessionStore`, as for `durable_app`; `MCP_SESSION_STORE_URL` unless given.
+        store: Database URL, `AsyncEngine` or `SessionStore`, as for `durable_app`; `MCP_SESSION_STORE_URL` unless
+            given.
         host: Address to listen on.
         port: Port to listen on.
         path: Path of the MCP endpoint; the framework's, `/mcp`, unless given.
@@ -125,7 +127,7 @@ def _is_event_loop_running() -> bool:
 
 def served_app(
     server: Any,
-    store: str | SessionStore | None,
+    store: UrlOrEngine | SessionStore | None,
     *,
     host: str,
     path: str | None,

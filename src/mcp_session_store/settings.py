@@ -16,6 +16,7 @@ from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import UnionType
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -24,8 +25,10 @@ __all__ = [
     "InstanceSettings",
     "NotGiven",
     "Unit",
+    "checked_flags",
     "checked_pool_size",
     "checked_seconds",
+    "checked_type",
     "read_pool_size",
 ]
 
@@ -132,6 +135,35 @@ def read_pool_size(text: str) -> int | None:
     return checked_pool_size(value)
 
 
+def checked_type(name: str, value: object, types: type | UnionType, wanted: str) -> None:
+    """Refuse a value of another type than an argument can have.
+
+    Args:
+        name: Name of the argument.
+        value: The value.
+        types: Types that it may have.
+        wanted: What to give, in words.
+
+    Raises:
+        ConfigurationError: The value has another type; the message names the argument.
+    """
+    if not isinstance(value, types):
+        raise ConfigurationError(f"{name} must be {wanted}, not a {type(value).__name__}")
+
+
+def checked_flags(**flags: object) -> None:
+    """Refuse values that are neither true nor false.
+
+    Args:
+        **flags: The values by the names of the arguments.
+
+    Raises:
+        ConfigurationError: One of them is something else; the message names the argument.
+    """
+    for name, value in flags.items():
+        checked_type(name, value, bool, "True or False")
+
+
 _Seconds = Annotated[float, BeforeValidator(_positive_seconds), Unit.SECONDS]
 _SecondsOrNone = Annotated[float | None, BeforeValidator(_seconds_or_none), Unit.SECONDS]
 
@@ -143,7 +175,7 @@ class InstanceSettings(Settings):
     `mcp-session-store serve`; there the text `none` stands for `None`.
 
     Raises:
-        pydantic.ValidationError: A value makes no sense; the message names its field.
+        ConfigurationError: A value makes no sense; the message names its field.
     """
 
     evict_after: _SecondsOrNone = Field(

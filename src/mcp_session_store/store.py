@@ -12,6 +12,7 @@ import anyio
 from mcp_session_store.errors import ConfigurationError, InvalidValue
 from mcp_session_store.records import check_texts
 from mcp_session_store.retention import RetentionPolicy
+from mcp_session_store.settings import checked_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -162,7 +163,7 @@ class SessionStore(Store):
     """
 
     def __init__(self, *, retention: RetentionPolicy | None = None) -> None:
-        self._retention = RetentionPolicy() if retention is None else retention
+        self._retention = RetentionPolicy() if retention is None else self._checked_policy(retention)
 
     @property
     def retention(self) -> RetentionPolicy:
@@ -171,7 +172,12 @@ class SessionStore(Store):
 
     @retention.setter
     def retention(self, policy: RetentionPolicy) -> None:
-        self._retention = policy
+        self._retention = self._checked_policy(policy)
+
+    @staticmethod
+    def _checked_policy(policy: RetentionPolicy) -> RetentionPolicy:
+        checked_type("retention", policy, RetentionPolicy, "a RetentionPolicy")
+        return policy
 
     @abstractmethod
     async def create(self, session: NewSession) -> SessionRecord:

@@ -17,8 +17,9 @@ from mcp_session_store.records import EventKind, NewEvent
 from mcp_session_store.sql.admin.session_list import SessionFilter
 from mcp_session_store.sql.admin.sessions import SessionDirectory
 from mcp_session_store.sql.schema import migrate
-from mcp_session_store.testing.sessions.values import new_session
-from tests.support.asgi import Client, running
+from mcp_session_store.testing import new_session
+from tests.support.asgi import Client
+from tests.support.instances import running
 
 if TYPE_CHECKING:
     from collections.abc import Callable

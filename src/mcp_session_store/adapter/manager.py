@@ -17,6 +17,7 @@ from mcp.server.transport_security import TransportSecurityMiddleware
 
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock, sdk
+from mcp_session_store.adapter.arguments import check_options, check_stores
 from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.draining import Drain
 from mcp_session_store.adapter.gauges import Gauges
@@ -46,10 +47,8 @@ from mcp_session_store.adapter.streams.instances import MAX_PAUSE, Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder
 from mcp_session_store.adapter.streams.sweeping import sweep_events
 from mcp_session_store.errors import ConfigurationError, StoreBusy, StoreUnavailable
-from mcp_session_store.event_log import EventLog
 from mcp_session_store.records import display_text
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven
-from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -61,6 +60,8 @@ if TYPE_CHECKING:
     from mcp.server.transport_security import TransportSecuritySettings
 
     from mcp_session_store.adapter.replay.journal import JournaledMethod
+    from mcp_session_store.event_log import EventLog
+    from mcp_session_store.store import SessionStore
 
 __all__ = [
     "DurableSessionManager",
@@ -151,22 +152,18 @@ class DurableSessionManager(sdk.ManagerSeams):
             raise ConfigurationError(
                 "a stateless server has no sessions to store; leave out stateless, or use the SDK's own manager"
             )
-        if not isinstance(store, SessionStore):
-            raise ConfigurationError(
-                f"store must be a SessionStore, not a {type(store).__name__}; a URL goes to SqlSessionStore"
-            )
-        if event_log is not None and not isinstance(event_log, EventLog):
-            raise ConfigurationError(
-                f"event_log must be an EventLog, not a {type(event_log).__name__}; an EventStore of the SDK goes to "
-                "event_store"
-            )
-        if event_log is not None and event_store is not None:
-            raise ConfigurationError("event_log and event_store are both where events go; give one of them")
-        if event_log is not None and event_log.namespace != store.namespace:
-            raise ConfigurationError(
-                f"the event log's namespace {event_log.namespace!r} is not the store's, {store.namespace!r}: events "
-                "belong to the sessions of one"
-            )
+        check_stores(store, event_log, event_store)
+        check_options(
+            json_response=json_response,
+            security_settings=security_settings,
+            retry_interval=retry_interval,
+            max_request_body_size=max_request_body_size,
+            on_restore=on_restore,
+            on_end=on_end,
+            journaled_methods=journaled_methods,
+            close_store=close_store,
+            close_event_log=close_event_log,
+        )
         settings = InstanceSettings.given(
             settings,
             evict_after=evict_after,

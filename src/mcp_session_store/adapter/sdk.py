@@ -359,8 +359,8 @@ def underlying_server(server: object) -> Server[Any]:
         # FastMCP has no public name either; its own app factory reads this attribute.
         return server._mcp_server
     raise ConfigurationError(
-        f"cannot serve a {type(server).__module__}.{type(server).__qualname__}: give an MCPServer, a low-level "
-        "mcp.server.lowlevel.Server, or a FastMCP 4 server"
+        f"cannot serve a {type(server).__module__}.{type(server).__qualname__} as the server: give an MCPServer, a "
+        "low-level mcp.server.lowlevel.Server, or a FastMCP 4 server"
     )
 
 

@@ -9,6 +9,7 @@ import anyio
 from mcp_session_store.errors import EventTooLarge, InvalidValue
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
 from mcp_session_store.memory.data import Data, Log, OnHint
+from mcp_session_store.memory.sessions import MemorySessionStore
 from mcp_session_store.records import (
     MAX_POSITION,
     EventPage,
@@ -20,12 +21,12 @@ from mcp_session_store.records import (
     message_bytes,
 )
 from mcp_session_store.retention import EventPolicy, EventSweepReport
+from mcp_session_store.settings import checked_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from uuid import UUID
 
-    from mcp_session_store.memory.sessions import MemorySessionStore
     from mcp_session_store.records import NewEvent
 
 __all__ = ["MemoryEventLog"]
@@ -40,6 +41,7 @@ class MemoryEventLog(EventLog):
     """
 
     def __init__(self, store: MemorySessionStore, *, policy: EventPolicy | None = None) -> None:
+        checked_type("store", store, MemorySessionStore, "a MemorySessionStore")
         super().__init__(policy=policy)
         self._store = store
         self._data = store.data

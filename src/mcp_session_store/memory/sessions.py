@@ -21,6 +21,7 @@ from mcp_session_store.records import (
     merged_activities,
 )
 from mcp_session_store.retention import MAY_BE_HELD, MIN_TOMBSTONE, RetentionPolicy, SweepReport
+from mcp_session_store.settings import checked_type
 from mcp_session_store.store import (
     DEFAULT_NAMESPACE,
     MAX_JOURNAL_ENTRIES,
@@ -60,6 +61,7 @@ class MemorySessionStore(SessionStore):
         retention: RetentionPolicy | None = None,
         shared_with: MemorySessionStore | None = None,
     ) -> None:
+        checked_type("shared_with", shared_with, MemorySessionStore | None, "a MemorySessionStore or None")
         super().__init__(retention=retention)
         self._namespace = checked_namespace(namespace)
         self._data = Data() if shared_with is None else shared_with.data

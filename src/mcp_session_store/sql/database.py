@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from mcp_session_store.errors import (
     ConfigurationError,
@@ -18,12 +19,13 @@ from mcp_session_store.errors import (
     StoreMisconfigured,
     StoreUnavailable,
 )
-from mcp_session_store.settings import checked_pool_size, checked_seconds
+from mcp_session_store.settings import checked_flags, checked_pool_size, checked_seconds
 from mcp_session_store.sql.connections import Connections, PoolOfEngine, spawn
 from mcp_session_store.sql.contact import FirstContact
 from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.dialects.watched_file import file_behind
 from mcp_session_store.sql.engine import (
+    check_place,
     checked_engine,
     checked_schema,
     checked_url,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
     import sqlalchemy as sa
     from sqlalchemy.engine import URL
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store.sql.dialects.dialect import Dialect
     from mcp_session_store.sql.dialects.watched_file import OpenFile, WatchedFile
@@ -89,9 +91,11 @@ class Database:
         timeout: float,
         pool_size: int | None = None,
     ) -> None:
+        check_place("url_or_engine", url_or_engine)
+        checked_flags(auto_upgrade=auto_upgrade)
         self.timeout: Final = checked_seconds("timeout", timeout)
         pool_size = checked_pool_size(pool_size)
-        if isinstance(url_or_engine, (str, tuple)):
+        if not isinstance(url_or_engine, AsyncEngine):
             url, self.dialect = checked_url(url_or_engine)
             self.file = self.dialect.file(url)
             self.engine = make_engine(url, self.dialect, timeout=self.timeout, file=self.file)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import urlencode
 
 import sqlalchemy as sa
@@ -13,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.settings import checked_type
 from mcp_session_store.sql.dialects import dialect_named
 from mcp_session_store.sql.shown import (
     engine_url,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.dialects.watched_file import WatchedFile
 
 __all__ = [
+    "UrlOrEngine",
+    "check_place",
     "checked_engine",
     "checked_schema",
     "checked_url",
@@ -40,6 +44,9 @@ __all__ = [
     "shown_url",
     "url_of",
 ]
+
+UrlOrEngine: TypeAlias = str | URL | AsyncEngine
+"""What names a database; an engine is the caller's to dispose."""
 
 _SYNONYMS: Final = {"postgres": "postgresql"}
 
@@ -124,20 +131,31 @@ def refuse_absent(url: URL, dialect: Dialect) -> None:
         )
 
 
+def check_place(name: str, place: object) -> None:
+    """Refuse what is neither a database URL nor an `AsyncEngine`.
+
+    Args:
+        name: Name of the argument.
+        place: Its value.
+
+    Raises:
+        ConfigurationError: The value has another type; the message says what to give.
+    """
+    if isinstance(place, sa.Engine):
+        raise ConfigurationError(
+            f"{name} is an engine that is not async; make it with sqlalchemy.ext.asyncio.create_async_engine, or give "
+            "the URL"
+        )
+    as_url = " (for a file, a text such as sqlite:////var/lib/sessions.db)" if isinstance(place, PurePath) else ""
+    checked_type(name, place, str | URL | AsyncEngine, f"a database URL{as_url} or an AsyncEngine")
+
+
 def checked_engine(engine: AsyncEngine) -> Dialect:
     """Return the dialect of an engine that the caller made.
 
     Raises:
         ConfigurationError: The engine cannot be used; the message says why.
     """
-    if isinstance(engine, sa.Engine):
-        raise ConfigurationError(
-            "the engine is not async; make it with sqlalchemy.ext.asyncio.create_async_engine, or give the URL"
-        )
-    if not isinstance(engine, AsyncEngine):
-        raise ConfigurationError(
-            f"a {type(engine).__name__} is neither a database URL nor an AsyncEngine; give one of them"
-        )
     dialect = dialect_named(engine.dialect.name)
     if engine.dialect.driver != dialect.driver:
         raise ConfigurationError(

@@ -25,8 +25,8 @@ def in_autocommit(engine: AsyncEngine) -> AsyncEngine:
 
     SQLAlchemy's manual has two ways to let an application begin transactions as it should: a listener that emits BEGIN
     for each connection in use, and the driver's `autocommit=False` ("SQLite", "Enabling Non-Legacy Transactional
-    Modes"). With either, a transaction of the application's kind would run already where ours begins one by SQL. So this
-    engine has no listeners, and connections leave that mode while they are ours.
+    Modes"). With either, a transaction of the application's kind would run already where ours begins one by SQL. So
+    this engine has no listeners, and connections leave that mode while they are ours.
     """
     ours = _Engine(engine.sync_engine)
     return AsyncEngine(ours).execution_options(isolation_level="AUTOCOMMIT")
@@ -40,7 +40,7 @@ class _Engine(sa.Engine):
         super().__init__(given.pool, _dialect_over(given.dialect), given.url, hide_parameters=given.hide_parameters)
 
     @property
-    def pool(self) -> Pool:  # type: ignore[override]
+    def pool(self) -> Pool:
         return self._given.pool
 
     @pool.setter
@@ -50,7 +50,7 @@ class _Engine(sa.Engine):
 
 def _dialect_over(given: sa.Dialect) -> sa.Dialect:
     """Return a dialect with the state of another one, which is known after its first connection only."""
-    kind = type("_AutocommitDialect", (_Autocommit, type(given)), {})
+    kind: Any = type("_AutocommitDialect", (_Autocommit, type(given)), {})
     dialect: sa.Dialect = kind.__new__(kind)
     dialect.__dict__ = given.__dict__
     return dialect

@@ -18,7 +18,7 @@ from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Attempt, Database
-from mcp_session_store.sql.engine import url_of
+from mcp_session_store.sql.engine import check_place, url_of
 from mcp_session_store.sql.events.append import Append, EventWriter
 from mcp_session_store.sql.events.instances import Instances
 from mcp_session_store.sql.events.read import EventReader, Read
@@ -99,6 +99,7 @@ class SqlEventLog(EventLog):
                 raise ConfigurationError(f"{', '.join(names)} go with a URL or an engine; a store has its own")
             namespace, self._database = where.namespace, where.database
         else:
+            check_place("where", where)
             namespace = checked_namespace(namespace)
             self._database = Database(
                 where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout, pool_size=pool_size

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy
 from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.dialects import dialect_named
 from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.engine import (
+    check_place,
     checked_engine,
     checked_schema,
     checked_url,
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from sqlalchemy.engine import URL
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
@@ -89,6 +91,7 @@ async def upgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None 
         ConfigurationError: An argument cannot work.
         StoreUnavailable: The database cannot be reached.
     """
+    _check_revision(revision)
     async with _connected(url_or_engine, schema) as connection:
         found = await read_revision(connection, schema)
         if found is not None and is_newer(found):
@@ -110,6 +113,7 @@ async def downgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | Non
         ConfigurationError: An argument cannot work.
         StoreUnavailable: The database cannot be reached.
     """
+    _check_revision(revision)
     await _migrate(url_or_engine, schema, lambda config: command.downgrade(config, revision))
 
 
@@ -220,6 +224,13 @@ def _config(attributes: dict[str, Any], output: io.StringIO | None = None) -> Co
     return config
 
 
+def _check_revision(revision: str) -> None:
+    if not isinstance(revision, str) or not revision:
+        raise ConfigurationError(
+            f"revision={revision!r} is no revision; give its name, as mcp-session-store current does"
+        )
+
+
 @contextlib.contextmanager
 def _alembic_errors(url: URL, schema: str | None) -> Iterator[None]:
     try:
@@ -240,8 +251,9 @@ async def _connected(
         schema: Postgres: the schema with the tables.
         existing: Whether to refuse a database that the connection would create.
     """
+    check_place("url_or_engine", url_or_engine)
     engine: AsyncEngine
-    if isinstance(url_or_engine, (str, tuple)):
+    if not isinstance(url_or_engine, AsyncEngine):
         url, dialect = checked_url(url_or_engine)
         checked_schema(schema, dialect)
         if existing:

@@ -149,7 +149,7 @@ class SqlSessionStore(SessionStore):
 
     @retention.setter
     def retention(self, policy: RetentionPolicy) -> None:
-        self._retention = policy
+        self._retention = self._checked_policy(policy)
         self._records.statements = self._for_policy(SessionStatements)
         self._creation.limits = self._for_policy(Limits)
         self._sweep.statements = self._for_policy(SweepStatements)

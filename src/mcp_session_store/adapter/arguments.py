@@ -1,0 +1,77 @@
+"""Checks of a manager's arguments: what cannot work is refused by its name, before anything is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mcp.server.transport_security import TransportSecuritySettings
+
+from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.event_log import EventLog
+from mcp_session_store.settings import checked_flags, checked_type
+from mcp_session_store.store import SessionStore
+
+__all__ = ["check_options", "check_stores"]
+
+
+def check_stores(store: object, event_log: object, event_store: object) -> None:
+    """Check where sessions and events go.
+
+    Raises:
+        ConfigurationError: One of them cannot work, or they do not go together.
+    """
+    if not isinstance(store, SessionStore):
+        raise ConfigurationError(
+            f"store must be a SessionStore, not a {type(store).__name__}; a URL goes to SqlSessionStore"
+        )
+    if event_store is not None and not hasattr(event_store, "store_event"):
+        raise ConfigurationError(f"event_store must be an EventStore of the SDK, not a {type(event_store).__name__}")
+    if event_log is None:
+        return
+    if not isinstance(event_log, EventLog):
+        raise ConfigurationError(
+            f"event_log must be an EventLog, not a {type(event_log).__name__}; an EventStore of the SDK goes to "
+            "event_store"
+        )
+    if event_store is not None:
+        raise ConfigurationError("event_log and event_store are both where events go; give one of them")
+    if event_log.namespace != store.namespace:
+        raise ConfigurationError(
+            f"the event log's namespace {event_log.namespace!r} is not the store's, {store.namespace!r}: events "
+            "belong to the sessions of one"
+        )
+
+
+def check_options(
+    *,
+    json_response: object,
+    security_settings: object,
+    retry_interval: object,
+    max_request_body_size: object,
+    on_restore: object,
+    on_end: object,
+    journaled_methods: object,
+    close_store: object,
+    close_event_log: object,
+) -> None:
+    """Check the options that are not numbers of `InstanceSettings`.
+
+    Raises:
+        ConfigurationError: One of them has another type than it may have.
+    """
+    checked_flags(json_response=json_response, close_store=close_store, close_event_log=close_event_log)
+    checked_type(
+        "security_settings", security_settings, TransportSecuritySettings | None, "a TransportSecuritySettings or None"
+    )
+    for name, hook in (("on_restore", on_restore), ("on_end", on_end)):
+        if hook is not None and not callable(hook):
+            raise ConfigurationError(f"{name} must be a function or None, not a {type(hook).__name__}")
+    checked_type("journaled_methods", journaled_methods, Iterable, "a sequence of JournaledMethod objects")
+    if retry_interval is not None:
+        _check_count("retry_interval", retry_interval, least=0)
+    _check_count("max_request_body_size", max_request_body_size, least=1)
+
+
+def _check_count(name: str, value: object, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"{name}={value!r} is not a whole number of {least} or more; give one")
