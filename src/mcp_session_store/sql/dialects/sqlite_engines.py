@@ -50,7 +50,9 @@ class _Engine(sa.Engine):
 
 def _dialect_over(given: sa.Dialect) -> sa.Dialect:
     """Return a dialect with the state of another one, which is known after its first connection only."""
-    kind: Any = type("_AutocommitDialect", (_Autocommit, type(given)), {})
+    # SQLAlchemy asks each class for itself whether its statements can be cached.
+    attributes = {"supports_statement_cache": type(given).supports_statement_cache}
+    kind: Any = type("_AutocommitDialect", (_Autocommit, type(given)), attributes)
     dialect: sa.Dialect = kind.__new__(kind)
     dialect.__dict__ = given.__dict__
     return dialect

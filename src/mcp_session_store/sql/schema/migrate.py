@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy
+from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy, StoreMisconfigured
 from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.dialects import dialect_named
 from mcp_session_store.sql.dialects.dialect import FailureKind
@@ -265,6 +265,8 @@ async def _connected(
         checked_schema(schema, dialect)
         engine, owned = url_or_engine, False
         autocommit = dialect.in_autocommit(engine)
+    if (reason := dialect.unusable(engine.url)) is not None:
+        raise StoreMisconfigured(f"the database {shown_url(engine.url)} cannot be used: {reason}")
     try:
         connection = await _with_room(autocommit, dialect)
         try:
