@@ -17,6 +17,7 @@ from mcp_session_store.errors import (
 )
 from mcp_session_store.sql.connections import spawn
 from mcp_session_store.sql.schema.version import check_schema, is_empty
+from mcp_session_store.sql.shown import url_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -108,7 +109,7 @@ class FirstContact:
     async def _check(self) -> None:
         database = self._database
         # Not where nothing will be written: a user that may only read is enough for that.
-        if self.needed and (reason := database.dialect.unusable(database.autocommit.url)) is not None:
+        if self.needed and (reason := database.dialect.unusable(url_of(database.autocommit))) is not None:
             raise self._misconfigured(reason)
         try:
             async with self._checking() as connection:
