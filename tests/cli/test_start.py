@@ -167,7 +167,7 @@ def test_a_schema_that_does_not_fit_fails_the_start(invoke: InvokeFunction, post
     )
     asyncio.run(migrate.upgrade(postgres_url, revision="1_0001_sessions"))
     assert_start_fails(
-        invoke, postgres_url, r"is at 1_0001_sessions, and 1_\w+ is needed; run: mcp-session-store upgrade"
+        invoke, postgres_url, r"is at 1_0001_sessions, and 1_\w+ is needed; .*run: mcp-session-store upgrade"
     )
     execute(postgres_url, "UPDATE mcp_session_version SET version_num = '2_0001_future'")
     assert_start_fails(invoke, postgres_url, r"is at 2_0001_future.*pip install --upgrade")

@@ -162,8 +162,8 @@ def test_a_schema_that_is_no_name_is_refused(schema: str) -> None:
     ("engine", "message"),
     [
         (lambda: sa.create_engine("sqlite:///x.db"), "create_async_engine"),
-        (lambda: object(), "neither a database URL nor an AsyncEngine"),
-        (lambda: None, "neither a database URL nor an AsyncEngine"),
+        (lambda: object(), "must be a database URL or an AsyncEngine"),
+        (lambda: None, "must be a database URL or an AsyncEngine"),
         (lambda: create_async_engine("sqlite+aiosqlite:///:memory:"), "MemorySessionStore"),
         (
             lambda: create_async_engine(
