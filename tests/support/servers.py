@@ -232,7 +232,7 @@ def uvicorn_server(
         workers: uvicorn's `--workers`.
         options: More options for uvicorn.
     """
-    command = ["uvicorn", app, "--host", "127.0.0.1", "--port", "{port}"]
+    command = ["tests.support.forked_uvicorn", app, "--host", "127.0.0.1", "--port", "{port}"]
     # A connection that uvicorn closes after five idle seconds may meet a request that is just being sent.
     command += ["--timeout-keep-alive", "60"]
     if workers > 1:
