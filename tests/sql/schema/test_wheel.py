@@ -59,8 +59,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     # This environment's pip does without one there. What is imported is compiled then, and most is not.
-    pip = [sys.executable, "-m", "pip", "--python", folder, "install", "--quiet", "--no-compile"]
-    _run([*pip, wheel], folder)
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", folder]
+    _run([*pip, "install", "--quiet", "--no-compile", wheel], folder)
     return folder / "bin"
 
 
