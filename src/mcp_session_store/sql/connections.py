@@ -29,6 +29,8 @@ _T = TypeVar("_T")
 
 GROW_AFTER: Final = 0.02
 """Seconds that a call waits for an open connection to come free, before another one is opened."""
+STOPS_OPENING_AFTER: Final = 0.5
+"""Seconds that a stop waits for a connection that is being opened."""
 NEEDED_FOR: Final = 10.0
 """Seconds after which connections that were not used at once any more are closed, all but one."""
 
@@ -141,10 +143,13 @@ class Connections:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._opening is not None:
-            await asyncio.wait({self._opening}, timeout=timeout)
-        if self._opening is not None:
-            self._opening.cancel()
+        if (opening := self._opening) is not None:
+            # No call waits for it any more, and its other end may be silent.
+            _, silent = await asyncio.wait({opening}, timeout=STOPS_OPENING_AFTER)
+            if silent:
+                opening.cancel()
+                await asyncio.wait(silent, timeout=STOPS_OPENING_AFTER)
+            self._opening = None
         idle, self._idle = self._idle, []
         if tasks := {spawn(self.close(connection, broken=False)) for connection in idle}:
             _, silent = await asyncio.wait(tasks, timeout=timeout)
