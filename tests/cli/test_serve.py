@@ -15,8 +15,8 @@ import httpx2
 import psutil
 import pytest
 from sqlalchemy.engine import make_url
-from starlette.applications import Starlette
 
+from mcp_session_store.app import durable_app
 from mcp_session_store.cli import worker_app
 from mcp_session_store.cli.served_object import served_object
 from mcp_session_store.errors import ConfigurationError
@@ -33,6 +33,8 @@ from tests.support.servers import ROOT
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
+
+    from starlette.applications import Starlette
 
     from tests.support.commands import CommandFunction, InvokeFunction, ServeCommandFunction
     from tests.support.http import Answer
@@ -557,11 +559,11 @@ def test_workers_get_the_same_retention_and_memory(
 ) -> None:
     made: list[dict[str, Any]] = []
 
-    def durable_app(server: object, url: str, **options: Any) -> Starlette:
+    def noted(server: Any, url: str, **options: Any) -> Starlette:
         made.append(options)
-        return Starlette()
+        return durable_app(server, url, **options)
 
-    monkeypatch.setattr("mcp_session_store.serving.durable_app", durable_app)
+    monkeypatch.setattr("mcp_session_store.serving.durable_app", noted)
     # A worker is a process of its own, that has nothing but the environment.
     monkeypatch.setattr("uvicorn.run", lambda app, **options: worker_app())
     options = "--idle 30m --tombstone none --per-principal 5 --evict-after none --max-sessions 50 --end-within 2.5"
