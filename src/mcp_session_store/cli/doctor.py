@@ -28,7 +28,7 @@ __all__ = ["doctor"]
 _COLORS: Final = {"ok": "green", "warn": "yellow", "fail": "red", "skipped": None}
 
 
-@click.command()
+@click.command(short_help="Look at all that a server needs of its database.")
 @url_option
 @schema_option
 @namespace_option

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["events"]
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, short_help="List, show and count stored events, and partition them.")
 def events() -> None:
     """List, show and count the events that are stored for streams that resume, and partition their table.
 

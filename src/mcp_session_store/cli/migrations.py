@@ -106,7 +106,7 @@ def current(url: str, schema: str | None) -> None:
     click.echo(run(migrate.current(url, schema=schema)) or "none")
 
 
-@click.command()
+@click.command(short_help="Check that the schema fits, and that rows can be read.")
 @tables_options
 @click.option(
     "--rows",

@@ -26,7 +26,7 @@ _COLUMNS: Final = (
 )
 
 
-@click.command()
+@click.command(short_help="List the namespaces, with their numbers of sessions.")
 @tables_options
 @json_option
 def namespaces(target: Target, *, as_json: bool) -> None:

@@ -93,7 +93,7 @@ def _root_path(ctx: click.Context, parameter: click.Parameter, value: str) -> st
     return (_absolute_path(ctx, parameter, value) or "").rstrip("/") if value else ""
 
 
-@click.command()
+@click.command(short_help="Serve a server object with durable sessions.")
 @click.argument("target", metavar="MODULE:ATTRIBUTE|FILE[:ATTRIBUTE]")
 @url_option
 @schema_option

@@ -36,7 +36,7 @@ _KILLED_BY: Final = 128
 """Number that a shell adds to that of the signal that ended a command."""
 
 
-@click.command()
+@click.command(short_help="End expired sessions, and remove what is too old.")
 @target_options
 @sweep_retention_options
 @event_options
