@@ -194,8 +194,8 @@ RESTORE_FAILED: Final = _for_now("restore failed", "Session cannot be restored n
 """The replay took too long, the record kept changing, or an earlier copy does not stop."""
 SHUTTING_DOWN: Final = _for_now("shutting down", "Server is shutting down")
 """The instance stops."""
-NOT_RUNNING: Final = _for_now("not running", "Server is not running")
-"""The lifespan of the app was not entered."""
+NOT_RUNNING: Final = _for_now("", "Server is not running")
+"""The lifespan of the app was not entered; no metric counts it, because no manager runs."""
 FAILED: Final = _for_now("error", "Internal error")
 """A bug of ours, or of the application's in a restore."""
 CALL_LOST: Final = Answer(503, CONNECTION_CLOSED, LOST, _RETRY_AFTER, lost=True)
