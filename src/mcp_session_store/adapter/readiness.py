@@ -29,6 +29,8 @@ A role that has lost a privilege, or a password that was changed, fails some cal
 """
 
 
+UNEXPLAINED: Final = 4
+"""Number of failures in a row after which a task that fails while the store answers is no sign of a trouble of it."""
 VERDICT_WITHIN: Final = 5.0
 """Seconds for which a start asks the store whether it can be used."""
 
@@ -138,7 +140,7 @@ class Readiness:
         """
         if not isinstance(error, (StoreUnavailable, *FINAL)):
             return False
-        if self.cause is None and failures == 1:
+        if self.cause is None and failures < UNEXPLAINED:
             self.look()
             return True
         return self.cause is not None

@@ -1,0 +1,96 @@
+"""Readiness: a final cause that appears later ends nothing, and each trouble has one line when it begins and ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from mcp_session_store.adapter.readiness import State
+from mcp_session_store.errors import SchemaBehind, StoreBusy, StoreMisconfigured, StoreUnavailable
+from tests.support.asgi import until
+from tests.support.http import assert_unavailable
+from tests.support.instances import instance
+
+if TYPE_CHECKING:
+    from tests.support.faulty_stores import FaultyStore
+
+pytestmark = pytest.mark.anyio
+
+SOON = 0.1
+"""The store is polled 20 times a second."""
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """What the log holds of warnings and worse since it was last asked: level and text."""
+    found = [(record.levelname, record.getMessage()) for record in caplog.records if record.levelno >= 30]
+    caplog.clear()
+    return found
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("refused"), StoreBusy("too many")])
+async def test_a_passing_cause_at_the_start_has_one_line_and_one_when_it_is_over(
+    store: FaultyStore, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    store.failing(error)
+    async with instance(store, outage_patience=5, end_within=SOON) as one:
+        assert one.manager.readiness.state is State.STARTING
+        await anyio.sleep(0.5)
+        begin = ("WARNING", f"the session store is away, and requests that need it wait until it is back: {error}")
+        if isinstance(error, StoreUnavailable):
+            assert lines(caplog) == [begin]
+        else:
+            assert begin in lines(caplog)
+        store.up()
+        await until(lambda: one.manager.readiness.state is State.READY)
+        ((level, text),) = lines(caplog)
+        assert level == "WARNING"
+        assert text.startswith("the session store is back after ")
+    stopped: State = one.manager.readiness.state
+    assert stopped is State.STOPPING
+
+
+@pytest.mark.parametrize("error", [StoreMisconfigured("wrong password"), SchemaBehind("behind")])
+async def test_a_final_cause_that_appears_later_ends_nothing_and_goes_when_it_is_repaired(
+    store: FaultyStore, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    async with instance(store, outage_patience=5, end_within=SOON) as one:
+        resident = one.client()
+        await resident.handshake()
+        assert one.manager.readiness.state is State.READY
+        store.down()
+        await until(lambda: one.manager.readiness.state is State.DEGRADED)
+        lines(caplog)
+        store.failing(error)
+        await until(lambda: one.manager.readiness.state is State.NOT_READY)
+        await anyio.sleep(0.5)
+        ((level, text),) = lines(caplog)
+        assert level == "ERROR"
+        assert text.endswith(f": {error}")
+        assert (await resident.ping()).status == 200
+        async with anyio.create_task_group() as group:
+            if isinstance(error, SchemaBehind):
+                with anyio.fail_after(3):
+                    assert_unavailable(await one.client().initialize())
+            else:
+                group.start_soon(one.client().handshake)
+                await anyio.sleep(0.3)
+            caplog.clear()
+            store.up()
+        await until(lambda: one.manager.readiness.state is State.READY)
+        ((level, text),) = lines(caplog)
+        assert text.startswith("the session store can be used again after ")
+        await one.client().handshake()
+
+
+async def test_a_final_cause_that_comes_and_goes_is_logged_once(
+    store: FaultyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with instance(store, end_within=SOON) as one:
+        for _ in range(3):
+            store.failing(StoreMisconfigured("wrong password"))
+            await until(lambda: one.manager.readiness.state is State.NOT_READY)
+            store.up()
+            await until(lambda: one.manager.readiness.state is State.READY)
+        assert [level for level, _ in lines(caplog)] == ["ERROR", "WARNING"]
