@@ -100,11 +100,12 @@ class Connections:
         self._hand_on(connection)
         return True
 
-    async def close(self, connection: AsyncConnection, *, broken: bool) -> None:
+    async def close(self, connection: AsyncConnection, *, broken: bool) -> None:  # noqa: ARG002
         """Close a connection."""
         self._closing += 1
         try:
-            await _close(connection, broken=broken)
+            # As a broken one: so SQLAlchemy ends one whose other end is silent, after two seconds and without a word.
+            await _close(connection, broken=True)
         finally:
             self._closing -= 1
             self._opened.pop(connection, None)
@@ -133,6 +134,10 @@ class Connections:
             await connection.close()
             raise
         return connection
+
+    async def close_beside(self, connection: AsyncConnection) -> None:
+        """Close a connection of `connect_beside`."""
+        await _close(connection, broken=True)
 
     def calling_when_short(self, callback: Callable[[], None]) -> AbstractContextManager[None]:
         """Return a context in which a callback is called when the database refuses a connection for want of room."""
@@ -317,6 +322,9 @@ class PoolOfEngine:
             # When SQLAlchemy meets a broken connection, its pool drops all that are as old: the next one is new.
             return await self._engine.connect()
         return connection
+
+    async def close_beside(self, connection: AsyncConnection) -> None:
+        await connection.close()
 
     def calling_when_short(self, callback: Callable[[], None]) -> AbstractContextManager[None]:
         return self._room.calling(callback)

@@ -242,19 +242,18 @@ class Listener:
         except ValueError:
             return None  # not a payload of this package: to look for changes is never wrong
 
+    async def _end(self, connection: AsyncConnection) -> None:
+        # Its error was raised where it was used. A connection whose other end is silent is dropped.
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(self._database.timeout):
+                await self._database.connections.close_beside(connection)
+
     def _close(self, connection: AsyncConnection) -> None:
         # In a task of its own, which the end of the database waits for.
-        task = spawn(_close(connection, self._database.timeout))
+        task = spawn(self._end(connection))
         self._database.closing.add(task)
         task.add_done_callback(self._database.closing.discard)
 
 
 async def _answers(attempt: Attempt) -> None:
     await attempt.connection.exec_driver_sql("SELECT 1")
-
-
-async def _close(connection: AsyncConnection, timeout: float) -> None:
-    # Its error was raised where it was used. A connection whose other end is silent is dropped.
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(timeout):
-            await connection.close()
