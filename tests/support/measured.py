@@ -123,7 +123,8 @@ def tracing() -> Iterator[Traced]:
                 return "switch"
 
         exporter = InMemorySpanExporter()
-        provider = TracerProvider(sampler=Switch(), shutdown_on_exit=False)
+        switch: Any = Switch()
+        provider = TracerProvider(sampler=switch, shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(exporter))
         trace.set_tracer_provider(provider)
         _traced.append(Traced(exporter))
