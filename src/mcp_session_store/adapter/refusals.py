@@ -90,7 +90,7 @@ def _report_unreadable(error: RecordUnreadable, session: UUID, log: SessionLog) 
         _reported.clear()
     _reported.add(session)
     logger.error(
-        "the session %s is answered as unknown, because its record cannot be read (%s); mcp-session-store check --rows "
+        "the session %s is answered as unknown, because its record cannot be read (%s); the command check --rows "
         "lists all such rows",
         session,
         error,

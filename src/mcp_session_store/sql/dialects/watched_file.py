@@ -144,7 +144,7 @@ class WatchedFile:
         """What has happened, and what to do."""
         return (
             f"the file {str(self.file)!r}, or its -wal or -shm, was deleted or replaced while it was open; put it or a "
-            "backup of it back, or make a new one by mcp-session-store upgrade"
+            "backup of it back, or make a new one by the command upgrade"
         )
 
     def note_loss(self) -> None:

@@ -227,7 +227,7 @@ def _config(attributes: dict[str, Any], output: io.StringIO | None = None) -> Co
 def _check_revision(revision: str) -> None:
     if not isinstance(revision, str) or not revision:
         raise ConfigurationError(
-            f"revision={revision!r} is no revision; give its name, as mcp-session-store current does"
+            f"revision={revision!r} is no revision; give its name, as the command current prints it"
         )
 
 
