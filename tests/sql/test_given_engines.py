@@ -66,9 +66,8 @@ ENGINES = [
     one_connection,
     no_pool,
     begin_by_listeners,
-    pytest.param(
-        begin_by_the_driver, marks=pytest.mark.skipif(sys.version_info < (3, 12), reason="Python has no autocommit")
-    ),
+    # Python before 3.12 has no `autocommit` of SQLite's connections.
+    *([begin_by_the_driver] if sys.version_info >= (3, 12) else []),
 ]
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pytest
 from opentelemetry import metrics, trace
+from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
+from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler, SamplingResult
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 __all__ = ["Measured", "Point", "Traced", "measuring", "tracing"]
-
-SDK = "opentelemetry.sdk"
 
 
 class Point(NamedTuple):
@@ -90,10 +94,6 @@ _is_on: list[bool] = []
 def measuring() -> Measured:
     """Return the metrics of this process. The provider can be set once, and stays for all later tests."""
     if not _measured:
-        pytest.importorskip(SDK)
-        from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
-        from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
-
         delta = AggregationTemporality.DELTA
         reader = InMemoryMetricReader(preferred_temporality={Counter: delta, Histogram: delta})
         metrics.set_meter_provider(MeterProvider([reader], shutdown_on_exit=False))
@@ -107,18 +107,15 @@ def measuring() -> Measured:
 def tracing() -> Iterator[Traced]:
     """Record the spans of this process. The provider stays, too, but later tests have no span that records."""
     if not _traced:
-        pytest.importorskip(SDK)
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-        from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-        from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 
-        class Switch:
+        class Switch(Sampler):
             """A sampler that can be turned off."""
 
-            def should_sample(self, *arguments: Any, **named: Any) -> Any:
+            @override
+            def should_sample(self, *arguments: Any, **named: Any) -> SamplingResult:
                 return (ALWAYS_ON if _is_on else ALWAYS_OFF).should_sample(*arguments, **named)
 
+            @override
             def get_description(self) -> str:
                 return "switch"
 
