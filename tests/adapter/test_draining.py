@@ -43,14 +43,15 @@ async def _own_stream(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.mark.parametrize("events", [False, True])
+@pytest.mark.parametrize("version", ["2025-06-18", "2025-11-25"])
 async def test_streams_end_at_once_and_calls_first(
-    server: Any, store: FaultyStore, log: FaultyLog, events: bool
+    server: Any, store: FaultyStore, log: FaultyLog, events: bool, version: str
 ) -> None:
     notes = Notes()
     async with instance(store, notes, events=log if events else False) as one:
         client = one.client()
         await client.handshake()
-        stream, call = client.open("GET"), client.open_call("wait")
+        stream, call = client.open("GET", mcp_protocol_version=version), client.open_call("wait")
         await stream.start()
         await until(lambda: notes.waiting == 1)
         server.should_exit = True

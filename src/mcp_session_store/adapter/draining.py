@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio
+from mcp.server.streamable_http import GET_STREAM_KEY, StreamableHTTPServerTransport
 from mcp.server.subscriptions import ListenHandler
 from sse_starlette.sse import AppStatus
 
@@ -146,7 +147,9 @@ class Drain:
         # Again at each look, because a request may have been on its way to its session.
         for session in self._registry:
             if session.streams:
-                session.transport.close_standalone_sse_stream()
+                # The class's own, because a transport with events has another, which the SDK's method for this stream
+                # calls: it leaves a stream open whose client holds no event id to come back with.
+                StreamableHTTPServerTransport.close_sse_stream(session.transport, GET_STREAM_KEY)
         subscriptions = self._app.get_request_handler("subscriptions/listen")
         if subscriptions is not None and isinstance(subscriptions.handler, ListenHandler):
             subscriptions.handler.close()
