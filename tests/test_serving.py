@@ -73,6 +73,7 @@ async def _statuses(app: Starlette, hosts: list[str], origin: str | None = None)
             [PUBLIC, f"{PUBLIC}:443", "MCP.example.com", "localhost:8000"],
             ["example.com", f"evil.{PUBLIC}", f"{PUBLIC}.evil.example", f"{PUBLIC}:x", ""],
         ),
+        ({"allowed_hosts": [f"{PUBLIC}:443"]}, [PUBLIC, f"{PUBLIC}:443"], [f"{PUBLIC}:80", f"{PUBLIC}:8443"]),
         ({"allowed_hosts": ["10.1.2.3:8443"]}, ["10.1.2.3:8443"], ["10.1.2.3", "10.1.2.3:443"]),
         ({"host": "0.0.0.0", "allowed_hosts": [PUBLIC]}, [PUBLIC], ["127.0.0.1:8000"]),
         ({"allowed_hosts": ["*"]}, [PUBLIC, "x"], []),
@@ -98,12 +99,14 @@ async def test_pages_of_allowed_hosts_and_of_allowed_origins_may_send_requests(
     served: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr("mcp_session_store.serving._is_event_loop_running", lambda: False)
-    origins = ["https://app.example.com/"]
+    origins = ["https://app.example.com/", "https://other.example.com:443", "http://other.example.com:443"]
     run_durable(Made(kind).server, MemorySessionStore(), allowed_hosts=[PUBLIC], allowed_origins=origins)
     for origin, status in {
         f"https://{PUBLIC}": 200,
         "https://app.example.com": 200,
         "http://localhost:3000": 200,
+        "https://other.example.com": 200,
+        "http://other.example.com": 403,
         "http://app.example.com": 403,
         "https://evil.example": 403,
         "null": 403,
@@ -131,6 +134,8 @@ async def test_a_refused_host_is_logged_once_with_the_option_that_allows_it(
         ({"allowed_hosts": ["https://mcp.example.com"]}, "'https://mcp.example.com' is no host"),
         ({"allowed_hosts": ["*.example.com"]}, "is no host"),
         ({"allowed_hosts": "mcp.example.com"}, "allowed_hosts='mcp.example.com' is no list"),
+        ({"allowed_hosts": None}, "allowed_hosts=None is no list"),
+        ({"allowed_origins": 8}, "allowed_origins=8 is no list"),
         ({"allowed_origins": ["app.example.com"]}, "'app.example.com' is no origin"),
         ({"allowed_origins": ["https://a.example"], "host": "0.0.0.0"}, "name the hosts"),
         ({"allowed_origins": ["https://a.example"], "allowed_hosts": ["*"]}, "leave out allowed_origins"),
@@ -192,6 +197,42 @@ def test_several_workers_are_refused_with_the_way_to_have_them(served: dict[str,
         run_durable(Made("Server").server, MemorySessionStore(), workers=2)
     run_durable(Made("Server").server, MemorySessionStore(), workers=1)
     assert served["workers"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host": None},
+        {"host": ""},
+        {"port": "8000"},
+        {"port": 65536},
+        {"port": True},
+        {"path": "mcp"},
+        {"path": 5},
+        {"root_path": "notes"},
+        {"root_path": None},
+        {"shutdown_timeout": -1},
+        {"shutdown_timeout": None},
+        {"log_level": "loud"},
+        {"log_level": 20},
+        {"json_response": "yes"},
+        {"health_path": 5},
+    ],
+    ids=repr,
+)
+def test_an_argument_that_cannot_be_is_named_before_anything_listens(
+    served: dict[str, Any], wrong: dict[str, Any]
+) -> None:
+    ((name, _),) = wrong.items()
+    with pytest.raises(ConfigurationError, match=name):
+        run_durable(Made("Server").server, MemorySessionStore(), **wrong)
+    assert not served
+
+
+def test_a_root_path_and_a_level_may_be_written_otherwise(served: dict[str, Any]) -> None:
+    run_durable(Made("Server").server, MemorySessionStore(), root_path="/notes/", log_level="TRACE")
+    assert served["root_path"] == "/notes"
+    assert served["log_config"]["loggers"]["mcp_session_store"]["level"] == "DEBUG"
 
 
 def test_what_durable_app_refuses_is_refused(served: dict[str, Any]) -> None:

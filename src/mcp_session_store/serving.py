@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mcp.server.lowlevel.server import Server
     from mcp.server.mcpserver import MCPServer
     from starlette.applications import Starlette
+    from typing_extensions import TypeIs
 
     from mcp_session_store.adapter.manager import DurableSessionManager
     from mcp_session_store.sql.engine import UrlOrEngine
@@ -45,6 +46,8 @@ DEFAULT_PORT: Final = 8000
 DEFAULT_SHUTDOWN_TIMEOUT: Final = 10
 """Seconds."""
 DEFAULT_HEALTH_PATH: Final = "/health"
+LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
+MAX_PORT: Final = 65535
 
 _OUR_LOGGER: Final = "mcp_session_store"
 
@@ -103,6 +106,7 @@ def run_durable(
             "call it outside of async code, or serve the app that durable_app returns, as in "
             "await uvicorn.Server(uvicorn.Config(app)).serve()"
         )
+    _check_arguments(host, port, path, root_path, shutdown_timeout, log_level)
     app = served_app(
         server,
         store,
@@ -114,7 +118,37 @@ def run_durable(
         health_path=health_path,
         **options,
     )
-    run_uvicorn(app, host=host, port=port, shutdown_timeout=shutdown_timeout, log_level=log_level, root_path=root_path)
+    run_uvicorn(
+        app,
+        host=host,
+        port=port,
+        shutdown_timeout=shutdown_timeout,
+        log_level=log_level,
+        root_path=root_path.rstrip("/"),
+    )
+
+
+def _check_arguments(
+    host: object, port: object, path: object, root_path: object, shutdown_timeout: object, log_level: object
+) -> None:
+    """Check what nothing else checks before the server listens: the command line does, for `serve`."""
+    if not isinstance(host, str) or not host:
+        raise ConfigurationError(f"host={host!r} is no address; give one, as in 127.0.0.1, or 0.0.0.0 for all")
+    if not _is_count(port) or port > MAX_PORT:
+        raise ConfigurationError(f"port={port!r} is no port; give a number from 0 to {MAX_PORT}, as in 8000")
+    for name, value, none, example in (("path", path, None, "/mcp"), ("root_path", root_path, "", "/notes")):
+        if value != none and not (isinstance(value, str) and value.startswith("/")):
+            raise ConfigurationError(f"{name}={value!r} is no path; give one that begins with a slash, as in {example}")
+    if not _is_count(shutdown_timeout):
+        raise ConfigurationError(
+            f"shutdown_timeout={shutdown_timeout!r} is no whole number of seconds from 0 on; give one, as in 10"
+        )
+    if log_level is not None and not (isinstance(log_level, str) and log_level.lower() in LOG_LEVELS):
+        raise ConfigurationError(f"log_level={log_level!r} is none of {', '.join(LOG_LEVELS)}, nor None")
+
+
+def _is_count(value: object) -> TypeIs[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_event_loop_running() -> bool:
@@ -246,6 +280,6 @@ def _log_config(level: str) -> dict[str, Any]:
     """Return uvicorn's configuration of logs, with this package's beside it. The root logger is the user's."""
     from uvicorn.config import LOGGING_CONFIG
 
-    level_name = "DEBUG" if level == "trace" else level.upper()
+    level_name = "DEBUG" if level.lower() == "trace" else level.upper()
     ours = {"handlers": ["default"], "level": level_name, "propagate": False}
     return {**LOGGING_CONFIG, "loggers": {**LOGGING_CONFIG["loggers"], _OUR_LOGGER: ours}}

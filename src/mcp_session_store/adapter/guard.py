@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mcp.server.transport_security import TransportSecuritySettings
@@ -26,6 +27,7 @@ LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 MAX_LOGGED: Final = 100
 """Number of refused headers that are logged, each once: they are the clients' own texts."""
 
+_DEFAULT_PORTS: Final = {"http": "80", "https": "443"}
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::(\d{1,5}|\*))?")
 _ORIGIN: Final = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)")
 
@@ -42,7 +44,9 @@ class _Host(NamedTuple):
         return None if match is None else cls(match[1], match[2])
 
     def allows(self, other: _Host) -> bool:
-        return self.name == other.name and self.port in (None, other.port)
+        # Clients leave out the port that is their scheme's, and a proxy does not say here by which they came.
+        is_left_out = other.port is None and self.port in _DEFAULT_PORTS.values()
+        return self.name == other.name and (self.port in (None, other.port) or is_left_out)
 
 
 class _AllowedHosts(list[str]):
@@ -108,7 +112,7 @@ def host_guard(host: str, allowed_hosts: Sequence[str], allowed_origins: Sequenc
         ConfigurationError: A value is no host, or no origin.
     """
     for name, values in (("allowed_hosts", allowed_hosts), ("allowed_origins", allowed_origins)):
-        if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        if not isinstance(values, Collection) or isinstance(values, str) or not all(isinstance(v, str) for v in values):
             raise ConfigurationError(f"{name}={values!r} is no list of texts; give one, as in ['mcp.example.com']")
     is_loopback = host.lower() in ("localhost", "::1") or host.startswith("127.")
     if "*" in allowed_hosts or not (is_loopback or allowed_hosts or allowed_origins):
@@ -146,4 +150,5 @@ def _read_origin(text: str) -> str:
         raise ConfigurationError(
             f"the allowed origin {text!r} is no origin: write scheme and host, as in https://app.example.com"
         )
-    return origin
+    # Browsers leave it out.
+    return origin if match is None else origin.removesuffix(f":{_DEFAULT_PORTS.get(match[1])}")
