@@ -23,6 +23,7 @@ from mcp_session_store import (
     SqlSessionStore,
     durable_app,
     migrations,
+    session_key,
 )
 from mcp_session_store.errors import ConfigurationError, StoreMisconfigured
 
@@ -83,6 +84,7 @@ CALLABLES: dict[str, tuple[Callable[..., object], Callable[..., Any]]] = {
     "RetentionPolicy": (RetentionPolicy, RetentionPolicy),
     "EventPolicy": (EventPolicy, EventPolicy),
     "InstanceSettings": (InstanceSettings, InstanceSettings),
+    "session_key": (session_key, session_key),
     **{
         name: (migrate(function), function)
         for name, function in {

@@ -16,7 +16,7 @@ from mcp_session_store.event_log import EventLog
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, read_pool_size
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.sql.engine import check_place
+from mcp_session_store.sql.engine import check_place, is_engine
 from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def durable_app(
             database must have been migrated (`mcp-session-store upgrade`). A SQLite file that is empty
             is always migrated.
         pool_size: With a URL: connections for queries at most, see `SqlSessionStore`; one that is given here or in the
-            environment takes precedence over the URL's.
+            environment takes precedence over the URL's. With an engine the variable is left aside.
         retention: With a URL or an engine: how long sessions live, and how many there may be;
             `RetentionPolicy.from_environment()` unless given.
         events: Whether streams can be resumed: a client that lost its connection, or its server, comes back with
@@ -220,7 +220,12 @@ def _sql_store(
     in_namespace, namespace_from = _setting("namespace", namespace, DEFAULT_NAMESPACE, str)
     in_schema, schema_from = _setting("schema", schema, None, str)
     upgrades, _ = _setting("auto_upgrade", auto_upgrade, False, truth)
-    connections, _ = _setting("pool_size", pool_size, None, read_pool_size)
+    # The pool of an engine has the size that it was made with, and the variable is about pools that are made here.
+    connections = (
+        None
+        if is_engine(url) and isinstance(pool_size, NotGiven)
+        else _setting("pool_size", pool_size, None, read_pool_size)[0]
+    )
     if retention is None:
         retention = RetentionPolicy.from_environment()
     try:

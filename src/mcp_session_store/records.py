@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from mcp_session_store.errors import InvalidValue
+from mcp_session_store.errors import ConfigurationError, InvalidValue
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -44,22 +44,22 @@ __all__ = [
 
 _NOT_SHOWN = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
 _RANDOM_BITS = ~(0xF << 76 | 0b11 << 62)
-_VERSION_8 = 8 << 76 | 0b10 << 62
-"""Version and variant of the keys, in bits 76 to 79 and 62 to 63."""
+_VERSION_8 = 8 << 76 | 0b10 << 62  # and the variant, in bits 62 to 63
 DISPLAY_LENGTH = 200
 """Number of characters kept of a text that a client chose."""
 
 
 def session_key(session_id: str) -> UUID:
-    """Return the primary key under which a session is stored.
+    """Return the primary key under which the session of an `Mcp-Session-Id` is stored.
 
-    A version 8 UUID (RFC 9562, section 5.8) made from the SHA-256 of the session id. Session ids
-    are random (MCP 2025-11-25, basic/transports, session management), so the hash needs no salt, and a
-    reader of the database finds nothing that could be used as a session id.
+    A version 8 UUID (RFC 9562, section 5.8) made from the SHA-256 of the id. Session ids are random (MCP 2025-11-25,
+    basic/transports, session management), so the hash needs no salt, and a reader of the database finds none.
 
-    Args:
-        session_id: The `Mcp-Session-Id`, as it travels in the header.
+    Raises:
+        ConfigurationError: The id is not a text.
     """
+    if not isinstance(session_id, str):
+        raise ConfigurationError(f"session_id must be a text, not a {type(session_id).__name__}")
     number = int.from_bytes(hashlib.sha256(session_id.encode()).digest()[:16], "big")
     # Set by hand: `uuid.UUID(version=8)` and `uuid.uuid8` are newer than Python 3.11.
     return UUID(int=number & _RANDOM_BITS | _VERSION_8)

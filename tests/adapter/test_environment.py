@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from mcp_session_store import (
     ConfigurationError,
@@ -128,6 +129,14 @@ async def test_the_size_of_the_pool_comes_from_the_keyword_the_environment_or_th
     assert pool_size_of(sql_store(manager(url, pool_size=4))) == 4
     with pytest.raises(ConfigurationError, match="MCP_SESSION_STORE_POOL_SIZE: 'many' is not a positive whole number"):
         manager(url, environment={"POOL_SIZE": "many"})
+
+
+@pytest.mark.parametrize("size", ["3", "many"])
+async def test_an_engine_keeps_its_pool_whatever_the_environment_says(manager: Any, sqlite_url: str, size: str) -> None:
+    engine = create_async_engine(sqlite_url)
+    assert sql_store(manager(engine, environment={"POOL_SIZE": size})).database.engine is engine
+    with pytest.raises(ConfigurationError, match="pool_size goes with a database URL"):
+        manager(engine, pool_size=2)
 
 
 @pytest.mark.parametrize("name", ["AUTO_UPGRADE", "EVENTS"])

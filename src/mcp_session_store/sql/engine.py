@@ -35,6 +35,7 @@ __all__ = [
     "checked_engine",
     "checked_schema",
     "checked_url",
+    "is_engine",
     "make_engine",
     "make_engine_without_pool",
     "make_migration_engine",
@@ -148,6 +149,11 @@ def check_place(name: str, place: object) -> None:
         )
     as_url = " (for a file, a text such as sqlite:////var/lib/sessions.db)" if isinstance(place, PurePath) else ""
     checked_type(name, place, str | URL | AsyncEngine, f"a database URL{as_url} or an AsyncEngine")
+
+
+def is_engine(place: UrlOrEngine) -> bool:
+    """Return whether a database is named by an engine, which has a pool of its own."""
+    return isinstance(place, AsyncEngine)
 
 
 def checked_engine(engine: AsyncEngine) -> Dialect:
