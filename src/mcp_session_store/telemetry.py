@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 from opentelemetry.metrics import Observation
-from opentelemetry.trace import Link, StatusCode, get_current_span, use_span
+from opentelemetry.trace import INVALID_SPAN, Link, StatusCode, get_current_span, use_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 if TYPE_CHECKING:
@@ -351,10 +351,18 @@ def begin_span(
     return span
 
 
-def within(span: Span) -> AbstractContextManager[Span]:
-    """Return a context manager in which a span is the current one, and with which it ends."""
+def within(span: Span, *, ends: bool = True) -> AbstractContextManager[Span]:
+    """Return a context manager in which a span is the current one.
+
+    Args:
+        span: The span.
+        ends: Whether it ends with the context.
+    """
+    if span is INVALID_SPAN:
+        # There is no provider. To make it the current one would cost a handshake a hundredth.
+        return contextlib.nullcontext(span)
     # Not with the error that the block raises: its message may hold what a client sent.
-    return use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False)
+    return use_span(span, end_on_exit=ends, record_exception=False, set_status_on_exception=False)
 
 
 def fail_span(span: Span, error: BaseException) -> None:

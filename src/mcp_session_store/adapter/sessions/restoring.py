@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import anyio
-from opentelemetry.trace import get_current_span, use_span
+from opentelemetry.trace import get_current_span
 
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
@@ -195,7 +195,7 @@ class Restorer:
         """Make a copy of a session, restore it, and serve it until it leaves memory."""
         try:
             # The replay takes the context as it is then.
-            with use_span(restore.span, record_exception=False, set_status_on_exception=False):
+            with telemetry.within(restore.span, ends=False):
                 session = await self._admitted(restore, record, requestor, scope, attempts)
         except BaseException as error:
             self._registry.not_restored(restore, self._failure(error, record))
