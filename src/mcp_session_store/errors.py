@@ -24,7 +24,6 @@ __all__ = [
     "StoreClosed",
     "StoreMisconfigured",
     "StoreUnavailable",
-    "without_passwords",
 ]
 
 _PASSWORDS: Final = (

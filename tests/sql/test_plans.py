@@ -19,7 +19,7 @@ from mcp_session_store.sql import SqlEventLog
 from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import engine_of, execute, settled, sql_store
-from tests.support.internals import trim_waiting
+from tests.support.internals import database_of, idle_connections_of, trim_waiting
 from tests.support.plans import plan_of, statements_of
 
 if TYPE_CHECKING:
@@ -168,19 +168,20 @@ async def test_what_is_done_with_one_session_takes_the_primary_key(database_url:
 
 
 async def test_a_statement_for_one_session_is_planned_once_and_not_for_each_call(postgres_url: str) -> None:
-    async with sql_store(postgres_url, retention=RetentionPolicy(idle=timedelta(days=1))) as store:
+    async with sql_store(postgres_url, retention=RetentionPolicy(idle=timedelta(days=1)), pool_size=1) as store:
         for _ in range(12):  # Postgres makes five plans for their parameters first, and then compares
             await use_one(store)
             await settled(store)
-        async with engine_of(store).connect() as connection:
-            rows = await connection.exec_driver_sql(
-                "SELECT statement FROM pg_prepared_statements WHERE custom_plans > 5 AND statement ~ 'mcp_session'"
-            )
-            assert [row.statement for row in rows] == []
-            often = await connection.exec_driver_sql(
-                "SELECT count(*) FROM pg_prepared_statements WHERE generic_plans > 5 AND statement ~ 'mcp_session'"
-            )
-            assert often.scalar_one() > 5
+        # Of the connection on which they were prepared.
+        (connection,) = idle_connections_of(database_of(store))
+        rows = await connection.exec_driver_sql(
+            "SELECT statement FROM pg_prepared_statements WHERE custom_plans > 5 AND statement ~ 'mcp_session'"
+        )
+        assert [row.statement for row in rows] == []
+        often = await connection.exec_driver_sql(
+            "SELECT count(*) FROM pg_prepared_statements WHERE generic_plans > 5 AND statement ~ 'mcp_session'"
+        )
+        assert often.scalar_one() > 5
 
 
 async def test_no_statement_reads_the_whole_table(database_url: str) -> None:

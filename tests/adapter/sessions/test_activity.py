@@ -406,7 +406,8 @@ async def test_an_activity_that_cannot_be_reported_is_logged_counted_and_reporte
         client = one.client()
         {"down": store.down, "bug": store.broken, "lost": store.lose_the_answer_of}[fault]("touch")
         await client.begin()
-        await until(lambda: store.counts()["touch"] == 3)
+        # The first failures of a store that answers otherwise are no sign of a trouble.
+        await until(lambda: "activity" in caplog.text and len(failures.added) > 1)
         assert (await client.request("tools/list")).status == 200
         told = [record for record in caplog.records if "activity" in record.getMessage()]
         assert told

@@ -61,7 +61,7 @@ async def settled(one: Instance) -> None:
 async def test_a_session_is_verified_before_it_is_served_after_a_pause(
     store: FaultyStore, other_store: FaultyStore, advance: Callable[[float], None]
 ) -> None:
-    store.down("listen")  # or a notification makes it poll
+    store.hints = False  # a notification makes it poll
     async with instance(store, end_within=WITHIN) as one:
         ended, live = one.client(), one.client()
         ended_id = await ended.handshake()
@@ -90,7 +90,7 @@ async def test_a_session_is_verified_before_it_is_served_after_a_pause(
 async def test_a_copy_that_missed_a_change_in_a_pause_is_restored(
     store: FaultyStore, other_store: FaultyStore, advance: Callable[[float], None]
 ) -> None:
-    store.down("listen")  # or a notification makes it poll
+    store.hints = False  # a notification makes it poll
     async with (
         instance(store, Stateful(), end_within=WITHIN) as one,
         instance(other_store, Stateful(), end_within=WITHIN) as two,
