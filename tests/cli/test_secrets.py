@@ -65,6 +65,9 @@ URLS = {
     "password of a key of the system's": (
         f"postgresql://app@{CLOSED}/d?sslrootcert=system&sslkey=/nowhere&sslcert=/nowhere&sslpassword=zqx"
     ),
+    "content of a key": f"postgresql://app@{CLOSED}/d?sslkey=-----BEGIN%20PRIVATE%20KEY-----%0Azqx%0A",
+    "three slashes": f"postgresql:///app:zqx@{CLOSED}/d",
+    "in the option host": f"postgresql://app@/d?host=app:zqx@{CLOSED}",
     "unknown option": f"postgresql://app:zqx@{CLOSED}/d?api_token=zqx",
     "option twice": f"postgresql://app@{CLOSED}/d?password=zqx&password=zqxzqx",
     "another database": f"mysql://app:zqx@zqx@{CLOSED}/d",

@@ -109,8 +109,22 @@ def _readable(text: str) -> str:
     if "," not in hosts:
         return text
     path, _, query = others.partition("?")
-    options = urlencode([("host", host if ":" in host else f"{host}:5432") for host in hosts.split(",")])
+    addresses = [_address(host) for host in hosts.split(",")]
+    if "[" in hosts:
+        # Addresses of IPv6, whose colons SQLAlchemy takes for that of a port.
+        options = urlencode(
+            {"host": ",".join(host for host, _ in addresses), "port": ",".join(p for _, p in addresses)}
+        )
+    else:
+        options = urlencode([("host", f"{host}:{port}") for host, port in addresses])
     return f"{scheme}://{user}{at}{path}?{options}{'&' if query else ''}{query}"
+
+
+def _address(text: str) -> tuple[str, str]:
+    """Return the host and the port of one of several addresses."""
+    host, end, port = text.rpartition("]") if text.startswith("[") else ("", "", text)
+    name, _, port = port.partition(":")
+    return (host.removeprefix("[") if end else name), port or "5432"
 
 
 def _unencoded() -> ConfigurationError:

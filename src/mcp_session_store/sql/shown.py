@@ -40,6 +40,9 @@ _GIVEN_URL: Final = "mcp_session_store_url"
 _OPTION: Final = re.compile(r"/[^?]*\?\w+=")
 """End of a URL in a password: an option has an @ that is not encoded."""
 
+_PEM: Final = "-----BEGIN"
+"""Begin of a key that stands where the name of its file belongs."""
+
 _SHORTEST_SECRET: Final = 3
 """Characters of a text that is looked for in others; a shorter one would be found everywhere."""
 
@@ -49,11 +52,12 @@ def is_broken_by_password(url: URL) -> bool:
 
     SQLAlchemy ends a password at the first @.
     """
-    if url.host is None:
+    if not DIALECTS[url.get_backend_name()].has_addresses:
         return False
     unknown = url.query.keys() - _public_options(url)
+    hosts = _values(url, "host") if "host" in url.query else ()
     return (
-        "@" in url.host
+        any("@" in host for host in (url.host or "", *hosts))
         or _OPTION.search(str(url.password or "")) is not None
         or not _DELIMITERS.isdisjoint(url.database or "")
         or any("@" in value for name in unknown for value in (name, *_values(url, name)))
@@ -76,14 +80,15 @@ def shown_options(url: URL, schema: str | None) -> str:
     shown = f"{url.get_backend_name()}://***"
     if not is_broken_by_password(url):
         shown = _rendered(url, _shown_user(url) if _has_plain_user(url) else None)
-    query = [
-        (name, value)
-        for name in url.query
-        if name in _public_options(url) and (name != "host" or isinstance(url.query[name], str))
-        for value in _values(url, name)
-    ]
-    if query:
-        shown += f"?{urlencode(query, safe='/')}"
+        query = [
+            (name, value)
+            for name in url.query
+            if name in _public_options(url) and (name != "host" or isinstance(url.query[name], str))
+            for value in _values(url, name)
+            if _PEM not in value
+        ]
+        if query:
+            shown += f"?{urlencode(query, safe='/')}"
     options: Mapping[str, str | None] = {"--url": shown, "--schema": schema}
     return " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None)
 

@@ -103,6 +103,8 @@ class Dialect(ABC):
     """SQLAlchemy's name of the database."""
     driver: str
     """Name of the driver that this package uses."""
+    has_addresses: bool = False
+    """Whether a URL has a user, a password and a host."""
     has_schemas: bool
     """Whether tables may live in a named schema."""
     single_writer: bool

@@ -148,6 +148,7 @@ def _sqlalchemy_dialect() -> sa.Dialect:
 class Postgres(Dialect):
     name = "postgresql"
     driver = "asyncpg"
+    has_addresses = True
     has_schemas = True
     single_writer = False
     interruptible = True

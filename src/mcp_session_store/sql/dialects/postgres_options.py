@@ -8,6 +8,8 @@ import ssl
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
 
+from sqlalchemy.exc import ArgumentError
+
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -87,6 +89,11 @@ _DSN: Final = frozenset(
 
 _FILES: Final = frozenset({"sslrootcert", "sslcert", "sslkey", "sslcrl"})
 """Options that name a file which has to be there."""
+
+_LONGEST_PATH: Final = 160
+"""Characters of a path; a longer text, or one with the marks of PEM, is taken for the content of the file."""
+
+_HIGHEST_PORT: Final = 65535
 
 _ARGUMENTS: Final = frozenset(
     {
@@ -170,6 +177,11 @@ def checked_options(url: URL) -> URL:
             raise ConfigurationError(
                 f"the database URL has the options {other} and {given}, which are the same; write one of them"
             )
+        if name in _FILES and not _is_path(str(value)):
+            # Not by its value, which is the key itself.
+            raise ConfigurationError(
+                f"{given} in the database URL is no path; write its content to a file, and the path of that"
+            )
         _check_option(given, name, value, beside_a_secret=not _SECRETS.isdisjoint(url.query))
         options[name] = value
     if options.get("sslrootcert") == "system" and options.get("sslmode", "verify-full") != "verify-full":
@@ -181,7 +193,29 @@ def checked_options(url: URL) -> URL:
             value = options.pop(option)
             if not getattr(url, part):
                 url = url.set(**{part: value})
-    return url.set(query=options)
+    url = url.set(query=options)
+    _check_hosts(url)
+    return url
+
+
+def _check_hosts(url: URL) -> None:
+    """Refuse hosts and ports that SQLAlchemy cannot read, or that no address has."""
+    try:
+        arguments: Mapping[str, Any] = url.get_dialect()().create_connect_args(url)[1]
+    except (ArgumentError, TypeError, ValueError):
+        # Without the cause, which quotes them.
+        raise ConfigurationError(
+            "the hosts and ports in the database URL cannot be read; write "
+            "postgresql://user:password@host1:5432,host2:5432/database, or as options host=host1,host2&port=5432,5432"
+        ) from None
+    ports = arguments.get("port", ())
+    for port in [ports] if isinstance(ports, int) else ports:
+        if port > _HIGHEST_PORT:
+            raise ConfigurationError(f"the port {port} in the database URL cannot be; write one up to {_HIGHEST_PORT}")
+
+
+def _is_path(value: str) -> bool:
+    return len(value) <= _LONGEST_PATH and "\n" not in value and "-----" not in value
 
 
 def _check_option(given: str, name: str, value: Any, *, beside_a_secret: bool) -> None:
