@@ -20,7 +20,7 @@ from mcp_session_store.sql.failures import failure_kind, summary_of
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 from tests.support.databases import connections_checked_out, execute, kept_connections, settled, sql_store
-from tests.support.internals import listen_anew
+from tests.support.internals import listen_anew, waits_of
 from tests.support.roles import limited
 
 pytestmark = pytest.mark.anyio
@@ -196,6 +196,23 @@ def test_a_refusal_for_want_of_room_is_known_by_its_code_or_by_the_words_of_a_po
     error = asyncpg.PostgresError.new({"C": code, "M": text})
     assert failure_kind(error, DIALECTS["postgresql"]) is FailureKind.NO_ROOM
     assert "pool_size" in summary_of(error, DIALECTS["postgresql"])
+
+
+async def test_waiting_for_room_takes_no_memory_on_an_engine_either(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "RETRY", 0.001)
+    async with limited(postgres_url, limit=0) as url:
+        engine = create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"))
+        pool = connections.PoolOfEngine(engine, DIALECTS["postgresql"])
+        taking = asyncio.create_task(pool.take())
+        await asyncio.sleep(1)
+        assert not taking.done()
+        taking.cancel()
+        assert waits_of(pool) <= 1
+        await asyncio.wait({taking})
+        assert waits_of(pool) == 0
+        await engine.dispose()
 
 
 @pytest.mark.parametrize("size", [0, -1, True, "2", 1.5])

@@ -107,6 +107,20 @@ async def test_a_migration_makes_the_file_for_its_owner_alone(tmp_path: Path) ->
     assert _permissions(tmp_path) == {"sessions.db": "rw-------"}
 
 
+async def test_a_new_file_is_made_where_a_link_points(tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "sessions.db").symlink_to(tmp_path / "volume" / "data.db")
+    with _umask(0):
+        async with SqlSessionStore(f"sqlite:///{tmp_path / 'sessions.db'}", timeout=2) as store:
+            key = await _stored(store)
+            assert set(_permissions(tmp_path / "volume").values()) == {"rw-------"}
+            (tmp_path / "volume" / "data.db").rename(tmp_path / "kept.db")
+            with pytest.raises(StoreUnavailable, match="was deleted or replaced"):
+                await store.load(key)
+            (tmp_path / "kept.db").rename(tmp_path / "volume" / "data.db")
+            assert await _knows(store, key)
+
+
 async def test_the_permissions_of_a_file_that_exists_are_left_and_hold_beside_it(tmp_path: Path) -> None:
     file = tmp_path / "sessions.db"
     file.touch()
@@ -166,6 +180,34 @@ async def test_without_its_write_ahead_log_a_file_has_all_that_was_committed(
     async with SqlSessionStore(f"sqlite:///{file}") as other:
         for key in keys:
             assert await _knows(other, key)
+
+
+async def test_a_store_that_is_closed_first_leaves_all_in_a_file_that_was_moved(
+    store: SqlSessionStore, file: Path, tmp_path: Path
+) -> None:
+    key = await _stored(store)
+    file.rename(tmp_path / "kept.db")
+    await store.aclose()
+    assert list(file.parent.iterdir()) == []  # or the log would be taken for that of the next file
+    async with SqlSessionStore(f"sqlite:///{tmp_path / 'kept.db'}") as other:
+        assert await _knows(other, key)
+
+
+async def test_a_caller_that_leaves_while_a_lost_file_is_left_takes_no_connection_along(
+    store: SqlSessionStore, file: Path, tmp_path: Path
+) -> None:
+    await _stored(store)
+    database = database_of(store)
+    assert database.file is not None
+    with database.file.lock:  # which to leave the file waits for
+        file.rename(tmp_path / "kept.db")
+        connecting = asyncio.create_task(database.connect())
+        await asyncio.sleep(0.1)
+        connecting.cancel()
+        await asyncio.wait({connecting}, timeout=0.1)
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+    await settled(store)
 
 
 @pytest.mark.parametrize("by_driver", [True, False])

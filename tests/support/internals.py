@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcp_session_store.adapter import stopping
 from mcp_session_store.sql.batching import Batcher
-from mcp_session_store.sql.connections import Connections
+from mcp_session_store.sql.connections import Connections, PoolOfEngine
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 
 if TYPE_CHECKING:
@@ -97,6 +97,11 @@ def idle_connections_of(database: Database) -> list[AsyncConnection]:
     """The connections that a database keeps open, and no call uses."""
     assert isinstance(database.connections, Connections)
     return database.connections._idle
+
+
+def waits_of(pool: PoolOfEngine) -> int:
+    """The number of waits for a connection that a pool remembers."""
+    return len(pool._waiting)
 
 
 async def trim_waiting(log: SqlEventLog, key: UUID) -> None:

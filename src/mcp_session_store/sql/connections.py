@@ -16,7 +16,7 @@ from mcp_session_store.sql.room import GROW_AGAIN, RETRY, Room
 from mcp_session_store.sql.shown import url_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Collection, Coroutine
     from contextlib import AbstractContextManager
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -68,6 +68,11 @@ class Connections:
     def in_use(self) -> int:
         """Number of connections that calls have taken."""
         return self._kept - len(self._idle)
+
+    @property
+    def idle(self) -> Collection[AsyncConnection]:
+        """Connections that are open, and that no call uses."""
+        return self._idle
 
     @property
     def wanted(self) -> bool:
@@ -256,6 +261,7 @@ class PoolOfEngine:
         self.in_use = 0
 
     wanted = False
+    idle: Collection[AsyncConnection] = ()
 
     @property
     def are_short(self) -> bool:
@@ -276,9 +282,14 @@ class PoolOfEngine:
                 return connection
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(future)
-            with contextlib.suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(RETRY):
                     await future
+            except TimeoutError:
+                pass
+            finally:
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(future)
 
     def give_back(self, connection: AsyncConnection) -> bool:  # noqa: ARG002
         return False

@@ -212,8 +212,10 @@ class Database:
             try:
                 self._file_of(connection, self.file).check()
             except OSError:
-                await self.leave_file(connection)
-                await self.release(connection, broken=True)
+                try:
+                    await self.leave_file(connection)
+                finally:
+                    await self.release(connection, broken=True)
                 raise
         return connection
 
@@ -277,11 +279,23 @@ class Database:
         if self.closing:
             await asyncio.wait(self.closing, timeout=self.timeout)
         self._loop = None
+        if self.file is not None:
+            await self._leave_lost_file(self.file)
         await self.connections.aclose(timeout=self.timeout)
         if self.file is not None:
             self.file.forget()
         if self.dialect.single_writer:
             self.write_lock = asyncio.Lock()
+
+    async def _leave_lost_file(self, file: WatchedFile) -> None:
+        # No call has noticed yet that it is lost, and SQLite would leave its write-ahead log beside its name.
+        for connection in tuple(self.connections.idle):
+            try:
+                self._file_of(connection, file).check()
+            except OSError:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.timeout):
+                        await self.leave_file(connection)
 
     async def stop(self, task: asyncio.Task[None]) -> None:
         """End a task that uses the database, and wait for its end no longer than the timeout."""

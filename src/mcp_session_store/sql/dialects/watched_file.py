@@ -272,9 +272,12 @@ def check_file_behind(info: MutableMapping[Any, Any]) -> None:
 
 def make_file(file: Path) -> None:
     """Make an empty file for its owner alone, unless it is there; SQLite gives those beside it the same permissions."""
-    # An error is left to SQLite, which meets it, too, and whose errors are known.
+    # An error is left to SQLite, which meets it, too, and whose errors are known. A link may stand there already, and
+    # what it points to not yet.
     with contextlib.suppress(OSError):
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), OWNER_ONLY)
+        descriptor = os.open(
+            os.path.realpath(file), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), OWNER_ONLY
+        )
         try:
             # A mask may take from the owner, too.
             if hasattr(os, "fchmod"):
