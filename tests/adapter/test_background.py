@@ -12,6 +12,7 @@ import pytest
 from mcp_session_store import EndReason, StoreUnavailable, session_key, telemetry
 from mcp_session_store.adapter import background
 from mcp_session_store.adapter.background import Wake, run_again, run_every
+from mcp_session_store.adapter.readiness import Readiness
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from tests.support.asgi import until
 from tests.support.instances import instance
@@ -66,6 +67,27 @@ class Stop(BaseException):
 
 
 # A task
+
+
+async def test_a_failure_that_shows_no_trouble_of_the_store_is_logged_quietly(
+    slept: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mcp_session_store")
+    readiness = Readiness("default")
+    asked: list[None] = []
+    readiness.look = lambda: asked.append(None)
+
+    async def cut() -> None:
+        if not asked:
+            raise StoreUnavailable("the connection was cut")
+        raise Stop
+
+    with pytest.raises(Stop):
+        await run_again("hints", cut, readiness=readiness)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "the background task hints failed, and tries again: the connection was cut")
+    ]
+    assert len(asked) == len(slept) == 1
 
 
 async def test_a_task_runs_at_intervals_that_differ_by_up_to_a_fifth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,9 @@ class _Failures:
             # The log gets shorter with time: the 1st, 2nd, 4th, 8th failure is logged, and so on. All are counted.
             log = self.number & (self.number - 1) == 0
             if self._readiness is not None and self._readiness.covers(error, self.number):
+                if log and self._readiness.cause is None:
+                    # It may be a connection that was cut, of which nothing else says anything.
+                    logger.info("the background task %s failed, and tries again: %s", self._task, error)
                 log = False
             self._is_logged = self._is_logged or log
             namespace = None if self._readiness is None else self._readiness.namespace
