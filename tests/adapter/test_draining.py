@@ -27,7 +27,12 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The uvicorn server that runs all apps of a test."""
-    server = SimpleNamespace(should_exit=False, config=SimpleNamespace(timeout_graceful_shutdown=None))
+    server = SimpleNamespace(
+        should_exit=False,
+        started=True,
+        servers=[SimpleNamespace(is_serving=lambda: True)],
+        config=SimpleNamespace(timeout_graceful_shutdown=None),
+    )
     monkeypatch.setattr("mcp_session_store.adapter.draining.stopping_server", lambda: server)
     yield server
     assert AppStatus.enable_automatic_graceful_drain
@@ -60,6 +65,19 @@ async def test_streams_end_at_once_and_calls_first(
         assert not call.over.is_set()
         notes.proceed.set()
         assert (await call.answer()).text == "waited"
+
+
+async def test_a_server_that_has_served_as_many_requests_as_it_may_ends_streams_too(
+    server: Any, store: FaultyStore
+) -> None:
+    async with instance(store, Notes()) as one:
+        client = one.client()
+        await client.handshake()
+        stream = client.open("GET")
+        await stream.start()
+        # uvicorn does not set `should_exit` then.
+        server.servers = [SimpleNamespace(is_serving=lambda: False)]
+        assert (await stream.answer()).status == 200
 
 
 async def test_calls_that_do_not_end_in_time_are_lost(server: Any, store: FaultyStore, log: FaultyLog) -> None:

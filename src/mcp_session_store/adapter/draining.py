@@ -19,7 +19,8 @@ from mcp.server.subscriptions import ListenHandler
 from sse_starlette.sse import AppStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import asyncio
+    from collections.abc import Callable, Iterator, Sequence
 
     from mcp.server.lowlevel.server import Server
 
@@ -41,6 +42,10 @@ class StoppingServer(Protocol):
 
     should_exit: bool
     """Whether a signal has come, or the program wants the server to stop."""
+    started: bool
+    """Whether it has begun to listen."""
+    servers: Sequence[asyncio.Server]
+    """Its listeners."""
     config: Any
     """Its settings, among them the seconds until it cancels the requests that are left."""
 
@@ -52,6 +57,14 @@ def stopping_server() -> StoppingServer | None:
         return None
     server: Any = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return server if hasattr(server, "should_exit") else None
+
+
+def _stops(server: StoppingServer) -> bool:
+    """Return whether a server has begun to stop: by a signal, or because it has served as many requests as it may."""
+    if server.should_exit:
+        return True
+    # Of that limit it only closes its listeners, and then waits for the open streams, like for other requests.
+    return server.started and not any(listener.is_serving() for listener in server.servers)
 
 
 class _StreamsOfTheProcess:
@@ -131,7 +144,7 @@ class Drain:
         if (server := stopping_server()) is None:
             return
         with _streams.outlast_calls() as calls_are_over:
-            while not server.should_exit:  # noqa: ASYNC110 - it has no event for it
+            while not _stops(server):  # noqa: ASYNC110 - it has no event for it
                 await anyio.sleep(LOOK_INTERVAL)
             self._answer_waiting()
             timeout: float | None = server.config.timeout_graceful_shutdown
