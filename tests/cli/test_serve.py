@@ -351,6 +351,7 @@ def test_a_factory_is_called_once_in_a_process(
         (":NAME", "", "builtins.str"),
         ("", "other = MCPServer('other')", "has several servers"),
         ("", "raise SyntaxError('x')", "line 3"),
+        ("", "made = (", "({file}, line 3); correct it"),
     ],
 )
 def test_what_a_file_does_not_have_is_named_with_the_remedy(
@@ -359,7 +360,7 @@ def test_what_a_file_does_not_have_is_named_with_the_remedy(
     server_file.write_text(FILE.format(more=more))
     done = invoke("serve", f"{server_file}{attribute}", "--url", sqlite_url)
     assert done.exit_code == 2, done.stderr
-    assert named in done.stderr
+    assert named.format(file=server_file) in done.stderr
 
 
 def test_hosts_and_origins_can_come_from_the_environment(

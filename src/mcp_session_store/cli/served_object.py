@@ -164,8 +164,12 @@ def _import_file(target: str, file: Path, app_dir: str) -> ModuleType:
 def _raise_failed(what: str, error: Exception) -> NoReturn:
     # The last line of the user's own code, because the machinery of imports explains nothing.
     place = traceback.extract_tb(error.__traceback__)[-1]
+    text, file, line = str(error), place.filename, place.lineno
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        # No line of it has run.
+        text, file, line = error.msg, error.filename, error.lineno
     raise ConfigurationError(
-        f"{what}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); correct it, and try again"
+        f"{what}: {type(error).__name__}: {text} ({file}, line {line}); correct it, and try again"
     ) from error
 
 
