@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from mcp_session_store import SqlEventLog, SqlSessionStore, durable_app
+from mcp_session_store import ConfigurationError, SqlEventLog, SqlSessionStore, durable_app
 from mcp_session_store.records import EventKind, NewEvent
 from mcp_session_store.sql.admin.session_list import SessionFilter
 from mcp_session_store.sql.admin.sessions import SessionDirectory
@@ -107,6 +108,25 @@ async def test_a_given_engine_of_sqlite_serves_its_owner_and_this_package(
     await migrate.check(engine)
     assert await migrate.current(engine) is not None
     await engine.dispose()
+
+
+async def test_an_engine_whose_options_would_begin_transactions_is_refused(postgres_url: str) -> None:
+    url = postgres_url.replace("postgresql://", "postgresql+asyncpg://")
+    engine = plain(url).execution_options(isolation_level="REPEATABLE READ")
+    for use in (SqlSessionStore, SqlEventLog, partial(durable_app, MCPServer("notes"))):
+        with pytest.raises(ConfigurationError, match=r"isolation_level='REPEATABLE READ'.*without them"):
+            use(engine)
+    with pytest.raises(ConfigurationError, match="isolation_level"):
+        await migrate.upgrade(engine)
+    for works in (
+        create_async_engine(url, isolation_level="REPEATABLE READ"),
+        plain(url).execution_options(isolation_level="AUTOCOMMIT"),
+    ):
+        await migrate.upgrade(works)
+        async with SqlSessionStore(works) as store:
+            session = new_session()
+            assert await store.create(session) == await store.load(session.key)
+        await works.dispose()
 
 
 async def test_an_engine_goes_to_durable_app_as_it_does_to_a_store(database_url: str) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mcp_session_store.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -289,7 +291,17 @@ class Dialect(ABC):
         """
 
     def in_autocommit(self, engine: AsyncEngine) -> AsyncEngine:
-        """Return an engine over the connections of one that was given, in which each statement is a transaction."""
+        """Return an engine over the connections of one that was given, in which each statement is a transaction.
+
+        Raises:
+            ConfigurationError: The engine sets another level on each connection, after this package.
+        """
+        level = engine.get_execution_options().get("isolation_level")
+        if level not in (None, "AUTOCOMMIT"):
+            raise ConfigurationError(
+                f"the engine has execution_options(isolation_level={level!r}), which SQLAlchemy sets last on each "
+                "connection; give the engine without them, or create_async_engine(..., isolation_level=...)"
+            )
         return engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @abstractmethod
