@@ -158,6 +158,10 @@ async def test_a_guard_of_the_frameworks_own_stays(served: dict[str, Any], monke
     monkeypatch.setattr("fastmcp.settings.http_allowed_hosts", [PUBLIC])
     run_durable(Made("FastMCP").server, MemorySessionStore())
     assert await _statuses(served["app"], [PUBLIC, "evil.example"]) == [200, 421]
+    # Hosts that are given stand in its place.
+    run_durable(Made("FastMCP").server, MemorySessionStore(), allowed_hosts=["other.example.com"])
+    hosts = ["other.example.com", "127.0.0.1:8000", PUBLIC, "evil.example"]
+    assert await _statuses(served["app"], hosts) == [200, 200, 421, 421]
 
 
 def test_the_first_line_says_what_is_served_where(

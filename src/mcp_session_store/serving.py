@@ -193,6 +193,9 @@ def served_app(
         if allowed_hosts or allowed_origins:
             raise ConfigurationError("transport_security has lists of hosts and origins: give all there, or by keyword")
     elif allowed_hosts or allowed_origins or not guards_itself(server, options):
+        if guards_itself(server, options):
+            # It does not know the hosts that are given here, and would refuse them.
+            options.setdefault("host_origin_protection", False)
         options["transport_security"] = host_guard(host, allowed_hosts, allowed_origins)
     return _frozen(durable_app(server, store, **options))
 
