@@ -6,7 +6,7 @@ import os
 import uuid
 from contextlib import aclosing
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from sqlalchemy.engine import make_url
@@ -20,9 +20,6 @@ from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import execute, sql_store
 from tests.support.faults import FaultProxy
 from tests.support.rows import insert_rows, session_row
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.anyio
 
@@ -142,6 +139,7 @@ async def test_without_a_connection_the_first_line_says_why_and_the_rest_is_not_
     findings = [finding async for finding in examine(url)]
     assert [finding.check for finding in findings] == f"{POSTGRES} {TABLES}".split()
     assert findings[0].verdict is Verdict.FAIL
+    assert "check the host and the port" in f"{findings[0].remedy}"
     assert "refused" in findings[0].found.lower()
     assert all(finding.verdict is Verdict.SKIPPED for finding in findings[3:])
     assert "s3cret" not in repr(findings)
@@ -238,6 +236,48 @@ async def test_the_privileges_that_a_server_needs(postgres_url: str) -> None:
 
     by_owner = await looked(postgres_url, schema="sessions")
     assert by_owner["grants"].values["may_upgrade"] is True
+
+
+async def test_a_role_that_may_not_upgrade_where_there_are_no_tables(postgres_url: str) -> None:
+    role = f"doctor_{uuid.uuid4().hex}"
+    await execute(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'password'")
+    await execute(postgres_url, "REVOKE ALL ON SCHEMA public FROM public")
+    url = make_url(postgres_url).set(username=role, password="password").render_as_string(hide_password=False)
+    # The tables are there, and this role does not see them.
+    await migrate.upgrade(postgres_url)
+    found = await looked(url)
+    assert verdicts(found, Verdict.FAIL) == {"schema", "grants"}
+    assert "no schema of its search path" in found["schema"].found
+    assert "GRANT USAGE" in f"{found['schema'].remedy}"
+    assert set(TABLES.split()) - {"schema", "grants"} <= verdicts(found, Verdict.SKIPPED)
+    assert (await looked(url, schema="elsewhere"))["grants"].found == "the role may not make the schema elsewhere"
+
+    await migrate.downgrade(postgres_url, revision="base")
+    await execute(postgres_url, "DROP TABLE IF EXISTS mcp_session_version")
+    await execute(postgres_url, f"GRANT USAGE ON SCHEMA public TO {role}")
+    found = await looked(url)
+    assert found["grants"].found == "the role may make no tables in the schema public"
+    assert found["grants"].values["may_upgrade"] is False
+    await execute(postgres_url, f"GRANT CREATE ON SCHEMA public TO {role}")
+    assert (await looked(url))["grants"].values["may_upgrade"] is True
+
+
+async def test_a_role_without_room_for_a_connection_is_said_to_have_none(postgres_url: str) -> None:
+    role = f"doctor_{uuid.uuid4().hex}"
+    await execute(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'password' CONNECTION LIMIT 0")
+    url = make_url(postgres_url).set(username=role, password="password").render_as_string(hide_password=False)
+    first, *_ = [finding async for finding in examine(url, timeout=1)]
+    assert first.verdict is Verdict.FAIL
+    assert "too many connections for role" in first.found
+
+
+async def test_an_empty_sqlite_file_lacks_a_schema_alone(sqlite_url: str) -> None:
+    Path(str(make_url(sqlite_url).database)).touch()
+    found = await looked(sqlite_url)
+    assert verdicts(found, Verdict.FAIL) == {"schema"}
+    assert {found[check].found for check in ("sessions", "events", "rows", "instances")} == {
+        "not looked at: the schema does not fit"
+    }
 
 
 async def test_a_limit_of_connections_and_an_option_that_is_not_needed(postgres_url: str) -> None:

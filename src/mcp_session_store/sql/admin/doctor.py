@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -46,6 +46,12 @@ SWEPT_WITHIN: Final = timedelta(minutes=15)
 """Time after its expiry within which a session is swept, where a server sweeps, or a sweep runs often enough."""
 INSTANCES: Final = 500
 """Number of instances that are looked at."""
+OF_THE_SCHEMA: Final = ("sessions", "events", "rows", "instances")
+"""Looks that need a schema that fits."""
+_UNREACHED: Final = (
+    "check the host and the port in the URL, and that the server runs and lets this host through; or give it more time "
+    "with --timeout"
+)
 NAMED: Final = 5
 """Number of namespaces, or of rows, that a finding names."""
 
@@ -85,11 +91,16 @@ async def examine(
         yield _of_url(parsed, checkup, schema)
         for finding in checkup.before_connecting():
             yield finding
+        fits = True
         for check, look in examination.looks(checkup).items():
-            if first.verdict is Verdict.OK:
-                yield await examination.looked(check, look)
-            else:
+            if first.verdict is not Verdict.OK:
                 yield _not_looked_at(check, "there is no connection")
+            elif not fits and check in OF_THE_SCHEMA:
+                yield _not_looked_at(check, "the schema does not fit")
+            else:
+                finding = await examination.looked(check, look)
+                fits = fits and not (check == "schema" and finding.verdict is Verdict.FAIL)
+                yield finding
 
 
 def _of_url(url: URL, checkup: Checkup, schema: str | None) -> Finding:
@@ -138,15 +149,23 @@ class _Examination(Reader):
             async with asyncio.timeout(max(0.0, seconds)):
                 return await look()
         except TimeoutError:
-            error = SessionStoreError(f"there was no answer within {max(0.0, seconds):.1f} s")
+            within = f"within {max(0.0, seconds):.1f} s"
+            refusal = self.database.connections.refusal(within=self._timeout)
+            if refusal is None:
+                error = SessionStoreError(f"there was no answer {within}")
+            else:
+                error = SessionStoreError(f"there was no connection {within}: {refusal}")
         except Exception as raised:
             translated = self.database.translate(raised)
             if not isinstance(translated, SessionStoreError):
                 raise
             error = translated
-        if check == "connection":
-            return _failed(check, error)
-        return _not_looked_at(check, "the schema does not fit" if isinstance(error, SchemaError) else str(error))
+        if check != "connection":
+            return _not_looked_at(check, "the schema does not fit" if isinstance(error, SchemaError) else str(error))
+        finding = _failed(check, error)
+        if finding.remedy is None and self.database.dialect.has_addresses:
+            return replace(finding, remedy=_UNREACHED)
+        return finding
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[AsyncConnection]:
@@ -193,7 +212,12 @@ class _Examination(Reader):
     async def look_at_schema(self) -> Finding:
         async with self.connected() as connection:
             revision = await read_revision(connection, self._schema)
+            hidden = None
+            if revision is None and self._schema is None:
+                hidden = await self.database.dialect.hidden_tables(connection)
         values = {"revision": revision, "needed": HEAD}
+        if hidden is not None:
+            return _failed("schema", SessionStoreError(hidden), values)
         try:
             check_revision(revision, advice=self._advice, warn=False)
         except SchemaError as error:

@@ -64,6 +64,16 @@ _TABLES: Final = sa.text(
     " AND CASE WHEN CAST(:schema AS text) IS NULL THEN pg_table_is_visible(c.oid) ELSE n.nspname = :schema END"
 )
 
+_PLACE: Final = sa.text(
+    "SELECT quote_ident(wanted.name) AS name, n.oid IS NOT NULL AS exists,"
+    " CASE WHEN n.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')"
+    " ELSE has_schema_privilege(n.oid, 'CREATE') AND has_schema_privilege(n.oid, 'USAGE') END AS creatable,"
+    " quote_ident(current_database()) AS database"
+    " FROM (SELECT coalesce(CAST(:schema AS text), current_schema()) AS name) wanted"
+    " LEFT JOIN pg_namespace n ON n.nspname = wanted.name"
+)
+"""Where tables would be made that are not there."""
+
 
 class PostgresCheckup(Checkup):
     def __init__(self, url: URL, *, pool_size: int) -> None:
@@ -233,6 +243,9 @@ class PostgresCheckup(Checkup):
                 parameters = {"names": list(wanted), "privileges": list(_PRIVILEGES), "schema": schema}
                 rows = (await connection.execute(_TABLES, parameters)).mappings().all()
                 role = (await connection.execute(sa.text("SELECT quote_ident(current_user)"))).scalar_one()
+                if not rows:
+                    place = (await connection.execute(_PLACE, {"schema": schema})).one()
+                    return _grants_for_upgrade(place, role)
             return _grants([dict(row) for row in rows], wanted, role)
 
         return look
@@ -277,6 +290,25 @@ def _grants(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Sequence[str
         remedy=f"for a server: {'; '.join(grants)}",
         values=values,
     )
+
+
+def _grants_for_upgrade(place: sa.Row[Any], role: str) -> Finding:
+    """Return what a role may do where there are no tables yet, or none that it can see."""
+    may_upgrade = place.name is not None and place.creatable
+    values: dict[str, Any] = {"missing": {}, "schemas_without_usage": [], "owners": [], "may_upgrade": may_upgrade}
+    if may_upgrade:
+        return Finding(check="grants", found="there are no tables yet; the role may upgrade", values=values)
+    if place.name is None:
+        found, wanted = "the role may use no schema of its search path", "USAGE, CREATE ON SCHEMA public"
+    elif place.exists:
+        found, wanted = (
+            f"the role may make no tables in the schema {place.name}",
+            f"USAGE, CREATE ON SCHEMA {place.name}",
+        )
+    else:
+        found, wanted = f"the role may not make the schema {place.name}", f"CREATE ON DATABASE {place.database}"
+    remedy = f"upgrade as another role, or: GRANT {wanted} TO {role}"
+    return Finding(check="grants", verdict=Verdict.FAIL, found=found, remedy=remedy, values=values)
 
 
 def _usages(schemas: Sequence[str]) -> list[str]:
