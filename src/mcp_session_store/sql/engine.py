@@ -92,7 +92,7 @@ def _readable(text: str) -> str:
     """Return a URL as SQLAlchemy reads it: without white space around it, and with several hosts as options.
 
     Raises:
-        ConfigurationError: The URL stands in quotes, or a character of the password is not encoded.
+        ConfigurationError: The URL stands in quotes or on several lines, or a character of the password is not encoded.
     """
     text = text.strip()
     if text[:1] in ("'", '"'):
@@ -106,6 +106,11 @@ def _readable(text: str) -> str:
     others = rest[len(authority) :]
     if "@" in user or "@" in others:
         raise _unencoded()
+    if re.search(r"[\x00-\x1f\x7f]", text) or re.search(r"\s", hosts):
+        raise ConfigurationError(
+            "the database URL has a line's end, a tab or a blank within it; write it on one line, with %20 for a blank "
+            "in the password"
+        )
     if "," not in hosts:
         return text
     path, _, query = others.partition("?")
