@@ -14,6 +14,7 @@ from mcp_session_store import (
     EndReason,
     MemorySessionStore,
     RetentionPolicy,
+    SqlSessionStore,
     durable_app,
 )
 from mcp_session_store import app as app_module
@@ -140,11 +141,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[RetentionPolicy | None]:
     """The policies that stores were made with from a URL."""
     policies: list[RetentionPolicy | None] = []
 
-    def make(_url: str, *, retention: RetentionPolicy | None = None, **_: Any) -> MemorySessionStore:
-        policies.append(retention)
-        return MemorySessionStore(retention=retention)
+    class Recorded(SqlSessionStore):
+        def __init__(self, url: str, *, retention: RetentionPolicy | None = None, **options: Any) -> None:
+            policies.append(retention)
+            super().__init__(url, retention=retention, **options)
 
-    monkeypatch.setattr(app_module, "SqlSessionStore", make)
+    monkeypatch.setattr(app_module, "SqlSessionStore", Recorded)
     return policies
 
 

@@ -130,7 +130,14 @@ def engine_url(url: URL, *, given: URL | None = None) -> tuple[URL, dict[str, An
     url = url.difference_update_query(names)
     if not _has_plain_user(url):
         secrets["user"] = url.username
-        url = url._replace(username=None)
+        url = URL.create(
+            url.drivername,
+            password=url.password,
+            host=url.host,
+            port=url.port,
+            database=url.database,
+            query=url.query,
+        )
     return url, {"connect_args": secrets, "execution_options": {_GIVEN_URL: given}}
 
 

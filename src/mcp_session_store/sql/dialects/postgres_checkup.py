@@ -109,8 +109,9 @@ class PostgresCheckup(Checkup):
 
     async def _server(self, connect: Connect) -> Finding:
         async with connect() as connection:
-            row = (await connection.execute(_SERVER)).one()
-        values = dict(row._mapping)
+            rows = await connection.execute(_SERVER)
+            row = rows.one()
+        values = dict(zip(rows.keys(), row, strict=True))
         kind = "a standby" if row.standby else "the primary"
         found = f"PostgreSQL {row.version}, {kind}, {row.encoding}; role {row.role}, schema {row.schema or 'none'}"
         verdict, remedy = Verdict.OK, None
@@ -210,8 +211,9 @@ class PostgresCheckup(Checkup):
 
     async def _connections(self, connect: Connect) -> Finding:
         async with connect() as connection:
-            row = (await connection.execute(_CONNECTIONS)).one()
-        values = dict(row._mapping)
+            rows = await connection.execute(_CONNECTIONS)
+            row = rows.one()
+        values = dict(zip(rows.keys(), row, strict=True))
         parts = [f"{row.in_use} of {row.max} in use, {row.reserved} reserved"]
         free = row.max - row.reserved - row.in_use
         for limit, in_use, name in (
