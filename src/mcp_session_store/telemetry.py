@@ -116,6 +116,7 @@ def _version() -> str | None:
 
 _meter = metrics.get_meter(SCOPE, _version() or "")
 _tracer = trace.get_tracer(SCOPE, _version())
+_NOTHING: Final = contextlib.nullcontext(INVALID_SPAN)
 _traces: Final = TraceContextTextMapPropagator()
 _OF_A_TRACE: Final = frozenset({"traceparent", "tracestate", "baggage"})
 """Names under which clients send the context of their trace, in `_meta` (SEP-414)."""
@@ -360,7 +361,7 @@ def within(span: Span, *, ends: bool = True) -> AbstractContextManager[Span]:
     """
     if span is INVALID_SPAN:
         # There is no provider. To make it the current one would cost a handshake a hundredth.
-        return contextlib.nullcontext(span)
+        return _NOTHING
     # Not with the error that the block raises: its message may hold what a client sent.
     return use_span(span, end_on_exit=ends, record_exception=False, set_status_on_exception=False)
 

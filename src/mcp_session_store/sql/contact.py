@@ -124,7 +124,9 @@ class FirstContact:
                         raise
                     empty = database.dialect.migrates_when_empty and await is_empty(connection)
                     if not (empty or self._auto_upgrade):
-                        raise
+                        # Another process may have migrated it between the two looks.
+                        await self._check_tables(connection)
+                        return
                 except SchemaBehind:
                     if not self._auto_upgrade:
                         raise

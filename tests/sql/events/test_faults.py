@@ -252,14 +252,18 @@ async def test_all_connections_of_the_pool_may_break_at_once(
         keys = [(await store.create(new_session())).key for _ in range(3)]
         for again in (False, True):
             await append_all(log, [(key, of_stream("first", 0)) for key in keys], again=again)
-        await asyncio.gather(
-            append_all(log, [(key, of_stream("first", 0)) for key in keys], again=True),
-            *(log.read(key, "first", after=0) for key in keys),
-            log.heads(keys),
-            log.follow(keys),
-            *(store.load(key) for key in keys),
-        )
-        await settled(store, log)
+        for _ in range(50):
+            await asyncio.gather(
+                append_all(log, [(key, of_stream("first", 0)) for key in keys], again=True),
+                *(log.read(key, "first", after=0) for key in keys),
+                log.heads(keys),
+                log.follow(keys),
+                *(store.load(key) for key in keys),
+            )
+            await settled(store, log)
+            # Where one connection comes free before the next is open, one is enough.
+            if len(await kept_connections(store)) > 1:
+                break
         assert len(await kept_connections(store)) > 1
         proxy.kill_connections()
         told, page = await asyncio.gather(
