@@ -8,12 +8,12 @@ import sys
 import uuid
 
 import pytest
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from mcp_session_store.errors import SchemaAhead, SchemaBehind, SchemaMissing
-from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql import SqlSessionStore, contact
 from mcp_session_store.sql.schema import migrate
-from mcp_session_store.sql.schema.version import HEAD
+from mcp_session_store.sql.schema.version import HEAD, is_empty
 from mcp_session_store.testing import new_session
 from tests.support.databases import execute
 from tests.support.internals import database_of
@@ -33,6 +33,18 @@ async def test_an_empty_sqlite_file_behind_a_given_engine_is_migrated(sqlite_url
     async with SqlSessionStore(engine) as store:
         assert await store.load(uuid.uuid4()) is None
     await engine.dispose()
+
+
+async def test_a_sqlite_file_that_another_process_migrates_meanwhile_is_used(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def looked_late(connection: AsyncConnection) -> bool:
+        await migrate.upgrade(sqlite_url)
+        return await is_empty(connection)
+
+    monkeypatch.setattr(contact, "is_empty", looked_late)
+    async with SqlSessionStore(sqlite_url) as store:
+        assert await store.load(uuid.uuid4()) is None
 
 
 async def test_a_sqlite_file_with_somebodys_tables_is_left_alone(sqlite_url: str) -> None:
