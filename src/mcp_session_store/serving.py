@@ -144,7 +144,7 @@ def _check_arguments(
             f"shutdown_timeout={shutdown_timeout!r} is no whole number of seconds from 0 on; give one, as in 10"
         )
     if log_level is not None and not (isinstance(log_level, str) and log_level.lower() in LOG_LEVELS):
-        raise ConfigurationError(f"log_level={log_level!r} is none of {', '.join(LOG_LEVELS)}, nor None")
+        raise ConfigurationError(f"log_level={log_level!r} is no level; give one of {', '.join(LOG_LEVELS)}, or None")
 
 
 def _is_count(value: object) -> TypeIs[int]:
