@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -30,6 +31,21 @@ def pytest_xdist_auto_num_workers() -> int:
 def anyio_backend() -> str:
     """asyncio alone: the SQL stores need it. Async tests carry `@pytest.mark.anyio`."""
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """Undo what a test configures of logs within this process, as `serve` and Alembic's `env.py` do."""
+    loggers = [logging.getLogger(name) for name in (None, "mcp_session_store", "alembic", "uvicorn", "uvicorn.access")]
+    before = [(logger, logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, propagate, handlers in before:
+        logger.setLevel(level)
+        logger.propagate = propagate
+        # Those of pytest come and go by themselves.
+        for handler in set(logger.handlers) - set(handlers):
+            if logger is not logging.root:
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

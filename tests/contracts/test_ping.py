@@ -58,7 +58,8 @@ async def test_a_ping_on_a_newer_schema_warns_no_more_than_the_first_contact(
         await execute(database_url, "UPDATE mcp_session_version SET version_num = '1_0999_later'")
         with caplog.at_level(logging.WARNING, "mcp_session_store"):
             await store.ping()
-    assert not caplog.records
+    # Not those below: whether they are made depends on what an earlier test configured.
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_a_ping_fails_while_the_database_is_silent_or_the_store_closed(postgres_url: str) -> None:
