@@ -9,7 +9,9 @@ import logging
 import logging.config
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from mcp_session_store.adapter.draining import STOP_MARGIN
+import anyio
+
+from mcp_session_store.adapter.draining import STOP_MARGIN, stopping_server
 from mcp_session_store.adapter.guard import host_guard
 from mcp_session_store.adapter.sdk import guards_itself, is_fastmcp, mcp_route
 from mcp_session_store.app import durable_app
@@ -46,6 +48,8 @@ DEFAULT_PORT: Final = 8000
 DEFAULT_SHUTDOWN_TIMEOUT: Final = 10
 """Seconds."""
 DEFAULT_HEALTH_PATH: Final = "/health"
+FORCED_STOP_TIMEOUT: Final = 2.0
+"""Seconds for which a server that is forced to exit goes on, so that clients are answered."""
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
 MAX_PORT: Final = 65535
 
@@ -197,7 +201,7 @@ def served_app(
             # It does not know the hosts that are given here, and would refuse them.
             options.setdefault("host_origin_protection", False)
         options["transport_security"] = host_guard(host, allowed_hosts, allowed_origins)
-    return _frozen(durable_app(server, store, **options))
+    return _of_a_process(durable_app(server, store, **options))
 
 
 def run_uvicorn(
@@ -260,23 +264,44 @@ def _first_line(app: Starlette, host: str, port: int) -> str:
     )
 
 
-def _frozen(app: Starlette) -> Starlette:
-    """Exclude all objects that exist when the app has started from garbage collection.
+def _of_a_process(app: Starlette) -> Starlette:
+    """Fit an app to a process that serves nothing else.
 
-    They are some 200,000, nearly all of them of modules, and live as long as the process. A full collection goes
-    through them in 0.1 s and more, during which no request is served.
+    All objects that exist when it has started are excluded from garbage collection. They are some 200,000, nearly all
+    of them of modules, and live as long as the process. A full collection goes through them in 0.1 s and more, during
+    which no request is served.
     """
     serve = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
     async def lifespan(of: Starlette) -> AsyncIterator[Any]:
         async with serve(of) as state:
+            _stop_in_order()
             gc.collect()
             gc.freeze()
             yield state
 
     app.router.lifespan_context = lifespan
     return app
+
+
+def _stop_in_order() -> None:
+    """Have uvicorn stop the application as well when a second SIGINT forces it to exit.
+
+    Else it cancels all requests, with a traceback for each, and their clients get no answer.
+    """
+    server: Any = stopping_server()
+    if server is None:
+        return
+    shutdown = server.shutdown
+
+    async def in_order(sockets: Any = None) -> None:
+        await shutdown(sockets)
+        if server.force_exit:
+            with anyio.move_on_after(FORCED_STOP_TIMEOUT):
+                await server.lifespan.shutdown()
+
+    server.shutdown = in_order
 
 
 def _log_config(level: str) -> dict[str, Any]:

@@ -133,6 +133,16 @@ async def test_run_durable_waits_for_calls_as_long_as_it_is_told(tmp_path: Path,
         server.start()
         async with RawClient(server.mcp_url, session_id=client.session_id) as again:
             assert (await again.call_tool("sleep", {"seconds": 0})).text == "slept"
+            # A second SIGINT forces it to stop, and calls are answered all the same.
+            async with anyio.create_task_group() as requests:
+                requests.start_soon(answers.get, "forced", partial(again.call_tool, "sleep", {"seconds": 60}))
+                await anyio.sleep(0.5)
+                os.kill(server.pid, signal.SIGINT)
+                await anyio.sleep(0.3)
+                os.kill(server.pid, signal.SIGINT)
+                assert await stopped(server) == 0
+        assert answers.by_name["forced"].error["data"] == {"reason": "lost"}
+        assert [text for text in NOT_IN_LOG if text in server.log()] == []
 
 
 def _talk(call: str) -> dict[str, Any]:

@@ -5,10 +5,13 @@ An ASGI application hears of a stop when all its requests are over, which open s
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import inspect
 import logging
 import math
 import signal
+import sys
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -18,13 +21,16 @@ from mcp.server.streamable_http import GET_STREAM_KEY, StreamableHTTPServerTrans
 from mcp.server.subscriptions import ListenHandler
 from sse_starlette.sse import AppStatus
 
+from mcp_session_store.adapter.session_log import STOPPING
+
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Iterator, Sequence
 
     from mcp.server.lowlevel.server import Server
 
+    from mcp_session_store.adapter.sessionless import SessionlessRequests
     from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.adapter.streams.followers import Followers
 
 __all__ = ["STOP_MARGIN", "Drain", "StoppingServer", "stopping_server"]
@@ -35,6 +41,8 @@ LOOK_INTERVAL: Final = 0.1
 """Seconds between two looks at the server, as it looks itself."""
 STOP_MARGIN: Final = 2
 """Seconds before a server would cancel its requests at which calls are answered as lost."""
+FOR_AWAY: Final = 10.0
+"""Seconds for which calls whose clients are away go on where the server sets no time: a stop must not wait for ever."""
 
 
 class StoppingServer(Protocol):
@@ -42,6 +50,8 @@ class StoppingServer(Protocol):
 
     should_exit: bool
     """Whether a signal has come, or the program wants the server to stop."""
+    force_exit: bool
+    """Whether it is not to wait for its requests any more, because a second SIGINT has come."""
     started: bool
     """Whether it has begun to listen."""
     servers: Sequence[asyncio.Server]
@@ -53,10 +63,36 @@ class StoppingServer(Protocol):
 def stopping_server() -> StoppingServer | None:
     """Return the uvicorn server that runs this thread's event loop; `None` under any other ASGI server."""
     # uvicorn has no way to ask for it, but a method of its server handles the signals. sse-starlette finds it so.
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
+        server: StoppingServer | None = _signalled_server()
+        if hasattr(server, "should_exit"):
+            return server
+    # Where it handles none, as in a thread, one of the tasks awaits its `serve`.
+    kind: Any = getattr(sys.modules.get("uvicorn"), "Server", None)
+    if kind is None:
         return None
-    server: Any = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    return server if hasattr(server, "should_exit") else None
+    found = [server for task in _tasks() for server in _awaited_by(task) if isinstance(server, kind)]
+    # The one that is starting the application has not begun to listen.
+    return min(found, key=lambda server: bool(server.started), default=None)
+
+
+def _signalled_server() -> Any:
+    return getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+
+
+def _tasks() -> set[asyncio.Task[Any]]:
+    try:
+        return asyncio.all_tasks()
+    except RuntimeError:
+        return set()  # another kind of event loop
+
+
+def _awaited_by(task: asyncio.Task[Any]) -> Iterator[Any]:
+    """Yield the objects whose methods a task awaits, from the outermost on."""
+    coroutine: Any = task.get_coro()
+    while inspect.iscoroutine(coroutine):
+        yield inspect.getcoroutinelocals(coroutine).get("self")
+        coroutine = coroutine.cr_await
 
 
 def _stops(server: StoppingServer) -> bool:
@@ -120,6 +156,7 @@ class Drain:
     Args:
         app: The MCP server.
         registry: The sessions in memory.
+        sessionless: Requests without a session.
         followers: Open responses that follow a stream of the event log; `None` without one.
         answer_waiting: Answers the requests that wait for the store.
     """
@@ -128,32 +165,55 @@ class Drain:
         self,
         app: Server[Any],
         registry: Registry,
+        sessionless: SessionlessRequests,
         followers: Followers | None,
         answer_waiting: Callable[[], None],
     ) -> None:
         self._app = app
         self._registry = registry
+        self._sessionless = sessionless
         self._followers = followers
         self._answer_waiting = answer_waiting
+        self._server = stopping_server()
+        self._over = anyio.Event()
 
     async def run(self) -> None:
         """Wait for the signal, and drain; until cancelled, because the manager stops.
 
         Return at once where the signal cannot be learned of.
         """
-        if (server := stopping_server()) is None:
+        if (server := self._server) is None:
             return
-        with _streams.outlast_calls() as calls_are_over:
+        # sse-starlette ends streams for the server that handles the signals, and for no other.
+        of_the_process = _streams.outlast_calls() if server is _signalled_server() else contextlib.nullcontext()
+        with of_the_process as calls_are_over:
             while not _stops(server):  # noqa: ASYNC110 - it has no event for it
                 await anyio.sleep(LOOK_INTERVAL)
             self._answer_waiting()
             timeout: float | None = server.config.timeout_graceful_shutdown
+            began = anyio.current_time()
             with anyio.move_on_after(math.inf if timeout is None else max(timeout - STOP_MARGIN, 0)):
-                while self._close_streams():  # noqa: ASYNC110 - there is no event for all of it
+                while not server.force_exit:
+                    calls_run = self._close_streams()
+                    waits_for_away = timeout is not None or anyio.current_time() - began < FOR_AWAY
+                    if not calls_run and not (waits_for_away and any(map(_has_calls_of_away, self._registry))):
+                        break
                     await anyio.sleep(LOOK_INTERVAL)
             await self._give_up()
-            calls_are_over()
+            if calls_are_over is not None:
+                calls_are_over()
+            self._over.set()
             await anyio.sleep_forever()
+
+    async def over(self) -> None:
+        """Wait until calls are over or out of time whose clients are away, where the server stops: it waits for none.
+
+        Those clients come back for the answers, which the event log keeps.
+        """
+        if self._server is not None and _stops(self._server):
+            if number := sum(map(_has_calls_of_away, self._registry)):
+                logger.info("the stop waits for calls in %d session(s) whose clients may come back for them", number)
+            await self._over.wait()
 
     def _close_streams(self) -> bool:
         """Close the streams that do not end by themselves; return whether a call still has a client that waits."""
@@ -167,14 +227,28 @@ class Drain:
         if subscriptions is not None and isinstance(subscriptions.handler, ListenHandler):
             subscriptions.handler.close()
         is_followed = self._followers is not None and self._followers.close_but_calls_here()
-        return is_followed or self._registry.is_arriving or any(session.has_calls for session in self._registry)
+        if is_followed or self._registry.is_arriving or len(self._sessionless):
+            return True
+        return any(session.has_calls for session in self._registry)
 
     async def _give_up(self) -> None:
-        """Evict the sessions with open requests, whose calls are answered as lost, before the server cuts them."""
+        """Answer the calls that still run as lost, before the server cuts them, and evict their sessions."""
         cut = [session for session in self._registry if session.pins]
-        if calls := sum(session.has_calls for session in cut):
-            logger.warning("the server stops, and calls in %d session(s) did not end in time: they are lost", calls)
+        calls = sum(session.has_calls or _has_calls_of_away(session) for session in self._registry)
+        if calls or len(self._sessionless):
+            logger.warning(
+                "the server stops, and calls in %d session(s), and %d without a session, did not end in time: they are "
+                "lost",
+                calls,
+                len(self._sessionless),
+            )
         async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._sessionless.lose)
             for session in cut:
-                self._registry.unpublish(session)
+                self._registry.unpublish(session, STOPPING)
                 tasks.start_soon(partial(self._registry.stop, session, lost=session.has_calls))
+
+
+def _has_calls_of_away(session: ResidentSession) -> bool:
+    """Return whether a session runs a call whose client may come back for the answer."""
+    return session.events is not None and session.events.resumable

@@ -28,6 +28,7 @@ from mcp_session_store.adapter.replay.serving import serve
 from mcp_session_store.adapter.requests import BodyLimit
 from mcp_session_store.adapter.routing import Router
 from mcp_session_store.adapter.session_log import SessionLog
+from mcp_session_store.adapter.sessionless import SessionlessRequests
 from mcp_session_store.adapter.sessions import middleware
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.admission import Admission
@@ -193,7 +194,8 @@ class DurableSessionManager(sdk.ManagerSeams):
             )
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
-        self.asgi_app = BodyLimit(self._refuse_while_not_running, max_request_body_size)
+        self._sessionless = SessionlessRequests()
+        self.asgi_app = BodyLimit(self._refuse_while_not_running, max_request_body_size, self._sessionless.serve)
         self.store = store
         self.event_log = event_log
         self.instance = ""
@@ -246,6 +248,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 self._start_background_tasks()
                 try:
                     yield
+                    await self._drain.over()
                 finally:
                     self.answer_waiting()
                     await shut_down(self._registry, self._activity, self._recorder)
@@ -359,7 +362,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         evict_after = math.inf if settings.evict_after is None else settings.evict_after
         start(every, "eviction", min(evict_after / 4, poll_interval), self._evict_unused)
         followers = None if self._recorder is None else self._recorder.followers
-        start(again, "stop", Drain(self.app, self._registry, followers, self.answer_waiting).run)
+        self._drain = Drain(self.app, self._registry, self._sessionless, followers, self.answer_waiting)
+        start(again, "stop", self._drain.run)
         if self._departures is not None:
             start(every, "departures", LOOK_INTERVAL, self._departures.look)
         if settings.sweep_interval is not None:

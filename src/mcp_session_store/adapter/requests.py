@@ -11,7 +11,9 @@ from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope, Send
+    from collections.abc import Awaitable, Callable
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["POSTED", "READ_AT_ONCE", "INITIALIZE", "BodyLimit", "ClientGone", "Incoming", "Posted"]
 
@@ -29,7 +31,21 @@ class BodyLimit(RequestBodyLimitMiddleware):
     """The SDK's limit of bodies, but for requests within a session: the SDK reads each body before the request begins.
 
     Those are passed on unread, unless they say themselves that they are too long.
+
+    Args:
+        app: What serves requests.
+        max_body_size: Bytes of a body at most.
+        serve_sessionless: Has an app serve a request of a client without a session (2026-07-28 and later).
     """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_size: int,
+        serve_sessionless: Callable[[ASGIApp, Scope, Receive, Send], Awaitable[None]],
+    ) -> None:
+        super().__init__(app, max_body_size)
+        self._serve_sessionless = serve_sessionless
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request whose body is not too long, or not read yet."""
@@ -46,6 +62,9 @@ class BodyLimit(RequestBodyLimitMiddleware):
         else:
             if within_session and (version is None or version in _HANDSHAKE_VERSIONS):
                 await self.app(scope, receive, send)
+                return
+            if version is not None and version not in _HANDSHAKE_VERSIONS:
+                await self._serve_sessionless(super().__call__, scope, receive, send)
                 return
         await super().__call__(scope, receive, send)
 
