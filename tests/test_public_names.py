@@ -21,7 +21,9 @@ ROOT = {
     "InstanceSettings",
     "InvalidValue",
     "JournaledMethod",
+    "Mailbox",
     "MemoryEventLog",
+    "MemoryMailbox",
     "MemorySessionStore",
     "RestoreHook",
     "RestoreRefused",
@@ -70,9 +72,10 @@ ELSEWHERE = {
 CONTRACTS = {
     "store": {"SessionStore", "DEFAULT_NAMESPACE"},
     "event_log": {"EventLog"},
+    "mailbox": {"Mailbox", "Message", "MessageKind", "NewMessage", "Presence"},
     "records": {"Activity", "Change", "Changes", "JournalEntry", "NewEvent", "NewSession", "Principal", "StoredEvent"},
     "retention": {"EventPolicy", "EventSweepReport", "RetentionPolicy", "SweepReport"},
-    "testing": {"SessionStoreConformance", "EventLogConformance"},
+    "testing": {"SessionStoreConformance", "EventLogConformance", "MailboxConformance"},
 }
 """What the author of a store finds, among other names."""
 

@@ -18,7 +18,8 @@ from mcp_session_store.errors import (
     StoreUnavailable,
 )
 from mcp_session_store.event_log import EventLog
-from mcp_session_store.memory import MemoryEventLog, MemorySessionStore
+from mcp_session_store.mailbox import Mailbox
+from mcp_session_store.memory import MemoryEventLog, MemoryMailbox, MemorySessionStore
 from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker, session_key
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
@@ -42,13 +43,15 @@ __all__ = [
     "get_restore_marker",
     "RestoreHook",
     "EndHook",
-    # Stores and event logs
+    # Stores, event logs and mailboxes
     "SessionStore",
     "SqlSessionStore",
     "MemorySessionStore",
     "EventLog",
     "SqlEventLog",
     "MemoryEventLog",
+    "Mailbox",
+    "MemoryMailbox",
     # Retention
     "RetentionPolicy",
     "EventPolicy",

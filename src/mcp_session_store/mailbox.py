@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 
+from mcp_session_store.errors import InvalidValue
+from mcp_session_store.records import check_texts
 from mcp_session_store.store import Store
 
 if TYPE_CHECKING:
@@ -20,18 +22,23 @@ if TYPE_CHECKING:
     from mcp_session_store.records import Heartbeat
 
 __all__ = [
-    "MESSAGE_SWEEP_LIMIT",
+    "INSTANCE_KEPT",
     "MAX_NUMBER",
     "MESSAGE_LIFETIME",
     "MESSAGE_PAGE",
+    "MESSAGE_PAGE_BYTES",
+    "MESSAGE_SWEEP_LIMIT",
+    "SILENT_AFTER",
+    "Mailbox",
     "MailboxSweepReport",
     "Message",
     "MessageKind",
     "MessagePage",
-    "Mailbox",
     "NewMessage",
     "Presence",
     "RunningInstance",
+    "check_messages",
+    "check_presence",
 ]
 
 MAX_NUMBER: Final = (1 << 24) - 1
@@ -40,11 +47,23 @@ MAX_NUMBER: Final = (1 << 24) - 1
 MESSAGE_PAGE: Final = 200
 """Most messages of a page, unless `limit` is given."""
 
+MESSAGE_PAGE_BYTES: Final = 1024**2
+"""Most bytes of the bodies of a page, unless it has one message only."""
+
 MESSAGE_LIFETIME: Final = timedelta(minutes=1)
 """How long a message is kept that its recipient could read and has not."""
 
 MESSAGE_SWEEP_LIMIT: Final = 1000
 """Most messages that one step of a sweep removes, unless `limit` is given."""
+
+
+INSTANCE_KEPT: Final = timedelta(days=1)
+"""How long an instance is kept after its last heartbeat."""
+
+SILENT_AFTER: Final = timedelta(minutes=5)
+"""How long after its last heartbeat an instance is sent no more messages."""
+
+_MAX_SEQUENCE: Final = 2**63 - 1
 
 
 class MessageKind(StrEnum):
@@ -140,13 +159,44 @@ class MailboxSweepReport:
     """What one step of a sweep removed."""
 
     instances: int = 0
-    """Instances that have sent no heartbeat for a day."""
+    """Instances that have sent no heartbeat for `INSTANCE_KEPT`."""
     gone: int = 0
     """Messages whose recipient has stopped or died."""
     unread: int = 0
     """Messages that their recipient could have read within `MESSAGE_LIFETIME` and has not."""
     more: bool = False
     """Whether another step would find more."""
+
+
+def check_presence(presence: Presence) -> None:
+    """Refuse a presence that cannot be stored.
+
+    Raises:
+        InvalidValue: A text holds a NUL or a lone surrogate, or the number is not within its bounds.
+    """
+    check_texts(instance=presence.instance, server=presence.server, version=presence.version)
+    if presence.number is not None:
+        _check_number("number", presence.number)
+
+
+def check_messages(messages: Sequence[NewMessage]) -> None:
+    """Refuse messages of which one cannot be stored.
+
+    Raises:
+        InvalidValue: A body holds a NUL or a lone surrogate, or a number is not within its bounds.
+    """
+    for message in messages:
+        check_texts(body=message.body)
+        _check_number("sender", message.sender)
+        if message.recipient is not None:
+            _check_number("recipient", message.recipient)
+        if not 0 <= message.sequence <= _MAX_SEQUENCE:
+            raise InvalidValue(f"sequence is not between 0 and {_MAX_SEQUENCE}")
+
+
+def _check_number(name: str, number: int) -> None:
+    if not 1 <= number <= MAX_NUMBER:
+        raise InvalidValue(f"{name} is not between 1 and {MAX_NUMBER}")
 
 
 class Mailbox(Store):
@@ -225,7 +275,7 @@ class Mailbox(Store):
 
         Returns:
             The numbers of recipients that no running instance of this namespace has; what is for them is not stored.
-            An instance that has sent no heartbeat for five minutes is not running.
+            An instance that has sent no heartbeat for `SILENT_AFTER` is not running.
 
         Raises:
             InvalidValue: A message cannot be stored. Nothing of the call is.

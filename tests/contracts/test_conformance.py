@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.memory import MemoryEventLog, MemorySessionStore
+from mcp_session_store.memory import MemoryEventLog, MemoryMailbox, MemorySessionStore
+from mcp_session_store.records import instance_name
 from mcp_session_store.store import DEFAULT_NAMESPACE
-from mcp_session_store.testing import EventLogConformance, MakeLog, MakeStore, SessionStoreConformance
+from mcp_session_store.testing import (
+    EventLogConformance,
+    MailboxConformance,
+    MakeLog,
+    MakeMailbox,
+    MakeStore,
+    SessionStoreConformance,
+)
 from tests.support.internals import logs_of, rows_of
 from tests.support.sql_contracts import SqlEventLogConformance, SqlStoreConformance
 
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store.event_log import EventLog
+    from mcp_session_store.mailbox import Mailbox
     from mcp_session_store.retention import EventPolicy
     from mcp_session_store.store import SessionStore
 
@@ -82,3 +91,27 @@ class TestEventsInSql(SqlEventLogConformance):
     @pytest.fixture
     def contract_url(self, migrated_url: str) -> str:
         return migrated_url
+
+
+class TestMailboxInMemory(MailboxConformance):
+    @pytest.fixture
+    def make_mailbox(self) -> MakeMailbox:
+        first = MemorySessionStore()
+
+        def make(namespace: str = DEFAULT_NAMESPACE) -> tuple[SessionStore, Mailbox]:
+            store = MemorySessionStore(namespace=namespace, shared_with=first)
+            return store, MemoryMailbox(store)
+
+        return make
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        expire(store, key)
+
+    async def age_instance(self, mailbox: Mailbox, instance: str, by: timedelta) -> None:
+        assert isinstance(mailbox, MemoryMailbox)
+        mailbox.data.instances[instance_name(instance)].beat_at -= by
+
+    async def age_messages(self, mailbox: Mailbox, by: timedelta) -> None:
+        assert isinstance(mailbox, MemoryMailbox)
+        for mail in mailbox.data.mail.values():
+            mail.posted_at -= by

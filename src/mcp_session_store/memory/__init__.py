@@ -1,6 +1,10 @@
-"""Stores and event logs in memory, for tests and as the reference of both contracts. They end with the process."""
+"""Stores, event logs and mailboxes in memory, for tests and as the reference of their contracts.
+
+They end with the process.
+"""
 
 from mcp_session_store.memory.events import MemoryEventLog
+from mcp_session_store.memory.mailbox import MemoryMailbox
 from mcp_session_store.memory.sessions import MemorySessionStore
 
-__all__ = ["MemoryEventLog", "MemorySessionStore"]
+__all__ = ["MemoryEventLog", "MemoryMailbox", "MemorySessionStore"]

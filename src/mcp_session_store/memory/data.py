@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, TypeAlias
 
+from mcp_session_store.records import Heartbeat
+
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from mcp_session_store.mailbox import NewMessage, Presence
     from mcp_session_store.records import EndReason, JournalEntry, SessionRecord, StoredEvent
 
 
@@ -48,15 +51,40 @@ class Log:
 
 
 @dataclass(slots=True)
+class Instance:
+    """Instance that sends heartbeats."""
+
+    presence: Presence
+    namespace: str | None
+    """Namespace in which it is sent messages; `None` where it did not name one."""
+    started_at: datetime
+    beat_at: datetime
+    held: bool = False
+    """Whether it held anything at its last heartbeat."""
+
+
+@dataclass(slots=True)
+class Mail:
+    """Message that waits for its recipient."""
+
+    message: NewMessage
+    posted_at: datetime
+
+
+@dataclass(slots=True)
 class Data:
-    """Sessions and events of all namespaces, instances, listeners and the clock of stores that share them."""
+    """Sessions, events and messages of all namespaces, instances, listeners and the clock of stores that share them."""
 
     rows: dict[UUID, Row] = field(default_factory=dict)
     listeners: list[OnHint] = field(default_factory=list)
     logs: dict[UUID, Log] = field(default_factory=dict)
     log_listeners: list[OnHint] = field(default_factory=list)
-    beats: dict[str, tuple[datetime, bool]] = field(default_factory=dict)
-    """Last heartbeat of each running instance, by the unique part of its id: its time, and whether it held anything."""
+    instances: dict[str, Instance] = field(default_factory=dict)
+    """Running instances, by the unique parts of their ids."""
+    mail: dict[tuple[int, int, int], Mail] = field(default_factory=dict)
+    """Messages by recipient, sender and sequence."""
+    mail_listeners: list[tuple[int | None, Callable[[], None]]] = field(default_factory=list)
+    """Numbers of instances that listen, and how they hear of new messages."""
     held: set[str] = field(default_factory=set)
     """Instances that listen, by the unique parts of their ids."""
     ahead: timedelta = timedelta(0)
@@ -79,3 +107,18 @@ class Data:
     def log(self, key: UUID, *, namespace: str) -> Log | None:
         """Return the events of a session of a namespace, if there are any."""
         return self.logs.get(key) if self.row(key, namespace=namespace) is not None else None
+
+    def remove_session(self, key: UUID) -> None:
+        """Remove what a session that ends loses with it: its events, and the messages that belong to it."""
+        self.logs.pop(key, None)
+        for place in [place for place, mail in self.mail.items() if mail.message.key == key]:
+            del self.mail[place]
+
+    def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
+        """Return the last heartbeats of instances, by name and without those that are unknown."""
+        now = self.now()
+        return {
+            name: Heartbeat(ago=now - row.beat_at, released=row.held and name not in self.held)
+            for name in names
+            if (row := self.instances.get(name)) is not None
+        }

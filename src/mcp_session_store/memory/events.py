@@ -8,12 +8,12 @@ import anyio
 
 from mcp_session_store.errors import EventTooLarge, InvalidValue
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
-from mcp_session_store.memory.data import Data, Log, OnHint
+from mcp_session_store.mailbox import Presence
+from mcp_session_store.memory.data import Data, Instance, Log, OnHint
 from mcp_session_store.memory.sessions import MemorySessionStore
 from mcp_session_store.records import (
     MAX_POSITION,
     EventPage,
-    Heartbeat,
     StoredEvent,
     check_texts,
     checked_size,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from uuid import UUID
 
-    from mcp_session_store.records import NewEvent
+    from mcp_session_store.records import Heartbeat, NewEvent
 
 __all__ = ["MemoryEventLog"]
 
@@ -126,22 +126,20 @@ class MemoryEventLog(EventLog):
 
     async def beat(self, instance: str, *, held: bool = True) -> None:
         check_texts(instance=instance)
-        name = instance_name(instance)
-        self._data.beats[name] = self._data.now(), held and name in self._data.held
+        name, now = instance_name(instance), self._data.now()
+        row = self._data.instances.setdefault(
+            name, Instance(Presence(instance=instance), namespace=None, started_at=now, beat_at=now)
+        )
+        row.beat_at, row.held = now, held and name in self._data.held
 
     async def retire(self, instance: str) -> None:
         check_texts(instance=instance)
-        self._data.beats.pop(instance_name(instance), None)
+        self._data.instances.pop(instance_name(instance), None)
 
     async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
         for name in names:
             check_texts(instance=name)
-        now, beats = self._data.now(), {}
-        for name in names:
-            if (beat := self._data.beats.get(name)) is not None:
-                at, held = beat
-                beats[name] = Heartbeat(ago=now - at, released=held and name not in self._data.held)
-        return beats
+        return self._data.last_beats(names)
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         if self.policy.max_age is None:

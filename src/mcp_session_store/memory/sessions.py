@@ -260,7 +260,7 @@ class MemorySessionStore(SessionStore):
         row.ended_at = self._data.now()
         row.record = replace(row.record, initialize_params="")
         row.journal.clear()
-        self._data.logs.pop(row.record.key, None)
+        self._data.remove_session(row.record.key)
 
     async def changes(self, since: datetime | None) -> Changes:
         changes = [

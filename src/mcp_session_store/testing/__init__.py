@@ -1,9 +1,16 @@
-"""Conformance tests of the `SessionStore` and `EventLog` contracts, for authors of implementations. Needs pytest.
+"""Conformance tests of the contracts of stores, event logs and mailboxes, for authors of implementations. Needs pytest.
 
 ```python
 import pytest
-from mcp_session_store import EventLog, EventPolicy, SessionStore
-from mcp_session_store.testing import EventLogConformance, MakeLog, MakeStore, SessionStoreConformance
+from mcp_session_store import EventLog, EventPolicy, Mailbox, SessionStore
+from mcp_session_store.testing import (
+    EventLogConformance,
+    MailboxConformance,
+    MakeLog,
+    MakeMailbox,
+    MakeStore,
+    SessionStoreConformance,
+)
 
 class TestMyStore(SessionStoreConformance):
     @pytest.fixture
@@ -33,6 +40,26 @@ class TestMyLog(EventLogConformance):
 
     async def age_events(self, log, key):
         await log.set_times_to_two_days_ago(key)
+
+class TestMyMailbox(MailboxConformance):
+    @pytest.fixture
+    def make_mailbox(self) -> MakeMailbox:
+        data = MyData()
+
+        def make(namespace: str = "default") -> tuple[SessionStore, Mailbox]:
+            store = MyStore(data, namespace=namespace)
+            return store, MyMailbox(store)
+
+        return make
+
+    async def expire(self, store, key):
+        await store.set_expiry_to_one_second_ago(key)
+
+    async def age_instance(self, mailbox, instance, by):
+        await mailbox.move_last_heartbeat_back(instance, by)
+
+    async def age_messages(self, mailbox, by):
+        await mailbox.move_times_of_messages_back(by)
 ```
 
 Call `pytest.register_assert_rewrite("mcp_session_store.testing")` in your `conftest.py` before the import, so that a
@@ -41,14 +68,19 @@ which this package depends on. Each suite is put together from one class a capab
 """
 
 from mcp_session_store.testing.events import EventLogConformance, MakeLog
-from mcp_session_store.testing.factories import new_event, new_session
+from mcp_session_store.testing.factories import new_event, new_message, new_presence, new_session
+from mcp_session_store.testing.mailbox import MailboxConformance, MakeMailbox
 from mcp_session_store.testing.sessions import MakeStore, SessionStoreConformance
 
 __all__ = [
     "EventLogConformance",
+    "MailboxConformance",
     "MakeLog",
+    "MakeMailbox",
     "MakeStore",
     "SessionStoreConformance",
     "new_event",
+    "new_message",
+    "new_presence",
     "new_session",
 ]

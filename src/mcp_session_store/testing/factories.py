@@ -1,4 +1,4 @@
-"""Factories of sessions and events that can be stored."""
+"""Factories of sessions, events, messages and presences that can be stored."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import uuid
 from typing import Any
 
+from mcp_session_store.mailbox import MessageKind, NewMessage, Presence
 from mcp_session_store.records import EventKind, NewEvent, NewSession, Principal
 
 
@@ -33,3 +34,21 @@ def new_event(position: int = 0, **changes: Any) -> NewEvent:
         "message": json.dumps({"jsonrpc": "2.0", "method": "notifications/message", "params": {"data": position}}),
     }
     return NewEvent(**(fields | changes))
+
+
+def new_presence(number: int | None = None, **changes: Any) -> Presence:
+    """Return the presence of a new instance that can be stored; `changes` replace its fields."""
+    return Presence(**({"instance": f"host:1:{uuid.uuid4().hex}", "number": number} | changes))
+
+
+def new_message(sequence: int, *, recipient: int | None, sender: int, **changes: Any) -> NewMessage:
+    """Return a message that can be posted, of a new session; `changes` replace its fields."""
+    fields: dict[str, Any] = {
+        "recipient": recipient,
+        "sender": sender,
+        "sequence": sequence,
+        "key": uuid.uuid4(),
+        "kind": MessageKind.ANSWER,
+        "body": json.dumps({"jsonrpc": "2.0", "id": sequence, "result": {"answer": "name"}}),
+    }
+    return NewMessage(**(fields | changes))
