@@ -40,6 +40,7 @@ __all__ = [
     "background_failures",
     "begin_span",
     "created",
+    "dropped_messages",
     "ended",
     "events",
     "evicted",
@@ -263,6 +264,16 @@ _gauge(
     lambda observed: observed.waiting,
 )
 refused: Final = _counter("mcp_session_store.requests.refused", "{request}", "Requests refused, by reason", "reason")
+
+# Messages of clients to copies of their sessions, on whichever instances these are
+
+dropped_messages: Final = _counter(
+    "mcp_session_store.messages.dropped",
+    "{message}",
+    "Messages of clients that reached no copy of their session, by kind and reason",
+    "kind",
+    "reason",
+)
 
 # The store
 

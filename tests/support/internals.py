@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mcp.server.context import ServerRequestContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+    from mcp.shared.dispatcher import Outbound
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store import DurableSessionManager, MemoryEventLog, MemorySessionStore
@@ -120,6 +121,11 @@ def tag_of(ids: EventIds, payload: bytes) -> bytes:
 def exit_stack_of(ctx: ServerRequestContext[Any, Any]) -> AsyncExitStack:
     """The exit stack of the SDK's connection that a request came on."""
     return ctx.session._connection.exit_stack
+
+
+def outbound_of(ctx: ServerRequestContext[Any, Any]) -> Outbound:
+    """What sends requests and notifications on the standalone stream of the SDK's connection that a request came on."""
+    return ctx.session._connection.outbound
 
 
 def registry_of(manager: DurableSessionManager) -> Registry:

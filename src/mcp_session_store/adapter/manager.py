@@ -22,6 +22,7 @@ from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.draining import Drain
 from mcp_session_store.adapter.gauges import Gauges
 from mcp_session_store.adapter.outage import Gate
+from mcp_session_store.adapter.question_ids import QuestionIds
 from mcp_session_store.adapter.readiness import FINAL, VERDICT_WITHIN, Readiness, not_answered
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
@@ -318,6 +319,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             self._registry,
             partial(sdk.make_transport, self),
             partial(serve, self),
+            QuestionIds(),
             self._recorder,
             retry_interval=self.retry_interval,
         )

@@ -12,6 +12,7 @@ from mcp_session_store.records import EndReason
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from mcp_session_store.mailbox import MessageKind
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
     from mcp_session_store.retention import SweepReport
 
@@ -25,6 +26,7 @@ __all__ = [
     "NOT_RESTORED",
     "STALE",
     "STOPPING",
+    "UNKNOWN_QUESTION",
     "SessionLog",
 ]
 
@@ -66,6 +68,9 @@ ENDED: Final = "ended"
 """Reason of an eviction: the session has ended, which has a line of its own."""
 NOT_RESTORED: Final = "not restored"
 """Reason of an eviction: the restore failed when all was replayed."""
+
+UNKNOWN_QUESTION: Final = "unknown question"
+"""Reason to drop an answer or progress: the copy has no open question of this id."""
 
 
 class _Budget:
@@ -246,6 +251,10 @@ class SessionLog:
         if logger.isEnabledFor(level):
             extra = self._extra("refused", key, reason=reason)
             logger.log(level, text, key, reason if cause is None else cause, extra=extra, exc_info=error)
+
+    def dropped(self, kind: MessageKind, reason: str = UNKNOWN_QUESTION) -> None:
+        """Count a message of a client that reaches no copy of its session."""
+        telemetry.dropped_messages.add(1, self._with(kind=kind.value, reason=reason))
 
     def _with(self, **attributes: str) -> dict[str, str]:
         return telemetry.of(self.namespace, **attributes)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from mcp_session_store.adapter.sessions.resident import ResidentSession
+from mcp_session_store.adapter.sessions.server_loop import ServerLoop
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.records import session_key
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
 
+    from mcp_session_store.adapter.question_ids import QuestionIds
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.server_loop import ServeLoop
     from mcp_session_store.adapter.streams.recorder import EventRecorder
@@ -31,6 +33,7 @@ class Admission:
         registry: Registry in which each copy reserves its place.
         make_transport: Makes the SDK's transport for a session id, and for the session's events if it has any.
         serve_loop: The SDK's server loop.
+        question_ids: Makes the ids of what the copies ask their clients.
         recorder: Stores the events of streams; `None`: no stream can be resumed.
         retry_interval: Milliseconds after which clients are to come back for a stream, as for the SDK's transport.
     """
@@ -40,6 +43,7 @@ class Admission:
         registry: Registry,
         make_transport: Callable[[str, SessionEvents | None], StreamableHTTPServerTransport],
         serve_loop: ServeLoop,
+        question_ids: QuestionIds,
         recorder: EventRecorder | None,
         *,
         retry_interval: int | None,
@@ -47,6 +51,7 @@ class Admission:
         self._registry = registry
         self._make_transport = make_transport
         self._serve_loop = serve_loop
+        self._question_ids = question_ids
         self._recorder = recorder
         self._retry_interval = retry_interval
 
@@ -73,7 +78,8 @@ class Admission:
                 retry_interval=self._retry_interval,
             )
         transport = self._make_transport(session_id, events)
-        session = ResidentSession(session_id, owner, transport, self._registry.usage_changed, events)
+        loop = ServerLoop(session_id, transport, self._question_ids, self._registry.log.dropped)
+        session = ResidentSession(session_id, owner, transport, self._registry.usage_changed, events, loop)
         if opens is None:
             self._registry.reserve(session)
         else:

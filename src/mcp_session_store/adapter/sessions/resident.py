@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import anyio
+from mcp.shared.dispatcher import coerce_request_id
 from mcp.shared.message import SessionMessage
 from mcp_types import CONNECTION_CLOSED, ErrorData, JSONRPCError
 
@@ -13,7 +14,6 @@ from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.responses import LOST
 from mcp_session_store.adapter.sessions.lifetime import Lifetime
-from mcp_session_store.adapter.sessions.server_loop import ServerLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp_types import RequestId
 
+    from mcp_session_store.adapter.sessions.server_loop import ServerLoop
     from mcp_session_store.adapter.streams.event_store import SessionEvents
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
     from mcp_session_store.retention import RetentionPolicy
@@ -44,6 +45,7 @@ class ResidentSession:
         transport: The SDK's transport, not connected yet.
         on_usage: Called with the session, and whether it is busy, when it becomes busy or idle.
         events: Events that the session's streams are resumed from; `None`: no stream can be resumed.
+        loop: Its server loop.
     """
 
     __slots__ = (
@@ -74,7 +76,8 @@ class ResidentSession:
         owner: AuthorizationContext | None,
         transport: StreamableHTTPServerTransport,
         on_usage: Callable[[ResidentSession, bool], None],
-        events: SessionEvents | None = None,
+        events: SessionEvents | None,
+        loop: ServerLoop,
     ) -> None:
         self.session_id = session_id
         self.owner = owner
@@ -82,7 +85,7 @@ class ResidentSession:
         self.events = events
         if events is not None:
             events.on_recorded = self._rest
-        self.loop = ServerLoop(session_id, transport)
+        self.loop = loop
         self.lifetime = Lifetime()
         self.record: SessionRecord | None = None
         """The record as it was when the session was opened or restored here; `None` before."""
@@ -166,9 +169,16 @@ class ResidentSession:
 
         A question that does not name the call for which it is asked may be that of any handler.
         """
-        asked = self.loop.asked.values()
+        loop = self.loop
+        # What was asked before the last handler returned is no question of those that run now.
+        asked = [question.call for question in loop.asked.values() if question.lull == loop.lull]
         calls = self._calls.intersection(call for call in asked if call is not None)
-        return self.in_flight <= len(calls) + sum(call is None for call in asked)
+        return self.in_flight <= len(calls) + asked.count(None)
+
+    def runs(self, request_id: RequestId) -> bool:
+        """Return whether the call of this id runs in this copy, whether the id is a number or the text of one."""
+        wanted = coerce_request_id(request_id)
+        return any(coerce_request_id(call) == wanted for call in self._calls)
 
     @property
     def stale(self) -> bool:
@@ -227,7 +237,7 @@ class ResidentSession:
         self.in_flight -= 1
         if self.in_flight == 0 and self.loop.asked:
             # Not all questions that no handler waits for any more are withdrawn.
-            self.loop.asked.clear()
+            self.loop.lull += 1
         if request_id is not None:
             self._calls.discard(request_id)
             if self.events is not None:

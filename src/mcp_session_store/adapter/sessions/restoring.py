@@ -15,7 +15,6 @@ from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
-from mcp_session_store.adapter.replay.request_ids import RequestIds
 from mcp_session_store.adapter.responses import MemoryFull, RestoreFailed, SessionNotFound, ShuttingDown
 from mcp_session_store.adapter.session_log import STALE
 from mcp_session_store.adapter.sessions.restores import Restore
@@ -255,7 +254,7 @@ class Restorer:
         # The replay's timeout for the answer to `initialize` and for the notification's handler, with room for the
         # journal.
         restore.deadline = anyio.current_time() + (4 if journal else 2) * self._replay_timeout
-        session.loop.begin_with(replay, restore.deadline, RequestIds())
+        session.loop.begin_with(replay, restore.deadline)
         return session
 
     def _before_unanswered(self, record: SessionRecord) -> tuple[int, str]:

@@ -6,15 +6,17 @@ import logging
 from typing import TYPE_CHECKING, Final, Self
 
 import anyio
-from mcp.shared.dispatcher import coerce_request_id
+from mcp.shared.dispatcher import as_request_id, coerce_request_id
 from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params
 from mcp.shared.message import ServerMessageMetadata, SessionMessage
 from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
 
 from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.question_ids import MAX_QUESTIONS, Question, QuestionIds, as_asked, renamed
 from mcp_session_store.adapter.responses import FAILED
 from mcp_session_store.adapter.sessions.handshake import HandshakeOutcome
+from mcp_session_store.mailbox import MessageKind
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from mcp_types import JSONRPCMessage, RequestId
 
     from mcp_session_store.adapter.replay.replay import Replay
-    from mcp_session_store.adapter.replay.request_ids import RequestIds
     from mcp_session_store.adapter.sdk import MessageReadStream, MessageWriteStream
     from mcp_session_store.adapter.sessions.handshake import Handshake
 
@@ -53,15 +54,19 @@ class ServerLoop:
     Args:
         session_id: Id of the session.
         transport: The SDK's transport, not connected yet.
+        question_ids: Makes the ids of the copy's questions.
+        on_dropped: Called with what an answer or progress is that no question of this copy waits for.
     """
 
     __slots__ = (
+        "_on_dropped",
         "_scope",
         "asked",
         "handshake",
         "held",
+        "lull",
+        "question_ids",
         "replay",
-        "request_ids",
         "running",
         "session_id",
         "standalone_stream_open",
@@ -71,22 +76,29 @@ class ServerLoop:
         "writer",
     )
 
-    def __init__(self, session_id: str, transport: StreamableHTTPServerTransport) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        transport: StreamableHTTPServerTransport,
+        question_ids: QuestionIds,
+        on_dropped: Callable[[MessageKind], None],
+    ) -> None:
         self.session_id = session_id
         self.transport = transport
+        self.question_ids = question_ids
+        self._on_dropped = on_dropped
         self.replay: Replay | None = None
         """The replay, until it is over."""
-        self.request_ids: RequestIds | None = None
-        """Keeps the ids of a restored copy's own requests apart from those of the session's other copies."""
         self.swallow_initialized = False
         """The client's own `notifications/initialized` was replayed before it came."""
         self.handshake: Handshake | None = None
         """The genuine `initialize` that the server handles now."""
         self.held: set[Handshake] = set()
         """Handshakes, or requests that may be one, whose HTTP answers wait; the end of the loop decides them."""
-        self.asked: dict[RequestId, RequestId | None] = {}
-        """Requests to the client that it has not answered, each with the call for which it was sent, where that is
-        known."""
+        self.asked: dict[RequestId, Question] = {}
+        """Questions that the client has not answered, by the ids that it got, in their order."""
+        self.lull = 0
+        """Number of times that the last handler of the copy has returned while there were questions."""
         self.running = False
         """The server task has begun."""
         self.stopped = Latch()
@@ -97,16 +109,14 @@ class ServerLoop:
         """The stream that goes to the client, once the transport is connected."""
         self._scope = anyio.CancelScope()
 
-    def begin_with(self, replay: Replay, deadline: float, request_ids: RequestIds) -> None:
+    def begin_with(self, replay: Replay, deadline: float) -> None:
         """Make it the loop of a restored copy.
 
         Args:
             replay: What is replayed before the client's messages are read.
             deadline: Moment, by anyio's clock, at which the server task is cancelled.
-            request_ids: Keeps the ids of the copy's own requests apart from those of the session's other copies.
         """
         self.replay = replay
-        self.request_ids = request_ids
         self.swallow_initialized = True
         self.limit(deadline)
 
@@ -154,17 +164,62 @@ class ServerLoop:
         """Cancel the server task."""
         self._scope.cancel()
 
-    def heard(self, message: JSONRPCMessage) -> None:
-        """Note that the client has answered a request, if the message does so."""
-        if isinstance(message, JSONRPCResponse | JSONRPCError) and message.id is not None:
-            self.asked.pop(coerce_request_id(message.id), None)
+    def asks(self, item: SessionMessage, message: JSONRPCRequest) -> SessionMessage:
+        """Return a question of the server as its client gets it."""
+        # An older one of this id was given up, or its answer would be taken for the answer to this one.
+        self._forget(message.id)
+        if len(self.asked) >= MAX_QUESTIONS:
+            del self.asked[next(iter(self.asked))]
+        metadata = item.metadata
+        call = metadata.related_request_id if isinstance(metadata, ServerMessageMetadata) else None
+        question_id = self.question_ids.new()
+        self.asked[question_id], item = as_asked(item, message, question_id, call, self.lull)
+        return item
 
-    def withdrawn(self, message: JSONRPCMessage) -> None:
-        """Note that no handler waits for the answer of the client any more, if a message to the client says so."""
-        if isinstance(message, JSONRPCNotification) and message.method == "notifications/cancelled":
-            request_id = cancelled_request_id_from_params(message.params)
-            if request_id is not None:
-                self.asked.pop(coerce_request_id(request_id), None)
+    def withdraws(self, item: SessionMessage, message: JSONRPCNotification) -> SessionMessage | None:
+        """Return the withdrawal of a question as the client gets it; `None`: the client knows of no such question."""
+        request_id = cancelled_request_id_from_params(message.params)
+        question_id = None if request_id is None else self._forget(request_id)
+        if message.params is None or question_id is None:
+            return None
+        return renamed(item, params={**message.params, "requestId": question_id})
+
+    def _forget(self, request_id: RequestId) -> RequestId | None:
+        """Forget the question that the copy knows by an id, and return the id that the client knows it by."""
+        request_id = coerce_request_id(request_id)
+        for question_id, question in reversed(self.asked.items()):
+            if question.request_id == request_id:
+                del self.asked[question_id]
+                return question_id
+        return None
+
+    def answered(self, item: SessionMessage, message: JSONRPCResponse | JSONRPCError) -> SessionMessage | None:
+        """Return an answer of the client as the server reads it; `None`: no question waits for it, and it is dropped.
+
+        Otherwise the answer to the question of another copy might be taken for the answer to one of this copy's.
+        """
+        question = None if message.id is None else self.asked.pop(coerce_request_id(message.id), None)
+        if question is None:
+            self._on_dropped(MessageKind.ANSWER)
+            return None
+        return renamed(item, id=question.request_id)
+
+    def progressed(self, item: SessionMessage, message: JSONRPCNotification) -> SessionMessage | None:
+        """Return progress of the client as the server reads it; `None`: no question has its token, and it is dropped.
+
+        A token that is a text of another kind than ids are is the application's own affair.
+        """
+        token = as_request_id((message.params or {}).get("progressToken"))
+        if message.params is None or token is None:
+            return item
+        token = coerce_request_id(token)
+        question = self.asked.get(token)
+        if question is not None and question.token is not None:
+            return renamed(item, params={**message.params, "progressToken": question.token})
+        if isinstance(token, str):
+            return item
+        self._on_dropped(MessageKind.PROGRESS)
+        return None
 
 
 class _Inbound:
@@ -212,11 +267,17 @@ class _Inbound:
                 elif isinstance(message, JSONRPCNotification):
                     if loop.swallow_initialized and message.method == "notifications/initialized":
                         continue
+                    if message.method == "notifications/progress":
+                        progress = loop.progressed(received, message)
+                        if progress is None:
+                            continue
+                        received = progress
                     self._on_read(None)
-                if loop.request_ids is not None:
-                    received = loop.request_ids.inbound(received)
-                if loop.asked:
-                    loop.heard(received.message)
+                else:
+                    answer = loop.answered(received, message)
+                    if answer is None:
+                        continue
+                    received = answer
             return received
 
     async def aclose(self) -> None:
@@ -247,19 +308,18 @@ class _Outbound:
         message = item.message
         loop = self._loop
         if type(message) is JSONRPCRequest:
-            metadata = item.metadata
-            related = metadata.related_request_id if isinstance(metadata, ServerMessageMetadata) else None
-            loop.asked[coerce_request_id(message.id)] = related
+            item = loop.asks(item, message)
             if loop.replay is not None:
                 loop.replay.asked()
                 with anyio.move_on_after(STANDALONE_STREAM_WAIT):
                     await loop.standalone_stream_open.wait()
-        elif loop.asked:
-            loop.withdrawn(message)
+        elif type(message) is JSONRPCNotification and message.method == "notifications/cancelled":
+            withdrawal = loop.withdraws(item, message)
+            if withdrawal is None:
+                return
+            item = withdrawal
         if loop.handshake is not None:
             self._settle(loop.handshake, message)
-        if loop.request_ids is not None:
-            item = loop.request_ids.outbound(item)
         await self._inner.send(item)
 
     def _settle(self, handshake: Handshake, message: JSONRPCMessage) -> None:
