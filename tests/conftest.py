@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.sql.schema import migrate
 from tests.support import servers
+from tests.support.databases import migrated
 from tests.support.postgres import PostgresServer, fresh_database, provide_postgres
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def migrated_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
             url = f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('shared') / 'sessions.db'}"
         else:
             url = stack.enter_context(fresh_database(request.getfixturevalue("postgres_server_url")))
-        asyncio.run(migrate.upgrade(url))
+        asyncio.run(migrated(url))
         yield url
 
 

@@ -22,10 +22,9 @@ from mcp_session_store.cli.served_object import served_object
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
-from mcp_session_store.sql.schema import migrate
 from tests.support.clients import official_client, until
 from tests.support.commands import UNREACHABLE
-from tests.support.databases import execute
+from tests.support.databases import execute, migrated
 from tests.support.faults import FaultProxy
 from tests.support.http import RawClient
 from tests.support.servers import ROOT
@@ -181,7 +180,7 @@ async def test_a_database_that_is_down_stops_no_server_and_a_stop_answers_those_
 async def test_health_through_an_outage_and_a_password_that_changes(
     serve_command: ServeCommandFunction, postgres_url: str
 ) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     role = f"server_{uuid.uuid4().hex}"
     await execute(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'password'")
     await execute(postgres_url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}")

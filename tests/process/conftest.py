@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy.engine import make_url
 
-from mcp_session_store.sql.schema import migrate
+from tests.support.databases import migrated
 from tests.support.deployment import Application
 from tests.support.faults import FaultProxy
 from tests.support.records import Records
@@ -31,7 +31,7 @@ def application(serve: ServeFunction, tmp_path: Path) -> Iterator[Application]:
 async def store_url(database_url: str) -> str:
     """A database that is ready for sessions: Postgres is migrated, a SQLite file is not there yet."""
     if make_url(database_url).get_backend_name() == "postgresql":
-        await migrate.upgrade(database_url)
+        await migrated(database_url)
     return database_url
 
 
@@ -45,14 +45,14 @@ def records(store_url: str) -> Records:
 async def stoppable_url(stoppable_postgres: PostgresServer) -> AsyncIterator[str]:
     """A migrated database on the server that can be stopped."""
     with stoppable_postgres.database() as url:
-        await migrate.upgrade(url)
+        await migrated(url)
         yield url
 
 
 @pytest.fixture
 async def proxy(postgres_url: str) -> AsyncIterator[FaultProxy]:
     """A network that fails on command, in front of a migrated database."""
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     url = make_url(postgres_url)
     assert url.host is not None
     assert url.port is not None

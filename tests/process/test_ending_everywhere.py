@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from mcp_session_store import EndReason, SqlSessionStore, session_key
-from mcp_session_store.sql.schema import migrate
 from tests.support.clients import sessions, until, whoami
+from tests.support.databases import migrated
 from tests.support.http import RawClient
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ async def test_open_streams_of_a_session_that_ended_elsewhere_are_closed_and_its
 
 
 async def test_a_listener_whose_connection_is_killed_loses_no_end(application: Application, postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     first = application.serve(postgres_url, "stateful", end_within=END_WITHIN)
     second = application.serve(postgres_url, "stateful", end_within=END_WITHIN)
     async with sessions(first.mcp_url, 2) as clients:
@@ -145,7 +145,7 @@ async def test_a_listener_whose_connection_is_killed_loses_no_end(application: A
 
 
 async def test_a_hint_is_faster_than_the_bound(application: Application, postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     # Polling would take longer than anybody waits: what is seen here is the hint.
     first = application.serve(postgres_url, "stateful", end_within=3600.0)
     second = application.serve(postgres_url, "stateful", end_within=3600.0)

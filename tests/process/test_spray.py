@@ -11,8 +11,8 @@ import anyio
 import httpx2
 import pytest
 
-from mcp_session_store.sql.schema import migrate
 from tests.support.clients import sessions, until, whoami
+from tests.support.databases import migrated
 from tests.support.http import RawClient
 from tests.support.records import Records
 
@@ -28,7 +28,7 @@ AT_ONCE = 50
 async def test_a_spray_of_random_session_ids_neither_fills_memory_nor_exhausts_the_pool(
     application: Application, postgres_url: str
 ) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     records = Records(postgres_url)
     server = application.serve(postgres_url)
     statuses: Counter[int] = Counter()

@@ -11,6 +11,7 @@ from mcp_session_store import session_key
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
 from tests.support.clients import Talking, everything, whoami
+from tests.support.databases import migrated
 from tests.support.http import INITIALIZE_PARAMS, RawClient
 from tests.support.rows import insert_rows, session_row
 
@@ -31,7 +32,7 @@ async def test_sessions_from_before_there_were_events_have_streams_that_resume(
     await insert_rows(database_url, rows, revision="1_0002_retention")
     assert await migrate.current(database_url) == "1_0002_retention"
 
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
 
     assert await migrate.current(database_url) == HEAD
     first, second = (application.serve(database_url, events=True) for _ in range(2))

@@ -19,7 +19,7 @@ from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.failures import failure_kind, summary_of
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
-from tests.support.databases import connections_checked_out, execute, kept_connections, settled, sql_store
+from tests.support.databases import connections_checked_out, execute, kept_connections, migrated, settled, sql_store
 from tests.support.internals import listen_anew, waits_of
 from tests.support.roles import limited
 
@@ -68,7 +68,7 @@ async def test_a_store_works_with_a_single_connection_of_the_database(postgres_u
 
 @pytest.mark.parametrize("kind", ["url", "engine"])
 async def test_everything_works_on_one_connection(database_url: str, kind: str) -> None:
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
     store = SqlSessionStore(database_url, pool_size=1) if kind == "url" else SqlSessionStore(engine)
     async with store, SqlEventLog(store) as log, asyncio.timeout(60):

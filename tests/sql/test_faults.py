@@ -22,13 +22,13 @@ from mcp_session_store.records import Activity, EndReason, JournalEntry
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore, connections
 from mcp_session_store.sql.dialects.private_names import call_in_thread
-from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 from tests.support.databases import (
     behind_proxy,
     connections_checked_out,
     expire,
     kept_connections,
+    migrated,
     settled,
     sql_store,
 )
@@ -383,7 +383,7 @@ async def test_a_file_that_another_process_locks_can_be_read_and_not_written(sql
 
 
 async def test_a_driver_that_cannot_be_interrupted_holds_nobody_longer_than_the_timeout(sqlite_url: str) -> None:
-    await migrate.upgrade(sqlite_url)
+    await migrated(sqlite_url)
     engine = create_async_engine(sqlite_url, connect_args={"timeout": 3600})
     async with engine.begin() as connection:
         await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
@@ -417,7 +417,7 @@ SECRET = "".join(("hidden", "from", "everybody"))
 
 async def test_no_payload_is_in_an_error_or_in_the_log(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "mcp_session_store")
-    await migrate.upgrade(sqlite_url)
+    await migrated(sqlite_url)
     # Somebody's own engine, which shows parameters.
     engine = create_async_engine(sqlite_url, connect_args={"timeout": 0.1})
     store = SqlSessionStore(engine)

@@ -19,9 +19,8 @@ from mcp_session_store.records import Activity, EndReason
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.notifications import SESSION_CHANNEL
-from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
-from tests.support.databases import connections_checked_out, execute, settled, sql_store
+from tests.support.databases import connections_checked_out, execute, migrated, settled, sql_store
 from tests.support.faults import FaultProxy
 from tests.support.internals import channel_name, database_of, listen_anew, listening_of
 
@@ -165,7 +164,7 @@ async def test_a_listener_whose_connection_is_killed_says_so_and_can_begin_again
 
 
 async def test_a_listener_whose_connection_falls_silent_says_so(postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     target = make_url(postgres_url)
     assert target.host is not None
     assert target.port is not None
@@ -191,7 +190,7 @@ async def test_a_listener_takes_no_place_in_the_pool_and_leaves_no_connection(po
 
 
 async def test_a_listener_on_a_given_engine_leaves_it_as_it_was(postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     engine = create_async_engine(named(postgres_url).partition("?")[0], pool_size=1, max_overflow=0, pool_timeout=10)
     store = SqlSessionStore(engine)
     async with Hints(store) as hints:
@@ -222,7 +221,7 @@ async def test_a_listener_may_be_cancelled_at_any_moment(postgres_url: str) -> N
 
 
 async def test_closing_the_store_ends_its_listeners(database_url: str) -> None:
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     store = SqlSessionStore(database_url)
     await store.open()
     listening = [asyncio.ensure_future(store.listen(lambda _: None)) for _ in range(2)]

@@ -26,7 +26,7 @@ from sqlalchemy.engine import URL, make_url
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from typing import Any, Self
 
 _T = TypeVar("_T")
@@ -373,13 +373,15 @@ def provide_postgres(stack: ExitStack) -> str:
         NoPostgresError: All ways failed; the message lists each of them with the reason.
     """
     from_binaries = [(name, lambda find=find: _binary_server(find, stack)) for name, find in BINARIES]
-    return _first(
+    url = _first(
         [
             (f"the server named by {URL_VARIABLE}", given_server),
             ("a container (testcontainers)", lambda: container_server(stack)),
             *from_binaries,
         ]
     )
+    stack.enter_context(_kept_connection(url))
+    return url
 
 
 def _first(ways: Sequence[tuple[str, Callable[[], _T]]]) -> _T:
@@ -399,18 +401,59 @@ def _first(ways: Sequence[tuple[str, Callable[[], _T]]]) -> _T:
 
 def execute(url: str, statement: str) -> None:
     """Run one statement outside of a transaction, from code that is not async."""
-    dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    kept = _kept.get(url)
+    if kept is not None:
+        kept.execute(statement)
+        return
+    with closing(_Connection(url)) as connection:
+        connection.execute(statement)
 
-    async def run() -> None:
-        connection = await asyncpg.connect(dsn, timeout=10)
+
+class _Connection:
+    """A connection for code that is not async, in a thread of its own: a test's event loop may belong to this one."""
+
+    def __init__(self, url: str) -> None:
+        dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+        self._executor = ThreadPoolExecutor(1)
+        self._runner = asyncio.Runner()
         try:
-            await connection.execute(statement)
-        finally:
-            await connection.close()
+            self._connection: asyncpg.Connection = self._run(lambda: asyncpg.connect(dsn, timeout=10))
+        except BaseException:
+            self._end()
+            raise
 
-    # In a thread of its own: a test's event loop may belong to this one.
-    with ThreadPoolExecutor(1) as executor:
-        executor.submit(asyncio.run, run()).result()
+    def execute(self, statement: str) -> None:
+        self._run(lambda: self._connection.execute(statement))
+
+    def close(self) -> None:
+        try:
+            self._run(lambda: self._connection.close())
+        finally:
+            self._end()
+
+    def _run(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        async def run() -> _T:
+            return await call()
+
+        return self._executor.submit(lambda: self._runner.run(run())).result()
+
+    def _end(self) -> None:
+        self._executor.submit(self._runner.close).result()
+        self._executor.shutdown()
+
+
+_kept: dict[str, _Connection] = {}
+"""Connections to servers that stay open, because a new one costs as much as a new database."""
+
+
+@contextmanager
+def _kept_connection(server_url: str) -> Iterator[None]:
+    with closing(_Connection(server_url)) as connection:
+        _kept[server_url] = connection
+        try:
+            yield
+        finally:
+            del _kept[server_url]
 
 
 def create_database(server_url: str) -> str:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import make_url
 
-from mcp_session_store.sql.schema import migrate
-from tests.support.databases import execute
+from tests.support.databases import execute, migrated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 @asynccontextmanager
 async def limited(postgres_url: str, *, limit: int) -> AsyncIterator[str]:
     """The URL of a migrated database for a role that may have so many connections."""
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     database = make_url(postgres_url)
     role = f"few_{secrets.token_hex(6)}"
     await execute(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'x' CONNECTION LIMIT {limit}")

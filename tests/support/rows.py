@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, instances_table, journal_table, logs_table, sessions_table
+from tests.support.databases import migrated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ async def insert_events(
         analyze: Whether the planner is to know of them.
     """
     now = datetime.now(UTC)
-    await migrate.upgrade(url)
+    await migrated(url)
     instances = [
         {
             "name": instance.rpartition(":")[2],
@@ -163,7 +164,10 @@ async def insert_rows(
     revision: str = "head",
 ) -> None:
     """Migrate a database, and put rows into its tables."""
-    await migrate.upgrade(url, revision=revision)
+    if revision == "head":
+        await migrated(url)
+    else:
+        await migrate.upgrade(url, revision=revision)
     engine = make_migration_engine(*checked_url(url))
     try:
         async with engine.connect() as connection:

@@ -17,7 +17,7 @@ from mcp_session_store.sql.admin.doctor import Finding, Verdict, examine
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.testing import new_event, new_session
-from tests.support.databases import execute, sql_store
+from tests.support.databases import execute, migrated, sql_store
 from tests.support.faults import FaultProxy
 from tests.support.rows import insert_rows, session_row
 
@@ -70,7 +70,7 @@ async def test_nothing_is_written_beside_or_into_a_sqlite_file(sqlite_url: str, 
     assert "upgrade" in f"{absent['connection'].remedy}"
     assert not contents()
 
-    await migrate.upgrade(sqlite_url)
+    await migrated(sqlite_url)
     before = contents()
     assert not verdicts(await looked(sqlite_url), Verdict.FAIL)
     assert contents() == before
@@ -86,7 +86,7 @@ async def test_nothing_is_written_beside_or_into_a_sqlite_file(sqlite_url: str, 
 
 
 async def test_a_file_that_others_may_read_is_worth_a_word(sqlite_url: str, tmp_path: Path) -> None:
-    await migrate.upgrade(sqlite_url)
+    await migrated(sqlite_url)
     path = tmp_path / "sessions.db"
     path.chmod(0o644)
     found = (await looked(sqlite_url))["file"]
@@ -118,7 +118,7 @@ async def test_a_file_that_is_no_database_is_said_first(sqlite_url: str, tmp_pat
 
 @pytest.mark.parametrize("state", ["missing", "behind", "ahead", "newer"])
 async def test_a_schema_that_does_not_fit(database_url: str, state: str) -> None:
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     if state == "missing":
         await migrate.downgrade(database_url, revision="base")
     else:
@@ -156,7 +156,7 @@ async def test_a_wrong_url_is_a_wrong_argument() -> None:
 
 @pytest.mark.parametrize("hangs_after", [0, 1, 6])
 async def test_it_ends_although_the_database_hangs(postgres_url: str, hangs_after: int) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     target = make_url(postgres_url)
     async with FaultProxy(f"{target.host}", target.port or 0) as proxy:
         there = target.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
@@ -205,7 +205,7 @@ async def test_rows_that_cannot_be_read_are_counted(database_url: str) -> None:
 
 
 async def test_the_privileges_that_a_server_needs(postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url, schema="sessions")
+    await migrated(postgres_url, schema="sessions")
     role = f"doctor_{uuid.uuid4().hex}"
     await execute(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'password'")
     url = make_url(postgres_url).set(username=role, password="password").render_as_string(hide_password=False)
@@ -244,7 +244,7 @@ async def test_a_role_that_may_not_upgrade_where_there_are_no_tables(postgres_ur
     await execute(postgres_url, "REVOKE ALL ON SCHEMA public FROM public")
     url = make_url(postgres_url).set(username=role, password="password").render_as_string(hide_password=False)
     # The tables are there, and this role does not see them.
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     found = await looked(url)
     assert verdicts(found, Verdict.FAIL) == {"schema", "grants"}
     assert "no schema of its search path" in found["schema"].found
@@ -281,7 +281,7 @@ async def test_an_empty_sqlite_file_lacks_a_schema_alone(sqlite_url: str) -> Non
 
 
 async def test_a_limit_of_connections_and_an_option_that_is_not_needed(postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     role = f"doctor_{uuid.uuid4().hex}"
     await execute(postgres_url, f"CREATE ROLE {role} LOGIN PASSWORD 'password' CONNECTION LIMIT 4")
     url = make_url(postgres_url).set(username=role, password="password", query={"pgbouncer": "true"})
@@ -300,7 +300,7 @@ async def test_a_limit_of_connections_and_an_option_that_is_not_needed(postgres_
 async def test_a_folder_that_is_not_writable_is_a_failure(
     sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await migrate.upgrade(sqlite_url)
+    await migrated(sqlite_url)
     # Root may write everywhere.
     monkeypatch.setattr(os, "access", lambda path, _mode, **_: str(path) != str(tmp_path))
     found = await looked(sqlite_url)

@@ -20,10 +20,9 @@ from sqlalchemy.engine import make_url
 from mcp_session_store.sql import SqlEventLog
 from mcp_session_store.sql.dialects.advisory_locks import LOCK_CLASS, lock_number
 from mcp_session_store.sql.dialects.lock_files import STALE_AFTER, lock_folder
-from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
 from tests.support.clients import until
-from tests.support.databases import engine_of, execute, settled, sql_store
+from tests.support.databases import engine_of, execute, migrated, settled, sql_store
 from tests.support.forking import ForkedProcess
 from tests.support.servers import ROOT
 
@@ -140,7 +139,7 @@ async def test_the_death_of_a_process_releases_what_it_held(migrated_url: str, t
 async def test_an_instance_whose_connection_is_cut_says_with_its_next_heartbeat_that_it_holds_nothing(
     postgres_url: str,
 ) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     name = uuid.uuid4().hex
     async with opened(postgres_url) as log, opened(postgres_url) as other:
         async with listening(log, name) as task:
@@ -178,7 +177,7 @@ async def test_a_heartbeat_waits_for_no_session_that_is_locked(postgres_url: str
 
 
 async def test_a_lock_that_an_application_has_taken_is_left_to_it(postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     name = uuid.uuid4().hex
     number = lock_number(name) - (2**32 if lock_number(name) >= 2**31 else 0)
     application = await asyncpg.connect(make_url(postgres_url).set(drivername="postgresql").render_as_string(False))
@@ -191,7 +190,7 @@ async def test_a_lock_that_an_application_has_taken_is_left_to_it(postgres_url: 
 
 
 async def test_two_instances_of_one_process_keep_their_locks_while_they_look_at_each_other(sqlite_url: str) -> None:
-    await migrate.upgrade(sqlite_url)
+    await migrated(sqlite_url)
     names = [uuid.uuid4().hex for _ in range(2)]
     folder = lock_folder(str(make_url(sqlite_url).database))
     async with opened(sqlite_url) as one, opened(sqlite_url) as two:
@@ -207,7 +206,7 @@ async def test_two_instances_of_one_process_keep_their_locks_while_they_look_at_
 
 
 async def test_the_files_of_instances_that_died_long_ago_are_removed(sqlite_url: str) -> None:
-    await migrate.upgrade(sqlite_url)
+    await migrated(sqlite_url)
     folder = lock_folder(str(make_url(sqlite_url).database))
     folder.mkdir()
     old, young, not_ours = (folder / name for name in ("old", "young", "not.ours"))
@@ -230,7 +229,7 @@ async def test_the_files_of_instances_that_died_long_ago_are_removed(sqlite_url:
 
 @pytest.mark.parametrize("name", ["mine", "../mine", "a name"])
 async def test_what_cannot_be_locked_is_left_to_the_heartbeat(sqlite_url: str, name: str) -> None:
-    await migrate.upgrade(sqlite_url)
+    await migrated(sqlite_url)
     folder = lock_folder(str(make_url(sqlite_url).database))
     if name == "mine":
         folder.touch()  # not a folder

@@ -12,10 +12,9 @@ import sqlalchemy as sa
 
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.dialects.functions import StoreClock
-from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table
 from mcp_session_store.testing import new_event, new_session
-from tests.support.databases import engine_of, execute, settled, sql_store
+from tests.support.databases import engine_of, execute, migrated, settled, sql_store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +97,7 @@ async def write(logs: Sequence[SqlEventLog], key: UUID, streams: Sequence[str], 
 
 
 async def test_each_reader_gets_exactly_what_many_writers_sent(database_url: str) -> None:
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     async with AsyncExitStack() as stack:
         stores = [await stack.enter_async_context(SqlSessionStore(database_url, timeout=30)) for _ in range(3)]
         logs = [SqlEventLog(store) for store in stores]

@@ -26,7 +26,7 @@ from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table
 from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.testing import new_event, new_session
-from tests.support.databases import events_swept, execute, settled
+from tests.support.databases import events_swept, execute, migrated, settled
 from tests.support.plans import plan_of, statements_of
 from tests.support.postgres import fresh_database
 from tests.support.sql_contracts import SqlEventLogConformance
@@ -54,7 +54,7 @@ async def event_log(
     url: str, *, schema: str | None = None, policy: EventPolicy | None = None
 ) -> AsyncIterator[tuple[SqlSessionStore, SqlEventLog]]:
     """A store and its log on a database that is migrated here; at the end no connection may be checked out."""
-    await migrate.upgrade(url, schema=schema)
+    await migrated(url, schema=schema)
     async with (
         SqlSessionStore(url, schema=schema, timeout=PATIENCE) as store,
         SqlEventLog(store, policy=policy or EventPolicy(max_age=AGE)) as log,
@@ -152,7 +152,7 @@ class TestEventsInPartitions(SqlEventLogConformance):
 def partitioned_url(postgres_server_url: str) -> Iterator[str]:
     """The URL of a database whose events are partitioned, for all tests of a class."""
     with fresh_database(postgres_server_url) as url:
-        asyncio.run(migrate.upgrade(url))
+        asyncio.run(migrated(url))
         asyncio.run(partition(url, every=3 * MINUTE, max_age=HOUR))
         yield url
 
@@ -187,7 +187,7 @@ async def test_all_events_stay_there_and_back(postgres_url: str, schema: str | N
 
 
 async def test_what_is_done_already_is_not_done_again(postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     assert await unpartition(postgres_url) is False
     assert await partition(postgres_url) is True
     assert await partition(postgres_url) is False
@@ -225,7 +225,7 @@ async def test_sqlite_is_refused_with_the_reason(sqlite_url: str) -> None:
 async def test_a_database_without_partitions_is_not_maintained(postgres_url: str) -> None:
     with pytest.raises(SchemaMissing):
         await maintain(postgres_url)
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     with pytest.raises(ConfigurationError, match="events partition"):
         await maintain(postgres_url)
 
@@ -387,7 +387,7 @@ async def test_events_of_a_time_without_a_partition_are_kept_and_swept(postgres_
 
 @pytest.mark.parametrize("settings", [[], ["timezone = 'Asia/Kolkata'", "datestyle = 'SQL, DMY'"]])
 async def test_partitions_of_times_to_come_are_made_once(postgres_url: str, settings: list[str]) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     for setting in settings:
         await execute(postgres_url, f"ALTER DATABASE {sa.make_url(postgres_url).database} SET {setting}")
     await partition(postgres_url, ahead=2)
@@ -464,7 +464,7 @@ async def test_a_change_that_would_have_to_wait_keeps_nobody_waiting_and_is_give
 
 
 async def test_a_change_waits_for_a_migration(postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     # The first that a migration does is to take the lock.
     migration = migrate.upgrade_sql(postgres_url, from_revision=HEAD)
     (lock,) = (line for line in migration.splitlines() if "pg_advisory_xact_lock" in line)
@@ -596,7 +596,7 @@ class Traffic:
 
 async def traffic_while(url: str, happens: Callable[[], Awaitable[None]]) -> Traffic:
     """Write and follow while something happens; nothing may fail, and what was read is all that was stored."""
-    await migrate.upgrade(url)
+    await migrated(url)
     policy = EventPolicy(max_age=AGE, max_events_per_session=1_000_000, max_bytes_per_session=1024**3)
     async with event_log(url, policy=policy) as (store, one), event_log(url, policy=policy) as (_, other):
         traffic = Traffic([one, other], await opened(store, 6))
@@ -634,7 +634,7 @@ async def test_nothing_is_lost_while_the_table_is_partitioned_and_put_together_a
 
 
 async def test_nothing_is_lost_while_partitions_come_and_go(postgres_url: str) -> None:
-    await migrate.upgrade(postgres_url)
+    await migrated(postgres_url)
     await partition(postgres_url, ahead=1)
     await let_time_pass(postgres_url, 24 * LONG)
     assert (await maintain(postgres_url)).dropped == ["mcp_session_event_first"]

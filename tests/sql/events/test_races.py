@@ -17,10 +17,9 @@ from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.events.trim import KEPT
-from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.testing import new_event, new_session
-from tests.support.databases import engine_of, execute, settled
+from tests.support.databases import engine_of, execute, migrated, settled
 from tests.support.internals import database_of
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ async def _rows(connection: AsyncConnection, statement: sa.Executable) -> Sequen
 
 
 async def test_storing_trimming_and_ending_at_once_leaves_what_it_must_and_nothing_else(database_url: str) -> None:
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     race = Race()
     async with AsyncExitStack() as stack:
         # More patience than calls need: SQLite's writers wait for one another.

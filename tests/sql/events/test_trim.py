@@ -14,10 +14,9 @@ from mcp_session_store.retention import EventPolicy, EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.events.trim import LOGS_PER_STEP
-from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.testing import new_event, new_session
-from tests.support.databases import age_events, engine_of, events_swept, execute, settled, sql_store
+from tests.support.databases import age_events, engine_of, events_swept, execute, migrated, settled, sql_store
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -59,7 +58,7 @@ async def test_records_of_sessions_are_asked_for_where_there_are_any(database_ur
 
 
 async def test_an_event_of_no_session_is_not_stored(database_url: str) -> None:
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     async with SqlEventLog(database_url) as log:
         assert await log.append(NO_SESSION, [new_event(0)]) is None
         assert await logs_of(database_url) == set()

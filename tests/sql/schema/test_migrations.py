@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-import subprocess
-import sys
 import uuid
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,9 +35,11 @@ from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import VERSION_TABLE, make_tables, sessions_table
 from mcp_session_store.sql.schema.version import HEAD, check_revision
 from mcp_session_store.testing import new_session
-from tests.support.databases import execute
+from tests.support.databases import execute, migrated
+from tests.support.forking import ForkedProcess, run_forked
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Sequence
     from typing import Any
 
@@ -107,6 +107,29 @@ async def test_the_tables_of_the_statements_are_those_of_the_migrations(database
     assert await _differences(database_url, None) != []
     await migrate.upgrade(database_url)
     assert await _differences(database_url, None) == []
+
+
+async def test_the_printed_migrations_make_the_database_that_an_upgrade_makes(database_url: str) -> None:
+    if sa.make_url(database_url).get_backend_name() == "sqlite":
+        what = "SELECT name, sql FROM sqlite_master ORDER BY name"
+    else:
+        what = (
+            "SELECT CAST(attrelid AS regclass), attname, format_type(atttypid, atttypmod), attnotnull, attcompression"
+            " FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid WHERE relname LIKE '%mcp_session%'"
+            " AND attnum > 0 AND NOT attisdropped ORDER BY relname, attnum"
+        )
+
+    async def described() -> list[list[str]]:
+        rows = await execute(database_url, what)
+        return [[" ".join(str(value).split()) for value in row] for row in rows]
+
+    await migrated(database_url)
+    printed = await described()
+    await migrate.downgrade(database_url, revision="base")
+    await migrate.upgrade(database_url)
+    assert printed == await described()
+    assert len(printed) > 5
+    assert await migrate.current(database_url) == HEAD
 
 
 async def test_the_tables_in_a_schema_are_those_of_the_migrations(postgres_url: str) -> None:
@@ -325,37 +348,23 @@ async def test_a_role_that_may_not_create_schemas_migrates_within_one_that_is_th
     await execute(postgres_url, f"DROP ROLE {role}")
 
 
-def _in_processes(count: int, code: str, *arguments: str) -> None:
-    """Run code in several processes that begin at once."""
-    start = "import sys; print('ready', flush=True); sys.stdin.readline()\n"
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import asyncio\nfrom mcp_session_store.sql.schema import migrate\n" + start + code,
-                *arguments,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+async def test_eight_processes_may_upgrade_at_once(database_url: str, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        (their_input, start), (ready, their_output) = (
+            (stack.enter_context(open(read, "rb")), stack.enter_context(open(write, "wb")))
+            for read, write in (os.pipe(), os.pipe())
         )
-        for _ in range(count)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(b"go\n")
-        process.stdin.flush()
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-
-
-async def test_eight_processes_may_upgrade_at_once(database_url: str) -> None:
-    _in_processes(8, "asyncio.run(migrate.upgrade(sys.argv[1]))", database_url)
+        errors = stack.enter_context(open(tmp_path / "errors", "w+b"))
+        files = {"stdin": their_input.fileno(), "stdout": their_output.fileno(), "stderr": errors.fileno()}
+        processes = [
+            ForkedProcess("tests.support.upgrading", [database_url], cwd=ROOT, env=os.environ, **files)
+            for _ in range(8)
+        ]
+        for _ in processes:
+            assert ready.readline() == b"ready\n"
+        start.close()
+        codes = [process.wait(120) for process in processes]
+        assert codes == [0] * 8, (tmp_path / "errors").read_text()
     await migrate.check(database_url)
     rows = await execute(database_url, f"SELECT version_num FROM {VERSION_TABLE}")
     assert [tuple(row) for row in rows] == [(HEAD,)]
@@ -505,15 +514,7 @@ def _alembic(*arguments: str, url: str | None = None) -> subprocess.CompletedPro
     environment = {name: value for name, value in os.environ.items() if name != "MCP_SESSION_STORE_URL"}
     if url is not None:
         environment["MCP_SESSION_STORE_URL"] = url
-    return subprocess.run(
-        [sys.executable, "-m", "alembic", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_forked("alembic", arguments, cwd=ROOT, env=environment, stdin="", timeout=120)
 
 
 async def test_alembic_upgrades_from_the_root_of_the_checkout(database_url: str) -> None:

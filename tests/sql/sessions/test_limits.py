@@ -12,11 +12,10 @@ from mcp_session_store.records import EndReason
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.dialects.functions import StoreClock
-from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.sql.sessions import limits
 from mcp_session_store.testing import new_session
-from tests.support.databases import execute
+from tests.support.databases import execute, migrated
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -45,7 +44,7 @@ async def test_a_full_store_refuses_for_a_moment_without_counting(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "FULL_FOR", 1000.0)
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     table = sessions_table()
     async with SqlSessionStore(database_url, retention=POLICY) as store:
         keys = await fill(store)
@@ -59,7 +58,7 @@ async def test_a_full_store_refuses_for_a_moment_without_counting(
 
 
 async def test_room_is_made_for_some_more_at_once(database_url: str) -> None:
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     table = sessions_table()
     async with SqlSessionStore(database_url, retention=POLICY) as store:
         for key in await fill(store):

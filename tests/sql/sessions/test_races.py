@@ -16,10 +16,9 @@ from mcp_session_store.records import Activity, EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.dialects.functions import StoreClock
-from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import sessions_table
 from mcp_session_store.testing import new_session
-from tests.support.databases import connections_checked_out, execute
+from tests.support.databases import connections_checked_out, execute, migrated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +96,7 @@ class Race:
 async def test_touching_ending_and_sweeping_at_once_revives_nothing_and_ends_nothing_active(
     database_url: str,
 ) -> None:
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     async with AsyncExitStack() as stack:
         users = await stores_on(stack, database_url, 3, LONG)
         sweepers = await stores_on(stack, database_url, 2, SHORT)
@@ -130,7 +129,7 @@ async def test_touching_ending_and_sweeping_at_once_revives_nothing_and_ends_not
 
 
 async def test_limits_ends_touches_and_sweeps_at_once_are_no_deadlock(database_url: str) -> None:
-    await migrate.upgrade(database_url)
+    await migrated(database_url)
     principals = [Principal.of(client_id=str(number)) for number in range(4)]
     policy = RetentionPolicy(idle=timedelta(hours=1), per_principal=3, anonymous=50)
     async with AsyncExitStack() as stack:
