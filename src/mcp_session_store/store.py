@@ -121,7 +121,12 @@ class Store(ABC):
         return
 
     async def __aenter__(self) -> Self:
-        await self.open()
+        try:
+            await self.open()
+        except BaseException:
+            # A context that is not entered is not left.
+            await self.aclose()
+            raise
         return self
 
     async def __aexit__(

@@ -138,6 +138,27 @@ def test_a_check_waits_for_the_database_and_for_its_migration(
         assert re.fullmatch("Error: .*refuses the user or the password.*\n", result.stderr)
 
 
+def test_a_check_waits_for_a_file_that_is_not_there_yet(
+    invoke: InvokeFunction, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    steps = iter([(tmp_path / "sessions.db").touch, lambda: asyncio.run(migrate.upgrade(sqlite_url))])
+
+    async def next_step(_seconds: float) -> None:
+        await asyncio.to_thread(next(steps))
+
+    monkeypatch.setattr("asyncio.sleep", next_step)
+    result = invoke("check", "--wait", "60", "--url", sqlite_url)
+    assert (result.exit_code, result.stdout) == (0, "the schema fits\n")
+    absent, missing = result.stderr.splitlines()
+    assert absent.startswith("waiting: there is no file '/")
+    assert missing.startswith("waiting: the database holds no tables")
+    # Neither a folder nor an option appears by itself.
+    for wrong in (f"sqlite:///{tmp_path}/missing/s.db", "sqlite:///s.db?mode=ro"):
+        result = invoke("check", "--wait", "60", "--url", wrong)
+        assert result.exit_code in (1, 2)
+        assert result.stderr.startswith("Error: ")
+
+
 def test_a_check_that_waits_in_vain_says_what_for(invoke: InvokeFunction) -> None:
     result = invoke("check", "--wait", "0.2", "--url", UNREACHABLE)
     assert result.exit_code == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 from sqlalchemy.engine import make_url
@@ -13,6 +15,7 @@ from mcp_session_store.errors import ConfigurationError, SchemaAhead, SchemaBehi
 from mcp_session_store.sql.engine import checked_url, shown_command
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
+from tests.support import postgres
 from tests.support.commands import run_printed
 from tests.support.databases import execute
 
@@ -103,6 +106,64 @@ def test_the_commands_for_partitions(postgres_url: str, invoke: InvokeFunction) 
         assert done.exit_code == 2
         assert run_printed(done.stderr, password=password).stdout == "the events are one table again\n"
         assert invoke("events", "partition", "--every", "1h", *options).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["a/b #c?d%e 100%25 'f'", "app:5432", "x@y", "ä,ö;=&+"])
+def test_the_command_for_a_database_with_an_odd_name(postgres_url: str, name: str, invoke: InvokeFunction) -> None:
+    name = f"{secrets.token_hex(4)}{name}"
+    quoted = '"' + name + '"'
+    postgres.execute(postgres_url, f"CREATE DATABASE {quoted} TEMPLATE template0")
+    try:
+        # As a provider's console gives it.
+        url = f"{postgres_url.rpartition('/')[0]}/{quote(name, safe='')}"
+        missing = invoke("check", "--url", url)
+        assert missing.exit_code == 1
+        done = run_printed(missing.stderr, password=make_url(postgres_url).password)
+        assert done.returncode == 0, done.stderr
+        assert invoke("check", "--url", url).stdout == "the schema fits\n"
+    finally:
+        postgres.execute(postgres_url, f"DROP DATABASE {quoted} WITH (FORCE)")
+
+
+def test_a_role_that_may_not_upgrade_gets_the_command_for_one_that_may(
+    postgres_url: str, invoke: InvokeFunction
+) -> None:
+    owner, role = (f"{name}_{secrets.token_hex(6)}" for name in ("owner", "role"))
+    place = make_url(postgres_url)
+    for name in (owner, role):
+        postgres.execute(postgres_url, f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+    postgres.execute(postgres_url, f"GRANT CREATE ON DATABASE {place.database} TO {owner}")
+    postgres.execute(postgres_url, f"CREATE SCHEMA app AUTHORIZATION {owner}; GRANT USAGE ON SCHEMA app TO {role}")
+    url = place.set(username=role, password="secret").render_as_string(hide_password=False)
+    commands = (("check",), ("sweep",), ("namespaces",), ("sessions", "list"), ("doctor",))
+
+    def answers(*options: str) -> list[str]:
+        texts = []
+        for command in commands:
+            done = invoke(*command, "--url", url, *options)
+            assert done.exit_code == 1
+            lines = [line for line in done.output.splitlines() if "run: mcp-session-store upgrade" in line]
+            assert len(lines) == 1, done.output
+            texts += lines
+        return texts
+
+    for text in answers("--schema", "app"):
+        assert "the role may make no tables in the schema app; take another role, or " in text
+        assert f"GRANT USAGE, CREATE ON SCHEMA app TO {role}" in text
+    done = run_printed(text, password="secret", user=owner)
+    assert done.returncode == 0, done.stderr
+    postgres.execute(postgres_url, f"GRANT SELECT ON ALL TABLES IN SCHEMA app TO {role}")
+    postgres.execute(postgres_url, "UPDATE app.mcp_session_version SET version_num = '1_0005_event_compression'")
+    for text in answers("--schema", "app"):
+        assert f"to upgrade is up to {owner}, the owner of the tables; take the role {owner}: with" in text
+    for text in answers("--schema", "other"):
+        assert "the role may not make the schema other; take another role, or GRANT CREATE ON DATABASE" in text
+    postgres.execute(postgres_url, f"ALTER ROLE {role} SET search_path = nowhere, nothere")
+    for command in commands:
+        hidden = invoke(*command, "--url", url)
+        assert hidden.exit_code == 1
+        assert "no schema of the role's search path exists" in hidden.output
+        assert "run: mcp-session-store upgrade" not in hidden.output
 
 
 def test_what_the_environment_has_to_give_is_said() -> None:

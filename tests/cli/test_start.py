@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import stat
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -100,6 +101,32 @@ def file_instead_of_folder(folder: Path) -> str:
     return f"sqlite:///{folder}/file/sessions.db"
 
 
+def pipe(folder: Path) -> str:
+    os.mkfifo(folder / "pipe")
+    return f"sqlite:///{folder}/pipe"
+
+
+def device(folder: Path) -> str:
+    (folder / "null").symlink_to(os.devnull)
+    return f"sqlite:///{folder}/null"
+
+
+def socket_file(folder: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(folder / "socket"))
+    return f"sqlite:///{folder}/socket"
+
+
+def circle(folder: Path) -> str:
+    (folder / "link").symlink_to(folder / "link")
+    return f"sqlite:///{folder}/link"
+
+
+def link_into_nothing(folder: Path) -> str:
+    (folder / "link").symlink_to(folder / "missing" / "sessions.db")
+    return f"sqlite:///{folder}/link"
+
+
 FILES: dict[str, tuple[Callable[[Path], str], str]] = {
     "no database": (no_database, r"notes.txt cannot be used: the file is no SQLite database; name another one"),
     "damaged": (damaged, r"cannot be used: the file is damaged; put a backup"),
@@ -109,6 +136,11 @@ FILES: dict[str, tuple[Callable[[Path], str], str]] = {
     "a folder": (folder_instead, r"is a folder; name a file in it"),
     "missing folder": (missing_folder, r"there is no folder '/.*/missing'; make it"),
     "a file as folder": (file_instead_of_folder, r"'/.*/file' is no folder; correct the path"),
+    "pipe": (pipe, r"'/.*/pipe' is a device, a pipe or a socket, .*name a file"),
+    "device": (device, r"'/dev/null' is a device, a pipe or a socket, .*name a file"),
+    "socket": (socket_file, r"'/.*/socket' is a device, a pipe or a socket, .*name a file"),
+    "circle": (circle, r"'/.*/link' is a link that leads nowhere; correct the path"),
+    "link into nothing": (link_into_nothing, r"there is no folder '/.*/missing'; make it"),
 }
 
 
@@ -158,6 +190,13 @@ def test_a_file_that_cannot_be_used_fails_the_start(invoke: InvokeFunction, kind
         Path(folder).chmod(0o777)
         with as_another_user() if "this process" in expected or "may not" in expected else nullcontext():
             assert_start_fails(invoke, url, expected)
+            # What only reads needs no right to write.
+            if "and write" not in expected and "in the folder" not in expected:
+                for command in (("check",), ("sessions", "list"), ("doctor",)):
+                    done = invoke(*command, "--url", url)
+                    assert done.exit_code == 1, done.output
+                    assert re.search(expected, done.output.replace(". To do: ", "; ")), done.output
+                    assert "chmod" not in done.output or "is no SQLite database" in expected or "damaged" in expected
 
 
 def test_a_schema_that_does_not_fit_fails_the_start(invoke: InvokeFunction, postgres_url: str) -> None:

@@ -60,6 +60,12 @@ pytestmark = pytest.mark.anyio
         ("postgresql://host/db?pgbouncer=true", "postgresql+asyncpg://host/db?pgbouncer=true"),
         ("sqlite:///sessions.db", f"sqlite+aiosqlite:///{Path.cwd()}/sessions.db"),
         ("sqlite:////var/lib/sessions.db", "sqlite+aiosqlite:////var/lib/sessions.db"),
+        # libpq: an empty value stands for the default.
+        ("postgresql://u:p@host/db?sslmode=", "postgresql+asyncpg://u:p@host/db"),
+        (
+            "postgres://host/db?ssl=&pool_size=&pgbouncer=&host=&port=&user=&options=&connect_timeout=5",
+            "postgresql+asyncpg://host/db?connect_timeout=5",
+        ),
         ("sqlite+aiosqlite:////sessions.db", "sqlite+aiosqlite:////sessions.db"),
     ],
 )
@@ -124,6 +130,12 @@ def test_a_relative_path_of_sqlite_is_made_absolute_when_it_is_read(
         ("postgresql://u:hunter2@host\n:5432/db", "on one line"),
         ("postgresql://u:hunter2\nhunter2@host/db", "on one line"),
         ("postgresql://u:hunter2@host /db", "on one line"),
+        ("postgresql://u:hunter2@host/db?sslmode", "option sslmode without a value; write name=value"),
+        ("postgresql://u:hunter2@host/db?hunter2", "an option without a value"),
+        ("postgresql://u:hunter2@host/db?colour=", "colour"),
+        ("postgresql://u:hunter2@host/db?sslmode=&sslmode=require", "sslmode twice"),
+        ("sqlite:///s.db?uri=", "uri='' .* true or false"),
+        ("sqlite:///s.db?uri", "option uri without a value"),
         ("sqlite://", "MemorySessionStore"),
         ("sqlite://hunter2.db", "three slashes"),
         ("sqlite:///s.db?timeout=abc", "option timeout, .* --timeout"),
@@ -229,6 +241,12 @@ def test_a_user_name_is_shown_only_when_it_is_plain() -> None:
         ("postgresql://app:p@h1,[::2]:5433/d", "postgresql://app@/d?host=h1%2C%3A%3A2&port=5432%2C5433"),
         ("postgresql://app:p@h/d?sslkey=k.pem&sslpassword=hunter2", "postgresql://app@h/d?sslkey=k.pem"),
         ("sqlite:////var/lib/x.db?cached_statements=8", "sqlite:////var/lib/x.db?cached_statements=8"),
+        ("postgresql://app:p@h/a%2Fb%23c%3Fd%25", "postgresql://app@h/a/b%23c%3Fd%25"),
+        (
+            "postgresql://app:p@h1,h2/a%20b:c?sslmode=require",
+            "postgresql://app@h1:5432,h2:5432/a b%3Ac?sslmode=require",
+        ),
+        ("sqlite:////var/a b%25/%3F#.db", "sqlite:////var/a b%25/%3F%23.db"),
     ],
 )
 def test_a_printed_command_reaches_the_database_that_it_is_about(given: str, shown: str) -> None:
@@ -273,7 +291,8 @@ async def test_a_list_of_hosts_is_tried_in_order(postgres_url: str) -> None:
 
 def test_options_without_an_effect_are_left_out_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        SqlSessionStore("postgresql://host/db?keepalives=1&channel_binding=prefer")
+        SqlSessionStore("postgresql://host/db?keepalives=1&channel_binding=prefer&sslmode=")
+    assert "the option sslmode of the database URL is left out: it is empty" in caplog.text
     assert "the option keepalives of the database URL is left out" in caplog.text
     assert "the option channel_binding of the database URL is left out" in caplog.text
 

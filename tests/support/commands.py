@@ -26,14 +26,17 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """A control sequence of a terminal."""
 
 
-def run_printed(text: str, *, password: str | None = None) -> subprocess.CompletedProcess[str]:
+def run_printed(text: str, *, password: str | None = None, user: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command that a message ends with, as it stands there, in a shell."""
     command = text.strip().partition("run: mcp-session-store ")[2]
     assert command, text
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MCP_SESSION_STORE_")}
     if password is not None:
-        assert "with the password in PGPASSWORD, run: " in text
+        named = "the password in PGPASSWORD" if user is None else "the user in PGUSER and the password in PGPASSWORD"
+        assert f"with {named}, run: " in text
         environment["PGPASSWORD"] = password
+    if user is not None:
+        environment["PGUSER"] = user
     return subprocess.run(
         f"{shlex.join(COMMAND)} {command}",
         shell=True,

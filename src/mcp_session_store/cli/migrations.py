@@ -11,7 +11,7 @@ import click
 from mcp_session_store.cli.options import DURATION_OR_SECONDS, Failure, json_option, run, schema_option, url_option
 from mcp_session_store.cli.output import Column, number, plural, print_json, print_table
 from mcp_session_store.cli.target import tables_options
-from mcp_session_store.errors import SchemaBehind, SchemaMissing, StoreBusy, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, SchemaBehind, SchemaMissing, StoreBusy, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,15 +117,15 @@ def current(url: str, schema: str | None) -> None:
     "--wait",
     type=DURATION_OR_SECONDS,
     metavar="SECONDS|DURATION",
-    help="Wait as long for a database that is away, and for its schema to be migrated.",
+    help="Wait as long for a database that is away, or a file that is not there yet, and for its schema.",
 )
 @json_option
 def check(target: Target, *, rows: bool, wait: timedelta | None, as_json: bool) -> None:
     """Check that the database's schema fits this version of the package; with --rows, that its rows can be read.
 
     With --wait it suits a container that starts before the server's: it waits for what others are about to set right, a
-    database that starts and a migration that runs beside it, and fails at once where waiting would not help, as with a
-    wrong password.
+    database that starts, a SQLite file and a migration that runs beside it, and fails at once where waiting would not
+    help, as with a wrong password.
 
     Exit code 1, with what to do, when it does not, or when a row cannot be read. A session whose row cannot be read, as
     after a change by hand or in a damaged file, is answered as an unknown one, and concerns no other.
@@ -179,7 +179,9 @@ async def _check_within(seconds: float, target: Target) -> None:
             while True:
                 try:
                     return await migrate.check(target.url, schema=target.schema)
-                except (StoreUnavailable, StoreBusy, SchemaMissing, SchemaBehind) as error:
+                except (StoreUnavailable, StoreBusy, SchemaMissing, SchemaBehind, ConfigurationError) as error:
+                    if isinstance(error, ConfigurationError) and not target.is_absent():
+                        raise
                     if str(error) != str(failure):
                         click.echo(f"waiting: {error}", err=True)
                     failure = error

@@ -107,6 +107,13 @@ class Target:
 
         refuse_absent(*checked_url(self.url))
 
+    def is_absent(self) -> bool:
+        """Return whether there is no database, and a connection would create one."""
+        from mcp_session_store.sql.engine import checked_url
+
+        url, dialect = checked_url(self.url)
+        return dialect.is_absent(url)
+
     def advice(self, command: str) -> str:
         """Return the advice to run a command of this package there."""
         from mcp_session_store.sql.engine import checked_url, shown_command

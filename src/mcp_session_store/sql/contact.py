@@ -108,8 +108,9 @@ class FirstContact:
 
     async def _check(self) -> None:
         database = self._database
-        # Not where nothing will be written: a user that may only read is enough for that.
-        if self.needed and (reason := database.dialect.unusable(url_of(database.autocommit))) is not None:
+        # Where nothing will be written, a user that may only read is enough.
+        url = url_of(database.autocommit)
+        if (reason := database.dialect.unusable(url, writes=bool(self.needed))) is not None:
             raise self._misconfigured(reason)
         try:
             async with self._checking() as connection:
@@ -140,13 +141,7 @@ class FirstContact:
 
     async def _check_tables(self, connection: AsyncConnection) -> None:
         database = self._database
-        try:
-            await check_schema(connection, database.schema)
-        except SchemaMissing:
-            reason = None if database.schema is not None else await database.dialect.hidden_tables(connection)
-            if reason is None:
-                raise
-            raise self._misconfigured(reason) from None
+        await check_schema(connection, database.schema)
         # Asked for, because a server that may only read would find out with its first handshake.
         if self.needed and (missing := await database.dialect.missing_privileges(connection, self.needed)):
             grants = "; ".join(f"GRANT {grant} TO the user" for grant in missing)

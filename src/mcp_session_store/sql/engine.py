@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Final, TypeAlias
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, unquote, urlencode
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
@@ -13,10 +13,11 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.errors import ConfigurationError, StoreMisconfigured
 from mcp_session_store.settings import checked_type
 from mcp_session_store.sql.dialects import dialect_named
 from mcp_session_store.sql.shown import (
+    ReadUrl,
     engine_url,
     is_broken_by_password,
     shown_command,
@@ -82,10 +83,36 @@ def checked_url(url: str | URL) -> tuple[URL, Dialect]:
             f"the driver {driver!r} in the database URL cannot be used; write {dialect.name}+{dialect.driver}:// "
             f"or only {dialect.name}://"
         )
+    if isinstance(given, str):
+        parsed = _whole(parsed, given, dialect)
     parsed = parsed.set(drivername=f"{dialect.name}+{dialect.driver}")
     if isinstance(url, URL) and is_broken_by_password(parsed):
         raise _unencoded()
     return dialect.checked_url(parsed), dialect
+
+
+def _whole(parsed: URL, text: str, dialect: Dialect) -> URL:
+    """Return a URL with the options that are empty, which SQLAlchemy leaves out, and with its database decoded.
+
+    Args:
+        parsed: URL as SQLAlchemy reads it.
+        text: Its text.
+        dialect: Its dialect.
+
+    Raises:
+        ConfigurationError: An option has no value.
+    """
+    place, _, query = text.partition("://")[2].partition("?")
+    if without := [option for option in query.split("&") if option and "=" not in option]:
+        # Any other name may be the end of a password.
+        named = f"the option {without[0]}" if without[0] in dialect.public_options else "an option"
+        raise ConfigurationError(f"the database URL has {named} without a value; write name=value, or remove it")
+    empty = {name: "" for name, value in parse_qsl(query, keep_blank_values=True) if not value}
+    _, slash, database = place.partition("/")
+    if slash:
+        # SQLAlchemy before 2.1 does not decode it.
+        parsed = parsed.set(database=unquote(database))
+    return ReadUrl(*parsed.update_query_dict(empty, append=True))
 
 
 def _readable(text: str) -> str:
@@ -140,11 +167,14 @@ def _unencoded() -> ConfigurationError:
 
 
 def refuse_absent(url: URL, dialect: Dialect) -> None:
-    """Refuse a database that a connection would create, as that of a name that was mistyped.
+    """Refuse what cannot be a database, and a database that a connection would create, as that of a mistyped name.
 
     Raises:
+        StoreMisconfigured: There can be no database; the message says why.
         ConfigurationError: The database does not exist.
     """
+    if (reason := dialect.unusable(url, writes=False)) is not None:
+        raise StoreMisconfigured(f"the database {shown_url(url)} cannot be used: {reason}")
     if dialect.is_absent(url):
         raise ConfigurationError(
             f"there is no file {url.database!r}; to make it, {shown_command('upgrade', url, None)}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = [
+    "ReadUrl",
     "engine_url",
     "is_broken_by_password",
     "secrets_of",
@@ -32,7 +33,7 @@ _PLAIN: Final = re.compile(r"[\w.@+-]{1,63}")
 """User names that are shown. Another text may be a password that was written in the wrong place."""
 
 _DELIMITERS: Final = frozenset("@/?#:%")
-"""Characters that end a part of a URL, and that the name of a database does not hold."""
+"""Characters that end a part of a URL, and that the name of a database seldom holds."""
 
 _GIVEN_URL: Final = "mcp_session_store_url"
 """Execution option of an engine of this package: the URL that it was made from."""
@@ -47,6 +48,12 @@ _SHORTEST_SECRET: Final = 3
 """Characters of a text that is looked for in others; a shorter one would be found everywhere."""
 
 
+class ReadUrl(URL):
+    """A URL that this package has read from a text, so that the name of its database is that, whatever it holds."""
+
+    __slots__ = ()
+
+
 def is_broken_by_password(url: URL) -> bool:
     """Return whether a URL that was parsed elsewhere has parts of a password where host, database and options stand.
 
@@ -59,7 +66,7 @@ def is_broken_by_password(url: URL) -> bool:
     return (
         any("@" in host for host in (url.host or "", *hosts))
         or _OPTION.search(str(url.password or "")) is not None
-        or not _DELIMITERS.isdisjoint(url.database or "")
+        or not (isinstance(url, ReadUrl) or _DELIMITERS.isdisjoint(url.database or ""))
         or any("@" in value for name in unknown for value in (name, *_values(url, name)))
     )
 
@@ -72,14 +79,14 @@ def shown_url(url: URL) -> str:
     return _rendered(url, _shown_user(url) if _has_plain_user(url) else "***")
 
 
-def shown_options(url: URL, schema: str | None) -> str:
+def shown_options(url: URL, schema: str | None, *, with_user: bool = True) -> str:
     """Return the options with which this package's commands find a database, quoted for a shell.
 
     The URL has no password, because commands are kept in histories; see `shown_command`.
     """
     shown = f"{url.get_backend_name()}://***"
     if not is_broken_by_password(url):
-        shown = _rendered(url, _shown_user(url) if _has_plain_user(url) else None)
+        shown = _rendered(url, _shown_user(url) if with_user and _has_plain_user(url) else None)
         query = [
             (name, value)
             for name in url.query
@@ -93,7 +100,14 @@ def shown_options(url: URL, schema: str | None) -> str:
     return " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value is not None)
 
 
-def shown_command(command: str, url: URL, schema: str | None, *, namespace: str = DEFAULT_NAMESPACE) -> str:
+def shown_command(
+    command: str,
+    url: URL,
+    schema: str | None,
+    *,
+    namespace: str = DEFAULT_NAMESPACE,
+    as_another_user: bool = False,
+) -> str:
     """Return the advice to run a command of this package on a database; it ends with the command.
 
     asyncpg takes from the environment what the URL does not say.
@@ -101,12 +115,12 @@ def shown_command(command: str, url: URL, schema: str | None, *, namespace: str 
     if namespace != DEFAULT_NAMESPACE:
         command += f" --namespace {shlex.quote(namespace)}"
     missing = []
-    if not _has_plain_user(url):
+    if as_another_user or not _has_plain_user(url):
         missing.append("the user in PGUSER")
     if url.password is not None:
         missing.append("the password in PGPASSWORD")
     given = f"with {' and '.join(missing)}, " if missing else ""
-    return f"{given}run: mcp-session-store {command} {shown_options(url, schema)}"
+    return f"{given}run: mcp-session-store {command} {shown_options(url, schema, with_user=not as_another_user)}"
 
 
 def url_of(engine: AsyncEngine | sa.Engine) -> URL:
@@ -163,8 +177,8 @@ def _shown_user(url: URL) -> str | None:
 
 def _rendered(url: URL, user: str | None) -> str:
     dialect = DIALECTS[url.get_backend_name()]
-    # Rendered alone, because a host with a port would be taken for an address of IPv6.
-    database = URL.create(dialect.name, database=dialect.shown_database(url)).render_as_string().partition("://")[2]
+    name = dialect.shown_database(url)
+    database = "" if name is None else f"/{quote(name, safe=' +/,')}"
     at = "" if user is None else f"{user}@"
     return f"{dialect.name}://{at}{_shown_hosts(url)}{database}"
 

@@ -41,7 +41,12 @@ DAMAGE_OF_SQLITE = {
     "a count that is a text": ("restores", f"'{SECRET}'"),
     "a time beyond all years": ("last_seen_at", "9223372036854775807"),
 }
-REFUSED_BY_ASYNCPG = {"a time beyond all years": ("last_seen_at", "'20000-01-01'")}
+DAMAGE_OF_POSTGRES = {
+    "a time beyond all years": ("last_seen_at", "'20000-01-01'"),
+    "a time before all years": ("created_at", "'0044-03-15 BC'"),
+    "a time that never comes": ("expires_at", "'infinity'"),
+    "an expiry beyond all years": ("expires_at", "'294276-12-31'"),
+}
 
 
 async def damage(store: SqlSessionStore, key: UUID, column: str, value: str) -> None:
@@ -49,16 +54,11 @@ async def damage(store: SqlSessionStore, key: UUID, column: str, value: str) -> 
     await execute(store, f"UPDATE mcp_session SET {column} = {value} WHERE key = '{name}'")
 
 
-async def damaged_sessions(store: SqlSessionStore, *, refused: bool = False) -> dict[UUID, str]:
-    """Sessions with one damage each, by key: the column.
-
-    Args:
-        store: Their store.
-        refused: Whether there is a row among them that the driver itself does not read.
-    """
+async def damaged_sessions(store: SqlSessionStore) -> dict[UUID, str]:
+    """Sessions with one damage each, by key: the column. On Postgres the driver itself does not read some of them."""
     damaged = {}
     on_sqlite = store.database.dialect.single_writer
-    kinds = DAMAGE | (DAMAGE_OF_SQLITE if on_sqlite else REFUSED_BY_ASYNCPG if refused else {})
+    kinds = DAMAGE | (DAMAGE_OF_SQLITE if on_sqlite else DAMAGE_OF_POSTGRES)
     for column, value in kinds.values():
         key = (await store.create(new_session(principal=OWNER))).key
         await damage(store, key, column, value)
@@ -72,7 +72,7 @@ async def test_a_row_that_cannot_be_read_fails_alone_and_without_its_content(
     caplog.set_level(logging.DEBUG, "mcp_session_store")
     async with sql_store(database_url) as store:
         good = await store.create(new_session(principal=OWNER))
-        damaged = await damaged_sessions(store, refused=True)
+        damaged = await damaged_sessions(store)
         # All in one batch.
         keys = [good.key, *damaged]
         loaded = await asyncio.gather(*map(store.load, keys), return_exceptions=True)
@@ -96,7 +96,7 @@ async def test_a_row_that_cannot_be_read_fails_alone_and_without_its_content(
 async def test_the_activity_of_others_is_stored_beside_a_row_that_cannot_be_read(database_url: str) -> None:
     async with sql_store(database_url) as store:
         good = await store.create(new_session())
-        damaged = await damaged_sessions(store, refused=True)
+        damaged = await damaged_sessions(store)
         assert good.expires_at is not None
         assert await store.touch([Activity(key=key, first_age=0, last_age=0) for key in (good.key, *damaged)]) == set()
         record = await store.load(good.key)
@@ -110,7 +110,7 @@ async def test_ends_changes_and_sweeps_go_on_beside_rows_that_cannot_be_read(dat
     async with sql_store(database_url, retention=policy) as store, SqlEventLog(store) as log:
         since = (await store.changes(None)).until
         good = await store.create(new_session())
-        damaged = await damaged_sessions(store, refused=True)
+        damaged = await damaged_sessions(store)
         await log.append(good.key, [new_event(0)])
         for key in damaged:
             assert await store.end(key, reason=EndReason.OPERATOR)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.errors import SchemaError, SessionStoreError
+from mcp_session_store.errors import SchemaError, SessionStoreError, StoreMisconfigured
 from mcp_session_store.settings import InstanceSettings, checked_pool_size, checked_seconds
 from mcp_session_store.sql.admin.events import EventDirectory
 from mcp_session_store.sql.admin.reader import Reader
@@ -24,7 +24,7 @@ from mcp_session_store.sql.dialects.functions import MOMENT
 from mcp_session_store.sql.engine import checked_url, make_engine_without_pool, refuse_absent, shown_command, shown_url
 from mcp_session_store.sql.events.instances import Instances
 from mcp_session_store.sql.schema.tables import VERSION_TABLE, instances_table, make_tables, sessions_table
-from mcp_session_store.sql.schema.version import HEAD, check_revision, is_empty, read_revision
+from mcp_session_store.sql.schema.version import HEAD, advice_on, check_revision, is_empty, read_revision
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
@@ -212,16 +212,11 @@ class _Examination(Reader):
     async def look_at_schema(self) -> Finding:
         async with self.connected() as connection:
             revision = await read_revision(connection, self._schema)
-            hidden = None
-            if revision is None and self._schema is None:
-                hidden = await self.database.dialect.hidden_tables(connection)
-        values = {"revision": revision, "needed": HEAD}
-        if hidden is not None:
-            return _failed("schema", SessionStoreError(hidden), values)
-        try:
-            check_revision(revision, advice=self._advice, warn=False)
-        except SchemaError as error:
-            return _failed("schema", error, values)
+            values = {"revision": revision, "needed": HEAD}
+            try:
+                check_revision(revision, advice=await advice_on(connection, self._schema, revision), warn=False)
+            except (SchemaError, StoreMisconfigured) as error:
+                return _failed("schema", error, values)
         if revision == HEAD:
             return Finding(check="schema", found=f"at {revision}, which fits", values=values)
         return Finding(

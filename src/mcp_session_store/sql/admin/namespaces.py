@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from mcp_session_store.settings import OPERATOR_TIMEOUT
 from mcp_session_store.sql.admin.reader import Reader
 from mcp_session_store.sql.admin.session_list import readable
-from mcp_session_store.sql.dialects.functions import MOMENT, driver_value
+from mcp_session_store.sql.dialects.functions import MOMENT, Bounded, driver_value
 from mcp_session_store.sql.schema.tables import sessions_table
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class NamespaceDirectory(Reader):
                 number.filter(not_ended, sa.not_(has_expired)).label("live"),
                 number.filter(not_ended, has_expired).label("expired"),
                 number.filter(c.ended_at.is_not(None)).label("ended"),
-                sa.func.max(c.last_seen_at, type_=MOMENT).label("last_seen_at"),
+                sa.func.max(Bounded(c.last_seen_at), type_=MOMENT).label("last_seen_at"),
             )
             rows = await connection.execute(statement.group_by(c.namespace).order_by(c.namespace))
             found = [

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from mcp_session_store.settings import OPERATOR_TIMEOUT
 from mcp_session_store.sql.admin.reader import Reader
 from mcp_session_store.sql.admin.session_list import readable
-from mcp_session_store.sql.dialects.functions import driver_value
+from mcp_session_store.sql.dialects.functions import MOMENT, Bounded, driver_value
 from mcp_session_store.sql.schema.tables import instances_table, journal_table, logs_table, sessions_table
 from mcp_session_store.sql.sessions.decoding import unreadable_columns
 from mcp_session_store.store import read_params
@@ -65,11 +65,18 @@ class RowCheck(Reader):
     async def _unreadable(self, connection: AsyncConnection, table: sa.Table) -> AsyncIterator[UnreadableRow]:
         dialect = self.database.dialect
         columns = list(table.columns)
-        async with connection.stream(sa.select(*map(driver_value, columns))) as rows:
+        moments = [column for column in columns if column.type is MOMENT]
+        within = [sa.or_(column.is_(None), column == Bounded(column)) for column in moments]
+        shown = [
+            driver_value(Bounded(column).label(column.name) if column in moments else column) for column in columns
+        ]
+        async with connection.stream(sa.select(*shown, *within)) as rows:
             async for part in rows.partitions(_ROWS):
                 for values in part:
-                    row = dict(zip(table.columns.keys(), values, strict=True))
-                    unreadable = unreadable_columns(dialect, columns, values)
+                    row = dict(zip(table.columns.keys(), values, strict=False))
+                    unreadable = unreadable_columns(dialect, columns, values[: len(columns)])
+                    are_within = zip(moments, values[len(columns) :], strict=True)
+                    unreadable += [column.name for column, is_within in are_within if not is_within]
                     if (params := _params_column(row)) is not None and params not in unreadable:
                         unreadable += _unless_params(params, row[params], optional=params == "params")
                     if unreadable:

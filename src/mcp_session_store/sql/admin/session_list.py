@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.records import Principal
 from mcp_session_store.sql.admin.reader import NO_CURSOR, Position, decode_cursor, encode_cursor
-from mcp_session_store.sql.dialects.functions import EPOCH, MOMENT, driver_value
+from mcp_session_store.sql.dialects.functions import EPOCH, MOMENT, Bounded, driver_value
 from mcp_session_store.sql.sessions.decoding import is_readable_text
 
 if TYPE_CHECKING:
@@ -124,10 +124,10 @@ class SessionList:
             c.principal_digest,
             c.principal_display,
             c.instance_hint,
-            c.created_at,
-            c.last_seen_at,
-            c.expires_at,
-            c.ended_at,
+            *(
+                Bounded(moment).label(moment.name)
+                for moment in (c.created_at, c.last_seen_at, c.expires_at, c.ended_at)
+            ),
             c.end_reason,
             c.restores,
             c.revision,

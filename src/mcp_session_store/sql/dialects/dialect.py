@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.dialects.compiled import Statement, Steps
     from mcp_session_store.sql.dialects.watched_file import OpenFile, WatchedFile
 
-__all__ = ["Batch", "Dialect", "FailureKind", "LocksSeen"]
+__all__ = ["Barred", "Batch", "Dialect", "FailureKind", "LocksSeen"]
 
 _T = TypeVar("_T")
 
@@ -96,6 +96,16 @@ class LocksSeen:
     """Name of the time in which locks are kept. With its end they all vanish at once, and instances may live on."""
     locked: Mapping[str, bool]
     """Whether the lock of an instance is taken, by its name; without those of which that cannot be said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Barred:
+    """Why a user may not change a schema."""
+
+    reason: str
+    remedy: str
+    hides: bool = False
+    """Whether there may be tables that the user does not see."""
 
 
 class Dialect(ABC):
@@ -196,11 +206,27 @@ class Dialect(ABC):
         """
 
     @abstractmethod
-    def unusable(self, url: URL) -> str | None:
-        """Say why this process cannot use a database and what to do, as far as that is seen without a connection."""
+    def unusable(self, url: URL, *, writes: bool) -> str | None:
+        """Say why this process cannot use a database and what to do, as far as that is seen without a connection.
 
-    async def hidden_tables(self, connection: AsyncConnection) -> str | None:  # noqa: ARG002
-        """Say why no table is seen on a connection although there may be some, and what to do."""
+        Args:
+            url: URL of the database.
+            writes: Whether it changes the database, or may make it.
+        """
+
+    async def barred_from_upgrade(
+        self,
+        connection: AsyncConnection,  # noqa: ARG002
+        schema: str | None,  # noqa: ARG002
+        names: Collection[str],  # noqa: ARG002
+    ) -> Barred | None:
+        """Return why the connection's user may not change a schema; `None` where it may.
+
+        Args:
+            connection: A connection to the database.
+            schema: Schema with the tables; the connection's default unless given.
+            names: Names of the tables.
+        """
         return None
 
     @abstractmethod

@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.sql.type_api import TypeEngine
 
-__all__ = ["EPOCH", "MOMENT", "ONE", "After", "ArrivalClock", "ByteLength", "StoreClock", "Unindexed", "driver_value"]
+__all__ = [
+    "EPOCH",
+    "MOMENT",
+    "ONE",
+    "After",
+    "ArrivalClock",
+    "Bounded",
+    "ByteLength",
+    "StoreClock",
+    "Unindexed",
+    "driver_value",
+]
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -133,6 +144,29 @@ def _postgres_byte_length(element: ByteLength, compiler: SQLCompiler, **options:
 def _sqlite_byte_length(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
     # octet_length() needs SQLite 3.43.
     return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
+
+
+class Bounded(FunctionElement[datetime]):
+    """A stored moment; the first or the last one that Python has for an earlier or a later one, such as infinity."""
+
+    type = MOMENT
+    inherit_cache = True
+
+    def __init__(self, column: sa.Column[Any]) -> None:
+        super().__init__(column)
+
+
+@compiles(Bounded, "postgresql")
+def _postgres_bounded(element: Bounded, compiler: SQLCompiler, **options: Any) -> str:
+    column = compiler.process(element.clauses, **options)
+    # A day less, because a moment is shown in other time zones. Both functions ignore NULL.
+    first, last = "TIMESTAMPTZ '0001-01-02 00:00+00'", "TIMESTAMPTZ '9999-12-30 00:00+00'"
+    return f"CASE WHEN {column} IS NOT NULL THEN least(greatest({column}, {first}), {last}) END"
+
+
+@compiles(Bounded, "sqlite")
+def _sqlite_bounded(element: Bounded, compiler: SQLCompiler, **options: Any) -> str:
+    return str(compiler.process(element.clauses, **options))  # each value is read by itself
 
 
 class After(FunctionElement[datetime]):

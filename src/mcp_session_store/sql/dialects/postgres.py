@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from mcp_session_store.sql.dialects.advisory_locks import locks_seen, take_lock
 from mcp_session_store.sql.dialects.compiled import Statement
-from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
+from mcp_session_store.sql.dialects.dialect import Barred, Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
 from mcp_session_store.sql.dialects.postgres_failures import POOLED_STATEMENT, kind_of_failure, misconfiguration
@@ -27,7 +27,7 @@ from mcp_session_store.sql.dialects.postgres_options import (
     pool_size,
 )
 from mcp_session_store.sql.dialects.private_names import CREATOR, check_compiler, check_creator
-from mcp_session_store.sql.dialects.privileges import missing_privileges
+from mcp_session_store.sql.dialects.privileges import barred_from_upgrade, missing_privileges
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -249,14 +249,14 @@ class Postgres(Dialect):
         return misconfiguration(error)
 
     @override
-    def unusable(self, url: URL) -> str | None:
+    def unusable(self, url: URL, *, writes: bool) -> str | None:
         return None
 
     @override
-    async def hidden_tables(self, connection: AsyncConnection) -> str | None:
-        if (await connection.execute(sa.select(sa.func.current_schema()))).scalar_one() is not None:
-            return None
-        return "the user may use no schema of its search path; run: GRANT USAGE ON SCHEMA public TO the user"
+    async def barred_from_upgrade(
+        self, connection: AsyncConnection, schema: str | None, names: Collection[str]
+    ) -> Barred | None:
+        return await barred_from_upgrade(connection, schema, names)
 
     @override
     async def missing_privileges(self, connection: AsyncConnection, needed: Mapping[sa.Table, str]) -> Sequence[str]:
@@ -288,6 +288,9 @@ class Postgres(Dialect):
 
     @override
     def moments(self, values: Sequence[Any]) -> Sequence[Any]:
+        for value in values:
+            if value is not None and value.tzinfo is None:
+                raise OverflowError  # asyncpg's infinity, which cannot be compared with any other moment
         return values
 
     @override

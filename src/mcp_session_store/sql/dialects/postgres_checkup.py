@@ -16,6 +16,7 @@ from typing_extensions import override
 from mcp_session_store.sql.dialects.channel import NotificationChannel
 from mcp_session_store.sql.dialects.checkup import Checkup, Finding, Verdict
 from mcp_session_store.sql.dialects.postgres_options import BEHIND_PGBOUNCER, explained_options
+from mcp_session_store.sql.dialects.privileges import TABLES_NAMED, barred_from_upgrade
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store.sql.dialects.checkup import Connect, Look
+    from mcp_session_store.sql.dialects.dialect import Barred
 
 __all__ = ["PostgresCheckup"]
 
@@ -55,24 +57,12 @@ _CONNECTIONS: Final = sa.text(
 )
 # The tables that an unqualified name stands for, where no schema is given.
 _TABLES: Final = sa.text(
-    "SELECT c.relname AS name, pg_get_userbyid(c.relowner) AS owner, pg_has_role(c.relowner, 'USAGE') AS owned,"
+    "SELECT c.relname AS name, pg_get_userbyid(c.relowner) AS owner,"  # noqa: S608 - a constant follows
+    " pg_has_role(c.relowner, 'USAGE') AS owned,"
     " n.nspname AS schema, has_schema_privilege(n.oid, 'USAGE') AS usable,"
-    " has_schema_privilege(n.oid, 'CREATE') AS creatable,"
     " ARRAY(SELECT p FROM unnest(CAST(:privileges AS text[])) AS p WHERE has_table_privilege(c.oid, p)) AS granted"
-    " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-    " WHERE c.relname = ANY(CAST(:names AS text[])) AND c.relkind IN ('r', 'p')"
-    " AND CASE WHEN CAST(:schema AS text) IS NULL THEN pg_table_is_visible(c.oid) ELSE n.nspname = :schema END"
+    + TABLES_NAMED
 )
-
-_PLACE: Final = sa.text(
-    "SELECT quote_ident(wanted.name) AS name, n.oid IS NOT NULL AS exists,"
-    " CASE WHEN n.oid IS NULL THEN has_database_privilege(current_database(), 'CREATE')"
-    " ELSE has_schema_privilege(n.oid, 'CREATE') AND has_schema_privilege(n.oid, 'USAGE') END AS creatable,"
-    " quote_ident(current_database()) AS database"
-    " FROM (SELECT coalesce(CAST(:schema AS text), current_schema()) AS name) wanted"
-    " LEFT JOIN pg_namespace n ON n.nspname = wanted.name"
-)
-"""Where tables would be made that are not there."""
 
 
 class PostgresCheckup(Checkup):
@@ -245,10 +235,8 @@ class PostgresCheckup(Checkup):
                 parameters = {"names": list(wanted), "privileges": list(_PRIVILEGES), "schema": schema}
                 rows = (await connection.execute(_TABLES, parameters)).mappings().all()
                 role = (await connection.execute(sa.text("SELECT quote_ident(current_user)"))).scalar_one()
-                if not rows:
-                    place = (await connection.execute(_PLACE, {"schema": schema})).one()
-                    return _grants_for_upgrade(place, role)
-            return _grants([dict(row) for row in rows], wanted, role)
+                barred = await barred_from_upgrade(connection, schema, list(wanted))
+            return _grants([dict(row) for row in rows], wanted, role, barred)
 
         return look
 
@@ -256,7 +244,9 @@ class PostgresCheckup(Checkup):
 _POOLERS_PORTS: Final = (6432, 6543)
 
 
-def _grants(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Sequence[str]], role: str) -> Finding:
+def _grants(
+    rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Sequence[str]], role: str, barred: Barred | None
+) -> Finding:
     check = "grants"
     missing = {
         row["name"]: lacking
@@ -265,14 +255,13 @@ def _grants(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Sequence[str
     }
     schemas = sorted({row["schema"] for row in rows if not row["usable"]})
     owners = sorted({row["owner"] for row in rows if not row["owned"]})
-    may_upgrade = not owners and all(row["creatable"] for row in rows)
-    if may_upgrade:
-        upgrade = "the role may upgrade"
-    elif owners:
-        upgrade = f"to upgrade is up to {', '.join(owners)}, the owner of the tables"
-    else:
-        upgrade = "to upgrade needs CREATE on the schema"
-    values = {"missing": missing, "schemas_without_usage": schemas, "owners": owners, "may_upgrade": may_upgrade}
+    upgrade = "the role may upgrade" if barred is None else barred.reason
+    values = {"missing": missing, "schemas_without_usage": schemas, "owners": owners, "may_upgrade": barred is None}
+    if not rows:
+        if barred is None:
+            return Finding(check=check, found=f"there are no tables yet; {upgrade}", values=values)
+        # Nothing that a server needs can be seen.
+        return Finding(check=check, verdict=Verdict.FAIL, found=upgrade, remedy=barred.remedy, values=values)
     if not missing and not schemas:
         return Finding(check=check, found=f"all that a server needs; {upgrade}", values=values)
     of_tables = {name: lacking for name, lacking in missing.items() if len(wanted[name]) > 1}
@@ -292,25 +281,6 @@ def _grants(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Sequence[str
         remedy=f"for a server: {'; '.join(grants)}",
         values=values,
     )
-
-
-def _grants_for_upgrade(place: sa.Row[Any], role: str) -> Finding:
-    """Return what a role may do where there are no tables yet, or none that it can see."""
-    may_upgrade = place.name is not None and place.creatable
-    values: dict[str, Any] = {"missing": {}, "schemas_without_usage": [], "owners": [], "may_upgrade": may_upgrade}
-    if may_upgrade:
-        return Finding(check="grants", found="there are no tables yet; the role may upgrade", values=values)
-    if place.name is None:
-        found, wanted = "the role may use no schema of its search path", "USAGE, CREATE ON SCHEMA public"
-    elif place.exists:
-        found, wanted = (
-            f"the role may make no tables in the schema {place.name}",
-            f"USAGE, CREATE ON SCHEMA {place.name}",
-        )
-    else:
-        found, wanted = f"the role may not make the schema {place.name}", f"CREATE ON DATABASE {place.database}"
-    remedy = f"upgrade as another role, or: GRANT {wanted} TO {role}"
-    return Finding(check="grants", verdict=Verdict.FAIL, found=found, remedy=remedy, values=values)
 
 
 def _usages(schemas: Sequence[str]) -> list[str]:

@@ -106,7 +106,9 @@ def _by_state(state: str, text: str, *, is_fatal: bool) -> str | None:
         )
     if state == "42501":
         # The text names a table, a schema or a function.
-        return f"the user lacks a privilege ({text.partition(chr(10))[0]}); grant it"
+        first = text.partition("\n")[0]
+        remedy = "use the role that owns it" if first.startswith("must be owner") else "grant it"
+        return f"the user lacks a privilege ({first}); {remedy}"
     if (reason := next((reason for part, reason in _POOLER_TEXTS if part in text), None)) is not None:
         return reason
     parameter = _QUOTED.search(text)

@@ -142,6 +142,8 @@ _LEFT_OUT: Final[Mapping[str, str]] = {
 }
 """Options without which a connection is the same, by the reason."""
 
+_KNOWN: Final = _DSN | _ARGUMENTS | _OURS | _LEFT_OUT.keys() | _ADDRESS.keys()
+
 _SECRETS: Final = frozenset({"password", "sslpassword"})
 
 PUBLIC_OPTIONS: Final = (_DSN | _ARGUMENTS | _OURS | _LEFT_OUT.keys()) - _SECRETS
@@ -170,6 +172,12 @@ def checked_options(url: URL) -> URL:
     options: dict[str, Any] = {}
     for given, value in url.query.items():
         name = _SYNONYMS.get(given, given)
+        if value == "" and name in _KNOWN:
+            # As in libpq.
+            logger.info(
+                "the option %s of the database URL is left out: it is empty, which stands for its default", given
+            )
+            continue
         if not isinstance(value, str) and name not in ("host", "port"):
             raise ConfigurationError(f"the database URL has the option {given} twice; write it once")
         if name in options:
@@ -219,8 +227,7 @@ def _is_path(value: str) -> bool:
 
 
 def _check_option(given: str, name: str, value: Any, *, beside_a_secret: bool) -> None:
-    known = _DSN | _ARGUMENTS | _OURS | _LEFT_OUT.keys() | _ADDRESS.keys()
-    if name not in known:
+    if name not in _KNOWN:
         if beside_a_secret:
             # Not by its name, which may be the end of a password.
             raise ConfigurationError(

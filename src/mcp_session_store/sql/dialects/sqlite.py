@@ -228,8 +228,8 @@ class Sqlite(FileLocks):
         return misconfiguration(error, url)
 
     @override
-    def unusable(self, url: URL) -> str | None:
-        return unusable_file(url)
+    def unusable(self, url: URL, *, writes: bool) -> str | None:
+        return unusable_file(url, writes=writes)
 
     @override
     async def missing_privileges(self, connection: AsyncConnection, needed: Mapping[sa.Table, str]) -> Sequence[str]:

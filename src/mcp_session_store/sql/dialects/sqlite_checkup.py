@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from typing_extensions import override
 
 from mcp_session_store.sql.dialects.checkup import Checkup, Finding, Verdict
+from mcp_session_store.sql.dialects.sqlite_failures import unusable_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,6 +71,9 @@ class SqliteCheckup(Checkup):
     def _file(self) -> Finding:
         # Never opened here: to close any descriptor of the file drops the locks that SQLite has of this process.
         path, folder = self._path, self._path.parent
+        if (reason := unusable_file(self.url, writes=False)) is not None:
+            found, _, remedy = reason.partition("; ")
+            return Finding(check="file", verdict=Verdict.FAIL, found=found, remedy=remedy, values={"path": str(path)})
         writable = os.access(folder, os.W_OK | os.X_OK) and (not path.exists() or os.access(path, os.W_OK))
         values: dict[str, object] = {"path": str(path), "exists": path.exists(), "writable": writable}
         parts, remedies = [str(path)], []
@@ -88,10 +92,7 @@ class SqliteCheckup(Checkup):
                 remedies.append(f"chmod 600 {path}*, unless they are meant to")
         else:
             parts.append("does not exist")
-        if not folder.is_dir():
-            verdict = Verdict.FAIL
-            remedies.append(f"make the folder {folder}")
-        elif not writable:
+        if not writable:
             verdict = Verdict.FAIL
             parts.append("not writable")
             remedies.append(f"let this user write to the file and to its folder {folder}")

@@ -21,6 +21,7 @@ _KINDS: Final = {
     20: FailureKind.INVALID_VALUE,  # SQLITE_MISMATCH
 }
 _BUSY: Final = frozenset({5, 6})  # SQLITE_BUSY, SQLITE_LOCKED
+_IOERR: Final = 10
 _CANTOPEN: Final = 14
 _DENIED: Final = frozenset({3, 8, 23})  # SQLITE_PERM, SQLITE_READONLY, SQLITE_AUTH
 _MOVED: Final = 8 | 4 << 8
@@ -61,8 +62,8 @@ def misconfiguration(error: BaseException, url: URL) -> str | None:
     if code is None or code == _MOVED:
         return None
     code &= 0xFF
-    if code == _CANTOPEN:
-        # Also when the process has too many files open.
+    if code in (_CANTOPEN, _IOERR):
+        # The first also when the process has too many files open, the second when the disk is full.
         return unusable_file(url)
     if code in _DENIED:
         return unusable_file(url) or f"the file cannot be written ({error}); give this process the right to write it"
@@ -79,20 +80,31 @@ def file_of(url: URL) -> Path | None:
     return Path(os.path.abspath(name)) if name and name != ":memory:" else None
 
 
-def unusable_file(url: URL) -> str | None:
-    """Say why this process cannot use the file, and what to do; `None` where that cannot be seen from outside."""
-    if (file := file_of(url)) is None:
+def unusable_file(url: URL, *, writes: bool = True) -> str | None:
+    """Say why this process cannot use the file, and what to do; `None` where that cannot be seen from outside.
+
+    Args:
+        url: URL of the database.
+        writes: Whether it changes the file, or may make it.
+    """
+    if (named := file_of(url)) is None:
         return None
+    # A link may point to what is not there.
+    file = Path(os.path.realpath(named))
     folder = file.parent
+    if file.is_symlink():
+        return f"{str(named)!r} is a link that leads nowhere; correct the path in the URL"
     if not folder.exists():
         return f"there is no folder {str(folder)!r}; make it, or correct the path in the URL"
     if not folder.is_dir():
         return f"{str(folder)!r} is no folder; correct the path in the URL"
     if file.is_dir():
         return f"{str(file)!r} is a folder; name a file in it"
-    if file.exists() and not _is_allowed(file, os.R_OK | os.W_OK):
-        return f"this process ({_user()}) may not read and write the file {str(file)!r}; let it"
-    if not _is_allowed(folder, os.W_OK | os.X_OK):
+    if file.exists() and not file.is_file():
+        return f"{str(file)!r} is a device, a pipe or a socket, which can hold no database; name a file"
+    if file.exists() and not _is_allowed(file, os.R_OK | os.W_OK if writes else os.R_OK):
+        return f"this process ({_user()}) may not read{' and write' if writes else ''} the file {str(file)!r}; let it"
+    if writes and not _is_allowed(folder, os.W_OK | os.X_OK):
         return (
             f"this process ({_user()}) may not write in the folder {str(folder)!r}, where SQLite keeps files beside "
             "the database; let it, or name a file in another folder"

@@ -265,7 +265,7 @@ async def _connected(
         checked_schema(schema, dialect)
         engine, owned = url_or_engine, False
         autocommit = dialect.in_autocommit(engine)
-    if not existing and (reason := dialect.unusable(url_of(engine))) is not None:
+    if not existing and (reason := dialect.unusable(url_of(engine), writes=True)) is not None:
         raise StoreMisconfigured(f"the database {shown_url(url_of(engine))} cannot be used: {reason}")
     try:
         connection = await _with_room(autocommit, dialect)

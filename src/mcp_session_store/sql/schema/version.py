@@ -9,16 +9,26 @@ from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.errors import SchemaAhead, SchemaBehind, SchemaMissing
-from mcp_session_store.sql.engine import shown_command, url_of
-from mcp_session_store.sql.schema.tables import VERSION_TABLE
+from mcp_session_store.errors import SchemaAhead, SchemaBehind, SchemaMissing, StoreMisconfigured
+from mcp_session_store.sql.dialects import dialect_named
+from mcp_session_store.sql.engine import shown_command, shown_url, url_of
+from mcp_session_store.sql.schema.tables import VERSION_TABLE, make_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["HEAD", "check_again", "check_revision", "check_schema", "is_empty", "is_newer", "read_revision"]
+__all__ = [
+    "HEAD",
+    "advice_on",
+    "check_again",
+    "check_revision",
+    "check_schema",
+    "is_empty",
+    "is_newer",
+    "read_revision",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +59,11 @@ def is_newer(revision: str) -> bool:
     return found is None or (int(found[1]), int(found[2])) > (int(known[1]), int(known[2]))
 
 
+def is_older(revision: str) -> bool:
+    """Return whether a revision is older than this version of the package needs."""
+    return revision != HEAD and not is_newer(revision)
+
+
 async def is_empty(connection: AsyncConnection) -> bool:
     """Return whether a database holds no table of any program."""
     return not await connection.run_sync(lambda sync: sa.inspect(sync).get_table_names())
@@ -61,7 +76,30 @@ async def check_schema(connection: AsyncConnection, schema: str | None) -> None:
         SchemaError: The schema does not fit; the message names the command to run.
     """
     revision = await read_revision(connection, schema)
-    check_revision(revision, advice=_advice(connection, schema))
+    check_revision(revision, advice=await advice_on(connection, schema, revision))
+
+
+async def advice_on(connection: AsyncConnection, schema: str | None, revision: str | None) -> Callable[[str], str]:
+    """Return a function that returns the advice to run a command on a database, by another user where this one may not.
+
+    Args:
+        connection: A connection to the database.
+        schema: Schema with the tables.
+        revision: Revision of the database.
+
+    Raises:
+        StoreMisconfigured: There may be tables that the user does not see.
+    """
+    url = url_of(connection.engine)
+    if revision is None or is_older(revision):
+        dialect = dialect_named(connection.dialect.name)
+        barred = await dialect.barred_from_upgrade(connection, schema, [*make_tables(schema).tables, VERSION_TABLE])
+        if barred is not None and barred.hides:
+            raise StoreMisconfigured(f"the database {shown_url(url)} cannot be used: {barred.reason}; {barred.remedy}")
+        if barred is not None:
+            reason = f"{barred.reason}; {barred.remedy}"
+            return lambda command: f"{reason}: {shown_command(command, url, schema, as_another_user=True)}"
+    return functools.partial(shown_command, url=url, schema=schema)
 
 
 async def check_again(connection: AsyncConnection, schema: str | None) -> None:
@@ -72,11 +110,7 @@ async def check_again(connection: AsyncConnection, schema: str | None) -> None:
     """
     revision = await _stored_revision(connection, schema)
     if revision != HEAD:
-        check_revision(revision, advice=_advice(connection, schema), warn=False)
-
-
-def _advice(connection: AsyncConnection, schema: str | None) -> Callable[[str], str]:
-    return functools.partial(shown_command, url=url_of(connection.engine), schema=schema)
+        check_revision(revision, advice=await advice_on(connection, schema, revision), warn=False)
 
 
 def check_revision(revision: str | None, *, advice: Callable[[str], str], warn: bool = True) -> None:
