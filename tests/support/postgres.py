@@ -40,13 +40,11 @@ MAX_CONNECTIONS = 200
 _START_TIMEOUT = 60.0
 _STOP_TIMEOUT = 30.0
 _SIGNALS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
-# Without fsync only a crash of the operating system loses anything. synchronous_commit stays on: without it a
-# crash of the server, which the tests cause, would.
+# synchronous_commit stays on: without it a crash of the server, which the tests cause, would lose what was committed.
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "max_connections": str(MAX_CONNECTIONS),
-    "fsync": "off",
     "shared_buffers": "32MB",
     "log_min_messages": "warning",
 }
@@ -114,10 +112,12 @@ class PostgresServer:
 
     Args:
         binaries: The folder of `initdb` and `postgres`; by default the first that this machine has.
+        fsync: Whether commits wait for the disk. Without it only a crash of the operating system loses anything.
     """
 
-    def __init__(self, binaries: Path | None = None) -> None:
+    def __init__(self, binaries: Path | None = None, *, fsync: bool = False) -> None:
         self.port = free_port()
+        self._settings = {**_SETTINGS, "fsync": "on" if fsync else "off", "port": str(self.port)}
         self._binaries = binaries
         self._password = secrets.token_hex(8)
         self._process: subprocess.Popen[bytes] | None = None
@@ -142,6 +142,12 @@ class PostgresServer:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The process that was started, the parent of all others of the server."""
+        assert self._process is not None, "the server is not running"
+        return self._process.pid
+
     def url(self, database: str = "postgres") -> str:
         """The URL of one of its databases, for SQLAlchemy with asyncpg."""
         url = URL.create(
@@ -162,7 +168,7 @@ class PostgresServer:
         """Start it and wait until it takes connections. Nothing happens if it runs."""
         if self.running:
             return
-        settings = [f"--{name}={value}" for name, value in {**_SETTINGS, "port": str(self.port)}.items()]
+        settings = [f"--{name}={value}" for name, value in self._settings.items()]
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [self._binaries_here / "postgres", "-D", self._folder / "data", *settings],

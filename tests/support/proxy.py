@@ -1,4 +1,4 @@
-"""A plain load balancer: each HTTP request goes to the next backend, without a thought for sessions."""
+"""A plain load balancer: each HTTP request goes to the next backend, or to any, without a thought for sessions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable, Sequence
     from typing import Self
 
@@ -20,21 +21,29 @@ class RoundRobinProxy:
     """An HTTP proxy on 127.0.0.1, as an async context manager.
 
     Each request is made the last one of its connection, on both sides, so that the next one comes on a new
-    connection and goes to the next backend. What follows the head is forwarded as it comes, both ways:
+    connection and goes to another backend. What follows the head is forwarded as it comes, both ways:
     bodies of any length, and SSE streams. A backend that does not listen is passed over.
 
     Args:
         backends: Ports on 127.0.0.1.
         version: Of HTTP, that it speaks with them. With 1.0, as nginx by default, a response that is cut ends for
             the client like one that is whole.
+        dice: Picks the backend of each request; by default they have their turns.
     """
 
-    def __init__(self, backends: Sequence[int], *, version: Literal["1.0", "1.1"] = "1.1") -> None:
+    def __init__(
+        self,
+        backends: Sequence[int],
+        *,
+        version: Literal["1.0", "1.1"] = "1.1",
+        dice: random.Random | None = None,
+    ) -> None:
         self.port = free_port()
         self.served: list[int] = []
         """The backend of each request so far."""
         self._backends = list(backends)
         self._version = version.encode()
+        self._dice = dice
         self._next = 0
         self._listener: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,14 +94,18 @@ class RoundRobinProxy:
                 await self._forward(client_reader, client, backend_reader, backend)
             finally:
                 backend.transport.abort()
-        except (OSError, asyncio.IncompleteReadError):
-            # One of the two went away, which the closed connection tells the other.
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            # One of the two went away, which the closed connection tells the other; or this proxy goes, and asyncio
+            # logs the cancellation of a connection's task as an error.
             pass
         finally:
             client.close()
             self._tasks.discard(task)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        if self._dice is not None:
+            self._next = self._dice.randrange(len(self._backends))
+        # One that is down is passed over: nothing was sent.
         for _ in self._backends:
             port = self._backends[self._next % len(self._backends)]
             self._next += 1
