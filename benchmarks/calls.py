@@ -6,7 +6,7 @@
 
 The operations are those of `python -m benchmarks`, one at a time unless `--clients` says otherwise. Calls of Python
 functions and of built-in ones count alike, each time that a coroutine goes on included, as in cProfile. Those of this
-benchmark's own client do not count. The round with the fewest is printed, because work in the background, such as a
+benchmark's own client do not count. The fewest of all rounds are printed, because work in the background, such as a
 report of activity, falls into some rounds:
 
 * all: in the thread of the event loop;
@@ -136,7 +136,7 @@ async def count_calls(
     """Perform an operation in rounds of `clients` at once, and return its function calls.
 
     Returns:
-        The calls of the round with the fewest, and the mean of all rounds by function, those in threads included.
+        The fewest calls of all rounds by owner, and the mean of all rounds by function, those in threads included.
     """
     found: list[Calls] = []
     functions: Counter[str] = Counter()
@@ -158,7 +158,10 @@ async def count_calls(
                     functions[_shown(code, "  (thread)")] += calls
                 found.append(Calls({owner: counts[owner] / clients for owner in _OWNERS}, in_threads.total() / clients))
     performed = rounds * clients
-    fewest = min(found, key=lambda calls: calls.all + calls.threads)
+    fewest = Calls(
+        {owner: min(calls.by_owner[owner] for calls in found) for owner in _OWNERS},
+        min(calls.threads for calls in found),
+    )
     return fewest, {name: calls / performed for name, calls in functions.most_common()}
 
 

@@ -189,7 +189,7 @@ async def test_health_through_an_outage_and_a_password_that_changes(
         there = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
         serve = partial(serve_command, "tests.support.targets:mcpserver", "--url", there, "--end-within", "0.5")
         server = await anyio.to_thread.run_sync(serve)
-        async with httpx2.AsyncClient(base_url=server.mcp_url.removesuffix("/mcp")) as client:
+        async with httpx2.AsyncClient(base_url=server.mcp_url.removesuffix("/mcp"), verify=False) as client:
 
             async def is_now(status: int, state: str, *, strict: int) -> bool:
                 answer = await client.get("/health/ready")

@@ -153,6 +153,7 @@ async def test_a_server_whose_database_hangs_still_stops_and_its_sessions_go_on_
             assert (await whoami(client))["restores"] == 1
 
 
+@pytest.mark.timeout(400)
 async def test_connections_that_break_at_random_moments_lose_nothing_that_was_acknowledged(
     application: Application, postgres_url: str, proxied_url: str, proxy: FaultProxy
 ) -> None:
@@ -190,7 +191,7 @@ async def test_connections_that_break_at_random_moments_lose_nothing_that_was_ac
             return True
 
         async with client:
-            await until(answered, "an answer that is not to come again")
+            await until(answered, "an answer that is not to come again", within=120)
 
     async with breaking(proxy, dice), anyio.create_task_group() as group:
         for _ in range(6):

@@ -104,17 +104,17 @@ async def test_activity_is_reported_when_a_process_stops(
     assert all(later > earlier for earlier, later in zip(before, after, strict=True))
 
 
+@pytest.mark.timeout(400)
 async def test_two_hundred_sessions_are_served_from_a_memory_for_ten(application: Application, store_url: str) -> None:
     server = application.serve(store_url, "mcpserver", max_sessions=10)
     async with sessions(server.mcp_url, 200) as clients:
-        for _ in range(2):
-            for batch in range(0, 200, 5):
-                # Five at a time: with those that a restore replaces there is room for them all.
-                async with anyio.create_task_group() as group:
-                    for client in clients[batch : batch + 5]:
-                        group.start_soon(whoami, client)
+        for batch in range(0, 200, 5):
+            # Five at a time: with those that a restore replaces there is room for them all.
+            async with anyio.create_task_group() as group:
+                for client in clients[batch : batch + 5]:
+                    group.start_soon(whoami, client)
         told = [await whoami(client) for client in clients]
-        assert {one["restores"] for one in told} == {3}
+        assert {one["restores"] for one in told} == {2}
         async with RawClient(f"{server.url}/bookkeeping") as look, look.stream("GET", accept="*/*") as stream:
             held = await stream.read()
         assert held.messages[0]["_server_instances"] == 10

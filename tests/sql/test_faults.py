@@ -20,13 +20,14 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from mcp_session_store.errors import SessionStoreError, StoreClosed, StoreUnavailable
 from mcp_session_store.records import Activity, EndReason, JournalEntry
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlSessionStore, connections
+from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.dialects.private_names import call_in_thread
 from mcp_session_store.testing import new_session
 from tests.support.databases import (
     behind_proxy,
     connections_checked_out,
     expire,
+    keep_connections,
     kept_connections,
     migrated,
     settled,
@@ -196,16 +197,14 @@ async def test_a_session_that_another_had_ended_is_not_ended_by_a_retry(postgres
         assert proxy.sprung == 1
 
 
-async def test_all_connections_of_the_pool_may_break_at_once(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connections, "GROW_AFTER", 0.0)
+async def test_all_connections_of_the_pool_may_break_at_once(postgres_url: str) -> None:
     async with behind_proxy(postgres_url) as (store, proxy):
         await use_everything(store)
         sessions = [new_session() for _ in range(6)]
         await asyncio.gather(*map(store.create, sessions))
         await settled(store)
-        assert len(await kept_connections(store)) > 1
+        await keep_connections(store, 4)
+        assert len(await kept_connections(store)) >= 4
         proxy.kill_connections()
         created, load, claim, replaced, touch, end = sessions
         await asyncio.gather(

@@ -297,7 +297,7 @@ class OfficialClient:
 @asynccontextmanager
 async def official_client(url: str) -> AsyncIterator[OfficialClient]:
     """The SDK's client, connected; it ends its session at exit."""
-    async with httpx2.AsyncClient(timeout=60, trust_env=False) as http:
+    async with httpx2.AsyncClient(timeout=60, trust_env=False, verify=False) as http:
         watched = OfficialClient(streamable_http_client(url, http_client=http))
         http.event_hooks = {"request": [watched.on_request], "response": [watched.on_response]}
         async with watched.client:

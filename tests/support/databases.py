@@ -14,6 +14,7 @@ from sqlalchemy.engine import make_url
 
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql.connections import Connections
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
 from mcp_session_store.sql.schema import migrate
@@ -46,6 +47,16 @@ async def kept_connections(store: SessionStore | EventLog) -> list[Any]:
     assert isinstance(store, SqlSessionStore | SqlEventLog)
     connections = idle_connections_of(database_of(store))
     return [(await connection.get_raw_connection()).driver_connection for connection in connections]
+
+
+async def keep_connections(store: SessionStore, number: int) -> None:
+    """Have a store keep so many open connections, as after as many calls at once."""
+    assert isinstance(store, SqlSessionStore)
+    connections = database_of(store).connections
+    assert isinstance(connections, Connections)
+    taken = [await connections.take() for _ in range(number)]
+    kept = [connections.give_back(connection) for connection in taken]
+    assert all(kept)
 
 
 async def settled(*stores: SessionStore | EventLog) -> None:
