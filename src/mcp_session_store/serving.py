@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import anyio
 
 from mcp_session_store.adapter.draining import STOP_MARGIN, stopping_server
+from mcp_session_store.adapter.endpoint import mcp_route
 from mcp_session_store.adapter.guard import host_guard
-from mcp_session_store.adapter.sdk import guards_itself, is_fastmcp, mcp_route
+from mcp_session_store.adapter.sdk import guards_itself, is_fastmcp
 from mcp_session_store.app import durable_app
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql import SqlSessionStore

@@ -40,6 +40,8 @@ __all__ = [
     "background_failures",
     "begin_span",
     "created",
+    "delivered_messages",
+    "deliveries",
     "dropped_messages",
     "ended",
     "events",
@@ -57,6 +59,7 @@ __all__ = [
     "restores",
     "resumed",
     "resumptions",
+    "sent_messages",
     "session_duration",
     "statement_bytes",
     "statement_items",
@@ -267,6 +270,22 @@ refused: Final = _counter("mcp_session_store.requests.refused", "{request}", "Re
 
 # Messages of clients to copies of their sessions, on whichever instances these are
 
+sent_messages: Final = _counter(
+    "mcp_session_store.messages.sent", "{message}", "Messages of clients posted to other instances, by kind", "kind"
+)
+delivered_messages: Final = _counter(
+    "mcp_session_store.messages.delivered",
+    "{message}",
+    "Messages of clients that came from other instances and were read by a copy of their session, by kind",
+    "kind",
+)
+deliveries: Final = _histogram(
+    "mcp_session_store.message.delivery.duration",
+    "s",
+    _TIMES,
+    "Time from the post of a message to another instance until a copy of its session has read it, by kind",
+    "kind",
+)
 dropped_messages: Final = _counter(
     "mcp_session_store.messages.dropped",
     "{message}",

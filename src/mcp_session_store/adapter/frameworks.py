@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp.server.transport_security import TransportSecuritySettings
 
 from mcp_session_store.adapter import sdk
+from mcp_session_store.adapter.endpoint import mcp_endpoint
 from mcp_session_store.adapter.health import add_health, checked_health_path
 from mcp_session_store.adapter.manager import DurableSessionManager
 from mcp_session_store.adapter.starting import run_in_lifespan, say_in_one_line
@@ -67,7 +68,7 @@ def build_app(
         manager_class = _FastMCPSessionManager
     else:
         app, from_framework = _sdk_app(server, options)
-    endpoint = sdk.mcp_endpoint(app)
+    endpoint = mcp_endpoint(app)
 
     def new_manager() -> DurableSessionManager:
         manager = manager_class(lowlevel, store, **from_framework, **arguments)
@@ -100,7 +101,7 @@ _STATELESS: Final = (
 
 def _sdk_app(server: Any, options: Mapping[str, Any]) -> tuple[Starlette, dict[str, Any]]:
     app: Starlette = server.streamable_http_app(**options)
-    stock = sdk.mcp_endpoint(app).session_manager
+    stock = mcp_endpoint(app).session_manager
     # The values that the framework made of its options, defaults and all. Its default of the idle timeout is not ours.
     return app, {
         **{name: options[name] for name in _ONLY_IF_GIVEN if name in options},

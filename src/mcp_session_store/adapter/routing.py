@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
 from mcp.server.streamable_http import SESSION_ID_PATTERN
@@ -13,6 +13,7 @@ from mcp_session_store.adapter import responses
 from mcp_session_store.adapter.clock import now
 from mcp_session_store.adapter.outage import RequestWait
 from mcp_session_store.adapter.refusals import Refusals
+from mcp_session_store.adapter.relay.messages import ERROR, NOTIFICATION, RESULT
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.requests import INITIALIZE, POSTED, READ_AT_ONCE, ClientGone, Incoming, Posted
 from mcp_session_store.adapter.responses import SessionNotFound
@@ -24,13 +25,15 @@ from mcp_session_store.adapter.streams.resumption import not_resumable, serve_st
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.transport_security import TransportSecurityMiddleware
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
+    from mcp_session_store.adapter.relay.messages import ClientMessage
+    from mcp_session_store.adapter.relay.relay import Relay
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.departures import Departures
     from mcp_session_store.adapter.sessions.ending import Ender
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.restoring import Restorer
 
 __all__ = ["Router"]
+
+_T = TypeVar("_T")
 
 MAX_SESSION_ID: Final = 128
 """Characters of a session id; a longer one costs no query. The SDK's own have 32."""
@@ -59,6 +64,7 @@ class Router:
         has_event_store: Whether the SDK's transports have an event store of the user's.
         max_body: Highest number of bytes of a body.
         departures: Watches the clients that wait for JSON responses; `None` where there are none.
+        relay: Takes what is for other instances; `None`: nothing is.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Router:
         has_event_store: bool,
         max_body: int,
         departures: Departures | None,
+        relay: Relay | None = None,
     ) -> None:
         self._registry = registry
         self._opener = opener
@@ -87,6 +94,7 @@ class Router:
         self._max_body = max_body
         self._refusals = Refusals(max_body, registry.log)
         self._departures = departures
+        self._relay = relay
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: by its resident session, after a restore, or by a new session."""
@@ -108,6 +116,14 @@ class Router:
             await incoming.read(READ_AT_ONCE)
             if incoming.gone:
                 return
+            body = incoming.body
+            if (
+                (RESULT in body or ERROR in body or NOTIFICATION in body)
+                and self._relay is not None
+                and (answer := await self._relayed(self._relay, session_id, requestor, scope, incoming)) is not None
+            ):
+                await answer(scope, incoming.receive, send)
+                return
         session = self._registry.get(session_id)
         if (
             session is None
@@ -116,7 +132,7 @@ class Router:
             or method not in ("POST", "GET")
             or now() > self._changes.verified_until
         ):
-            found = await self._find(session_id, requestor, scope, incoming)
+            found = await self._find(session_id, scope, incoming, partial(self._restored, session_id, requestor, scope))
             if not isinstance(found, ResidentSession):
                 await found(scope, incoming.receive, send)
                 return
@@ -168,10 +184,36 @@ class Router:
         elif not incoming.gone:
             await responses.too_large()(scope, incoming.receive, send)
 
-    async def _find(
-        self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, incoming: Incoming
+    async def _relayed(
+        self, relay: Relay, session_id: str, requestor: AuthorizationContext | None, scope: Scope, incoming: Incoming
+    ) -> Response | None:
+        """Return the answer to a message that is for other instances; `None`: it is for a copy of this one, too."""
+        message: ClientMessage | None = None
+        if incoming.whole and (message := relay.read(incoming.body)) is None:
+            return None
+        take = partial(relay.take, message, session_id, requestor, scope, incoming)
+        return await self._find(session_id, scope, incoming, take)
+
+    async def _restored(
+        self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, waits: RequestWait
     ) -> ResidentSession | Response:
-        """Return the session of a request, pinned, or the answer that the request gets instead."""
+        """Return the session of a request, pinned, or the answer to a DELETE."""
+        if scope["method"] == "DELETE":
+            await self._ender.delete(session_id, requestor, waits)
+            return responses.session_ended(session_id)
+        return await self._restorer.restored(session_id, requestor, scope, waits)
+
+    async def _find(
+        self, session_id: str, scope: Scope, incoming: Incoming, find: Callable[[RequestWait], Awaitable[_T]]
+    ) -> _T | Response:
+        """Return what is found for a request of a session, or the answer that the request gets instead.
+
+        Args:
+            session_id: Id of the session.
+            scope: ASGI scope of the request.
+            incoming: Body of the request, as far as it was read.
+            find: Finds it, once it is known that the request may ask.
+        """
         waits = RequestWait(scope["method"], incoming)
         request = Request(scope)
         if (refusal := await self._security.validate_request(request, is_post=request.method == "POST")) is not None:
@@ -181,10 +223,7 @@ class Router:
         try:
             if len(session_id) > MAX_SESSION_ID or not SESSION_ID_PATTERN.fullmatch(session_id):
                 raise SessionNotFound("malformed")
-            if request.method == "DELETE":
-                await self._ender.delete(session_id, requestor, waits)
-                return responses.session_ended(session_id)
-            return await self._restorer.restored(session_id, requestor, scope, waits)
+            return await find(waits)
         except ClientGone:
             return responses.UNAVAILABLE.response()  # which reaches no client
         except Exception as error:

@@ -11,21 +11,20 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
 
+import anyio
 from mcp.server import streamable_http_manager
-from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
 from mcp.server.connection import Connection
 from mcp.server.lowlevel.server import Server
 from mcp.server.mcpserver import MCPServer
 from mcp.server.runner import ServerRunner
 from mcp.server.streamable_http import StreamableHTTPServerTransport
-from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.shared.dispatcher import DispatchContext
 from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
-from starlette.routing import Route
+from mcp.shared.message import SessionMessage
 from typing_extensions import get_protocol_members
 
 from mcp_session_store.adapter import responses
-from mcp_session_store.adapter.supported import SUPPORTED_SDK
 from mcp_session_store.errors import ConfigurationError, NotRunning
 
 if TYPE_CHECKING:
@@ -38,9 +37,8 @@ if TYPE_CHECKING:
     from mcp.server.context import ServerRequestContext
     from mcp.server.streamable_http import EventCallback, EventStore
     from mcp.shared._stream_protocols import ReadStream, WriteStream
-    from mcp.shared.message import SessionMessage
     from mcp_types import JSONRPCMessage, RequestId
-    from starlette.applications import Starlette
+    from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
     from typing_extensions import TypeIs
 
@@ -53,13 +51,12 @@ __all__ = [
     "ManagerTasks",
     "TransportEvents",
     "check_dispatch_context",
+    "deliver",
     "end_json_response",
     "guards_itself",
     "is_fastmcp",
     "make_kernel",
     "make_transport",
-    "mcp_endpoint",
-    "mcp_route",
     "owners_of",
     "scope_event_store",
     "serve_loop",
@@ -101,7 +98,15 @@ def _check_sdk() -> None:
     ]
     transport = StreamableHTTPServerTransport(mcp_session_id=None)
     missing += [
-        name for name in ("_mint_priming_event", "_request_streams", "close_sse_stream") if not hasattr(transport, name)
+        name
+        for name in (
+            "_message_metadata",
+            "_mint_priming_event",
+            "_read_stream_writer",
+            "_request_streams",
+            "close_sse_stream",
+        )
+        if not hasattr(transport, name)
     ]
     if missing:
         raise ImportError(f"its session manager or transport has no {', '.join(missing)}")
@@ -328,6 +333,23 @@ def end_json_response(transport: StreamableHTTPServerTransport, body: bytes) -> 
     StreamableHTTPServerTransport.close_sse_stream(transport, str(json.loads(body).get("id")))
 
 
+async def deliver(transport: StreamableHTTPServerTransport, message: JSONRPCMessage, request: Request) -> None:
+    """Give a server loop a message of its client's, which is no request; return when the loop has read it.
+
+    Args:
+        transport: Transport of the session.
+        message: The message.
+        request: Request in which its handler finds what it finds in that of any message.
+
+    Raises:
+        anyio.BrokenResourceError, anyio.ClosedResourceError: The loop has ended.
+    """
+    # As the transport itself does it, after it has answered the request that brought the message.
+    if (writer := transport._read_stream_writer) is None:
+        raise anyio.ClosedResourceError
+    await writer.send(SessionMessage(message, metadata=transport._message_metadata(request)))
+
+
 def serve_loop(
     manager: ManagerSeams, read: MessageReadStream, write: MessageWriteStream, session_id: str
 ) -> Awaitable[None]:
@@ -381,27 +403,6 @@ def guards_itself(server: object, options: Mapping[str, Any]) -> bool:
         return False
     settings = sys.modules["fastmcp"].settings
     return bool(options.get("host_origin_protection", settings.http_host_origin_protection))
-
-
-def mcp_endpoint(app: Starlette) -> StreamableHTTPASGIApp:
-    """Return the ASGI endpoint of the MCP path in an app that a framework built; it reads its manager per request."""
-    return mcp_route(app)[0]
-
-
-def mcp_route(app: Starlette) -> tuple[StreamableHTTPASGIApp, str]:
-    """Return the ASGI endpoint of the MCP path in an app that a framework built, and that path."""
-    for route in app.routes:
-        if not isinstance(route, Route):
-            continue
-        endpoint: Any = route.endpoint
-        if isinstance(endpoint, RequireAuthMiddleware):
-            endpoint = endpoint.app
-        if hasattr(endpoint, "session_manager"):
-            return cast("StreamableHTTPASGIApp", endpoint), route.path
-    raise ConfigurationError(
-        f"the app of this framework has no known MCP endpoint; mcp-session-store works with mcp{SUPPORTED_SDK} "
-        "and fastmcp>=4,<5"
-    )
 
 
 def scope_event_store(event_store: EventStore, session_id: str) -> EventStore:

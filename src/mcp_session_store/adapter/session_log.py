@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CLOSED",
     "ENDED",
+    "GONE",
     "FIELDS",
     "IDLE",
     "LOGGER",
@@ -69,6 +70,8 @@ ENDED: Final = "ended"
 NOT_RESTORED: Final = "not restored"
 """Reason of an eviction: the restore failed when all was replayed."""
 
+GONE: Final = "instance gone"
+"""Reason to drop a message: no running instance has the number that it is for."""
 UNKNOWN_QUESTION: Final = "unknown question"
 """Reason to drop an answer or progress: the copy has no open question of this id."""
 
@@ -255,6 +258,17 @@ class SessionLog:
     def dropped(self, kind: MessageKind, reason: str = UNKNOWN_QUESTION) -> None:
         """Count a message of a client that reaches no copy of its session."""
         telemetry.dropped_messages.add(1, self._with(kind=kind.value, reason=reason))
+
+    def gone(self, key: UUID, number: int) -> None:
+        """Log that messages of clients are dropped, because the instance that they are for has stopped or died.
+
+        Args:
+            key: Key of the first one's session.
+            number: Number of the instance.
+        """
+        text = "messages of the session %s are dropped: %s"
+        cause = f"the instance {number}, which asked the client, has stopped or died"
+        self.refused(key, GONE, text=text, cause=cause)
 
     def _with(self, **attributes: str) -> dict[str, str]:
         return telemetry.of(self.namespace, **attributes)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 import anyio
 
+from mcp_session_store.adapter.endpoint import mcp_endpoint
 from mcp_session_store.adapter.readiness import FINAL, VERDICT_WITHIN, not_answered
-from mcp_session_store.adapter.sdk import mcp_endpoint
 from mcp_session_store.errors import StoreBusy, StoreUnavailable
 
 if TYPE_CHECKING:

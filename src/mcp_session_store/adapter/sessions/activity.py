@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.records import SessionRecord
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.store import SessionStore
 
@@ -108,6 +109,22 @@ class ActivityReporter:
         self._unreported[key] = _Unreported(now, now)
         if self._expires_soon(session, now):
             self._report_soon(key)
+
+    def note_elsewhere(self, record: SessionRecord) -> None:
+        """Note that a session is in use now that is not in this memory, unless nothing has been asked of it yet.
+
+        Args:
+            record: Its record, as it was just loaded.
+        """
+        if record.last_seen_at <= record.created_at:
+            return
+        now = clock.now()
+        self._unreported.setdefault(record.key, _Unreported(now, now)).last = now
+        loaded_at, expires_at = record.loaded_at, record.expires_at
+        if loaded_at is None or (
+            expires_at is not None and (expires_at - loaded_at).total_seconds() < 2 * self.interval
+        ):
+            self._report_soon(record.key)
 
     def first_used(self, session: ResidentSession) -> None:
         """Note the first use of a session, which the next report extends although its request may last."""

@@ -132,6 +132,7 @@ class Registry:
         interest.holders -= 1
         if not interest.holders:
             del self._interests[interest.key]
+            interest.over.set()
 
     def interest_in(self, key: UUID) -> Interest | None:
         """Return what is heard of the session that is stored under this key, while it is being loaded or restored."""

@@ -210,6 +210,11 @@ class ResidentSession:
             self.last_contact = clock.now()
             self._rest()
 
+    def heard_elsewhere(self) -> None:
+        """Note that the client was in contact with another instance, which passed on what it sent."""
+        if self.busy:
+            self.last_contact = clock.now()
+
     @contextmanager
     def stream(self) -> Iterator[None]:
         """Count one of the HTTP requests as an open GET stream."""

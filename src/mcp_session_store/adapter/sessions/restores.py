@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.outage import SharedWait
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ __all__ = ["Interest", "Restore"]
 class Interest:
     """What is heard of a session from before the load of its record until its copy is published."""
 
-    __slots__ = ("ended", "holders", "key", "stale_since")
+    __slots__ = ("ended", "holders", "key", "over", "stale_since")
 
     def __init__(self, key: UUID) -> None:
         self.key = key
@@ -30,6 +31,8 @@ class Interest:
         """Whether the session ended."""
         self.stale_since = 0
         """Highest revision of the record that was heard of, or loaded."""
+        self.over = Latch()
+        """Nothing holds this any more."""
 
 
 class Restore(SharedWait):

@@ -1,0 +1,156 @@
+"""The inbox: messages of other instances, read from the mailbox in the background."""
+
+from __future__ import annotations
+
+import random
+from heapq import merge
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from mcp_session_store.adapter import clock
+from mcp_session_store.adapter.background import Wake
+from mcp_session_store.mailbox import MessageKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mcp_session_store.adapter.question_ids import QuestionIds
+    from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.mailbox import Mailbox, Message, MessagePage
+
+__all__ = ["Inbox"]
+
+HEARING_INTERVAL: Final = 5.0
+"""Seconds between two reads where hints of new messages arrive."""
+BUSY_INTERVAL: Final = 0.15
+"""Seconds between two reads where none arrive, while a call runs or a stream is open here."""
+IDLE_INTERVAL: Final = 1.0
+"""Seconds between two reads otherwise."""
+GATHERED: Final = 4 * 1024**2
+"""Bytes of bodies that are read before they are handed out, so that all that was posted by then is in order."""
+RECENT_SENDERS: Final = 256
+"""Number of senders of which the mailbox is told how far they were read, those heard of last."""
+KNOWN_SENDERS: Final = 100_000
+"""Number of senders of which it is remembered how far they were read."""
+
+
+class Inbox:
+    """Reads what is for this instance, and hands it out in order.
+
+    Args:
+        mailbox: The mailbox.
+        question_ids: Knows the number of this instance.
+        is_entered: Returns whether that number is stored as this instance's.
+        registry: Registry of the sessions in memory.
+        deliver: Takes each message.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        question_ids: QuestionIds,
+        is_entered: Callable[[], bool],
+        registry: Registry,
+        deliver: Callable[[Message], None],
+    ) -> None:
+        self._mailbox = mailbox
+        self._question_ids = question_ids
+        self._is_entered = is_entered
+        self._registry = registry
+        self._deliver = deliver
+        self._lock = anyio.Lock()
+        self._read_up_to: dict[int, int] = {}
+        """Highest sequence that was read of each sender, in the order in which they were last heard of.
+
+        Memory and reader die together.
+        """
+        self._recent: dict[int, int] = {}
+        """Those of them that the mailbox is told."""
+        self.failing = False
+        """Whether the mailbox did not answer the last read."""
+        self.wake: Final = Wake(gathering=0)
+        """Has the mailbox read at once."""
+
+    def asked(self) -> None:
+        """Note that a copy here asks its client, so that the answer is soon looked for."""
+        if not self._mailbox.hears:
+            self.wake.set()
+
+    async def run(self) -> None:
+        """Read, until cancelled.
+
+        Raises:
+            SessionStoreError: The mailbox did not answer.
+        """
+        while True:
+            await self.read()
+            await self.wake.wait(self._pause() * random.uniform(0.7, 1.0))  # noqa: S311 - jitter
+
+    def _pause(self) -> float:
+        if self._mailbox.hears:
+            return HEARING_INTERVAL
+        return BUSY_INTERVAL if self._registry.busy else IDLE_INTERVAL
+
+    async def read(self) -> None:
+        """Read all that has been posted to this instance, and hand it out.
+
+        Raises:
+            SessionStoreError: The mailbox did not answer.
+        """
+        async with self._lock:
+            # Not before, because another instance may have the number.
+            more = self._is_entered()
+            while more:
+                more = await self._read_some()
+
+    async def _read_some(self) -> bool:
+        """Read some pages, and hand out what is in them; return whether there may be more."""
+        arrived: dict[int, list[tuple[float, Message]]] = {}
+        size, more = 0, True
+        try:
+            while more and size < GATHERED:
+                try:
+                    page = await self._mailbox.receive(self._question_ids.number, delivered=self._recent)
+                except BaseException:
+                    self.failing = True
+                    raise
+                self.failing = False
+                more = page.more
+                size += self._take(page, arrived)
+        finally:
+            # What was read is removed by the next read. Messages of different senders go by their times, progress
+            # first, because a client may post progress to one instance and the answer after it to another.
+            for _, message in merge(*arrived.values(), key=_order):
+                self._deliver(message)
+        return more
+
+    def _take(self, page: MessagePage, arrived: dict[int, list[tuple[float, Message]]]) -> int:
+        """Take the messages of a page that were not read before, by their senders; return the bytes of their bodies."""
+        now, size = clock.now(), 0
+        for message in page.messages:
+            sender = message.sender
+            up_to = self._read_up_to.pop(sender, -1)
+            if message.sequence > up_to:
+                posted_at = now - message.age.total_seconds()
+                of_sender = arrived.setdefault(sender, [])
+                # The clock of the store may be put back, the order of one sender stays.
+                of_sender.append((max(posted_at, of_sender[-1][0]) if of_sender else posted_at, message))
+                size += len(message.body)
+                up_to = message.sequence
+            self._read_up_to[sender] = up_to
+            self._recent.pop(sender, None)
+            self._recent[sender] = up_to
+        _forget(self._read_up_to, KNOWN_SENDERS)
+        _forget(self._recent, RECENT_SENDERS)
+        return size
+
+
+def _order(item: tuple[float, Message]) -> tuple[float, bool]:
+    posted_at, message = item
+    return posted_at, message.kind is not MessageKind.PROGRESS
+
+
+def _forget(senders: dict[int, int], most: int) -> None:
+    while len(senders) > most:
+        del senders[next(iter(senders))]

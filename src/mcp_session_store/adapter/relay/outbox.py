@@ -1,0 +1,331 @@
+"""The outbox: messages of clients on their way to other instances, posted in their order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock
+from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.responses import ShuttingDown, TooManyWait
+from mcp_session_store.adapter.session_log import GONE
+from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreUnavailable
+from mcp_session_store.mailbox import MessageKind, NewMessage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from mcp_session_store.adapter.outage import Gate, RequestWait
+    from mcp_session_store.adapter.question_ids import QuestionIds
+    from mcp_session_store.adapter.session_log import SessionLog
+    from mcp_session_store.mailbox import Mailbox
+
+__all__ = ["Outbox", "Outgoing"]
+
+logger = logging.getLogger(__name__)
+
+MAX_ACCEPTED: Final = 10_000
+"""Number of messages that may be accepted and not posted, while the store is away."""
+MAX_ACCEPTED_BYTES: Final = 16 * 1024**2
+"""Bytes of their bodies."""
+WINDOW: Final = 60.0
+"""Seconds within which the messages of one session are bounded."""
+MAX_POSTED_BYTES: Final = 64 * 1024**2
+"""Bytes that the clients of one session may post within that time, because a recipient may not read them."""
+LEAST_BYTES: Final = 2048
+"""Bytes that a message counts for at least."""
+POSTED_AT_ONCE: Final = 250
+"""Most messages that are posted in one call."""
+BYTES_AT_ONCE: Final = 1024**2
+"""Bytes of their bodies, beyond which a message is posted alone."""
+MAX_REPORTED: Final = 1000
+"""Number of instances that are gone after which they are logged again."""
+RETRY_INTERVAL: Final = 0.25
+"""Seconds between two tries to post the last messages when the manager stops."""
+
+NOT_STORED: Final = "not stored"
+"""Reason to drop a message: the store does not take it."""
+STOPPED: Final = "not posted"
+"""Reason to drop a message: the instance stops, and the store is away."""
+
+
+class Outgoing:
+    """One message on its way.
+
+    Args:
+        recipient: Number of the instance that it is for; `None`: all others.
+        key: Key of its session.
+        kind: What it is.
+        body: The message as JSON text.
+    """
+
+    __slots__ = (
+        "_over",
+        "accepted",
+        "body",
+        "failure",
+        "given_up",
+        "is_over",
+        "key",
+        "kind",
+        "message",
+        "over_or_waiting",
+        "recipient",
+    )
+
+    def __init__(self, recipient: int | None, key: UUID, kind: MessageKind, body: str) -> None:
+        self.recipient = recipient
+        self.key = key
+        self.kind = kind
+        self.body = body
+        self.message: NewMessage | None = None
+        """The message as it was first given to the mailbox, and is given again."""
+        self.accepted = False
+        """Whether its client was told that it is accepted, before the mailbox has answered."""
+        self.given_up = False
+        """Whether its client was told that it is not accepted."""
+        self.is_over = False
+        """Whether the mailbox has answered."""
+        self.failure: Exception | None = None
+        """Why the mailbox did not take it."""
+        self.over_or_waiting = Latch()
+        """The mailbox has answered, or is away."""
+        self._over: Latch | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in memory, about."""
+        return len(self.body)
+
+    def end(self, failure: Exception | None = None) -> None:
+        """Note that the mailbox has answered."""
+        self.is_over = True
+        self.failure = failure
+        self.over_or_waiting.set()
+        if self._over is not None:
+            self._over.set()
+
+    async def wait(self) -> None:
+        """Wait until the mailbox has answered, which is away now."""
+        if not self.is_over:
+            if self._over is None:
+                self._over = Latch()
+            await self._over.wait()
+
+
+class Outbox:
+    """Posts messages to other instances, in the order in which they come.
+
+    A message is accepted when it is committed. While the store is away, those for sessions that are resident here are
+    accepted into memory, because clients do not repeat an answer that is refused.
+
+    Args:
+        mailbox: The mailbox.
+        question_ids: Knows the number of this instance.
+        is_entered: Returns whether that number is stored as this instance's. Until then it may be another one's.
+        gate: Where requests wait for the store.
+        log: Log of the manager.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        question_ids: QuestionIds,
+        is_entered: Callable[[], bool],
+        gate: Gate,
+        log: SessionLog,
+    ) -> None:
+        self._mailbox = mailbox
+        self._question_ids = question_ids
+        self._is_entered = is_entered
+        self._gate = gate
+        self._log = log
+        self._waiting: deque[Outgoing] = deque()
+        """Messages that the mailbox has not answered, in their order."""
+        self._accepted = 0
+        """Number of those that are accepted."""
+        self._accepted_bytes = 0
+        # From the clock, so that a number that is drawn again later goes on above.
+        self._sequence = time.time_ns() // 1000
+        self._lock = anyio.Lock()
+        self._wake = anyio.Event()
+        self._is_away = False
+        self._is_closed = False
+        self._posted: dict[UUID, int] = {}
+        """Bytes of each session's messages within this window."""
+        self._window_ends = 0.0
+        self._reported: set[int] = set()
+        """Numbers of instances that are gone, of which the log says so."""
+        self._of = {kind: telemetry.of(log.namespace, kind=kind.value) for kind in MessageKind}
+
+    async def accept(self, outgoing: Outgoing, waits: RequestWait, *, resident: bool) -> None:
+        """Post a message; return when it is accepted.
+
+        Args:
+            outgoing: The message.
+            waits: The request that brings it.
+            resident: Whether its session is resident here, so that nothing has to be asked of the store.
+
+        Raises:
+            SessionStoreError: It is not accepted.
+        """
+        if self._is_closed:
+            raise ShuttingDown
+        self._count(outgoing)
+        self._waiting.append(outgoing)
+        self._wake.set()
+        if not self._is_away:
+            await outgoing.over_or_waiting.wait()
+        if not outgoing.is_over:
+            try:
+                if resident:
+                    self._accept_unposted(outgoing)
+                    return
+                await self._gate.hold(waits, outgoing.wait)
+            except BaseException:
+                outgoing.given_up = True
+                raise
+        if outgoing.failure is not None:
+            raise outgoing.failure
+
+    def _count(self, outgoing: Outgoing) -> None:
+        """Count the messages of a session."""
+        now = clock.now()
+        if now >= self._window_ends:
+            self._posted.clear()
+            self._window_ends = now + WINDOW
+        size = max(outgoing.size, LEAST_BYTES)
+        before = self._posted.get(outgoing.key, 0)
+        if before and before + size > MAX_POSTED_BYTES:
+            raise TooManyWait("the clients of the session post too much to other instances")
+        self._posted[outgoing.key] = before + size
+
+    def _accept_unposted(self, outgoing: Outgoing) -> None:
+        if self._accepted >= MAX_ACCEPTED or self._accepted_bytes + outgoing.size > MAX_ACCEPTED_BYTES:
+            raise TooManyWait("too many messages wait to be posted to other instances")
+        self._accepted += 1
+        self._accepted_bytes += outgoing.size
+        outgoing.accepted = True
+
+    async def run(self) -> None:
+        """Post what comes, until cancelled.
+
+        Raises:
+            SessionStoreError: The store is away.
+        """
+        while True:
+            if not self._waiting:
+                self._wake = anyio.Event()
+                await self._wake.wait()
+            await self._post_all()
+
+    async def close(self) -> None:
+        """Post what is accepted, and take no more; until cancelled where the store stays away."""
+        self._is_closed = True
+        while self._waiting:
+            try:
+                await self._post_all()
+            except Exception as error:
+                report_failure("outbox", error, namespace=self._log.namespace)
+                await anyio.sleep(RETRY_INTERVAL)
+
+    def abandon(self) -> None:
+        """Count and log what was accepted and could not be posted."""
+        lost = [outgoing for outgoing in self._waiting if outgoing.accepted]
+        for outgoing in lost:
+            self._log.dropped(outgoing.kind, STOPPED)
+        if lost:
+            logger.warning("messages of clients to other instances are lost, because the store is away: %d", len(lost))
+
+    async def _post_all(self) -> None:
+        """Post what waits."""
+        async with self._lock:
+            at_once = POSTED_AT_ONCE
+            while self._waiting:
+                if not self._is_entered():
+                    self._went_away()
+                    raise StoreUnavailable("this instance is not entered in the mailbox yet")
+                if not (batch := self._batch(at_once)):
+                    break
+                try:
+                    gone = await self._mailbox.post([message for _, message in batch])
+                except Exception as error:
+                    if isinstance(error, SessionStoreError) and not isinstance(error, InvalidValue):
+                        self._went_away()
+                        raise
+                    if len(batch) > 1:
+                        # One of them is not taken.
+                        at_once = 1
+                        continue
+                    outgoing = batch[0][0]
+                    report_failure("outbox", error, key=outgoing.key, namespace=self._log.namespace)
+                    self._log.dropped(outgoing.kind, NOT_STORED)
+                    self._over(outgoing, error)
+                else:
+                    for outgoing, message in batch:
+                        if message.recipient is not None and message.recipient in gone:
+                            self._log.dropped(outgoing.kind, GONE)
+                            self._report_gone(message.recipient, outgoing.key)
+                        else:
+                            telemetry.sent_messages.add(1, self._of[outgoing.kind])
+                        self._over(outgoing)
+            self._is_away = False
+
+    def _batch(self, at_once: int) -> list[tuple[Outgoing, NewMessage]]:
+        """Return the next messages, all of one sender; they stay where they are until the mailbox has answered."""
+        while self._waiting and self._waiting[0].given_up:
+            self._waiting.popleft()
+        batch: list[tuple[Outgoing, NewMessage]] = []
+        size = 0
+        for outgoing in self._waiting:
+            if outgoing.given_up:
+                continue
+            message = outgoing.message = outgoing.message or self._new(outgoing)
+            size += outgoing.size
+            if batch and (size > BYTES_AT_ONCE or message.sender != batch[0][1].sender):
+                break
+            batch.append((outgoing, message))
+            if len(batch) == at_once:
+                break
+        return batch
+
+    def _new(self, outgoing: Outgoing) -> NewMessage:
+        self._sequence += 1
+        return NewMessage(
+            recipient=outgoing.recipient,
+            sender=self._question_ids.number,
+            sequence=self._sequence,
+            key=outgoing.key,
+            kind=outgoing.kind,
+            body=outgoing.body,
+        )
+
+    def _over(self, outgoing: Outgoing, failure: Exception | None = None) -> None:
+        if outgoing.accepted:
+            self._accepted -= 1
+            self._accepted_bytes -= outgoing.size
+        outgoing.end(failure)
+        waiting = self._waiting
+        while waiting and (waiting[0].is_over or waiting[0].given_up):
+            waiting.popleft()
+
+    def _report_gone(self, number: int, key: UUID) -> None:
+        """Log the first message for an instance that is gone. A client may make up any number."""
+        if number in self._reported:
+            return
+        if len(self._reported) >= MAX_REPORTED:
+            self._reported.clear()
+        self._reported.add(number)
+        self._log.gone(key, number)
+
+    def _went_away(self) -> None:
+        self._is_away = True
+        for outgoing in self._waiting:
+            outgoing.over_or_waiting.set()
