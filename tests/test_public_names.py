@@ -34,6 +34,7 @@ ROOT = {
     "SessionStore",
     "SessionStoreError",
     "SqlEventLog",
+    "SqlMailbox",
     "SqlSessionStore",
     "StoreMisconfigured",
     "StoreUnavailable",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.replay.marker import get_restore_marker
     from mcp_session_store.app import durable_app
     from mcp_session_store.serving import run_durable
-    from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+    from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 
 __all__ = [
     # Serve a server durably
@@ -51,6 +51,7 @@ __all__ = [
     "SqlEventLog",
     "MemoryEventLog",
     "Mailbox",
+    "SqlMailbox",
     "MemoryMailbox",
     # Retention
     "RetentionPolicy",
@@ -79,6 +80,7 @@ _IMPORTED_WHEN_USED: Final = {
     "durable_app": "app",
     "run_durable": "serving",
     "SqlEventLog": "sql",
+    "SqlMailbox": "sql",
     "SqlSessionStore": "sql",
 }
 """Modules of the names that need the SDK or SQLAlchemy, which take long to import: most commands need no SDK."""

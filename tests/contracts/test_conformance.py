@@ -20,7 +20,7 @@ from mcp_session_store.testing import (
     SessionStoreConformance,
 )
 from tests.support.internals import logs_of, rows_of
-from tests.support.sql_contracts import SqlEventLogConformance, SqlStoreConformance
+from tests.support.sql_contracts import SqlEventLogConformance, SqlMailboxConformance, SqlStoreConformance
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -115,3 +115,11 @@ class TestMailboxInMemory(MailboxConformance):
         assert isinstance(mailbox, MemoryMailbox)
         for mail in mailbox.data.mail.values():
             mail.posted_at -= by
+
+
+class TestMailboxInSql(SqlMailboxConformance):
+    """On Postgres and SQLite."""
+
+    @pytest.fixture
+    def contract_url(self, migrated_url: str) -> str:
+        return migrated_url

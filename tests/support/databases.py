@@ -13,38 +13,47 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from mcp_session_store.retention import EventSweepReport
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.connections import Connections
-from mcp_session_store.sql.dialects.functions import StoreClock
+from mcp_session_store.sql.dialects.functions import After, StoreClock
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
 from mcp_session_store.sql.schema import migrate
-from mcp_session_store.sql.schema.tables import events_table, logs_table, make_tables, sessions_table
+from mcp_session_store.sql.schema.tables import (
+    events_table,
+    instances_table,
+    logs_table,
+    make_tables,
+    messages_table,
+    sessions_table,
+)
 from tests.support.faults import FaultProxy
 from tests.support.internals import database_of, drains_of, idle_connections_of, listening_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+    from datetime import timedelta
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from mcp_session_store.event_log import EventLog
+    from mcp_session_store.mailbox import Mailbox
     from mcp_session_store.store import SessionStore
 
 
-def engine_of(store: SessionStore | EventLog) -> AsyncEngine:
-    assert isinstance(store, SqlSessionStore | SqlEventLog)
+def engine_of(store: SessionStore | EventLog | Mailbox) -> AsyncEngine:
+    assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox)
     return database_of(store).engine
 
 
-def connections_checked_out(store: SessionStore | EventLog) -> int:
-    assert isinstance(store, SqlSessionStore | SqlEventLog)
+def connections_checked_out(store: SessionStore | EventLog | Mailbox) -> int:
+    assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox)
     return database_of(store).connections.in_use
 
 
-async def kept_connections(store: SessionStore | EventLog) -> list[Any]:
+async def kept_connections(store: SessionStore | EventLog | Mailbox) -> list[Any]:
     """The driver's own connections that a store keeps, and that no call uses."""
-    assert isinstance(store, SqlSessionStore | SqlEventLog)
+    assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox)
     connections = idle_connections_of(database_of(store))
     return [(await connection.get_raw_connection()).driver_connection for connection in connections]
 
@@ -59,10 +68,10 @@ async def keep_connections(store: SessionStore, number: int) -> None:
     assert all(kept)
 
 
-async def settled(*stores: SessionStore | EventLog) -> None:
+async def settled(*stores: SessionStore | EventLog | Mailbox) -> None:
     """Wait until stores on one engine have finished their work, and check that no connection is in use."""
     for store in stores:
-        assert isinstance(store, SqlSessionStore | SqlEventLog)
+        assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox)
         # A listener that was cancelled does not wait until its connection is closed.
         leaving = [task for task in listening_of(store) if task.cancelling()]
         for task in (*drains_of(store), *leaving):
@@ -173,6 +182,21 @@ async def age_events(log: EventLog, key: UUID) -> None:
         await connection.execute(sa.update(events).where(events.c.key == key).values(created_at=long_ago))
         has_events = logs.c.oldest_at.is_not(None)
         await connection.execute(sa.update(logs).where(logs.c.key == key, has_events).values(oldest_at=long_ago))
+
+
+async def age_instance(mailbox: Mailbox, instance: str, by: timedelta) -> None:
+    """Set the last heartbeat of an instance to that long before it was."""
+    table = instances_table()
+    statement = sa.update(table).where(table.c.instance == instance)
+    async with engine_of(mailbox).begin() as connection:
+        await connection.execute(statement.values(beat_at=After(table.c.beat_at, -by.total_seconds())))
+
+
+async def age_messages(mailbox: Mailbox, by: timedelta) -> None:
+    """Set the times of all messages that wait to that long before they were."""
+    table = messages_table()
+    async with engine_of(mailbox).begin() as connection:
+        await connection.execute(sa.update(table).values(created_at=After(table.c.created_at, -by.total_seconds())))
 
 
 @asynccontextmanager

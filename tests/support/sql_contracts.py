@@ -6,20 +6,37 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE
-from mcp_session_store.testing import EventLogConformance, MakeLog, MakeStore, SessionStoreConformance
-from tests.support.databases import age_events, age_tombstone, empty, expire, settled
+from mcp_session_store.testing import (
+    EventLogConformance,
+    MailboxConformance,
+    MakeLog,
+    MakeMailbox,
+    MakeStore,
+    SessionStoreConformance,
+)
+from tests.support.databases import (
+    age_events,
+    age_instance,
+    age_messages,
+    age_tombstone,
+    empty,
+    expire,
+    settled,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from datetime import timedelta
     from uuid import UUID
 
     from mcp_session_store.event_log import EventLog
+    from mcp_session_store.mailbox import Mailbox
     from mcp_session_store.retention import EventPolicy
     from mcp_session_store.store import SessionStore
 
-__all__ = ["SqlEventLogConformance", "SqlStoreConformance"]
+__all__ = ["SqlEventLogConformance", "SqlMailboxConformance", "SqlStoreConformance"]
 
 
 class SqlStoreConformance(SessionStoreConformance):
@@ -82,3 +99,37 @@ class SqlEventLogConformance(EventLogConformance):
 
     async def age_events(self, log: EventLog, key: UUID) -> None:
         await age_events(log, key)
+
+
+class SqlMailboxConformance(MailboxConformance):
+    """Subclass it, and give the fixture `contract_url`."""
+
+    @pytest.fixture
+    def contract_url(self) -> str:
+        """The URL of a migrated database, which each test empties."""
+        raise NotImplementedError("override the fixture contract_url")
+
+    @pytest.fixture
+    async def make_mailbox(self, anyio_backend: str, contract_url: str) -> AsyncIterator[MakeMailbox]:
+        await empty(contract_url)
+        made: list[tuple[SqlSessionStore, SqlMailbox]] = []
+
+        def make(namespace: str = DEFAULT_NAMESPACE) -> tuple[SessionStore, Mailbox]:
+            store = SqlSessionStore(contract_url, namespace=namespace)
+            made.append((store, SqlMailbox(store)))
+            return made[-1]
+
+        yield make
+        for store, mailbox in made:
+            await settled(store, mailbox)
+            await mailbox.aclose()
+            await store.aclose()
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        await expire(store, key)
+
+    async def age_instance(self, mailbox: Mailbox, instance: str, by: timedelta) -> None:
+        await age_instance(mailbox, instance, by)
+
+    async def age_messages(self, mailbox: Mailbox, by: timedelta) -> None:
+        await age_messages(mailbox, by)

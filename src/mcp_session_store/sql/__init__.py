@@ -1,6 +1,7 @@
-"""Sessions and their events in SQL databases, for any asyncio program: knows SQLAlchemy and not MCP's SDK."""
+"""Sessions, their events and messages in SQL databases, for any asyncio program: knows SQLAlchemy, not MCP's SDK."""
 
 from mcp_session_store.sql.events.log import SqlEventLog
+from mcp_session_store.sql.mailbox.mailbox import SqlMailbox
 from mcp_session_store.sql.sessions.store import SqlSessionStore
 
-__all__ = ["SqlEventLog", "SqlSessionStore"]
+__all__ = ["SqlEventLog", "SqlMailbox", "SqlSessionStore"]

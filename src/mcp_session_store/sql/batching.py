@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
 
 from mcp_session_store import telemetry
 from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.database import Attempt, Database, Lease
 
-__all__ = ["Batcher"]
+__all__ = ["Batcher", "Call", "make_contact", "run_each"]
+
+Call: TypeAlias = "Callable[[Attempt], Awaitable[Any]]"
+"""Piece of work of its own, for a batcher that runs such."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -257,3 +260,13 @@ def _fail(future: asyncio.Future[_Result], error: Exception) -> None:
         copy.__cause__ = error.__cause__
         error = copy
     future.set_exception(error)
+
+
+async def make_contact(attempt: Attempt) -> None:
+    """Call that only shows that the database answers."""
+    await attempt.connection.exec_driver_sql("SELECT 1")
+
+
+async def run_each(attempt: Attempt, calls: Sequence[Call]) -> list[Any]:
+    """Run calls one after the other."""
+    return [await call(attempt) for call in calls]

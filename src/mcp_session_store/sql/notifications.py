@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.database import Attempt, Database
 
-__all__ = ["EVENT_CHANNEL", "SESSION_CHANNEL", "Listener"]
+__all__ = ["EVENT_CHANNEL", "MAIL_CHANNELS", "SESSION_CHANNEL", "Listener"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ SESSION_CHANNEL: Final = NotificationChannel("mcp_session_change")
 """Channel for the ends of sessions and for their new revisions."""
 EVENT_CHANNEL: Final = NotificationChannel("mcp_session_event")
 """Channel for the new events of sessions."""
+MAIL_CHANNELS: Final = "mcp_session_mail_"
+"""Name of the channels for new messages, each of which ends with the number of its only listener."""
 
 HEARTBEAT: Final = 20.0
 """Seconds of silence after which a statement shows whether the listening connection still works."""
@@ -82,7 +84,9 @@ class Listener:
         without_for: tuple[float, float] = WITHOUT_FOR,
     ) -> None:
         self._database = database
-        self._channel = channel
+        self.channel = channel
+        self.hears = False
+        """Whether notifications arrive now."""
         self._heartbeat = heartbeat
         self._probe_timeout = probe_timeout
         self._deaf_for = deaf_for
@@ -171,7 +175,7 @@ class Listener:
         try:
             connection = await self._connect()
             async with asyncio.timeout(self._database.timeout):
-                await self._channel.listen(connection, on_payload=receive, on_loss=lost.set)
+                await self.channel.listen(connection, on_payload=receive, on_loss=lost.set)
             if not await self._notifications_arrive(probe, arrived):
                 if lost.is_set():
                     raise self._is_lost()
@@ -180,6 +184,7 @@ class Listener:
             async with asyncio.timeout(self._database.timeout):
                 locked = holder is not None and await self._database.dialect.lock_on_connection(connection, holder.name)
             with self._holding(holder, locked), self._database.connections.calling_when_short(lost.set):
+                self.hears = True
                 on_hint(None)  # because sessions may have changed before it listened
                 while not lost.is_set():
                     try:
@@ -195,6 +200,7 @@ class Listener:
                 )
             raise self._is_lost()
         finally:
+            self.hears = False
             if connection is not None:
                 self._close(connection)
 
@@ -226,7 +232,7 @@ class Listener:
     async def _notifications_arrive(self, probe: str, arrived: asyncio.Event) -> bool:
         """Return whether a probe from another connection arrives: a pooler may accept LISTEN and forward nothing."""
         async with self._database.lease(writes=False) as lease:
-            await lease.run(lambda attempt: attempt.connection.execute(self._channel.send, {"payload": probe}))
+            await lease.run(lambda attempt: attempt.connection.execute(self.channel.send, {"payload": probe}))
         try:
             async with asyncio.timeout(self._probe_timeout):
                 await arrived.wait()
@@ -235,7 +241,7 @@ class Listener:
         return True
 
     def _keys(self, payload: str) -> list[UUID] | None:
-        if payload == self._channel.ANY:
+        if payload == self.channel.ANY:
             return None
         try:
             return [UUID(key) for key in payload.split(",")]

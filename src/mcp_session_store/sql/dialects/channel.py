@@ -44,6 +44,17 @@ class NotificationChannel:
         payload = sa.case((sa.func.count() <= self._MAX_KEYS, keys), else_=self.ANY)
         return sa.select(sa.func.pg_notify(self._name, payload).label("sent")).having(sa.func.count() > 0)
 
+    @staticmethod
+    def notify_each(prefix: str, recipient: sa.ColumnElement[int]) -> sa.Select[Any]:
+        """Return a query that notifies, with the commit, on a channel of each recipient's own, once each.
+
+        Args:
+            prefix: Name of the channels, without the recipient's number.
+            recipient: Numbers that the caller selects.
+        """
+        name = sa.literal(prefix, sa.Text) + sa.cast(recipient, sa.Text)
+        return sa.select(sa.func.pg_notify(name, sa.literal("", sa.Text)).label("sent")).group_by(recipient)
+
     def with_notification(self, change: ReturningUpdate[Any]) -> sa.Select[Any]:
         """Return a statement that makes a change, notifies of its keys with the commit, and returns its columns."""
         changed = change.cte("changed")

@@ -164,6 +164,24 @@ class Dialect(ABC):
         """Return the deletion of the rows of a table that fulfil the conditions together with a row of a batch."""
 
     @abstractmethod
+    def delete_unlocked(
+        self,
+        table: sa.Table,
+        *conditions: sa.ColumnElement[bool],
+        each: Batch | None = None,
+        limit: sa.ColumnElement[int] | None = None,
+    ) -> sa.Delete:
+        """Return the deletion of rows of a table that fulfil the conditions, and that no other transaction has locked.
+
+        Args:
+            table: Table, the only one in the conditions but for their subqueries.
+            conditions: Which rows.
+            each: Batch, in whose columns the conditions are: the rows of the table are looked up for one of the batch's
+                rows after the other.
+            limit: How many rows at most; without `each`.
+        """
+
+    @abstractmethod
     def lock_numbers(self, numbers: Batch) -> sa.Select[Any] | None:
         """Return a query that takes the locks with the numbers of a batch, in its order, until the transaction ends.
 

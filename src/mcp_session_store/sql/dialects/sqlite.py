@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import random
 import time
@@ -22,8 +21,8 @@ from typing_extensions import override
 
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects.compiled import Statement
-from mcp_session_store.sql.dialects.dialect import Batch
 from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
+from mcp_session_store.sql.dialects.json_batch import JsonBatch
 from mcp_session_store.sql.dialects.lock_files import FileLocks
 from mcp_session_store.sql.dialects.private_names import call_in_thread, check_aiosqlite, check_compiler
 from mcp_session_store.sql.dialects.sqlite_engines import in_autocommit
@@ -37,16 +36,15 @@ from mcp_session_store.sql.dialects.watched_file import check_file_behind
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Mapping, MutableMapping, Sequence
 
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-    from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.type_api import TypeEngine
 
     from mcp_session_store.sql.dialects.compiled import Rows, Steps
-    from mcp_session_store.sql.dialects.dialect import FailureKind
+    from mcp_session_store.sql.dialects.dialect import Batch, FailureKind
 
 __all__ = ["Sqlite"]
 
@@ -98,45 +96,6 @@ def _check_option(name: str, value: Any, *, is_uri: bool) -> None:
         raise ConfigurationError(f"{name}={value!r} in the database URL cannot be used; write {' or '.join(values)}")
 
 
-class _JsonBatch(Batch):
-    """One JSON text: an array with an array for each row."""
-
-    def __init__(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> None:
-        self._name = name
-        each = sa.func.json_each(sa.bindparam(name, type_=sa.Text)).table_valued("value")
-        self.rows = sa.select(
-            *(
-                sa.type_coerce(sa.func.json_extract(each.c.value, sa.literal_column(f"'$[{position}]'")), type_).label(
-                    column
-                )
-                for position, (column, type_) in enumerate(columns.items())
-            )
-        ).subquery(name)
-
-    @override
-    def in_batch(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        return column.in_(sa.select(self.rows.c[column.name]))
-
-    @override
-    def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        # With `in_batch` beside it SQLite reads the table first, and all of the batch for each row of the table.
-        condition: sa.ColumnElement[bool] = column == self.c[column.name]
-        return condition
-
-    @override
-    def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
-        return sa.select(*self.c).where(look_up(self.c).exists())
-
-    @override
-    def parameters(self, rows: Sequence[Sequence[object]]) -> dict[str, object]:
-        # SQLite's JSON functions end a text at a NUL. Postgres refuses such a text.
-        # Not escaped to ASCII, so that a lone surrogate is found here, and does not reach the database.
-        text = _encode(rows)
-        if _MAY_BE_NUL in text and any("\0" in value for row in rows for value in row if isinstance(value, str)):
-            raise ValueError("a text holds a NUL character, which cannot be stored")
-        return {self._name: text}
-
-
 def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T], *, info: MutableMapping[Any, Any]) -> _T:
     """Run steps that write in one transaction, in the thread in which the connection is used."""
     connection.execute(Sqlite.begin)
@@ -176,19 +135,6 @@ _decode: Final = partial(str, encoding="utf-8", errors="surrogateescape")
 """
 
 
-_MAY_BE_NUL: Final = "\\u0000"
-"""A NUL in JSON, and part of the JSON of a text that holds JSON with a NUL."""
-
-
-def _json_value(value: object) -> str:
-    if isinstance(value, UUID):
-        return value.hex  # as sa.Uuid stores it where there is no such type
-    raise TypeError(f"{type(value).__name__} cannot be part of a batch")
-
-
-_encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_json_value).encode
-
-
 def _sqlalchemy_dialect() -> sa.Dialect:
     dialect: Any = sqlite.aiosqlite.dialect
     made: sa.Dialect = dialect()
@@ -217,7 +163,7 @@ class Sqlite(FileLocks):
 
     @override
     def batch(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> Batch:
-        return _JsonBatch(name, columns)
+        return JsonBatch(name, columns)
 
     @override
     def failure_kind(self, error: BaseException) -> FailureKind | None:
@@ -285,6 +231,20 @@ class Sqlite(FileLocks):
         key = table.primary_key.columns
         those = sa.select(*key).where(*conditions).correlate(None)
         return sa.delete(table).where(sa.tuple_(*key).in_(those))
+
+    @override
+    def delete_unlocked(
+        self,
+        table: sa.Table,
+        *conditions: sa.ColumnElement[bool],
+        each: Batch | None = None,
+        limit: sa.ColumnElement[int] | None = None,
+    ) -> sa.Delete:
+        place = sa.literal_column(f"{table.name}.rowid", sa.BigInteger)
+        those = sa.select(place).select_from(table).where(*conditions).limit(limit)
+        if each is not None:
+            those = those.select_from(each.rows)
+        return sa.delete(table).where(place.in_(those.correlate(None)))
 
     @override
     def lock_numbers(self, numbers: Batch) -> sa.Select[Any] | None:

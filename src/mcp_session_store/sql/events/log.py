@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from mcp_session_store import telemetry
-from mcp_session_store.errors import ConfigurationError, EventTooLarge
+from mcp_session_store.errors import EventTooLarge
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, LARGE_APPEND, EventLog
 from mcp_session_store.records import check_texts, checked_size, instance_name
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT
-from mcp_session_store.sql.batching import Batcher
-from mcp_session_store.sql.database import Attempt, Database
-from mcp_session_store.sql.engine import check_place, url_of
+from mcp_session_store.sql.batching import Batcher, Call, make_contact, run_each
+from mcp_session_store.sql.engine import url_of
 from mcp_session_store.sql.events.append import Append, EventWriter
 from mcp_session_store.sql.events.instances import Instances
 from mcp_session_store.sql.events.read import EventReader, Read
@@ -27,11 +25,12 @@ from mcp_session_store.sql.events.trim import EventTrimming, logs_per_step
 from mcp_session_store.sql.failures import hide_secrets, summary_of
 from mcp_session_store.sql.notifications import EVENT_CHANNEL, Listener
 from mcp_session_store.sql.schema.tables import privileges_for_events
+from mcp_session_store.sql.sessions.beside import database_at
 from mcp_session_store.sql.sessions.store import SqlSessionStore
-from mcp_session_store.store import DEFAULT_NAMESPACE, checked_namespace
+from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
     from uuid import UUID
 
     from sqlalchemy.engine import URL
@@ -39,13 +38,13 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import EventPage, Heartbeat, NewEvent
     from mcp_session_store.retention import EventPolicy
+    from mcp_session_store.sql.database import Attempt
 
 __all__ = ["SqlEventLog"]
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_Call: TypeAlias = Callable[[Attempt], Awaitable[Any]]
 
 KEYS_SHOWN: Final = 5
 """Keys of sessions that one log record names at most."""
@@ -87,25 +86,15 @@ class SqlEventLog(EventLog):
     ) -> None:
         super().__init__(policy=policy)
         self._owned = not isinstance(where, SqlSessionStore)
-        if isinstance(where, SqlSessionStore):
-            given = {
-                "namespace": namespace != DEFAULT_NAMESPACE,
-                "schema": schema is not None,
-                "auto_upgrade": auto_upgrade,
-                "timeout": timeout != DEFAULT_TIMEOUT,
-                "pool_size": pool_size is not None,
-            }
-            if names := [name for name, is_given in given.items() if is_given]:
-                raise ConfigurationError(f"{', '.join(names)} go with a URL or an engine; a store has its own")
-            namespace, self._database = where.namespace, where.database
-        else:
-            check_place("where", where)
-            namespace = checked_namespace(namespace)
-            self._database = Database(
-                where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout, pool_size=pool_size
-            )
-        self._namespace = namespace
-        dialect, schema = self._database.dialect, self._database.schema
+        self._database, self._namespace = database_at(
+            where,
+            namespace=namespace,
+            schema=schema,
+            auto_upgrade=auto_upgrade,
+            timeout=timeout,
+            pool_size=pool_size,
+        )
+        dialect, schema, namespace = self._database.dialect, self._database.schema, self._namespace
         self._database.need(privileges_for_events(schema))
         self._writer = EventWriter(dialect, schema=schema, namespace=namespace)
         self._reader = EventReader(dialect, schema=schema, namespace=namespace)
@@ -126,17 +115,17 @@ class SqlEventLog(EventLog):
             for is_large in (False, True)
         )
         # One call at a time, so that a page has its own timeout, and its memory is released as soon as it is sent.
-        self._pages: Batcher[_Call, Any] = Batcher(self._database, _run_each, of("read"), writes=False, max_batch=1)
+        self._pages: Batcher[Call, Any] = Batcher(self._database, run_each, of("read"), writes=False, max_batch=1)
         # Not behind the pages, because all followers wait for these, and calls before they begin.
         self._heads = Batcher(self._database, self._tail.heads, of("heads"), writes=False)
-        self._reads: Batcher[_Call, Any] = Batcher(
-            self._database, _run_each, of("event_reads"), writes=False, max_batch=1
+        self._reads: Batcher[Call, Any] = Batcher(
+            self._database, run_each, of("event_reads"), writes=False, max_batch=1
         )
-        self._chores: Batcher[_Call, Any] = Batcher(
-            self._database, _run_each, of("event_chores"), writes=True, max_batch=1
+        self._chores: Batcher[Call, Any] = Batcher(
+            self._database, run_each, of("event_chores"), writes=True, max_batch=1
         )
         # Not behind the chores, because others take an instance for dead that waits there.
-        self._beats: Batcher[_Call, Any] = Batcher(self._database, _run_each, of("beat"), writes=True, max_batch=1)
+        self._beats: Batcher[Call, Any] = Batcher(self._database, run_each, of("beat"), writes=True, max_batch=1)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"
@@ -148,7 +137,7 @@ class SqlEventLog(EventLog):
     async def open(self) -> None:
         if self._owned:
             self._database.reopen()
-        await self._reads.submit(_make_contact)
+        await self._reads.submit(make_contact)
 
     async def aclose(self) -> None:
         if self._owned:
@@ -278,11 +267,3 @@ def _shown(keys: Sequence[UUID]) -> str:
     """Return the keys as text; of many only the first."""
     others = len(keys) - KEYS_SHOWN
     return ", ".join(map(str, keys[:KEYS_SHOWN])) + (f" and {others} more" if others > 0 else "")
-
-
-async def _make_contact(attempt: Attempt) -> None:
-    await attempt.connection.exec_driver_sql("SELECT 1")
-
-
-async def _run_each(attempt: Attempt, calls: Sequence[_Call]) -> list[Any]:
-    return [await call(attempt) for call in calls]

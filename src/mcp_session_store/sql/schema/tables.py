@@ -19,7 +19,9 @@ __all__ = [
     "journal_table",
     "logs_table",
     "make_tables",
+    "messages_table",
     "privileges_for_events",
+    "privileges_for_mailbox",
     "privileges_for_sessions",
     "sessions_table",
 ]
@@ -113,7 +115,7 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         # The last column, because SQLite reads all of a long text to reach the columns behind it.
         sa.Column("message", sa.Text),
     )
-    sa.Table(
+    instances = sa.Table(
         "mcp_session_instance",
         metadata,
         # Unique part of the instance's id.
@@ -123,7 +125,33 @@ def make_tables(schema: str | None = None) -> sa.MetaData:
         sa.Column("beat_at", MOMENT, nullable=False),
         # Epoch in which the instance holds its lock: of the server, or of the machine. NULL: it holds none.
         sa.Column("lock_epoch", sa.Text),
+        # NULL: the instance is sent no messages. Older versions leave this and what follows empty.
+        sa.Column("number", sa.Integer),
+        sa.Column("namespace", sa.Text),
+        sa.Column("server", sa.Text),
+        sa.Column("version", sa.Text),
+        sa.Column("residents", sa.Integer),
+        sa.Column("streams", sa.Integer),
     )
+    sa.Index("ix_mcp_session_instance_number", instances.c.number, unique=True)
+    # It leads with the recipient and not with the session's key, because an instance reads what is for all its sessions
+    # at once.
+    messages = sa.Table(
+        "mcp_session_message",
+        metadata,
+        # Numbers of instances.
+        sa.Column("recipient", sa.Integer, primary_key=True),
+        sa.Column("sender", sa.Integer, primary_key=True),
+        sa.Column("sequence", sa.BigInteger, primary_key=True),
+        sa.Column("key", sa.Uuid, nullable=False),
+        sa.Column("kind", sa.Text, nullable=False),
+        # Of the body.
+        sa.Column("bytes", sa.Integer, nullable=False),
+        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("body", sa.Text, nullable=False),
+    )
+    # For the end of a session, which removes its messages.
+    sa.Index("ix_mcp_session_message_key", messages.c.key)
     return metadata
 
 
@@ -152,19 +180,26 @@ def instances_table(schema: str | None = None) -> sa.Table:
     return _table("mcp_session_instance", schema)
 
 
+def messages_table(schema: str | None = None) -> sa.Table:
+    """Return the table of messages between instances."""
+    return _table("mcp_session_message", schema)
+
+
 _CHANGE: Final = "SELECT, INSERT, UPDATE, DELETE"
 
 
 def privileges_for_sessions(schema: str | None = None) -> Mapping[sa.Table, str]:
     """Return the privileges that a store of sessions needs.
 
-    The end of a session removes its events, whether there is an event log or not.
+    The end of a session removes its events and messages, whether there is an event log or a mailbox or not.
     """
     return {
         sessions_table(schema): _CHANGE,
         journal_table(schema): _CHANGE,
         logs_table(schema): "SELECT, DELETE",
         events_table(schema): "SELECT, DELETE",
+        # UPDATE, because rows are locked before they are removed.
+        messages_table(schema): "SELECT, UPDATE, DELETE",
     }
 
 
@@ -176,6 +211,11 @@ def privileges_for_events(schema: str | None = None) -> Mapping[sa.Table, str]:
         events_table(schema): "SELECT, INSERT, DELETE",
         instances_table(schema): _CHANGE,
     }
+
+
+def privileges_for_mailbox(schema: str | None = None) -> Mapping[sa.Table, str]:
+    """Return the privileges that a mailbox needs."""
+    return {instances_table(schema): _CHANGE, messages_table(schema): _CHANGE}
 
 
 def _table(name: str, schema: str | None) -> sa.Table:

@@ -32,7 +32,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-HEAD: Final = "1_0006_instance_locks"
+HEAD: Final = "1_0007_mailbox"
 """The newest revision; a constant, so that Alembic is imported for migrations only."""
 
 # Major version of the schema, and number of the migration. Within a major version migrations only add.

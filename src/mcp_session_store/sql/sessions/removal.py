@@ -1,4 +1,4 @@
-"""Ends of sessions, and the removal of their journals, logs and events with them."""
+"""Ends of sessions, and the removal of their journals, logs, events and messages with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from mcp_session_store.sql.dialects.functions import StoreClock, Unindexed
-from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
+from mcp_session_store.sql.schema.tables import (
+    events_table,
+    journal_table,
+    logs_table,
+    messages_table,
+    sessions_table,
+)
 from mcp_session_store.sql.sessions.records import as_number
 from mcp_session_store.sql.sessions.statements import ended, live, locked, notify
 
@@ -33,7 +39,7 @@ class End:
 
 
 class SessionRemoval:
-    """Statements that end sessions of one namespace, and remove their journals, logs and events.
+    """Statements that end sessions of one namespace, and remove their journals, logs, events and messages.
 
     Args:
         dialect: The database's dialect.
@@ -72,11 +78,21 @@ class SessionRemoval:
         self._removed = dialect.batch("removed", {"key": sa.Uuid()})
         self._remove_journals = dialect.precompiled(sa.delete(journal).where(self._removed.in_batch(journal.c.key)))
         locked_logs = sa.select(logs.c.key).where(self._removed.in_batch(logs.c.key)).order_by(logs.c.key)
-        self._remove_logs = dialect.precompiled(
+        remove_logs = (
             sa.delete(logs)
             .where(logs.c.key.in_(locked_logs.with_for_update()), self._removed.in_batch(logs.c.key))
             .returning(logs.c.key, (logs.c.sequence - logs.c.trimmed).label("kept"))
         )
+        # What another transaction has locked it removes itself. To wait for it could be a circle, because an instance
+        # removes what it has read in another order.
+        messages = messages_table(schema)
+        remove_messages = dialect.delete_unlocked(messages, self._removed.in_batch(messages.c.key))
+        self._remove_messages = None
+        if dialect.changes_in_with:
+            remove_logs = remove_logs.add_cte(remove_messages.cte("removed_messages"))
+        else:
+            self._remove_messages = dialect.precompiled(remove_messages)
+        self._remove_logs = dialect.precompiled(remove_logs)
         self._remove_events = dialect.precompiled(sa.delete(events).where(self._removed.in_batch(events.c.key)))
         self._count_events = dialect.precompiled(
             sa.select(logs.c.key, logs.c.sequence - logs.c.trimmed).where(self._removed.in_batch(logs.c.key))
@@ -114,7 +130,7 @@ class SessionRemoval:
         return {row[0] for row in ended}
 
     def remove_with_session(self, ended: Collection[tuple[Any, int]]) -> Steps[None]:
-        """Remove the journals, logs and events of sessions that have ended within the transaction that runs.
+        """Remove the journals, logs, events and messages of sessions that have ended within the transaction that runs.
 
         Args:
             ended: The driver's keys and revisions of the sessions. Only one whose revision is above 0 can have a
@@ -128,7 +144,10 @@ class SessionRemoval:
             yield self._remove_journals, self._parameters(with_journal)
         # A transaction that stores an event holds the lock of its log until the commit. So the events are removed by
         # a statement of their own: one that began before it had the locks would not see the latest events.
-        logs = yield self._remove_logs, self._parameters([key for key, _ in ended])
+        keys = self._parameters([key for key, _ in ended])
+        logs = yield self._remove_logs, keys
+        if self._remove_messages is not None:
+            yield self._remove_messages, keys
         if with_events := [key for key, kept in logs if kept]:
             yield self._remove_events, self._parameters(with_events)
 

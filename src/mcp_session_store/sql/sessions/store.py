@@ -62,7 +62,7 @@ class SqlSessionStore(SessionStore):
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
             `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is: it is
             never disposed, and no PRAGMA is set on it. Its pool says how many connections there are; at most 11 are
-            used at once, 18 with an event log, and one for hints, two with an event log, is taken out of it.
+            used at once, six more with an event log, and six with a mailbox, and each takes one for hints out of it.
             Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
             from PgBouncer 1.21 on, with its `max_prepared_statements`.
         namespace: Keeps servers that share a database apart.

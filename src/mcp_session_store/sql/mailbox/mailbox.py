@@ -1,0 +1,214 @@
+"""Messages between instances in a SQL database: the contract of `Mailbox` on Postgres and SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from mcp_session_store import telemetry
+from mcp_session_store.mailbox import (
+    INSTANCE_KEPT,
+    MESSAGE_PAGE,
+    MESSAGE_SWEEP_LIMIT,
+    Mailbox,
+    MailboxSweepReport,
+    check_messages,
+    check_presence,
+)
+from mcp_session_store.records import check_texts, instance_name
+from mcp_session_store.settings import DEFAULT_TIMEOUT
+from mcp_session_store.sql.batching import Batcher, Call, make_contact, run_each
+from mcp_session_store.sql.dialects.channel import NotificationChannel
+from mcp_session_store.sql.mailbox.instances import Instances
+from mcp_session_store.sql.mailbox.post import Post, PostStatements
+from mcp_session_store.sql.mailbox.receive import Receive, Received, ReceiveStatements
+from mcp_session_store.sql.mailbox.sweep import MessageSweep
+from mcp_session_store.sql.notifications import MAIL_CHANNELS, Listener
+from mcp_session_store.sql.schema.tables import privileges_for_mailbox
+from mcp_session_store.sql.sessions.beside import database_at
+from mcp_session_store.sql.sessions.store import SqlSessionStore
+from mcp_session_store.store import DEFAULT_NAMESPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from mcp_session_store.mailbox import MessagePage, NewMessage, Presence, RunningInstance
+    from mcp_session_store.records import Heartbeat
+    from mcp_session_store.sql.database import Attempt
+
+__all__ = ["SqlMailbox"]
+
+_T = TypeVar("_T")
+
+
+class SqlMailbox(Mailbox):
+    """Messages between instances in Postgres or SQLite, shared by any number of processes.
+
+    Messages that are posted at once share a commit. All calls share the connections of the store; on Postgres `listen`
+    takes one more.
+
+    Args:
+        where: The store of the sessions that the messages belong to, or a URL or engine of its database, as
+            `SqlSessionStore` takes them. Of a store, the database, namespace and schema are taken, and its
+            connections are used: it must stay open as long as this mailbox.
+        namespace: As for the store that the sessions are in.
+        schema: Postgres: the schema with the tables. The first of the search path unless given.
+        auto_upgrade: Run the migrations on first contact where the schema is missing or behind.
+        pool_size: As for `SqlSessionStore`, where its URL is given.
+        timeout: Seconds that a call takes at most.
+
+    Raises:
+        ConfigurationError: An argument cannot work; the message names it.
+    """
+
+    def __init__(
+        self,
+        where: SqlSessionStore | str | URL | AsyncEngine,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        schema: str | None = None,
+        auto_upgrade: bool = False,
+        timeout: float = DEFAULT_TIMEOUT,
+        pool_size: int | None = None,
+    ) -> None:
+        self._owned = not isinstance(where, SqlSessionStore)
+        self._database, self._namespace = database_at(
+            where,
+            namespace=namespace,
+            schema=schema,
+            auto_upgrade=auto_upgrade,
+            timeout=timeout,
+            pool_size=pool_size,
+        )
+        database, dialect, schema = self._database, self._database.dialect, self._database.schema
+        database.need(privileges_for_mailbox(schema))
+        self._instances = Instances(dialect, schema=schema, namespace=self._namespace)
+        self._posting = PostStatements(dialect, schema=schema, namespace=self._namespace)
+        self._reading = ReceiveStatements(dialect, schema=schema)
+        self._sweeping = MessageSweep(dialect, schema=schema)
+        self._listener = Listener(database, NotificationChannel(MAIL_CHANNELS))
+        self._removed: dict[int, dict[int, int]] = {}
+        """Highest sequences that are known to be removed, by recipient and sender."""
+        self._unknown: dict[int, dict[int, int]] = {}
+        """Highest sequences of messages that were dropped, by recipient and sender; see `Received.unknown`."""
+        of = partial(telemetry.of_operation, self._namespace)
+        # One lane for all that is posted, so that commits come in the order of the calls.
+        self._posts = Batcher(database, self._posting.post, of("post"), writes=True, weigh=attrgetter("size"))
+        # A lane for each, because on SQLite a receive that removes nothing waits for no writer.
+        self._receives: Batcher[Call, Any]
+        self._removals: Batcher[Call, Any]
+        self._receives, self._removals = (
+            Batcher(database, run_each, of("receive"), writes=writes, max_batch=1) for writes in (False, True)
+        )
+        self._looks: Batcher[Call, Any] = Batcher(database, run_each, of("instances"), writes=False, max_batch=1)
+        self._sweeps: Batcher[Call, Any] = Batcher(database, run_each, of("mailbox_sweep"), writes=True, max_batch=1)
+        # Not behind others, because an instance that waits there is taken for dead.
+        self._beats: Batcher[Call, Any] = Batcher(database, run_each, of("beat"), writes=True, max_batch=1)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"
+
+    @property
+    def namespace(self) -> str:
+        return self._namespace
+
+    @property
+    def hears(self) -> bool:
+        return self._listener.hears
+
+    async def open(self) -> None:
+        if self._owned:
+            self._database.reopen()
+        await self._looks.submit(make_contact)
+
+    async def aclose(self) -> None:
+        if self._owned:
+            self._database.close_to_calls()
+        batchers: tuple[Batcher[Any, Any], ...] = (
+            self._posts,
+            self._receives,
+            self._removals,
+            self._looks,
+            self._sweeps,
+            self._beats,
+        )
+        await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
+        if self._owned:
+            await self._database.aclose()
+
+    async def beat(self, presence: Presence) -> bool:
+        check_presence(presence)
+        held = presence.held and instance_name(presence.instance) in self._listener.held
+        return await self._do(self._beats, lambda attempt: self._instances.beat(attempt, presence, held=held))
+
+    async def retire(self, instance: str) -> None:
+        check_texts(instance=instance)
+        await self._do(self._beats, lambda attempt: self._instances.remove(attempt, instance_name(instance)))
+
+    async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
+        for name in names:
+            check_texts(instance=name)
+        if not names:
+            return {}
+        return await self._do(self._looks, lambda attempt: self._instances.last_beats(attempt, names))
+
+    async def instances(self) -> Sequence[RunningInstance]:
+        return await self._do(self._looks, self._instances.running)
+
+    async def post(self, messages: Sequence[NewMessage]) -> set[int]:
+        check_messages(messages)
+        sizes = [_bytes_of(message.body) for message in messages]
+        return await self._posts.submit(Post(messages, sizes, sum(sizes)))
+
+    async def receive(self, recipient: int, *, delivered: Mapping[int, int], limit: int = MESSAGE_PAGE) -> MessagePage:
+        removed = self._removed.setdefault(recipient, {})
+        unknown = self._unknown.setdefault(recipient, {})
+        read = {**delivered, **{sender: max(unknown[sender], delivered.get(sender, -1)) for sender in unknown}}
+        wanted = Receive(recipient, read, dict(removed), limit)
+        removes = bool(wanted.to_remove())
+        received: Received = await self._do(
+            self._removals if removes else self._receives,
+            lambda attempt: self._reading.receive(attempt, wanted, removes=removes),
+        )
+        for sender, sequence in read.items():
+            removed[sender] = max(sequence, removed.get(sender, -1))
+        unknown |= received.unknown
+        return received.page
+
+    async def listen(
+        self,
+        on_hint: Callable[[], None],
+        *,
+        instance: str,
+        number: int | None = None,
+        on_held: Callable[[], None] | None = None,
+    ) -> None:
+        """See `Mailbox.listen`.
+
+        On Postgres it takes a connection of its own, which also holds the lock of the instance; on SQLite there are no
+        hints, and a file beside the database is locked.
+        """
+        check_texts(instance=instance)
+        self._listener.channel = NotificationChannel(f"{MAIL_CHANNELS}{number or 0}")
+        await self._listener.listen(lambda _: on_hint(), instance=instance_name(instance), on_held=on_held)
+
+    async def sweep(self, *, limit: int = MESSAGE_SWEEP_LIMIT) -> MailboxSweepReport:
+        return await self._do(self._sweeps, lambda attempt: self._sweep(attempt, limit))
+
+    async def _sweep(self, attempt: Attempt, limit: int) -> MailboxSweepReport:
+        instances = await self._instances.remove_silent(attempt, INSTANCE_KEPT)
+        gone, unread = await self._sweeping.remove(attempt, limit=limit)
+        return MailboxSweepReport(instances=instances, gone=gone, unread=unread, more=limit in (gone, unread))
+
+    @staticmethod
+    async def _do(batcher: Batcher[Call, Any], call: Callable[[Attempt], Awaitable[_T]]) -> _T:
+        return cast("_T", await batcher.submit(call))
+
+
+def _bytes_of(body: str) -> int:
+    return len(body) if body.isascii() else len(body.encode())

@@ -1,0 +1,46 @@
+"""Removing messages that will not be read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from mcp_session_store.mailbox import MESSAGE_LIFETIME
+from mcp_session_store.sql.dialects.functions import After
+from mcp_session_store.sql.schema.tables import instances_table, messages_table
+
+if TYPE_CHECKING:
+    from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.dialects.dialect import Dialect
+
+__all__ = ["MessageSweep"]
+
+
+class MessageSweep:
+    """Statements that remove the messages of all namespaces that will not be read.
+
+    Args:
+        dialect: The database's dialect.
+        schema: The schema with the tables; the connection's default unless given.
+    """
+
+    def __init__(self, dialect: Dialect, *, schema: str | None) -> None:
+        messages, instances = messages_table(schema), instances_table(schema)
+        has_number = instances.c.number == messages.c.recipient
+        # Its recipient could read it for that long: it has sent a heartbeat after that, and reads before it sends one.
+        was_unread = instances.c.beat_at > After(messages.c.created_at, MESSAGE_LIFETIME.total_seconds())
+        limit = sa.bindparam("sweep_limit", type_=sa.Integer)
+        self._gone, self._unread = (
+            dialect.delete_unlocked(messages, condition, limit=limit).returning(messages.c.recipient)
+            for condition in (
+                sa.not_(sa.exists().where(has_number).correlate(messages)),
+                sa.exists().where(has_number, was_unread).correlate(messages),
+            )
+        )
+
+    async def remove(self, attempt: Attempt, *, limit: int) -> tuple[int, int]:
+        """Remove messages whose recipient is gone, and then those that it has not read; return how many of each."""
+        gone = len((await attempt.connection.execute(self._gone, {"sweep_limit": limit})).all())
+        unread = len((await attempt.connection.execute(self._unread, {"sweep_limit": limit})).all())
+        return gone, unread
