@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 import anyio
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from datetime import datetime
     from types import TracebackType
     from typing import Self
-    from uuid import UUID
 
     from mcp_session_store.records import (
         Activity,
@@ -39,6 +39,7 @@ __all__ = [
     "Absence",
     "SessionStore",
     "Store",
+    "check_keys",
     "checked_namespace",
     "read_params",
 ]
@@ -63,6 +64,20 @@ class Absence(StrEnum):
     """There is no record; or the store does not say why."""
     ENDED = "ended"
     EXPIRED = "expired"
+
+
+def check_keys(*keys: object) -> None:
+    """Refuse keys of sessions that are none.
+
+    Raises:
+        ConfigurationError: A key is no UUID; the message does not quote it, because it may be a session id.
+    """
+    for key in keys:
+        if not isinstance(key, UUID):
+            raise ConfigurationError(
+                f"the key of a session must be a UUID, as session_key() makes it of a session id, not a "
+                f"{type(key).__name__}"
+            )
 
 
 def checked_namespace(namespace: str) -> str:
@@ -160,7 +175,8 @@ class SessionStore(Store):
     * Values: `InvalidValue` when a text to be stored holds a NUL or a lone surrogate (`check_texts` of
       `mcp_session_store.records` finds them), or when the store refuses a value for a reason of its own, such as its
       length. Nothing of that call is stored, and no other call is affected. `create`, `claim`, `replace_initialize`,
-      `write_journal` and `touch` raise it.
+      `write_journal` and `touch` raise it. A key that is no UUID is a `ConfigurationError` of every method
+      (`check_keys`), and disturbs no other call.
     * Event loop: all calls of one store are made in the same loop.
 
     Args:

@@ -6,7 +6,9 @@ import asyncio
 import os
 import re
 import socket
+import socketserver
 import stat
+import threading
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -285,6 +287,42 @@ def test_scram_over_tls_works_as_the_url_asks_for_and_says_what_is_wrong(
 def test_a_server_without_tls_is_told_from_one_that_is_away(invoke: InvokeFunction, postgres_url: str) -> None:
     url = make_url(postgres_url).update_query_dict({"sslmode": "require"}).render_as_string(hide_password=False)
     assert_start_fails(invoke, url, "speaks no TLS, which sslmode in the URL asks for; turn it on there")
+
+
+STRANGERS: dict[str, tuple[bytes, bytes, str]] = {
+    "HTTP": (b"", b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n", "it speaks HTTP"),
+    "MySQL": (b"J\0\0\0\n8.0.35\0\x08\0\0\0abcdefgh\0\xff\xf7", b"", "it speaks the protocol of MySQL"),
+    "MySQL that refuses": (b"E\0\0\0\xff\x6a\x04Host is not allowed", b"", "it speaks the protocol of MySQL"),
+    "Redis": (b"", b"-ERR Protocol error: invalid bulk length\r\n", "it answers like Redis"),
+    "SSH": (b"SSH-2.0-OpenSSH_9.2\r\n", b"", "it speaks SSH"),
+    "mail": (b"220 mx ESMTP\r\n", b"", "it speaks SMTP or FTP"),
+    "TLS": (b"", b"\x15\x03\x01\x00\x02\x02\x46", "it expects TLS from the first byte on; write sslnegotiation=direct"),
+    "another": (b"", b"\0\0hello\0", "it speaks another protocol"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_a_server_that_is_no_postgres_is_told_what_it_is(invoke: InvokeFunction, kind: str) -> None:
+    greeting, answer, expected = STRANGERS[kind]
+
+    class Stranger(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(greeting)
+            if self.request.recv(64):
+                self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Stranger) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            url = f"postgresql://app:{SECRET}@127.0.0.1:{server.server_address[1]}/d"
+            assert_start_fails(invoke, url, f"what answers there is no Postgres server: {expected}.*correct the host")
+            required = invoke("check", "--wait", "60", "--url", f"{url}?sslmode=require")
+            assert required.exit_code == 1
+            assert f"no Postgres server: {expected}" in required.stderr
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize("option", ["sslrootcert", "sslcert", "sslkey"])

@@ -19,7 +19,15 @@ from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.failures import failure_kind, summary_of
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
-from tests.support.databases import connections_checked_out, execute, kept_connections, migrated, settled, sql_store
+from tests.support.databases import (
+    connections_checked_out,
+    engine_of,
+    execute,
+    kept_connections,
+    migrated,
+    settled,
+    sql_store,
+)
 from tests.support.internals import listen_anew, waits_of
 from tests.support.roles import limited
 
@@ -177,6 +185,25 @@ async def test_a_connection_listens_only_where_there_is_room_for_another_after_i
         await execute(postgres_url, f"ALTER ROLE {make_url(url).username} CONNECTION LIMIT 3")
         await asyncio.wait_for(heard.wait(), 20)
         listening.cancel()
+
+
+async def test_a_connection_that_broke_on_its_way_to_a_cancelled_call_goes_to_no_other(database_url: str) -> None:
+    await migrated(database_url)
+    async with SqlSessionStore(database_url) as store:
+        pool = connections.Connections(engine_of(store), store.database.dialect, most=1)
+        first = await pool.take()
+        waiting = asyncio.create_task(pool.take())
+        await asyncio.sleep(0)
+        assert pool.give_back(first)
+        assert pool.note_break() == []
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        async with asyncio.timeout(20):
+            second = await pool.take()
+        assert second is not first
+        assert first.closed
+        await pool.close(second, broken=False)
+        await pool.aclose(timeout=5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shlex
 import ssl
 import uuid
@@ -489,3 +490,26 @@ def test_a_store_that_is_used_in_a_second_event_loop_says_so(sqlite_url: str) ->
         second.run(store.open())
         assert second.run(store.load(uuid.uuid4())) is None
         second.run(store.aclose())
+
+
+# Of connections whose event loop has ended nothing can be asked any more, not even to close.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_store_is_closed_in_another_event_loop_when_the_first_has_ended(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asyncio.run(migrate.upgrade(database_url))
+    for place in (database_url, create_async_engine(database_url)):
+        store = SqlSessionStore(place)
+
+        async def use(store: SqlSessionStore = store) -> None:
+            await store.open()
+            session = await store.create(new_session())
+            assert None not in await asyncio.gather(*(store.load(session.key) for _ in range(20)))
+
+        asyncio.run(use())
+        asyncio.run(store.aclose())
+        if isinstance(place, str):
+            asyncio.run(use())
+            asyncio.run(store.aclose())
+    gc.collect()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

@@ -91,7 +91,7 @@ async def migrated(url: str, *, schema: str | None = None) -> None:
         url: The database.
         schema: Postgres: the schema for the tables.
     """
-    target = make_url(url)
+    target, _ = checked_url(url)
     script = _script(target.get_backend_name(), schema)
     try:
         if target.query or target.database is None:

@@ -22,6 +22,7 @@ from mcp_session_store.records import (
 )
 from mcp_session_store.retention import EventPolicy, EventSweepReport
 from mcp_session_store.settings import checked_type
+from mcp_session_store.store import check_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -59,6 +60,7 @@ class MemoryEventLog(EventLog):
         return self._data.log(key, namespace=self.namespace)
 
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
+        check_keys(key)
         if max(max(event.position, event.previous) for event in events) > MAX_POSITION:
             raise InvalidValue(f"position is above {MAX_POSITION}, and cannot be stored")
         if sum(map(checked_size, events)) > self.policy.max_bytes_per_session:
@@ -98,6 +100,7 @@ class MemoryEventLog(EventLog):
                 del log.events[0], sizes[0]
 
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
+        check_keys(key)
         check_texts(stream=stream)
         if (log := self._log(key)) is None:
             return None
@@ -105,6 +108,7 @@ class MemoryEventLog(EventLog):
         return EventPage(events=events[:limit], more=len(events) > limit, first=log.first, last=log.last)
 
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        check_keys(*keys)
         return {key: log.last for key in keys if (log := self._log(key)) is not None}
 
     async def listen(

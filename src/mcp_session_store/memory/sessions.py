@@ -28,6 +28,7 @@ from mcp_session_store.store import (
     SWEEP_LIMIT,
     Absence,
     SessionStore,
+    check_keys,
     checked_namespace,
 )
 
@@ -90,6 +91,7 @@ class MemorySessionStore(SessionStore):
             on_hint([row.record.key])
 
     async def create(self, session: NewSession) -> SessionRecord:
+        check_keys(session.key)
         check_session(session)
         now = self._data.now()
         if (row := self._data.rows.get(session.key)) is not None:
@@ -163,6 +165,7 @@ class MemorySessionStore(SessionStore):
         return None if isinstance(found, Absence) else found
 
     async def find(self, key: UUID) -> SessionRecord | Absence:
+        check_keys(key)
         row = self._live(key)
         if row is not None:
             return replace(row.record, loaded_at=self._data.now())
@@ -172,6 +175,7 @@ class MemorySessionStore(SessionStore):
         return Absence.EXPIRED if row.ended in (None, EndReason.EXPIRED) else Absence.ENDED
 
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
+        check_keys(key)
         check_texts(instance=instance)
         row = self._live(key)
         if row is None:
@@ -191,6 +195,7 @@ class MemorySessionStore(SessionStore):
         client_name: str,
         client_version: str,
     ) -> bool:
+        check_keys(key)
         check_texts(
             initialize_params=initialize_params,
             protocol_version=protocol_version,
@@ -212,6 +217,7 @@ class MemorySessionStore(SessionStore):
         return True
 
     async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
+        check_keys(key)
         check_texts(method=method, subject=subject, params=params or "")
         row = self._live(key)
         if row is None:
@@ -227,12 +233,14 @@ class MemorySessionStore(SessionStore):
         return row.record.revision
 
     async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
+        check_keys(key)
         row = self._live(key)
         return [] if row is None else list(row.journal.values())
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         now = self._data.now()
         not_live: set[UUID] = set()
+        check_keys(*(activity.key for activity in activities))
         for activity in activities:
             check_texts(claimed_by=activity.claimed_by or "")
         for key, activity in merged_activities(activities).items():
@@ -248,6 +256,8 @@ class MemorySessionStore(SessionStore):
         return not_live
 
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
+        check_keys(key)
+        checked_type("reason", reason, EndReason, "an EndReason")
         row = self._live(key)
         if row is None:
             return False

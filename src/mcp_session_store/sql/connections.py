@@ -35,7 +35,28 @@ NEEDED_FOR: Final = 10.0
 """Seconds after which connections that were not used at once any more are closed, all but one."""
 
 
-class Connections:
+class _WithRoom:
+    """What is known of the room for connections, whichever pool they come from."""
+
+    def __init__(self, engine: AsyncEngine, dialect: Dialect) -> None:
+        self._engine = engine
+        self._room = Room(dialect, url_of(engine))
+
+    @property
+    def are_short(self) -> bool:
+        """Whether the database has refused a connection for want of room a short time ago."""
+        return self._room.is_short
+
+    def refusal(self, *, within: float) -> str | None:
+        """Return the reason for which the database refused a connection, if it did so in the last seconds."""
+        return self._room.refusal(within=within)
+
+    def calling_when_short(self, callback: Callable[[], None]) -> AbstractContextManager[None]:
+        """Return a context in which a callback is called when the database refuses a connection for want of room."""
+        return self._room.calling(callback)
+
+
+class Connections(_WithRoom):
     """The connections of one process for its queries.
 
     A call that finds none free waits for the first that comes free, in line with others. One more is opened when that
@@ -49,15 +70,15 @@ class Connections:
     """
 
     def __init__(self, engine: AsyncEngine, dialect: Dialect, *, most: int) -> None:
-        self._engine = engine
+        super().__init__(engine, dialect)
         self._most = most
-        self._room = Room(dialect, url_of(engine))
         self._opened: dict[AsyncConnection, float] = {}
         """When each was opened: those in use, idle, or being closed."""
         self._closing = 0
         self._idle: list[AsyncConnection] = []
         self._waiting: deque[asyncio.Future[AsyncConnection]] = deque()
         self._opening: asyncio.Task[None] | None = None
+        self._dropping: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._broken_at = -math.inf
         self._peak = self._peak_before = 0
@@ -78,15 +99,6 @@ class Connections:
     def wanted(self) -> bool:
         """Whether calls wait for one, so that a call that can do so gives its own back."""
         return bool(self._waiting)
-
-    @property
-    def are_short(self) -> bool:
-        """Whether the database has refused one for want of room a short time ago."""
-        return self._room.is_short
-
-    def refusal(self, *, within: float) -> str | None:
-        """Return the reason for which the database refused a connection, if it did so in the last seconds."""
-        return self._room.refusal(within=within)
 
     async def take(self) -> AsyncConnection:
         """Return a connection, to be given back by `give_back` or `close`.
@@ -144,10 +156,6 @@ class Connections:
         """Close a connection of `connect_beside`."""
         await _close(connection, broken=True)
 
-    def calling_when_short(self, callback: Callable[[], None]) -> AbstractContextManager[None]:
-        """Return a context in which a callback is called when the database refuses a connection for want of room."""
-        return self._room.calling(callback)
-
     async def aclose(self, *, timeout: float) -> None:
         """Close the connections that are idle. All calls must have ended."""
         if self._timer is not None:
@@ -168,6 +176,22 @@ class Connections:
                 task.cancel()
             if silent:
                 await asyncio.wait(silent, timeout=0.1)
+        self._forget()
+
+    def abandon(self) -> None:
+        """Drop all connections without a word to the database, because the event loop that they belong to is closed."""
+        for connection in self._opened:
+            if connection.sync_connection is not None:
+                with contextlib.suppress(Exception):
+                    connection.sync_connection.detach()
+        self._idle.clear()
+        self._waiting.clear()
+        self._dropping.clear()
+        self._opening = self._timer = None
+        self._closing = 0
+        self._forget()
+
+    def _forget(self) -> None:
         self._opened.clear()
         self._broken_at = self._period_ends = -math.inf
         self._room.forget()
@@ -185,8 +209,10 @@ class Connections:
         except asyncio.CancelledError:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(future)
-            if not future.cancelled() and future.exception() is None:
-                self._hand_on(future.result())
+            if not future.cancelled() and future.exception() is None and not self.give_back(future.result()):
+                dropping = spawn(self.close(future.result(), broken=True))
+                self._dropping.add(dropping)
+                dropping.add_done_callback(self._dropping.discard)
             raise
 
     def _hand_on(self, connection: AsyncConnection) -> None:
@@ -248,27 +274,19 @@ class Connections:
         return self._kept > max(self._peak, self._peak_before)
 
 
-class PoolOfEngine:
+class PoolOfEngine(_WithRoom):
     """The same in front of an engine with a pool of its own, which the application may use as well.
 
     Its pool says how many there are. Only a connection that the database refuses for want of room is waited for here.
     """
 
     def __init__(self, engine: AsyncEngine, dialect: Dialect) -> None:
-        self._engine = engine
-        self._room = Room(dialect, url_of(engine))
+        super().__init__(engine, dialect)
         self._waiting: deque[asyncio.Future[None]] = deque()
         self.in_use = 0
 
     wanted = False
     idle: Collection[AsyncConnection] = ()
-
-    @property
-    def are_short(self) -> bool:
-        return self._room.is_short
-
-    def refusal(self, *, within: float) -> str | None:
-        return self._room.refusal(within=within)
 
     async def take(self) -> AsyncConnection:
         while True:
@@ -337,10 +355,12 @@ class PoolOfEngine:
     async def close_beside(self, connection: AsyncConnection) -> None:
         await connection.close()
 
-    def calling_when_short(self, callback: Callable[[], None]) -> AbstractContextManager[None]:
-        return self._room.calling(callback)
-
     async def aclose(self, *, timeout: float) -> None:  # noqa: ARG002
+        self._room.forget()
+
+    def abandon(self) -> None:
+        self._waiting.clear()
+        self.in_use = 0
         self._room.forget()
 
 

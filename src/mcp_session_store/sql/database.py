@@ -53,7 +53,6 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-
 DEFAULT_POOL_SIZE: Final = 5
 """Number of connections for queries at most, unless given."""
 
@@ -227,9 +226,8 @@ class Database:
 
     @staticmethod
     def _file_of(connection: AsyncConnection, file: WatchedFile) -> OpenFile:
-        pooled = connection.sync_connection
-        assert pooled is not None
-        return file_behind(pooled.info, file)
+        assert connection.sync_connection is not None
+        return file_behind(connection.sync_connection.info, file)
 
     async def release(self, connection: AsyncConnection, *, broken: bool) -> None:
         """Give a connection back, or drop it when it is broken."""
@@ -274,18 +272,23 @@ class Database:
 
     async def aclose(self) -> None:
         """Close connections, unless the caller made the engine. All calls must have ended."""
-        if (contact := self._contact.withdraw()) is not None:
-            await self.stop(contact)
-        if self.closing:
-            await asyncio.wait(self.closing, timeout=self.timeout)
+        contact = self._contact.withdraw()
+        if self._loop is not None and self._loop.is_closed():
+            # Nothing can be asked any more of tasks and connections of a loop that is closed.
+            self.closing.clear()
+            self.connections.abandon()
+        else:
+            if contact is not None:
+                await self.stop(contact)
+            if self.closing:
+                await asyncio.wait(self.closing, timeout=self.timeout)
+            if self.file is not None:
+                await self._leave_lost_file(self.file)
+            await self.connections.aclose(timeout=self.timeout)
         self._loop = None
         if self.file is not None:
-            await self._leave_lost_file(self.file)
-        await self.connections.aclose(timeout=self.timeout)
-        if self.file is not None:
             self.file.forget()
-        if self.dialect.single_writer:
-            self.write_lock = asyncio.Lock()
+        self.write_lock = asyncio.Lock() if self.dialect.single_writer else None
 
     async def _leave_lost_file(self, file: WatchedFile) -> None:
         # No call has noticed yet that it is lost, and SQLite would leave its write-ahead log beside its name.
@@ -294,8 +297,7 @@ class Database:
                 self._file_of(connection, file).check()
             except OSError:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self.timeout):
-                        await self.leave_file(connection)
+                    await asyncio.wait_for(self.leave_file(connection), self.timeout)
 
     async def stop(self, task: asyncio.Task[None]) -> None:
         """End a task that uses the database, and wait for its end no longer than the timeout."""

@@ -107,12 +107,15 @@ def _whole(parsed: URL, text: str, dialect: Dialect) -> URL:
         # Any other name may be the end of a password.
         named = f"the option {without[0]}" if without[0] in dialect.public_options else "an option"
         raise ConfigurationError(f"the database URL has {named} without a value; write name=value, or remove it")
-    empty = {name: "" for name, value in parse_qsl(query, keep_blank_values=True) if not value}
+    # In their order, which printed commands keep.
+    options: dict[str, list[str]] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        options.setdefault(name, []).append(value)
     _, slash, database = place.partition("/")
     if slash:
         # SQLAlchemy before 2.1 does not decode it.
         parsed = parsed.set(database=unquote(database))
-    return ReadUrl(*parsed.update_query_dict(empty, append=True))
+    return ReadUrl(*parsed.set(query={name: values if values[1:] else values[0] for name, values in options.items()}))
 
 
 def _readable(text: str) -> str:

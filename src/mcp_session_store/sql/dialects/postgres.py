@@ -28,6 +28,7 @@ from mcp_session_store.sql.dialects.postgres_options import (
 )
 from mcp_session_store.sql.dialects.private_names import CREATOR, check_compiler, check_creator
 from mcp_session_store.sql.dialects.privileges import barred_from_upgrade, missing_privileges
+from mcp_session_store.sql.dialects.strangers import refuse_stranger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
@@ -98,7 +99,14 @@ async def _connect(*arguments: Any, **options: Any) -> asyncpg.Connection:
     """
     import asyncpg  # imported here, because users of SQLite do without it
 
-    task = asyncio.get_running_loop().create_task(asyncpg.connect(*arguments, **driver_arguments(options)))
+    async def connect() -> asyncpg.Connection:
+        try:
+            return await asyncpg.connect(*arguments, **driver_arguments(options))
+        except ConnectionError as error:
+            await refuse_stranger(error)
+            raise
+
+    task = asyncio.get_running_loop().create_task(connect())
     _connecting.add(task)
     task.add_done_callback(_connecting.discard)
     try:

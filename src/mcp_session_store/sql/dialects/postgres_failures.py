@@ -7,6 +7,7 @@ import ssl
 from typing import TYPE_CHECKING, Final
 
 from mcp_session_store.sql.dialects.dialect import FailureKind
+from mcp_session_store.sql.dialects.strangers import NotPostgres
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,6 +126,8 @@ def _is_fatal(error: BaseException) -> bool:
 
 
 def _tls_failure(error: BaseException) -> str | None:
+    if isinstance(error, NotPostgres):
+        return f"what answers there is no Postgres server: {error}; correct the host and the port in the URL"
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"the certificate of the server is refused ({error.verify_message.rstrip('.')}); name the authority that "

@@ -27,7 +27,7 @@ from mcp_session_store.sql.notifications import EVENT_CHANNEL, Listener
 from mcp_session_store.sql.schema.tables import privileges_for_events
 from mcp_session_store.sql.sessions.beside import database_at
 from mcp_session_store.sql.sessions.store import SqlSessionStore
-from mcp_session_store.store import DEFAULT_NAMESPACE
+from mcp_session_store.store import DEFAULT_NAMESPACE, check_keys
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -156,6 +156,7 @@ class SqlEventLog(EventLog):
             await self._database.aclose()
 
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
+        check_keys(key)
         sizes = [checked_size(event) for event in events]
         size = sum(sizes)
         if size > self.policy.max_bytes_per_session:
@@ -179,15 +180,18 @@ class SqlEventLog(EventLog):
         return other if any(pending.key == append.key for pending in other.pending()) else lane
 
     async def read(self, key: UUID, stream: str, *, after: int, limit: int = EVENT_PAGE) -> EventPage | None:
+        check_keys(key)
         check_texts(stream=stream)
         wanted = Read(key, stream, after, limit)
         page: EventPage | None = await self._pages.submit(lambda attempt: self._reader.page(attempt, wanted))
         return page
 
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        check_keys(*keys)
         return await self._heads.submit(keys) if keys else {}
 
     async def follow(self, keys: Collection[UUID]) -> None:
+        check_keys(*keys)
         if keys and self._database.dialect.has_notifications:
             await self._do(lambda attempt: self._tail.follow(attempt, keys))
 

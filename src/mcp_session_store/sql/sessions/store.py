@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mcp_session_store import telemetry
 from mcp_session_store.errors import InvalidValue, RecordUnreadable, SchemaError, SessionConflict, SessionStoreError
-from mcp_session_store.records import check_session, check_texts, merged_activities
+from mcp_session_store.records import EndReason, check_session, check_texts, merged_activities
 from mcp_session_store.retention import SweepReport
-from mcp_session_store.settings import DEFAULT_TIMEOUT
+from mcp_session_store.settings import DEFAULT_TIMEOUT, checked_type
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
@@ -24,7 +24,14 @@ from mcp_session_store.sql.sessions.records import Claim, Records, Touch
 from mcp_session_store.sql.sessions.removal import End, SessionRemoval
 from mcp_session_store.sql.sessions.statements import SessionStatements
 from mcp_session_store.sql.sessions.sweep import Sweep, SweepResult, SweepStatements
-from mcp_session_store.store import DEFAULT_NAMESPACE, SWEEP_LIMIT, Absence, SessionStore, checked_namespace
+from mcp_session_store.store import (
+    DEFAULT_NAMESPACE,
+    SWEEP_LIMIT,
+    Absence,
+    SessionStore,
+    check_keys,
+    checked_namespace,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store.records import Activity, Changes, EndReason, JournalEntry, NewSession, SessionRecord
+    from mcp_session_store.records import Activity, Changes, JournalEntry, NewSession, SessionRecord
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.database import Attempt
 
@@ -177,6 +184,7 @@ class SqlSessionStore(SessionStore):
         await self._database.aclose()
 
     async def create(self, session: NewSession) -> SessionRecord:
+        check_keys(session.key)
         check_session(session)
         outcome = await self._creates.submit(session)
         if outcome is None:
@@ -190,12 +198,14 @@ class SqlSessionStore(SessionStore):
         return None if isinstance(record, Absence) else record
 
     async def find(self, key: UUID) -> SessionRecord | Absence:
+        check_keys(key)
         found = await _reading(self._loads, key)
         if isinstance(found, RecordUnreadable):
             raise found
         return found
 
     async def claim(self, key: UUID, *, instance: str, restores: int) -> SessionRecord | None:
+        check_keys(key)
         check_texts(instance=instance)
         return _readable(await self._claims.submit(Claim(key, instance, restores)))
 
@@ -208,6 +218,7 @@ class SqlSessionStore(SessionStore):
         client_name: str,
         client_version: str,
     ) -> bool:
+        check_keys(key)
         check_texts(
             initialize_params=initialize_params,
             protocol_version=protocol_version,
@@ -225,6 +236,7 @@ class SqlSessionStore(SessionStore):
         )
 
     async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
+        check_keys(key)
         check_texts(method=method, subject=subject, params=params or "")
         outcome = await self._journal_writes.submit(EntryWrite(key, method, subject, params))
         if isinstance(outcome, SessionStoreError):
@@ -232,10 +244,12 @@ class SqlSessionStore(SessionStore):
         return outcome
 
     async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
+        check_keys(key)
         return _readable(await _reading(self._journal_reads, key))
 
     async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
         called_at = asyncio.get_running_loop().time()
+        check_keys(*(activity.key for activity in activities))
         for instance in {activity.claimed_by or "" for activity in activities}:
             check_texts(claimed_by=instance)
         # One for each session, because a statement changes a row once.
@@ -257,6 +271,8 @@ class SqlSessionStore(SessionStore):
             return await self._touched(called_at, rows[:middle]) | await self._touched(called_at, rows[middle:])
 
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
+        check_keys(key)
+        checked_type("reason", reason, EndReason, "an EndReason")
         return await self._ends.submit(End(key, reason))
 
     async def changes(self, since: datetime | None) -> Changes:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mcp_session_store.errors import InvalidValue
-from mcp_session_store.records import Activity, JournalEntry, Principal
+from mcp_session_store.errors import ConfigurationError, InvalidValue
+from mcp_session_store.records import Activity, EndReason, JournalEntry, Principal
 from mcp_session_store.testing.factories import new_session
 from mcp_session_store.testing.refusals import UNSTORABLE_TEXTS, refused
 from mcp_session_store.testing.sessions.suite import StoreSuite
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from mcp_session_store.records import NewSession
     from mcp_session_store.store import SessionStore
 
@@ -120,3 +122,36 @@ class Values(StoreSuite):
         assert await store.load(session.key) == created
         assert await store.write_journal(session.key, method="m", subject=text, params=text) == 1
         assert await store.read_journal(session.key) == [JournalEntry(method="m", subject=text, params=text)]
+
+    @pytest.mark.parametrize("key", ["a-session-id", "", None, 7, b"0" * 16], ids=repr)
+    async def test_a_key_that_is_none_is_refused_and_disturbs_no_other_call(
+        self, store: SessionStore, key: Any
+    ) -> None:
+        sessions = [await store.create(new_session()) for _ in range(3)]
+        report = [Activity(key=one, first_age=0.0, last_age=0.0) for one in (sessions[0].key, key)]
+        fields = dict.fromkeys(_INITIALIZE_FIELDS, "{}")
+        calls: list[Callable[[], Awaitable[Any]]] = [
+            lambda: store.create(new_session(key=key)),
+            lambda: store.load(key),
+            lambda: store.find(key),
+            lambda: store.claim(key, instance="instance-b", restores=0),
+            lambda: store.replace_initialize(key, **fields),
+            lambda: store.write_journal(key, method="m", subject="s", params="{}"),
+            lambda: store.read_journal(key),
+            lambda: store.touch(report),
+            lambda: store.end(key, reason=EndReason.CLIENT),
+        ]
+        # All at once, so that calls of a kind share a statement where a store has them do so.
+        outcomes = await asyncio.gather(
+            *(call() for call in calls),
+            *(store.load(session.key) for session in sessions),
+            store.write_journal(sessions[1].key, method="m", subject="s", params="{}"),
+            store.end(sessions[2].key, reason=EndReason.CLIENT),
+            return_exceptions=True,
+        )
+        for refusal in outcomes[: len(calls)]:
+            assert isinstance(refusal, ConfigurationError)
+            # It may be a session id.
+            assert "a-session-id" not in str(refusal)
+        assert [outcome for outcome in outcomes[len(calls) :] if isinstance(outcome, BaseException)] == []
+        assert outcomes[-2:] == [1, True]
