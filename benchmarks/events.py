@@ -63,14 +63,15 @@ from benchmarks.drivers import Batches, insert_on_postgres, insert_on_sqlite
 from benchmarks.endpoint import Endpoint, garbage_kept
 from benchmarks.figures import in_random_order, percentile, ratios, spread, table
 from mcp_session_store import durable_app, session_key
+from mcp_session_store.adapter.instances import Instances
+from mcp_session_store.adapter.question_ids import QuestionIds
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Followers
-from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
 from mcp_session_store.retention import EventPolicy
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_session
 
@@ -417,6 +418,12 @@ def goal_of(title: str) -> float:
     return 3.0 if f"sessions: {SESSIONS}" in title else 1.0
 
 
+class _Empty:
+    """A memory without sessions."""
+
+    resident = streams = 0
+
+
 async def open_ours(
     stack: AsyncExitStack, url: str, name: str, beside: Sequence[str], *, waits_for_disk: bool = False
 ) -> list[Contender]:
@@ -441,7 +448,16 @@ async def open_ours(
 
     await stack.enter_async_context(store)
     log = await stack.enter_async_context(SqlEventLog(store, policy=KEEP_ALL))
-    instances = Instances(log, instance="benchmark", dead_after=timedelta(minutes=1))
+    mailbox = await stack.enter_async_context(SqlMailbox(store))
+    instances = Instances(
+        mailbox,
+        QuestionIds(),
+        _Empty(),
+        instance="benchmark",
+        server="",
+        dead_after=timedelta(minutes=1),
+        relay=False,
+    )
     recorder = EventRecorder(log, Followers(log, instances), instances)
     await recorder.recover()
 

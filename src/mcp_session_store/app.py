@@ -13,9 +13,11 @@ from mcp_session_store.adapter.sdk import underlying_server
 from mcp_session_store.environment import truth, variable
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.event_log import EventLog
+from mcp_session_store.mailbox import Mailbox
+from mcp_session_store.memory import MemoryMailbox, MemorySessionStore
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, read_pool_size
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.engine import check_place, is_engine
 from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
@@ -56,6 +58,7 @@ def durable_app(
     pool_size: int | NotGiven | None = NOT_GIVEN,
     retention: RetentionPolicy | None = None,
     events: bool | EventPolicy | EventLog | NotGiven = NOT_GIVEN,
+    relay: bool | Mailbox | NotGiven = NOT_GIVEN,
     on_restore: RestoreHook | None = None,
     on_end: EndHook | None = None,
     settings: InstanceSettings | None = None,
@@ -81,7 +84,7 @@ def durable_app(
 
     An argument that is not given is read from the environment, as the commands read it, so that a server and
     `mcp-session-store sessions list` look into the same place: `MCP_SESSION_STORE_URL`, `…_NAMESPACE`, `…_SCHEMA`,
-    `…_AUTO_UPGRADE`, `…_POOL_SIZE`, `…_EVENTS`, and the variables of `RetentionPolicy`, `EventPolicy` and
+    `…_AUTO_UPGRADE`, `…_POOL_SIZE`, `…_EVENTS`, `…_RELAY`, and the variables of `RetentionPolicy`, `EventPolicy` and
     `InstanceSettings`. When the app starts, it logs the namespace and the schema, and where each comes from.
 
     Args:
@@ -104,7 +107,10 @@ def durable_app(
         events: Whether streams can be resumed: a client that lost its connection, or its server, comes back with
             `Last-Event-ID` and gets the messages that it missed. Events are kept in the database of the sessions, by
             the policy that is given, or with `True` by `EventPolicy.from_environment()`. With a store that is not one
-            of this package's, give its `EventLog`.
+            of this package's, give its `EventLog`, and its `Mailbox` as `relay`.
+        relay: Whether messages of clients, such as answers and cancellations, reach the instance that they are for,
+            whichever they are posted to; true unless given here or in the environment. With a store that is not one of
+            this package's, give its `Mailbox`; without one nothing is relayed.
         on_restore: See `DurableSessionManager`.
         on_end: See `DurableSessionManager`.
         settings: Numbers of this process. A field that is not set in them is read from the environment.
@@ -171,6 +177,7 @@ def durable_app(
     _warn_of_shared_namespace(server, store)
     wanted, wanted_by = _setting("events", events, False, truth)
     arguments |= _event_arguments(store, wanted, wanted_by)
+    arguments |= _mailbox_arguments(store, *_setting("relay", relay, True, truth))
     app = build_app(server, store, options=options, arguments=arguments, health_path=health_path)
     return _announced(app, place)
 
@@ -276,6 +283,23 @@ def _event_arguments(store: SessionStore, events: object, source: str) -> dict[s
         )
     policy = events if isinstance(events, EventPolicy) else EventPolicy.from_environment()
     return {"event_log": SqlEventLog(store, policy=policy), "close_event_log": True}
+
+
+def _mailbox_arguments(store: SessionStore, relay: object, source: str) -> dict[str, Any]:
+    """Return the arguments of the manager that concern the other instances."""
+    if isinstance(relay, Mailbox):
+        return {"mailbox": relay}
+    if not isinstance(relay, bool):
+        raise ConfigurationError(f"relay must be True, False or a Mailbox, not {relay!r}")
+    if isinstance(store, SqlSessionStore):
+        return {"mailbox": SqlMailbox(store), "relay": relay, "close_mailbox": True}
+    if isinstance(store, MemorySessionStore):
+        return {"mailbox": MemoryMailbox(store), "relay": relay}
+    if relay and source == _ARGUMENT:
+        raise ConfigurationError(
+            f"messages of a {type(store).__name__} are not kept in a database of ours; give its Mailbox as relay"
+        )
+    return {}
 
 
 def _announced(app: Starlette, place: str) -> Starlette:

@@ -34,6 +34,7 @@ __all__ = [
     "REPLAYED",
     "SCOPE",
     "STATES",
+    "VERSION",
     "Instrument",
     "Observed",
     "appended",
@@ -118,8 +119,11 @@ def _version() -> str | None:
         return None  # run from a folder, without an installation
 
 
-_meter = metrics.get_meter(SCOPE, _version() or "")
-_tracer = trace.get_tracer(SCOPE, _version())
+VERSION: Final = _version() or ""
+"""Version of this package; empty without an installation."""
+
+_meter = metrics.get_meter(SCOPE, VERSION)
+_tracer = trace.get_tracer(SCOPE, VERSION or None)
 _NOTHING: Final = contextlib.nullcontext(INVALID_SPAN)
 _traces: Final = TraceContextTextMapPropagator()
 _OF_A_TRACE: Final = frozenset({"traceparent", "tracestate", "baggage"})

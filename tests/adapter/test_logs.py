@@ -26,7 +26,7 @@ from mcp_session_store.errors import EventTooLarge
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS, assert_not_handled, assert_unavailable
 from tests.support.instances import Notes, instance, principal
-from tests.support.internals import recorder_of, registry_of, resident_of, stopping_in, transports_in
+from tests.support.internals import instances_of, registry_of, resident_of, stopping_in, transports_in
 from tests.support.streams import all_stored, opened
 from tests.support.talking import Talking
 
@@ -289,7 +289,7 @@ async def test_logs_of_events_hold_neither_session_ids_nor_event_ids_nor_payload
                 resumed = await opened(client, await exchange.leave())
                 log.failing(error, operation)
                 with contextlib.suppress(type(error)):
-                    await recorder_of(one.manager).beat()
+                    await instances_of(one.manager).beat()
                     await sweep_events(log)
                 await call.say(PAYLOAD, PAYLOAD)
                 await call.tell(PAYLOAD, "\ud800")

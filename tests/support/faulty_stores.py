@@ -11,23 +11,27 @@ import anyio
 
 from mcp_session_store import (
     EventLog,
+    Mailbox,
     MemoryEventLog,
+    MemoryMailbox,
     MemorySessionStore,
     SessionStore,
     StoreUnavailable,
     session_key,
 )
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT
+from mcp_session_store.mailbox import MESSAGE_PAGE, MESSAGE_SWEEP_LIMIT
 from mcp_session_store.store import SWEEP_LIMIT, Absence
 from tests.support.asgi import PATIENCE
 from tests.support.internals import logs_of, rows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
     from datetime import datetime, timedelta
     from uuid import UUID
 
     from mcp_session_store import EndReason, EventPolicy, RetentionPolicy, SessionRecord
+    from mcp_session_store.mailbox import MailboxSweepReport, MessagePage, NewMessage, Presence, RunningInstance
     from mcp_session_store.records import (
         Activity,
         Changes,
@@ -63,12 +67,11 @@ LOG_OPERATIONS = (
     "heads",
     "follow",
     "listen",
-    "beat",
-    "retire",
-    "last_beats",
     "sweep",
 )
-LOG_BACKGROUND = ("open", "heads", "follow", "listen", "beat", "retire", "last_beats", "sweep")
+LOG_BACKGROUND = ("open", "heads", "follow", "listen", "sweep")
+MAILBOX_OPERATIONS = ("open", "beat", "retire", "last_beats", "instances", "post", "receive", "listen", "sweep")
+MAILBOX_BACKGROUND = tuple(name for name in MAILBOX_OPERATIONS if name != "post")
 
 
 class Sessions(MemorySessionStore):
@@ -203,6 +206,8 @@ class FaultyStore(_Faulty, SessionStore):
         _Faulty.__init__(self, OPERATIONS, BACKGROUND)
         SessionStore.__init__(self)
         self.inner = inner or Sessions()
+        self.mailbox = FaultyMailbox(self.inner)
+        """Mailbox of the instance, unless it has an event log."""
         self.touches: list[list[Activity]] = []
         """The activities of each `touch`."""
         self.polled: list[tuple[datetime | None, Changes]] = []
@@ -349,7 +354,7 @@ class FaultyLog(_Faulty, EventLog):
     """
 
     def __init__(self, store: FaultyStore, *, policy: EventPolicy | None = None) -> None:
-        _Faulty.__init__(self, LOG_OPERATIONS, LOG_BACKGROUND)
+        _Faulty.__init__(self, (*LOG_OPERATIONS, *MAILBOX_OPERATIONS), LOG_BACKGROUND)
         self.inner = MemoryEventLog(store.inner, policy=policy)
         EventLog.__init__(self, policy=self.inner.policy)
         self.appended: list[tuple[str, bool]] = []
@@ -357,8 +362,9 @@ class FaultyLog(_Faulty, EventLog):
         self.closed = 0
         self.hints = True
         """Whether hints of events arrive."""
-        self.holds = False
-        """Whether an instance that listens holds something that its death releases."""
+        self.mailbox = FaultyMailbox(store.inner, faults=self)
+        """Mailbox of the instance, which has the heartbeats. What fails for the log by name, or as a whole, fails for
+        it, too."""
 
     # Contents, past all faults
 
@@ -420,14 +426,64 @@ class FaultyLog(_Faulty, EventLog):
         instance: str | None = None,
         on_held: Callable[[], None] | None = None,
     ) -> None:
-        holder = instance if self.holds else None
         await self._call(
             "listen",
-            lambda: self.inner.listen(on_hint if self.hints else lambda _: None, instance=holder, on_held=on_held),
+            lambda: self.inner.listen(on_hint if self.hints else lambda _: None, instance=instance, on_held=on_held),
         )
 
     async def beat(self, instance: str, *, held: bool = True) -> None:
-        await self._call("beat", lambda: self.inner.beat(instance, held=held))
+        await self.inner.beat(instance, held=held)
+
+    async def retire(self, instance: str) -> None:
+        await self.inner.retire(instance)
+
+    async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
+        return await self.inner.last_beats(names)
+
+    async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
+        report: EventSweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
+        return report
+
+
+class FaultyMailbox(_Faulty, Mailbox):
+    """A mailbox that fails on command.
+
+    Args:
+        store: Store of the sessions in memory; two mailboxes on one store's sessions are one mailbox.
+        faults: Has the same faults.
+    """
+
+    def __init__(self, store: MemorySessionStore, *, faults: _Faulty | None = None) -> None:
+        _Faulty.__init__(self, MAILBOX_OPERATIONS, MAILBOX_BACKGROUND)
+        if faults is not None:
+            self._before, self._after = faults._before, faults._after
+        self.inner = MemoryMailbox(store)
+        self.closed = 0
+        self.hints = True
+        """Whether hints of messages arrive."""
+        self.holds = False
+        """Whether an instance that listens holds something that its death releases."""
+        self.beats: list[Presence] = []
+        """Argument of each `beat`."""
+
+    @property
+    def namespace(self) -> str:
+        return self.inner.namespace
+
+    @property
+    def hears(self) -> bool:
+        return self.hints
+
+    async def open(self) -> None:
+        await self._call("open", self.inner.open)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+    async def beat(self, presence: Presence) -> bool:
+        self.beats.append(presence)
+        entered: bool = await self._call("beat", lambda: self.inner.beat(presence))
+        return entered
 
     async def retire(self, instance: str) -> None:
         await self._call("retire", lambda: self.inner.retire(instance))
@@ -436,6 +492,40 @@ class FaultyLog(_Faulty, EventLog):
         beats: dict[str, Heartbeat] = await self._call("last_beats", lambda: self.inner.last_beats(names))
         return beats
 
-    async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
-        report: EventSweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
+    async def instances(self) -> Sequence[RunningInstance]:
+        instances: Sequence[RunningInstance] = await self._call("instances", self.inner.instances)
+        return instances
+
+    async def post(self, messages: Sequence[NewMessage]) -> set[int]:
+        gone: set[int] = await self._call("post", lambda: self.inner.post(messages))
+        return gone
+
+    async def receive(self, recipient: int, *, delivered: Mapping[int, int], limit: int = MESSAGE_PAGE) -> MessagePage:
+        page: MessagePage = await self._call(
+            "receive", lambda: self.inner.receive(recipient, delivered=delivered, limit=limit)
+        )
+        return page
+
+    async def listen(
+        self,
+        on_hint: Callable[[], None],
+        *,
+        instance: str,
+        number: int | None = None,
+        on_held: Callable[[], None] | None = None,
+    ) -> None:
+        await self._call("listen", lambda: self._listen(on_hint, instance=instance, number=number, on_held=on_held))
+
+    async def _listen(
+        self, on_hint: Callable[[], None], *, instance: str, number: int | None, on_held: Callable[[], None] | None
+    ) -> None:
+        if not self.holds:
+            # Under the name of no instance.
+            instance, on_held = "nothing is held", None
+        await self.inner.listen(
+            on_hint if self.hints else lambda: None, instance=instance, number=number, on_held=on_held
+        )
+
+    async def sweep(self, *, limit: int = MESSAGE_SWEEP_LIMIT) -> MailboxSweepReport:
+        report: MailboxSweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
         return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -14,19 +15,21 @@ from mcp.server.auth.provider import AccessToken
 from mcp.server.lowlevel.server import Server
 
 from mcp_session_store import DurableSessionManager, durable_app, get_restore_marker
+from mcp_session_store.adapter.instances import Instances
+from mcp_session_store.adapter.question_ids import QuestionIds
 from tests.support.asgi import PATIENCE, Client, until
+from tests.support.faulty_stores import FaultyLog, FaultyStore
 from tests.support.internals import has_polled, registry_of, transports_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-    from datetime import timedelta
 
     from anyio.abc import TaskGroup
     from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
     from starlette.applications import Starlette
 
-    from mcp_session_store import SessionRestoreMarker, SessionStore
-    from tests.support.faulty_stores import FaultyStore, Sessions
+    from mcp_session_store import Mailbox, SessionRestoreMarker, SessionStore
+    from tests.support.faulty_stores import Sessions
 
     RequestContext = ServerRequestContext[Any, Any]
 
@@ -176,11 +179,15 @@ async def instance(store: SessionStore, notes: Notes | None = None, **options: A
     Args:
         store: Its store.
         notes: Its server, which belongs to it alone.
-        options: For `durable_app`. No request waits for a store that is away, unless `outage_patience` is given.
+        options: For `durable_app`. No request waits for a store that is away, unless `outage_patience` is given. The
+            mailbox is the store's unless given.
     """
     notes = notes or Notes()
     if "settings" not in options:
         options.setdefault("outage_patience", 0)
+    if isinstance(store, FaultyStore):
+        log = options.get("events")
+        options.setdefault("relay", log.mailbox if isinstance(log, FaultyLog) else store.mailbox)
     app = durable_app(notes.server, store, **options)
     async with running(app) as tasks:
         manager = notes.server.session_manager
@@ -205,6 +212,21 @@ async def running(app: Starlette) -> AsyncIterator[TaskGroup]:
         if isinstance(failure, Exception):
             raise failure from None
         raise
+
+
+class Empty:
+    """A memory without sessions."""
+
+    resident = streams = 0
+
+
+def lone_instance(
+    mailbox: Mailbox, instance: str = "one:1:0123abcd", *, dead_after: timedelta = timedelta(minutes=1)
+) -> Instances:
+    """An instance without a manager, as it knows the others."""
+    return Instances(
+        mailbox, QuestionIds(), Empty(), instance=instance, server="notes", dead_after=dead_after, relay=True
+    )
 
 
 def principal(client_id: str, *, subject: str | None = None, issuer: str | None = None) -> AuthenticatedUser:

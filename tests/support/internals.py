@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store import DurableSessionManager, MemoryEventLog, MemorySessionStore
+    from mcp_session_store.adapter.instances import Instances
     from mcp_session_store.adapter.outage import Gate
+    from mcp_session_store.adapter.question_ids import QuestionIds
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.changes import ChangeWatch
     from mcp_session_store.adapter.sessions.departures import Departures
@@ -224,6 +226,17 @@ def recorder_of(manager: DurableSessionManager) -> EventRecorder:
     return manager._recorder
 
 
+def instances_of(manager: DurableSessionManager) -> Instances:
+    """This instance and the others, as a running manager knows them; it has to have a mailbox."""
+    assert manager._instances is not None
+    return manager._instances
+
+
+def question_ids_of(manager: DurableSessionManager) -> QuestionIds:
+    """The ids of the questions of a running manager, which has to have a mailbox."""
+    return instances_of(manager)._question_ids
+
+
 async def report_activity(manager: DurableSessionManager) -> None:
     """Report the activity that is due, as the background task does."""
     await manager._ender.report()
@@ -242,7 +255,7 @@ async def sweep_store(manager: DurableSessionManager) -> None:
 async def shut_down(manager: DurableSessionManager) -> None:
     """Put all sessions away, as a stop does."""
     manager.answer_waiting()
-    await stopping.shut_down(manager._registry, manager._activity, manager._recorder)
+    await stopping.shut_down(manager._registry, manager._activity, manager._instances)
 
 
 def cancel_tasks(manager: DurableSessionManager) -> None:

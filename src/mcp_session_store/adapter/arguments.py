@@ -8,14 +8,15 @@ from mcp.server.transport_security import TransportSecuritySettings
 
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.event_log import EventLog
+from mcp_session_store.mailbox import Mailbox
 from mcp_session_store.settings import checked_flags, checked_type
-from mcp_session_store.store import SessionStore
+from mcp_session_store.store import SessionStore, Store
 
 __all__ = ["check_options", "check_stores"]
 
 
-def check_stores(store: object, event_log: object, event_store: object) -> None:
-    """Check where sessions and events go.
+def check_stores(store: object, event_log: object, event_store: object, mailbox: object) -> None:
+    """Check where sessions, events and messages go.
 
     Raises:
         ConfigurationError: One of them cannot work, or they do not go together.
@@ -26,6 +27,10 @@ def check_stores(store: object, event_log: object, event_store: object) -> None:
         )
     if event_store is not None and not hasattr(event_store, "store_event"):
         raise ConfigurationError(f"event_store must be an EventStore of the SDK, not a {type(event_store).__name__}")
+    if mailbox is not None:
+        if not isinstance(mailbox, Mailbox):
+            raise ConfigurationError(f"mailbox must be a Mailbox or None, not a {type(mailbox).__name__}")
+        _check_namespace("mailbox", mailbox, store, "messages")
     if event_log is None:
         return
     if not isinstance(event_log, EventLog):
@@ -35,15 +40,25 @@ def check_stores(store: object, event_log: object, event_store: object) -> None:
         )
     if event_store is not None:
         raise ConfigurationError("event_log and event_store are both where events go; give one of them")
-    if event_log.namespace != store.namespace:
+    _check_namespace("event log", event_log, store, "events")
+    if mailbox is None:
         raise ConfigurationError(
-            f"the event log's namespace {event_log.namespace!r} is not the store's, {store.namespace!r}: events "
+            "event_log needs a mailbox, by which the end of an instance shows: give the SqlMailbox, MemoryMailbox or "
+            "Mailbox of your own that belongs to the same store as mailbox (of durable_app: as relay)"
+        )
+
+
+def _check_namespace(name: str, checked: Store, store: SessionStore, content: str) -> None:
+    if checked.namespace != store.namespace:
+        raise ConfigurationError(
+            f"the {name}'s namespace {checked.namespace!r} is not the store's, {store.namespace!r}: {content} "
             "belong to the sessions of one"
         )
 
 
 def check_options(
     *,
+    relay: object,
     json_response: object,
     security_settings: object,
     retry_interval: object,
@@ -53,13 +68,20 @@ def check_options(
     journaled_methods: object,
     close_store: object,
     close_event_log: object,
+    close_mailbox: object,
 ) -> None:
     """Check the options that are not numbers of `InstanceSettings`.
 
     Raises:
         ConfigurationError: One of them has another type than it may have.
     """
-    checked_flags(json_response=json_response, close_store=close_store, close_event_log=close_event_log)
+    checked_flags(
+        relay=relay,
+        json_response=json_response,
+        close_store=close_store,
+        close_event_log=close_event_log,
+        close_mailbox=close_mailbox,
+    )
     checked_type(
         "security_settings", security_settings, TransportSecuritySettings | None, "a TransportSecuritySettings or None"
     )

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import socket
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
-from uuid import uuid4
 
-import anyio
 from mcp.server.streamable_http_manager import DEFAULT_MAX_REQUEST_BODY_SIZE
 from mcp.server.transport_security import TransportSecurityMiddleware
 
@@ -21,9 +17,10 @@ from mcp_session_store.adapter.arguments import check_options, check_stores
 from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.draining import Drain
 from mcp_session_store.adapter.gauges import Gauges
+from mcp_session_store.adapter.instances import Instances, instance_id
 from mcp_session_store.adapter.outage import Gate
 from mcp_session_store.adapter.question_ids import QuestionIds
-from mcp_session_store.adapter.readiness import FINAL, VERDICT_WITHIN, Readiness, not_answered
+from mcp_session_store.adapter.readiness import FINAL, Readiness
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
 from mcp_session_store.adapter.requests import BodyLimit
@@ -44,12 +41,10 @@ from mcp_session_store.adapter.sessions.recording import RecordWriter
 from mcp_session_store.adapter.sessions.registry import Registry
 from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
 from mcp_session_store.adapter.stopping import close, retire, shut_down
-from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Followers
-from mcp_session_store.adapter.streams.instances import MAX_PAUSE, Instances
+from mcp_session_store.adapter.streams.followers import Followers
 from mcp_session_store.adapter.streams.recorder import EventRecorder
 from mcp_session_store.adapter.streams.sweeping import sweep_events
-from mcp_session_store.errors import ConfigurationError, StoreBusy, StoreUnavailable
-from mcp_session_store.records import display_text
+from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven
 
 if TYPE_CHECKING:
@@ -63,6 +58,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.replay.journal import JournaledMethod
     from mcp_session_store.event_log import EventLog
+    from mcp_session_store.mailbox import Mailbox
     from mcp_session_store.store import SessionStore
 
 __all__ = [
@@ -86,6 +82,10 @@ class DurableSessionManager(sdk.ManagerSeams):
         event_store: As for the SDK's manager; not with `event_log`.
         event_log: Log that keeps the events of streams, so that a client that lost its connection gets what it missed,
             on any instance. The manager opens it when it starts to run. Without one no stream can be resumed.
+        mailbox: Mailbox by which the instances that share the store know of each other; needed with `event_log`. The
+            manager opens it when it starts to run.
+        relay: Whether messages of clients reach the instance that they are for, whichever they are posted to. `False`:
+            the mailbox only tells which instances are running.
         json_response: As for the SDK's manager.
         stateless: Refused: a stateless server has no sessions to store.
         security_settings: As for the SDK's manager. A request is checked before a session is restored.
@@ -115,6 +115,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             stored, and replayed in a restore, as those of `logging/setLevel` and `resources/subscribe` are.
         close_store: Close the store when the manager stops.
         close_event_log: Close the event log when the manager stops, before the store.
+        close_mailbox: Close the mailbox when the manager stops, before the store.
 
     Raises:
         ConfigurationError: A value cannot work; the message names it.
@@ -127,6 +128,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         *,
         event_store: EventStore | None = None,
         event_log: EventLog | None = None,
+        mailbox: Mailbox | None = None,
+        relay: bool = True,
         json_response: bool = False,
         stateless: bool = False,
         security_settings: TransportSecuritySettings | None = None,
@@ -149,13 +152,15 @@ class DurableSessionManager(sdk.ManagerSeams):
         journaled_methods: Sequence[JournaledMethod] = (),
         close_store: bool = False,
         close_event_log: bool = False,
+        close_mailbox: bool = False,
     ) -> None:
         if stateless:
             raise ConfigurationError(
                 "a stateless server has no sessions to store; leave out stateless, or use the SDK's own manager"
             )
-        check_stores(store, event_log, event_store)
+        check_stores(store, event_log, event_store, mailbox)
         check_options(
+            relay=relay,
             json_response=json_response,
             security_settings=security_settings,
             retry_interval=retry_interval,
@@ -165,6 +170,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             journaled_methods=journaled_methods,
             close_store=close_store,
             close_event_log=close_event_log,
+            close_mailbox=close_mailbox,
         )
         settings = InstanceSettings.given(
             settings,
@@ -199,6 +205,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         self.asgi_app = BodyLimit(self._refuse_while_not_running, max_request_body_size, self._sessionless.serve)
         self.store = store
         self.event_log = event_log
+        self.mailbox = mailbox
         self.instance = ""
         """Id of this process; made when the manager starts to run, because processes fork before."""
         self.readiness: Final = Readiness(store.namespace)
@@ -208,6 +215,9 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._settings = settings
         self._close_store = close_store
         self._close_event_log = close_event_log
+        self._close_mailbox = close_mailbox
+        self._relay = relay
+        self._instances: Instances | None = None
         self._recorder: EventRecorder | None = None
         self._journal = Journal(journaled_methods)
         middleware.install(self.app)
@@ -235,15 +245,17 @@ class DurableSessionManager(sdk.ManagerSeams):
                 stack.push_async_callback(close, self.store)
             if self._close_event_log and self.event_log is not None:
                 stack.push_async_callback(close, self.event_log)
-            if self.event_log is not None:
-                dead_after = timedelta(seconds=self._settings.instance_timeout)
-                instances = Instances(self.event_log, instance=self.instance, dead_after=dead_after)
-                followers = Followers(self.event_log, instances)
-                self._recorder = EventRecorder(self.event_log, followers, instances, self._log)
+            if self._close_mailbox and self.mailbox is not None:
+                stack.push_async_callback(close, self.mailbox)
             self._wire()
-            await self._open()
-            if self._recorder is not None:
-                stack.push_async_callback(retire, self._recorder)
+            # Start watching before serving, so that no end is missed.
+            first = [self._ender.changes.poll]
+            if self._instances is not None:
+                # Before a client can wait for any call that runs here.
+                first.append(self._instances.beat)
+            await self.readiness.ask(self.store, *first)
+            if self._instances is not None:
+                stack.push_async_callback(retire, self._instances, self._recorder, self.store.namespace)
             async with super().run():
                 stack.enter_context(telemetry.observing(self._gauges))
                 self._start_background_tasks()
@@ -252,7 +264,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                     await self._drain.over()
                 finally:
                     self.answer_waiting()
-                    await shut_down(self._registry, self._activity, self._recorder)
+                    await shut_down(self._registry, self._activity, self._instances)
 
     def answer_waiting(self) -> None:
         """Answer the requests that wait for the store, and let none wait from now on, because the server is to stop.
@@ -263,32 +275,22 @@ class DurableSessionManager(sdk.ManagerSeams):
         self.readiness.stop()
         self._gate.shut_down()
 
-    async def _open(self) -> None:
-        """Ask the store once whether it can be used. What may pass is waited for; a final cause is raised."""
-        try:
-            if (verdict := self.readiness.verdict) is not None:
-                # The store was closed after the verdict. It is open as soon as it is asked to be.
-                with anyio.move_on_after(0):
-                    await self.store.open()
-                raise verdict
-            with anyio.move_on_after(VERDICT_WITHIN) as scope:
-                await self.store.open()
-                # Start watching before serving, so that no end is missed.
-                await self._ender.changes.poll()
-                if self._recorder is not None:
-                    # Before a client can wait for any call that runs here.
-                    await self._recorder.recover()
-            if scope.cancelled_caught:
-                raise not_answered()
-        except (StoreUnavailable, StoreBusy) as error:
-            self.readiness.failed(error)
-            if self._recorder is not None:
-                self._recorder.wake.set()
-        else:
-            self.readiness.answered()
-
     def _wire(self) -> None:
         """Make the collaborators that need the event loop, the instance's id and the policy as it is now."""
+        question_ids = QuestionIds()
+        if self.mailbox is not None:
+            self._instances = Instances(
+                self.mailbox,
+                question_ids,
+                self._registry,
+                instance=self.instance,
+                server=self.app.name,
+                dead_after=timedelta(seconds=self._settings.instance_timeout),
+                relay=self._relay,
+            )
+            if self.event_log is not None:
+                followers = Followers(self.event_log, self._instances)
+                self._recorder = EventRecorder(self.event_log, followers, self._instances, self._log)
         # Another app may share the store, and have set its policy.
         interval = checked_interval(self._settings.activity_interval, self.store.retention)
         self._activity = ActivityReporter(self.store, self._registry, instance=self.instance, interval=interval)
@@ -319,7 +321,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             self._registry,
             partial(sdk.make_transport, self),
             partial(serve, self),
-            QuestionIds(),
+            question_ids,
             self._recorder,
             retry_interval=self.retry_interval,
         )
@@ -370,13 +372,15 @@ class DurableSessionManager(sdk.ManagerSeams):
             start(every, "departures", LOOK_INTERVAL, self._departures.look)
         if settings.sweep_interval is not None:
             start(every, "sweep", settings.sweep_interval, self._ender.sweep)
+            if self._instances is not None:
+                start(every, "mailbox sweep", settings.sweep_interval, self._instances.sweep)
             if self.event_log is not None:
                 # In a task of its own: where many events are stored there may always be more that are too old.
                 start(every, "event sweep", settings.sweep_interval, partial(sweep_events, self.event_log))
-        if (recorder := self._recorder) is not None:
-            start(partial(recorder.run, self.readiness, beat_interval=settings.instance_timeout / 3))
-            start(partial(every, "streams", POLL_INTERVAL, recorder.followers.poll, wake=recorder.followers.wake))
-            start(partial(again, "event hints", recorder.followers.listen, max_backoff=MAX_PAUSE))
+        if self._instances is not None:
+            start(self._instances.run, self.readiness)
+        if self._recorder is not None:
+            start(self._recorder.run, self.readiness)
 
     async def _poll_changes(self) -> None:
         try:
@@ -391,8 +395,3 @@ class DurableSessionManager(sdk.ManagerSeams):
         if self._settings.evict_after is not None:
             self._registry.evict_idle(clock.now() - self._settings.evict_after)
         self._ender.end_past_life()
-
-
-def instance_id() -> str:
-    """Return a name for this process: host, process id, and a random part, because the first two come again."""
-    return f"{display_text(socket.gethostname(), length=80)}:{os.getpid()}:{uuid4().hex[:8]}"

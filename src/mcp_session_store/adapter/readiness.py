@@ -7,14 +7,17 @@ import math
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+import anyio
+
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
-from mcp_session_store.errors import ConfigurationError, SchemaError, StoreMisconfigured, StoreUnavailable
+from mcp_session_store.errors import ConfigurationError, SchemaError, StoreBusy, StoreMisconfigured, StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from mcp_session_store.errors import SessionStoreError
+    from mcp_session_store.store import Store
 
 __all__ = ["FINAL", "VERDICT_WITHIN", "Readiness", "State", "not_answered"]
 
@@ -130,6 +133,34 @@ class Readiness:
         elif before is None:
             self._logged = str(error)
             logger.warning("the session store is away, and requests that need it wait until it is back: %s", error)
+
+    async def ask(self, store: Store, *steps: Callable[[], Awaitable[None]]) -> bool:
+        """Ask the store once whether it can be used, and return whether it answered. What may pass is waited for.
+
+        Args:
+            store: The store, which is opened.
+            *steps: What is to be done with it before the instance serves.
+
+        Raises:
+            SessionStoreError: A final cause.
+        """
+        try:
+            if (verdict := self.verdict) is not None:
+                # The store was closed after the verdict. It is open as soon as it is asked to be.
+                with anyio.move_on_after(0):
+                    await store.open()
+                raise verdict
+            with anyio.move_on_after(VERDICT_WITHIN) as scope:
+                await store.open()
+                for step in steps:
+                    await step()
+            if scope.cancelled_caught:
+                raise not_answered()
+        except (StoreUnavailable, StoreBusy) as error:
+            self.failed(error)
+            return False
+        self.answered()
+        return True
 
     def covers(self, error: Exception, failures: int) -> bool:
         """Return whether the log says of a failure beside the requests what is to be said already, or is about to.

@@ -10,12 +10,12 @@ from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.session_log import STOPPING
 
 if TYPE_CHECKING:
+    from mcp_session_store.adapter.instances import Instances
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.adapter.streams.recorder import EventRecorder
-    from mcp_session_store.event_log import EventLog
-    from mcp_session_store.store import SessionStore
+    from mcp_session_store.store import Store
 
 __all__ = ["close", "retire", "shut_down"]
 
@@ -25,7 +25,7 @@ ANSWERS_TIMEOUT: Final = 6.0
 """Seconds that a stop waits for answers on their way to the event log: by default longer than a log tries to store."""
 
 
-async def shut_down(registry: Registry, activity: ActivityReporter, recorder: EventRecorder | None) -> None:
+async def shut_down(registry: Registry, activity: ActivityReporter, instances: Instances | None) -> None:
     """Evict all copies, and store what is known of them, before the tasks of the manager are cancelled."""
     registry.log.stopping(registry.resident)
     with anyio.move_on_after(ANSWERS_TIMEOUT + SHUTDOWN_TIMEOUT, shield=True):
@@ -33,21 +33,26 @@ async def shut_down(registry: Registry, activity: ActivityReporter, recorder: Ev
         # Concurrently, so that a slow store leaves no stream open, and no client leaves activity unreported.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_report_all, activity, registry.log.namespace)
-            if recorder is not None:
-                tasks.start_soon(recorder.instances.leave)
+            if instances is not None:
+                tasks.start_soon(instances.leave)
             # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
             for session in registry:
                 tasks.start_soon(_evict, registry, session)
 
 
-async def retire(recorder: EventRecorder) -> None:
+async def retire(instances: Instances, recorder: EventRecorder | None, namespace: str) -> None:
     """Store the last events, and that the instance is no longer there."""
     with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
-        await recorder.retire()
+        if recorder is not None:
+            await recorder.retire()
+        try:
+            await instances.retire()
+        except Exception as error:
+            report_failure("heartbeat", error, namespace=namespace)
 
 
-async def close(closed: SessionStore | EventLog) -> None:
-    """Close a store or an event log."""
+async def close(closed: Store) -> None:
+    """Close a store, an event log or a mailbox."""
     with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
         await closed.aclose()
 

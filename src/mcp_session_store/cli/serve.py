@@ -66,6 +66,7 @@ class _ServeSettings(BaseModel):
     json_response: bool | None
     retention: dict[str, str]
     """The texts of the retention options that were given."""
+    relay: bool | None
     events: bool | None
     event_retention: dict[str, str]
     """The texts of the options for events that were given."""
@@ -154,6 +155,11 @@ def _root_path(ctx: click.Context, parameter: click.Parameter, value: str) -> st
     type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]),
     help="Level of uvicorn's log and of this package's.",
 )
+@option(
+    "--relay/--no-relay",
+    default=None,
+    help="Pass messages of clients, such as answers and cancellations, to the process that they are for. Default: yes.",
+)
 @retention_options
 @option(
     "--events/--no-events",
@@ -182,6 +188,7 @@ def serve(
     json_response: bool | None,
     shutdown_timeout: int,
     log_level: str,
+    relay: bool | None,
     retention: dict[str, str],
     events: bool | None,
     event_retention: dict[str, str],
@@ -217,6 +224,7 @@ def serve(
         health_path=None if no_health else health_path,
         json_response=json_response,
         retention=retention,
+        relay=relay,
         events=events,
         event_retention=event_retention,
         instance=instance,
@@ -265,6 +273,8 @@ def _build(settings: _ServeSettings) -> Starlette:
         options["retention"] = read_settings(RetentionPolicy, settings.retention)
     if settings.events is not None:
         options["events"] = settings.events and read_settings(EventPolicy, settings.event_retention)
+    if settings.relay is not None:
+        options["relay"] = settings.relay
     if settings.instance:
         options["settings"] = read_settings(InstanceSettings, settings.instance)
     of_the_database = {

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from mcp_session_store.adapter.streams.instances import RELEASED_FOR, Instances
+from mcp_session_store.adapter.instances import RELEASED_FOR, Instances
 from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog
-from tests.support.instances import instance
+from tests.support.instances import instance, lone_instance
 from tests.support.streams import away, opened
 from tests.support.talking import Talking, told
 
@@ -30,15 +30,15 @@ SECOND = timedelta(seconds=1)
 
 def known(log: FaultyLog, name: str) -> Instances:
     """An instance, as it knows the others."""
-    log.holds = True
-    return Instances(log, instance=f"host:1:{name}", dead_after=timedelta(hours=1))
+    log.mailbox.holds = True
+    return lone_instance(log.mailbox, f"host:1:{name}", dead_after=timedelta(hours=1))
 
 
 @asynccontextmanager
 async def holding(one: Instances) -> AsyncIterator[None]:
     """Meanwhile an instance holds something, which the others know."""
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(one.listen, lambda _: None)
+        tasks.start_soon(one.listen)
         with anyio.fail_after(5):
             await one.wake.wait(10)
         await one.beat()
@@ -133,14 +133,14 @@ async def test_a_call_of_an_instance_that_was_killed_is_lost_at_once(
     store: FaultyStore, other_store: FaultyStore, other_log: FaultyLog
 ) -> None:
     talking, log = Talking(), FaultyLog(store)
-    log.holds = True
+    log.mailbox.holds = True
     async with instance(other_store, events=other_log, instance_timeout=3600) as two:
         async with instance(store, talking.notes, events=log, instance_timeout=3600) as one:
             client = one.client()
             session_id = await client.handshake()
             _, last_event_id = await away(talking, client)
             # It begins to hold something beside the start.
-            await until(lambda: log.background["beat"] >= 2)
+            await until(lambda: log.mailbox.background["beat"] >= 2)
             log.down("append", "beat", "retire")
         resumed = await opened(two.client(session_id), last_event_id)
         await resumed.end()
@@ -148,12 +148,12 @@ async def test_a_call_of_an_instance_that_was_killed_is_lost_at_once(
 
 
 async def test_an_instance_that_stops_says_first_that_it_holds_nothing(store: FaultyStore, log: FaultyLog) -> None:
-    log.holds = True
+    log.mailbox.holds = True
     async with instance(store, events=log, instance_timeout=3600) as one:
-        await until(lambda: log.background["beat"] >= 2)
+        await until(lambda: log.mailbox.background["beat"] >= 2)
         log.down("retire")
         name = one.manager.instance.rpartition(":")[2]
-    assert not (await log.inner.last_beats([name]))[name].released
+    assert not (await log.mailbox.inner.last_beats([name]))[name].released
 
 
 async def test_a_death_is_noticed_although_notifications_cannot_be_asked_for(

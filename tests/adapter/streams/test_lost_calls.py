@@ -20,7 +20,7 @@ from mcp_session_store.settings import InstanceSettings
 from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog, FaultyStore
 from tests.support.instances import instance
-from tests.support.internals import cancel_tasks, recorder_of, registry_of, shut_down, stopping_in
+from tests.support.internals import cancel_tasks, instances_of, recorder_of, registry_of, shut_down, stopping_in
 from tests.support.streams import away, one_more_turn, opened, without_ids
 from tests.support.talking import Talking, hears, told
 
@@ -48,13 +48,13 @@ async def killed(store: FaultyStore, talking: Talking) -> AsyncIterator[Instance
 async def beat(*instances: Instance) -> None:
     """Have instances say now that they run."""
     for one in instances:
-        await recorder_of(one.manager).beat()
+        await instances_of(one.manager).beat()
 
 
 async def looked(log: FaultyLog) -> None:
     """Wait until it has been asked once more which instances run."""
-    before = log.background["last_beats"]
-    await until(lambda: log.background["last_beats"] > before)
+    before = log.mailbox.background["last_beats"]
+    await until(lambda: log.mailbox.background["last_beats"] > before)
     await one_more_turn()
 
 
@@ -117,7 +117,7 @@ async def test_a_call_of_an_instance_that_stopped_is_lost_at_once(
             resumed = await opened(two.client(session_id), last_event_id)
             await call.say("a")
             await hears(resumed, "a")
-        assert log.background["retire"] == 1
+        assert log.mailbox.background["retire"] == 1
         await resumed.end()
         assert told(resumed.messages) == ["a", "lost"]
         assert names_its_call(resumed, client)
@@ -162,7 +162,7 @@ async def test_a_client_that_comes_back_often_has_no_poll_of_its_own(
             await anyio.sleep(0.02)
             await resumed.leave()
         polls = (anyio.current_time() - began) / (0.8 * POLL_INTERVAL)
-        assert other_log.background["last_beats"] <= polls + 1
+        assert other_log.mailbox.background["last_beats"] <= polls + 1
 
 
 async def test_who_comes_back_after_the_instance_stopped_is_told_at_once(store: FaultyStore, log: FaultyLog) -> None:
@@ -313,8 +313,8 @@ async def test_how_long_an_instance_may_be_silent_is_configured(
 
 async def test_an_instance_says_three_times_within_its_timeout_that_it_runs(store: FaultyStore, log: FaultyLog) -> None:
     async with instance(store, events=log, instance_timeout=0.3):
-        before = log.background["beat"]
-        await until(lambda: log.background["beat"] >= before + 3)
+        before = log.mailbox.background["beat"]
+        await until(lambda: log.mailbox.background["beat"] >= before + 3)
 
 
 async def test_one_query_tells_of_all_instances_that_are_waited_for(store: FaultyStore, log: FaultyLog) -> None:
@@ -327,13 +327,13 @@ async def test_one_query_tells_of_all_instances_that_are_waited_for(store: Fault
             clients += [(session_id, (await away(talking, client))[1]) for _ in range(2)]
     async with instance(store, events=log) as one:
         asked: list[set[str]] = []
-        last_beats = log.inner.last_beats
+        last_beats = log.mailbox.inner.last_beats
 
         async def note(names: Any) -> Any:
             asked.append(set(names))
             return await last_beats(names)
 
-        log.inner.last_beats = note  # type: ignore[method-assign]
+        log.mailbox.inner.last_beats = note  # type: ignore[method-assign]
         streams = [await opened(one.client(*client)) for client in ((session_id,) for session_id, _ in clients[::2])]
         resumed = [await opened(one.client(session_id), last_event_id) for session_id, last_event_id in clients]
         await until(lambda: asked != [] and len(asked[-1]) == 3)
@@ -597,14 +597,14 @@ async def test_an_instance_that_stops_closes_its_streams_and_says_so(
     async with instance(other_store, events=other_log) as two:
         there = two.client(session_id)
         its_name = two.manager.instance.rpartition(":")[2]
-        assert set(await log.inner.last_beats([name, its_name])) == {name, its_name}
+        assert set(await log.mailbox.inner.last_beats([name, its_name])) == {name, its_name}
         resumed, standalone = await opened(there, last_event_id), await opened(there)
         # The streams end by the shutdown, before whoever serves them is cancelled.
         await shut_down(two.manager)
         await resumed.end()
         await standalone.end()
         assert resumed.messages == standalone.messages == []
-    assert set(await log.inner.last_beats([name, its_name])) == {name}
+    assert set(await log.mailbox.inner.last_beats([name, its_name])) == {name}
     # The call runs on, and is not lost.
     resumed = await opened(client, last_event_id)
     call.answer()
@@ -641,7 +641,7 @@ async def test_answers_on_their_way_to_the_log_are_stored_before_their_instance_
 
             tasks.start_soon(release)
         assert running.cancelled
-        assert log.background["retire"] == 1
+        assert log.mailbox.background["retire"] == 1
     assert told([json.loads(message) for message in log.messages(session_id)][:2]) == ["one", "two"]
     async with instance(store, events=log) as two:
         for last_event_id, answer in ((first_id, "one"), (second_id, "two"), (running_id, "lost")):

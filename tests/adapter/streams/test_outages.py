@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import anyio
@@ -14,7 +13,6 @@ from mcp_session_store import EventPolicy, StoreUnavailable
 from mcp_session_store.adapter.streams import backlog as backlog_module
 from mcp_session_store.adapter.streams import circuit as circuit_module
 from mcp_session_store.adapter.streams.followers import Followers
-from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import LARGE_AT_ONCE, EventRecorder, Outcome
 from mcp_session_store.errors import EventTooLarge, SchemaBehind, StoreBusy
 from mcp_session_store.event_log import LARGE_APPEND, STANDALONE_STREAM
@@ -22,7 +20,7 @@ from mcp_session_store.records import EventKind, NewEvent, checked_size, message
 from mcp_session_store.testing import new_session
 from tests.support.asgi import PATIENCE, until
 from tests.support.faulty_stores import FaultyLog
-from tests.support.instances import instance, principal
+from tests.support.instances import instance, lone_instance, principal
 from tests.support.internals import backlog_bytes_of, recorder_of
 from tests.support.streams import all_stored, away, one_more_turn, opened, without_ids
 from tests.support.talking import Talking, hears, told
@@ -736,7 +734,7 @@ class Counted(str):
 async def test_a_message_is_encoded_once_on_its_way_through_an_outage(
     store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch, character: str
 ) -> None:
-    instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
+    instances = lone_instance(log.mailbox)
     recorder = EventRecorder(log, Followers(log, instances), instances)
     await recorder.recover()
     message = Counted(character * 100_000)

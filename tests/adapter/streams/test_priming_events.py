@@ -15,7 +15,6 @@ from mcp_session_store.adapter.streams import event_store, reader
 from mcp_session_store.adapter.streams.event_ids import TAG_SIZE, Cursor, EventIds
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Follower, Followers
-from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder
 from mcp_session_store.adapter.streams.sweeping import sweep_events
 from mcp_session_store.records import EventKind
@@ -23,8 +22,8 @@ from mcp_session_store.settings import InstanceSettings
 from mcp_session_store.testing import new_session
 from tests.support.asgi import until
 from tests.support.faulty_stores import FaultyLog, FaultyStore
-from tests.support.instances import instance
-from tests.support.internals import recorder_of
+from tests.support.instances import instance, lone_instance
+from tests.support.internals import instances_of, recorder_of
 from tests.support.streams import away, one_more_turn, opened, place_of, primed
 from tests.support.talking import Talking, hears, told
 
@@ -68,7 +67,7 @@ async def left_behind(store: FaultyStore, log: FaultyLog) -> str:
 
 async def running(log: FaultyLog, key: UUID) -> tuple[EventRecorder, SessionEvents]:
     """A recorder that has stored its heartbeat, and the events of a session."""
-    instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
+    instances = lone_instance(log.mailbox)
     recorder = EventRecorder(log, Followers(log, instances), instances)
     await recorder.recover()
     return recorder, SessionEvents(key, recorder)
@@ -101,7 +100,7 @@ async def test_a_call_begins_without_waiting_for_the_log_and_its_client_can_come
 
 async def test_its_id_is_one_that_earlier_versions_read(one: Instance, talking: Talking, client: Client) -> None:
     _, last_event_id = await away(talking, client)
-    stream = f"{recorder_of(one.manager).instances.name}.1"
+    stream = f"{instances_of(one.manager).name}.1"
     raw = base64.urlsafe_b64decode(last_event_id + "=" * (-len(last_event_id) % 4))
     assert raw[TAG_SIZE:].decode() == f"0/0/{stream}//{client._last_id}"
     assert place_of(client, last_event_id) == Cursor(stream, 0, 0, client._last_id)
@@ -109,7 +108,7 @@ async def test_its_id_is_one_that_earlier_versions_read(one: Instance, talking: 
 
 @pytest.mark.parametrize("retry_interval", [None, 1234])
 def test_it_is_written_as_the_sdk_writes_it(log: FaultyLog, retry_interval: int | None) -> None:
-    instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
+    instances = lone_instance(log.mailbox)
     recorder = EventRecorder(log, Followers(log, instances), instances)
     events = SessionEvents(session_key("any"), recorder, retry_interval=retry_interval)
     assert events.priming_event("id") == ServerSentEvent("", id="id", retry=retry_interval).encode()
@@ -263,10 +262,10 @@ async def test_one_is_stored_while_this_instance_may_seem_dead(
 ) -> None:
     log.down("beat")
     with pytest.raises(Exception, match="down"):
-        await recorder_of(one.manager).beat()
+        await instances_of(one.manager).beat()
     await client.ping()
     log.up()
-    await recorder_of(one.manager).beat()
+    await instances_of(one.manager).beat()
     await client.ping()
     kinds = [event.kind for event in log.stored(client.session_id)]
     assert kinds == [EventKind.PRIMING, EventKind.RESPONSE, EventKind.RESPONSE]
@@ -355,7 +354,7 @@ async def test_a_call_that_says_nothing_for_long_goes_on_elsewhere(
         for _ in range(8):
             clock.advance(timedelta(minutes=1))
             for some in (one, two):
-                await recorder_of(some.manager).beat()
+                await instances_of(some.manager).beat()
             await recorder.refresh_idle_calls()
             await sweep_events(log)
             await waited(waits)
@@ -388,11 +387,11 @@ async def test_a_call_whose_instance_was_killed_before_its_first_event_is_lost(
         log.down("append", "beat", "retire")
     async with instance(other_store, events=other_log) as one:
         resumed = await opened(one.client(session_id), last_event_id)
-        before = other_log.background["last_beats"]
-        await until(lambda: other_log.background["last_beats"] > before)
+        before = other_log.mailbox.background["last_beats"]
+        await until(lambda: other_log.mailbox.background["last_beats"] > before)
         assert not resumed.over.is_set()
         clock.advance(LONG)
-        await recorder_of(one.manager).beat()
+        await instances_of(one.manager).beat()
         await resumed.end()
         assert told(resumed.messages) == ["lost"]
         assert resumed.messages[0]["id"] == client._last_id
@@ -459,7 +458,7 @@ async def test_a_call_whose_answer_is_not_kept_any_more_ends_with_an_error(
 
 async def never_began(one: Instance, client: Client) -> str:
     """The id before the first event of a call of a running instance which never began."""
-    stream = f"{recorder_of(one.manager).instances.name}.ffff"
+    stream = f"{instances_of(one.manager).name}.ffff"
     return EventIds(session_key(str(client.session_id))).write(Cursor(stream, 0, 0, "never"))
 
 
@@ -493,17 +492,17 @@ async def test_a_call_that_never_ran_on_a_living_instance_is_lost_elsewhere_in_b
 
         async def pass_by(passed: timedelta) -> None:
             for some in (one, two):
-                await recorder_of(some.manager).beat()
+                await instances_of(some.manager).beat()
             clock.advance(passed)
             for some in (one, two):
-                await recorder_of(some.manager).beat()
+                await instances_of(some.manager).beat()
             await waited(waits)
 
         await pass_by(0.9 * silence)
         # While the database cannot be reached no call can be heard of.
         other_log.down("beat")
         with pytest.raises(Exception, match="down"):
-            await recorder_of(two.manager).beat()
+            await instances_of(two.manager).beat()
         clock.advance(2 * silence)
         await waited(waits)
         other_log.up()

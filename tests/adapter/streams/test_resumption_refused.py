@@ -15,13 +15,12 @@ from mcp_types import jsonrpc_message_adapter
 from mcp_session_store import EventPolicy, StoreUnavailable
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Followers
-from mcp_session_store.adapter.streams.instances import Instances
 from mcp_session_store.adapter.streams.recorder import EventRecorder
 from mcp_session_store.adapter.streams.sweeping import sweep_events
 from mcp_session_store.testing import new_session
 from tests.support.asgi import Client, seen_by_a_client, until
 from tests.support.faulty_stores import FaultyLog
-from tests.support.instances import instance, principal
+from tests.support.instances import instance, lone_instance, principal
 from tests.support.internals import recorder_of
 from tests.support.streams import OLD, one_more_turn, opened, primed
 from tests.support.talking import Talking, hears, told
@@ -664,7 +663,7 @@ async def test_a_server_with_neither_leaves_streams_to_the_sdk(store: FaultyStor
 async def view(store: FaultyStore, log: FaultyLog) -> SessionEvents:
     """That of a session on a log, with nothing around it."""
     record = await store.inner.create(new_session())
-    instances = Instances(log, instance="one:1:0123abcd", dead_after=timedelta(minutes=1))
+    instances = lone_instance(log.mailbox)
     recorder = EventRecorder(log, Followers(log, instances), instances)
     await recorder.recover()
     events = SessionEvents(record.key, recorder)

@@ -94,7 +94,7 @@ async def test_events_are_kept_by_the_log_that_is_given_and_it_is_not_closed(
     kind: str, store: FaultyStore, log: FaultyLog
 ) -> None:
     made = Made(kind)
-    app = made.app(store, events=log)
+    app = made.app(store, events=log, relay=log.mailbox)
     assert log_of(made) is log
     await resumes(app)
     assert log.closed == 0
@@ -117,7 +117,9 @@ async def test_an_app_with_events_can_be_started_again(kind: str, sqlite_url: st
 
 async def test_a_manager_closes_the_log_if_it_is_told_to(store: FaultyStore, log: FaultyLog) -> None:
     for close in (False, True):
-        manager = DurableSessionManager(Notes().server, store, event_log=log, close_event_log=close)
+        manager = DurableSessionManager(
+            Notes().server, store, event_log=log, mailbox=log.mailbox, close_event_log=close
+        )
         async with manager.run():
             assert log.closed == 0
         assert log.closed == int(close)
@@ -257,7 +259,7 @@ async def test_a_tool_of_each_framework_reports_progress_and_has_its_client_come
     app: Starlette
     if kind == "Server":
         talking = Talking()
-        app = durable_app(talking.notes.server, store, events=log, retry_interval=50)
+        app = durable_app(talking.notes.server, store, events=log, relay=log.mailbox, retry_interval=50)
     else:
         server: Any = MCPServer("notes") if kind == "MCPServer" else fastmcp.FastMCP("notes")
         context: Any = Context if kind == "MCPServer" else fastmcp.Context
@@ -271,7 +273,7 @@ async def test_a_tool_of_each_framework_reports_progress_and_has_its_client_come
 
         talk.__annotations__["ctx"] = context
         server.tool()(talk) if kind == "MCPServer" else server.tool(talk)
-        app = durable_app(server, store, events=log, retry_interval=50)
+        app = durable_app(server, store, events=log, relay=log.mailbox, retry_interval=50)
     async with running(app) as tasks:
         client = Client(app, tasks)
         await client.handshake()
@@ -300,7 +302,7 @@ async def test_without_a_sweeper_of_its_own_an_instance_sweeps_events(store: Fau
         await until(lambda: log.background["sweep"] >= 2)
     log.background.clear()
     async with instance(store, events=log, sweep_interval=None):
-        await until(lambda: log.background["beat"] >= 1)
+        await until(lambda: log.mailbox.background["beat"] >= 1)
     assert log.background["sweep"] == 0
 
 
@@ -317,7 +319,7 @@ async def test_hosts_of_the_log_are_told_by_hints_before_they_look(
     store: FaultyStore, other_store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Nobody looks by himself within a test.
-    monkeypatch.setattr("mcp_session_store.adapter.manager.POLL_INTERVAL", 3600.0)
+    monkeypatch.setattr("mcp_session_store.adapter.streams.recorder.POLL_INTERVAL", 3600.0)
     talking = Talking()
     other_log = FaultyLog(other_store)
     async with instance(store, talking.notes, events=log) as one, instance(other_store, events=other_log) as two:

@@ -18,6 +18,7 @@ from mcp_types import (
     RequestId,
 )
 
+from mcp_session_store.adapter.instances import INSTANCE_NAME
 from mcp_session_store.records import EventKind, NewEvent
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CALL_STREAM",
-    "INSTANCE_NAME",
     "NOT_JSON",
     "NOT_RESUMABLE",
     "TRIMMED",
@@ -42,8 +42,6 @@ NOT_JSON: Final = "The answer to the call cannot be written as JSON."
 NOT_RESUMABLE: Final = "The stream of the call cannot be resumed here. The call was not run again."
 TRIMMED: Final = "Events of the call that the client has not seen are not kept any more. The call was not run again."
 
-INSTANCE_NAME: Final = re.compile(r"[0-9a-f]{8}")
-"""Name of an instance, with which the names of its streams begin."""
 CALL_STREAM: Final = re.compile(rf"{INSTANCE_NAME.pattern}\.[1-9a-f][0-9a-f]*")
 """Name of a call's stream, as `EventRecorder.begin` makes it."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
     from uuid import UUID
 
-    from mcp_session_store.adapter.streams.instances import Instances
+    from mcp_session_store.adapter.instances import Instances
     from mcp_session_store.event_log import EventLog
     from mcp_session_store.records import NewEvent
 
@@ -227,7 +227,7 @@ class Followers:
 
     async def listen(self) -> None:
         """Poll as soon as the log notifies of events."""
-        await self._instances.listen(self._on_notification)
+        await self._log.listen(self._on_notification)
 
     def _on_notification(self, keys: Collection[UUID] | None) -> None:
         if keys is None or not self._by_session.keys().isdisjoint(keys):

@@ -12,12 +12,13 @@ import anyio
 
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
-from mcp_session_store.adapter.background import Wake, report_failure, run_every
+from mcp_session_store.adapter.background import Wake, report_failure, run_again, run_every
+from mcp_session_store.adapter.instances import MAX_PAUSE
 from mcp_session_store.adapter.session_log import SessionLog
 from mcp_session_store.adapter.streams.backlog import STORED_AT_ONCE, Backlog, ends_call
 from mcp_session_store.adapter.streams.calls import CallStream, call_error
 from mcp_session_store.adapter.streams.circuit import Circuit
-from mcp_session_store.adapter.streams.instances import MAX_PAUSE
+from mcp_session_store.adapter.streams.followers import POLL_INTERVAL
 from mcp_session_store.adapter.streams.turns import Turns
 from mcp_session_store.errors import (
     SchemaError,
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
 
     from mcp_types import RequestId
 
+    from mcp_session_store.adapter.instances import Instances
     from mcp_session_store.adapter.readiness import Readiness
     from mcp_session_store.adapter.streams.backlog import Followed
     from mcp_session_store.adapter.streams.followers import Followers
-    from mcp_session_store.adapter.streams.instances import Instances
     from mcp_session_store.event_log import EventLog
 
 __all__ = ["EventRecorder", "Outcome", "Recorded"]
@@ -120,10 +121,10 @@ class EventRecorder:
         """Turns of large messages to be stored, those of all sessions in the order of their arrival."""
         self.wake: Final = Wake(gathering=0)
         """Starts an attempt to store the backlog."""
-        self._announced = False
-        """Whether a heartbeat of this instance is stored."""
         self._circuit = Circuit()
         self._backlog = Backlog(self._too_much, self._dropped)
+        # Before, others would consider this instance dead, and its calls lost.
+        instances.on_announced = lambda: self._circuit.close(self._backlog)
         self._streams = 0
         """Number of streams begun."""
         max_age = log.policy.max_age
@@ -285,30 +286,20 @@ class EventRecorder:
         self._circuit.open(error)
         self.wake.set()
 
-    async def run(self, readiness: Readiness, *, beat_interval: float) -> None:
+    async def run(self, readiness: Readiness) -> None:
         """Run the background tasks, until cancelled.
 
         Args:
             readiness: Readiness of this instance.
-            beat_interval: Seconds between two heartbeats of this instance.
         """
         every = partial(run_every, readiness=readiness)
         async with anyio.create_task_group() as tasks:
-            wake = self.instances.wake
-            tasks.start_soon(partial(every, "heartbeat", beat_interval, self.beat, wake=wake, max_backoff=MAX_PAUSE))
             tasks.start_soon(partial(every, "events", RECOVERY_INTERVAL, self.recover, wake=self.wake))
             tasks.start_soon(every, "silent calls", self.silence / ROUNDS, self.refresh_idle_calls)
-
-    async def beat(self) -> None:
-        """Store a heartbeat of this instance; after the first one its events are stored.
-
-        Raises:
-            SessionStoreError: The log cannot be reached.
-        """
-        await self.instances.beat()
-        if not self._announced:
-            self._announced = True
-            self._circuit.close(self._backlog)
+            followers = self.followers
+            tasks.start_soon(partial(every, "streams", POLL_INTERVAL, followers.poll, wake=followers.wake))
+            hints = partial(run_again, "event hints", followers.listen, max_backoff=MAX_PAUSE, readiness=readiness)
+            tasks.start_soon(hints)
 
     async def refresh_idle_calls(self) -> None:
         """Store an event without a message of each call that has stored nothing for a while.
@@ -339,8 +330,8 @@ class EventRecorder:
         Raises:
             SessionStoreError: They cannot be stored yet.
         """
-        if not self._announced:
-            await self.beat()
+        if not self.instances.announced:
+            await self.instances.beat()
         if self._circuit.is_open or self._circuit.in_doubt:
             # An event of a session that does not exist takes the way of any other, and is not stored. A heartbeat
             # would not do, because it has a table of its own.
@@ -399,7 +390,7 @@ class EventRecorder:
         self._backlog.remove(key)
 
     async def retire(self) -> None:
-        """Store the backlog, if that can be done, and that this instance has stopped with all its calls."""
+        """Store the backlog, if that can be done, before this instance stores that it has stopped. Raises nothing."""
         try:
             # Tasks that were storing an answer are cancelled by now. Without an answer, other instances find out from
             # the retirement that the call is lost.
@@ -409,9 +400,5 @@ class EventRecorder:
                     async with anyio.create_task_group() as tasks:
                         for stream in list(self.unfinished.values()):
                             tasks.start_soon(self.record_again, stream)
-        except Exception as error:
-            report_failure("events", error, namespace=self.log.namespace)
-        try:
-            await self.instances.retire()
         except Exception as error:
             report_failure("events", error, namespace=self.log.namespace)
