@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mcp_session_store.adapter.frameworks import build_app
-from mcp_session_store.adapter.sdk import underlying_server
 from mcp_session_store.environment import truth, variable
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.event_log import EventLog
@@ -38,11 +36,6 @@ __all__ = ["durable_app"]
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-_servers_by_database: Final[dict[tuple[str, str | None], list[str]]] = {}
-"""Names of the servers of this process in the default namespace, by URL and schema of their database."""
-_RANDOM_NAME: Final = re.compile(r"\w+-[0-9a-f]{4}")
-"""Name that FastMCP makes for a server without one, another each time."""
 
 _ARGUMENT: Final = "argument"
 _DEFAULT: Final = "default"
@@ -174,36 +167,11 @@ def durable_app(
     else:
         store, place = _sql_store(store, namespace, schema, auto_upgrade, pool_size, retention)
         arguments["close_store"] = True
-    _warn_of_shared_namespace(server, store)
     wanted, wanted_by = _setting("events", events, False, truth)
     arguments |= _event_arguments(store, wanted, wanted_by)
     arguments |= _mailbox_arguments(store, *_setting("relay", relay, True, truth))
     app = build_app(server, store, options=options, arguments=arguments, health_path=health_path)
     return _announced(app, place)
-
-
-def _warn_of_shared_namespace(server: object, store: SessionStore) -> None:
-    """Warn once where two servers of this process share a database and the namespace that neither of them has set.
-
-    Servers of other processes are not seen, because nothing that is stored says which server stored it.
-    """
-    if not isinstance(store, SqlSessionStore) or store.namespace != DEFAULT_NAMESPACE:
-        return
-    name = underlying_server(server).name
-    if _RANDOM_NAME.fullmatch(name):
-        return
-    database = store.database
-    names = _servers_by_database.setdefault((database.shown_url, database.schema), [])
-    if name not in names:
-        names.append(name)
-        if len(names) == 2:
-            logger.warning(
-                "the servers %r and %r share the database %s and the namespace %r: limits and lists of one count the "
-                "sessions of the other, and each serves the other's session ids; give each a namespace of its own",
-                *names,
-                database.shown_url,
-                DEFAULT_NAMESPACE,
-            )
 
 
 def _sql_store(

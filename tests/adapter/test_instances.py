@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -31,6 +32,7 @@ from tests.support.measured import measuring
 
 if TYPE_CHECKING:
     from tests.support.faulty_stores import FaultyLog, FaultyStore
+    from tests.support.instances import Clock
 
 pytestmark = pytest.mark.anyio
 
@@ -244,3 +246,59 @@ async def test_a_manager_closes_the_mailbox_if_it_is_told_to(store: FaultyStore)
         async with manager.run():
             assert store.mailbox.closed == 0
         assert store.mailbox.closed == int(close)
+
+
+# Servers that share a namespace which neither has set
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings about other servers."""
+    return [record.getMessage() for record in caplog.records if "share a database" in record.getMessage()]
+
+
+async def test_a_server_that_shares_a_namespace_with_another_one_says_so_once(
+    store: FaultyStore, other_store: FaultyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with instance(store, Notes("ledger"), instance_timeout=0.3):
+        await until(lambda: store.mailbox.background["instances"] == 1)
+        async with instance(other_store, Notes("diary"), instance_timeout=0.3):
+            await until(lambda: len(warnings_of(caplog)) == 1)
+            assert "the servers 'ledger' and 'diary' share a database and the namespace 'default'" in caplog.text
+            await until(lambda: other_store.mailbox.background["beat"] >= 4)
+        assert other_store.mailbox.background["instances"] == store.mailbox.background["instances"] == 1
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "namespace"),
+    [
+        (("notes", "notes"), "default"),
+        # FastMCP's own names of servers that have none.
+        (("FastMCP-12ab", "notes"), "default"),
+        (("notes", "FastMCP-12ab"), "default"),
+        (("notes", "ledger"), "mine"),
+    ],
+)
+async def test_no_other_servers_are_told_of(
+    names: tuple[str, str], namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = MemorySessionStore(namespace=namespace)
+    one, two = (lone_instance(MemoryMailbox(store), f"one:1:0000000{n}", server=name) for n, name in enumerate(names))
+    await one.beat()
+    await two.beat()
+    await two.find_other_servers()
+    assert warnings_of(caplog) == []
+
+
+async def test_a_server_that_has_gone_shares_nothing(
+    store: FaultyStore, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = (lone_instance(store.mailbox, f"one:1:0000000{n}", server=name) for n, name in enumerate(("a", "b")))
+    await one.beat()
+    clock.advance(timedelta(minutes=2))
+    await two.beat()
+    await two.find_other_servers()
+    assert warnings_of(caplog) == []
+    await one.beat()
+    await two.find_other_servers()
+    assert len(warnings_of(caplog)) == 1

@@ -221,11 +221,15 @@ class Empty:
 
 
 def lone_instance(
-    mailbox: Mailbox, instance: str = "one:1:0123abcd", *, dead_after: timedelta = timedelta(minutes=1)
+    mailbox: Mailbox,
+    instance: str = "one:1:0123abcd",
+    *,
+    server: str = "notes",
+    dead_after: timedelta = timedelta(minutes=1),
 ) -> Instances:
     """An instance without a manager, as it knows the others."""
     return Instances(
-        mailbox, QuestionIds(), Empty(), instance=instance, server="notes", dead_after=dead_after, relay=True
+        mailbox, QuestionIds(), Empty(), instance=instance, server=server, dead_after=dead_after, relay=True
     )
 
 

@@ -5,6 +5,7 @@ A death shows by missing heartbeats, and at once by the release of what each ins
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -17,9 +18,11 @@ import anyio
 
 from mcp_session_store import telemetry
 from mcp_session_store.adapter.background import Wake, report_failure, run_again, run_every
+from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.errors import SessionStoreError
 from mcp_session_store.mailbox import Presence
 from mcp_session_store.records import display_text, instance_name
+from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from mcp_session_store.mailbox import Mailbox
 
 __all__ = ["INSTANCE_NAME", "MAX_PAUSE", "Instances", "Residents", "instance_id"]
+
+logger = logging.getLogger(__name__)
 
 INSTANCE_NAME: Final = re.compile(r"[0-9a-f]{8}")
 """Name of an instance, with which the names of its streams begin."""
@@ -57,6 +62,11 @@ class Residents(Protocol):
     @property
     def streams(self) -> int:
         """Number of GET streams that are open."""
+
+
+def _is_unnamed(server: str) -> bool:
+    """Return whether a server has no name, or the one that FastMCP makes for one without, another each time."""
+    return not server or re.fullmatch(r"\w+-[0-9a-f]{4}", server) is not None
 
 
 def instance_id() -> str:
@@ -105,8 +115,8 @@ class Instances:
         self.reliable_since = math.inf
         """Since when our own heartbeats have succeeded, by anyio's clock: before, those of others may have failed.
         Infinite while the last one is not stored."""
-        self.announced = False
-        """Whether a heartbeat of this instance is stored."""
+        self.announced: Final = Latch()
+        """A heartbeat of this instance is stored."""
         self.on_announced: Callable[[], None] | None = None
         """Called when the first heartbeat is stored."""
         self.on_hint: Callable[[], None] | None = None
@@ -129,6 +139,27 @@ class Instances:
         """Seconds between two checks of other instances, at least."""
         return LOOK_AGAIN if self._released_for else min(self._dead_after.total_seconds() / 10, LOOK)
 
+    async def find_other_servers(self) -> None:
+        """Warn where another server shares the database and the namespace that neither of them has set.
+
+        Raises:
+            SessionStoreError: The mailbox cannot be reached.
+        """
+        namespace = self._mailbox.namespace
+        if namespace != DEFAULT_NAMESPACE or _is_unnamed(self._server):
+            return
+        for other in await self._mailbox.instances():
+            is_alive = other.heartbeat.ago <= self._dead_after and not other.heartbeat.released
+            if is_alive and other.server != self._server and not _is_unnamed(other.server):
+                logger.warning(
+                    "the servers %r and %r share a database and the namespace %r: limits and lists of one count the "
+                    "sessions of the other, and each serves the other's session ids; give each a namespace of its own",
+                    other.server,
+                    self._server,
+                    namespace,
+                )
+                return
+
     def _renumber(self) -> None:
         """Have the number entered that was drawn, and hints of messages come for it."""
         self.wake.set()
@@ -141,14 +172,20 @@ class Instances:
         Args:
             readiness: Readiness of this instance.
         """
-        if not self.announced:
+        if not self.announced.is_set():
             self.wake.set()
         interval = self._dead_after.total_seconds() / 3
         beat = partial(run_every, "heartbeat", interval, self.beat, wake=self.wake)
         listen = partial(run_again, "message hints", self.listen)
+        look = partial(run_again, "other servers", self._look)
         async with anyio.create_task_group() as tasks:
-            for task in (beat, listen):
+            for task in (beat, listen, look):
                 tasks.start_soon(partial(task, max_backoff=MAX_PAUSE, readiness=readiness))
+
+    async def _look(self) -> None:
+        """Look for other servers, once, when a heartbeat of this instance is stored, which they see in turn."""
+        await self.announced.wait()
+        await self.find_other_servers()
 
     async def listen(self) -> None:
         """Pass on the mailbox's hints, and hold meanwhile what the death of this instance releases, until cancelled.
@@ -190,15 +227,15 @@ class Instances:
             SessionStoreError: The mailbox cannot be reached.
         """
         try:
-            if self.announced and self.before_beat is not None:
+            if self.announced.is_set() and self.before_beat is not None:
                 await self.before_beat()
             await self._announce()
         except BaseException:
             self.reliable_since = math.inf
             raise
         self.reliable_since = min(self.reliable_since, anyio.current_time())
-        if not self.announced:
-            self.announced = True
+        if not self.announced.is_set():
+            self.announced.set()
             if self.on_announced is not None:
                 self.on_announced()
 

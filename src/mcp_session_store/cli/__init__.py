@@ -6,6 +6,7 @@ import click
 
 from mcp_session_store.cli.doctor import doctor
 from mcp_session_store.cli.events import events
+from mcp_session_store.cli.instances import instances
 from mcp_session_store.cli.migrations import check, current, downgrade, upgrade
 from mcp_session_store.cli.namespaces import namespaces
 from mcp_session_store.cli.options import Group
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (upgrade, downgrade, current, check, doctor, serve, sessions, events, namespaces, sweep):
+for command in (upgrade, downgrade, current, check, doctor, serve, sessions, events, namespaces, instances, sweep):
     main.add_command(command)

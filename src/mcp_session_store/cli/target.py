@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mcp_session_store.retention import EventPolicy, RetentionPolicy
-    from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+    from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
     from mcp_session_store.sql.admin.events import EventDirectory
     from mcp_session_store.sql.admin.namespaces import NamespaceDirectory
     from mcp_session_store.sql.admin.partitions import EventPartitions
@@ -100,6 +100,13 @@ class Target:
         from mcp_session_store.sql import SqlEventLog
 
         return SqlEventLog(store, policy=policy)
+
+    def mailbox(self) -> SqlMailbox:
+        """Return what knows the running instances."""
+        from mcp_session_store.sql import SqlMailbox
+
+        self._refuse_absent()
+        return SqlMailbox(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
 
     def _refuse_absent(self) -> None:
         """Refuse a SQLite file that does not exist: a name that was mistyped must not make one."""

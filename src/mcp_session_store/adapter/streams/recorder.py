@@ -330,7 +330,7 @@ class EventRecorder:
         Raises:
             SessionStoreError: They cannot be stored yet.
         """
-        if not self.instances.announced:
+        if not self.instances.announced.is_set():
             await self.instances.beat()
         if self._circuit.is_open or self._circuit.in_doubt:
             # An event of a session that does not exist takes the way of any other, and is not stored. A heartbeat
