@@ -12,9 +12,10 @@ import pytest
 
 from mcp_session_store.records import Activity, EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlEventLog
-from mcp_session_store.testing import new_event, new_session
-from tests.support.databases import settled, sql_store
+from mcp_session_store.sql import SqlEventLog, SqlMailbox
+from mcp_session_store.testing import new_event, new_message, new_session
+from mcp_session_store.testing.mailbox.suite import run_instances
+from tests.support.databases import empty, settled, sql_store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -134,3 +135,27 @@ async def test_the_heads_of_a_batch_of_calls_are_read_at_once(migrated_url: str,
             await settled(store, log)
         assert trips.count == 1
         assert heads == [{key: 1} if key in with_log else {} for key in keys]
+
+
+@pytest.mark.parametrize("count", [1, 16])
+async def test_a_batch_of_posts_and_a_receive_go_to_the_database_once_each(
+    migrated_url: str, trips: RoundTrips, count: int
+) -> None:
+    await empty(migrated_url)
+    async with sql_store(migrated_url) as store, SqlMailbox(store) as mailbox:
+        await run_instances(mailbox, 1, 2, 3)
+        delivered: dict[int, int] = {}
+        for turn in range(3):  # on Postgres the first time prepares the statement
+            messages = [new_message(count * turn + number, recipient=None, sender=1) for number in range(count)]
+            await settled(store, mailbox)
+            trips.count = 0
+            assert await asyncio.gather(*(mailbox.post([message]) for message in messages)) == [set()] * count
+            await settled(store, mailbox)
+            posted, trips.count = trips.count, 0
+            # It removes those of the turn before.
+            page = await mailbox.receive(2, delivered=delivered)
+            await settled(store, mailbox)
+            received = trips.count
+            delivered[1] = page.messages[-1].sequence
+            assert len(page.messages) == count
+        assert (posted, received) == (1, 1)
