@@ -28,14 +28,14 @@ from mcp_session_store.errors import (
 )
 from mcp_session_store.records import Activity
 from mcp_session_store.retention import RetentionPolicy, SweepReport
-from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql import SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.admin.partitions import EventPartitions
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.tables import VERSION_TABLE, make_tables, sessions_table
 from mcp_session_store.sql.schema.version import HEAD, check_revision
-from mcp_session_store.testing import new_session
-from tests.support.databases import execute, migrated
+from mcp_session_store.testing import new_message, new_presence, new_session
+from tests.support.databases import execute, migrated, settled
 from tests.support.forking import ForkedProcess, run_forked
 
 if TYPE_CHECKING:
@@ -250,6 +250,43 @@ async def test_an_upgrade_gives_up_before_statements_queue_behind_it_for_long(po
     assert await migrate.current(postgres_url) == "1_0003_events"
     await migrate.upgrade(postgres_url)
     assert await migrate.current(postgres_url) == HEAD
+
+
+async def test_an_upgrade_waits_shortly_for_the_table_of_instances(postgres_url: str) -> None:
+    await migrate.upgrade(postgres_url, revision="1_0006_instance_locks")
+    engine = create_async_engine(postgres_url)
+    async with engine.connect() as reader:
+        await reader.exec_driver_sql("SELECT count(*) FROM mcp_session_instance")
+        with pytest.raises(StoreUnavailable, match="lock timeout"):
+            await migrate.upgrade(postgres_url)
+    await engine.dispose()
+    assert await migrate.current(postgres_url) == "1_0006_instance_locks"
+
+
+async def test_instances_of_the_version_before_run_beside_those_with_a_mailbox(database_url: str) -> None:
+    await migrate.upgrade(database_url, revision="1_0006_instance_locks")
+    clock = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+    if database_url.startswith("postgresql"):
+        clock = "clock_timestamp()"
+    # As that version writes its first heartbeat, and the next.
+    beat = "INSERT INTO mcp_session_instance (name, instance, started_at, beat_at, lock_epoch) VALUES "
+    await execute(database_url, f"{beat} ('old', 'host_1_old', {clock}, {clock}, NULL)")
+    await migrate.upgrade(database_url)
+    async with SqlMailbox(database_url, namespace="mine") as mailbox, SqlMailbox(database_url) as other:
+        assert await mailbox.beat(new_presence(1))
+        await execute(database_url, f"{beat} ('older', 'host_1_older', {clock}, {clock}, NULL)")
+        for name in ("old", "older"):
+            await execute(database_url, f"UPDATE mcp_session_instance SET beat_at = {clock} WHERE name = '{name}'")
+        assert (await mailbox.last_beats(["old", "older"])).keys() == {"old", "older"}
+        assert {running.number for running in await mailbox.instances()} == {None, 1}
+        assert {running.instance for running in await other.instances()} == {"host_1_old", "host_1_older"}
+        # They are sent nothing.
+        assert await mailbox.post([new_message(1, recipient=None, sender=1)]) == set()
+        assert await execute(database_url, "SELECT sequence FROM mcp_session_message") == []
+        await settled(mailbox)
+        await settled(other)
+    await migrate.downgrade(database_url, revision="1_0006_instance_locks")
+    assert len(await execute(database_url, "SELECT name, lock_epoch FROM mcp_session_instance")) == 3
 
 
 async def _compressions(url: str, schema: str) -> set[tuple[str, str]]:

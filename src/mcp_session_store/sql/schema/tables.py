@@ -196,9 +196,9 @@ def privileges_for_sessions(schema: str | None = None) -> Mapping[sa.Table, str]
     return {
         sessions_table(schema): _CHANGE,
         journal_table(schema): _CHANGE,
-        logs_table(schema): "SELECT, DELETE",
+        # UPDATE where rows are locked before they are removed.
+        logs_table(schema): "SELECT, UPDATE, DELETE",
         events_table(schema): "SELECT, DELETE",
-        # UPDATE, because rows are locked before they are removed.
         messages_table(schema): "SELECT, UPDATE, DELETE",
     }
 
