@@ -18,7 +18,8 @@ while is slower for all, and its median is printed. Before the first round the o
   is restored. Clients of the stock SDK initialize anew and call; the 404 that makes them do so is not counted;
 * restore, one at a time: the first `ping` of a session after a restart, beside a handshake of the stock SDK's;
 * storing and replay: see `benchmarks.events`, which also measures other configurations. Here each store is as it comes,
-  except that this package's log keeps all events.
+  except that this package's log keeps all events;
+* sweeping: see `benchmarks.sweeping`, here with fewer sessions. Neither of the other servers has sessions to sweep.
 
 Events are on for this package and for mcp-persist alone. mcp-persist has durable sessions and is otherwise as it comes;
 without events and for JSON its session manager is set accordingly.
@@ -35,10 +36,13 @@ import logging
 import tempfile
 from pathlib import Path
 
-from benchmarks import serving
+from benchmarks import serving, sweeping
 from benchmarks.contenders import OPERATIONS, has_peer
 
 EVENTS = ("storing", "replay")
+SWEEPING = "sweeping"
+SWEPT = 200_000
+"""Sessions in the table that is swept; half of them have expired."""
 
 
 async def run(arguments: argparse.Namespace) -> None:
@@ -60,12 +64,18 @@ async def run(arguments: argparse.Namespace) -> None:
                 await compare_as_they_come(
                     Path(other), arguments.postgres, arguments.rounds, arguments.scale, operations
                 )
+        if arguments.only in (None, SWEEPING):
+            print("\nRequests beside a sweep:\n")
+            expired = max(1, int(SWEPT / 2 * arguments.scale))
+            given = f"--rows {2 * expired} --expired {expired} --rounds {min(arguments.rounds, 3)}"
+            given = f"{given} --seconds {5 * min(1.0, arguments.scale)}"
+            await sweeping.run(sweeping.parser().parse_args([*filter(None, [arguments.postgres]), *given.split()]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("postgres", nargs="?", help="URL of a Postgres database that may be migrated and filled")
-    parser.add_argument("--only", choices=[*OPERATIONS, *EVENTS], help="time one operation instead of all")
+    parser.add_argument("--only", choices=[*OPERATIONS, *EVENTS, SWEEPING], help="time one operation instead of all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of operations in a round")
     parser.add_argument("--stored", type=int, default=0, help="sessions in the tables")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import EventPage, Heartbeat, NewEvent
     from mcp_session_store.retention import EventSweepReport
+    from mcp_session_store.store import SessionStore
 
 __all__ = [
     "EVENT_PAGE",
@@ -113,6 +114,13 @@ class EventLog(Store):
         Raises:
             InvalidValue: No stream can have this name.
         """
+
+    def is_of(self, store: SessionStore) -> bool:  # noqa: ARG002 - for overrides
+        """Return whether the records that a store loads say the newest event of this log, as `heads` does.
+
+        So a restore needs no other query before the first call of its session.
+        """
+        return False
 
     @abstractmethod
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:

@@ -68,8 +68,7 @@ def session_key(session_id: str) -> UUID:
 def display_text(value: object, *, length: int = DISPLAY_LENGTH) -> str:
     """Return a text that a client chose, made fit for terminals and logs; an empty one for any other value.
 
-    Control, format, surrogate and unassigned characters (Unicode general category C) are removed, and so are
-    separators of lines and paragraphs (Zl, Zp).
+    Characters of the Unicode categories C (control, format, surrogate, unassigned), Zl and Zp (separators) are removed.
 
     Args:
         value: The value that the client sent.
@@ -86,8 +85,7 @@ def display_text(value: object, *, length: int = DISPLAY_LENGTH) -> str:
 def check_texts(**texts: str) -> None:
     """Refuse texts that a database cannot store.
 
-    A NUL is refused by Postgres ("Character Types" in its manual), and ends a text for SQLite's functions. A lone
-    surrogate has no encoding in UTF-8.
+    Postgres refuses a NUL, which ends a text for SQLite's functions. A lone surrogate has no encoding in UTF-8.
 
     Args:
         texts: Texts by their names, which the error mentions.
@@ -201,6 +199,8 @@ class SessionRecord:
     """Number of changes to the messages that a restore replays."""
     loaded_at: datetime | None = field(default=None, compare=False)
     """Time of the load that returned the record, from which an instance computes when its copy ends; else `None`."""
+    newest_event: int | None = field(default=None, compare=False)
+    """Sequence of the session's newest event then, 0 without any; `None`: not known. See `EventLog.is_of`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -337,6 +337,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             self._tasks,
             on_restore=self._on_restore,
             replay_timeout=self._settings.replay_timeout,
+            loads_newest_event=self.event_log is not None and self.event_log.is_of(self.store),
         )
         router = Router(
             self._registry,

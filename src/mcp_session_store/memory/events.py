@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store.records import Heartbeat, NewEvent
+    from mcp_session_store.store import SessionStore
 
 __all__ = ["MemoryEventLog"]
 
@@ -50,6 +51,9 @@ class MemoryEventLog(EventLog):
     @property
     def namespace(self) -> str:
         return self._store.namespace
+
+    def is_of(self, store: SessionStore) -> bool:
+        return store is self._store
 
     @property
     def data(self) -> Data:

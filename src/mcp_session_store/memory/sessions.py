@@ -168,7 +168,8 @@ class MemorySessionStore(SessionStore):
         check_keys(key)
         row = self._live(key)
         if row is not None:
-            return replace(row.record, loaded_at=self._data.now())
+            log = self._data.logs.get(key)
+            return replace(row.record, loaded_at=self._data.now(), newest_event=0 if log is None else log.last)
         row = self._data.rows.get(key)
         if row is None or row.record.namespace != self._namespace:
             return Absence.UNKNOWN

@@ -11,7 +11,8 @@ import pytest
 from sse_starlette import ServerSentEvent
 
 from mcp_session_store import EndReason, EventPolicy, session_key
-from mcp_session_store.adapter.streams import event_store, reader
+from mcp_session_store.adapter import clock
+from mcp_session_store.adapter.streams import newest_event, reader
 from mcp_session_store.adapter.streams.event_ids import TAG_SIZE, Cursor, EventIds
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Follower, Followers
@@ -165,6 +166,35 @@ async def test_a_restored_copy_asks_the_log_for_its_place_once_and_stores_none(
     assert [event.kind for event in log.stored(session_id)] == [EventKind.RESPONSE] * 3
 
 
+async def test_a_restored_copy_knows_its_place_where_the_record_says_it(
+    store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = await left_behind(store, log)
+    monkeypatch.setattr(FaultyLog, "is_of", lambda *_: True)
+    talking = Talking()
+    async with instance(store, talking.notes, events=log) as one:
+        client = one.client(session_id)
+        call, last_event_id = await away(talking, client)
+        assert place_of(client, last_event_id)[1:3] == (1, 0)
+        assert log.background["heads"] == 0
+        resumed = await opened(client, last_event_id)
+        call.answer()
+        await resumed.end()
+        assert told(resumed.messages) == ["done"]
+    assert [event.kind for event in log.stored(session_id)] == [EventKind.RESPONSE] * 2
+
+
+async def test_a_restored_copy_asks_the_log_where_its_record_was_loaded_long_ago(
+    store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = await left_behind(store, log)
+    monkeypatch.setattr(FaultyLog, "is_of", lambda *_: True)
+    monkeypatch.setattr(newest_event, "KNOWN_FOR", 0.0)
+    async with instance(store, events=log) as one:
+        await one.client(session_id).ping()
+    assert log.background["heads"] == 1
+
+
 async def test_the_first_calls_of_a_restored_copy_may_begin_at_once(store: FaultyStore, log: FaultyLog) -> None:
     session_id = await left_behind(store, log)
     talking = Talking()
@@ -221,7 +251,7 @@ async def test_the_log_is_asked_again_where_the_newest_event_was_heard_of_long_a
 ) -> None:
     await client.ping()
     assert log.background["heads"] == 0
-    monkeypatch.setattr(event_store, "KNOWN_FOR", 0.1)
+    monkeypatch.setattr(newest_event, "KNOWN_FOR", 0.1)
     await anyio.sleep(0.11)
     await client.ping()
     assert log.background["heads"] == 1
@@ -234,7 +264,7 @@ async def test_nothing_is_left_of_a_call_that_does_not_begin_because_of_what_hap
 ) -> None:
     record = await store.inner.create(new_session())
     recorder, events = await running(log, record.key)
-    events.begin(new=False)
+    events.begin(None, known_at=clock.now())
     held = log.hold("heads")
     ids: list[str | None] = []
 
@@ -546,7 +576,7 @@ async def test_a_call_that_is_heard_of_at_the_last_moment_is_not_lost(
 async def test_no_call_begins_in_a_copy_that_has_left_memory(store: FaultyStore, log: FaultyLog) -> None:
     record = await store.inner.create(new_session())
     recorder, events = await running(log, record.key)
-    events.begin(new=True)
+    events.begin(0, known_at=clock.now())
     assert await primed(events, "1") is not None
     await events.abandon()
     assert await primed(events, "2") is None
@@ -558,7 +588,7 @@ async def test_a_call_under_the_id_of_one_that_runs_does_not_begin_in_a_copy_tha
 ) -> None:
     record = await store.inner.create(new_session())
     recorder, events = await running(log, record.key)
-    events.begin(new=True)
+    events.begin(0, known_at=clock.now())
     await primed(events, "1")
     held = log.hold("append")
     async with anyio.create_task_group() as tasks:

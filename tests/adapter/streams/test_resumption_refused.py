@@ -13,6 +13,7 @@ from mcp.server.transport_security import TransportSecuritySettings
 from mcp_types import jsonrpc_message_adapter
 
 from mcp_session_store import EventPolicy, StoreUnavailable
+from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Followers
 from mcp_session_store.adapter.streams.recorder import EventRecorder
@@ -667,7 +668,7 @@ async def view(store: FaultyStore, log: FaultyLog) -> SessionEvents:
     recorder = EventRecorder(log, Followers(log, instances), instances)
     await recorder.recover()
     events = SessionEvents(record.key, recorder)
-    events.begin(new=True)
+    events.begin(0, known_at=clock.now())
     return events
 
 

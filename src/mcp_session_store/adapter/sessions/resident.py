@@ -186,12 +186,28 @@ class ResidentSession:
         return self.record is not None and self.stale_since > self.record.revision
 
     def stored(
-        self, record: SessionRecord, policy: RetentionPolicy, *, new: bool, loaded_at: float | None = None
+        self,
+        record: SessionRecord,
+        policy: RetentionPolicy,
+        *,
+        new: bool,
+        loaded_at: float | None = None,
+        newest_event: int | None = None,
     ) -> None:
-        """Take over the record that is stored, and from it how long the session lives: see `Lifetime.begin`."""
+        """Take over the record that is stored, and from it how long the session lives: see `Lifetime.begin`.
+
+        Args:
+            record: The record.
+            policy: Policy of the store.
+            new: Whether the session was just opened.
+            loaded_at: Moment, by `clock`, at which the record was loaded; `None` for one that was just created or
+                claimed.
+            newest_event: Sequence of the session's newest event at that moment, if it is known.
+        """
         self.record = record
         if self.events is not None:
-            self.events.begin(new=new)
+            known_at = clock.now() if loaded_at is None else loaded_at
+            self.events.begin(0 if new else newest_event, known_at=known_at)
         self.lifetime.begin(record, policy, new=new, loaded_at=loaded_at)
 
     def pin(self, times: int = 1) -> None:

@@ -65,6 +65,7 @@ class Restorer:
         tasks: Task group in which restores run.
         on_restore: The application's hook; it may refuse a restore.
         replay_timeout: Seconds that each part of a replay may take.
+        loads_newest_event: Whether a loaded record says the newest event of the event log, see `EventLog.is_of`.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Restorer:
         *,
         on_restore: RestoreHook | None,
         replay_timeout: float,
+        loads_newest_event: bool,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -89,6 +91,7 @@ class Restorer:
         self._tasks = tasks
         self._on_restore = on_restore
         self._replay_timeout = replay_timeout
+        self._loads_newest_event = loads_newest_event
         self._unanswered: dict[UUID, tuple[int, str]] = {}
         """Claims that may have taken effect without an answer, by key: restores and instance before each."""
 
@@ -300,7 +303,10 @@ class Restorer:
             if not session.serving:
                 raise RestoreFailed("the server loop of a session ended while it was being restored")
             if claimed.revision == record.revision:
-                session.stored(claimed, self._store.inner.retention, new=False, loaded_at=loaded_at)
+                newest_event = claimed.newest_event if self._loads_newest_event else None
+                session.stored(
+                    claimed, self._store.inner.retention, new=False, loaded_at=loaded_at, newest_event=newest_event
+                )
                 if session.lifetime.past_absolute:
                     raise SessionNotFound("expired")
                 if loaded_at is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -12,6 +11,7 @@ from mcp.server.streamable_http import GET_STREAM_KEY, EventStore
 from mcp_types import CONNECTION_CLOSED
 from mcp_types.version import KNOWN_PROTOCOL_VERSIONS, is_version_at_least
 
+from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.requests import POSTED
@@ -19,6 +19,7 @@ from mcp_session_store.adapter.responses import LOST
 from mcp_session_store.adapter.streams.backlog import can_do_without
 from mcp_session_store.adapter.streams.calls import NOT_JSON, call_error, call_of, kind_of
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
+from mcp_session_store.adapter.streams.newest_event import NewestEvent
 from mcp_session_store.adapter.streams.recorder import ROUNDS, Outcome
 from mcp_session_store.event_log import LARGE_APPEND, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent
@@ -39,13 +40,6 @@ __all__ = ["RESUMABLE_VERSIONS", "SessionEvents"]
 
 RESUMABLE_VERSIONS: Final = frozenset(v for v in KNOWN_PROTOCOL_VERSIONS if is_version_at_least(v, "2025-11-25"))
 """Protocol versions whose clients understand priming events, and come back for a stream."""
-
-KNOWN_FOR: Final = 60.0
-"""Seconds for which the sequence that this copy stored or read last is the place before the first event of a new call.
-
-Other instances store events meanwhile, and when the log is trimmed beyond that place, a reader elsewhere takes the
-call's events for missing. Therefore the log is asked again.
-"""
 
 
 class SessionEvents(EventStore):
@@ -85,10 +79,7 @@ class SessionEvents(EventStore):
         self._recorded: Latch | None = None
         self.abandoned: Final = Latch()
         """Set when the copy has left memory and its calls without an answer are stored as lost."""
-        self._newest = 0
-        """Sequence of the session's newest event that is known here."""
-        self._known_at = -math.inf
-        """When it was heard of, by the monotonic clock."""
+        self._newest = NewestEvent()
         self._in_doubt = False
         """Whether the log did not take the last event. The priming event of the next call is then stored, which shows
         whether the log takes events of this session."""
@@ -115,7 +106,7 @@ class SessionEvents(EventStore):
         if method == "initialize" or not fits(request_id):
             return
         resumable = protocol_version in RESUMABLE_VERSIONS
-        is_newest_known = resumable and self._is_newest_known()
+        is_newest_known = resumable and self._newest.is_known(self.recorder.silence / ROUNDS)
         if resumable and not is_newest_known:
             # Before the stream begins, so that nothing is left of a call that is cancelled meanwhile.
             is_newest_known = await self._find_newest()
@@ -132,7 +123,7 @@ class SessionEvents(EventStore):
         if is_newest_known and self._is_id_enough:
             stream.identified = True
             stream.position = 1
-            event_id = self.ids.write(Cursor(stream.name, self._newest, 0, request_id))
+            event_id = self.ids.write(Cursor(stream.name, self._newest.sequence, 0, request_id))
         else:
             event_id = await self._store(stream, stream_id, None)
         if event_id:
@@ -181,11 +172,16 @@ class SessionEvents(EventStore):
 
     # Called by the session manager
 
-    def begin(self, *, new: bool) -> None:
-        """Note that the session has a record, and whether it was just opened, so that it has no events."""
+    def begin(self, newest: int | None, *, known_at: float) -> None:
+        """Note that the session has a record.
+
+        Args:
+            newest: Sequence of its newest event, 0 if it was just opened; `None` if it is not known.
+            known_at: Moment, by `clock`, at which it was the newest.
+        """
         self.active = True
-        if new:
-            self._note_newest(0)
+        if newest is not None:
+            self._newest.note(newest, known_at)
 
     @property
     def busy(self) -> bool:
@@ -353,7 +349,7 @@ class SessionEvents(EventStore):
                 self._in_doubt = True
                 return ""
             self._in_doubt = False
-            self._note_newest(recorded.sequence)
+            self._newest.note(recorded.sequence, clock.now())
             if stream is None:
                 self._identified = True
             else:
@@ -374,11 +370,6 @@ class SessionEvents(EventStore):
             report_failure("events", error, key=self.key, namespace=self.recorder.log.namespace)
             return ""
 
-    def _note_newest(self, sequence: int) -> None:
-        # Not the highest of all, because the log may have been set back, as after a restored backup.
-        self._newest = sequence
-        self._known_at = time.monotonic()
-
     async def _find_newest(self) -> bool:
         """Ask the log for the session's newest event, unless the priming event of the next call is stored anyway.
 
@@ -388,7 +379,7 @@ class SessionEvents(EventStore):
         if self._is_id_enough and not self.recorder.down:
             sequence = await self.recorder.newest(self.key)
             if sequence is not None:
-                self._note_newest(sequence)
+                self._newest.note(sequence, clock.now())
                 return True
         return False
 
@@ -396,9 +387,6 @@ class SessionEvents(EventStore):
     def _is_id_enough(self) -> bool:
         """Whether other instances can follow a call of which nothing is stored yet, if its place is known."""
         return not self._in_doubt and self.recorder.instances.reliable_since < math.inf
-
-    def _is_newest_known(self) -> bool:
-        return time.monotonic() - self._known_at < min(KNOWN_FOR, self.recorder.silence / ROUNDS)
 
     def _deliver(self, stream_id: str, event: NewEvent, followers: bool) -> bool:
         """Return whether a client gets an event that is not stored: the SDK sends it where a response is open."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mcp_session_store.records import EventPage, Heartbeat, NewEvent
     from mcp_session_store.retention import EventPolicy
     from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.store import SessionStore
 
 __all__ = ["SqlEventLog"]
 
@@ -85,7 +86,8 @@ class SqlEventLog(EventLog):
         policy: EventPolicy | None = None,
     ) -> None:
         super().__init__(policy=policy)
-        self._owned = not isinstance(where, SqlSessionStore)
+        self._store = where if isinstance(where, SqlSessionStore) else None
+        self._owned = self._store is None
         self._database, self._namespace = database_at(
             where,
             namespace=namespace,
@@ -133,6 +135,9 @@ class SqlEventLog(EventLog):
     @property
     def namespace(self) -> str:
         return self._namespace
+
+    def is_of(self, store: SessionStore) -> bool:
+        return store is self._store
 
     async def open(self) -> None:
         if self._owned:

@@ -29,12 +29,14 @@ def read_record(
 
     Args:
         dialect: The database's dialect.
-        columns: The columns that `SessionStatements` selects. The time of the read may follow.
+        columns: The columns that `SessionStatements` selects. The time of the read and the sequence of the session's
+            newest event may follow.
         key: The session's key.
         row: The row, as the driver returned it.
     """
     _, namespace, params, protocol_version, client_name, client_version, digest, display, instance_hint, *others = row
-    restores, revision, *moments = others
+    restores, revision, *others = others
+    moments, newest_event = others[:4], others[4:]
     try:
         created_at, last_seen_at, expires_at, *loaded_at = dialect.moments(moments)
         principal = None if digest is None else Principal(digest=bytes.fromhex(digest), display=display or "")
@@ -65,6 +67,7 @@ def read_record(
             restores=restores,
             revision=revision,
             loaded_at=loaded_at[0] if loaded_at else None,
+            newest_event=newest_event[0] if newest_event and isinstance(newest_event[0], int) else None,
         )
     unreadable = unreadable_columns(dialect, columns, row[: len(columns)])
     known = "principal_digest" not in unreadable

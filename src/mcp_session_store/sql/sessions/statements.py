@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from mcp_session_store.records import EndReason
 from mcp_session_store.sql.dialects.functions import MOMENT, After, ArrivalClock, StoreClock, Unindexed
 from mcp_session_store.sql.notifications import SESSION_CHANNEL
-from mcp_session_store.sql.schema.tables import sessions_table
+from mcp_session_store.sql.schema.tables import logs_table, sessions_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,9 +121,9 @@ class SessionStatements:
         self.create = dialect.precompiled(self._creation())
         self.loads = dialect.batch("loaded", _KEY)
         self.load = dialect.precompiled(
-            sa.select(*self.record, StoreClock().label("loaded_at"), self._absence()).where(
-                self.loads.in_batch(table.c.key), Unindexed(table.c.namespace) == self._namespace
-            )
+            sa.select(
+                *self.record, StoreClock().label("loaded_at"), self._newest_event(logs_table(schema)), self._absence()
+            ).where(self.loads.in_batch(table.c.key), Unindexed(table.c.namespace) == self._namespace)
         )
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
         self.claim = dialect.precompiled(self._claim())
@@ -252,6 +252,12 @@ class SessionStatements:
         return sa.select(clock.c.until, table.c.key, table.c.revision, table.c.end_reason).select_from(
             clock.outerjoin(table, changed)
         )
+
+    def _newest_event(self, logs: sa.Table) -> sa.ColumnElement[int]:
+        """Return the sequence of a session's newest event, 0 without a log."""
+        # A log has the namespace of its session.
+        newest = sa.select(logs.c.sequence).where(logs.c.key == self._table.c.key).scalar_subquery()
+        return sa.func.coalesce(newest, 0).label("newest_event")
 
     def _absence(self) -> sa.ColumnElement[Any]:
         """Return NULL for a live session, and else why it is not live: the reason of its end, or that it expired."""

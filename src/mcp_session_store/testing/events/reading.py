@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from mcp_session_store.records import message_bytes
 from mcp_session_store.testing.events.suite import LogSuite, MakeLog, read_all, read_page, sized, stored_as
 from mcp_session_store.testing.factories import new_event
@@ -20,6 +22,18 @@ class Reading(LogSuite):
         key = await self._opened(store)
         assert await log.read(key, "instance.1", after=0) is None
         assert await log.heads([key]) == {}
+
+    async def test_a_record_says_the_newest_event_of_the_log_that_is_of_its_store(self, make_log: MakeLog) -> None:
+        (store, log), (another, _) = make_log(), make_log()
+        if not log.is_of(store):
+            pytest.skip("its records do not say the newest event")
+        assert not log.is_of(another)
+        keys = [await self._opened(store) for _ in range(3)]
+        for number, key in enumerate(keys):
+            for position in range(number):
+                await log.append(key, [new_event(position)])
+        assert [getattr(await store.find(key), "newest_event", None) for key in keys] == [0, 1, 2]
+        assert await log.heads(keys) == {keys[1]: 1, keys[2]: 2}
 
     async def test_a_stream_without_events_tells_how_far_the_log_goes(self, store: SessionStore, log: EventLog) -> None:
         key = await self._opened(store)
