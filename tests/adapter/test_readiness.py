@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
+from sqlalchemy.engine import make_url
 
 from mcp_session_store.adapter.readiness import State
 from mcp_session_store.errors import SchemaBehind, StoreBusy, StoreMisconfigured, StoreUnavailable
+from mcp_session_store.sql import SqlSessionStore
 from tests.support.asgi import until
 from tests.support.http import assert_unavailable
 from tests.support.instances import instance
+from tests.support.roles import limited
 
 if TYPE_CHECKING:
     from tests.support.faulty_stores import FaultyStore
+    from tests.support.postgres import PostgresServer
 
 pytestmark = pytest.mark.anyio
 
@@ -94,3 +98,32 @@ async def test_a_final_cause_that_comes_and_goes_is_logged_once(
             store.up()
             await until(lambda: one.manager.readiness.state is State.READY)
         assert [level for level, _ in lines(caplog)] == ["ERROR", "WARNING"]
+
+
+async def test_a_server_that_lets_its_user_in_no_more_is_gone_on_with_when_it_does_again(
+    stoppable_postgres: PostgresServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stoppable_postgres.database() as url:
+        async with limited(url, limit=20) as of_role:
+            role = str(make_url(of_role).username)
+            async with (
+                SqlSessionStore(of_role) as store,
+                instance(store, outage_patience=20, end_within=5) as one,
+            ):
+                resident = one.client()
+                await resident.handshake()
+                caplog.clear()
+                with stoppable_postgres.barring(role):
+                    await until(lambda: one.manager.readiness.state is State.NOT_READY)
+                    await anyio.sleep(0.3)
+                    errors = [text for level, text in lines(caplog) if level == "ERROR"]
+                    assert len(errors) == 1
+                    assert "an entry to the server's pg_hba.conf" in errors[0]
+                    assert (await resident.ping()).status == 200
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(one.client().handshake)
+                        await anyio.sleep(0.3)
+                        group.cancel_scope.cancel()
+                await until(lambda: one.manager.readiness.state is State.READY)
+                assert [level for level, text in lines(caplog) if "can be used again after" in text] == ["WARNING"]
+                await one.client().handshake()

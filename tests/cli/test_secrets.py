@@ -79,6 +79,13 @@ URLS = {
     "words of libpq": "host=127.0.0.1 port=1 user=app password=zqx",
     "sqlite with a password": f"sqlite://app:zqx@{CLOSED}/d",
     "key of sqlite": "sqlite:///nowhere.db?key=zqx",
+    "options behind an ampersand": f"postgresql://app:zqx@{CLOSED}/d&password=zqx",
+    "options behind a semicolon": f"postgresql://{CLOSED}/d;user=app;password=zqx",
+    "of Java": f"jdbc:postgresql://{CLOSED}/d?user=app&password=zqx",
+    "a command": f"psql 'postgresql://app:zqx@{CLOSED}/d'",
+    "a line of a file": f"DATABASE_URL=postgresql://app:zqx@{CLOSED}/d",
+    "password alone": f"postgresql://:zqx@{CLOSED}/d",
+    "backslash": f"postgresql://app:zqx\\@zqx@{CLOSED}/d",
 }
 
 every_url = pytest.mark.parametrize("url", URLS.values(), ids=URLS.keys())

@@ -62,8 +62,36 @@ def begin_by_the_driver(url: str) -> AsyncEngine:
     return create_async_engine(url, connect_args={"autocommit": False})
 
 
+def begin_immediate_by_listeners(url: str) -> AsyncEngine:
+    """As many do, so that two writers wait for each other instead of failing."""
+    engine = create_async_engine(url, connect_args={"isolation_level": None})
+    event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return engine
+
+
+def other_isolation_levels(url: str) -> AsyncEngine:
+    """One for the driver, which begins by it, and another by SQLAlchemy's name."""
+    return create_async_engine(url, isolation_level="SERIALIZABLE", connect_args={"isolation_level": "EXCLUSIVE"})
+
+
+def pragmas_by_listeners(url: str) -> AsyncEngine:
+    engine = create_async_engine(url)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def connect(connection: Any, record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.close()
+
+    return engine
+
+
 ENGINES = [
     plain,
+    begin_immediate_by_listeners,
+    other_isolation_levels,
+    pragmas_by_listeners,
     one_connection,
     no_pool,
     begin_by_listeners,

@@ -216,6 +216,22 @@ class PostgresServer:
         if self.running:
             drop_database(self.url(), name)
 
+    @contextmanager
+    def barring(self, role: str) -> Iterator[None]:
+        """Let a role in no more, and end its connections, while the context lasts."""
+        rules = self._folder / "data" / "pg_hba.conf"
+        before = rules.read_text()
+        reload = "SELECT pg_reload_conf()"
+        # Written in place, because the server's user owns the file.
+        rules.write_text(f"host all {role} all reject\n{before}")
+        try:
+            execute(self.url(), reload)
+            execute(self.url(), f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'")
+            yield
+        finally:
+            rules.write_text(before)
+            execute(self.url(), reload)
+
     @property
     def _folder(self) -> Path:
         if self._directory is None:

@@ -112,9 +112,17 @@ def _whole(parsed: URL, text: str, dialect: Dialect) -> URL:
     for name, value in parse_qsl(query, keep_blank_values=True):
         options.setdefault(name, []).append(value)
     _, slash, database = place.partition("/")
+    if dialect.has_addresses and re.search(r"[&;]\w+=", database):
+        # Not by the text, which may hold a password.
+        raise ConfigurationError(
+            "the database URL has options behind the name of the database without a ? between them; write ? before the "
+            "first option and & before each other one, or %26 for a & in the name"
+        )
     if slash:
         # SQLAlchemy before 2.1 does not decode it.
         parsed = parsed.set(database=unquote(database))
+    if "\0" in unquote(text):
+        raise ConfigurationError("the database URL holds a NUL character (%00), which no part of it may have")
     return ReadUrl(*parsed.set(query={name: values if values[1:] else values[0] for name, values in options.items()}))
 
 

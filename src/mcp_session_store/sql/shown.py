@@ -32,7 +32,7 @@ __all__ = [
 _PLAIN: Final = re.compile(r"[\w.@+-]{1,63}")
 """User names that are shown. Another text may be a password that was written in the wrong place."""
 
-_DELIMITERS: Final = frozenset("@/?#:%")
+_DELIMITERS: Final = frozenset("@/?#:%&;")
 """Characters that end a part of a URL, and that the name of a database seldom holds."""
 
 _GIVEN_URL: Final = "mcp_session_store_url"

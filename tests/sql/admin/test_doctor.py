@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
-from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.admin.doctor import Finding, Verdict, examine
 from mcp_session_store.sql.schema import migrate
@@ -19,6 +19,7 @@ from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import execute, migrated, sql_store
 from tests.support.faults import FaultProxy
+from tests.support.roles import limited
 from tests.support.rows import insert_rows, session_row
 
 pytestmark = pytest.mark.anyio
@@ -308,3 +309,19 @@ async def test_a_folder_that_is_not_writable_is_a_failure(
     assert str(tmp_path) in f"{found['file'].remedy}"
     # To look at it, reading is enough.
     assert not verdicts(found, Verdict.SKIPPED)
+
+
+async def test_a_role_in_read_only_transactions_is_said_what_to_turn_off(postgres_url: str) -> None:
+    async with limited(postgres_url, limit=20) as url:
+        role = make_url(url).username
+        await execute(postgres_url, f"ALTER ROLE {role} SET default_transaction_read_only = on")
+        found = await looked(url)
+        assert verdicts(found, Verdict.FAIL) == {"server"}
+        assert "turn default_transaction_read_only off" in f"{found['server'].remedy}"
+        async with SqlSessionStore(url) as store:
+            with pytest.raises(StoreUnavailable, match=r"name the primary, .*turn default_transaction_read_only off"):
+                await store.create(new_session())
+        await execute(postgres_url, f"ALTER ROLE {role} RESET default_transaction_read_only")
+        await execute(postgres_url, f"ALTER ROLE {role} SET statement_timeout = '1ms'")
+        first = next(iter((await looked(url)).values()))
+        assert "longer statement_timeout, as by options=" in f"{first.remedy}"

@@ -17,7 +17,12 @@ from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.dialects.dialect import Barred, Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
-from mcp_session_store.sql.dialects.postgres_failures import POOLED_STATEMENT, kind_of_failure, misconfiguration
+from mcp_session_store.sql.dialects.postgres_failures import (
+    POOLED_STATEMENT,
+    advice_on_settings,
+    kind_of_failure,
+    misconfiguration,
+)
 from mcp_session_store.sql.dialects.postgres_options import (
     BEHIND_PGBOUNCER,
     PUBLIC_OPTIONS,
@@ -293,6 +298,8 @@ class Postgres(Dialect):
     def advice_on(self, error: BaseException) -> str | None:
         if getattr(error, "sqlstate", None) in POOLED_STATEMENT:
             return "behind PgBouncer in transaction mode, add ?pgbouncer=true to the database URL"
+        if (advice := advice_on_settings(error)) is not None:
+            return advice
         if self.failure_kind(error) is FailureKind.NO_ROOM:
             return "allow more connections there, or run fewer processes, or give each a smaller pool_size"
         return None

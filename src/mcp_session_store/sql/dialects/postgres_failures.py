@@ -12,7 +12,7 @@ from mcp_session_store.sql.dialects.strangers import NotPostgres
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["POOLED_STATEMENT", "kind_of_failure", "misconfiguration"]
+__all__ = ["POOLED_STATEMENT", "advice_on_settings", "kind_of_failure", "misconfiguration"]
 
 # Classes and codes of SQLSTATE, "PostgreSQL Error Codes" in its manual.
 _KINDS: Final = (
@@ -85,6 +85,19 @@ def kind_of_failure(error: BaseException) -> FailureKind | None:
     # asyncpg's own errors: SQLAlchemy lets them pass while it makes a connection ready, and `run` meets them.
     wrong_state = isinstance(error, (asyncpg.InterfaceError, asyncpg.InternalClientError))
     return FailureKind.BROKEN if wrong_state else None
+
+
+def advice_on_settings(error: BaseException) -> str | None:
+    """Say which setting of the server keeps a statement from its end although it may be changed at any time."""
+    match getattr(error, "sqlstate", None):
+        case "25006":
+            return (
+                "name the primary, or all hosts with target_session_attrs=read-write; or turn "
+                "default_transaction_read_only off for this role and database"
+            )
+        case "57014" if "statement timeout" in str(error):
+            return "give this role a longer statement_timeout, as by options=-cstatement_timeout%3D30s in the URL"
+    return None
 
 
 def misconfiguration(error: BaseException) -> str | None:

@@ -90,7 +90,7 @@ def _check_option(name: str, value: Any, *, is_uri: bool) -> None:
             "made with connect_args"
         )
     values = known[name]
-    if values is None and not (isinstance(value, str) and value.isascii() and value.isdigit()):
+    if values is None and not (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10):
         raise ConfigurationError(f"{name}={value!r} in the database URL cannot be used; write a whole number")
     if values and value not in values:
         raise ConfigurationError(f"{name}={value!r} in the database URL cannot be used; write {' or '.join(values)}")
