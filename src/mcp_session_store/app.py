@@ -66,6 +66,7 @@ def durable_app(
     outage_patience: float | NotGiven = NOT_GIVEN,
     max_initialize_params: int | NotGiven = NOT_GIVEN,
     journaled_methods: Sequence[JournaledMethod] = (),
+    relayed_notifications: Sequence[str] = (),
     health_path: str | None = None,
     **options: Any,
 ) -> Starlette:
@@ -118,6 +119,7 @@ def durable_app(
         outage_patience: See `InstanceSettings`; seconds.
         max_initialize_params: See `InstanceSettings`; bytes.
         journaled_methods: See `DurableSessionManager`.
+        relayed_notifications: See `DurableSessionManager`.
         health_path: Path below which health is served, such as `/health`: `/health/live` answers 200 while the app
             serves, and `/health/ready` while it is ready, which it is from when the schema was found to fit until it
             stops. Both stand outside of auth and host guard, and give way to a route of the application's own. `None`:
@@ -148,6 +150,7 @@ def durable_app(
         "on_restore": on_restore,
         "on_end": on_end,
         "journaled_methods": journaled_methods,
+        "relayed_notifications": relayed_notifications,
     }
     if isinstance(store, SessionStore):
         given = {

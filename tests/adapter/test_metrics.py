@@ -97,6 +97,11 @@ async def test_every_instrument_has_a_value(migrated_url: str, measured: Measure
         await client.delete()
         client = one.client()
         await client.begin()
+        async with instance(store) as other:
+            await other.client(client.session_id).ping()
+            await client.notify("notifications/roots/list_changed")
+            await until(lambda: bool(measured.read()) and "mcp_session_store.messages.delivered" in measured.seen)
+            await client.respond(1 << 29, {})
         call, last_event_id = await away(talking, client)
         (busy,) = measured.read()["mcp_session_store.sessions.busy"]
         assert busy.value == 1

@@ -463,6 +463,8 @@ class FaultyMailbox(_Faulty, Mailbox):
         """Whether hints of messages arrive."""
         self.holds = False
         """Whether an instance that listens holds something that its death releases."""
+        self.posted: list[NewMessage] = []
+        """Messages of each `post` that took effect."""
         self.beats: list[Presence] = []
         """Argument of each `beat`."""
 
@@ -497,7 +499,12 @@ class FaultyMailbox(_Faulty, Mailbox):
         return instances
 
     async def post(self, messages: Sequence[NewMessage]) -> set[int]:
-        gone: set[int] = await self._call("post", lambda: self.inner.post(messages))
+        gone: set[int] = await self._call("post", lambda: self._post(messages))
+        return gone
+
+    async def _post(self, messages: Sequence[NewMessage]) -> set[int]:
+        gone = await self.inner.post(messages)
+        self.posted += messages
         return gone
 
     async def receive(self, recipient: int, *, delivered: Mapping[int, int], limit: int = MESSAGE_PAGE) -> MessagePage:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.instances import Instances
     from mcp_session_store.adapter.outage import Gate
     from mcp_session_store.adapter.question_ids import QuestionIds
+    from mcp_session_store.adapter.relay.relay import Relay
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.changes import ChangeWatch
     from mcp_session_store.adapter.sessions.departures import Departures
@@ -195,6 +196,17 @@ async def discard_session(
     await manager._discard_session(session_id, transport)
 
 
+def relay_of(manager: DurableSessionManager) -> Relay:
+    """What relays the messages of a running manager, which has to have a mailbox."""
+    assert manager._relay is not None
+    return manager._relay
+
+
+def outbox_is_empty(manager: DurableSessionManager) -> bool:
+    """Whether all messages of a running manager to other instances are posted."""
+    return not relay_of(manager).outbox._waiting
+
+
 def activity_of(manager: DurableSessionManager) -> ActivityReporter:
     """What reports the activity of the sessions of a running manager."""
     return manager._activity
@@ -234,7 +246,7 @@ def instances_of(manager: DurableSessionManager) -> Instances:
 
 def question_ids_of(manager: DurableSessionManager) -> QuestionIds:
     """The ids of the questions of a running manager, which has to have a mailbox."""
-    return instances_of(manager)._question_ids
+    return instances_of(manager).question_ids
 
 
 async def report_activity(manager: DurableSessionManager) -> None:
@@ -255,7 +267,7 @@ async def sweep_store(manager: DurableSessionManager) -> None:
 async def shut_down(manager: DurableSessionManager) -> None:
     """Put all sessions away, as a stop does."""
     manager.answer_waiting()
-    await stopping.shut_down(manager._registry, manager._activity, manager._instances)
+    await stopping.shut_down(manager._registry, manager._activity, manager._instances, manager._relay)
 
 
 def cancel_tasks(manager: DurableSessionManager) -> None:

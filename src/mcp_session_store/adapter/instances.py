@@ -98,8 +98,8 @@ class Instances:
         dead_after: timedelta,
         relay: bool,
     ) -> None:
-        self._mailbox = mailbox
-        self._question_ids = question_ids
+        self.mailbox: Final = mailbox
+        self.question_ids: Final = question_ids
         self._residents = residents
         self._server = display_text(server, length=200)
         self._dead_after = dead_after
@@ -132,7 +132,7 @@ class Instances:
     @property
     def is_entered(self) -> bool:
         """Whether other instances can send messages to the number of this one."""
-        return self._entered == self._question_ids.number
+        return self._entered == self.question_ids.number
 
     @property
     def check_interval(self) -> float:
@@ -145,10 +145,10 @@ class Instances:
         Raises:
             SessionStoreError: The mailbox cannot be reached.
         """
-        namespace = self._mailbox.namespace
+        namespace = self.mailbox.namespace
         if namespace != DEFAULT_NAMESPACE or _is_unnamed(self._server):
             return
-        for other in await self._mailbox.instances():
+        for other in await self.mailbox.instances():
             is_alive = other.heartbeat.ago <= self._dead_after and not other.heartbeat.released
             if is_alive and other.server != self._server and not _is_unnamed(other.server):
                 logger.warning(
@@ -195,10 +195,10 @@ class Instances:
         """
         try:
             while True:
-                number = self._question_ids.number if self._relay else None
+                number = self.question_ids.number if self._relay else None
                 with anyio.CancelScope() as scope:
                     self._listening = scope
-                    await self._mailbox.listen(self._hint, instance=self.id, number=number, on_held=self.wake.set)
+                    await self.mailbox.listen(self._hint, instance=self.id, number=number, on_held=self.wake.set)
                 if not scope.cancelled_caught:
                     return
         finally:
@@ -218,7 +218,7 @@ class Instances:
         try:
             await self.beat()
         except Exception as error:
-            report_failure("heartbeat", error, namespace=self._mailbox.namespace)
+            report_failure("heartbeat", error, namespace=self.mailbox.namespace)
 
     async def beat(self) -> None:
         """Store a heartbeat of this instance.
@@ -241,7 +241,7 @@ class Instances:
 
     async def _announce(self) -> None:
         for _ in range(DRAWS):
-            number = self._question_ids.number
+            number = self.question_ids.number
             presence = Presence(
                 instance=self.id,
                 number=number if self._relay else None,
@@ -251,16 +251,16 @@ class Instances:
                 residents=self._residents.resident,
                 streams=self._residents.streams,
             )
-            if await self._mailbox.beat(presence):
+            if await self.mailbox.beat(presence):
                 self._entered = number if self._relay else None
                 return
             # Another instance has it. What was asked under it can be answered here only.
-            self._question_ids.draw()
+            self.question_ids.draw()
         raise SessionStoreError(f"no number is free for this instance: {DRAWS} that it drew are taken")
 
     async def retire(self) -> None:
         """Store that this instance has stopped, so that its calls are lost at once."""
-        await self._mailbox.retire(self.id)
+        await self.mailbox.retire(self.id)
 
     async def sweep(self) -> None:
         """Remove instances that are long silent, and messages that will not be read.
@@ -268,9 +268,9 @@ class Instances:
         Raises:
             SessionStoreError: The mailbox cannot be reached.
         """
-        namespace = self._mailbox.namespace
+        namespace = self.mailbox.namespace
         while True:
-            report = await self._mailbox.sweep()
+            report = await self.mailbox.sweep()
             for reason, number in (("recipient gone", report.gone), ("unread", report.unread)):
                 if number:
                     telemetry.dropped_messages.add(number, telemetry.of(namespace, reason=reason))
@@ -284,7 +284,7 @@ class Instances:
             names: Names of other instances.
         """
         # A mailbox refuses all of them for one name that no instance can have, such as one with a NUL.
-        beats = await self._mailbox.last_beats([name for name in names if INSTANCE_NAME.fullmatch(name)])
+        beats = await self.mailbox.last_beats([name for name in names if INSTANCE_NAME.fullmatch(name)])
         # After an outage of the database no heartbeat is young, and all instances run. A stopped one has none.
         is_certain = anyio.current_time() - self.reliable_since > self._dead_after.total_seconds()
         released_for = self._note_released({name for name, beat in beats.items() if beat.released})

@@ -21,6 +21,7 @@ from mcp_session_store.adapter.instances import Instances, instance_id
 from mcp_session_store.adapter.outage import Gate
 from mcp_session_store.adapter.question_ids import QuestionIds
 from mcp_session_store.adapter.readiness import FINAL, Readiness
+from mcp_session_store.adapter.relay.relay import Relay, named_notifications
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
 from mcp_session_store.adapter.requests import BodyLimit
@@ -113,6 +114,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         max_initialize_params: See `InstanceSettings`; bytes.
         journaled_methods: Methods of the application's own whose calls set state of their session: the calls are
             stored, and replayed in a restore, as those of `logging/setLevel` and `resources/subscribe` are.
+        relayed_notifications: Notifications of the application's own that concern every copy of a session.
         close_store: Close the store when the manager stops.
         close_event_log: Close the event log when the manager stops, before the store.
         close_mailbox: Close the mailbox when the manager stops, before the store.
@@ -150,6 +152,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         outage_patience: float | NotGiven = NOT_GIVEN,
         max_initialize_params: int | NotGiven = NOT_GIVEN,
         journaled_methods: Sequence[JournaledMethod] = (),
+        relayed_notifications: Sequence[str] = (),
         close_store: bool = False,
         close_event_log: bool = False,
         close_mailbox: bool = False,
@@ -216,7 +219,9 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._close_store = close_store
         self._close_event_log = close_event_log
         self._close_mailbox = close_mailbox
-        self._relay = relay
+        self._relays = relay
+        self._named = named_notifications(relayed_notifications)
+        self._relay: Relay | None = None
         self._instances: Instances | None = None
         self._recorder: EventRecorder | None = None
         self._journal = Journal(journaled_methods)
@@ -264,7 +269,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                     await self._drain.over()
                 finally:
                     self.answer_waiting()
-                    await shut_down(self._registry, self._activity, self._instances)
+                    await shut_down(self._registry, self._activity, self._instances, self._relay)
 
     def answer_waiting(self) -> None:
         """Answer the requests that wait for the store, and let none wait from now on, because the server is to stop.
@@ -286,7 +291,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 instance=self.instance,
                 server=self.app.name,
                 dead_after=timedelta(seconds=self._settings.instance_timeout),
-                relay=self._relay,
+                relay=self._relays,
             )
             if self.event_log is not None:
                 followers = Followers(self.event_log, self._instances)
@@ -339,6 +344,20 @@ class DurableSessionManager(sdk.ManagerSeams):
             replay_timeout=self._settings.replay_timeout,
             loads_newest_event=self.event_log is not None and self.event_log.is_of(self.store),
         )
+        if self._relays and self._instances is not None:
+            self._relay = Relay(
+                self._instances,
+                self._registry,
+                lookup,
+                self._activity,
+                self._ender.changes,
+                writer,
+                self._gate,
+                self._tasks,
+                json_response=self.json_response,
+                max_body=self.max_request_body_size,
+                named=self._named,
+            )
         router = Router(
             self._registry,
             opener,
@@ -350,6 +369,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             has_event_store=self.event_store is not None,
             max_body=self.max_request_body_size,
             departures=self._departures,
+            relay=self._relay,
         )
         self._serve_sessions_by(router.serve)
 
@@ -380,6 +400,8 @@ class DurableSessionManager(sdk.ManagerSeams):
                 start(every, "event sweep", settings.sweep_interval, partial(sweep_events, self.event_log))
         if self._instances is not None:
             start(self._instances.run, self.readiness)
+        if self._relay is not None:
+            start(self._relay.run, self.readiness)
         if self._recorder is not None:
             start(self._recorder.run, self.readiness)
 

@@ -52,11 +52,13 @@ class QuestionIds:
     asked. Made when a manager begins to run, because processes fork before.
     """
 
-    __slots__ = ("_before", "_counter", "number", "on_drawn")
+    __slots__ = ("_before", "_counter", "number", "on_asked", "on_drawn")
 
     def __init__(self) -> None:
         self.on_drawn: Callable[[], None] | None = None
         """Called when the number has become another one, which other instances have to learn."""
+        self.on_asked: Callable[[], None] | None = None
+        """Called with each question."""
         self._before: set[int] = set()
         """Former numbers, under which this process has asked."""
         self._counter = 0
@@ -79,6 +81,8 @@ class QuestionIds:
         if self._counter == MAX_COUNTER:
             self.draw()
         self._counter += 1
+        if self.on_asked is not None:
+            self.on_asked()
         return self.number << COUNTER_BITS | self._counter
 
     def is_ours(self, number: int) -> bool:

@@ -13,7 +13,7 @@ from mcp_session_store.adapter import responses
 from mcp_session_store.adapter.clock import now
 from mcp_session_store.adapter.outage import RequestWait
 from mcp_session_store.adapter.refusals import Refusals
-from mcp_session_store.adapter.relay.messages import ERROR, NOTIFICATION, RESULT
+from mcp_session_store.adapter.relay.messages import ERROR, NOTIFICATION, RESULT, relayed
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 from mcp_session_store.adapter.requests import INITIALIZE, POSTED, READ_AT_ONCE, ClientGone, Incoming, Posted
 from mcp_session_store.adapter.responses import SessionNotFound
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
-    from mcp_session_store.adapter.relay.messages import ClientMessage
     from mcp_session_store.adapter.relay.relay import Relay
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.departures import Departures
@@ -80,7 +79,7 @@ class Router:
         has_event_store: bool,
         max_body: int,
         departures: Departures | None,
-        relay: Relay | None = None,
+        relay: Relay | None,
     ) -> None:
         self._registry = registry
         self._opener = opener
@@ -117,13 +116,14 @@ class Router:
             if incoming.gone:
                 return
             body = incoming.body
-            if (
-                (RESULT in body or ERROR in body or NOTIFICATION in body)
-                and self._relay is not None
-                and (answer := await self._relayed(self._relay, session_id, requestor, scope, incoming)) is not None
-            ):
-                await answer(scope, incoming.receive, send)
-                return
+            relay = self._relay
+            if relay is not None and (RESULT in body or ERROR in body or NOTIFICATION in body):
+                message = relayed(body, relay.methods) if incoming.whole else None
+                if message is not None or not incoming.whole:
+                    take = partial(relay.take, message, session_id, requestor, scope, incoming)
+                    if (answer := await self._find(session_id, scope, incoming, take)) is not None:
+                        await answer(scope, incoming.receive, send)
+                        return
         session = self._registry.get(session_id)
         if (
             session is None
@@ -183,16 +183,6 @@ class Router:
             await self.serve(scope, incoming.receive, send)
         elif not incoming.gone:
             await responses.too_large()(scope, incoming.receive, send)
-
-    async def _relayed(
-        self, relay: Relay, session_id: str, requestor: AuthorizationContext | None, scope: Scope, incoming: Incoming
-    ) -> Response | None:
-        """Return the answer to a message that is for other instances; `None`: it is for a copy of this one, too."""
-        message: ClientMessage | None = None
-        if incoming.whole and (message := relay.read(incoming.body)) is None:
-            return None
-        take = partial(relay.take, message, session_id, requestor, scope, incoming)
-        return await self._find(session_id, scope, incoming, take)
 
     async def _restored(
         self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, waits: RequestWait

@@ -11,6 +11,7 @@ from mcp_session_store.adapter.session_log import STOPPING
 
 if TYPE_CHECKING:
     from mcp_session_store.adapter.instances import Instances
+    from mcp_session_store.adapter.relay.relay import Relay
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
@@ -25,7 +26,9 @@ ANSWERS_TIMEOUT: Final = 6.0
 """Seconds that a stop waits for answers on their way to the event log: by default longer than a log tries to store."""
 
 
-async def shut_down(registry: Registry, activity: ActivityReporter, instances: Instances | None) -> None:
+async def shut_down(
+    registry: Registry, activity: ActivityReporter, instances: Instances | None, relay: Relay | None
+) -> None:
     """Evict all copies, and store what is known of them, before the tasks of the manager are cancelled."""
     registry.log.stopping(registry.resident)
     with anyio.move_on_after(ANSWERS_TIMEOUT + SHUTDOWN_TIMEOUT, shield=True):
@@ -35,6 +38,8 @@ async def shut_down(registry: Registry, activity: ActivityReporter, instances: I
             tasks.start_soon(_report_all, activity, registry.log.namespace)
             if instances is not None:
                 tasks.start_soon(instances.leave)
+            if relay is not None:
+                tasks.start_soon(_post_all, relay)
             # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
             for session in registry:
                 tasks.start_soon(_evict, registry, session)
@@ -67,6 +72,12 @@ async def _evict(registry: Registry, session: ResidentSession) -> None:
         if session.events is not None:
             # Or the tasks are cancelled before clients elsewhere can learn that their calls are lost.
             await session.events.abandoned.wait()
+
+
+async def _post_all(relay: Relay) -> None:
+    with anyio.move_on_after(SHUTDOWN_TIMEOUT):
+        await relay.outbox.close()
+    relay.outbox.abandon()
 
 
 async def _report_all(activity: ActivityReporter, namespace: str) -> None:

@@ -15,9 +15,9 @@ from mcp_session_store.mailbox import MessageKind
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mcp_session_store.adapter.question_ids import QuestionIds
+    from mcp_session_store.adapter.instances import Instances
     from mcp_session_store.adapter.sessions.registry import Registry
-    from mcp_session_store.mailbox import Mailbox, Message, MessagePage
+    from mcp_session_store.mailbox import Message, MessagePage
 
 __all__ = ["Inbox"]
 
@@ -39,24 +39,20 @@ class Inbox:
     """Reads what is for this instance, and hands it out in order.
 
     Args:
-        mailbox: The mailbox.
-        question_ids: Knows the number of this instance.
-        is_entered: Returns whether that number is stored as this instance's.
+        instances: This instance, with its mailbox and its number.
         registry: Registry of the sessions in memory.
         deliver: Takes each message.
     """
 
     def __init__(
         self,
-        mailbox: Mailbox,
-        question_ids: QuestionIds,
-        is_entered: Callable[[], bool],
+        instances: Instances,
         registry: Registry,
         deliver: Callable[[Message], None],
     ) -> None:
-        self._mailbox = mailbox
-        self._question_ids = question_ids
-        self._is_entered = is_entered
+        self._mailbox = instances.mailbox
+        self._question_ids = instances.question_ids
+        self._instances = instances
         self._registry = registry
         self._deliver = deliver
         self._lock = anyio.Lock()
@@ -100,7 +96,7 @@ class Inbox:
         """
         async with self._lock:
             # Not before, because another instance may have the number.
-            more = self._is_entered()
+            more = self._instances.is_entered
             while more:
                 more = await self._read_some()
 

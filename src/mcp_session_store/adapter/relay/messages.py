@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -12,15 +13,16 @@ from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCResponse, jsonrp
 from starlette.responses import Response
 
 from mcp_session_store.adapter.question_ids import number_of
+from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.mailbox import MessageKind
+from mcp_session_store.settings import checked_type
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from mcp_types import JSONRPCMessage, RequestId
     from starlette.requests import Request
 
 __all__ = [
+    "ADDRESSED",
     "ERROR",
     "NOTIFICATION",
     "RESULT",
@@ -28,6 +30,7 @@ __all__ = [
     "ClientMessage",
     "accepted",
     "accepts",
+    "named_notifications",
     "read_message",
     "relayed",
 ]
@@ -40,6 +43,35 @@ NOTIFICATION: Final = b'"notifications'
 """Part of the body of each notification of the protocol. Without the slash, which some clients escape."""
 
 ROOTS_CHANGED: Final = "notifications/roots/list_changed"
+
+
+_PROGRESS: Final = "notifications/progress"
+_CANCELLED: Final = "notifications/cancelled"
+ADDRESSED: Final = frozenset({_PROGRESS, _CANCELLED})
+"""Notifications about a question or a call, which is in one copy."""
+_NOT_NAMED: Final = ADDRESSED | {"notifications/initialized"}
+"""Notifications that do not concern every copy: of the last one a restore replays its own."""
+
+
+def named_notifications(methods: Iterable[str]) -> frozenset[str]:
+    """Return the methods of all notifications that concern every copy of a session.
+
+    Args:
+        methods: Those of the application's own.
+
+    Raises:
+        ConfigurationError: One of them cannot be relayed.
+    """
+    checked_type("relayed_notifications", methods, Iterable, "a sequence of methods")
+    named = {ROOTS_CHANGED}
+    for method in methods:
+        if not isinstance(method, str) or not method.startswith("notifications/") or method in _NOT_NAMED:
+            raise ConfigurationError(
+                "relayed_notifications must hold methods of the application's own, as in notifications/notes/changed, "
+                f"not {method!r}"
+            )
+        named.add(method)
+    return frozenset(named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,29 +100,32 @@ def read_message(body: bytes | str) -> JSONRPCMessage:
     return message
 
 
-def relayed(body: bytes, named: Collection[str]) -> ClientMessage | None:
+def relayed(body: bytes, methods: frozenset[str]) -> ClientMessage | None:
     """Return what a body is, if it may be for other instances.
 
     Args:
         body: A whole body.
-        named: Methods of notifications that concern all copies of a session.
+        methods: `ADDRESSED`, and the methods of notifications that concern every copy of a session.
     """
     try:
-        message = read_message(body)
-    except ValueError:
+        value = pydantic_core.from_json(body)
+        if "method" in value and value["method"] not in methods:
+            return None
+        message: JSONRPCMessage = jsonrpc_message_adapter.validate_python(value, by_name=False)
+    except (ValueError, TypeError):
         return None  # the transport answers it
     if isinstance(message, JSONRPCResponse | JSONRPCError):
         return None if message.id is None else ClientMessage(MessageKind.ANSWER, question=message.id)
     if not isinstance(message, JSONRPCNotification):
         return None
-    if message.method == "notifications/progress":
+    if message.method == _PROGRESS:
         token = (message.params or {}).get("progressToken")
         # A token that no instance has made is the application's own, for any copy.
         return None if number_of(token) is None else ClientMessage(MessageKind.PROGRESS, question=token)
-    if message.method == "notifications/cancelled":
+    if message.method == _CANCELLED:
         call = cancelled_request_id_from_params(message.params)
         return None if call is None else ClientMessage(MessageKind.CANCELLED, call=call)
-    return ClientMessage(MessageKind.NOTIFICATION) if message.method in named else None
+    return ClientMessage(MessageKind.NOTIFICATION)
 
 
 def accepts(request: Request, *, json_response: bool) -> bool:

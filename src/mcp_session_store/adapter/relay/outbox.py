@@ -19,13 +19,11 @@ from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreUnava
 from mcp_session_store.mailbox import MessageKind, NewMessage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from uuid import UUID
 
+    from mcp_session_store.adapter.instances import Instances
     from mcp_session_store.adapter.outage import Gate, RequestWait
-    from mcp_session_store.adapter.question_ids import QuestionIds
     from mcp_session_store.adapter.session_log import SessionLog
-    from mcp_session_store.mailbox import Mailbox
 
 __all__ = ["Outbox", "Outgoing"]
 
@@ -127,24 +125,20 @@ class Outbox:
     accepted into memory, because clients do not repeat an answer that is refused.
 
     Args:
-        mailbox: The mailbox.
-        question_ids: Knows the number of this instance.
-        is_entered: Returns whether that number is stored as this instance's. Until then it may be another one's.
+        instances: This instance, with its mailbox and its number.
         gate: Where requests wait for the store.
         log: Log of the manager.
     """
 
     def __init__(
         self,
-        mailbox: Mailbox,
-        question_ids: QuestionIds,
-        is_entered: Callable[[], bool],
+        instances: Instances,
         gate: Gate,
         log: SessionLog,
     ) -> None:
-        self._mailbox = mailbox
-        self._question_ids = question_ids
-        self._is_entered = is_entered
+        self._mailbox = instances.mailbox
+        self._question_ids = instances.question_ids
+        self._instances = instances
         self._gate = gate
         self._log = log
         self._waiting: deque[Outgoing] = deque()
@@ -249,7 +243,7 @@ class Outbox:
         async with self._lock:
             at_once = POSTED_AT_ONCE
             while self._waiting:
-                if not self._is_entered():
+                if not self._instances.is_entered:
                     self._went_away()
                     raise StoreUnavailable("this instance is not entered in the mailbox yet")
                 if not (batch := self._batch(at_once)):

@@ -14,7 +14,7 @@ from mcp_session_store.adapter.background import run_again
 from mcp_session_store.adapter.clock import now
 from mcp_session_store.adapter.relay.delivery import NO_COPY, Delivery
 from mcp_session_store.adapter.relay.inbox import Inbox
-from mcp_session_store.adapter.relay.messages import accepted, accepts, relayed
+from mcp_session_store.adapter.relay.messages import ADDRESSED, accepted, accepts, named_notifications, relayed
 from mcp_session_store.adapter.relay.outbox import Outbox, Outgoing
 from mcp_session_store.adapter.requests import ClientGone
 from mcp_session_store.errors import SessionStoreError
@@ -22,15 +22,14 @@ from mcp_session_store.mailbox import MessageKind
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
     from uuid import UUID
 
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from starlette.responses import Response
     from starlette.types import Scope
 
+    from mcp_session_store.adapter.instances import Instances
     from mcp_session_store.adapter.outage import Gate, RequestWait
-    from mcp_session_store.adapter.question_ids import QuestionIds
     from mcp_session_store.adapter.readiness import Readiness
     from mcp_session_store.adapter.relay.messages import ClientMessage
     from mcp_session_store.adapter.requests import Incoming
@@ -41,9 +40,8 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
-    from mcp_session_store.mailbox import Mailbox
 
-__all__ = ["Relay"]
+__all__ = ["Relay", "named_notifications"]
 
 MAX_BACKOFF: Final = 1.0
 """Most seconds between two tries while the store is away."""
@@ -55,9 +53,7 @@ class Relay:
     """Takes the messages of clients that are for other instances, and delivers those that others have taken.
 
     Args:
-        mailbox: The mailbox.
-        question_ids: Knows the number of this instance.
-        is_entered: Returns whether that number is stored as this instance's.
+        instances: This instance, with its mailbox and its number.
         registry: Registry of the sessions in memory.
         lookup: Looks up the record of a session for its principal.
         activity: Notes which sessions are in use.
@@ -72,9 +68,7 @@ class Relay:
 
     def __init__(
         self,
-        mailbox: Mailbox,
-        question_ids: QuestionIds,
-        is_entered: Callable[[], bool],
+        instances: Instances,
         registry: Registry,
         lookup: Lookup,
         activity: ActivityReporter,
@@ -85,28 +79,28 @@ class Relay:
         *,
         json_response: bool,
         max_body: int,
-        named: Collection[str],
+        named: frozenset[str],
     ) -> None:
-        self._question_ids = question_ids
+        self._question_ids = instances.question_ids
         self._registry = registry
         self._lookup = lookup
         self._activity = activity
         self._changes = changes
         self._json_response = json_response
         self._max_body = max_body
-        self._named = frozenset(named)
-        self.outbox: Final = Outbox(mailbox, question_ids, is_entered, gate, registry.log)
+        self.methods: Final = named | ADDRESSED
+        """Methods of the notifications that are relayed."""
+        self.outbox: Final = Outbox(instances, gate, registry.log)
         self._delivery = Delivery(registry, writer, tasks)
-        self.inbox: Final = Inbox(mailbox, question_ids, is_entered, registry, self._delivery.add)
+        self.inbox: Final = Inbox(instances, registry, self._delivery.add)
+        instances.on_hint = self.inbox.wake.set
+        instances.before_beat = self.inbox.read
+        instances.question_ids.on_asked = self.inbox.asked
 
     @property
     def waiting(self) -> int:
         """Number of messages that have arrived here and are not delivered."""
         return self._delivery.waiting
-
-    def read(self, body: bytes) -> ClientMessage | None:
-        """Return what a whole body is, if it may be for other instances."""
-        return relayed(body, self._named)
 
     async def take(
         self,
@@ -169,7 +163,7 @@ class Relay:
                 raise ClientGone
             if not incoming.whole:
                 return responses.too_large()
-            if (message := self.read(incoming.body)) is None:
+            if (message := relayed(incoming.body, self.methods)) is None:
                 return None
         session = self._registry.get(session_id)
         is_here = session is not None or session_id in self._registry.restores
