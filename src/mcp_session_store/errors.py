@@ -56,7 +56,19 @@ class ConfigurationError(SessionStoreError, ValueError):
 
 
 class NotRunning(SessionStoreError, RuntimeError):
-    """A request came to an app whose lifespan was not entered, or to a session manager that does not run."""
+    """A request came to an app whose lifespan was not entered, or to a session manager that does not run.
+
+    It shows no traceback to what reads one from an error, as uvicorn's log does: that of a request through all
+    middlewares says nothing of the cause, and its forty lines hide the message, which does.
+    """
+
+    @property
+    def __traceback__(self) -> None:
+        return None
+
+    @__traceback__.setter
+    def __traceback__(self, traceback: object) -> None:
+        """Leave it out; `contextlib` sets it."""
 
 
 class StoreUnavailable(SessionStoreError):

@@ -220,6 +220,20 @@ async def test_the_duration_of_a_session_is_that_of_its_whole_life(
     assert point.bounds[:14] == (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
+@pytest.mark.parametrize("reason", [EndReason.OPERATOR, EndReason.LIMIT])
+async def test_an_end_from_elsewhere_is_recorded_where_the_session_is_in_memory(
+    store: FaultyStore, measured: Measured, reason: EndReason
+) -> None:
+    async with instance(store, end_within=0.5) as one:
+        session_id, elsewhere = await one.client().handshake(), await open_session(store)
+        for ended in (session_id, elsewhere):
+            await store.inner.end(session_key(ended), reason=reason)
+        await until(lambda: one.residents == 0)
+        read = measured.read()
+        assert [point.value for point in read["mcp.server.session.duration"]] == [1]
+        assert "mcp_session_store.sessions.ended" not in read
+
+
 async def test_no_measurement_holds_a_session_id(store: FaultyStore, measured: Measured) -> None:
     async with instance(store) as one:
         client = one.client()

@@ -92,6 +92,9 @@ async def test_an_app_whose_lifespan_is_not_entered_says_so_once(store: FaultySt
         for named in ("durable_app", "app.router.lifespan_context(app)", "--lifespan off", "manager.run()"):
             assert named in str(failure.value)
         assert "\n" not in str(failure.value)
+        # One line, as uvicorn logs it.
+        logged = logging.Formatter().formatException((NotRunning, failure.value, failure.value.__traceback__))
+        assert logged == f"mcp_session_store.errors.NotRunning: {failure.value}"
         # The client is told, too, and the log no more than once.
         for exchange in (first, client.open_initialize(), client.open("GET")):
             await exchange.end()
