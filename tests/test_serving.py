@@ -70,9 +70,10 @@ async def _statuses(app: Starlette, hosts: list[str], origin: str | None = None)
         ({"host": "0.0.0.0"}, [PUBLIC, "127.0.0.1:8000"], []),
         (
             {"allowed_hosts": [PUBLIC]},
-            [PUBLIC, f"{PUBLIC}:443", "MCP.example.com", "localhost:8000"],
-            ["example.com", f"evil.{PUBLIC}", f"{PUBLIC}.evil.example", f"{PUBLIC}:x", ""],
+            [PUBLIC, f"{PUBLIC}:443", "MCP.example.com", f"{PUBLIC}.", f"{PUBLIC}.:8443", "localhost:8000"],
+            ["example.com", f"evil.{PUBLIC}", f"{PUBLIC}.evil.example", f"{PUBLIC}:x", f"{PUBLIC}..", ".", ""],
         ),
+        ({"allowed_hosts": [f"{PUBLIC}."]}, [PUBLIC, f"{PUBLIC}.:443"], [f".{PUBLIC}"]),
         ({"allowed_hosts": [f"{PUBLIC}:443"]}, [PUBLIC, f"{PUBLIC}:443"], [f"{PUBLIC}:80", f"{PUBLIC}:8443"]),
         ({"allowed_hosts": ["10.1.2.3:8443"]}, ["10.1.2.3:8443"], ["10.1.2.3", "10.1.2.3:443"]),
         ({"host": "0.0.0.0", "allowed_hosts": [PUBLIC]}, [PUBLIC], ["127.0.0.1:8000"]),
@@ -103,6 +104,8 @@ async def test_pages_of_allowed_hosts_and_of_allowed_origins_may_send_requests(
     run_durable(Made(kind).server, MemorySessionStore(), allowed_hosts=[PUBLIC], allowed_origins=origins)
     for origin, status in {
         f"https://{PUBLIC}": 200,
+        f"https://{PUBLIC}.": 200,
+        "https://app.example.com.": 200,
         "https://app.example.com": 200,
         "http://localhost:3000": 200,
         "https://other.example.com": 200,

@@ -7,6 +7,9 @@ import contextlib
 import gc
 import logging
 import logging.config
+import logging.handlers
+import signal
+import socket
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
@@ -20,7 +23,7 @@ from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql import SqlSessionStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from fastmcp import FastMCP
     from mcp.server.lowlevel.server import Server
@@ -37,9 +40,13 @@ __all__ = [
     "DEFAULT_HOST",
     "DEFAULT_PORT",
     "DEFAULT_SHUTDOWN_TIMEOUT",
+    "WorkerNotStarted",
+    "announce",
+    "first_line_first",
     "run_durable",
     "run_uvicorn",
     "served_app",
+    "set_up_logs",
 ]
 
 logger = logging.getLogger(__name__)
@@ -53,6 +60,8 @@ FORCED_STOP_TIMEOUT: Final = 2.0
 """Seconds for which a server that is forced to exit goes on, so that clients are answered."""
 LOG_LEVELS: Final = ("critical", "error", "warning", "info", "debug", "trace")
 MAX_PORT: Final = 65535
+STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGBREAK", signal.SIGTERM)})
+"""Signals that stop a server."""
 
 _OUR_LOGGER: Final = "mcp_session_store"
 
@@ -123,6 +132,8 @@ def run_durable(
         health_path=health_path,
         **options,
     )
+    set_up_logs(log_level)
+    announce(app, host, port)
     run_uvicorn(
         app,
         host=host,
@@ -230,30 +241,85 @@ def run_uvicorn(
 
     Raises:
         SystemExit: The server cannot start; the log says why.
+        WorkerNotStarted: One of several workers cannot; its log says why.
     """
     import uvicorn
 
-    log_config = None if log_level is None else _log_config(log_level)
-    if log_config is not None:
-        # uvicorn does so as well, after the first line.
-        logging.config.dictConfig(log_config)
+    with _stop_signals() if workers > 1 else contextlib.nullcontext() as is_stopped:
+        uvicorn.run(
+            app if workers == 1 else worker_app,
+            factory=workers > 1,
+            workers=workers,
+            host=host,
+            port=port,
+            log_level=log_level,
+            log_config=None if log_level is None else _log_config(log_level),
+            root_path=root_path,
+            # Calls that are still open are answered as lost before the server cuts them.
+            timeout_graceful_shutdown=shutdown_timeout + STOP_MARGIN,
+        )
+        if is_stopped is not None and not is_stopped():
+            raise WorkerNotStarted
+
+
+class WorkerNotStarted(Exception):
+    """A worker could not start, and its parent has stopped. uvicorn does not say so: it ends as after a signal."""
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yield what returns whether this process was told to stop within the block."""
+    # Beside the handlers, which uvicorn sets itself.
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+        def is_stopped() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                return not STOP_SIGNALS.isdisjoint(reader.recv(1000))
+            return False
+
+        try:
+            yield is_stopped
+        finally:
+            signal.set_wakeup_fd(before)
+
+
+def set_up_logs(level: str | None) -> None:
+    """Set up the logs of uvicorn and this package as uvicorn will once more, so that nothing before looks otherwise."""
+    if level is not None:
+        logging.config.dictConfig(_log_config(level))
+
+
+@contextlib.contextmanager
+def first_line_first() -> Iterator[None]:
+    """Hold back what this package logs within a block: until a warning, or its end.
+
+    Where the block fails after its first line, which says what is served, that is left out: the error says all.
+    """
+    ours = logging.getLogger(_OUR_LOGGER)
+    handlers = ours.handlers[:]
+    held = logging.handlers.MemoryHandler(100, logging.WARNING, target=handlers[0], flushOnClose=True)
+    ours.handlers[:] = [held]
+    try:
+        yield
+    except BaseException:
+        if len(held.buffer) == 1:
+            held.buffer.clear()
+        raise
+    finally:
+        ours.handlers[:] = handlers
+        held.close()
+
+
+def announce(app: Starlette, host: str, port: int, workers: int = 1) -> None:
+    """Log what an operator wants to see at a start."""
     logger.info("%s, %d worker%s", _first_line(app, host, port), workers, "" if workers == 1 else "s")
-    uvicorn.run(
-        app if workers == 1 else worker_app,
-        factory=workers > 1,
-        workers=workers,
-        host=host,
-        port=port,
-        log_level=log_level,
-        log_config=log_config,
-        root_path=root_path,
-        # Calls that are still open are answered as lost before the server cuts them.
-        timeout_graceful_shutdown=shutdown_timeout + STOP_MARGIN,
-    )
 
 
 def _first_line(app: Starlette, host: str, port: int) -> str:
-    """Return what an operator wants to see at a start."""
     endpoint, path = mcp_route(app)
     manager = cast("DurableSessionManager", endpoint.session_manager)
     shown = f"[{host}]" if ":" in host else host

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import weakref
 from collections import Counter as Tally
 from dataclasses import dataclass
@@ -194,6 +195,16 @@ def observing(observed: Observed) -> Iterator[None]:
         yield
     finally:
         _observed = tuple(other for other in _observed if other is not reference and other() is not None)
+
+
+def _observe_nothing() -> None:
+    global _observed
+    _observed = ()
+
+
+if hasattr(os, "register_at_fork"):
+    # What a process runs while it is forked, its child does not run.
+    os.register_at_fork(after_in_child=_observe_nothing)
 
 
 def _gauge(name: str, unit: str, description: str, read: Callable[[Observed], int]) -> None:

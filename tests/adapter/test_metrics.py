@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -131,6 +133,14 @@ async def test_every_instrument_has_a_value(migrated_url: str, measured: Measure
     assert (name, bool(version)) == ("mcp_session_store", True)
 
 
+class _Shown:
+    """A running manager with one session in memory."""
+
+    namespace = "shown"
+    resident = busy = restoring = streams = waiting = 1
+    state = "ready"
+
+
 async def test_a_manager_that_is_closed_or_gone_is_not_shown(store: FaultyStore, measured: Measured) -> None:
     async with instance(store) as one:
         await one.client().handshake()
@@ -142,17 +152,30 @@ async def test_a_manager_that_is_closed_or_gone_is_not_shown(store: FaultyStore,
         assert measured.values("mcp_session_store.sessions.resident") == {(): 1}
     assert measured.values("mcp_session_store.sessions.resident") == {}
 
-    class Gone:
-        namespace = "gone"
-        resident = busy = restoring = streams = waiting = 1
-        state = "ready"
-
-    gone = Gone()
+    gone = _Shown()
     with telemetry.observing(gone):
         assert measured.values("mcp_session_store.sessions.resident") == {(): 1}
         del gone
         gc.collect()
         assert measured.values("mcp_session_store.sessions.resident") == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform forks no processes")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_shows_its_own_managers_alone(measured: Measured) -> None:
+    parents, childs = _Shown(), _Shown()
+    with telemetry.observing(parents):
+        if (pid := os.fork()) == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                assert measured.values("mcp_session_store.sessions.resident") == {}
+                # Made before the fork, and run after it.
+                with telemetry.observing(childs):
+                    assert measured.values("mcp_session_store.sessions.resident") == {(): 1}
+                code = 0
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert measured.values("mcp_session_store.sessions.resident") == {(): 1}
 
 
 async def test_refused_requests_are_counted_with_the_true_reason_and_answered_alike(

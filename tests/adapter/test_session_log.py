@@ -103,6 +103,42 @@ async def test_what_becomes_of_a_session_is_logged_in_one_line_each(
     assert session_id not in log.text
 
 
+async def test_fields_that_an_application_gives_its_records_break_no_request(
+    store: FaultyStore, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = logging.getLogRecordFactory()
+
+    def with_fields(*arguments: Any, **others: Any) -> logging.LogRecord:
+        record = make(*arguments, **others)
+        record.mcp_session_key, record.mcp_reason = "the application's", None
+        return record
+
+    def add_fields(record: logging.LogRecord) -> bool:
+        record.mcp_instance = "its filter's"
+        return True
+
+    monkeypatch.setattr(logging, "_logRecordFactory", with_fields)
+    logging.getLogger(LOGGER).addFilter(add_fields)
+    try:
+        async with instance(store, max_sessions=1) as one:
+            client = one.client()
+            await client.handshake()
+            await client.delete()
+            await client.ping()
+    finally:
+        logging.getLogger(LOGGER).removeFilter(add_fields)
+    shown = lines(log)
+    assert [line["mcp_event"] for line in shown] == ["opened", "ended", "refused", "stopping"]
+    for line in shown:
+        assert (line["mcp_session_key"], line["mcp_reason"]) == ("the application's", None)
+        assert (line["mcp_instance"], line["mcp_namespace"]) == ("its filter's", "default")
+
+
+def test_no_field_has_a_name_that_every_record_has() -> None:
+    assert not FIELDS.keys() & AsJson.USUAL
+    assert all(name.startswith("mcp_") for name in FIELDS)
+
+
 async def test_strangers_cannot_flood_the_log(store: FaultyStore, log: pytest.LogCaptureFixture) -> None:
     async with instance(store, sweep_interval=None) as one:
         for _ in range(REFUSALS_LOGGED + 20):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import signal
 import sys
 import uuid
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -19,7 +22,7 @@ from sqlalchemy.engine import make_url
 from mcp_session_store.app import durable_app
 from mcp_session_store.cli import worker_app
 from mcp_session_store.cli.served_object import served_object
-from mcp_session_store.errors import ConfigurationError
+from mcp_session_store.errors import ConfigurationError, StoreMisconfigured
 from mcp_session_store.retention import EventPolicy, RetentionPolicy
 from mcp_session_store.settings import InstanceSettings
 from tests.support.clients import official_client, until
@@ -31,7 +34,6 @@ from tests.support.servers import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
 
     from starlette.applications import Starlette
 
@@ -277,7 +279,21 @@ async def made_later(): return server
 def made(): made_here.append(1); return MCPServer("made", log_level="WARNING")
 def made_of(name): return server
 def failing(): raise OSError("no such key")
+def leaving(): raise SystemExit("no key is set")
 made_here = []
+class Made(MCPServer):
+    def __init__(self): super().__init__("of a class", log_level="WARNING")
+class Maker:
+    def __init__(self, name): self.name = name
+    def __call__(self): return MCPServer(self.name, log_level="WARNING")
+    def method(self): return self()
+    async def __aenter__(self): return server
+class LaterMaker:
+    async def __call__(self): return server
+maker, later = Maker("of an object"), LaterMaker()
+class App:
+    async def __call__(self, scope, receive, send): pass
+app = App()
 """
 
 
@@ -302,7 +318,16 @@ def _modules_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_modules_as_before")
 @pytest.mark.parametrize(
-    ("attribute", "name"), [("", "neighbours"), (":server", "neighbours"), (":also", "neighbours"), (":made", "made")]
+    ("attribute", "name"),
+    [
+        ("", "neighbours"),
+        (":server", "neighbours"),
+        (":also", "neighbours"),
+        (":made", "made"),
+        (":Made", "of a class"),
+        (":maker", "of an object"),
+        (":maker.method", "of an object"),
+    ],
 )
 def test_a_file_names_its_server_or_a_function_that_makes_one(server_file: Path, attribute: str, name: str) -> None:
     assert served_object(f"{server_file}{attribute}", ".").name == name
@@ -334,9 +359,33 @@ def test_a_factory_is_called_once_in_a_process(
     assert done.exit_code == 0, done.output
     assert sys.modules["_served_json"].made_here == [1]
     assert given["root_path"] == "/notes"
-    line = done.stderr.splitlines()[0]
+    line, migrated = done.stderr.splitlines()
+    assert migrated.startswith("INFO: ")
+    assert "was migrated from nothing to" in migrated
     for part in ("'made'", "http://127.0.0.1:8000/mcp", "sqlite://", "sessions.db", "'default'", "1 worker"):
         assert part in line
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_start_that_fails_in_the_server_itself_has_the_exit_code_of_one_that_is_not_tried(
+    invoke: InvokeFunction, monkeypatch: pytest.MonkeyPatch, sqlite_url: str, workers: str
+) -> None:
+    def run(app: Starlette | str, **_options: Any) -> None:
+        if isinstance(app, str):
+            return  # as uvicorn does when a worker does not start
+        with pytest.raises(StoreMisconfigured):
+            asyncio.run(_start(app))
+        raise SystemExit(3)
+
+    async def _start(app: Starlette) -> None:
+        Path(sqlite_url.removeprefix("sqlite:///")).write_text("no database any more " * 1000)
+        async with app.router.lifespan_context(app):
+            pass
+
+    monkeypatch.setattr("uvicorn.run", run)
+    done = invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url, "--workers", workers)
+    assert done.exit_code == 3
+    assert done.stderr.splitlines()[-1].endswith("did not start; the log above says why")
 
 
 @pytest.mark.usefixtures("_modules_as_before")
@@ -346,6 +395,19 @@ def test_a_factory_is_called_once_in_a_process(
         (":made_later", "", "is an async function"),
         (":made_of", "", "missing a required argument: 'name'"),
         (":failing", "", "OSError: no such key"),
+        (
+            ":leaving",
+            "",
+            "SystemExit: no key is set ({file}, line 11); what ends the program belongs under if __name__",
+        ),
+        (":Maker", "", "is a class that is called without arguments, but it takes some: missing a required"),
+        (":later", "", "is an async function"),
+        (":app", "", "is an ASGI app, and no server (an app that was built from a server"),
+        (":MCPServer", "", "is the class MCPServer of the framework: name the variable"),
+        ("", "raise SystemExit", "SystemExit"),
+        (":server", "import sys; sys.exit(0)", "SystemExit: 0 ({file}, line 3); what ends the program belongs under"),
+        (":server", "import sys; sys.exit()", "belongs under"),
+        (":server", "exit(3)", "SystemExit: 3"),
         (":nothing", "", "has no 'nothing'"),
         (":NAME", "", "builtins.str"),
         ("", "other = MCPServer('other')", "has several servers"),
@@ -564,8 +626,15 @@ def test_workers_get_the_same_retention_and_memory(
         return durable_app(server, url, **options)
 
     monkeypatch.setattr("mcp_session_store.serving.durable_app", noted)
+
     # A worker is a process of its own, that has nothing but the environment.
-    monkeypatch.setattr("uvicorn.run", lambda app, **options: worker_app())
+    def run(_app: str, **_options: Any) -> None:
+        worker_app()
+        # As when workers are served until a signal comes.
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("uvicorn.run", run)
     options = "--idle 30m --tombstone none --per-principal 5 --evict-after none --max-sessions 50 --end-within 2.5"
     options += " --replay-timeout 3 --events --events-max-age none"
     done = invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url, "--workers", "2", *options.split())

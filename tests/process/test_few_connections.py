@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
+@pytest.mark.parametrize("limit", [3, 6])
 async def test_processes_that_share_few_connections_refuse_no_request(
-    application: Application, postgres_url: str
+    application: Application, postgres_url: str, limit: int
 ) -> None:
-    async with limited(postgres_url, limit=3) as url:
+    async with limited(postgres_url, limit=limit) as url:
         server = application.serve(url, workers=2, events=True, outage_patience=0)
         served: list[bool] = []
 

@@ -41,7 +41,9 @@ class _Host(NamedTuple):
     def read(cls, text: str) -> _Host | None:
         """Return the host that a text names; `None` where it is no host."""
         match = _HOST.fullmatch(text.lower())
-        return None if match is None else cls(match[1], match[2])
+        # A dot at the end makes a name absolute, and is none of the name.
+        name = "" if match is None else match[1].removesuffix(".")
+        return cls(name, match[2]) if match and name else None
 
     def allows(self, other: _Host) -> bool:
         # Clients leave out the port that is their scheme's, and a proxy does not say here by which they came.
@@ -77,7 +79,7 @@ class _AllowedOrigins(list[str]):
         self._logged: set[str] = set()
 
     def __contains__(self, header: object) -> bool:
-        origin = str(header).lower()
+        origin = _without_dot(str(header).lower())
         match = _ORIGIN.fullmatch(origin)
         if origin in list(self) or (match and match[1] in ("http", "https") and self._hosts.allows(match[2])):
             return True
@@ -144,7 +146,7 @@ def _read_host(text: str) -> _Host:
 
 
 def _read_origin(text: str) -> str:
-    origin = text.strip().rstrip("/").lower()
+    origin = _without_dot(text.strip().rstrip("/").lower())
     match = _ORIGIN.fullmatch(origin)
     if origin != "null" and (match is None or _Host.read(match[2]) is None):
         raise ConfigurationError(
@@ -152,3 +154,8 @@ def _read_origin(text: str) -> str:
         )
     # Browsers leave it out.
     return origin if match is None else origin.removesuffix(f":{_DEFAULT_PORTS.get(match[1])}")
+
+
+def _without_dot(origin: str) -> str:
+    """Return an origin without the dot that makes the name of its host absolute."""
+    return re.sub(r"\.(:\d+)?$", r"\1", origin)

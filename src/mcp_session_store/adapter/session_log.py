@@ -10,6 +10,7 @@ from mcp_session_store.adapter import clock
 from mcp_session_store.records import EndReason
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from uuid import UUID
 
     from mcp_session_store.mailbox import MessageKind
@@ -48,7 +49,8 @@ FIELDS: Final = {
     "mcp_previous_instance": "instance that opened or restored the session before",
     "mcp_restores": "number of restores of the session, this one included",
 }
-"""Fields of the log records, by their names in `extra`. No attribute of a log record begins with `mcp_`."""
+"""Fields of the log records, by their names in `extra`. No attribute of a log record begins with `mcp_`, unless an
+application gives its records some: then those stay."""
 
 REFUSALS_LOGGED: Final = 10
 """Number of refusals for one reason that are logged within `WINDOW`; the others only count."""
@@ -117,7 +119,8 @@ class SessionLog:
         telemetry.created.add(1, self._of)
         telemetry.handshakes.record(seconds, self._opened_of)
         if logger.isEnabledFor(logging.INFO):
-            logger.info(
+            _say(
+                logging.INFO,
                 "the session %s was opened by %s",
                 record.key,
                 _client(record),
@@ -137,7 +140,8 @@ class SessionLog:
         if logger.isEnabledFor(logging.INFO):
             extra = self._extra("restored", record.key, record, duration=seconds)
             extra |= {"mcp_previous_instance": marker.previous_instance, "mcp_restores": marker.restores}
-            logger.info(
+            _say(
+                logging.INFO,
                 "the session %s of %s was restored in %.3f s, from instance %s (restore %d)",
                 record.key,
                 _client(record),
@@ -166,12 +170,13 @@ class SessionLog:
         level = logging.DEBUG if reason in (ENDED, STOPPING) else logging.INFO
         if logger.isEnabledFor(level):
             extra = self._extra("evicted", record.key, record, reason=reason)
-            logger.log(level, "the session %s was evicted: %s", record.key, reason, extra=extra)
+            _say(level, "the session %s was evicted: %s", record.key, reason, extra=extra)
 
     def stopping(self, residents: int) -> None:
         """Note that the instance stops, and how many sessions leave memory by it, in one line for all."""
         extra = {"mcp_event": "stopping", "mcp_namespace": self.namespace, "mcp_instance": self.instance}
-        logger.info("this instance stops: %d of its sessions leave memory, and stay stored", residents, extra=extra)
+        text = "this instance stops: %d of its sessions leave memory, and stay stored"
+        _say(logging.INFO, text, residents, extra=extra)
 
     def ended(
         self, key: UUID, reason: EndReason, record: SessionRecord | None, *, lived: float | None, counts: bool
@@ -192,7 +197,7 @@ class SessionLog:
             self.lived(lived, None if record is None else record.protocol_version)
         if logger.isEnabledFor(logging.INFO):
             extra = self._extra("ended", key, record, reason=reason.value, duration=lived)
-            logger.info("the session %s ended: %s", key, reason.value, extra=extra)
+            _say(logging.INFO, "the session %s ended: %s", key, reason.value, extra=extra)
 
     def lived(self, seconds: float, protocol_version: str | None = None) -> None:
         """Record the duration of a session that has ended, by the semantic conventions for MCP."""
@@ -214,7 +219,8 @@ class SessionLog:
         """Note what a whole sweep did, in one line for all its sessions."""
         if sweep.expired or sweep.purged:
             extra = {"mcp_event": "swept", "mcp_namespace": self.namespace, "mcp_instance": self.instance}
-            logger.info(
+            _say(
+                logging.INFO,
                 "a sweep ended expired sessions (%d), and removed those that had ended long ago (%d)",
                 sweep.expired,
                 sweep.purged,
@@ -253,7 +259,7 @@ class SessionLog:
             level = logging.DEBUG
         if logger.isEnabledFor(level):
             extra = self._extra("refused", key, reason=reason)
-            logger.log(level, text, key, reason if cause is None else cause, extra=extra, exc_info=error)
+            _say(level, text, key, reason if cause is None else cause, extra=extra, error=error)
 
     def dropped(self, kind: MessageKind, reason: str = UNKNOWN_QUESTION) -> None:
         """Count a message of a client that reaches no copy of its session."""
@@ -295,6 +301,19 @@ class SessionLog:
         if duration is not None:
             extra["mcp_duration"] = round(duration, 6)
         return extra
+
+
+def _say(
+    level: int, text: str, *arguments: object, extra: Mapping[str, object], error: BaseException | None = None
+) -> None:
+    """Log a line with fields, whatever fields the application gives all records itself."""
+    try:
+        logger.log(level, text, *arguments, extra=extra, exc_info=error, stacklevel=2)
+    except KeyError:
+        # `logging` refuses a field that the application's factory of records has set already, which then stays.
+        made = vars(logging.makeLogRecord({}))
+        free = {name: value for name, value in extra.items() if name not in made}
+        logger.log(level, text, *arguments, extra=free, exc_info=error, stacklevel=2)
 
 
 def _client(record: SessionRecord) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.manager import DurableSessionManager
 
-__all__ = ["ask_store", "run_in_lifespan", "say_in_one_line"]
+__all__ = ["ask_store", "final_cause", "run_in_lifespan", "say_in_one_line"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ async def run_in_lifespan(manager: DurableSessionManager) -> AsyncIterator[None]
             await stack.enter_async_context(manager.run())
         except FINAL as error:
             logger.debug("the start fails", exc_info=True)
+            manager.readiness.cause = error
             raise error.with_traceback(None) from None
         yield
 
@@ -66,7 +67,7 @@ async def ask_store(app: Starlette) -> None:
     Raises:
         StoreMisconfigured, SchemaError, ConfigurationError: The start cannot succeed.
     """
-    manager = cast("DurableSessionManager", mcp_endpoint(app).session_manager)
+    manager = _manager_of(app)
     stores = [manager.store] if manager.event_log is None else [manager.store, manager.event_log]
     try:
         with anyio.move_on_after(VERDICT_WITHIN) as scope:
@@ -80,3 +81,13 @@ async def ask_store(app: Starlette) -> None:
         # The app uses them in an event loop of its own.
         for store in reversed(stores):
             await store.aclose()
+
+
+def final_cause(app: Starlette) -> Exception | None:
+    """Return the final cause for which the store of an app cannot be used; `None` where there is none."""
+    cause = _manager_of(app).readiness.cause
+    return cause if isinstance(cause, FINAL) else None
+
+
+def _manager_of(app: Starlette) -> DurableSessionManager:
+    return cast("DurableSessionManager", mcp_endpoint(app).session_manager)

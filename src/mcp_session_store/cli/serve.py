@@ -230,14 +230,17 @@ def serve(
         instance=instance,
         given=frozenset(name for name in _OF_THE_DATABASE if _is_given(name)),
     )
+    from mcp_session_store.adapter.starting import ask_store, final_cause
+    from mcp_session_store.serving import WorkerNotStarted, announce, first_line_first, run_uvicorn, set_up_logs
+
     # Built here even if only workers will serve, so that what cannot work is said once, and before anything listens.
     app = _build(settings)
-    from mcp_session_store.adapter.starting import ask_store
-    from mcp_session_store.serving import run_uvicorn
-
+    set_up_logs(log_level)
     try:
-        # A new SQLite file is migrated here, too, because several workers would find it at once.
-        run(ask_store(app))
+        with first_line_first():
+            announce(app, host, port, workers)
+            # A new SQLite file is migrated here, too, because several workers would find it at once.
+            run(ask_store(app))
     except (StoreMisconfigured, SchemaError) as error:
         raise _NoStart(str(error)) from error
 
@@ -253,9 +256,12 @@ def serve(
             shutdown_timeout=shutdown_timeout,
             root_path=root_path,
         )
+    except WorkerNotStarted:
+        raise _NoStart("a worker did not start; the log above says why") from None
     except SystemExit as exit_:
         if exit_.code == _UVICORN_STARTUP_FAILED:
-            raise Failure("the server did not start; the log above says why") from None
+            why = "the server did not start; the log above says why"
+            raise (Failure(why) if final_cause(app) is None else _NoStart(why)) from None
         raise
 
 

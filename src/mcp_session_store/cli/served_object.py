@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
 __all__ = ["served_object"]
@@ -50,10 +51,27 @@ def served_object(target: str, app_dir: str) -> Any:
             raise ConfigurationError(
                 f"the module {named!r} has no {attributes!r}; name the variable that holds the server object"
             ) from error
-    if inspect.isroutine(found) or isinstance(found, functools.partial):
+    if callable(found) and not _is_server(found) and not _is_app(found):
         found = _made_by(found, target)
     _check(found, target)
     return found
+
+
+def _is_server(value: object) -> bool:
+    from mcp_session_store.adapter.sdk import underlying_server
+
+    try:
+        underlying_server(value)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _is_app(value: object) -> bool:
+    # Imported where it is used, because the other commands need none of it.
+    from starlette.applications import Starlette
+
+    return isinstance(value, Starlette)
 
 
 def _check(found: Any, target: str) -> None:
@@ -62,43 +80,50 @@ def _check(found: Any, target: str) -> None:
     try:
         underlying_server(found)
     except ConfigurationError as error:
-        hint = ""
-        if callable(found):
-            hint = " (an app that was built from a server already, stateless or not, cannot be made durable: name the"
-            hint += " server object itself)"
-        raise ConfigurationError(f"{target}: {error}{hint}") from error
+        raise ConfigurationError(f"{target}: {error}{_BUILT if _is_app(found) else ''}") from error
+
+
+_BUILT: Final = (
+    " (an app that was built from a server already, stateless or not, cannot be made durable: name the server object "
+    "itself)"
+)
 
 
 def _made_by(factory: Any, target: str) -> Any:
-    """Return what a function returns."""
-    if inspect.iscoroutinefunction(factory):
+    """Return what a function, a class or another callable object returns."""
+    if inspect.isclass(factory) and factory.__module__.partition(".")[0] in ("mcp", "fastmcp"):
+        raise ConfigurationError(
+            f"{target} is the class {factory.__qualname__} of the framework: name the variable that holds the server "
+            "object"
+        )
+    what = "a class" if inspect.isclass(factory) else "a function" if inspect.isroutine(factory) else "an object"
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):
+        signature = inspect.Signature()  # of C code, which says nothing of it
+    if list(signature.parameters)[:1] == ["scope"]:
+        raise ConfigurationError(f"{target} is an ASGI app, and no server{_BUILT}")
+    if inspect.iscoroutinefunction(factory) or inspect.iscoroutinefunction(type(factory).__call__):
         raise ConfigurationError(
             f"{target} is an async function, and the server is made before an event loop runs: name a plain function "
             "that returns the server object"
         )
     try:
-        inspect.signature(factory).bind()
+        signature.bind()
     except TypeError as error:
         raise ConfigurationError(
-            f"{target} is a function that is called without arguments, but it takes some: {error}; name one that takes "
+            f"{target} is {what} that is called without arguments, but it takes some: {error}; name one that takes "
             "none and returns the server object"
         ) from error
-    try:
+    with _naming_failures(f"{what.partition(' ')[2]} {target} fails"):
         return factory()
-    except Exception as error:
-        _raise_failed(f"the function {target} fails", error)
 
 
 def _only_server(module: ModuleType, target: str) -> Any:
-    from mcp_session_store.adapter.sdk import underlying_server
-
     servers: dict[int, tuple[str, Any]] = {}
     for name, value in vars(module).items():
-        try:
-            underlying_server(value)
-        except ConfigurationError:
-            continue
-        servers.setdefault(id(value), (name, value))
+        if _is_server(value):
+            servers.setdefault(id(value), (name, value))
     if len(servers) == 1:
         return next(iter(servers.values()))[1]
     names = ", ".join(f"{target}:{name}" for name, _ in servers.values())
@@ -112,15 +137,17 @@ def _only_server(module: ModuleType, target: str) -> Any:
 def _import_module(name: str, app_dir: str) -> ModuleType:
     if app_dir not in sys.path:
         sys.path.insert(0, app_dir)
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and _is_part_of(error.name, name):
-            raise ConfigurationError(
-                f"there is no module {error.name!r} in {app_dir} or among the installed packages; "
-                "run the command where the module is, or give its folder with --app-dir"
-            ) from error
-        _raise_failed(f"the module {name!r} cannot be imported", error)
+    with _naming_failures(f"the module {name!r} cannot be imported"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not _is_part_of(error.name, name):
+                raise
+            missing = error
+    raise ConfigurationError(
+        f"there is no module {missing.name!r} in {app_dir} or among the installed packages; "
+        "run the command where the module is, or give its folder with --app-dir"
+    ) from missing
 
 
 def _import_file(target: str, file: Path, app_dir: str) -> ModuleType:
@@ -144,7 +171,7 @@ def _import_file(target: str, file: Path, app_dir: str) -> ModuleType:
         loaded = sys.modules.get(name)
     if loaded is not None:
         return loaded
-    try:
+    with _naming_failures(f"the file {file} cannot be imported"):
         if len(parts) > 1:
             return importlib.import_module(name)
         spec = importlib.util.spec_from_file_location(name, file)
@@ -157,20 +184,24 @@ def _import_file(target: str, file: Path, app_dir: str) -> ModuleType:
             del sys.modules[name]
             raise
         return module
-    except Exception as error:
-        _raise_failed(f"the file {file} cannot be imported", error)
 
 
-def _raise_failed(what: str, error: Exception) -> NoReturn:
-    # The last line of the user's own code, because the machinery of imports explains nothing.
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    text, file, line = str(error), place.filename, place.lineno
-    if isinstance(error, SyntaxError) and error.filename is not None:
-        # No line of it has run.
-        text, file, line = error.msg, error.filename, error.lineno
-    raise ConfigurationError(
-        f"{what}: {type(error).__name__}: {text} ({file}, line {line}); correct it, and try again"
-    ) from error
+@contextlib.contextmanager
+def _naming_failures(what: str) -> Iterator[None]:
+    """Name what the user's own code raises, and where, in place of a traceback; also where it ends the program."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        # The last line of the user's own code, because the machinery of imports explains nothing.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text, file, line = str(error), place.filename, place.lineno
+        if isinstance(error, SyntaxError) and error.filename is not None:
+            # No line of it has run.
+            text, file, line = error.msg, error.filename, error.lineno
+        hint = "correct it, and try again"
+        if isinstance(error, SystemExit):
+            hint = 'what ends the program belongs under if __name__ == "__main__"'
+        raise ConfigurationError(f"{what}: {type(error).__name__}: {text} ({file}, line {line}); {hint}") from error
 
 
 def _is_part_of(missing: str | None, module_name: str) -> bool:
