@@ -178,67 +178,54 @@ class Observed(Protocol):
         """One of `STATES`."""
 
 
-_STATE: Final = "1 for the state that the instance is in, and 0 for each other"
-
-_observed: tuple[weakref.ref[Observed], ...] = ()
-"""Managers that run. Replaced and never changed, because readers of metrics run in threads of their own."""
+_observed: tuple[tuple[int, weakref.ref[Observed]], ...] = ()
+"""Managers that run, by process. Replaced and never changed, because readers of metrics run in threads of their own."""
 
 
 @contextlib.contextmanager
 def observing(observed: Observed) -> Iterator[None]:
     """Show a manager in the gauges, until the block ends or the manager is no more."""
     global _observed
-    reference = weakref.ref(observed)
+    entry = os.getpid(), weakref.ref(observed)
     del observed
-    _observed = (*_observed, reference)
+    _observed = (*_observed, entry)
     try:
         yield
     finally:
-        _observed = tuple(other for other in _observed if other is not reference and other() is not None)
+        _observed = tuple(other for other in _observed if other is not entry and other[1]() is not None)
 
 
-def _observe_nothing() -> None:
-    global _observed
-    _observed = ()
+def _shown() -> list[Observed]:
+    """Return the managers that run in this process; those of its parent do not run in a child that was forked."""
+    return [shown for pid, reference in _observed if pid == os.getpid() and (shown := reference()) is not None]
 
 
-if hasattr(os, "register_at_fork"):
-    # What a process runs while it is forked, its child does not run.
-    os.register_at_fork(after_in_child=_observe_nothing)
+def _gauge(name: str, unit: str, description: str, read: Callable[[Observed], Mapping[str, int]], *by: str) -> None:
+    """Make a gauge of the numbers that `read` returns, by the values of an attribute; without one of a lone number."""
 
-
-def _gauge(name: str, unit: str, description: str, read: Callable[[Observed], int]) -> None:
     def observe(_: CallbackOptions) -> Iterable[Observation]:
-        totals: Tally[str] = Tally()
-        for reference in _observed:
-            if (observed := reference()) is not None:
-                totals[observed.namespace] += read(observed)
-        return [Observation(total, {NAMESPACE: namespace}) for namespace, total in totals.items()]
+        totals: Tally[tuple[str, str]] = Tally()
+        for observed in _shown():
+            for value, number in read(observed).items():
+                totals[observed.namespace, value] += number
+        return [
+            Observation(total, {**dict.fromkeys(by, value), NAMESPACE: of}) for (of, value), total in totals.items()
+        ]
 
-    name = _describe(name, "up-down counter", unit, description, (NAMESPACE,))
+    name = _describe(name, "up-down counter", unit, description, (*by, NAMESPACE))
     _meter.create_observable_up_down_counter(name, [observe], unit, description)
-
-
-def _observe_states(_: CallbackOptions) -> Iterable[Observation]:
-    totals: Tally[tuple[str, str]] = Tally()
-    for reference in _observed:
-        if (observed := reference()) is not None:
-            now = observed.state
-            for state in STATES:
-                totals[observed.namespace, state] += state == now
-    return [Observation(total, {"state": state, NAMESPACE: name}) for (name, state), total in totals.items()]
 
 
 # Sessions
 
-_gauge("mcp_session_store.sessions.resident", "{session}", "Sessions in memory", lambda observed: observed.resident)
+_gauge("mcp_session_store.sessions.resident", "{session}", "Sessions in memory", lambda one: {"": one.resident})
 _gauge(
     "mcp_session_store.sessions.busy",
     "{session}",
     "Sessions in memory with an open request or stream, or a call that runs",
-    lambda observed: observed.busy,
+    lambda one: {"": one.busy},
 )
-_gauge("mcp_session_store.sessions.restoring", "{session}", "Restores under way", lambda observed: observed.restoring)
+_gauge("mcp_session_store.sessions.restoring", "{session}", "Restores under way", lambda one: {"": one.restoring})
 created: Final = _counter("mcp_session_store.sessions.created", "{session}", "Sessions opened and stored")
 restored: Final = _counter("mcp_session_store.sessions.restored", "{session}", "Sessions restored by replay")
 evicted: Final = _counter(
@@ -279,7 +266,7 @@ _gauge(
     "mcp_session_store.requests.waiting",
     "{request}",
     "Requests that wait because the store is away",
-    lambda observed: observed.waiting,
+    lambda one: {"": one.waiting},
 )
 refused: Final = _counter("mcp_session_store.requests.refused", "{request}", "Requests refused, by reason", "reason")
 
@@ -311,11 +298,12 @@ dropped_messages: Final = _counter(
 
 # The store
 
-_meter.create_observable_up_down_counter(
-    _describe("mcp_session_store.instance.state", "up-down counter", "{instance}", _STATE, ("state", NAMESPACE)),
-    [_observe_states],
+_gauge(
+    "mcp_session_store.instance.state",
     "{instance}",
-    _STATE,
+    "1 for the state that the instance is in, and 0 for each other",
+    lambda one: {state: state == one.state for state in STATES},
+    "state",
 )
 outages: Final = _counter("mcp_session_store.store.outages", "{outage}", "Times that the store went away")
 statements: Final = _histogram(
@@ -345,7 +333,7 @@ background_failures: Final = _counter(
 
 # Streams and their events
 
-_gauge("mcp_session_store.streams.open", "{stream}", "Open GET streams", lambda observed: observed.streams)
+_gauge("mcp_session_store.streams.open", "{stream}", "Open GET streams", lambda one: {"": one.streams})
 resumed: Final = _counter(
     "mcp_session_store.streams.resumed", "{stream}", "Streams resumed, by how it ended", "outcome"
 )

@@ -378,7 +378,7 @@ def test_a_start_that_fails_in_the_server_itself_has_the_exit_code_of_one_that_i
         raise SystemExit(3)
 
     async def _start(app: Starlette) -> None:
-        Path(sqlite_url.removeprefix("sqlite:///")).write_text("no database any more " * 1000)
+        Path(make_url(sqlite_url).database or "").write_text("no database any more " * 1000)
         async with app.router.lifespan_context(app):
             pass
 
