@@ -84,17 +84,17 @@ async def test_workers_share_the_sessions_and_a_kill_of_all_of_them_ends_none(
         server.restart()
         second = await _answering_pids(server.mcp_url, session_id)
         assert not first & second
-        await client.text("whoami")
+        # Garbage collections leave out what a worker started with.
+        assert int(await client.text("frozen_objects")) > 50_000
         assert client.methods.count("initialize") == 1
         assert len(client.session_ids) == 1
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.anyio
-async def test_garbage_collections_leave_out_what_a_worker_started_with(
-    serve_command: ServeCommandFunction, sqlite_url: str, workers: str
+async def test_garbage_collections_leave_out_what_a_server_started_with(
+    serve_command: ServeCommandFunction, sqlite_url: str
 ) -> None:
-    server = serve_command("tests.support.targets:mcpserver", "--url", sqlite_url, "--workers", workers)
+    server = serve_command("tests.support.targets:mcpserver", "--url", sqlite_url)
     async with official_client(server.mcp_url) as client:
         assert int(await client.text("frozen_objects")) > 50_000
 
