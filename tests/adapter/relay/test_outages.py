@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mcp_session_store import InvalidValue
+from mcp_session_store import InvalidValue, StoreUnavailable
 from mcp_session_store.adapter.relay import delivery as delivery_module
+from mcp_session_store.adapter.relay import inbox as inbox_module
 from mcp_session_store.adapter.relay import outbox as outbox_module
 from tests.support.asgi import until
 from tests.support.asking import Asking, roots, text_of
 from tests.support.instances import instance
-from tests.support.internals import outbox_is_empty, registry_of, relay_of, shut_down
+from tests.support.internals import instances_of, outbox_is_empty, registry_of, relay_of, shut_down
 
 if TYPE_CHECKING:
     from tests.support.faulty_stores import FaultyMailbox, FaultyStore
@@ -184,6 +185,37 @@ async def test_a_read_whose_answer_was_lost_neither_loses_nor_doubles_a_message(
         assert (await elsewhere.respond(question["id"], roots("x"))).status == 202
         await call.next()
         assert asking.heard == ["1", "2", "file:///x"]
+
+
+async def test_what_is_read_again_is_not_delivered_again(
+    store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The mailbox is told of no sender, as of one that was not heard of for long, and returns all again.
+    monkeypatch.setattr(inbox_module, "RECENT_SENDERS", 0)
+    asking = Asking()
+    async with instance(store, asking, relay=mailbox) as one, instance(store, relay=mailbox) as other:
+        client = one.client()
+        elsewhere = other.client(await client.begin())
+        call = client.open_call("ask_for_progress")
+        question = await call.next()
+        for amount in (1, 2, 3):
+            assert (await elsewhere.post(progress_of(question, amount))).status == 202
+        assert (await elsewhere.respond(question["id"], roots("x"))).status == 202
+        await call.next()
+        assert asking.heard == ["1", "2", "3", "file:///x"]
+
+
+async def test_a_mailbox_that_cannot_be_read_stops_no_heartbeat(store: FaultyStore, mailbox: FaultyMailbox) -> None:
+    async with instance(store, relay=mailbox) as one:
+        mailbox.broken("receive")
+        before = len(mailbox.beats)
+        await instances_of(one.manager).beat()
+        assert len(mailbox.beats) == before + 1
+        # But where the store is away, what waits is read first.
+        mailbox.down("receive")
+        with pytest.raises(StoreUnavailable):
+            await instances_of(one.manager).beat()
+        assert len(mailbox.beats) == before + 1
 
 
 async def test_a_message_that_the_store_does_not_take_holds_up_no_other(

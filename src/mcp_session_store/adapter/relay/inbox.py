@@ -10,6 +10,7 @@ import anyio
 
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import Wake
+from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.mailbox import MessageKind
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ IDLE_INTERVAL: Final = 1.0
 """Seconds between two reads otherwise."""
 GATHERED: Final = 4 * 1024**2
 """Bytes of bodies that are read before they are handed out, so that all that was posted by then is in order."""
-RECENT_SENDERS: Final = 256
-"""Number of senders of which the mailbox is told how far they were read, those heard of last."""
+RECENT_SENDERS: Final = 64
+"""Number of senders of which the mailbox is told how far they were read, those heard of last. Each costs a statement on
+SQLite."""
 KNOWN_SENDERS: Final = 100_000
 """Number of senders of which it is remembered how far they were read."""
 
@@ -87,6 +89,20 @@ class Inbox:
         if self._mailbox.hears:
             return HEARING_INTERVAL
         return BUSY_INTERVAL if self._registry.busy else IDLE_INTERVAL
+
+    async def read_before_beat(self) -> None:
+        """Read what waits before this instance says that it runs, because messages much older than that are removed.
+
+        Raises:
+            StoreUnavailable: The store is away. After any other failure, which the background task reports, the
+                heartbeat goes on: without it the calls that run here would be taken for lost.
+        """
+        try:
+            await self.read()
+        except StoreUnavailable:
+            raise
+        except Exception:
+            self.wake.set()
 
     async def read(self) -> None:
         """Read all that has been posted to this instance, and hand it out.

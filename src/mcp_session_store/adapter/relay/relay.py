@@ -94,7 +94,7 @@ class Relay:
         self._delivery = Delivery(registry, writer, tasks)
         self.inbox: Final = Inbox(instances, registry, self._delivery.add)
         instances.on_hint = self.inbox.wake.set
-        instances.before_beat = self.inbox.read
+        instances.before_beat = self.inbox.read_before_beat
         instances.question_ids.on_asked = self.inbox.asked
 
     @property
