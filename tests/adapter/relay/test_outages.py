@@ -379,3 +379,26 @@ async def test_where_no_hints_arrive_answers_come_soon_and_an_idle_instance_asks
             assert (await elsewhere.respond(question["id"], roots("x"))).status == 202
             with anyio.fail_after(5):
                 assert text_of(await call.next()) == "file:///x"
+
+
+async def test_an_instance_posts_and_reads_under_its_number_only_when_that_is_entered(
+    store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox
+) -> None:
+    other_mailbox.down("beat")
+    async with (
+        instance(store, Asking(), relay=mailbox) as one,
+        instance(store, Asking(), relay=other_mailbox) as other,
+    ):
+        client = one.client()
+        elsewhere = other.client(await client.begin())
+        assert (await elsewhere.ping()).status == 200
+        call = client.open_call("ask")
+        question = await call.next()
+        # As in an outage, because another instance may have the number.
+        assert (await elsewhere.respond(question["id"], roots("x"))).status == 202
+        await anyio.wait_all_tasks_blocked()
+        assert other_mailbox.posted == []
+        assert other_mailbox.background["receive"] == 0
+        other_mailbox.up()
+        assert text_of(await call.next()) == "file:///x"
+        await until(lambda: other_mailbox.background["receive"] > 0)
