@@ -86,13 +86,20 @@ def stock(name: str) -> Contender:
     )
 
 
-def ours(name: str, url: str | None, *, schema: str | None = None) -> Contender:
+def ours(name: str, url: str | None, *, schema: str | None = None, relay: bool = True) -> Contender:
     """Return this package on a database, or in memory: then only the cost of its own code is left."""
     store = MemorySessionStore()
 
     def make_app(mode: Mode) -> Starlette:
         if url is not None:
-            return durable_app(make_server(), url, schema=schema, events=mode.events, json_response=mode.json_response)
+            return durable_app(
+                make_server(),
+                url,
+                schema=schema,
+                relay=relay,
+                events=mode.events,
+                json_response=mode.json_response,
+            )
         events = MemoryEventLog(store) if mode.events else False
         return durable_app(make_server(), store, events=events, json_response=mode.json_response)
 

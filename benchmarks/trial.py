@@ -2,7 +2,7 @@
 
     python -m benchmarks.trial                            # 500 calls of each kind, on SQLite and Postgres
     python -m benchmarks.trial --each 100 --kill-every 0  # no process is killed
-    python -m benchmarks.trial --cut 30 --only "relay on, Postgres"
+    python -m benchmarks.trial --cut 30 --only on-postgres
     python -m benchmarks.trial --before REVISION          # in a git checkout: deploy the present one and take it back
 
 Three uvicorn processes stand behind a load balancer that picks one for each request. The official Python client and
@@ -54,7 +54,14 @@ if TYPE_CHECKING:
     from tests.support.trial import Tally
 
 SDK: Final = "SDK alone"
-CONTENDERS: Final = (SDK, "relay off, SQLite", "relay off, Postgres", "relay on, SQLite", "relay on, Postgres")
+CONTENDERS: Final = {
+    "sdk": SDK,
+    "off-sqlite": "relay off, SQLite",
+    "off-postgres": "relay off, Postgres",
+    "on-sqlite": "relay on, SQLite",
+    "on-postgres": "relay on, Postgres",
+}
+"""Names by their options."""
 OFF: Final = {"MCP_SESSION_STORE_RELAY": "false"}
 
 
@@ -246,7 +253,7 @@ async def run(arguments: argparse.Namespace) -> None:
         if arguments.before is not None:
             await deploy(arguments.before, postgres, arguments)
             return
-        names = [arguments.only] if arguments.only else CONTENDERS
+        names = [CONTENDERS[arguments.only]] if arguments.only else CONTENDERS.values()
         results = {name: await try_contender(name, postgres, arguments) for name in names}
     print(f"\n{summary(results)}")
     faulty = [tally for tallies in results.values() for tally in tallies.values() if tally.wrong or tally.repeated]

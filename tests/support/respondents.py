@@ -48,11 +48,9 @@ class Wire:
     progress: dict[str, list[tuple[int, Posted]]] = field(default_factory=dict)
     changed_roots: dict[str, list[Posted]] = field(default_factory=dict)
     """By the name of the client."""
-    question_ids: dict[str, list[Any]] = field(default_factory=dict)
-    """Ids of the questions that a client has answered, by its name."""
+    question_ids: dict[tuple[str, Any], set[str]] = field(default_factory=dict)
+    """Tokens of the questions that a client has answered, by its name and the questions' id."""
     session_ids: set[str] = field(default_factory=set)
-    statuses: dict[str, list[int]] = field(default_factory=dict)
-    """The statuses of all other POSTs, by method."""
 
 
 class _Hooks:
@@ -78,8 +76,10 @@ class _Hooks:
             case None:
                 # A ping is answered without a token.
                 if found := _TOKEN.search(request.content):
-                    wire.answers[found[0].decode()] = posted
-                wire.question_ids.setdefault(self._name, []).append(message["id"])
+                    token = found[0].decode()
+                    # A question that is answered again was repeated by a stream that the client has resumed.
+                    wire.answers.setdefault(token, posted)
+                    wire.question_ids.setdefault((self._name, message["id"]), set()).add(token)
             case "tools/call":
                 self._calls[message["id"]] = params["arguments"]["token"]
             case "notifications/cancelled":

@@ -41,6 +41,10 @@ class Tally:
     """The answer was another one's, or was incomplete."""
     repeated: int = 0
     """Something arrived twice."""
+    disordered: int = 0
+    """Progress that one process was sent arrived in another order."""
+    overtaken: int = 0
+    """Progress did not arrive before the answer, which was posted to another process. So it may be in an outage."""
     died: int = 0
     """The process in which the call ran was killed."""
     unsent: int = 0
@@ -178,16 +182,24 @@ class Trial:
 
     def _progress_verdict(self, token: str, notes: Sequence[Note]) -> str:
         """Judge the progress of a call that was answered."""
-        steps = [note.value for note in notes if note.what == "progress"]
-        if steps == [f"{step} {token}" for step in STEPS]:
-            return "arrived"
+        noted = [note.value.split() for note in notes if note.what == "progress"]
+        steps = [int(step) for step, _ in noted]
+        if {said for _, said in noted} - {token}:
+            return "wrong"
         if len(steps) != len(set(steps)):
             return "repeated"
-        if {step.partition(" ")[2] for step in steps} - {token}:
-            return "wrong"
-        accepted = [f"{step} {token}" for step, posted in self.wire.progress[token] if posted.accepted]
-        # Between two senders there is no order: what went to one process can be overtaken by what went to another.
-        return "lost" if set(accepted) - set(steps) else "unsent"
+        posted = self.wire.progress[token]
+        missing = {one.pid for step, one in posted if one.accepted and step not in steps}
+        # Between two senders there is no order.
+        if self.wire.answers[token].pid in missing:
+            return "lost"
+        if missing:
+            return "overtaken"
+        for pid in {one.pid for _, one in posted}:
+            of_sender = [step for step in steps if (step, pid) in {(step, one.pid) for step, one in posted}]
+            if of_sender != sorted(of_sender):
+                return "disordered"
+        return "arrived" if set(steps) == set(STEPS) else "unsent"
 
 
 class Faults:
