@@ -193,7 +193,7 @@ async def _official(url: str, one: Respondent, hooks: Mapping[str, list[Callable
     async def roots(context: Any) -> types.ListRootsResult:
         return types.ListRootsResult(roots=await one.listed(context))
 
-    async with httpx2.AsyncClient(timeout=60, trust_env=False, event_hooks=hooks) as http:
+    async with httpx2.AsyncClient(timeout=60, trust_env=False, verify=False, event_hooks=hooks) as http:
         client = Client(
             streamable_http_client(url, http_client=http),
             mode="legacy",
@@ -232,7 +232,7 @@ async def _fastmcp(url: str, one: Respondent, hooks: Mapping[str, list[Callable[
         return await one.listed(context)
 
     def http_client(**options: Any) -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(**{"timeout": 60, **options}, trust_env=False, event_hooks=hooks)
+        return httpx2.AsyncClient(**{"timeout": 60, **options, "verify": False}, trust_env=False, event_hooks=hooks)
 
     handlers: dict[str, Any] = {"elicitation_handler": elicit, "sampling_handler": sample, "roots": roots}
     factory: Any = http_client
