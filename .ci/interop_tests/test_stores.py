@@ -13,15 +13,16 @@ from sqlalchemy.engine import make_url
 
 from interop_tests.pgbouncer import POOL_SIZE
 from mcp_session_store import EndReason, EventPolicy, InvalidValue, StoreUnavailable
+from mcp_session_store.mailbox import Presence
 from mcp_session_store.records import Activity
 from mcp_session_store.retention import EventSweepReport
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.admin.doctor import Verdict, examine
 from mcp_session_store.sql.notifications import PROBE_TIMEOUT
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import execute, settled
-from tests.support.sql_contracts import SqlEventLogConformance, SqlStoreConformance
+from tests.support.sql_contracts import SqlEventLogConformance, SqlMailboxConformance, SqlStoreConformance
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -41,6 +42,12 @@ class TestContract(SqlStoreConformance):
 
 
 class TestEventContract(SqlEventLogConformance):
+    @pytest.fixture
+    def contract_url(self, shared_url: str) -> str:
+        return shared_url
+
+
+class TestMailboxContract(SqlMailboxConformance):
     @pytest.fixture
     def contract_url(self, shared_url: str) -> str:
         return shared_url
@@ -103,7 +110,7 @@ async def use_events(store: SqlSessionStore, keys: Sequence[UUID]) -> None:
         appends = (log.append(key, [new_event(n) for n in range(3)], again=again) for key in keys)
         assert await asyncio.gather(*appends) == [1] * len(keys)
     many = [new_event(n) for n in range(3, 12)]
-    alone, *_ = await asyncio.gather(log.append(keys[0], many), log.follow(keys), log.heads(keys), log.beat("instance"))
+    alone, *_ = await asyncio.gather(log.append(keys[0], many), log.follow(keys), log.heads(keys))
     assert alone == 4
     pages = await asyncio.gather(*(log.read(key, "instance.1", after=0) for key in keys))
     found = [[event.position for event in page.events] for page in pages if page is not None]
@@ -237,19 +244,20 @@ async def test_an_instance_holds_nothing_and_leaves_no_lock_on_a_server_connecti
     """A session's lock on a connection that others use next would say for ever that the instance lives."""
     url = migrated_url if behind_pgbouncer else pgbouncer.url_of(postgres_url, pgbouncer=None)
     async with stores_at(url, 1) as (store,):
-        log = SqlEventLog(store)
+        mailbox = SqlMailbox(store)
         held = asyncio.Event()
-        listening = asyncio.ensure_future(log.listen(lambda _: None, instance="host:1:pooled", on_held=held.set))
+        listening = asyncio.ensure_future(mailbox.listen(lambda: None, instance="host:1:pooled", on_held=held.set))
         # Longer than the probe is waited for.
         await asyncio.wait({listening}, timeout=PROBE_TIMEOUT + 1)
         assert not held.is_set()
-        await log.beat("host:1:pooled")
+        assert not mailbox.hears
+        assert await mailbox.beat(Presence(instance="host:1:pooled"))
         ((epoch,),) = await execute(postgres_url, "SELECT lock_epoch FROM mcp_session_instance WHERE name = 'pooled'")
         assert epoch is None
-        assert not (await log.last_beats(["pooled"]))["pooled"].released
+        assert not (await mailbox.last_beats(["pooled"]))["pooled"].released
         listening.cancel()
         await asyncio.wait({listening})
-        await log.aclose()
+        await mailbox.aclose()
     assert await execute(postgres_url, "SELECT objid FROM pg_locks WHERE locktype = 'advisory'") == []
 
 

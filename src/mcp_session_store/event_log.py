@@ -1,4 +1,4 @@
-"""The contract of an event log: the events of sessions' streams, and which instances are running."""
+"""The contract of an event log: the events of sessions' streams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mcp_session_store.store import Store
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from mcp_session_store.records import EventPage, Heartbeat, NewEvent
+    from mcp_session_store.records import EventPage, NewEvent
     from mcp_session_store.retention import EventSweepReport
     from mcp_session_store.store import SessionStore
 
@@ -55,8 +55,6 @@ class EventLog(Store):
     stream it belongs to and whichever instance stores it. A reader that can read an event can read all before it that
     are still kept: no event appears later than one that follows it. A log is a part of its session: events of a
     session that is not live are not stored, and a session that ends loses its log in the same moment.
-
-    A log also knows which instances are running, so that a client learns whether the call that it waits for is lost.
 
     The rules for all methods are those of `SessionStore`, with two differences:
 
@@ -130,68 +128,19 @@ class EventLog(Store):
         """Ask for hints of new events of these sessions, for a minute or more."""
         return
 
-    async def listen(
-        self,
-        on_hint: Callable[[Collection[UUID] | None], None],  # noqa: ARG002
-        *,
-        instance: str | None = None,  # noqa: ARG002
-        on_held: Callable[[], None] | None = None,  # noqa: ARG002
-    ) -> None:
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:  # noqa: ARG002
         """Pass on hints that events were stored in sessions that any instance follows, until cancelled.
 
         Hints may be late, duplicated or lost; `heads` is authoritative. A log without hints waits for ever, as this
         method does.
 
-        Meanwhile an instance may hold something that the death of its process releases, so that others learn of it at
-        once; a log in which nothing can be held leaves that to the heartbeats. It is no longer held when this ends.
-
         Args:
             on_hint: Called with the keys of sessions, or with `None` when any may have new events.
-            instance: Id of the instance that listens, for which something is to be held.
-            on_held: Called when it is held, so that the instance has the next `beat` store that at once.
 
         Raises:
             StoreUnavailable: No more hints will come from this call; it should be repeated.
-            InvalidValue: No instance can have this id.
         """
         await anyio.sleep_forever()
-
-    @abstractmethod
-    async def beat(self, instance: str, *, held: bool = True) -> None:
-        """Record that an instance is running, and whether it holds what `listen` holds for it. May be repeated.
-
-        Args:
-            instance: Id of the instance, whose part after the last colon is unique.
-            held: Whether to record that something is held. An instance that is about to release it says no first.
-
-        Raises:
-            InvalidValue: The id cannot be stored.
-        """
-
-    @abstractmethod
-    async def retire(self, instance: str) -> None:
-        """Record that an instance has stopped. May be repeated.
-
-        Args:
-            instance: Id of the instance, as given to `beat`.
-
-        Raises:
-            InvalidValue: No instance can have this id.
-        """
-
-    @abstractmethod
-    async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
-        """Return the last heartbeats of instances.
-
-        Args:
-            names: Parts after the last colon of the instances' ids.
-
-        Returns:
-            The heartbeats by name, without instances that have stopped or are unknown.
-
-        Raises:
-            InvalidValue: No instance can have one of these names.
-        """
 
     @abstractmethod
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:

@@ -13,12 +13,12 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.event_log import LARGE_APPEND
 from mcp_session_store.records import Activity, EndReason, EventKind, NewEvent
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore, connections
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore, connections
 from mcp_session_store.sql.dialects import DIALECTS
 from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.failures import failure_kind, summary_of
 from mcp_session_store.sql.schema import migrate
-from mcp_session_store.testing import new_session
+from mcp_session_store.testing import new_message, new_presence, new_session
 from tests.support.databases import (
     connections_checked_out,
     engine_of,
@@ -79,7 +79,7 @@ async def test_everything_works_on_one_connection(database_url: str, kind: str) 
     await migrated(database_url)
     engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
     store = SqlSessionStore(database_url, pool_size=1) if kind == "url" else SqlSessionStore(engine)
-    async with store, SqlEventLog(store) as log, asyncio.timeout(60):
+    async with store, SqlEventLog(store) as log, SqlMailbox(store) as mailbox, asyncio.timeout(60):
         session = new_session()
         await store.create(session)
         events = [NewEvent(stream="s", position=n, kind=EventKind.NOTIFICATION, message="m") for n in (1, 2)]
@@ -88,11 +88,14 @@ async def test_everything_works_on_one_connection(database_url: str, kind: str) 
             *(_use(store) for _ in range(20)),
             log.append(session.key, events),
             log.append(session.key, large),
-            log.beat("host:1:0123456789ab"),
+            mailbox.beat(new_presence(1)),
+            mailbox.post([new_message(1, recipient=None, sender=2)]),
+            mailbox.receive(1, delivered={2: 0}),
             log.sweep(),
+            mailbox.sweep(),
             store.sweep(),
         )
-        await settled(store, log)
+        await settled(store, log, mailbox)
         assert connections_checked_out(store) == 0
     await engine.dispose()
 

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from mcp_session_store.errors import SchemaMissing, StoreUnavailable
 from mcp_session_store.records import EndReason
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql import SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.transaction import transaction
 from mcp_session_store.testing import new_session
@@ -84,11 +84,11 @@ async def test_a_new_file_is_its_owners_alone_and_so_is_what_stands_beside_it(
     tmp_path: Path, mask: int, uri: str
 ) -> None:
     with _umask(mask):
-        async with SqlSessionStore(uri.format(tmp_path / "sessions.db")) as store, SqlEventLog(store) as log:
+        async with SqlSessionStore(uri.format(tmp_path / "sessions.db")) as store, SqlMailbox(store) as mailbox:
             await _stored(store)
             held = asyncio.Event()
             listening = asyncio.create_task(
-                log.listen(lambda _: None, instance="host:1:0123456789ab", on_held=held.set)
+                mailbox.listen(lambda: None, instance="host:1:0123456789ab", on_held=held.set)
             )
             await held.wait()
             assert _permissions(tmp_path) == {

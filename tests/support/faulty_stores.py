@@ -419,26 +419,8 @@ class FaultyLog(_Faulty, EventLog):
     async def follow(self, keys: Collection[UUID]) -> None:
         await self._call("follow", lambda: self.inner.follow(keys))
 
-    async def listen(
-        self,
-        on_hint: Callable[[Collection[UUID] | None], None],
-        *,
-        instance: str | None = None,
-        on_held: Callable[[], None] | None = None,
-    ) -> None:
-        await self._call(
-            "listen",
-            lambda: self.inner.listen(on_hint if self.hints else lambda _: None, instance=instance, on_held=on_held),
-        )
-
-    async def beat(self, instance: str, *, held: bool = True) -> None:
-        await self.inner.beat(instance, held=held)
-
-    async def retire(self, instance: str) -> None:
-        await self.inner.retire(instance)
-
-    async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
-        return await self.inner.last_beats(names)
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        await self._call("listen", lambda: self.inner.listen(on_hint if self.hints else lambda _: None))
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         report: EventSweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))

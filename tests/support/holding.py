@@ -10,15 +10,16 @@ import os
 import sys
 import time
 
-from mcp_session_store.sql import SqlEventLog
+from mcp_session_store.mailbox import Presence
+from mcp_session_store.sql import SqlMailbox
 
 
 async def hold(url: str, instance: str) -> None:
     held = asyncio.Event()
-    async with SqlEventLog(url) as log:
-        listening = asyncio.ensure_future(log.listen(lambda _: None, instance=instance, on_held=held.set))
+    async with SqlMailbox(url) as mailbox:
+        listening = asyncio.ensure_future(mailbox.listen(lambda: None, instance=instance, on_held=held.set))
         await held.wait()
-        await log.beat(instance)
+        await mailbox.beat(Presence(instance=instance))
         if sys.argv[3:] == ["child"] and os.fork() == 0:
             time.sleep(3600)
         print("holds", flush=True)

@@ -55,8 +55,7 @@ class Instance:
     """Instance that sends heartbeats."""
 
     presence: Presence
-    namespace: str | None
-    """Namespace in which it is sent messages; `None` where it did not name one."""
+    namespace: str
     started_at: datetime
     beat_at: datetime
     held: bool = False

@@ -8,8 +8,7 @@ import anyio
 
 from mcp_session_store.errors import EventTooLarge, InvalidValue
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
-from mcp_session_store.mailbox import Presence
-from mcp_session_store.memory.data import Data, Instance, Log, OnHint
+from mcp_session_store.memory.data import Data, Log, OnHint
 from mcp_session_store.memory.sessions import MemorySessionStore
 from mcp_session_store.records import (
     MAX_POSITION,
@@ -17,7 +16,6 @@ from mcp_session_store.records import (
     StoredEvent,
     check_texts,
     checked_size,
-    instance_name,
     message_bytes,
 )
 from mcp_session_store.retention import EventPolicy, EventSweepReport
@@ -25,10 +23,10 @@ from mcp_session_store.settings import checked_type
 from mcp_session_store.store import check_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Collection, Sequence
     from uuid import UUID
 
-    from mcp_session_store.records import Heartbeat, NewEvent
+    from mcp_session_store.records import NewEvent
     from mcp_session_store.store import SessionStore
 
 __all__ = ["MemoryEventLog"]
@@ -115,39 +113,12 @@ class MemoryEventLog(EventLog):
         check_keys(*keys)
         return {key: log.last for key in keys if (log := self._log(key)) is not None}
 
-    async def listen(
-        self, on_hint: OnHint, *, instance: str | None = None, on_held: Callable[[], None] | None = None
-    ) -> None:
-        held = set()
-        if instance is not None:
-            check_texts(instance=instance)
-            held.add(instance_name(instance))
+    async def listen(self, on_hint: OnHint) -> None:
         self._data.log_listeners.append(on_hint)
-        self._data.held |= held
-        if held and on_held is not None:
-            on_held()
         try:
             await anyio.sleep_forever()
         finally:
             self._data.log_listeners.remove(on_hint)
-            self._data.held -= held
-
-    async def beat(self, instance: str, *, held: bool = True) -> None:
-        check_texts(instance=instance)
-        name, now = instance_name(instance), self._data.now()
-        row = self._data.instances.setdefault(
-            name, Instance(Presence(instance=instance), namespace=None, started_at=now, beat_at=now)
-        )
-        row.beat_at, row.held = now, held and name in self._data.held
-
-    async def retire(self, instance: str) -> None:
-        check_texts(instance=instance)
-        self._data.instances.pop(instance_name(instance), None)
-
-    async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
-        for name in names:
-            check_texts(instance=name)
-        return self._data.last_beats(names)
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         if self.policy.max_age is None:

@@ -98,7 +98,7 @@ class MemoryMailbox(Mailbox):
 
     async def instances(self) -> Sequence[RunningInstance]:
         beats = self._data.last_beats(self._data.instances)
-        rows = [(name, row) for name, row in self._data.instances.items() if row.namespace in (None, self.namespace)]
+        rows = [(name, row) for name, row in self._data.instances.items() if row.namespace == self.namespace]
         return [
             RunningInstance(
                 instance=row.presence.instance,

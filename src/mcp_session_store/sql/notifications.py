@@ -103,7 +103,7 @@ class Listener:
         instance: str | None = None,
         on_held: Callable[[], None] | None = None,
     ) -> None:
-        """See `EventLog.listen`; `instance` is the unique part of its id."""
+        """See `Mailbox.listen`; `instance` is the unique part of its id."""
         self._database.bind()
         # A task of its own: however its caller is cancelled, it closes its connection in peace.
         task = spawn(self._listen(on_hint, None if instance is None else _Holder(instance, on_held)))

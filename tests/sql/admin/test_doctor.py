@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.mailbox import Presence
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.admin.doctor import Finding, Verdict, examine
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
@@ -42,12 +43,12 @@ def verdicts(findings: dict[str, Finding], verdict: Verdict) -> set[str]:
 
 
 async def test_a_good_database_has_no_failure(database_url: str) -> None:
-    async with sql_store(database_url) as store, SqlEventLog(store) as log:
+    async with sql_store(database_url) as store, SqlEventLog(store) as log, SqlMailbox(store) as mailbox:
         session = new_session()
         await store.create(session)
         assert await log.append(session.key, [new_event(0)]) is not None
-        await log.beat("host:1:alive", held=False)
-        await log.beat("host:1:dead", held=False)
+        await mailbox.beat(Presence(instance="host:1:alive"))
+        await mailbox.beat(Presence(instance="host:1:dead"))
         an_hour = "3600000" if database_url.startswith("sqlite") else "INTERVAL '1 hour'"
         await execute(store, f"UPDATE mcp_session_instance SET beat_at = started_at - {an_hour} WHERE name = 'dead'")
         found = await looked(database_url)

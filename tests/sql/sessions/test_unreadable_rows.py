@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mcp_session_store.errors import RecordUnreadable
+from mcp_session_store.mailbox import Presence
 from mcp_session_store.records import Activity, EndReason, EventKind, Principal, instance_name
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlEventLog
+from mcp_session_store.sql import SqlEventLog, SqlMailbox
 from mcp_session_store.sql.admin.events import EventDirectory
 from mcp_session_store.sql.admin.rows import RowCheck
 from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionFilter, SessionState
@@ -177,16 +178,17 @@ async def test_events_that_cannot_be_read_are_missing_and_those_of_a_newer_versi
 
 
 async def test_a_heartbeat_that_cannot_be_read_hides_no_other_and_proves_no_death(sqlite_url: str) -> None:
-    async with sql_store(sqlite_url) as store, SqlEventLog(store) as log:
+    async with sql_store(sqlite_url) as store, SqlMailbox(store) as mailbox:
         for instance in ("a:1:good", "a:1:damaged"):
-            await log.beat(instance)
+            await mailbox.beat(Presence(instance=instance))
         name = instance_name("a:1:damaged")
         await execute(store, f"UPDATE mcp_session_instance SET beat_at = '{SECRET}' WHERE name = '{name}'")
         names = {instance_name("a:1:good"), name}
-        beats = await log.last_beats(names)
+        beats = await mailbox.last_beats(names)
         assert beats.keys() == names
         assert beats[name].ago == timedelta(0)
-        await log.beat("a:1:damaged")
+        assert {running.heartbeat.ago for running in await mailbox.instances()} >= {timedelta(0)}
+        await mailbox.beat(Presence(instance="a:1:damaged"))
         async with RowCheck(sqlite_url) as check:
             assert await check.unreadable() == []
 

@@ -22,7 +22,7 @@ from mcp_session_store.sql.dialects import checkup_of
 from mcp_session_store.sql.dialects.checkup import Finding, Verdict
 from mcp_session_store.sql.dialects.functions import MOMENT
 from mcp_session_store.sql.engine import checked_url, make_engine_without_pool, refuse_absent, shown_command, shown_url
-from mcp_session_store.sql.events.instances import Instances
+from mcp_session_store.sql.mailbox.instances import Instances
 from mcp_session_store.sql.schema.tables import VERSION_TABLE, instances_table, make_tables, sessions_table
 from mcp_session_store.sql.schema.version import HEAD, advice_on, check_revision, is_empty, read_revision
 from mcp_session_store.store import DEFAULT_NAMESPACE
@@ -296,7 +296,7 @@ class _Examination(Reader):
     async def look_at_instances(self) -> Finding:
         table = instances_table(self._schema)
         latest = sa.select(table.c.name, table.c.instance, table.c.started_at).order_by(table.c.beat_at.desc())
-        statements = Instances(self.database.dialect, schema=self._schema)
+        statements = Instances(self.database.dialect, schema=self._schema, namespace=self._namespace)
         dead_after = timedelta(seconds=InstanceSettings().instance_timeout)
 
         async def read(connection: AsyncConnection, now: datetime) -> Finding:  # noqa: ARG001
@@ -314,7 +314,7 @@ class _Examination(Reader):
                 if (beat := beats.get(row.name)) is not None
             ]
             alive = sum(one["alive"] is True for one in listed)
-            found = f"{alive} alive, {len(listed) - alive} dead, with events; others store no heartbeat"
+            found = f"{alive} alive, {len(listed) - alive} dead"
             return Finding(check="instances", found=found, values={"instances": listed})
 
         return await self.read(read)

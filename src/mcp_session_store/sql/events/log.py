@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from datetime import timedelta
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -12,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from mcp_session_store import telemetry
 from mcp_session_store.errors import EventTooLarge
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, LARGE_APPEND, EventLog
-from mcp_session_store.records import check_texts, checked_size, instance_name
+from mcp_session_store.records import check_texts, checked_size
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.batching import Batcher, Call, make_contact, run_each
 from mcp_session_store.sql.engine import url_of
 from mcp_session_store.sql.events.append import Append, EventWriter
-from mcp_session_store.sql.events.instances import Instances
 from mcp_session_store.sql.events.read import EventReader, Read
 from mcp_session_store.sql.events.tail import LogTail
 from mcp_session_store.sql.events.trim import EventTrimming, logs_per_step
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store.records import EventPage, Heartbeat, NewEvent
+    from mcp_session_store.records import EventPage, NewEvent
     from mcp_session_store.retention import EventPolicy
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.store import SessionStore
@@ -49,8 +47,6 @@ _T = TypeVar("_T")
 
 KEYS_SHOWN: Final = 5
 """Keys of sessions that one log record names at most."""
-INSTANCES_KEPT: Final = timedelta(days=1)
-"""How long an instance is kept after its last heartbeat."""
 
 
 class SqlEventLog(EventLog):
@@ -102,7 +98,6 @@ class SqlEventLog(EventLog):
         self._reader = EventReader(dialect, schema=schema, namespace=namespace)
         self._tail = LogTail(dialect, schema=schema, namespace=namespace)
         self._trimming = EventTrimming(dialect, schema=schema, namespace=namespace, policy=self.policy)
-        self._instances = Instances(dialect, schema=schema)
         self._listener = Listener(self._database, EVENT_CHANNEL)
         of = partial(telemetry.of_operation, namespace)
         self._appends, self._large_appends = (
@@ -126,8 +121,6 @@ class SqlEventLog(EventLog):
         self._chores: Batcher[Call, Any] = Batcher(
             self._database, run_each, of("event_chores"), writes=True, max_batch=1
         )
-        # Not behind the chores, because others take an instance for dead that waits there.
-        self._beats: Batcher[Call, Any] = Batcher(self._database, run_each, of("beat"), writes=True, max_batch=1)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"
@@ -154,7 +147,6 @@ class SqlEventLog(EventLog):
             self._heads,
             self._reads,
             self._chores,
-            self._beats,
         )
         await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
         if self._owned:
@@ -200,40 +192,11 @@ class SqlEventLog(EventLog):
         if keys and self._database.dialect.has_notifications:
             await self._do(lambda attempt: self._tail.follow(attempt, keys))
 
-    async def listen(
-        self,
-        on_hint: Callable[[Collection[UUID] | None], None],
-        *,
-        instance: str | None = None,
-        on_held: Callable[[], None] | None = None,
-    ) -> None:
-        """See `EventLog.listen`.
-
-        On Postgres it takes a connection of its own, which also holds the lock of the instance; on SQLite there are no
-        hints, and a file beside the database is locked.
-        """
-        name = None
-        if instance is not None:
-            check_texts(instance=instance)
-            name = instance_name(instance)
-        await self._listener.listen(on_hint, instance=name, on_held=on_held)
-
-    async def beat(self, instance: str, *, held: bool = True) -> None:
-        check_texts(instance=instance)
-        held = held and instance_name(instance) in self._listener.held
-        await self._beats.submit(lambda attempt: self._instances.beat(attempt, instance, held=held))
-
-    async def retire(self, instance: str) -> None:
-        check_texts(instance=instance)
-        await self._beats.submit(lambda attempt: self._instances.remove(attempt, instance_name(instance)))
-
-    async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
-        for name in names:
-            check_texts(instance=name)
-        return await self._ask(lambda attempt: self._instances.last_beats(attempt, names)) if names else {}
+    async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
+        """See `EventLog.listen`. On Postgres it takes a connection of its own; on SQLite there are no hints."""
+        await self._listener.listen(on_hint)
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
-        await self._do(lambda attempt: self._instances.remove_silent(attempt, INSTANCES_KEPT))
         logs = logs_per_step(limit)
         due = await self._ask(lambda attempt: self._trimming.due(attempt, limit=logs))
         if not due:

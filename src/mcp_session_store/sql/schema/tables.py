@@ -209,7 +209,6 @@ def privileges_for_events(schema: str | None = None) -> Mapping[sa.Table, str]:
         sessions_table(schema): "SELECT",
         logs_table(schema): _CHANGE,
         events_table(schema): "SELECT, INSERT, DELETE",
-        instances_table(schema): _CHANGE,
     }
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.errors import ConfigurationError, InvalidValue
+from mcp_session_store.errors import InvalidValue
 from mcp_session_store.records import MAX_POSITION
 from mcp_session_store.testing.events.suite import LogSuite, MakeLog, read_all
 from mcp_session_store.testing.factories import new_event
@@ -68,32 +67,3 @@ class Values(LogSuite):
         await log.append(key, [new_event(0)])
         await refused(log.read(key, text, after=0))
         assert len(await read_all(log, key)) == 1
-
-    @pytest.mark.parametrize("text", UNSTORABLE_TEXTS)
-    async def test_an_instance_with_a_name_that_cannot_be_stored_is_refused(self, log: EventLog, text: str) -> None:
-        name = uuid.uuid4().hex
-        await log.beat(f"host:1:{name}")
-        for instance in (text, f"{text}:1:{name}", f"host:1:{text}"):
-            await refused(log.beat(instance))
-            await refused(log.retire(instance))
-        await refused(log.last_beats([name, text]))
-        assert (await log.last_beats([name])).keys() == {name}
-
-    @pytest.mark.parametrize("key", ["a-session-id", None], ids=repr)
-    async def test_a_key_that_is_none_is_refused_and_disturbs_no_other_call(
-        self, store: SessionStore, log: EventLog, key: Any
-    ) -> None:
-        good = await self._opened(store)
-        stream = new_event(0).stream
-        refused_calls = [
-            log.append(key, [new_event(0)]),
-            log.read(key, stream, after=0),
-            log.heads([good, key]),
-        ]
-        outcomes = await asyncio.gather(
-            *refused_calls, log.append(good, [new_event(0)]), log.heads([good]), return_exceptions=True
-        )
-        assert [type(outcome) for outcome in outcomes[:3]] == [ConfigurationError] * 3
-        assert "a-session-id" not in str(outcomes)
-        assert outcomes[3] is not None
-        assert [outcome for outcome in outcomes[3:] if isinstance(outcome, BaseException)] == []

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
-import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
-from mcp_session_store.sql import SqlEventLog
+from mcp_session_store.mailbox import Presence
+from mcp_session_store.sql import SqlMailbox
 from mcp_session_store.sql.dialects.advisory_locks import LOCK_CLASS, lock_number
 from mcp_session_store.sql.dialects.lock_files import STALE_AFTER, lock_folder
-from mcp_session_store.testing import new_event, new_session
 from tests.support.clients import until
-from tests.support.databases import engine_of, execute, migrated, settled, sql_store
+from tests.support.databases import execute, migrated, settled
 from tests.support.forking import ForkedProcess
 from tests.support.servers import ROOT
 
@@ -52,10 +51,10 @@ def instance(name: str) -> str:
 
 
 @asynccontextmanager
-async def listening(log: SqlEventLog, name: str, *, holds: bool = True) -> AsyncIterator[asyncio.Task[None]]:
-    """Meanwhile a log listens for an instance."""
+async def listening(mailbox: SqlMailbox, name: str, *, holds: bool = True) -> AsyncIterator[asyncio.Task[None]]:
+    """Meanwhile a mailbox listens for an instance."""
     held = asyncio.Event()
-    task = asyncio.ensure_future(log.listen(lambda _: None, instance=instance(name), on_held=held.set))
+    task = asyncio.ensure_future(mailbox.listen(lambda: None, instance=instance(name), on_held=held.set))
     try:
         waiting = asyncio.ensure_future(held.wait())
         await asyncio.wait({waiting, task}, timeout=20 if holds else 1, return_when=asyncio.FIRST_COMPLETED)
@@ -69,37 +68,37 @@ async def listening(log: SqlEventLog, name: str, *, holds: bool = True) -> Async
 
 
 @asynccontextmanager
-async def opened(url: str) -> AsyncIterator[SqlEventLog]:
-    async with SqlEventLog(url) as log:
-        yield log
-        await settled(log)
+async def opened(url: str) -> AsyncIterator[SqlMailbox]:
+    async with SqlMailbox(url) as mailbox:
+        yield mailbox
+        await settled(mailbox)
 
 
-async def epoch(url: str, log: SqlEventLog, name: str, *, held: bool = True) -> str | None:
+async def epoch(url: str, mailbox: SqlMailbox, name: str, *, held: bool = True) -> str | None:
     """Send a heartbeat; return the epoch that it stores."""
-    await log.beat(instance(name), held=held)
+    await mailbox.beat(Presence(instance=instance(name), held=held))
     ((epoch,),) = await execute(url, f"SELECT lock_epoch FROM mcp_session_instance WHERE name = '{name}'")
     assert epoch is None or isinstance(epoch, str)
     return epoch
 
 
-async def is_released(log: SqlEventLog, name: str) -> bool:
-    return (await log.last_beats([name]))[name].released
+async def is_released(mailbox: SqlMailbox, name: str) -> bool:
+    return (await mailbox.last_beats([name]))[name].released
 
 
 async def test_a_heartbeat_stores_that_something_is_held_only_while_it_is(migrated_url: str) -> None:
     name = uuid.uuid4().hex
-    async with opened(migrated_url) as log, opened(migrated_url) as other:
-        assert await epoch(migrated_url, log, name) is None
-        async with listening(log, name):
-            held_in = await epoch(migrated_url, log, name)
+    async with opened(migrated_url) as mailbox, opened(migrated_url) as other:
+        assert await epoch(migrated_url, mailbox, name) is None
+        async with listening(mailbox, name):
+            held_in = await epoch(migrated_url, mailbox, name)
             assert held_in is not None
             assert not await is_released(other, name)
-            # Another log of this process does not hold it, whatever is locked.
+            # Another mailbox of this process does not hold it, whatever is locked.
             assert await epoch(migrated_url, other, name) is None
-            assert await epoch(migrated_url, log, name, held=False) is None
-            assert await epoch(migrated_url, log, name) == held_in
-        assert await epoch(migrated_url, log, name) is None
+            assert await epoch(migrated_url, mailbox, name, held=False) is None
+            assert await epoch(migrated_url, mailbox, name) == held_in
+        assert await epoch(migrated_url, mailbox, name) is None
 
 
 async def test_the_death_of_a_process_releases_what_it_held(migrated_url: str, tmp_path: Path) -> None:
@@ -118,18 +117,18 @@ async def test_the_death_of_a_process_releases_what_it_held(migrated_url: str, t
         )
     try:
         await until(lambda: "holds" in log_file.read_text(), "the process holds its lock")
-        async with opened(migrated_url) as log:
-            assert not await is_released(log, name)
+        async with opened(migrated_url) as mailbox:
+            assert not await is_released(mailbox, name)
             os.kill(process.pid, signal.SIGSTOP)
-            assert not await is_released(log, name)
+            assert not await is_released(mailbox, name)
             os.kill(process.pid, signal.SIGKILL)
-            await until(lambda: is_released(log, name), "its lock is free", within=10)
+            await until(lambda: is_released(mailbox, name), "its lock is free", within=10)
             # That of another server, or of another machine, says nothing.
             await execute(migrated_url, f"UPDATE mcp_session_instance SET lock_epoch = '1' WHERE name = '{name}'")
-            assert not await is_released(log, name)
+            assert not await is_released(mailbox, name)
             # An older version stores none.
             await execute(migrated_url, f"UPDATE mcp_session_instance SET lock_epoch = NULL WHERE name = '{name}'")
-            assert not await is_released(log, name)
+            assert not await is_released(mailbox, name)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -141,39 +140,21 @@ async def test_an_instance_whose_connection_is_cut_says_with_its_next_heartbeat_
 ) -> None:
     await migrated(postgres_url)
     name = uuid.uuid4().hex
-    async with opened(postgres_url) as log, opened(postgres_url) as other:
-        async with listening(log, name) as task:
-            assert await epoch(postgres_url, log, name) is not None
+    async with opened(postgres_url) as mailbox, opened(postgres_url) as other:
+        async with listening(mailbox, name) as task:
+            assert await epoch(postgres_url, mailbox, name) is not None
             (holder,) = await execute(postgres_url, HOLDERS)
             assert holder.objid == lock_number(name)
             await execute(postgres_url, f"SELECT pg_terminate_backend({holder.pid}, 10000)")
             await asyncio.wait({task}, timeout=20)
             assert task.done()
         assert await is_released(other, name)
-        assert await epoch(postgres_url, log, name) is None
+        assert await epoch(postgres_url, mailbox, name) is None
         assert not await is_released(other, name)
         # It takes the lock again.
-        async with listening(log, name):
-            assert await epoch(postgres_url, log, name) is not None
+        async with listening(mailbox, name):
+            assert await epoch(postgres_url, mailbox, name) is not None
             assert not await is_released(other, name)
-
-
-async def test_a_heartbeat_waits_for_no_session_that_is_locked(postgres_url: str) -> None:
-    async with sql_store(postgres_url) as store:
-        log = SqlEventLog(store)
-        key = (await store.create(new_session())).key
-        await log.append(key, [new_event(0)])
-        async with engine_of(log).connect() as other:
-            await other.execute(sa.text("BEGIN"))
-            await other.execute(sa.text("SELECT * FROM mcp_session_log FOR UPDATE"))
-            following = asyncio.ensure_future(log.follow([key]))
-            await asyncio.sleep(0.1)
-            async with asyncio.timeout(2):
-                await log.beat(instance("mine"))
-            assert not following.done()
-            await other.execute(sa.text("ROLLBACK"))
-        await following
-        await settled(store, log)
 
 
 async def test_a_lock_that_an_application_has_taken_is_left_to_it(postgres_url: str) -> None:
@@ -183,8 +164,8 @@ async def test_a_lock_that_an_application_has_taken_is_left_to_it(postgres_url: 
     application = await asyncpg.connect(make_url(postgres_url).set(drivername="postgresql").render_as_string(False))
     try:
         await application.execute(f"SELECT pg_advisory_lock({LOCK_CLASS}, {number})")
-        async with opened(postgres_url) as log, listening(log, name, holds=False):
-            assert await epoch(postgres_url, log, name) is None
+        async with opened(postgres_url) as mailbox, listening(mailbox, name, holds=False):
+            assert await epoch(postgres_url, mailbox, name) is None
     finally:
         await application.close()
 
@@ -195,10 +176,10 @@ async def test_two_instances_of_one_process_keep_their_locks_while_they_look_at_
     folder = lock_folder(str(make_url(sqlite_url).database))
     async with opened(sqlite_url) as one, opened(sqlite_url) as two:
         async with listening(one, names[0]), listening(two, names[1]):
-            for log, name in zip((one, two), names, strict=True):
-                assert await epoch(sqlite_url, log, name) is not None
-            for log in (one, two):
-                assert [beat.released for beat in (await log.last_beats(names)).values()] == [False, False]
+            for mailbox, name in zip((one, two), names, strict=True):
+                assert await epoch(sqlite_url, mailbox, name) is not None
+            for mailbox in (one, two):
+                assert [beat.released for beat in (await mailbox.last_beats(names)).values()] == [False, False]
             for name in names:
                 process = await asyncio.create_subprocess_exec(sys.executable, "-S", "-c", LOOK, folder / name)
                 assert await process.wait() == 7
@@ -215,15 +196,15 @@ async def test_the_files_of_instances_that_died_long_ago_are_removed(sqlite_url:
     for path in (old, not_ours):
         long_ago = time.time() - STALE_AFTER - 1
         os.utime(path, (long_ago, long_ago))
-    async with opened(sqlite_url) as log, listening(log, "mine"):
+    async with opened(sqlite_url) as mailbox, listening(mailbox, "mine"):
         assert {path.name for path in folder.iterdir()} == {"young", "not.ours", "mine"}
         # A file that is held is as old as the last heartbeat.
         os.utime(folder / "mine", (long_ago, long_ago))
-        assert await epoch(sqlite_url, log, "mine") is not None
+        assert await epoch(sqlite_url, mailbox, "mine") is not None
         assert time.time() - (folder / "mine").stat().st_mtime < 60
         # Where others cannot see it, it says nothing.
         (folder / "mine").unlink()
-        assert await epoch(sqlite_url, log, "mine") is None
+        assert await epoch(sqlite_url, mailbox, "mine") is None
     assert {path.name for path in folder.iterdir()} == {"young", "not.ours"}
 
 
@@ -233,10 +214,10 @@ async def test_what_cannot_be_locked_is_left_to_the_heartbeat(sqlite_url: str, n
     folder = lock_folder(str(make_url(sqlite_url).database))
     if name == "mine":
         folder.touch()  # not a folder
-    async with opened(sqlite_url) as log, listening(log, name, holds=False):
-        assert await epoch(sqlite_url, log, name) is None
+    async with opened(sqlite_url) as mailbox, listening(mailbox, name, holds=False):
+        assert await epoch(sqlite_url, mailbox, name) is None
         # Of a file that is not there nothing can be said.
         statement = f"UPDATE mcp_session_instance SET lock_epoch = 'here' WHERE name = '{name}'"
         await execute(sqlite_url, statement)
-        assert not await is_released(log, name)
+        assert not await is_released(mailbox, name)
     assert folder.is_file() == (name == "mine")
