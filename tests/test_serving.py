@@ -73,6 +73,11 @@ async def _statuses(app: Starlette, hosts: list[str], origin: str | None = None)
             [PUBLIC, f"{PUBLIC}:443", "MCP.example.com", f"{PUBLIC}.", f"{PUBLIC}.:8443", "localhost:8000"],
             ["example.com", f"evil.{PUBLIC}", f"{PUBLIC}.evil.example", f"{PUBLIC}:x", f"{PUBLIC}..", ".", ""],
         ),
+        (
+            {"allowed_hosts": ["2001:db8::1", "[2001:db8::2]:8443", "xn--bcher-kva.example", "mcp_1.internal"]},
+            ["[2001:db8::1]", "[2001:DB8::1]:80", "[2001:db8::2]:8443", "xn--bcher-kva.example:443", "MCP_1.internal"],
+            ["2001:db8::1", "[2001:db8::2]:80", "[2001:db8::3]", f"{PUBLIC}@mcp_1.internal", "mcp_1.internal/x"],
+        ),
         ({"allowed_hosts": [f"{PUBLIC}."]}, [PUBLIC, f"{PUBLIC}.:443"], [f".{PUBLIC}"]),
         ({"allowed_hosts": [f"{PUBLIC}:443"]}, [PUBLIC, f"{PUBLIC}:443"], [f"{PUBLIC}:80", f"{PUBLIC}:8443"]),
         ({"allowed_hosts": ["10.1.2.3:8443"]}, ["10.1.2.3:8443"], ["10.1.2.3", "10.1.2.3:443"]),

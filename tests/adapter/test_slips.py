@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
@@ -21,6 +23,7 @@ with warnings.catch_warnings():
     import fastmcp
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from tests.support.faulty_stores import FaultyStore
@@ -101,6 +104,62 @@ async def test_an_app_whose_lifespan_is_not_entered_says_so_once(store: FaultySt
             assert exchange.status == 503
             assert b"Server is not running" in exchange.body
         assert (await client.open("GET").answer()).status == 503
+
+
+@pytest.mark.parametrize(
+    ("method", "headers"),
+    [
+        ("GET", {}),
+        ("GET", {"mcp_session_id": "0" * 32, "last_event_id": "1"}),
+        ("DELETE", {"mcp_session_id": "0" * 32}),
+        ("POST", {"mcp_session_id": "0" * 32}),
+        ("POST", {"mcp_protocol_version": "2026-07-28"}),
+    ],
+)
+async def test_whichever_request_comes_first_says_that_no_lifespan_was_entered(
+    store: FaultyStore, method: str, headers: dict[str, str]
+) -> None:
+    # A lifespan of the outer app's own, which forgets the inner one's, and two mounts.
+    inner = Starlette(routes=[Mount("/b", Made("MCPServer").app(store))])
+    app = Starlette(routes=[Mount("/a", inner)], lifespan=lambda _app: nullcontext())
+    async with running(app) as tasks:
+        client = Client(app, tasks, path="/a/b/mcp")
+        first = client.open(
+            method, {"jsonrpc": "2.0", "id": 1, "method": "ping"} if method == "POST" else None, **headers
+        )
+        with pytest.raises(NotRunning, match="lifespan"):
+            await first.answer()
+        assert first.status == 503
+    assert store.calls == []
+
+
+@pytest.mark.parametrize("how", ["built before", "json", "another path", "by hand"])
+async def test_each_way_to_an_app_that_is_not_durable_is_warned_of(
+    store: FaultyStore, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    made = Made("Server")
+    stock = stock_app(made) if how == "built before" else None
+    made.app(store)
+    if how == "by hand":
+        manager = StreamableHTTPSessionManager(made.lowlevel)
+
+        @asynccontextmanager
+        async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+            async with manager.run():
+                yield
+
+        stock = Starlette(routes=[Route("/mcp", endpoint=manager.asgi_app)], lifespan=lifespan)
+    elif how == "json":
+        stock = stock_app(made, json_response=True)
+    elif how == "another path":
+        inner = stock_app(made)
+        stock = Starlette(routes=[Mount("/tools", inner)])
+        stock.router.lifespan_context = inner.router.lifespan_context
+    assert stock is not None
+    async with running(stock) as tasks:
+        await Client(stock, tasks, path="/tools/mcp" if how == "another path" else "/mcp").handshake()
+    (warning,) = warnings_in(caplog)
+    assert "run_durable(server, url)" in warning
 
 
 async def test_a_manager_that_does_not_run_says_so_until_it_runs(store: FaultyStore) -> None:
