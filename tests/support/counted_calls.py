@@ -10,7 +10,7 @@ import logging
 from benchmarks.calls import Profiler, count_calls
 from benchmarks.contenders import EVENTS, JSON, OPERATIONS, SSE, ours
 
-COUNTED = [("call", JSON), ("call", SSE), ("call", EVENTS), ("restart", JSON), ("handshake", JSON)]
+COUNTED = [("call", JSON), ("call", SSE), ("call", EVENTS), ("restart", JSON), ("restart", EVENTS), ("handshake", JSON)]
 
 
 async def _counted() -> dict[str, float]:

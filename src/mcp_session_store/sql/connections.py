@@ -100,6 +100,14 @@ class Connections(_WithRoom):
         """Whether calls wait for one, so that a call that can do so gives its own back."""
         return bool(self._waiting)
 
+    def take_idle(self) -> AsyncConnection | None:
+        """Return a connection as `take` does, if one is idle."""
+        if not self._idle:
+            return None
+        connection = self._idle.pop()
+        self._peak = max(self._peak, self.in_use)
+        return connection
+
     async def take(self) -> AsyncConnection:
         """Return a connection, to be given back by `give_back` or `close`.
 
@@ -287,6 +295,9 @@ class PoolOfEngine(_WithRoom):
 
     wanted = False
     idle: Collection[AsyncConnection] = ()
+
+    def take_idle(self) -> None:
+        return
 
     async def take(self) -> AsyncConnection:
         while True:

@@ -133,10 +133,7 @@ class Database:
         """Tasks that return a connection to the pool, or close it."""
 
     def bind(self) -> asyncio.AbstractEventLoop:
-        """Check that a call comes in the event loop of the first call, and not after `aclose`.
-
-        Returns:
-            The event loop.
+        """Return the event loop, if it is the one of the first call, and `aclose` was not called since.
 
         Raises:
             StoreClosed: The store is closed.
@@ -202,11 +199,13 @@ class Database:
         """Return a connection for queries, to be given back by `release`."""
         if self.file is not None and not self.owned:
             self.file.before_connect(makes=False)
-        try:
-            async with asyncio.timeout(self.timeout):
-                connection = await self.connections.take()
-        except TimeoutError:
-            raise self.silent() from None
+        # As a rule one is idle; then no timer is made, which would be one for each statement.
+        if (connection := self.connections.take_idle()) is None:
+            try:
+                async with asyncio.timeout(self.timeout):
+                    connection = await self.connections.take()
+            except TimeoutError:
+                raise self.silent() from None
         if self.file is not None:
             try:
                 self._file_of(connection, self.file).check()

@@ -83,7 +83,7 @@ class RecordWriter:
         with telemetry.within(telemetry.begin_span("handshake", log.namespace, key=key)) as span:
             try:
                 if session.record is None:
-                    await self._create(session, params, version, request)
+                    await self._create(session, key, params, version, request)
                     return True
                 async with session.recording:
                     return await self._replace(session, session.record, params, version, request)
@@ -94,13 +94,13 @@ class RecordWriter:
                 raise
 
     async def _create(
-        self, session: ResidentSession, params: InitializeParams, version: str, request: RequestWait
+        self, session: ResidentSession, key: UUID, params: InitializeParams, version: str, request: RequestWait
     ) -> None:
         self._registry.promise(session)
         try:
             record = await self._store.create(
                 NewSession(
-                    key=session_key(session.session_id),
+                    key=key,
                     initialize_params=params.text,
                     protocol_version=version,
                     client_name=params.client_name,
