@@ -326,6 +326,8 @@ async def test_after_an_outage_all_is_as_before(store: FaultyStore) -> None:
     ids = [await open_session(store) for _ in range(5)]
     async with instance(store, outage_patience=PATIENCE, sweep_interval=None) as one:
         await one.first_poll()
+        # Tasks of the background start others.
+        await anyio.wait_all_tasks_blocked()
         before = len(asyncio.all_tasks())
         store.down("load", "create")
         clients = [one.client(session_id) for session_id in ids]
