@@ -12,7 +12,7 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
-from mcp_session_store import DurableSessionManager, durable_app
+from mcp_session_store import DurableSessionManager
 from mcp_session_store.errors import NotRunning
 from tests.support.asgi import Client
 from tests.support.frameworks import Made
@@ -20,11 +20,9 @@ from tests.support.instances import Notes, running
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import fastmcp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from tests.support.faulty_stores import FaultyStore
 
@@ -174,21 +172,3 @@ async def test_a_manager_that_does_not_run_says_so_until_it_runs(store: FaultySt
             assert (await client.ping()).status == 200
         answer = await client.ping()
         assert (answer.status, answer.error["message"]) == (503, "Server is shutting down; try again later")
-
-
-async def test_two_servers_in_one_namespace_are_told_of_each_other_once(
-    sqlite_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for _ in range(2):
-        # Two instances of one server, and servers whose names are made up anew each time.
-        durable_app(Notes("notes").server, sqlite_url)
-        durable_app(fastmcp.FastMCP(), sqlite_url)
-        # Apart, by database or namespace.
-        durable_app(Notes("tasks").server, f"sqlite:///{tmp_path}/other.db")
-        durable_app(Notes("tasks").server, sqlite_url, namespace="tasks")
-    assert warnings_in(caplog) == []
-    for name in ("files", "notes", "files", "tasks"):
-        durable_app(Notes(name).server, sqlite_url)
-    (warning,) = warnings_in(caplog)
-    for named in ("'notes'", "'files'", "'default'", "namespace of its own"):
-        assert named in warning
