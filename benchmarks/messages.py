@@ -36,8 +36,6 @@ INSTANCES: Final = 4
 RATE: Final = 1000
 """Messages a second, of all instances together."""
 
-_BEGINS_AFTER: Final = 4.0
-"""Seconds in which the processes start."""
 _PADDING: Final = "." * 200
 _FALLBACK: Final = 5.0
 """Seconds between two reads without a hint."""
@@ -74,18 +72,27 @@ async def measure(url: str, *, database: psutil.Process, seconds: float, old_tra
         seconds: Seconds in which messages are sent.
         old_transaction: Whether another transaction is open in the database all the time.
     """
-    begins = time.time() + _BEGINS_AFTER
     async with _old_transaction(url) if old_transaction else _nothing():
         workers = [
             await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "benchmarks.messages",
-                json.dumps({"url": url, "number": number, "begins": begins, "seconds": seconds}),
+                json.dumps({"url": url, "number": number, "seconds": seconds}),
+                stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                # A result is one line.
+                limit=2**30,
             )
             for number in range(1, INSTANCES + 1)
         ]
+        for worker in workers:
+            assert worker.stdout is not None
+            await worker.stdout.readline()
+        begins = time.time() + 1
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write(f"{begins}\n".encode())
         await asyncio.sleep(begins - time.time())
         before, began = _cpu_of(database), time.perf_counter()
         await asyncio.sleep(seconds)
@@ -138,15 +145,13 @@ class Worker:
     Args:
         mailbox: The mailbox.
         number: Its number, from 1.
-        begins: Moment at which all begin.
         seconds: Seconds in which it sends.
     """
 
-    def __init__(self, mailbox: Mailbox, *, number: int, begins: float, seconds: float) -> None:
+    def __init__(self, mailbox: Mailbox, *, number: int, seconds: float) -> None:
         self._mailbox = mailbox
         self._number = number
-        self._begins = begins
-        self._ends = begins + seconds
+        self._seconds = seconds
         self._instance = f"benchmark:{os.getpid()}:{uuid4().hex[:12]}"
         self._hint = asyncio.Event()
         self._sequence = time.time_ns() // 1000
@@ -161,8 +166,11 @@ class Worker:
             asyncio.create_task(self._mailbox.listen(self._hint.set, instance=self._instance, number=self._number)),
             asyncio.create_task(self._read()),
         ]
-        await asyncio.sleep(self._begins - time.time())
-        await self._write()
+        print("ready", flush=True)
+        # The moment at which all begin.
+        begins = float(await asyncio.to_thread(sys.stdin.readline))
+        await asyncio.sleep(begins - time.time())
+        await self._write(begins)
         # Others may write still.
         await asyncio.sleep(2)
         for task in background:
@@ -170,14 +178,14 @@ class Worker:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _write(self) -> None:
+    async def _write(self, begins: float) -> None:
         others = [number for number in range(1, INSTANCES + 1) if number != self._number]
         interval = INSTANCES / RATE
-        due = self._begins + random.uniform(0, interval)
-        while due < self._ends:
+        due, ends = begins + random.uniform(0, interval), begins + self._seconds
+        while due < ends:
             await asyncio.sleep(due - time.time())
             messages = []
-            while due <= time.time() and due < self._ends:
+            while due <= time.time() and due < ends:
                 messages.append(self._message(random.choice(others), due))
                 due += interval
             if messages:
