@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import anyio
 
@@ -34,7 +35,6 @@ from mcp_session_store.store import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from uuid import UUID
 
     from mcp_session_store.records import Activity, NewSession
 
@@ -91,7 +91,8 @@ class MemorySessionStore(SessionStore):
             on_hint([row.record.key])
 
     async def create(self, session: NewSession) -> SessionRecord:
-        check_keys(session.key)
+        if session.key.__class__ is not UUID:  # without a call, because each handshake comes by here
+            check_keys(session.key)
         check_session(session)
         now = self._data.now()
         if (row := self._data.rows.get(session.key)) is not None:
