@@ -97,6 +97,9 @@ class Notes:
             with self._path.open("rb") as file:
                 file.seek(self._read)
                 for line in file:
+                    if not line.endswith(b"\n"):
+                        # It is being written.
+                        break
                     self._read += len(line)
                     new = Note(**json.loads(line))
                     self._by_token.setdefault(new.token, []).append(new)
