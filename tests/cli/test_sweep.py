@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mcp_session_store.mailbox import MessageKind, NewMessage, Presence
+from mcp_session_store.sql import SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionFilter, SessionState
+from mcp_session_store.testing import new_session
 from tests.support.commands import COMMAND, CONTROL
+from tests.support.databases import age_instance, migrated
 from tests.support.rows import insert_events, insert_rows, log_rows, session_row
 from tests.support.servers import ROOT
 
@@ -62,7 +66,30 @@ def test_a_sweep_goes_on_until_there_is_no_more_and_reports_what_went(
     assert done.stdout == "25 expired sessions ended, 12 that ended long ago were removed for good\n"
     assert _counts(database_url) == [3, 0, 27]
     again = command("sweep", "--json", environment=environment)
-    assert json.loads(again.stdout) == {"dry_run": False, "expired": 0, "purged": 0, "events": 0, "more": False}
+    nothing = {"dry_run": False, "expired": 0, "purged": 0, "events": 0, "messages": 0, "more": False}
+    assert json.loads(again.stdout) == nothing
+
+
+def test_messages_to_instances_that_are_gone_are_swept(invoke: InvokeFunction, database_url: str) -> None:
+    async def leave() -> None:
+        await migrated(database_url)
+        async with SqlSessionStore(database_url) as store, SqlMailbox(store) as mailbox:
+            await mailbox.beat(Presence(instance="host:1:00000001", number=7))
+            key = (await store.create(new_session())).key
+            await mailbox.post(
+                [
+                    NewMessage(recipient=7, sender=8, sequence=1, key=key, kind=MessageKind.ANSWER, body="{}"),
+                    NewMessage(recipient=7, sender=8, sequence=2, key=key, kind=MessageKind.ANSWER, body="{}"),
+                ]
+            )
+            await age_instance(mailbox, "host:1:00000001", timedelta(days=2))
+
+    asyncio.run(leave())
+    environment = {"MCP_SESSION_STORE_URL": database_url}
+    done = invoke("sweep", environment=environment)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["2 messages to instances that do not read were removed"]
+    assert json.loads(invoke("sweep", "--json", environment=environment).stdout)["messages"] == 0
 
 
 def test_a_terminal_gets_a_bar_where_there_is_work(terminal: TerminalFunction, database_url: str) -> None:

@@ -61,7 +61,8 @@ def sweep(
     no_pause: bool,
     as_json: bool,
 ) -> None:
-    """End sessions that have expired, and remove those that ended long ago and events that are too old.
+    """End sessions that have expired, and remove those that ended long ago, events that are too old, and messages that
+    no instance reads.
 
     The sweep goes on until there are no more. A session expires when the servers said; with --idle or --absolute, a
     session without an expiry gets one by that policy, as if it were used now. Events are removed by the options, so
@@ -80,10 +81,10 @@ def sweep(
     try:
         run(sweeping.run())
     except BaseException:
-        if sweeping.done.expired or sweeping.done.purged or sweeping.events.removed:
-            _report(sweeping.done, sweeping.events, dry_run=False, as_json=as_json)
+        if sweeping.done.expired or sweeping.done.purged or sweeping.events.removed or sweeping.messages:
+            sweeping.report(as_json=as_json)
         raise
-    _report(sweeping.done, sweeping.events, dry_run=False, as_json=as_json)
+    sweeping.report(as_json=as_json)
     if sweeping.stopped_by is not None:
         raise click.exceptions.Exit(_KILLED_BY + sweeping.stopped_by)
 
@@ -96,11 +97,15 @@ async def _preview(
         return await directory.preview(policy), EventSweepReport(removed=events, more=events > 0)
 
 
-def _report(report: SweepReport, events: EventSweepReport, *, dry_run: bool, as_json: bool) -> None:
+def _report(
+    report: SweepReport, events: EventSweepReport, *, dry_run: bool, as_json: bool, messages: int | None = None
+) -> None:
     more = report.more or events.more
     if as_json:
-        counts = {"expired": report.expired, "purged": report.purged, "events": events.removed}
-        print_json({"dry_run": dry_run, **counts, "more": more})
+        counts = {"expired": report.expired, "purged": report.purged, "events": events.removed, "messages": messages}
+        # How many messages wait says nothing of how many a sweep would find.
+        known = {name: count for name, count in counts.items() if count is not None}
+        print_json({"dry_run": dry_run, **known, "more": more})
         return
     ended, removed = ("would end", "would be removed") if dry_run else ("ended", "were removed")
     click.echo(
@@ -109,6 +114,8 @@ def _report(report: SweepReport, events: EventSweepReport, *, dry_run: bool, as_
     )
     if events.removed:
         click.echo(f"{number(events.removed)} old {plural('event', events.removed)} {removed}")
+    if messages:
+        click.echo(f"{number(messages)} {plural('message', messages)} to instances that do not read were removed")
     if more and not dry_run:
         click.echo("there is more to sweep", err=True)
 
@@ -126,6 +133,8 @@ class _Sweep:
         self._pause = pause
         self.done = SweepReport(more=True)
         self.events = EventSweepReport(more=True)
+        self.messages = 0
+        """Number of messages that were removed."""
         self.stopped_by: signal.Signals | None = None
 
     async def run(self) -> None:
@@ -140,6 +149,7 @@ class _Sweep:
             async with (
                 self._target.store(self._policy) as store,
                 self._target.event_log(store, self._for_events) as log,
+                self._target.mailbox(store) as mailbox,
             ):
                 with progress("sweeping", total=total) as advance:
                     pace = SweepPace(self._limit, least=LEAST_SWEEP)
@@ -157,6 +167,15 @@ class _Sweep:
                         advance(of_events.removed)
                         pause = pace.pause_after(of_events, time.monotonic() - begun)
                         await self._rest(stop, pause, more=of_events.more)
+                    more = True
+                    while more and not stop.is_set():
+                        of_messages = await mailbox.sweep()
+                        self.messages += of_messages.gone + of_messages.unread
+                        more = of_messages.more
+
+    def report(self, *, as_json: bool) -> None:
+        """Print what was done."""
+        _report(self.done, self.events, dry_run=False, as_json=as_json, messages=self.messages)
 
     async def _rest(self, stop: asyncio.Event, pause: float, *, more: bool) -> None:
         """Leave the database to the servers after a step."""

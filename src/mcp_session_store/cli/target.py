@@ -101,10 +101,12 @@ class Target:
 
         return SqlEventLog(store, policy=policy)
 
-    def mailbox(self) -> SqlMailbox:
-        """Return what knows the running instances."""
+    def mailbox(self, store: SqlSessionStore | None = None) -> SqlMailbox:
+        """Return what knows the running instances, on the connections of a store where one is given."""
         from mcp_session_store.sql import SqlMailbox
 
+        if store is not None:
+            return SqlMailbox(store)
         self._refuse_absent()
         return SqlMailbox(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
 
