@@ -423,7 +423,6 @@ NEEDED = [
     "jsonrpc_dispatcher.JSONRPCDispatcher",
     "manager.StreamableHTTPServerTransport",
     "manager.DEFAULT_MAX_REQUEST_BODY_SIZE",
-    "manager.StreamableHTTPASGIApp",
     "bearer_auth.authorization_context",
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,6 @@ from mcp_session_store.errors import NotRunning
 from tests.support.asgi import Client
 from tests.support.frameworks import Made
 from tests.support.instances import Notes, running
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -190,7 +190,7 @@ def test_a_signal_stops_a_sweep_between_two_steps_and_what_was_done_is_reported(
         ([], {"MCP_SESSION_STORE_EVENTS_MAX_EVENTS_PER_SESSION": "many"}, "--events-max-events-per-session"),
         (["--events-max-bytes-per-session", "1"], {}, "--events-max-bytes-per-session"),
         (["--limit-per-step", "0"], {}, "--limit-per-step"),
-        (["--url", "sqlite:///no/such/file.db"], {}, "no file"),
+        (["--url", "sqlite:///no-such-file.db"], {}, "no file"),
     ],
 )
 def test_nonsense_is_refused_by_name(
@@ -199,6 +199,12 @@ def test_nonsense_is_refused_by_name(
     done = invoke("sweep", *arguments, environment=_seed(sqlite_url, []) | environment)
     assert done.exit_code == 2, done.output
     assert named in done.stderr
+
+
+def test_a_folder_that_is_missing_is_a_failure(invoke: InvokeFunction) -> None:
+    done = invoke("sweep", "--url", "sqlite:///no/such/file.db")
+    assert done.exit_code == 1
+    assert "there is no folder" in done.stderr
 
 
 def test_a_database_that_cannot_be_reached_is_a_failure(invoke: InvokeFunction) -> None:
