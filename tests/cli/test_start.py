@@ -233,9 +233,13 @@ def test_what_postgres_refuses_for_good_fails_the_start(invoke: InvokeFunction, 
         missing = "lacks privileges; run: GRANT INSERT, UPDATE, DELETE ON mcp_session TO"
         assert_start_fails(invoke, shown(poor), missing)
         execute(postgres_url, f"GRANT INSERT, UPDATE, DELETE ON mcp_session, mcp_session_journal TO {role}")
-        execute(postgres_url, f"GRANT DELETE ON mcp_session_log, mcp_session_event TO {role}")
+        execute(postgres_url, f"GRANT UPDATE, DELETE ON mcp_session_log, mcp_session_message TO {role}")
+        execute(postgres_url, f"GRANT DELETE ON mcp_session_event TO {role}")
+        without = r"run: GRANT INSERT ON mcp_session_message TO the user; GRANT INSERT, UPDATE, DELETE ON mcp_sess"
+        assert_start_fails(invoke, shown(poor), without)
+        execute(postgres_url, f"GRANT INSERT, UPDATE, DELETE ON mcp_session_message, mcp_session_instance TO {role}")
         assert asyncio.run(lifespan_of(durable_app(MCPServer("notes"), shown(poor))))[1] is None
-        without = r"run: GRANT INSERT, UPDATE ON mcp_session_log TO the user; GRANT INSERT ON mcp_session_event TO"
+        without = r"run: GRANT INSERT ON mcp_session_log TO the user; GRANT INSERT ON mcp_session_event TO"
         assert_start_fails(invoke, shown(poor), without, events=True)
         execute(postgres_url, f"GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}")
         assert asyncio.run(lifespan_of(durable_app(MCPServer("notes"), shown(poor), events=True)))[1] is None
