@@ -233,7 +233,9 @@ class Drain:
 
     async def _give_up(self) -> None:
         """Answer the calls that still run as lost, before the server cuts them, and evict their sessions."""
-        cut = [session for session in self._registry if session.pins]
+        # Not those that only have a stream, which ends by itself: a request that comes before the server has closed its
+        # connection would restore a session that has left memory, once more than the restart does.
+        cut = [session for session in self._registry if session.has_calls]
         calls = sum(session.has_calls or _has_calls_of_away(session) for session in self._registry)
         if calls or len(self._sessionless):
             logger.warning(
