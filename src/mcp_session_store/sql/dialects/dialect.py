@@ -292,7 +292,7 @@ class Dialect(ABC):
 
         Where writers exclude one another, steps that write share one transaction; elsewhere each statement is a
         transaction, unless the steps are atomic. Steps that are not must be correct either way. Without `writes` the
-        statements join a transaction that runs on the connection.
+        statements join a transaction that runs on the connection; in SQLite they share one if they are atomic.
         """
 
     @abstractmethod

@@ -109,6 +109,17 @@ def _in_transaction(connection: sqlite3.Connection, steps: Steps[_T], *, info: M
             connection.execute("ROLLBACK")
 
 
+def _in_snapshot(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
+    """Run steps that read in one transaction, so that all of them see the same state."""
+    if connection.in_transaction:
+        return _one_after_the_other(connection, steps)
+    connection.execute("BEGIN")
+    try:
+        return _one_after_the_other(connection, steps)
+    finally:
+        connection.execute("ROLLBACK")
+
+
 def _one_after_the_other(connection: sqlite3.Connection, steps: Steps[_T]) -> _T:
     # Set each time, because the connection may be of an engine that was given.
     text_factory, connection.text_factory = connection.text_factory, _decode
@@ -213,7 +224,10 @@ class Sqlite(FileLocks):
         self, connection: AsyncConnection, steps: Steps[_T], *, writes: bool, atomic: bool = False
     ) -> Awaitable[_T]:
         pooled: Any = connection.sync_connection
-        run_steps = partial(_in_transaction, info=pooled.connection.info) if writes else _one_after_the_other
+        if writes:
+            in_transaction = partial(_in_transaction, info=pooled.connection.info)
+            return call_in_thread(pooled.connection.driver_connection, in_transaction, steps)
+        run_steps = _in_snapshot if atomic else _one_after_the_other
         return call_in_thread(pooled.connection.driver_connection, run_steps, steps)
 
     @override

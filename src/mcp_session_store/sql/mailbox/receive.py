@@ -171,7 +171,10 @@ class ReceiveStatements:
 
     async def receive(self, attempt: Attempt, receive: Receive, *, removes: bool) -> Received:
         """Remove what was read, and return what is next."""
-        return await self._dialect.run(attempt.connection, self._receive(receive), writes=removes)
+        # Ranges that are read one after the other are read at the same moment, or a message would be found without one
+        # of another sender that was posted before it.
+        atomic = not self._dialect.changes_in_with and bool(receive.delivered)
+        return await self._dialect.run(attempt.connection, self._receive(receive), writes=removes, atomic=atomic)
 
     def _receive_at_once(self, receive: Receive) -> Steps[Received]:
         """Do both by one statement."""
