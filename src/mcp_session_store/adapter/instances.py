@@ -17,10 +17,11 @@ from uuid import uuid4
 import anyio
 
 from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import Wake, report_failure, run_again, run_every
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.errors import SessionStoreError
-from mcp_session_store.mailbox import Presence
+from mcp_session_store.mailbox import SILENT_AFTER, Presence
 from mcp_session_store.records import display_text, instance_name
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
@@ -48,6 +49,10 @@ LOOK_AGAIN: Final = 0.2
 RELEASED_FOR: Final = 2.5
 """Seconds for which something is released that only a death releases. A connection breaks in a living instance, too,
 which then stores a heartbeat within that time."""
+LONG_SILENCE: Final = SILENT_AFTER.total_seconds() / 2
+"""Seconds without a heartbeat of this instance after which those of others are missing for the same reason, perhaps."""
+BACK_WITHIN: Final = 10.0
+"""Seconds after that in which the others have sent a heartbeat, too: they try once a second, and a try may time out."""
 DRAWS: Final = 10
 """Numbers that a heartbeat tries in a row. One is taken once in many thousand times."""
 
@@ -110,6 +115,8 @@ class Instances:
         self._released_for: dict[str, float] = {}
         """Seconds for which was seen that something is released, by the name of its instance."""
         self._entered: int | None = None
+        self._beaten_at = -math.inf
+        self._others_are_back_at = -math.inf
         self.wake: Final = Wake(gathering=0)
         """Starts a heartbeat before its time, because something is held now, or no longer is."""
         self.reliable_since = math.inf
@@ -133,6 +140,20 @@ class Instances:
     def is_entered(self) -> bool:
         """Whether other instances can send messages to the number of this one."""
         return self._entered == self.question_ids.number
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the last heartbeat of this instance was stored."""
+        return self.reliable_since < math.inf
+
+    @property
+    def can_send(self) -> bool:
+        """Whether messages can be sent under the number of this instance.
+
+        Not during an outage that is so long that all instances are silent, and just after it: a message for one that
+        has sent no heartbeat yet would be dropped.
+        """
+        return self.is_entered and self._others_are_back_at <= clock.now() < self._beaten_at + LONG_SILENCE
 
     @property
     def check_interval(self) -> float:
@@ -234,6 +255,10 @@ class Instances:
             self.reliable_since = math.inf
             raise
         self.reliable_since = min(self.reliable_since, anyio.current_time())
+        now = clock.now()
+        if self.announced.is_set() and now >= self._beaten_at + LONG_SILENCE:
+            self._others_are_back_at = now + BACK_WITHIN
+        self._beaten_at = now
         if not self.announced.is_set():
             self.announced.set()
             if self.on_announced is not None:

@@ -22,6 +22,8 @@ __all__ = ["close", "retire", "shut_down"]
 
 SHUTDOWN_TIMEOUT: Final = 5.0
 """Seconds for all that is still to be written when the manager stops."""
+LAST_TRY: Final = 1.0
+"""Seconds of them for the row of an instance that has just not been able to write it."""
 ANSWERS_TIMEOUT: Final = 6.0
 """Seconds that a stop waits for answers on their way to the event log: by default longer than a log tries to store."""
 
@@ -37,7 +39,7 @@ async def shut_down(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_report_all, activity, registry.log.namespace)
             if instances is not None:
-                tasks.start_soon(instances.leave)
+                tasks.start_soon(_leave, instances)
             if relay is not None:
                 tasks.start_soon(_post_all, relay)
             # Closed streams let open responses end whole, instead of being cut when the tasks are cancelled.
@@ -47,9 +49,12 @@ async def shut_down(
 
 async def retire(instances: Instances, recorder: EventRecorder | None, namespace: str) -> None:
     """Store the last events, and that the instance is no longer there."""
-    with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True):
+    with anyio.move_on_after(SHUTDOWN_TIMEOUT, shield=True) as scope:
         if recorder is not None:
             await recorder.retire()
+        if not instances.is_reachable:
+            # A store that does not answer holds up the stop once, and not twice. The others miss the heartbeats.
+            scope.deadline = min(scope.deadline, anyio.current_time() + LAST_TRY)
         try:
             await instances.retire()
         except Exception as error:
@@ -72,6 +77,11 @@ async def _evict(registry: Registry, session: ResidentSession) -> None:
         if session.events is not None:
             # Or the tasks are cancelled before clients elsewhere can learn that their calls are lost.
             await session.events.abandoned.wait()
+
+
+async def _leave(instances: Instances) -> None:
+    with anyio.move_on_after(SHUTDOWN_TIMEOUT):
+        await instances.leave()
 
 
 async def _post_all(relay: Relay) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
 from mcp_session_store import InvalidValue, StoreUnavailable
+from mcp_session_store.adapter import instances as instances_module
+from mcp_session_store.adapter import stopping
 from mcp_session_store.adapter.relay import delivery as delivery_module
 from mcp_session_store.adapter.relay import inbox as inbox_module
 from mcp_session_store.adapter.relay import outbox as outbox_module
@@ -129,6 +132,63 @@ async def test_beyond_a_bound_answers_are_refused_in_an_outage(
         await until(lambda: outbox_is_empty(other.manager))
         assert [json.loads(message.body)["params"]["progress"] for message in mailbox.posted] == [1, 2, 3]
         assert (await elsewhere.post(progress_of(question, 6))).status == 202
+
+
+async def test_what_is_accepted_in_an_outage_that_silences_all_reaches_an_instance_that_comes_back_later(
+    store: FaultyStore,
+    mailbox: FaultyMailbox,
+    other_store: FaultyStore,
+    other_mailbox: FaultyMailbox,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(instances_module, "LONG_SILENCE", 1.0)
+    monkeypatch.setattr(instances_module, "BACK_WITHIN", 3.0)
+    async with (
+        instance(store, Asking(), relay=mailbox, instance_timeout=1) as one,
+        instance(other_store, Asking(), relay=other_mailbox, instance_timeout=1) as other,
+    ):
+        client = one.client()
+        elsewhere = other.client(await client.begin())
+        assert (await elsewhere.ping()).status == 200
+        call = client.open_call("ask")
+        question = await call.next()
+        mailbox.down()
+        other_mailbox.down()
+        assert (await elsewhere.respond(question["id"], roots("x"))).status == 202
+        await anyio.sleep(1)
+        store.inner.data.ahead += timedelta(minutes=6)
+        # The one that has the message finds the store again before the one that it is for.
+        other_mailbox.up()
+        await anyio.sleep(1.5)
+        mailbox.up()
+        assert text_of(await call.next()) == "file:///x"
+
+
+async def test_one_session_takes_no_more_than_its_share_of_the_room_in_an_outage(
+    store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox_module, "MAX_ACCEPTED", 10)
+    monkeypatch.setattr(outbox_module, "MAX_ACCEPTED_OF_SESSION", 3 * outbox_module.LEAST_BYTES)
+    async with instance(store, Asking(), relay=mailbox) as one, instance(store, relay=mailbox) as other:
+        first, second = one.client(), one.client()
+        elsewhere = [other.client(await client.begin()) for client in (first, second)]
+        for client in elsewhere:
+            assert (await client.ping()).status == 200
+        question = await first.open_call("ask").next()
+        call = second.open_call("ask")
+        asked = await call.next()
+        mailbox.down()
+        for statuses in ([202, 202, 202, 503], [202]):
+            progress = [(await elsewhere[0].post(progress_of(question, 1))).status for _ in statuses]
+            assert progress == statuses
+            mailbox.up()
+            await until(lambda: outbox_is_empty(other.manager))
+            mailbox.down()
+        for _ in range(12):
+            await elsewhere[0].post(progress_of(question, 1))
+        assert (await elsewhere[1].respond(asked["id"], roots("x"))).status == 202
+        mailbox.up()
+        assert text_of(await call.next()) == "file:///x"
 
 
 async def test_one_session_posts_no_more_than_its_share(
@@ -268,6 +328,19 @@ async def test_what_was_accepted_is_posted_before_the_manager_stops(
             # From then on nothing is accepted.
             assert (await elsewhere.respond(question["id"], roots("late"))).status in (404, 503)
         assert text_of(await call.next()) == "file:///x"
+
+
+async def test_a_mailbox_that_does_not_answer_holds_up_a_stop_once(
+    store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "SHUTDOWN_TIMEOUT", 1.5)
+    monkeypatch.setattr(stopping, "LAST_TRY", 0.1)
+    async with instance(store, relay=mailbox) as one:
+        await one.client().begin()
+        for name in ("beat", "receive", "retire"):
+            mailbox.hold(name)
+        began = anyio.current_time()
+    assert anyio.current_time() - began < 2.9
 
 
 async def test_a_copy_that_does_not_read_holds_up_no_other_session(

@@ -33,6 +33,8 @@ MAX_ACCEPTED: Final = 10_000
 """Number of messages that may be accepted and not posted, while the store is away."""
 MAX_ACCEPTED_BYTES: Final = 16 * 1024**2
 """Bytes of their bodies."""
+MAX_ACCEPTED_OF_SESSION: Final = 2 * 1024**2
+"""Bytes of those of one session, unless there is one only, so that no client takes all the room."""
 WINDOW: Final = 60.0
 """Seconds within which the messages of one session are bounded."""
 MAX_POSTED_BYTES: Final = 64 * 1024**2
@@ -102,6 +104,11 @@ class Outgoing:
         """Bytes that it takes in memory, about."""
         return len(self.body)
 
+    @property
+    def weight(self) -> int:
+        """Bytes that it counts for where the messages of one session are bounded."""
+        return max(self.size, LEAST_BYTES)
+
     def end(self, failure: Exception | None = None) -> None:
         """Note that the mailbox has answered."""
         self.is_over = True
@@ -146,6 +153,8 @@ class Outbox:
         self._accepted = 0
         """Number of those that are accepted."""
         self._accepted_bytes = 0
+        self._accepted_of: dict[UUID, int] = {}
+        """Bytes of those of each session."""
         # From the clock, so that a number that is drawn again later goes on above.
         self._sequence = time.time_ns() // 1000
         self._lock = anyio.Lock()
@@ -195,15 +204,18 @@ class Outbox:
         if now >= self._window_ends:
             self._posted.clear()
             self._window_ends = now + WINDOW
-        size = max(outgoing.size, LEAST_BYTES)
         before = self._posted.get(outgoing.key, 0)
-        if before and before + size > MAX_POSTED_BYTES:
+        if before and before + outgoing.weight > MAX_POSTED_BYTES:
             raise TooManyWait("the clients of the session post too much to other instances")
-        self._posted[outgoing.key] = before + size
+        self._posted[outgoing.key] = before + outgoing.weight
 
     def _accept_unposted(self, outgoing: Outgoing) -> None:
         if self._accepted >= MAX_ACCEPTED or self._accepted_bytes + outgoing.size > MAX_ACCEPTED_BYTES:
             raise TooManyWait("too many messages wait to be posted to other instances")
+        before = self._accepted_of.get(outgoing.key, 0)
+        if before and before + outgoing.weight > MAX_ACCEPTED_OF_SESSION:
+            raise TooManyWait("too many messages of the session wait to be posted to other instances")
+        self._accepted_of[outgoing.key] = before + outgoing.weight
         self._accepted += 1
         self._accepted_bytes += outgoing.size
         outgoing.accepted = True
@@ -223,11 +235,13 @@ class Outbox:
     async def close(self) -> None:
         """Post what is accepted, and take no more; until cancelled where the store stays away."""
         self._is_closed = True
+        is_logged = False
         while self._waiting:
             try:
                 await self._post_all()
             except Exception as error:
-                report_failure("outbox", error, namespace=self._log.namespace)
+                report_failure("outbox", error, namespace=self._log.namespace, log=not is_logged)
+                is_logged = True
                 await anyio.sleep(RETRY_INTERVAL)
 
     def abandon(self) -> None:
@@ -243,9 +257,9 @@ class Outbox:
         async with self._lock:
             at_once = POSTED_AT_ONCE
             while self._waiting:
-                if not self._instances.is_entered:
+                if not self._instances.can_send:
                     self._went_away()
-                    raise StoreUnavailable("this instance is not entered in the mailbox yet")
+                    raise StoreUnavailable("this instance, or those that messages are for, are not in the mailbox yet")
                 if not (batch := self._batch(at_once)):
                     break
                 try:
@@ -305,6 +319,9 @@ class Outbox:
         if outgoing.accepted:
             self._accepted -= 1
             self._accepted_bytes -= outgoing.size
+            self._accepted_of[outgoing.key] -= outgoing.weight
+            if not self._accepted_of[outgoing.key]:
+                del self._accepted_of[outgoing.key]
         outgoing.end(failure)
         waiting = self._waiting
         while waiting and (waiting[0].is_over or waiting[0].given_up):
