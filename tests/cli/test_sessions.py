@@ -364,6 +364,7 @@ def test_statistics_are_drawn_for_people_and_written_for_programs(
         (["list", "--principal", "x", "--no-principal"], "--no-principal"),
         (["list", "--url", "mysql://host/sessions"], "mysql"),
         (["list", "--url", "sqlite:///{tmp_path}/typo.db"], "mcp-session-store upgrade"),
+        (["list", "--url", "sqlite:///file:{tmp_path}/typo.db?uri=true"], "mcp-session-store upgrade"),
         (["show"], "ID_OR_KEY"),
         (["show", "a", "b"], "one session"),
         (["show", "x" * 129], "neither a key nor a session id"),

@@ -90,6 +90,20 @@ def closed_folder(folder: Path) -> str:
     return f"sqlite:///{folder}/closed/sessions.db"
 
 
+def locked_folder(folder: Path) -> str:
+    (folder / "locked" / "data").mkdir(parents=True)
+    (folder / "locked").chmod(0o600)
+    return f"sqlite:///{folder}/locked/data/sessions.db"
+
+
+def long_name(folder: Path) -> str:
+    return f"sqlite:///{folder}/{'n' * 300}.db"
+
+
+def none_is_made(folder: Path) -> str:
+    return f"sqlite:///file:{folder}/sessions.db?uri=true&mode=rw"
+
+
 def folder_instead(folder: Path) -> str:
     return f"sqlite:///{folder}"
 
@@ -135,6 +149,9 @@ FILES: dict[str, tuple[Callable[[Path], str], str]] = {
     "read only": (read_only_file, r"this process \(user \d+\) may not read and write the file '/.*sessions.db'"),
     "unreadable": (unreadable_file, r"may not read and write the file"),
     "closed folder": (closed_folder, r"may not write in the folder '/.*/closed'.*name a file in another folder"),
+    "locked folder": (locked_folder, r"\(user \d+\) may not enter the folder '/.*/locked'; let it"),
+    "long name": (long_name, r"no file can have the path '/.*n\.db' \(File name too long\); correct it"),
+    "mode rw": (none_is_made, r"there is no file '/.*/sessions\.db', and with mode=rw none is made"),
     "a folder": (folder_instead, r"is a folder; name a file in it"),
     "missing folder": (missing_folder, r"there is no folder '/.*/missing'; make it"),
     "a file as folder": (file_instead_of_folder, r"'/.*/file' is no folder; correct the path"),
@@ -199,6 +216,16 @@ def test_a_file_that_cannot_be_used_fails_the_start(invoke: InvokeFunction, kind
                     assert done.exit_code == 1, done.output
                     assert re.search(expected, done.output.replace(". To do: ", "; ")), done.output
                     assert "chmod" not in done.output or "is no SQLite database" in expected or "damaged" in expected
+
+
+def test_a_server_in_a_folder_that_may_not_be_entered_is_told_as_one_that_is_not_there(invoke: InvokeFunction) -> None:
+    with TemporaryDirectory() as folder:
+        Path(folder, "server.py").touch()
+        Path(folder).chmod(0o600)
+        with as_another_user():
+            done = invoke("serve", f"{folder}/server.py", "--url", "sqlite:///sessions.db")
+    assert done.exit_code == 2, done.output
+    assert f"there is no file {folder}/server.py that this process may read" in done.output
 
 
 def test_a_schema_that_does_not_fit_fails_the_start(invoke: InvokeFunction, postgres_url: str) -> None:

@@ -95,6 +95,12 @@ pytestmark = pytest.mark.anyio
             "postgresql+asyncpg://host/db?connect_timeout=5",
         ),
         ("sqlite+aiosqlite:////sessions.db", "sqlite+aiosqlite:////sessions.db"),
+        # libpq: the folder of a socket as the host.
+        (
+            "postgresql://u:p@%2Frun%2Fa%20b/db?sslmode=prefer",
+            "postgresql+asyncpg://u:p@/db?host=%2Frun%2Fa+b&sslmode=prefer",
+        ),
+        ("postgresql://%2frun", "postgresql+asyncpg://?host=%2Frun"),
     ],
 )
 def test_a_url_gets_the_driver_of_this_package(given: str, made: str) -> None:
@@ -148,7 +154,11 @@ def test_a_relative_path_of_sqlite_is_made_absolute_when_it_is_read(
         ("postgresql://u:hunter2@/db?host=a,b&port=1,2,3", "hosts and ports .* cannot be read"),
         ("postgresql://u:hunter2@h1:hunter2,h2/db", "hosts and ports .* cannot be read"),
         ("postgresql://u:hunter2@h1,/db", "hosts and ports .* cannot be read"),
-        ("postgresql://u:hunter2@host:99999/db", "port 99999 .* up to 65535"),
+        ("postgresql://u:hunter2@host:99999/db", "port 99999 .* from 1 to 65535"),
+        ("postgresql://u:hunter2@host:0/db", "port 0 .* from 1 to 65535"),
+        ("postgresql://u:hunter2@:0/db", "port 0 .* from 1 to 65535"),
+        ("sqlite:///file:s.db", r"begins with file: .*\?uri=true, or only the path"),
+        ("sqlite:///file:/var/s.db?uri=false", r"begins with file: .*\?uri=true, or only the path"),
         (
             "postgresql://u:hunter2@host/db?sslkey=-----BEGIN KEY-----%0Ahunter2",
             "sslkey .* write its content to a file",
@@ -306,6 +316,9 @@ def test_a_user_name_is_shown_only_when_it_is_plain() -> None:
             "postgresql://app@h1:5432,h2:5432/a b%3Ac?sslmode=require",
         ),
         ("sqlite:////var/a b%25/%3F#.db", "sqlite:////var/a b%25/%3F%23.db"),
+        ("postgresql://app:p@:5433/d", "postgresql://app@:5433/d"),
+        ("postgresql://app:p@:5433/d?host=/run/pg", "postgresql://app@:5433/d?host=/run/pg"),
+        ("postgresql://app:p@%2Frun%2Fpg:5433/d", "postgresql://app@/d?host=/run/pg&port=5433"),
     ],
 )
 def test_a_printed_command_reaches_the_database_that_it_is_about(given: str, shown: str) -> None:

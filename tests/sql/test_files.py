@@ -150,6 +150,19 @@ async def test_a_file_that_was_deleted_is_away_until_it_is_put_back(
     assert len([text for text in said if "is used from now on" in text]) == 1
 
 
+async def test_a_file_whose_folder_is_gone_is_away_until_that_is_put_back(tmp_path: Path) -> None:
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    async with SqlSessionStore(f"sqlite:///{folder / 'sessions.db'}", timeout=2) as store:
+        key = await _stored(store)
+        folder.rename(tmp_path / "elsewhere")
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="was deleted or replaced"):
+                await store.load(key)
+        (tmp_path / "elsewhere").rename(folder)
+        assert await _knows(store, key)
+
+
 async def test_a_file_that_was_replaced_serves_what_it_holds_and_nothing_else(
     store: SqlSessionStore, file: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -152,8 +153,11 @@ def _import_module(name: str, app_dir: str) -> ModuleType:
 
 def _import_file(target: str, file: Path, app_dir: str) -> ModuleType:
     file = file.resolve()
-    if not file.is_file():
-        raise ConfigurationError(f"{target}: there is no file {file}; a path is taken from {app_dir} on")
+    # Not by `Path`, which raises for a folder that may not be entered.
+    if not os.path.isfile(file):
+        raise ConfigurationError(
+            f"{target}: there is no file {file} that this process may read; a path is taken from {app_dir} on"
+        )
     # A file within a package is imported as its module, so that its relative imports work.
     folder, parts = file.parent, [] if file.stem == "__init__" else [file.stem]
     while (folder / "__init__.py").exists():

@@ -110,7 +110,9 @@ class FirstContact:
         database = self._database
         # Where nothing will be written, a user that may only read is enough.
         url = url_of(database.autocommit)
-        if (reason := database.dialect.unusable(url, writes=bool(self.needed))) is not None:
+        # One that was open and is gone, also with its folder, may come back.
+        lost = database.file is not None and database.file.is_lost
+        if not lost and (reason := database.dialect.unusable(url, writes=bool(self.needed))) is not None:
             raise self._misconfigured(reason)
         try:
             async with self._checking() as connection:

@@ -149,9 +149,14 @@ def _readable(text: str) -> str:
             "the database URL has a line's end, a tab or a blank within it; write it on one line, with %20 for a blank "
             "in the password"
         )
-    if "," not in hosts:
-        return text
     path, _, query = others.partition("?")
+    if "," not in hosts:
+        folder, _, port = hosts.partition(":")
+        if not unquote(folder).startswith("/"):
+            return text
+        # libpq: the folder of a socket, which SQLAlchemy takes as an option only.
+        options = urlencode({"host": unquote(folder)} | ({"port": port} if port else {}), safe="/")
+        return f"{scheme}://{user}{at}{path}?{options}{'&' if query else ''}{query}"
     addresses = [_address(host) for host in hosts.split(",")]
     if "[" in hosts:
         # Addresses of IPv6, whose colons SQLAlchemy takes for that of a port.

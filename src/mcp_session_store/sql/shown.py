@@ -184,8 +184,10 @@ def _rendered(url: URL, user: str | None) -> str:
 
 
 def _shown_hosts(url: URL) -> str:
-    if url.host is not None:
-        host = f"[{url.host}]" if ":" in url.host else url.host
+    # A port without a host is that of the hosts that asyncpg tries, and of a host that is an option.
+    if url.host is not None or url.port is not None:
+        host = url.host or ""
+        host = f"[{host}]" if ":" in host else host
         return host if url.port is None else f"{host}:{url.port}"
     several = url.query.get("host", ())
     return "" if isinstance(several, str) else ",".join(several)

@@ -42,10 +42,11 @@ async def test_schemas_of_one_database_can_be_migrated_at_once(postgres_url: str
         await migrate.check(postgres_url, schema=schema)
 
 
+@pytest.mark.parametrize("url", ["sqlite:///{}", "sqlite:///file:{}?uri=true"])
 @pytest.mark.parametrize("look", [migrate.current, migrate.check])
-async def test_looking_at_a_file_that_does_not_exist_does_not_make_it(tmp_path: Path, look: object) -> None:
+async def test_looking_at_a_file_that_does_not_exist_does_not_make_it(tmp_path: Path, look: object, url: str) -> None:
     assert callable(look)
     path = tmp_path / "typo.db"
     with pytest.raises(ConfigurationError, match=r"there is no file .*typo\.db.*upgrade"):
-        await look(f"sqlite:///{path}")
+        await look(url.format(path))
     assert not path.exists()

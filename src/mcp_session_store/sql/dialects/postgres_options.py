@@ -217,9 +217,12 @@ def _check_hosts(url: URL) -> None:
             "postgresql://user:password@host1:5432,host2:5432/database, or as options host=host1,host2&port=5432,5432"
         ) from None
     ports = arguments.get("port", ())
-    for port in [ports] if isinstance(ports, int) else ports:
-        if port > _HIGHEST_PORT:
-            raise ConfigurationError(f"the port {port} in the database URL cannot be; write one up to {_HIGHEST_PORT}")
+    # SQLAlchemy leaves out a port 0.
+    for port in [url.port, ports] if isinstance(ports, int) else [url.port, *ports]:
+        if port is not None and not 0 < port <= _HIGHEST_PORT:
+            raise ConfigurationError(
+                f"the port {port} in the database URL cannot be; write one from 1 to {_HIGHEST_PORT}"
+            )
 
 
 def _is_path(value: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import time
 from datetime import datetime, timedelta
@@ -27,6 +28,7 @@ from mcp_session_store.sql.dialects.lock_files import FileLocks
 from mcp_session_store.sql.dialects.private_names import call_in_thread, check_aiosqlite, check_compiler
 from mcp_session_store.sql.dialects.sqlite_engines import in_autocommit
 from mcp_session_store.sql.dialects.sqlite_failures import (
+    file_of,
     is_busy,
     kind_of_failure,
     misconfiguration,
@@ -272,6 +274,11 @@ class Sqlite(FileLocks):
                 "an absolute one, as in sqlite:////var/lib/sessions.db"
             )
         self.refuse_volatile(url)
+        if (url.database or "").startswith("file:") and url.query.get(_URI) != "true":
+            raise ConfigurationError(
+                "the name of the database begins with file: and is no URI without the option uri; write "
+                "sqlite:///file:path?uri=true, or only the path, as in sqlite:///sessions.db"
+            )
         for name, value in url.query.items():
             _check_option(name, value, is_uri=url.query.get(_URI) == "true")
         # A program may change its folder, or start processes in another one.
@@ -301,8 +308,8 @@ class Sqlite(FileLocks):
 
     @override
     def is_absent(self, url: URL) -> bool:
-        database = url.database or ""
-        return not database.startswith("file:") and not Path(database).exists()
+        file = file_of(url)
+        return file is not None and "vfs" not in url.query and not os.path.exists(file)
 
     @override
     def connect_arguments(self, url: URL, *, timeout: float, command_timeout: float | None) -> dict[str, Any]:

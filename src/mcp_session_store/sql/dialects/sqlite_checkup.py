@@ -66,7 +66,8 @@ class SqliteCheckup(Checkup):
 
     def _is_open(self) -> bool:
         """Return whether there is a log, which is removed when the last process closes the database."""
-        return self._beside(_LOG).exists() and self._beside(_INDEX_OF_LOG).exists()
+        # Not by `Path`, which raises for a folder that may not be entered.
+        return os.path.exists(self._beside(_LOG)) and os.path.exists(self._beside(_INDEX_OF_LOG))
 
     def _file(self) -> Finding:
         # Never opened here: to close any descriptor of the file drops the locks that SQLite has of this process.

@@ -92,12 +92,23 @@ def unusable_file(url: URL, *, writes: bool = True) -> str | None:
     # A link may point to what is not there.
     file = Path(os.path.realpath(named))
     folder = file.parent
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except PermissionError:
+        closed = next((parent for parent in reversed(file.parents) if not _is_allowed(parent, os.X_OK)), folder)
+        return f"this process ({_user()}) may not enter the folder {str(closed)!r}; let it, or name a file elsewhere"
+    except OSError as error:
+        return f"no file can have the path {str(file)!r} ({error.strerror}); correct it in the URL"
     if file.is_symlink():
         return f"{str(named)!r} is a link that leads nowhere; correct the path in the URL"
     if not folder.exists():
         return f"there is no folder {str(folder)!r}; make it, or correct the path in the URL"
     if not folder.is_dir():
         return f"{str(folder)!r} is no folder; correct the path in the URL"
+    if url.query.get("mode") == "rw" and not file.exists():
+        return f"there is no file {str(file)!r}, and with mode=rw none is made; correct the path, or remove mode=rw"
     if file.is_dir():
         return f"{str(file)!r} is a folder; name a file in it"
     if file.exists() and not file.is_file():
