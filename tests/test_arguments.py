@@ -71,6 +71,12 @@ def manager(app: Any = None, store: Any = None, **others: Any) -> object:
     )
 
 
+MIGRATIONS: dict[str, Callable[..., Any]] = {
+    "upgrade": migrations.upgrade,
+    "check": migrations.check,
+    "current": migrations.current,
+}
+
 CALLABLES: dict[str, tuple[Callable[..., object], Callable[..., Any]]] = {
     "durable_app": (app, durable_app),
     "DurableSessionManager": (manager, DurableSessionManager),
@@ -85,14 +91,7 @@ CALLABLES: dict[str, tuple[Callable[..., object], Callable[..., Any]]] = {
     "EventPolicy": (EventPolicy, EventPolicy),
     "InstanceSettings": (InstanceSettings, InstanceSettings),
     "session_key": (session_key, session_key),
-    **{
-        name: (migrate(function), function)
-        for name, function in {
-            "upgrade": migrations.upgrade,
-            "check": migrations.check,
-            "current": migrations.current,
-        }.items()
-    },
+    **{name: (migrate(function), function) for name, function in MIGRATIONS.items()},
 }
 """Each with the rest of its arguments, and as it is declared."""
 

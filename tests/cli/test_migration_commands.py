@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy.engine import make_url
 
+from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.sql.schema.version import HEAD
 from tests.support.commands import UNREACHABLE, run_printed
@@ -186,3 +189,20 @@ def test_a_check_of_the_rows_finds_those_that_cannot_be_read(command: CommandFun
     assert ended.returncode == 0, ended.stderr
     done = command("check", "--rows", "--url", database_url)
     assert (done.returncode, done.stdout) == (0, "the schema fits, and all rows can be read\n")
+
+
+def test_a_timeout_that_cannot_be_is_refused_by_name(sqlite_url: str) -> None:
+    with pytest.raises(ConfigurationError, match="timeout='5'"):
+        asyncio.run(migrate.check(sqlite_url, timeout="5"))  # type: ignore[arg-type]
+
+
+def test_a_host_that_is_silent_is_said_to_be_within_the_timeout(invoke: InvokeFunction) -> None:
+    # The kernel takes connections, and nothing answers: as behind a firewall that drops what comes.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://user@127.0.0.1:{silent.getsockname()[1]}/database"
+        began = time.monotonic()
+        done = invoke("check", "--timeout", "0.5", "--url", url)
+        took = time.monotonic() - began
+    assert done.exit_code == 1
+    assert "/database cannot serve now: TimeoutError: it did not answer in time" in done.output
+    assert took < 30

@@ -135,7 +135,7 @@ def check(target: Target, *, rows: bool, wait: timedelta | None, as_json: bool) 
     if as_json and not rows:
         raise click.UsageError("--json goes with --rows")
     if wait is None:
-        run(migrate.check(target.url, schema=target.schema))
+        run(migrate.check(target.url, schema=target.schema, timeout=target.timeout))
     else:
         run(_check_within(wait.total_seconds(), target))
     if not rows:
@@ -178,7 +178,7 @@ async def _check_within(seconds: float, target: Target) -> None:
         async with asyncio.timeout(seconds):
             while True:
                 try:
-                    return await migrate.check(target.url, schema=target.schema)
+                    return await migrate.check(target.url, schema=target.schema, timeout=target.timeout)
                 except (StoreUnavailable, StoreBusy, SchemaMissing, SchemaBehind, ConfigurationError) as error:
                     if isinstance(error, ConfigurationError) and not target.is_absent():
                         raise

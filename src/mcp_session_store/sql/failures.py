@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TYPE_CHECKING
 
@@ -105,8 +106,12 @@ def _without(secrets: Collection[str], value: object) -> object:
 def summary_of(error: BaseException, dialect: Dialect) -> str:
     """Return an error in a few words, without the statement: its class, the driver's text, and advice."""
     driver_error = _driver_error(error)
-    driver_error = driver_error.__cause__ or driver_error
+    # asyncio and asyncpg raise the error of a time limit from the cancellation by which it holds.
+    if not isinstance(driver_error.__cause__, asyncio.CancelledError):
+        driver_error = driver_error.__cause__ or driver_error
     text = str(driver_error).partition("\n")[0]
+    if not text and isinstance(driver_error, TimeoutError):
+        text = "it did not answer in time"
     if advice := dialect.advice_on(driver_error):
         text += f"; {advice}"
     return f"{type(driver_error).__name__}: {text}" if text else type(driver_error).__name__

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy, StoreMisconfigured
-from mcp_session_store.settings import DEFAULT_TIMEOUT
+from mcp_session_store.settings import DEFAULT_TIMEOUT, OPERATOR_TIMEOUT, checked_seconds
 from mcp_session_store.sql.dialects import dialect_named
 from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.engine import (
@@ -27,6 +27,7 @@ from mcp_session_store.sql.engine import (
     checked_engine,
     checked_schema,
     checked_url,
+    make_engine_without_pool,
     make_migration_engine,
     refuse_absent,
     shown_command,
@@ -153,23 +154,27 @@ async def current(url_or_engine: str | URL | AsyncEngine, *, schema: str | None 
         ConfigurationError: An argument cannot work.
         StoreUnavailable: The database cannot be reached.
     """
-    async with _connected(url_or_engine, schema, existing=True) as connection:
+    async with _connected(url_or_engine, schema, existing=True, timeout=OPERATOR_TIMEOUT) as connection:
         return await read_revision(connection, schema)
 
 
-async def check(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None) -> None:
+async def check(
+    url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None, timeout: float = OPERATOR_TIMEOUT
+) -> None:
     """Check that a database's schema fits this version of the package.
 
     Args:
         url_or_engine: URL of the database, or an engine.
         schema: Postgres: the schema with the tables.
+        timeout: Seconds to connect, and for each query; an engine has its own limits.
 
     Raises:
         SchemaError: The schema does not fit; the message names the command to run.
         ConfigurationError: An argument cannot work.
         StoreUnavailable: The database cannot be reached.
     """
-    async with _connected(url_or_engine, schema, existing=True) as connection:
+    timeout = checked_seconds("timeout", timeout)
+    async with _connected(url_or_engine, schema, existing=True, timeout=timeout) as connection:
         await check_schema(connection, schema)
 
 
@@ -242,7 +247,11 @@ def _alembic_errors(url: URL, schema: str | None) -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def _connected(
-    url_or_engine: str | URL | AsyncEngine, schema: str | None, *, existing: bool = False
+    url_or_engine: str | URL | AsyncEngine,
+    schema: str | None,
+    *,
+    existing: bool = False,
+    timeout: float | None = None,
 ) -> AsyncIterator[AsyncConnection]:
     """Lend a connection in autocommit, and translate driver errors.
 
@@ -250,6 +259,7 @@ async def _connected(
         url_or_engine: URL of the database, or an engine.
         schema: Postgres: the schema with the tables.
         existing: Whether to refuse a database that the connection would create.
+        timeout: Seconds to connect to a URL, and for each query; those of a migration unless given.
     """
     check_place("url_or_engine", url_or_engine)
     engine: AsyncEngine
@@ -258,7 +268,10 @@ async def _connected(
         checked_schema(schema, dialect)
         if existing:
             refuse_absent(url, dialect)
-        engine = autocommit = make_migration_engine(url, dialect)
+        if timeout is None:
+            engine = autocommit = make_migration_engine(url, dialect)
+        else:
+            engine = autocommit = make_engine_without_pool(url, dialect, timeout=timeout, command_timeout=timeout)
         owned = True
     else:
         dialect = checked_engine(url_or_engine)
