@@ -41,7 +41,7 @@ class _Host(NamedTuple):
     def read(cls, text: str) -> _Host | None:
         """Return the host that a text names; `None` where it is no host."""
         match = _HOST.fullmatch(text.lower())
-        # A dot at the end makes a name absolute, and is none of the name.
+        # `example.com.` is the absolute form of `example.com` (RFC 1034, section 3.1).
         name = "" if match is None else match[1].removesuffix(".")
         return cls(name, match[2]) if match and name else None
 

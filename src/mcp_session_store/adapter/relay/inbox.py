@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from heapq import merge
 from typing import TYPE_CHECKING, Final
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Inbox"]
 
-HEARING_INTERVAL: Final = 5.0
-"""Seconds between two reads where hints of new messages arrive."""
 BUSY_INTERVAL: Final = 0.15
-"""Seconds between two reads where none arrive, while a call runs or a stream is open here."""
-IDLE_INTERVAL: Final = 1.0
-"""Seconds between two reads otherwise."""
+"""Seconds between two reads where no hints of new messages arrive, while something may wait for one here."""
+IDLE_INTERVAL: Final = 6.0
+"""Seconds between two reads otherwise: all that an idle process asks comes to one statement a second."""
+ASKED_FOR: Final = 300.0
+"""Seconds for which a question that is asked outside of calls and streams may wait for its answer."""
 GATHERED: Final = 4 * 1024**2
 """Bytes of bodies that are read before they are handed out, so that all that was posted by then is in order."""
 RECENT_SENDERS: Final = 64
@@ -67,11 +68,13 @@ class Inbox:
         """Those of them that the mailbox is told."""
         self.failing = False
         """Whether the mailbox did not answer the last read."""
+        self._asked_at = -math.inf
         self.wake: Final = Wake(gathering=0)
         """Has the mailbox read at once."""
 
     def asked(self) -> None:
         """Note that a copy here asks its client, so that the answer is soon looked for."""
+        self._asked_at = clock.now()
         if not self._mailbox.hears:
             self.wake.set()
 
@@ -87,8 +90,9 @@ class Inbox:
 
     def _pause(self) -> float:
         if self._mailbox.hears:
-            return HEARING_INTERVAL
-        return BUSY_INTERVAL if self._registry.busy else IDLE_INTERVAL
+            return IDLE_INTERVAL
+        waits = self._registry.busy or clock.now() < self._asked_at + ASKED_FOR
+        return BUSY_INTERVAL if waits else IDLE_INTERVAL
 
     async def read_before_beat(self) -> None:
         """Read what waits before this instance says that it runs, because messages much older than that are removed.
