@@ -6,7 +6,6 @@ Without a provider, which the application installs, the instruments are the API'
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import weakref
 from collections import Counter as Tally
@@ -18,6 +17,8 @@ from opentelemetry.context import Context
 from opentelemetry.metrics import Observation
 from opentelemetry.trace import INVALID_SPAN, Link, StatusCode, get_current_span, use_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from mcp_session_store.installed import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,15 +114,8 @@ INSTRUMENTS: Final[list[Instrument]] = []
 """All instruments, in the order of the documentation."""
 
 
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("mcp-session-store")
-    except importlib.metadata.PackageNotFoundError:
-        return None  # run from a folder, without an installation
-
-
-VERSION: Final = _version() or ""
-"""Version of this package; empty without an installation."""
+VERSION: Final = installed_version("mcp-session-store") or ""
+"""Version of this package; empty where it is run from a folder, without an installation."""
 
 _meter = metrics.get_meter(SCOPE, VERSION)
 _tracer = trace.get_tracer(SCOPE, VERSION or None)

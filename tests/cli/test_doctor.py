@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from typing import TYPE_CHECKING
 
 from tests.support.commands import UNREACHABLE
 
 if TYPE_CHECKING:
+    import pytest
+
     from tests.support.commands import InvokeFunction
 
 
@@ -53,3 +56,14 @@ def test_an_argument_that_cannot_work_is_wrong_usage(invoke: InvokeFunction) -> 
     result = invoke("doctor", "--url", "mongodb://host/db")
     assert result.exit_code == 2
     assert not result.stdout
+
+
+def test_drivers_of_a_frozen_application_have_no_known_version(
+    sqlite_url: str, invoke: InvokeFunction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    result = invoke("doctor", "--url", sqlite_url)
+    assert "aiosqlite (version unknown), sqlalchemy (version unknown)" in result.stdout

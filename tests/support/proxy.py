@@ -66,6 +66,9 @@ class RoundRobinProxy:
     async def __aexit__(self, *_: object) -> None:
         assert self._listener is not None
         self._listener.close()
+        # A connection that was accepted a moment ago gets its task in the next turns of the event loop.
+        for _turn in range(3):
+            await asyncio.sleep(0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -86,20 +89,22 @@ class RoundRobinProxy:
             connection = await self._connect()
             if connection is None:
                 client.write(_BAD_GATEWAY)
-                await client.drain()
-                return
-            backend_reader, backend = connection
-            try:
-                backend.write(_closing(head, self._version))
-                await self._forward(client_reader, client, backend_reader, backend)
-            finally:
-                backend.transport.abort()
+            else:
+                backend_reader, backend = connection
+                try:
+                    backend.write(_closing(head, self._version))
+                    await self._forward(client_reader, client, backend_reader, backend)
+                finally:
+                    backend.transport.abort()
+            client.close()
+            await client.wait_closed()
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             # One of the two went away, which the closed connection tells the other; or this proxy goes, and asyncio
             # logs the cancellation of a connection's task as an error.
             pass
         finally:
-            client.close()
+            # What a client has not read would keep the connection open beyond the end of the event loop.
+            client.transport.abort()
             self._tasks.discard(task)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from mcp_session_store.installed import installed_version
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["Checkup", "Connect", "Finding", "Look", "Verdict"]
+__all__ = ["Checkup", "Connect", "Finding", "Look", "Verdict", "driver_found"]
 
 
 class Verdict(StrEnum):
@@ -85,3 +87,10 @@ class Checkup(ABC):
             tables: Tables that a server reads and changes.
             version_table: Name of the table beside them that a server only reads.
         """
+
+
+def driver_found(driver: str, **versions: str | None) -> Finding:
+    """Return what was found of a driver: its version, SQLAlchemy's, and those that are given."""
+    versions |= {name: installed_version(name) for name in (driver, "sqlalchemy")}
+    found = ", ".join(f"{name} {version or '(version unknown)'}" for name, version in versions.items())
+    return Finding(check="driver", found=found, values=versions)

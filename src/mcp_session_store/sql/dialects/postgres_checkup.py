@@ -7,14 +7,13 @@ import time
 import uuid
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 from typing_extensions import override
 
 from mcp_session_store.sql.dialects.channel import NotificationChannel
-from mcp_session_store.sql.dialects.checkup import Checkup, Finding, Verdict
+from mcp_session_store.sql.dialects.checkup import Checkup, Finding, Verdict, driver_found
 from mcp_session_store.sql.dialects.postgres_options import BEHIND_PGBOUNCER, explained_options
 from mcp_session_store.sql.dialects.privileges import TABLES_NAMED, barred_from_upgrade
 
@@ -83,8 +82,7 @@ class PostgresCheckup(Checkup):
 
     @override
     def before_connecting(self) -> Sequence[Finding]:
-        versions = {name: version(name) for name in ("asyncpg", "sqlalchemy")}
-        return [Finding(check="driver", found=_listed(versions), values=versions)]
+        return [driver_found("asyncpg")]
 
     @override
     def looks(self, connect: Connect) -> Mapping[str, Look]:
@@ -285,10 +283,6 @@ def _grants(
 
 def _usages(schemas: Sequence[str]) -> list[str]:
     return [f"USAGE ON SCHEMA {schema}" for schema in schemas]
-
-
-def _listed(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def _driver_of(connection: AsyncConnection) -> Any:

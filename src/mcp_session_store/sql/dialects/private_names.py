@@ -6,11 +6,12 @@ a statement of a session.
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
+
+from mcp_session_store.installed import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -83,8 +84,8 @@ def check_aiosqlite() -> None:
 
 
 def _does_not_fit(library: str, reason: str) -> ImportError:
-    supported = f"{library}{SUPPORTED[library]}"
+    supported, installed = f"{library}{SUPPORTED[library]}", installed_version(library) or "(version unknown)"
     return ImportError(
-        f"mcp-session-store works with {supported}; {library} {importlib.metadata.version(library)} is installed, and "
+        f"mcp-session-store works with {supported}; {library} {installed} is installed, and "
         f"does not fit: {reason}. Install a version that does: pip install '{supported}'"
     )

@@ -6,7 +6,6 @@ import os
 import sqlite3
 import stat
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote
@@ -14,7 +13,7 @@ from urllib.parse import quote, unquote
 import sqlalchemy as sa
 from typing_extensions import override
 
-from mcp_session_store.sql.dialects.checkup import Checkup, Finding, Verdict
+from mcp_session_store.sql.dialects.checkup import Checkup, Finding, Verdict, driver_found
 from mcp_session_store.sql.dialects.sqlite_failures import unusable_file
 
 if TYPE_CHECKING:
@@ -49,9 +48,7 @@ class SqliteCheckup(Checkup):
 
     @override
     def before_connecting(self) -> Sequence[Finding]:
-        versions = {"SQLite": sqlite3.sqlite_version} | {name: version(name) for name in ("aiosqlite", "sqlalchemy")}
-        driver = ", ".join(f"{name} {number}" for name, number in versions.items())
-        return [Finding(check="driver", found=driver, values=versions), self._file()]
+        return [driver_found("aiosqlite", SQLite=sqlite3.sqlite_version), self._file()]
 
     @override
     def looks(self, connect: Connect) -> Mapping[str, Look]:
