@@ -18,7 +18,7 @@ from mcp_session_store.records import Activity
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.admin.doctor import Verdict, examine
-from mcp_session_store.sql.notifications import PROBE_TIMEOUT
+from mcp_session_store.sql.listening import PROBE_TIMEOUT
 from mcp_session_store.sql.schema import migrate
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import execute, settled

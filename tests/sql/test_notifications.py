@@ -18,7 +18,7 @@ from mcp_session_store.errors import StoreClosed, StoreUnavailable
 from mcp_session_store.records import Activity, EndReason
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
-from mcp_session_store.sql.notifications import SESSION_CHANNEL
+from mcp_session_store.sql.listening import PROBE_CHANNEL
 from mcp_session_store.testing import new_event, new_session
 from tests.support.databases import connections_checked_out, execute, migrated, settled, sql_store
 from tests.support.faults import FaultProxy
@@ -250,7 +250,7 @@ async def test_where_hints_do_not_arrive_it_is_said_once_and_nothing_is_held(
     async with sql_store(named(postgres_url)) as store:
         with monkeypatch.context() as patch:
             # As behind PgBouncer, where LISTEN reaches one connection of the server, and who listens has another.
-            patch.setattr(SESSION_CHANNEL, "send", elsewhere)
+            patch.setattr(PROBE_CHANNEL, "send", elsewhere)
             listen_anew(store, probe_timeout=0.01, deaf_for=(0.3, 0.3))
             hints: list[object] = []
             listening = asyncio.ensure_future(store.listen(hints.append))

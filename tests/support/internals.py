@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mcp_session_store.adapter import stopping
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.connections import Connections, PoolOfEngine
+from mcp_session_store.sql.listening import Listening
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 
 if TYPE_CHECKING:
@@ -78,17 +79,18 @@ def drains_of(store: SqlSessionStore | SqlEventLog | SqlMailbox) -> list[asyncio
 
 def listening_of(store: SqlSessionStore | SqlEventLog | SqlMailbox) -> set[asyncio.Task[None]]:
     """The tasks that listen for a store or a log, and those that are closing their connections."""
-    return store._listener._tasks
+    return store._listener._listening.tasks
 
 
 def listen_anew(store: SqlSessionStore, **options: Any) -> None:
-    """Give a store another listener, with these options."""
-    store._listener = Listener(store._database, SESSION_CHANNEL, **options)
+    """Have a store listen anew, with these options."""
+    store._listening = Listening(store._database, **options)
+    store._listener = Listener(store._listening)
 
 
 def channel_name() -> str:
     """The channel of changes, by the name that Postgres knows."""
-    return SESSION_CHANNEL._name
+    return SESSION_CHANNEL.name
 
 
 def pool_size_of(store: SqlSessionStore) -> int:

@@ -291,7 +291,7 @@ async def test_a_limit_of_connections_and_an_option_that_is_not_needed(postgres_
     assert found["connections"].values["of_role"] == 4
     assert found["connections"].values["free"] <= 3
     assert found["connections"].verdict is Verdict.WARN
-    assert found["connections"].values["of_a_process"] == 7
+    assert found["connections"].values["of_a_process"] == 6
     small = await looked(url.render_as_string(hide_password=False), pool_size=1)
     assert small["connections"].verdict is Verdict.OK
     assert found["pooler"].verdict is Verdict.WARN

@@ -15,18 +15,16 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-__all__ = ["LOCK_CLASS", "lock_number", "locks_seen", "take_lock"]
+__all__ = ["LOCK_CLASS", "lock_number", "locks_seen", "release_lock", "take_lock"]
 
 LOCK_CLASS: Final = 0x6D637073
 """First key of the locks, "mcps": applications take advisory locks of their own in the same space."""
 
 # Shared, because an instance that has lost its connection takes the lock on another one while the server may not know
 # yet that the first is lost. No one takes it otherwise, not even to try it: that would keep its owner from it.
-_TAKE: Final = sa.select(
-    sa.func.pg_try_advisory_lock_shared(
-        sa.literal(LOCK_CLASS, sa.Integer), sa.bindparam("number", type_=sa.Integer), type_=sa.Boolean
-    )
-)
+_KEYS: Final = (sa.literal(LOCK_CLASS, sa.Integer), sa.bindparam("number", type_=sa.Integer))
+_TAKE: Final = sa.select(sa.func.pg_try_advisory_lock_shared(*_KEYS, type_=sa.Boolean))
+_RELEASE: Final = sa.select(sa.func.pg_advisory_unlock_shared(*_KEYS, type_=sa.Boolean))
 
 
 def _look() -> sa.Executable:
@@ -62,9 +60,17 @@ def lock_number(name: str) -> int:
 
 async def take_lock(connection: AsyncConnection, name: str) -> bool:
     """Take the lock of an instance on a connection, for as long as it is open; return whether it has it."""
+    return bool((await connection.execute(_TAKE, _parameters(name))).scalar_one())
+
+
+async def release_lock(connection: AsyncConnection, name: str) -> None:
+    """Release the lock of an instance that this connection has."""
+    await connection.execute(_RELEASE, _parameters(name))
+
+
+def _parameters(name: str) -> dict[str, int]:
     number = lock_number(name)
-    parameters = {"number": number - 2**32 if number >= 2**31 else number}
-    return bool((await connection.execute(_TAKE, parameters)).scalar_one())
+    return {"number": number - 2**32 if number >= 2**31 else number}
 
 
 async def locks_seen(connection: AsyncConnection, names: Collection[str]) -> LocksSeen:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -31,7 +31,7 @@ class NotificationChannel:
     """Payload that stands for more keys than fit."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name: Final = name
         self.send: Final = sa.select(sa.func.pg_notify(name, sa.bindparam("payload", type_=sa.Text)))
         """Statement that sends a payload."""
 
@@ -42,7 +42,7 @@ class NotificationChannel:
         """
         keys = sa.func.string_agg(sa.cast(key, sa.Text), ",")
         payload = sa.case((sa.func.count() <= self._MAX_KEYS, keys), else_=self.ANY)
-        return sa.select(sa.func.pg_notify(self._name, payload).label("sent")).having(sa.func.count() > 0)
+        return sa.select(sa.func.pg_notify(self.name, payload).label("sent")).having(sa.func.count() > 0)
 
     @staticmethod
     def notify_each(prefix: str, recipient: sa.ColumnElement[int]) -> sa.Select[Any]:
@@ -64,17 +64,32 @@ class NotificationChannel:
 
     async def listen(
         self, connection: AsyncConnection, *, on_payload: Callable[[str], None], on_loss: Callable[[], None]
-    ) -> None:
-        """Receive payloads on a connection that is used for nothing else, until it is closed.
+    ) -> Callable[[], Awaitable[None]]:
+        """Receive payloads on a connection that is used for nothing but to listen, until it is closed.
 
         Args:
             connection: Connection to Postgres.
             on_payload: Called with each payload that arrives.
             on_loss: Called when the connection is lost or closed.
+
+        Returns:
+            What ends that before the connection is closed.
         """
+
+        def receive(_connection: object, _pid: int, _channel: str, payload: object) -> None:
+            on_payload(str(payload))
+
+        def lose(_connection: object) -> None:
+            on_loss()
+
+        async def stop() -> None:
+            driver.remove_termination_listener(lose)
+            await driver.remove_listener(self.name, receive)
+
         pooled: Any = await connection.get_raw_connection()
         driver = pooled.dbapi_connection.driver_connection
-        driver.add_termination_listener(lambda _: on_loss())
+        driver.add_termination_listener(lose)
         # asyncpg prepares the statement first: within a transaction a pooler keeps both on one server connection.
         async with driver.transaction():
-            await driver.add_listener(self._name, lambda _connection, _pid, _channel, payload: on_payload(payload))
+            await driver.add_listener(self.name, receive)
+        return stop

@@ -303,11 +303,11 @@ class Dialect(ABC):
         """Take the lock of an instance on a connection, for as long as it is open; return whether it has it."""
         return False
 
-    async def lock_of_process(
-        self,
-        connection: AsyncConnection,  # noqa: ARG002
-        name: str,  # noqa: ARG002
-    ) -> AbstractContextManager[bool]:
+    async def unlock_on_connection(self, connection: AsyncConnection, name: str) -> None:
+        """Release the lock of an instance that `lock_on_connection` has taken."""
+        raise NotImplementedError
+
+    async def lock_of_process(self, connection: AsyncConnection, name: str) -> AbstractContextManager[bool]:  # noqa: ARG002
         """Return a context in which this process holds the lock of an instance; it says whether it has it.
 
         Args:

@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import AdaptedConnection
 from typing_extensions import override
 
-from mcp_session_store.sql.dialects.advisory_locks import locks_seen, take_lock
+from mcp_session_store.sql.dialects.advisory_locks import locks_seen, release_lock, take_lock
 from mcp_session_store.sql.dialects.compiled import Statement
 from mcp_session_store.sql.dialects.dialect import Barred, Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
@@ -263,6 +263,10 @@ class Postgres(Dialect):
     @override
     async def lock_on_connection(self, connection: AsyncConnection, name: str) -> bool:
         return await take_lock(connection, name)
+
+    @override
+    async def unlock_on_connection(self, connection: AsyncConnection, name: str) -> None:
+        await release_lock(connection, name)
 
     @override
     async def locks_seen(self, connection: AsyncConnection, names: Collection[str]) -> LocksSeen:

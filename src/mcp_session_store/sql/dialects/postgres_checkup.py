@@ -32,8 +32,8 @@ PROBE_TIMEOUT: Final = 3.0
 """Seconds within which a notification must arrive."""
 CLOCK_TOLERANCE: Final = timedelta(seconds=10)
 """Difference between the clocks of this host and the database that is worth a word."""
-LISTENING: Final = 2
-"""Connections of a process beside its pool: one that listens for changes, and with events another one."""
+LISTENING: Final = 1
+"""Connections of a process beside its pool: one that listens."""
 
 _PROBE: Final = NotificationChannel("mcp_session_probe")
 """Channel of its own, so that no server hears of it."""

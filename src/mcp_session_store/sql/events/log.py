@@ -21,7 +21,7 @@ from mcp_session_store.sql.events.read import EventReader, Read
 from mcp_session_store.sql.events.tail import LogTail
 from mcp_session_store.sql.events.trim import EventTrimming, logs_per_step
 from mcp_session_store.sql.failures import hide_secrets, summary_of
-from mcp_session_store.sql.notifications import EVENT_CHANNEL, Listener
+from mcp_session_store.sql.notifications import EVENT_CHANNEL
 from mcp_session_store.sql.schema.tables import privileges_for_events
 from mcp_session_store.sql.sessions.beside import database_at
 from mcp_session_store.sql.sessions.store import SqlSessionStore
@@ -53,7 +53,7 @@ class SqlEventLog(EventLog):
     """Events in Postgres or SQLite, shared by any number of processes.
 
     Events of all sessions that are stored at once share a commit; a lone event is stored at once. All calls share the
-    connections of the store; on Postgres `listen` takes one more.
+    connections of the store, the one that listens included.
 
     Args:
         where: The store of the sessions that the events belong to, or a URL or engine of its database, as
@@ -84,7 +84,7 @@ class SqlEventLog(EventLog):
         super().__init__(policy=policy)
         self._store = where if isinstance(where, SqlSessionStore) else None
         self._owned = self._store is None
-        self._database, self._namespace = database_at(
+        self._database, self._listener, self._namespace = database_at(
             where,
             namespace=namespace,
             schema=schema,
@@ -98,7 +98,6 @@ class SqlEventLog(EventLog):
         self._reader = EventReader(dialect, schema=schema, namespace=namespace)
         self._tail = LogTail(dialect, schema=schema, namespace=namespace)
         self._trimming = EventTrimming(dialect, schema=schema, namespace=namespace, policy=self.policy)
-        self._listener = Listener(self._database, EVENT_CHANNEL)
         of = partial(telemetry.of_operation, namespace)
         self._appends, self._large_appends = (
             Batcher(
@@ -193,8 +192,8 @@ class SqlEventLog(EventLog):
             await self._do(lambda attempt: self._tail.follow(attempt, keys))
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        """See `EventLog.listen`. On Postgres it takes a connection of its own; on SQLite there are no hints."""
-        await self._listener.listen(on_hint)
+        """See `EventLog.listen`. On Postgres it takes a connection; on SQLite there are no hints."""
+        await self._listener.listen(EVENT_CHANNEL, on_hint)
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         logs = logs_per_step(limit)

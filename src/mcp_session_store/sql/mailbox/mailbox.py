@@ -25,7 +25,7 @@ from mcp_session_store.sql.mailbox.instances import Instances
 from mcp_session_store.sql.mailbox.post import Post, PostStatements
 from mcp_session_store.sql.mailbox.receive import Receive, Received, ReceiveStatements
 from mcp_session_store.sql.mailbox.sweep import MessageSweep
-from mcp_session_store.sql.notifications import MAIL_CHANNELS, Listener
+from mcp_session_store.sql.notifications import MAIL_CHANNELS
 from mcp_session_store.sql.schema.tables import privileges_for_mailbox
 from mcp_session_store.sql.sessions.beside import database_at
 from mcp_session_store.sql.sessions.store import SqlSessionStore
@@ -49,8 +49,8 @@ _T = TypeVar("_T")
 class SqlMailbox(Mailbox):
     """Messages between instances in Postgres or SQLite, shared by any number of processes.
 
-    Messages that are posted at once share a commit. All calls share the connections of the store; on Postgres `listen`
-    takes one more.
+    Messages that are posted at once share a commit. All calls share the connections of the store, the one
+    that listens included.
 
     Args:
         where: The store of the sessions that the messages belong to, or a URL or engine of its database, as
@@ -77,7 +77,7 @@ class SqlMailbox(Mailbox):
         pool_size: int | None = None,
     ) -> None:
         self._owned = not isinstance(where, SqlSessionStore)
-        self._database, self._namespace = database_at(
+        self._database, self._listener, self._namespace = database_at(
             where,
             namespace=namespace,
             schema=schema,
@@ -91,7 +91,6 @@ class SqlMailbox(Mailbox):
         self._posting = PostStatements(dialect, schema=schema, namespace=self._namespace)
         self._reading = ReceiveStatements(dialect, schema=schema)
         self._sweeping = MessageSweep(dialect, schema=schema)
-        self._listener = Listener(database, NotificationChannel(MAIL_CHANNELS))
         self._removed: dict[int, dict[int, int]] = {}
         """Highest sequences that are known to be removed, by recipient and sender."""
         self._unknown: dict[int, dict[int, int]] = {}
@@ -143,7 +142,7 @@ class SqlMailbox(Mailbox):
 
     async def beat(self, presence: Presence) -> bool:
         check_presence(presence)
-        held = presence.held and instance_name(presence.instance) in self._listener.held
+        held = presence.held and self._listener.holds(instance_name(presence.instance))
         return await self._do(self._beats, lambda attempt: self._instances.beat(attempt, presence, held=held))
 
     async def retire(self, instance: str) -> None:
@@ -190,12 +189,13 @@ class SqlMailbox(Mailbox):
     ) -> None:
         """See `Mailbox.listen`.
 
-        On Postgres it takes a connection of its own, which also holds the lock of the instance; on SQLite there are no
-        hints, and a file beside the database is locked.
+        On Postgres it takes a connection, which those of the store and of the event log share, and which also holds the
+        lock of the instance; on SQLite there are no hints, and a file beside the database is locked.
         """
         check_texts(instance=instance)
-        self._listener.channel = NotificationChannel(f"{MAIL_CHANNELS}{number or 0}")
-        await self._listener.listen(lambda _: on_hint(), instance=instance_name(instance), on_held=on_held)
+        channel = NotificationChannel(f"{MAIL_CHANNELS}{number or 0}")
+        name = instance_name(instance)
+        await self._listener.listen(channel, lambda _: on_hint(), name=name, on_held=on_held)
 
     async def sweep(self, *, limit: int = MESSAGE_SWEEP_LIMIT) -> MailboxSweepReport:
         return await self._do(self._sweeps, lambda attempt: self._sweep(attempt, limit))

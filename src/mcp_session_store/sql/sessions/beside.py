@@ -8,6 +8,8 @@ from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.settings import DEFAULT_TIMEOUT
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.engine import check_place
+from mcp_session_store.sql.listening import Listening
+from mcp_session_store.sql.notifications import Listener
 from mcp_session_store.sql.sessions.store import SqlSessionStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, checked_namespace
 
@@ -26,8 +28,8 @@ def database_at(
     auto_upgrade: bool,
     timeout: float,
     pool_size: int | None,
-) -> tuple[Database, str]:
-    """Return a database and a namespace: those of a store, or those that are given.
+) -> tuple[Database, Listener, str]:
+    """Return a database, a listener to it and a namespace: those of a store, or those that are given.
 
     Raises:
         ConfigurationError: An argument cannot work; the message names it.
@@ -36,7 +38,7 @@ def database_at(
         check_place("where", where)
         namespace = checked_namespace(namespace)
         database = Database(where, schema=schema, auto_upgrade=auto_upgrade, timeout=timeout, pool_size=pool_size)
-        return database, namespace
+        return database, Listener(Listening(database)), namespace
     given = {
         "namespace": namespace != DEFAULT_NAMESPACE,
         "schema": schema is not None,
@@ -46,4 +48,4 @@ def database_at(
     }
     if names := [name for name, is_given in given.items() if is_given]:
         raise ConfigurationError(f"{', '.join(names)} go with a URL or an engine; a store has its own")
-    return where.database, where.namespace
+    return where.database, Listener(where.listening), where.namespace

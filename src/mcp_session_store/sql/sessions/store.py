@@ -15,6 +15,7 @@ from mcp_session_store.retention import SweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT, checked_type
 from mcp_session_store.sql.batching import Batcher
 from mcp_session_store.sql.database import Database
+from mcp_session_store.sql.listening import Listening
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
 from mcp_session_store.sql.schema.tables import privileges_for_sessions
 from mcp_session_store.sql.schema.version import check_again
@@ -69,7 +70,7 @@ class SqlSessionStore(SessionStore):
         url_or_engine: `postgresql://user:password@host/database` or `sqlite:///path`, or an
             `AsyncEngine` with the driver asyncpg or aiosqlite. A given engine is used as it is: it is
             never disposed, and no PRAGMA is set on it. Its pool says how many connections there are; at most 11 are
-            used at once, six more with an event log, and six with a mailbox, and each takes one for hints out of it.
+            used at once, six more with an event log, and six with a mailbox; one for hints is taken out of it.
             Behind PgBouncer in transaction mode, give a URL with `?pgbouncer=true`; an engine works there
             from PgBouncer 1.21 on, with its `max_prepared_statements`.
         namespace: Keeps servers that share a database apart.
@@ -114,7 +115,8 @@ class SqlSessionStore(SessionStore):
             removal=self._removal,
         )
         self._sweep = Sweep(dialect, statements=self._for_policy(SweepStatements), removal=self._removal)
-        self._listener = Listener(database, SESSION_CHANNEL)
+        self._listening = Listening(database)
+        self._listener = Listener(self._listening)
         of = partial(telemetry.of_operation, namespace)
         self._pings = Batcher(database, self._check_again, of("ping"), writes=False)
         self._loads = Batcher(database, self._records.find, of("load"), writes=False, max_batch=RECORDS_PER_STATEMENT)
@@ -151,6 +153,11 @@ class SqlSessionStore(SessionStore):
         return self._database
 
     @property
+    def listening(self) -> Listening:
+        """What hears the notifications of the database, for an event log and a mailbox beside this store."""
+        return self._listening
+
+    @property
     def retention(self) -> RetentionPolicy:
         return self._retention
 
@@ -180,7 +187,7 @@ class SqlSessionStore(SessionStore):
             self._polls,
             self._sweeps,
         )
-        await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
+        await asyncio.gather(self._listening.aclose(), *(batcher.aclose() for batcher in batchers))
         await self._database.aclose()
 
     async def create(self, session: NewSession) -> SessionRecord:
@@ -301,8 +308,8 @@ class SqlSessionStore(SessionStore):
         return pings
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
-        """See `SessionStore.listen`. On Postgres it takes a connection of its own; on SQLite there are no hints."""
-        await self._listener.listen(on_hint)
+        """See `SessionStore.listen`. On Postgres it takes a connection; on SQLite there are no hints."""
+        await self._listener.listen(SESSION_CHANNEL, on_hint)
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
         done = [SweepResult() if step is None else await self._sweeps.submit(step) for step in self._sweep.steps(limit)]
