@@ -77,12 +77,12 @@ def serving(stack: ExitStack, folder: Path, source: Path | None = None) -> Serve
 
     def serve(app: str, *, environment: Mapping[str, str] | None = None, **more: Any) -> ServerProcess:
         log = folder / f"server-{time.monotonic_ns()}-{next(numbers)}.log"
+        # Calls whose answers are lost would hold up the end of a process for ever.
+        more["options"] = [*more["options"], "--timeout-graceful-shutdown", "2"]
         if source is None:
             return stack.enter_context(uvicorn_server(app, log=log, environment=environment, **more))
         # A forked process has imported the present package.
         command = [sys.executable, "-m", "uvicorn", app, "--port", "{port}", *more["options"]]
-        # Calls whose answers are lost would hold it up for ever.
-        command += ["--timeout-graceful-shutdown", "2"]
         paths = {"PYTHONPATH": f"{source}:{ROOT}"}
         server = ServerProcess(command, log=log, environment={**(environment or {}), **paths}, port=more["port"])
         return stack.enter_context(server)
