@@ -312,21 +312,17 @@ def test_a_number_that_is_used_up_is_followed_by_another_one(monkeypatch: pytest
     numbers = [number_of(ids.new()) for _ in range(3)]
     assert numbers == [first, first, ids.number]
     assert drawn == [ids.number] != [first]
-    assert ids.is_ours(first)
-    assert ids.is_ours(ids.number)
 
 
-def test_a_number_that_another_instance_has_is_ours_only_where_it_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_is_drawn_again_only_where_it_was_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = iter([3, 3, 4, 4, 3, 5])
     monkeypatch.setattr("secrets.randbelow", lambda _: next(draws) - 1)
     ids = QuestionIds()
     assert ids.number == 3
     ids.draw()
     assert ids.number == 4
-    assert not ids.is_ours(3)
     ids.new()
     ids.draw()
     assert ids.number == 3
     ids.draw()
     assert ids.number == 5
-    assert [ids.is_ours(number) for number in (3, 4, 5, 6)] == [False, True, True, False]

@@ -204,9 +204,14 @@ def relay_of(manager: DurableSessionManager) -> Relay:
     return manager._relay
 
 
+def outbox_size(manager: DurableSessionManager) -> int:
+    """Number of messages to other instances that a running manager keeps."""
+    return len(relay_of(manager).outbox._waiting)
+
+
 def outbox_is_empty(manager: DurableSessionManager) -> bool:
     """Whether all messages of a running manager to other instances are posted."""
-    return not relay_of(manager).outbox._waiting
+    return outbox_size(manager) == 0
 
 
 def activity_of(manager: DurableSessionManager) -> ActivityReporter:

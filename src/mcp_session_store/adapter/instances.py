@@ -114,8 +114,11 @@ class Instances:
         self._looked_at = -math.inf
         self._released_for: dict[str, float] = {}
         """Seconds for which was seen that something is released, by the name of its instance."""
-        self._entered: int | None = None
-        self._beaten_at = -math.inf
+        self.entered: int | None = None
+        """Number under which others can send messages to this instance. While another one was drawn and is not entered
+        yet, still the former one."""
+        self.beaten_at = -math.inf
+        """Moment of `clock` of the last heartbeat that was stored."""
         self._others_are_back_at = -math.inf
         self.wake: Final = Wake(gathering=0)
         """Starts a heartbeat before its time, because something is held now, or no longer is."""
@@ -139,7 +142,7 @@ class Instances:
     @property
     def is_entered(self) -> bool:
         """Whether other instances can send messages to the number of this one."""
-        return self._entered == self.question_ids.number
+        return self.entered == self.question_ids.number
 
     @property
     def is_reachable(self) -> bool:
@@ -153,7 +156,7 @@ class Instances:
         Not during an outage that is so long that all instances are silent, and just after it: a message for one that
         has sent no heartbeat yet would be dropped.
         """
-        return self.is_entered and self._others_are_back_at <= clock.now() < self._beaten_at + LONG_SILENCE
+        return self.is_entered and self._others_are_back_at <= clock.now() < self.beaten_at + LONG_SILENCE
 
     @property
     def check_interval(self) -> float:
@@ -256,9 +259,9 @@ class Instances:
             raise
         self.reliable_since = min(self.reliable_since, anyio.current_time())
         now = clock.now()
-        if self.announced.is_set() and now >= self._beaten_at + LONG_SILENCE:
+        if self.announced.is_set() and now >= self.beaten_at + LONG_SILENCE:
             self._others_are_back_at = now + BACK_WITHIN
-        self._beaten_at = now
+        self.beaten_at = now
         if not self.announced.is_set():
             self.announced.set()
             if self.on_announced is not None:
@@ -277,8 +280,9 @@ class Instances:
                 streams=self._residents.streams,
             )
             if await self.mailbox.beat(presence):
-                self._entered = number if self._relay else None
+                self.entered = number if self._relay else None
                 return
+            self.entered = None
             # Another instance has it. What was asked under it can be answered here only.
             self.question_ids.draw()
         raise SessionStoreError(f"no number is free for this instance: {DRAWS} that it drew are taken")

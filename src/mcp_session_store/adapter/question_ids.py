@@ -85,10 +85,6 @@ class QuestionIds:
             self.on_asked()
         return self.number << COUNTER_BITS | self._counter
 
-    def is_ours(self, number: int) -> bool:
-        """Return whether this process asks under a number, or has done so before it drew another one."""
-        return number == self.number or number in self._before
-
 
 class Question(NamedTuple):
     """A question that the client has not answered, by the names that the copy has for it."""

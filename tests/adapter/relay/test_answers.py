@@ -10,10 +10,19 @@ import mcp_types as types
 import pytest
 
 from mcp_session_store import session_key
+from mcp_session_store.adapter.question_ids import number_of
+from mcp_session_store.adapter.relay import inbox as inbox_module
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.asking import Asking, roots, text_of
 from tests.support.instances import instance, principal
-from tests.support.internals import outbox_is_empty, registry_of, report_activity, unreported_in
+from tests.support.internals import (
+    instances_of,
+    outbox_is_empty,
+    question_ids_of,
+    registry_of,
+    report_activity,
+    unreported_in,
+)
 
 if TYPE_CHECKING:
     from tests.support.faulty_stores import FaultyMailbox, FaultyStore
@@ -242,3 +251,53 @@ async def test_a_question_of_a_call_with_a_json_response_is_answered_elsewhere(
         answer = {"jsonrpc": "2.0", "id": question["id"], "result": roots("x")}
         assert (await elsewhere.post(answer, accept="application/json")).status == 202
         await until(lambda: len(answered) == 1)
+
+
+async def test_an_answer_under_a_number_that_another_instance_has_now_reaches_the_copy_that_asked(
+    store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox
+) -> None:
+    async with (
+        instance(store, Asking(), relay=mailbox) as one,
+        instance(store, Asking(), relay=other_mailbox) as other,
+    ):
+        client = one.client()
+        session_id = await client.begin()
+        call = client.open_call("ask")
+        before = await call.next()
+        number = question_ids_of(one.manager).number
+        question_ids_of(one.manager).draw()
+        await until(lambda: instances_of(one.manager).is_entered)
+        question_ids_of(other.manager).number = number
+        await instances_of(other.manager).beat()
+        elsewhere = other.client(session_id)
+        other_call = elsewhere.open_call("ask_for_progress")
+        question = await other_call.next()
+        assert number_of(question["id"]) == number
+        # Both by way of the instance that has had the number before.
+        assert (await client.respond(before["id"], roots("here"))).status == 202
+        assert text_of(await call.next()) == "file:///here"
+        # Its counter has gone on, so that the ids differ.
+        assert (await client.respond(question["id"], roots("there"))).status == 202
+        assert text_of(await other_call.next()) == "file:///there"
+
+
+async def test_what_was_posted_under_a_former_number_is_read_before_the_next_one_is_entered(
+    store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox_module, "IDLE_INTERVAL", 100.0)
+    async with (
+        instance(store, Asking(), relay=mailbox) as one,
+        instance(store, relay=other_mailbox) as other,
+    ):
+        client = one.client()
+        session_id = await client.begin()
+        call = client.open_call("ask")
+        question = await call.next()
+        mailbox.down("receive")
+        assert (await other.client(session_id).respond(question["id"], roots("x"))).status == 202
+        await until(lambda: outbox_is_empty(other.manager))
+        question_ids_of(one.manager).draw()
+        await anyio.sleep(0.1)
+        mailbox.up()
+        assert text_of(await call.next()) == "file:///x"
+        await until(lambda: instances_of(one.manager).is_entered)

@@ -41,7 +41,9 @@ LANE_MESSAGES: Final = 1000
 LANE_BYTES: Final = 8 * 1024**2
 """Bytes of their bodies, beyond which a message waits only alone."""
 MAX_BYTES: Final = 64 * 1024**2
-"""Bytes of the bodies of all sessions' messages that wait."""
+"""Bytes of the bodies of all sessions' messages that wait, beyond which only a small one of a session waits."""
+SMALL: Final = 64 * 1024
+"""Bytes of such a message: those of one session must not keep out the answers of others."""
 
 NO_COPY: Final = "no copy"
 """Reason to drop a message: its session is not in this instance's memory, or has left it meanwhile."""
@@ -92,14 +94,16 @@ class Delivery:
         """Deliver a message in the background, after those of its session that came before it."""
         lane = self._lanes.get(message.key)
         size = len(message.body)
-        if lane is None:
-            if not self._registry.concerns(message.key):
-                self._log.dropped(message.kind, NO_COPY)
-                return
-            lane = _Lane()
-        elif len(lane.messages) >= LANE_MESSAGES or lane.bytes + size > LANE_BYTES or self._bytes + size > MAX_BYTES:
+        if lane is None and not self._registry.concerns(message.key):
+            self._log.dropped(message.kind, NO_COPY)
+            return
+        if (self._bytes + size > MAX_BYTES and (lane is not None or size > SMALL)) or (
+            lane is not None and (len(lane.messages) >= LANE_MESSAGES or lane.bytes + size > LANE_BYTES)
+        ):
             self._log.dropped(message.kind, TOO_MANY)
             return
+        if lane is None:
+            lane = _Lane()
         lane.messages.append(_Arrived(message, clock.now()))
         lane.bytes += size
         self._bytes += size

@@ -29,6 +29,8 @@ IDLE_INTERVAL: Final = 6.0
 """Seconds between two reads otherwise: all that an idle process asks comes to one statement a second."""
 ASKED_FOR: Final = 300.0
 """Seconds for which a question that is asked outside of calls and streams may wait for its answer."""
+BEFORE_BEAT: Final = 5.0
+"""Seconds after which a heartbeat waits no longer for the end of what is read before it, which may never come."""
 GATHERED: Final = 4 * 1024**2
 """Bytes of bodies that are read before they are handed out, so that all that was posted by then is in order."""
 RECENT_SENDERS: Final = 64
@@ -54,7 +56,6 @@ class Inbox:
         deliver: Callable[[Message], None],
     ) -> None:
         self._mailbox = instances.mailbox
-        self._question_ids = instances.question_ids
         self._instances = instances
         self._registry = registry
         self._deliver = deliver
@@ -102,32 +103,37 @@ class Inbox:
                 heartbeat goes on: without it the calls that run here would be taken for lost.
         """
         try:
-            await self.read()
+            await self.read(within=BEFORE_BEAT)
         except StoreUnavailable:
             raise
         except Exception:
             self.wake.set()
 
-    async def read(self) -> None:
+    async def read(self, *, within: float = math.inf) -> None:
         """Read all that has been posted to this instance, and hand it out.
+
+        Args:
+            within: Seconds after which the rest is left to another call.
 
         Raises:
             SessionStoreError: The mailbox did not answer.
         """
-        async with self._lock:
-            # Not before, because another instance may have the number.
-            more = self._instances.is_entered
-            while more:
-                more = await self._read_some()
+        until, more = clock.now() + within, True
+        while more and clock.now() < until:
+            # Not for all of it, because those that post without an end must not keep other calls waiting.
+            async with self._lock:
+                # Not before one is entered, because another instance may have the number.
+                number = self._instances.entered
+                more = number is not None and await self._read_some(number)
 
-    async def _read_some(self) -> bool:
+    async def _read_some(self, number: int) -> bool:
         """Read some pages, and hand out what is in them; return whether there may be more."""
         arrived: dict[int, list[tuple[float, Message]]] = {}
         size, more = 0, True
         try:
             while more and size < GATHERED:
                 try:
-                    page = await self._mailbox.receive(self._question_ids.number, delivered=self._recent)
+                    page = await self._mailbox.receive(number, delivered=self._recent)
                 except BaseException:
                     self.failing = True
                     raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import pydantic_core
 from mcp.server.streamable_http import check_accept_headers
+from mcp.shared.dispatcher import as_request_id, coerce_request_id
 from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params
 from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCResponse, jsonrpc_message_adapter
 from starlette.responses import Response
@@ -80,7 +81,7 @@ class ClientMessage:
 
     kind: MessageKind
     question: RequestId | None = None
-    """Id of the question that it answers, or reports progress of."""
+    """Id of the question that it answers, or reports progress of, as copies remember it."""
     call: RequestId | None = None
     """Id of the call that it cancels."""
 
@@ -115,13 +116,15 @@ def relayed(body: bytes, methods: frozenset[str]) -> ClientMessage | None:
     except (ValueError, TypeError):
         return None  # the transport answers it
     if isinstance(message, JSONRPCResponse | JSONRPCError):
-        return None if message.id is None else ClientMessage(MessageKind.ANSWER, question=message.id)
+        return None if message.id is None else ClientMessage(MessageKind.ANSWER, question=coerce_request_id(message.id))
     if not isinstance(message, JSONRPCNotification):
         return None
     if message.method == _PROGRESS:
-        token = (message.params or {}).get("progressToken")
+        token = as_request_id((message.params or {}).get("progressToken"))
         # A token that no instance has made is the application's own, for any copy.
-        return None if number_of(token) is None else ClientMessage(MessageKind.PROGRESS, question=token)
+        if token is None or number_of(token) is None:
+            return None
+        return ClientMessage(MessageKind.PROGRESS, question=coerce_request_id(token))
     if message.method == _CANCELLED:
         call = cancelled_request_id_from_params(message.params)
         return None if call is None else ClientMessage(MessageKind.CANCELLED, call=call)

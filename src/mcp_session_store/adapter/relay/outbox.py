@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -45,6 +44,11 @@ POSTED_AT_ONCE: Final = 250
 """Most messages that are posted in one call."""
 BYTES_AT_ONCE: Final = 1024**2
 """Bytes of their bodies, beyond which a message is posted alone."""
+LARGE: Final = 256 * 1024
+"""Bytes beyond which a message may be what the mailbox does not take in time, while it answers otherwise."""
+REFUSALS: Final = 2
+"""Number of times that a large message fails alone, with heartbeats that succeed in between, until it is given up: the
+messages of all other sessions wait behind it."""
 MAX_REPORTED: Final = 1000
 """Number of instances that are gone after which they are logged again."""
 RETRY_INTERVAL: Final = 0.25
@@ -71,7 +75,6 @@ class Outgoing:
         "accepted",
         "body",
         "failure",
-        "given_up",
         "is_over",
         "key",
         "kind",
@@ -89,8 +92,6 @@ class Outgoing:
         """The message as it was first given to the mailbox, and is given again."""
         self.accepted = False
         """Whether its client was told that it is accepted, before the mailbox has answered."""
-        self.given_up = False
-        """Whether its client was told that it is not accepted."""
         self.is_over = False
         """Whether the mailbox has answered."""
         self.failure: Exception | None = None
@@ -148,8 +149,9 @@ class Outbox:
         self._instances = instances
         self._gate = gate
         self._log = log
-        self._waiting: deque[Outgoing] = deque()
-        """Messages that the mailbox has not answered, in their order."""
+        self._waiting: dict[Outgoing, None] = {}
+        """Messages that the mailbox has not answered, in their order; without those whose clients were told that they
+        are not accepted, although one of these may be on its way."""
         self._accepted = 0
         """Number of those that are accepted."""
         self._accepted_bytes = 0
@@ -161,6 +163,11 @@ class Outbox:
         self._wake = anyio.Event()
         self._is_away = False
         self._is_closed = False
+        self._failed: Outgoing | None = None
+        """The first of the messages whose post has failed; it is tried alone."""
+        self._failed_at = 0.0
+        self._refusals = 0
+        """See `REFUSALS`."""
         self._posted: dict[UUID, int] = {}
         """Bytes of each session's messages within this window."""
         self._window_ends = 0.0
@@ -182,7 +189,7 @@ class Outbox:
         if self._is_closed:
             raise ShuttingDown
         self._count(outgoing)
-        self._waiting.append(outgoing)
+        self._waiting[outgoing] = None
         self._wake.set()
         if not self._is_away:
             await outgoing.over_or_waiting.wait()
@@ -193,7 +200,8 @@ class Outbox:
                     return
                 await self._gate.hold(waits, outgoing.wait)
             except BaseException:
-                outgoing.given_up = True
+                # At once, because in a long outage any number of them may be refused.
+                self._waiting.pop(outgoing, None)
                 raise
         if outgoing.failure is not None:
             raise outgoing.failure
@@ -265,7 +273,8 @@ class Outbox:
                 try:
                     gone = await self._mailbox.post([message for _, message in batch])
                 except Exception as error:
-                    if isinstance(error, SessionStoreError) and not isinstance(error, InvalidValue):
+                    is_passing = isinstance(error, SessionStoreError) and not isinstance(error, InvalidValue)
+                    if is_passing and not self._is_refused(batch):
                         self._went_away()
                         raise
                     if len(batch) > 1:
@@ -288,19 +297,15 @@ class Outbox:
 
     def _batch(self, at_once: int) -> list[tuple[Outgoing, NewMessage]]:
         """Return the next messages, all of one sender; they stay where they are until the mailbox has answered."""
-        while self._waiting and self._waiting[0].given_up:
-            self._waiting.popleft()
         batch: list[tuple[Outgoing, NewMessage]] = []
         size = 0
         for outgoing in self._waiting:
-            if outgoing.given_up:
-                continue
             message = outgoing.message = outgoing.message or self._new(outgoing)
             size += outgoing.size
             if batch and (size > BYTES_AT_ONCE or message.sender != batch[0][1].sender):
                 break
             batch.append((outgoing, message))
-            if len(batch) == at_once:
+            if len(batch) == at_once or outgoing is self._failed:
                 break
         return batch
 
@@ -323,9 +328,17 @@ class Outbox:
             if not self._accepted_of[outgoing.key]:
                 del self._accepted_of[outgoing.key]
         outgoing.end(failure)
-        waiting = self._waiting
-        while waiting and (waiting[0].is_over or waiting[0].given_up):
-            waiting.popleft()
+        self._waiting.pop(outgoing, None)
+
+    def _is_refused(self, batch: list[tuple[Outgoing, NewMessage]]) -> bool:
+        """Note that a post has failed; return whether it is for the sake of its only message, which is too large."""
+        first = batch[0][0]
+        if self._failed is not first:
+            self._failed, self._refusals = first, 0
+        elif first.size > LARGE and self._instances.beaten_at > self._failed_at:
+            self._refusals += 1
+        self._failed_at = clock.now()
+        return self._refusals >= REFUSALS
 
     def _report_gone(self, number: int, key: UUID) -> None:
         """Log the first message for an instance that is gone. A client may make up any number."""

@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import anyio
-from mcp.shared.dispatcher import coerce_request_id
 from starlette.requests import Request
 
 from mcp_session_store.adapter import responses
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.lookup import Lookup
     from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.registry import Registry
-    from mcp_session_store.adapter.sessions.resident import ResidentSession
 
 __all__ = ["Relay", "named_notifications"]
 
@@ -170,12 +168,16 @@ class Relay:
         number: int | None = None
         if message.kind in (MessageKind.ANSWER, MessageKind.PROGRESS):
             number = message.number
-            if number is None or self._question_ids.is_ours(number):
+            question = None
+            if session is not None and message.question is not None:
+                question = session.loop.asked.get(message.question)
+            # What was asked here under a former number, which another instance may have now, is known by the question.
+            if number in (None, self._question_ids.number) or question is not None:
                 if not is_here:
                     self._registry.log.dropped(message.kind, NO_COPY)
                     return accepted(session_id)
-                if session is not None and message.kind is MessageKind.ANSWER:
-                    await self._catch_up(session, key, message)
+                if question is not None and question.token is not None and message.kind is MessageKind.ANSWER:
+                    await self._catch_up(key)
                 return None
         elif message.call is not None and session is not None and session.runs(message.call):
             return None
@@ -185,11 +187,9 @@ class Relay:
             return None
         return accepted(session_id)
 
-    async def _catch_up(self, session: ResidentSession, key: UUID, answer: ClientMessage) -> None:
+    async def _catch_up(self, key: UUID) -> None:
         """Deliver progress of a question that was posted to other instances before the answer to it came here."""
-        assert answer.question is not None
-        question = session.loop.asked.get(coerce_request_id(answer.question))
-        if question is None or question.token is None or self.inbox.failing:
+        if self.inbox.failing:
             return
         with anyio.move_on_after(CATCH_UP):
             try:
