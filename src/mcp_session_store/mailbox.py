@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "INSTANCE_KEPT",
     "MAX_NUMBER",
+    "MESSAGES_KEPT",
     "MESSAGE_LIFETIME",
     "MESSAGE_PAGE",
     "MESSAGE_PAGE_BYTES",
@@ -59,6 +60,9 @@ MESSAGE_SWEEP_LIMIT: Final = 1000
 
 INSTANCE_KEPT: Final = timedelta(days=1)
 """How long an instance is kept after its last heartbeat."""
+
+MESSAGES_KEPT: Final = timedelta(hours=1)
+"""How long after the last heartbeat of an instance its messages are kept, because it may be cut off and come back."""
 
 SILENT_AFTER: Final = timedelta(minutes=5)
 """How long after its last heartbeat an instance is sent no more messages."""
@@ -160,10 +164,10 @@ class MailboxSweepReport:
 
     instances: int = 0
     """Instances that have sent no heartbeat for `INSTANCE_KEPT`."""
-    gone: int = 0
-    """Messages whose recipient has stopped or died."""
-    unread: int = 0
-    """Messages that their recipient could have read within `MESSAGE_LIFETIME` and has not."""
+    gone: Mapping[str, int] = field(default_factory=dict)
+    """Number of messages whose recipient has stopped or is silent for `MESSAGES_KEPT`, by kind."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Number of messages that their recipient could have read within `MESSAGE_LIFETIME` and has not, by kind."""
     more: bool = False
     """Whether another step would find more."""
 
@@ -212,9 +216,9 @@ class Mailbox(Store):
     * Repetition: a message that is posted again after a failure is stored once at most, unless it was read and removed
       meanwhile. So a recipient remembers the highest sequence of each sender, and passes that on as `delivered`:
       a message up to it is never read again.
-    * Loss: a message that `post` has stored is lost only where its recipient stops or dies, where its session ends, or
-      where the recipient does not read it for `MESSAGE_LIFETIME` although it sends heartbeats. A recipient that comes
-      back from an outage reads before it sends its next heartbeat.
+    * Loss: a message that `post` has stored is lost only where its recipient stops or dies, where its session ends,
+      where the recipient does not read it for `MESSAGE_LIFETIME` although it sends heartbeats, or where it sends none
+      for `MESSAGES_KEPT`. A recipient that comes back from an outage reads before it sends its next heartbeat.
     * Size: a message is of any size that a request may have. A page has fewer messages where they are large.
     """
 

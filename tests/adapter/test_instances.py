@@ -162,7 +162,9 @@ async def test_an_instance_sweeps_the_mailbox(store: FaultyStore) -> None:
     async with instance(store, sweep_interval=0.05):
         await until(lambda: store.mailbox.background["sweep"] >= 2)
     assert store.inner.data.mail == {}
-    assert measured.values("mcp_session_store.messages.dropped") == {(("reason", "recipient gone"),): 1}
+    assert measured.values("mcp_session_store.messages.dropped") == {
+        (("kind", "answer"), ("reason", "recipient gone")): 1
+    }
     store.mailbox.background.clear()
     async with instance(store, sweep_interval=None):
         await anyio.sleep(0.05)

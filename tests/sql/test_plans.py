@@ -13,11 +13,19 @@ import pytest
 import sqlalchemy as sa
 
 from mcp_session_store.errors import SessionLimitReached
-from mcp_session_store.records import Activity, EndReason, Principal
+from mcp_session_store.records import Activity, EndReason, Principal, instance_name
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlEventLog
-from mcp_session_store.sql.schema.tables import events_table, journal_table, logs_table, sessions_table
-from mcp_session_store.testing import new_event, new_session
+from mcp_session_store.sql import SqlEventLog, SqlMailbox
+from mcp_session_store.sql.schema.tables import (
+    events_table,
+    journal_table,
+    logs_table,
+    messages_table,
+    sessions_table,
+)
+from mcp_session_store.testing import new_event, new_message, new_session
+from mcp_session_store.testing.factories import new_presence
+from mcp_session_store.testing.mailbox.suite import run_instances
 from tests.support.databases import engine_of, execute, settled, sql_store
 from tests.support.internals import database_of, idle_connections_of, trim_waiting
 from tests.support.plans import plan_of, statements_of
@@ -146,6 +154,47 @@ async def use_everything(store: SqlSessionStore) -> None:
         await store.create(new_session(principal=None))
 
 
+async def fill_mailbox(store: SqlSessionStore) -> None:
+    """Messages of three senders for twenty instances, which run."""
+    messages = messages_table()
+    rows = [
+        {
+            "recipient": number % 20 + 1,
+            "sender": 100 + number % 3,
+            "sequence": number,
+            "key": uuid.uuid4(),
+            "kind": "answer",
+            "bytes": 2,
+            "created_at": datetime.now(UTC),
+            "body": "{}",
+        }
+        for number in range(ROWS)
+    ]
+    async with SqlMailbox(store) as mailbox:
+        await run_instances(mailbox, *range(1, 21))
+    async with engine_of(store).connect() as connection:
+        await connection.exec_driver_sql("BEGIN")
+        await connection.execute(sa.insert(messages), rows)
+        await connection.exec_driver_sql("COMMIT")
+        await connection.exec_driver_sql("ANALYZE")
+
+
+async def use_mailbox(store: SqlSessionStore) -> None:
+    async with SqlMailbox(store) as mailbox:
+        one, other = await run_instances(mailbox, 50, 51)
+        assert await mailbox.beat(new_presence(50, instance=one))
+        assert await mailbox.beat(new_presence(52, instance=one))
+        await mailbox.post([new_message(1, recipient=7, sender=50), new_message(2, recipient=None, sender=50)])
+        delivered: dict[int, int] = {}
+        for _ in range(3):
+            for message in (await mailbox.receive(7, delivered=delivered, limit=50)).messages:
+                delivered[message.sender] = message.sequence
+        assert delivered
+        assert await mailbox.last_beats([instance_name(one)])
+        assert (await mailbox.instances())[0].waiting
+        await mailbox.retire(other)
+
+
 async def _anonymous(store: SqlSessionStore) -> int:
     (row,) = await execute(
         store, "SELECT count(*) AS stored FROM mcp_session WHERE principal_digest IS NULL AND namespace = 'default'"
@@ -197,3 +246,15 @@ async def test_no_statement_reads_the_whole_table(database_url: str) -> None:
             assert "Seq Scan on mcp_session" not in plan.replace(FEW, ""), shown
             assert not re.search(r"SCAN mcp_session", plan.replace(FEW, "")), shown
             assert "mcp_session" in plan or statement.startswith("INSERT"), shown
+
+
+async def test_no_statement_reads_the_messages_of_all_instances(database_url: str) -> None:
+    async with sql_store(database_url) as store:
+        await fill_mailbox(store)
+        seen = await statements_of(store, use_mailbox)
+        assert len(seen) > 6
+        for statement, parameters in seen.items():
+            plan = await plan_of(store, statement, parameters)
+            shown = f"{statement}\n\n{plan}"
+            assert "Seq Scan on mcp_session_message" not in plan, shown
+            assert not re.search(r"SCAN mcp_session_message", plan), shown

@@ -150,13 +150,17 @@ class Instances:
         return self.reliable_since < math.inf
 
     @property
+    def others_are_back(self) -> bool:
+        """Whether this instance and others are heard of: not in an outage that silences all, and just after it."""
+        return self._others_are_back_at <= clock.now() < self.beaten_at + LONG_SILENCE
+
+    @property
     def can_send(self) -> bool:
         """Whether messages can be sent under the number of this instance.
 
-        Not during an outage that is so long that all instances are silent, and just after it: a message for one that
-        has sent no heartbeat yet would be dropped.
+        A message for one that has sent no heartbeat since a long outage would be dropped.
         """
-        return self.is_entered and self._others_are_back_at <= clock.now() < self.beaten_at + LONG_SILENCE
+        return self.is_entered and self.others_are_back
 
     @property
     def check_interval(self) -> float:
@@ -298,11 +302,12 @@ class Instances:
             SessionStoreError: The mailbox cannot be reached.
         """
         namespace = self.mailbox.namespace
-        while True:
+        # In a long outage all are silent, and may have messages from before it.
+        while self.others_are_back:
             report = await self.mailbox.sweep()
-            for reason, number in (("recipient gone", report.gone), ("unread", report.unread)):
-                if number:
-                    telemetry.dropped_messages.add(number, telemetry.of(namespace, reason=reason))
+            for reason, numbers in (("recipient gone", report.gone), ("unread", report.unread)):
+                for kind, number in numbers.items():
+                    telemetry.dropped_messages.add(number, telemetry.of(namespace, kind=kind, reason=reason))
             if not report.more:
                 return
 

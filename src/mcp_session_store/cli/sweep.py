@@ -170,7 +170,7 @@ class _Sweep:
                     more = True
                     while more and not stop.is_set():
                         of_messages = await mailbox.sweep()
-                        self.messages += of_messages.gone + of_messages.unread
+                        self.messages += sum(of_messages.gone.values()) + sum(of_messages.unread.values())
                         more = of_messages.more
 
     def report(self, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,6 +13,7 @@ from mcp_session_store.mailbox import (
     MESSAGE_PAGE,
     MESSAGE_PAGE_BYTES,
     MESSAGE_SWEEP_LIMIT,
+    MESSAGES_KEPT,
     SILENT_AFTER,
     Mailbox,
     MailboxSweepReport,
@@ -181,7 +183,11 @@ class MemoryMailbox(Mailbox):
         silent = [name for name, row in self._data.instances.items() if now - row.beat_at > INSTANCE_KEPT]
         for name in silent:
             del self._data.instances[name]
-        beat_at = {row.presence.number: row.beat_at for row in self._data.instances.values()}
+        beat_at = {
+            row.presence.number: row.beat_at
+            for row in self._data.instances.values()
+            if now - row.beat_at < MESSAGES_KEPT
+        }
         gone = [place for place in self._data.mail if place[0] not in beat_at]
         # Its recipient could read it for that long: it has sent a heartbeat after that, and reads before it sends one.
         unread = [
@@ -189,12 +195,13 @@ class MemoryMailbox(Mailbox):
             for place, mail in self._data.mail.items()
             if place[0] in beat_at and beat_at[place[0]] - mail.posted_at > MESSAGE_LIFETIME
         ]
-        removed = [*gone, *unread][:limit]
-        for place in removed:
-            del self._data.mail[place]
+        of_gone, of_unread = (
+            Counter(self._data.mail.pop(place).message.kind.value for place in places)
+            for places in (gone[:limit], unread[: max(limit - len(gone), 0)])
+        )
         return MailboxSweepReport(
             instances=len(silent),
-            gone=len(gone[:limit]),
-            unread=len(removed) - len(gone[:limit]),
+            gone=of_gone,
+            unread=of_unread,
             more=len(gone) + len(unread) > limit,
         )

@@ -203,7 +203,9 @@ class SqlMailbox(Mailbox):
     async def _sweep(self, attempt: Attempt, limit: int) -> MailboxSweepReport:
         instances = await self._instances.remove_silent(attempt, INSTANCE_KEPT)
         gone, unread = await self._sweeping.remove(attempt, limit=limit)
-        return MailboxSweepReport(instances=instances, gone=gone, unread=unread, more=limit in (gone, unread))
+        return MailboxSweepReport(
+            instances=instances, gone=gone, unread=unread, more=limit in (gone.total(), unread.total())
+        )
 
     @staticmethod
     async def _do(batcher: Batcher[Call, Any], call: Callable[[Attempt], Awaitable[_T]]) -> _T:

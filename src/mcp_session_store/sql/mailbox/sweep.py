@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from mcp_session_store.mailbox import MESSAGE_LIFETIME
-from mcp_session_store.sql.dialects.functions import After
+from mcp_session_store.mailbox import MESSAGE_LIFETIME, MESSAGES_KEPT
+from mcp_session_store.sql.dialects.functions import After, StoreClock
 from mcp_session_store.sql.schema.tables import instances_table, messages_table
 
 if TYPE_CHECKING:
@@ -28,19 +29,21 @@ class MessageSweep:
     def __init__(self, dialect: Dialect, *, schema: str | None) -> None:
         messages, instances = messages_table(schema), instances_table(schema)
         has_number = instances.c.number == messages.c.recipient
+        may_come_back = instances.c.beat_at > StoreClock(-MESSAGES_KEPT.total_seconds())
         # Its recipient could read it for that long: it has sent a heartbeat after that, and reads before it sends one.
         was_unread = instances.c.beat_at > After(messages.c.created_at, MESSAGE_LIFETIME.total_seconds())
         limit = sa.bindparam("sweep_limit", type_=sa.Integer)
         self._gone, self._unread = (
-            dialect.delete_unlocked(messages, condition, limit=limit).returning(messages.c.recipient)
+            dialect.delete_unlocked(messages, condition, limit=limit).returning(messages.c.kind)
             for condition in (
-                sa.not_(sa.exists().where(has_number).correlate(messages)),
+                sa.not_(sa.exists().where(has_number, may_come_back).correlate(messages)),
                 sa.exists().where(has_number, was_unread).correlate(messages),
             )
         )
 
-    async def remove(self, attempt: Attempt, *, limit: int) -> tuple[int, int]:
-        """Remove messages whose recipient is gone, and then those that it has not read; return how many of each."""
-        gone = len((await attempt.connection.execute(self._gone, {"sweep_limit": limit})).all())
-        unread = len((await attempt.connection.execute(self._unread, {"sweep_limit": limit})).all())
+    async def remove(self, attempt: Attempt, *, limit: int) -> tuple[Counter[str], Counter[str]]:
+        """Remove messages whose recipient is gone, and then those that it has not read; return how many by kind."""
+        parameters = {"sweep_limit": limit}
+        gone = Counter((await attempt.connection.execute(self._gone, parameters)).scalars())
+        unread = Counter((await attempt.connection.execute(self._unread, parameters)).scalars())
         return gone, unread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -68,12 +69,15 @@ def places(messages: Iterable[Message | NewMessage]) -> list[tuple[int, int]]:
 
 async def sweep_messages(mailbox: Mailbox, *, limit: int = 500) -> MailboxSweepReport:
     """Sweep until there is no more to do, and return what was removed in all."""
-    report, instances, gone, unread = MailboxSweepReport(more=True), 0, 0, 0
+    report, instances = MailboxSweepReport(more=True), 0
+    gone, unread = Counter[str](), Counter[str]()
     for _ in range(200):
         if not report.more:
             return MailboxSweepReport(instances=instances, gone=gone, unread=unread)
         report = await mailbox.sweep(limit=limit)
-        instances, gone, unread = instances + report.instances, gone + report.gone, unread + report.unread
+        instances += report.instances
+        gone.update(report.gone)
+        unread.update(report.unread)
     raise AssertionError("a sweep has no end")
 
 

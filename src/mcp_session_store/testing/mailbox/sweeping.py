@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from mcp_session_store.mailbox import INSTANCE_KEPT, MESSAGE_LIFETIME, MailboxSweepReport
+from mcp_session_store.mailbox import INSTANCE_KEPT, MESSAGE_LIFETIME, MESSAGES_KEPT, MailboxSweepReport, MessageKind
 from mcp_session_store.testing.factories import new_message, new_presence
 from mcp_session_store.testing.mailbox.suite import (
     MailboxSuite,
@@ -38,7 +39,7 @@ class Sweeping(MailboxSuite):
         await self.age_messages(mailbox, MESSAGE_LIFETIME + 5 * SECOND)
         await mailbox.post([new_message(3, recipient=2, sender=1)])
         assert await mailbox.beat(new_presence(2, instance=reader))
-        assert await sweep_messages(mailbox) == MailboxSweepReport(unread=2)
+        assert await sweep_messages(mailbox) == MailboxSweepReport(unread={MessageKind.ANSWER: 2})
         assert await peek(mailbox, 2) == [(1, 3)]
 
     async def test_a_sweep_leaves_what_an_instance_without_heartbeats_could_not_read(self, mailbox: Mailbox) -> None:
@@ -62,8 +63,25 @@ class Sweeping(MailboxSuite):
         assert await peek(mailbox, 2) == []
         assert await peek(mailbox, 3) == [(1, 1)]
         assert await mailbox.beat(new_presence(4, instance=other))
-        assert await sweep_messages(mailbox) == MailboxSweepReport(gone=1)
+        assert await sweep_messages(mailbox) == MailboxSweepReport(gone={MessageKind.ANSWER: 1})
         assert await peek(mailbox, 3) == []
+
+    async def test_a_sweep_removes_what_waits_for_an_instance_that_is_silent_for_an_hour(
+        self, mailbox: Mailbox
+    ) -> None:
+        _, dead, silent = await run_instances(mailbox, 1, 2, 3)
+        await mailbox.post([new_message(1, recipient=None, sender=1, kind=MessageKind.CANCELLED)])
+        await mailbox.post([new_message(2, recipient=2, sender=1)])
+        await self.age_instance(mailbox, dead, MESSAGES_KEPT + timedelta(minutes=5))
+        await self.age_instance(mailbox, silent, MESSAGES_KEPT - timedelta(minutes=5))
+        removed = {MessageKind.ANSWER.value: 1, MessageKind.CANCELLED.value: 1}
+        assert await sweep_messages(mailbox) == MailboxSweepReport(gone=removed)
+        assert await peek(mailbox, 3) == [(1, 1)]
+        # It may come back all the same.
+        assert await mailbox.beat(new_presence(2, instance=dead))
+        await mailbox.post([new_message(3, recipient=2, sender=1)])
+        assert await sweep_messages(mailbox) == MailboxSweepReport()
+        assert await peek(mailbox, 2) == [(1, 3)]
 
     async def test_a_sweep_removes_instances_that_are_silent_for_a_day(self, mailbox: Mailbox) -> None:
         _, dead, silent = await run_instances(mailbox, 1, 2, 3)
@@ -71,7 +89,7 @@ class Sweeping(MailboxSuite):
         await self.age_instance(mailbox, dead, INSTANCE_KEPT + timedelta(hours=1))
         await self.age_instance(mailbox, silent, INSTANCE_KEPT - timedelta(hours=1))
         report = await sweep_messages(mailbox)
-        assert (report.instances, report.unread) == (1, 0)
+        assert (report.instances, report.unread) == (1, {})
         assert [running.number for running in await mailbox.instances()] == [1, 3]
         assert await peek(mailbox, 2) == []
 
@@ -84,9 +102,10 @@ class Sweeping(MailboxSuite):
             assert await mailbox.beat(new_presence(number, instance=instance))
         report = await mailbox.sweep(limit=4)
         assert report.more
-        assert report.gone + report.unread <= 8
+        assert report.gone.get(MessageKind.ANSWER, 0) + report.unread.get(MessageKind.ANSWER, 0) <= 8
         rest = await sweep_messages(mailbox, limit=4)
-        assert (report.gone + rest.gone, report.unread + rest.unread) == (10, 10)
+        removed = Counter(report.gone) + Counter(rest.gone), Counter(report.unread) + Counter(rest.unread)
+        assert removed == ({MessageKind.ANSWER: 10}, {MessageKind.ANSWER: 10})
         assert await peek(mailbox, 3) == [(1, 10)]
 
     async def test_several_that_sweep_at_once_remove_each_message_once(self, make_mailbox: MakeMailbox) -> None:
@@ -98,7 +117,7 @@ class Sweeping(MailboxSuite):
         removed = 0
         for _ in range(200):
             reports = await asyncio.gather(*(mailbox.sweep(limit=7) for mailbox in mailboxes))
-            removed += sum(report.unread for report in reports)
+            removed += sum(sum(report.unread.values()) for report in reports)
             if not any(report.unread or report.more for report in reports):
                 break
         assert removed == 60
