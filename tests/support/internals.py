@@ -112,7 +112,7 @@ def waits_of(pool: PoolOfEngine) -> int:
 
 async def trim_waiting(log: SqlEventLog, key: UUID) -> None:
     """Remove events of a session that is over its bounds, as an append does: waiting for other transactions."""
-    await log._do(lambda attempt: log._trimming.trim(attempt, [key], limit=10, wait=True))
+    await log._chores.run(lambda attempt: log._trimming.trim(attempt, [key], limit=10, wait=True))
 
 
 # Of the adapter

@@ -7,24 +7,23 @@ import math
 import time
 from collections import deque
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from mcp_session_store import telemetry
-from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreBusy, StoreClosed
+from mcp_session_store.errors import InvalidValue, StoreBusy, StoreClosed
 from mcp_session_store.sql.database import spawn
+from mcp_session_store.sql.failures import error_of_one_call
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from mcp_session_store.sql.database import Attempt, Database, Lease
 
-__all__ = ["Batcher", "Call", "make_contact", "run_each"]
-
-Call: TypeAlias = "Callable[[Attempt], Awaitable[Any]]"
-"""Piece of work of its own, for a batcher that runs such."""
+__all__ = ["Batcher", "Lane"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+_T = TypeVar("_T")
 
 MAX_BATCH: Final = 500
 """Number of items that share a statement at most."""
@@ -252,21 +251,30 @@ def _fail_all(batch: dict[asyncio.Future[_Result], _Item], error: Exception) -> 
 
 
 def _fail(future: asyncio.Future[_Result], error: Exception) -> None:
-    if future.done():
-        return
-    if isinstance(error, SessionStoreError):
-        # One for each call, because an error that several tasks raise collects the tracebacks of all.
-        copy = type(error)(*error.args)
-        copy.__cause__ = error.__cause__
-        error = copy
-    future.set_exception(error)
+    if not future.done():
+        future.set_exception(error_of_one_call(error))
 
 
-async def make_contact(attempt: Attempt) -> None:
-    """Call that only shows that the database answers."""
-    await attempt.connection.exec_driver_sql("SELECT 1")
+class Lane(Batcher["Callable[[Attempt], Awaitable[Any]]", Any]):
+    """Runs calls of several kinds, each with statements of its own, one after the other.
+
+    Args:
+        database: See `Batcher`.
+        of: See `Batcher`.
+        writes: Whether a call may change anything.
+    """
+
+    def __init__(self, database: Database, of: Mapping[str, str], *, writes: bool) -> None:
+        super().__init__(database, _run_each, of, writes=writes, max_batch=1)
+
+    async def run(self, call: Callable[[Attempt], Awaitable[_T]]) -> _T:
+        """Run a call when those before it are done, and return its result.
+
+        Raises:
+            SessionStoreError: See `submit`.
+        """
+        return cast("_T", await self.submit(call))
 
 
-async def run_each(attempt: Attempt, calls: Sequence[Call]) -> list[Any]:
-    """Run calls one after the other."""
+async def _run_each(attempt: Attempt, calls: Sequence[Callable[[Attempt], Awaitable[Any]]]) -> list[Any]:
     return [await call(attempt) for call in calls]

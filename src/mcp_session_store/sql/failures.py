@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import exc
 
-from mcp_session_store.errors import StoreMisconfigured, StoreUnavailable
+from mcp_session_store.errors import SessionStoreError, StoreMisconfigured, StoreUnavailable
 from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.shown import secrets_of
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
-__all__ = ["cannot_serve", "failure_kind", "hide_secrets", "misconfiguration", "summary_of"]
+__all__ = ["cannot_serve", "error_of_one_call", "failure_kind", "hide_secrets", "misconfiguration", "summary_of"]
 
 
 def failure_kind(error: Exception, dialect: Dialect) -> FailureKind | None:
@@ -63,6 +63,18 @@ def cannot_serve(url: URL, shown_url: str, error: Exception, dialect: Dialect) -
     if (reason := misconfiguration(url, error, dialect)) is not None:
         return StoreMisconfigured(f"the database {shown_url} cannot be used: {reason}")
     return StoreUnavailable(f"the database {shown_url} cannot serve now: {summary_of(error, dialect)}")
+
+
+def error_of_one_call(error: Exception) -> Exception:
+    """Return a copy of our own error for one of the calls that failed by it.
+
+    An error that several tasks raise collects the tracebacks of all.
+    """
+    if not isinstance(error, SessionStoreError):
+        return error
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
 
 
 def misconfiguration(url: URL, error: Exception, dialect: Dialect) -> str | None:

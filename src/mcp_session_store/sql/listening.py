@@ -12,11 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from mcp_session_store.errors import SessionStoreError, StoreClosed, StoreUnavailable
+from mcp_session_store.errors import StoreClosed, StoreUnavailable
 from mcp_session_store.sql.database import spawn
 from mcp_session_store.sql.dialects.channel import NotificationChannel
 from mcp_session_store.sql.dialects.dialect import FailureKind
-from mcp_session_store.sql.failures import failure_kind, summary_of
+from mcp_session_store.sql.failures import error_of_one_call, failure_kind, summary_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Coroutine
@@ -224,7 +224,7 @@ class Listening:
         if self._run is run:
             self._run = None
             for subscription in self._subscriptions:
-                subscription.end(_of_each(error))
+                subscription.end(error_of_one_call(error))
             self._subscriptions.clear()
 
     async def _listen_until_lost(self, run: _Run) -> None:
@@ -388,15 +388,6 @@ def _keys(payload: str) -> list[UUID] | None:
 
 def _closed() -> StoreClosed:
     return StoreClosed("the session store was closed")
-
-
-def _of_each(error: Exception) -> Exception:
-    """Return a copy for one call, because an error that several tasks raise collects the tracebacks of all."""
-    if not isinstance(error, SessionStoreError):
-        return error
-    copy = type(error)(*error.args)
-    copy.__cause__ = error.__cause__
-    return copy
 
 
 async def _answers(attempt: Attempt) -> None:

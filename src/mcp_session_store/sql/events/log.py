@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final
 
 from mcp_session_store import telemetry
 from mcp_session_store.errors import EventTooLarge
@@ -14,7 +13,7 @@ from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, LARGE_APP
 from mcp_session_store.records import check_texts, checked_size
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT
-from mcp_session_store.sql.batching import Batcher, Call, make_contact, run_each
+from mcp_session_store.sql.batching import Batcher, Lane
 from mcp_session_store.sql.engine import url_of
 from mcp_session_store.sql.events.append import Append, EventWriter
 from mcp_session_store.sql.events.read import EventReader, Read
@@ -23,12 +22,11 @@ from mcp_session_store.sql.events.trim import EventTrimming, logs_per_step
 from mcp_session_store.sql.failures import hide_secrets, summary_of
 from mcp_session_store.sql.notifications import EVENT_CHANNEL
 from mcp_session_store.sql.schema.tables import privileges_for_events
-from mcp_session_store.sql.sessions.beside import database_at
-from mcp_session_store.sql.sessions.store import SqlSessionStore
+from mcp_session_store.sql.sessions.beside import BesideStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, check_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from uuid import UUID
 
     from sqlalchemy.engine import URL
@@ -37,19 +35,18 @@ if TYPE_CHECKING:
     from mcp_session_store.records import EventPage, NewEvent
     from mcp_session_store.retention import EventPolicy
     from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.sessions.store import SqlSessionStore
     from mcp_session_store.store import SessionStore
 
 __all__ = ["SqlEventLog"]
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
 KEYS_SHOWN: Final = 5
 """Keys of sessions that one log record names at most."""
 
 
-class SqlEventLog(EventLog):
+class SqlEventLog(BesideStore, EventLog):
     """Events in Postgres or SQLite, shared by any number of processes.
 
     Events of all sessions that are stored at once share a commit; a lone event is stored at once. All calls share the
@@ -81,10 +78,9 @@ class SqlEventLog(EventLog):
         pool_size: int | None = None,
         policy: EventPolicy | None = None,
     ) -> None:
-        super().__init__(policy=policy)
-        self._store = where if isinstance(where, SqlSessionStore) else None
-        self._owned = self._store is None
-        self._database, self._listener, self._namespace = database_at(
+        EventLog.__init__(self, policy=policy)
+        BesideStore.__init__(
+            self,
             where,
             namespace=namespace,
             schema=schema,
@@ -92,54 +88,25 @@ class SqlEventLog(EventLog):
             timeout=timeout,
             pool_size=pool_size,
         )
-        dialect, schema, namespace = self._database.dialect, self._database.schema, self._namespace
-        self._database.need(privileges_for_events(schema))
+        database, namespace = self._database, self._namespace
+        dialect, schema = database.dialect, database.schema
+        database.need(privileges_for_events(schema))
         self._writer = EventWriter(dialect, schema=schema, namespace=namespace)
         self._reader = EventReader(dialect, schema=schema, namespace=namespace)
         self._tail = LogTail(dialect, schema=schema, namespace=namespace)
         self._trimming = EventTrimming(dialect, schema=schema, namespace=namespace, policy=self.policy)
         of = partial(telemetry.of_operation, namespace)
         self._appends, self._large_appends = (
-            Batcher(
-                self._database,
-                self._append_all,
-                of("append"),
-                writes=True,
-                weigh=attrgetter("size"),
-                patient=is_large,
-            )
+            Batcher(database, self._append_all, of("append"), writes=True, weigh=attrgetter("size"), patient=is_large)
             for is_large in (False, True)
         )
         # One call at a time, so that a page has its own timeout, and its memory is released as soon as it is sent.
-        self._pages: Batcher[Call, Any] = Batcher(self._database, run_each, of("read"), writes=False, max_batch=1)
+        self._pages = Lane(database, of("read"), writes=False)
         # Not behind the pages, because all followers wait for these, and calls before they begin.
-        self._heads = Batcher(self._database, self._tail.heads, of("heads"), writes=False)
-        self._reads: Batcher[Call, Any] = Batcher(
-            self._database, run_each, of("event_reads"), writes=False, max_batch=1
-        )
-        self._chores: Batcher[Call, Any] = Batcher(
-            self._database, run_each, of("event_chores"), writes=True, max_batch=1
-        )
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"
-
-    @property
-    def namespace(self) -> str:
-        return self._namespace
-
-    def is_of(self, store: SessionStore) -> bool:
-        return store is self._store
-
-    async def open(self) -> None:
-        if self._owned:
-            self._database.reopen()
-        await self._reads.submit(make_contact)
-
-    async def aclose(self) -> None:
-        if self._owned:
-            self._database.close_to_calls()
-        batchers: tuple[Batcher[Any, Any], ...] = (
+        self._heads = Batcher(database, self._tail.heads, of("heads"), writes=False)
+        self._reads = Lane(database, of("event_reads"), writes=False)
+        self._chores = Lane(database, of("event_chores"), writes=True)
+        self._batchers = (
             self._appends,
             self._large_appends,
             self._pages,
@@ -147,9 +114,9 @@ class SqlEventLog(EventLog):
             self._reads,
             self._chores,
         )
-        await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
-        if self._owned:
-            await self._database.aclose()
+
+    def is_of(self, store: SessionStore) -> bool:
+        return store is self._store
 
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
         check_keys(key)
@@ -179,8 +146,7 @@ class SqlEventLog(EventLog):
         check_keys(key)
         check_texts(stream=stream)
         wanted = Read(key, stream, after, limit)
-        page: EventPage | None = await self._pages.submit(lambda attempt: self._reader.page(attempt, wanted))
-        return page
+        return await self._pages.run(lambda attempt: self._reader.page(attempt, wanted))
 
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
         check_keys(*keys)
@@ -189,7 +155,7 @@ class SqlEventLog(EventLog):
     async def follow(self, keys: Collection[UUID]) -> None:
         check_keys(*keys)
         if keys and self._database.dialect.has_notifications:
-            await self._do(lambda attempt: self._tail.follow(attempt, keys))
+            await self._chores.run(lambda attempt: self._tail.follow(attempt, keys))
 
     async def listen(self, on_hint: Callable[[Collection[UUID] | None], None]) -> None:
         """See `EventLog.listen`. On Postgres it takes a connection; on SQLite there are no hints."""
@@ -197,21 +163,15 @@ class SqlEventLog(EventLog):
 
     async def sweep(self, *, limit: int = EVENT_SWEEP_LIMIT) -> EventSweepReport:
         logs = logs_per_step(limit)
-        due = await self._ask(lambda attempt: self._trimming.due(attempt, limit=logs))
+        due = await self._reads.run(lambda attempt: self._trimming.due(attempt, limit=logs))
         if not due:
             return EventSweepReport()
         each = max(1, limit // len(due))
-        trimmed = await self._do(lambda attempt: self._trimming.trim(attempt, due, limit=each, wait=False))
+        trimmed = await self._chores.run(lambda attempt: self._trimming.trim(attempt, due, limit=each, wait=False))
         # Logs whose events were dropped with a partition are only updated. Events that become too old meanwhile are
         # left to the next sweep.
         more = trimmed.more or (trimmed.logs > 0 and (len(due) == logs or not trimmed.removed))
         return EventSweepReport(removed=trimmed.removed, more=more, longest=trimmed.held_up)
-
-    async def _ask(self, call: Callable[[Attempt], Awaitable[_T]]) -> _T:
-        return cast("_T", await self._reads.submit(call))
-
-    async def _do(self, call: Callable[[Attempt], Awaitable[_T]]) -> _T:
-        return cast("_T", await self._chores.submit(call))
 
     async def _append_all(self, attempt: Attempt, appends: Sequence[Append]) -> list[int | None]:
         first, logs = await self._writer.append(attempt, appends)

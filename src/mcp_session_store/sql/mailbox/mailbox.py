@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING
 
 from mcp_session_store import telemetry
 from mcp_session_store.mailbox import (
@@ -19,20 +18,19 @@ from mcp_session_store.mailbox import (
 )
 from mcp_session_store.records import check_texts, instance_name
 from mcp_session_store.settings import DEFAULT_TIMEOUT
-from mcp_session_store.sql.batching import Batcher, Call, make_contact, run_each
+from mcp_session_store.sql.batching import Batcher, Lane
 from mcp_session_store.sql.dialects.channel import NotificationChannel
 from mcp_session_store.sql.mailbox.instances import Instances
 from mcp_session_store.sql.mailbox.post import Post, PostStatements
-from mcp_session_store.sql.mailbox.receive import Receive, Received, ReceiveStatements
+from mcp_session_store.sql.mailbox.receive import Receive, ReceiveStatements
 from mcp_session_store.sql.mailbox.sweep import MessageSweep
 from mcp_session_store.sql.notifications import MAIL_CHANNELS
 from mcp_session_store.sql.schema.tables import privileges_for_mailbox
-from mcp_session_store.sql.sessions.beside import database_at
-from mcp_session_store.sql.sessions.store import SqlSessionStore
+from mcp_session_store.sql.sessions.beside import BesideStore
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -40,13 +38,12 @@ if TYPE_CHECKING:
     from mcp_session_store.mailbox import MessagePage, NewMessage, Presence, RunningInstance
     from mcp_session_store.records import Heartbeat
     from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.sessions.store import SqlSessionStore
 
 __all__ = ["SqlMailbox"]
 
-_T = TypeVar("_T")
 
-
-class SqlMailbox(Mailbox):
+class SqlMailbox(BesideStore, Mailbox):
     """Messages between instances in Postgres or SQLite, shared by any number of processes.
 
     Messages that are posted at once share a commit. All calls share the connections of the store, the one
@@ -76,8 +73,7 @@ class SqlMailbox(Mailbox):
         timeout: float = DEFAULT_TIMEOUT,
         pool_size: int | None = None,
     ) -> None:
-        self._owned = not isinstance(where, SqlSessionStore)
-        self._database, self._listener, self._namespace = database_at(
+        super().__init__(
             where,
             namespace=namespace,
             schema=schema,
@@ -99,65 +95,36 @@ class SqlMailbox(Mailbox):
         # One lane for all that is posted, so that commits come in the order of the calls.
         self._posts = Batcher(database, self._posting.post, of("post"), writes=True, weigh=attrgetter("size"))
         # A lane for each, because on SQLite a receive that removes nothing waits for no writer.
-        self._receives: Batcher[Call, Any]
-        self._removals: Batcher[Call, Any]
-        self._receives, self._removals = (
-            Batcher(database, run_each, of("receive"), writes=writes, max_batch=1) for writes in (False, True)
-        )
-        self._looks: Batcher[Call, Any] = Batcher(database, run_each, of("instances"), writes=False, max_batch=1)
-        self._sweeps: Batcher[Call, Any] = Batcher(database, run_each, of("mailbox_sweep"), writes=True, max_batch=1)
+        self._receives = Lane(database, of("receive"), writes=False)
+        self._removals = Lane(database, of("receive"), writes=True)
+        self._reads = Lane(database, of("instances"), writes=False)
+        self._sweeps = Lane(database, of("mailbox_sweep"), writes=True)
         # Not behind others, because an instance that waits there is taken for dead.
-        self._beats: Batcher[Call, Any] = Batcher(database, run_each, of("beat"), writes=True, max_batch=1)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._database.shown_url} namespace={self._namespace!r}>"
-
-    @property
-    def namespace(self) -> str:
-        return self._namespace
+        self._beats = Lane(database, of("beat"), writes=True)
+        self._batchers = (self._posts, self._receives, self._removals, self._reads, self._sweeps, self._beats)
 
     @property
     def hears(self) -> bool:
         return self._listener.hears
 
-    async def open(self) -> None:
-        if self._owned:
-            self._database.reopen()
-        await self._looks.submit(make_contact)
-
-    async def aclose(self) -> None:
-        if self._owned:
-            self._database.close_to_calls()
-        batchers: tuple[Batcher[Any, Any], ...] = (
-            self._posts,
-            self._receives,
-            self._removals,
-            self._looks,
-            self._sweeps,
-            self._beats,
-        )
-        await asyncio.gather(self._listener.aclose(), *(batcher.aclose() for batcher in batchers))
-        if self._owned:
-            await self._database.aclose()
-
     async def beat(self, presence: Presence) -> bool:
         check_presence(presence)
         held = presence.held and self._listener.holds(instance_name(presence.instance))
-        return await self._do(self._beats, lambda attempt: self._instances.beat(attempt, presence, held=held))
+        return await self._beats.run(lambda attempt: self._instances.beat(attempt, presence, held=held))
 
     async def retire(self, instance: str) -> None:
         check_texts(instance=instance)
-        await self._do(self._beats, lambda attempt: self._instances.remove(attempt, instance_name(instance)))
+        await self._beats.run(lambda attempt: self._instances.remove(attempt, instance_name(instance)))
 
     async def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
         for name in names:
             check_texts(instance=name)
         if not names:
             return {}
-        return await self._do(self._looks, lambda attempt: self._instances.last_beats(attempt, names))
+        return await self._reads.run(lambda attempt: self._instances.last_beats(attempt, names))
 
     async def instances(self) -> Sequence[RunningInstance]:
-        return await self._do(self._looks, self._instances.running)
+        return await self._reads.run(self._instances.running)
 
     async def post(self, messages: Sequence[NewMessage]) -> set[int]:
         check_messages(messages)
@@ -170,10 +137,8 @@ class SqlMailbox(Mailbox):
         read = {**delivered, **{sender: max(unknown[sender], delivered.get(sender, -1)) for sender in unknown}}
         wanted = Receive(recipient, read, dict(removed), limit)
         removes = bool(wanted.to_remove())
-        received: Received = await self._do(
-            self._removals if removes else self._receives,
-            lambda attempt: self._reading.receive(attempt, wanted, removes=removes),
-        )
+        lane = self._removals if removes else self._receives
+        received = await lane.run(lambda attempt: self._reading.receive(attempt, wanted, removes=removes))
         for sender, sequence in read.items():
             removed[sender] = max(sequence, removed.get(sender, -1))
         unknown |= received.unknown
@@ -198,7 +163,7 @@ class SqlMailbox(Mailbox):
         await self._listener.listen(channel, lambda _: on_hint(), name=name, on_held=on_held)
 
     async def sweep(self, *, limit: int = MESSAGE_SWEEP_LIMIT) -> MailboxSweepReport:
-        return await self._do(self._sweeps, lambda attempt: self._sweep(attempt, limit))
+        return await self._sweeps.run(lambda attempt: self._sweep(attempt, limit))
 
     async def _sweep(self, attempt: Attempt, limit: int) -> MailboxSweepReport:
         instances = await self._instances.remove_silent(attempt, INSTANCE_KEPT)
@@ -206,10 +171,6 @@ class SqlMailbox(Mailbox):
         return MailboxSweepReport(
             instances=instances, gone=gone, unread=unread, more=limit in (gone.total(), unread.total())
         )
-
-    @staticmethod
-    async def _do(batcher: Batcher[Call, Any], call: Callable[[Attempt], Awaitable[_T]]) -> _T:
-        return cast("_T", await batcher.submit(call))
 
 
 def _bytes_of(body: str) -> int:
