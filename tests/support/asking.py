@@ -10,7 +10,8 @@ from mcp.shared.message import ServerMessageMetadata
 from tests.support.instances import Notes
 
 if TYPE_CHECKING:
-    from tests.support.instances import RequestContext
+    from tests.support.asgi import Client, Exchange
+    from tests.support.instances import Instance, RequestContext
 
 
 class Asking(Notes):
@@ -53,6 +54,25 @@ class Asking(Notes):
 
     async def _handle_roots_changed(self, _ctx: RequestContext, _params: types.NotificationParams) -> None:
         self.roots_changed += 1
+
+
+async def asked(
+    one: Instance, other: Instance, tool: str = "ask", *, resident: bool = False
+) -> tuple[Client, Exchange, dict[str, Any]]:
+    """Have one instance ask a client within a call, and return the client on another one, the call, and the question.
+
+    Args:
+        one: Instance with an `Asking` server, which opens the session.
+        other: Another instance on the same sessions.
+        tool: Tool that asks.
+        resident: Whether the session is in the memory of the other instance, too.
+    """
+    client = one.client()
+    elsewhere = other.client(await client.begin())
+    if resident:
+        assert (await elsewhere.ping()).status == 200
+    call = client.open_call(tool)
+    return elsewhere, call, await call.next()
 
 
 def roots(name: str) -> dict[str, Any]:

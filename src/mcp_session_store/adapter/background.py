@@ -49,12 +49,14 @@ class Wake:
         """Let the task run soon."""
         self._event.set()
 
-    async def wait(self, seconds: float) -> None:
-        """Wait until woken, but no longer than this many seconds."""
+    async def wait(self, seconds: float) -> bool:
+        """Wait until woken, but no longer than this many seconds; return whether it was woken."""
         with anyio.move_on_after(seconds):
             await self._event.wait()
             await anyio.sleep(self._gathering)
+        is_woken = self._event.is_set()
         self._event = anyio.Event()
+        return is_woken
 
 
 async def run_every(

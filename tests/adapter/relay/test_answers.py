@@ -13,7 +13,7 @@ from mcp_session_store import session_key
 from mcp_session_store.adapter.question_ids import number_of
 from mcp_session_store.adapter.relay import inbox as inbox_module
 from tests.support.asgi import seen_by_a_client, until
-from tests.support.asking import Asking, roots, text_of
+from tests.support.asking import Asking, asked, roots, text_of
 from tests.support.instances import instance, principal
 from tests.support.internals import (
     instances_of,
@@ -58,7 +58,7 @@ async def test_an_answer_reaches_the_copy_that_asked_from_an_instance_that_has_n
         assert session_key(session_id) in unreported_in(other.manager)
 
 
-async def test_an_answer_with_an_error_does_too_and_one_whose_id_came_back_as_a_text(
+async def test_an_error_and_an_answer_whose_id_came_back_as_a_text_reach_the_copy_that_asked(
     store: FaultyStore, mailbox: FaultyMailbox
 ) -> None:
     async with instance(store, Asking(), relay=mailbox) as one, instance(store, relay=mailbox) as other:
@@ -79,10 +79,7 @@ async def test_an_answer_that_comes_in_many_pieces_with_its_id_last_restores_not
     store: FaultyStore, mailbox: FaultyMailbox
 ) -> None:
     async with instance(store, Asking(), relay=mailbox) as one, instance(store, relay=mailbox) as other:
-        client = one.client()
-        elsewhere = other.client(await client.begin())
-        call = client.open_call("ask")
-        question = await call.next()
+        elsewhere, call, question = await asked(one, other)
         # More than is read before it is known whose session it is.
         body = json.dumps({"jsonrpc": "2.0", "result": roots("x" * 100_000), "id": question["id"]}).encode()
         first, rest = body[:70_000], body[70_000:]
@@ -97,10 +94,7 @@ async def test_a_body_that_ends_early_or_is_too_long_is_no_answer(store: FaultyS
         instance(store, Asking(), relay=mailbox) as one,
         instance(store, relay=mailbox, max_request_body_size=100_000) as other,
     ):
-        client = one.client()
-        elsewhere = other.client(await client.begin())
-        call = client.open_call("ask")
-        question = await call.next()
+        elsewhere, _, question = await asked(one, other)
         body = json.dumps({"jsonrpc": "2.0", "result": roots("x" * 120_000), "id": question["id"]}).encode()
         too_long = await elsewhere.open_parts(body[:70_000], body[70_000:110_000], body[110_000:]).answer()
         assert too_long.status == 413
@@ -113,7 +107,9 @@ async def test_a_body_that_ends_early_or_is_too_long_is_no_answer(store: FaultyS
 
 
 @pytest.mark.parametrize("body", [b'[{"jsonrpc":"2.0","id":1,"result":{}}]', b'{"id":1,"result":{}}', b'{"result"'])
-async def test_what_is_no_message_is_refused_as_before(store: FaultyStore, mailbox: FaultyMailbox, body: bytes) -> None:
+async def test_a_body_that_is_no_message_is_refused_as_by_the_copy_itself(
+    store: FaultyStore, mailbox: FaultyMailbox, body: bytes
+) -> None:
     async with instance(store, relay=mailbox) as one, instance(store, relay=mailbox) as other:
         client = one.client()
         session_id = await client.begin()

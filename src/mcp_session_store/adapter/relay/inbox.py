@@ -25,8 +25,9 @@ __all__ = ["Inbox"]
 
 BUSY_INTERVAL: Final = 0.15
 """Seconds between two reads where no hints of new messages arrive, while something may wait for one here."""
-IDLE_INTERVAL: Final = 6.0
-"""Seconds between two reads otherwise: all that an idle process asks comes to one statement a second."""
+IDLE_INTERVAL: Final = 15.0
+"""Seconds between two reads otherwise. By default heartbeats, each of which reads first, come more often. So an idle
+process asks less than one statement a second in all."""
 ASKED_FOR: Final = 300.0
 """Seconds for which a question that is asked outside of calls and streams may wait for its answer."""
 BEFORE_BEAT: Final = 5.0
@@ -34,10 +35,9 @@ BEFORE_BEAT: Final = 5.0
 GATHERED: Final = 4 * 1024**2
 """Bytes of bodies that are read before they are handed out, so that all that was posted by then is in order."""
 RECENT_SENDERS: Final = 64
-"""Number of senders of which the mailbox is told how far they were read, those heard of last. Each costs a statement on
-SQLite."""
+"""Number of senders whose messages a read names as read before, those heard of last. Each costs SQLite a statement."""
 KNOWN_SENDERS: Final = 100_000
-"""Number of senders of which it is remembered how far they were read."""
+"""Number of senders for which the highest sequence that was read is remembered."""
 
 
 class Inbox:
@@ -66,10 +66,12 @@ class Inbox:
         Memory and reader die together.
         """
         self._recent: dict[int, int] = {}
-        """Those of them that the mailbox is told."""
+        """Those of them that the next read names to the mailbox, which removes and leaves out what is up to them."""
         self.failing = False
         """Whether the mailbox did not answer the last read."""
         self._asked_at = -math.inf
+        self._read_at = -math.inf
+        """Moment of `clock` at which all was read last."""
         self.wake: Final = Wake(gathering=0)
         """Has the mailbox read at once."""
 
@@ -87,9 +89,14 @@ class Inbox:
         """
         while True:
             await self.read()
-            await self.wake.wait(self._pause() * random.uniform(0.7, 1.0))  # noqa: S311 - jitter
+            jitter = random.uniform(0.7, 1.0)  # noqa: S311
+            # From the last read on, which may be that of a heartbeat.
+            while (pause := self._read_at + self._interval * jitter - clock.now()) > 0:
+                if await self.wake.wait(pause):
+                    break
 
-    def _pause(self) -> float:
+    @property
+    def _interval(self) -> float:
         if self._mailbox.hears:
             return IDLE_INTERVAL
         waits = self._registry.busy or clock.now() < self._asked_at + ASKED_FOR
@@ -125,6 +132,8 @@ class Inbox:
                 # Not before one is entered, because another instance may have the number.
                 number = self._instances.entered
                 more = number is not None and await self._read_some(number)
+        if not more:
+            self._read_at = clock.now()
 
     async def _read_some(self, number: int) -> bool:
         """Read some pages, and hand out what is in them; return whether there may be more."""
