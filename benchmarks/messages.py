@@ -1,7 +1,7 @@
 """Messages between processes that do nothing else, by way of a mailbox on Postgres; `benchmarks.relay` runs it.
 
 Each process posts messages to the others at a steady rate, one call after the other, with what came due meanwhile, and
-reads its own when it is told of new ones. The time of a message is from the moment at which it was due.
+reads its own at a hint of new ones. The time of a message is from the moment at which it was due.
 """
 
 from __future__ import annotations

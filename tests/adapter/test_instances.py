@@ -220,7 +220,7 @@ async def test_a_store_that_is_not_ours_has_to_bring_its_mailbox(
     assert manager_of(notes).mailbox is store.mailbox
     with pytest.raises(ConfigurationError, match=r"FaultyStore.*give its Mailbox as relay"):
         durable_app(Notes().server, store, relay=True)
-    with pytest.raises(ConfigurationError, match=r"event_log needs a mailbox.*as relay"):
+    with pytest.raises(ConfigurationError, match=r"event_log needs a mailbox.*relay"):
         durable_app(Notes().server, store, events=log)
     # The environment speaks of many servers, and asks for nothing that would not be without it.
     monkeypatch.setenv("MCP_SESSION_STORE_RELAY", "true")
@@ -230,7 +230,7 @@ async def test_a_store_that_is_not_ours_has_to_bring_its_mailbox(
 
 
 @pytest.mark.parametrize("relay", [None, 1, "yes", MemoryMailbox])
-def test_what_cannot_be_a_relay_is_refused(relay: Any) -> None:
+def test_a_value_that_is_no_mailbox_is_refused_as_relay(relay: Any) -> None:
     with pytest.raises(ConfigurationError, match="relay must be"):
         durable_app(Notes().server, MemorySessionStore(), relay=relay)
 
@@ -242,7 +242,7 @@ def test_a_mailbox_belongs_to_the_store(store: FaultyStore) -> None:
         DurableSessionManager(Notes().server, store, mailbox=MemoryMailbox(MemorySessionStore(namespace="other")))
 
 
-async def test_a_manager_closes_the_mailbox_if_it_is_told_to(store: FaultyStore) -> None:
+async def test_a_manager_closes_the_mailbox_if_asked_to(store: FaultyStore) -> None:
     for close in (False, True):
         manager = DurableSessionManager(Notes().server, store, mailbox=store.mailbox, close_mailbox=close)
         async with manager.run():
@@ -281,7 +281,7 @@ async def test_a_server_that_shares_a_namespace_with_another_one_says_so_once(
         (("notes", "ledger"), "mine"),
     ],
 )
-async def test_no_other_servers_are_told_of(
+async def test_servers_that_share_nothing_or_have_no_name_are_not_warned_of(
     names: tuple[str, str], namespace: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = MemorySessionStore(namespace=namespace)
@@ -292,7 +292,7 @@ async def test_no_other_servers_are_told_of(
     assert warnings_of(caplog) == []
 
 
-async def test_a_server_that_has_gone_shares_nothing(
+async def test_a_server_that_is_silent_is_not_warned_of(
     store: FaultyStore, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two = (lone_instance(store.mailbox, f"one:1:0000000{n}", server=name) for n, name in enumerate(("a", "b")))

@@ -83,7 +83,9 @@ async def test_all_sessions_of_an_instance_ask_under_one_number_and_by_one_count
 
 
 @pytest.mark.parametrize("echoed", [int, str])
-async def test_the_answer_to_another_copys_question_answers_none_of_this_one(store: FaultyStore, echoed: type) -> None:
+async def test_the_answer_to_another_copys_question_answers_no_question_of_this_one(
+    store: FaultyStore, echoed: type
+) -> None:
     session_id = await open_session(store)
     async with instance(store, Asking().notes) as gone:
         earlier = await (await gone.client(session_id).get_stream()).next()
@@ -178,7 +180,9 @@ class Supplying:
 
 
 @pytest.mark.parametrize("request_id", [7, "7", "of the application"])
-async def test_ids_and_tokens_of_the_application_are_its_own_affair(store: FaultyStore, request_id: int | str) -> None:
+async def test_ids_and_tokens_of_the_application_come_back_as_it_gave_them(
+    store: FaultyStore, request_id: int | str
+) -> None:
     supplying = Supplying(request_id)
     async with instance(store, supplying.notes) as one:
         client = one.client()
@@ -299,7 +303,9 @@ async def test_a_call_is_known_to_run_by_its_id_or_the_text_of_it(store: FaultyS
         ({}, None),
     ],
 )
-def test_the_number_in_an_id_is_told_from_all_else(request_id: object, number: int | None) -> None:
+def test_an_id_names_an_instance_only_where_an_instance_can_have_made_it(
+    request_id: object, number: int | None
+) -> None:
     assert number_of(request_id) == number
 
 

@@ -100,7 +100,7 @@ async def test_a_final_cause_that_comes_and_goes_is_logged_once(
         assert [level for level, _ in lines(caplog)] == ["ERROR", "WARNING"]
 
 
-async def test_a_server_that_lets_its_user_in_no_more_is_gone_on_with_when_it_does_again(
+async def test_an_instance_goes_on_when_the_database_lets_its_user_in_again(
     stoppable_postgres: PostgresServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with stoppable_postgres.database() as url:

@@ -196,7 +196,7 @@ def test_a_timeout_that_cannot_be_is_refused_by_name(sqlite_url: str) -> None:
         asyncio.run(migrate.check(sqlite_url, timeout="5"))  # type: ignore[arg-type]
 
 
-def test_a_host_that_is_silent_is_said_to_be_within_the_timeout(invoke: InvokeFunction) -> None:
+def test_a_silent_host_is_reported_within_the_timeout(invoke: InvokeFunction) -> None:
     # The kernel takes connections, and nothing answers: as behind a firewall that drops what comes.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"postgresql://user@127.0.0.1:{silent.getsockname()[1]}/database"

@@ -218,7 +218,7 @@ def test_a_file_that_cannot_be_used_fails_the_start(invoke: InvokeFunction, kind
                     assert "chmod" not in done.output or "is no SQLite database" in expected or "damaged" in expected
 
 
-def test_a_server_in_a_folder_that_may_not_be_entered_is_told_as_one_that_is_not_there(invoke: InvokeFunction) -> None:
+def test_a_server_in_a_folder_that_may_not_be_entered_is_reported_as_missing(invoke: InvokeFunction) -> None:
     with TemporaryDirectory() as folder:
         Path(folder, "server.py").touch()
         Path(folder).chmod(0o600)
@@ -333,7 +333,7 @@ STRANGERS: dict[str, tuple[bytes, bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", STRANGERS)
-def test_a_server_that_is_no_postgres_is_told_what_it_is(invoke: InvokeFunction, kind: str) -> None:
+def test_a_server_that_is_no_postgres_is_named_by_its_protocol(invoke: InvokeFunction, kind: str) -> None:
     greeting, answer, expected = STRANGERS[kind]
 
     class Stranger(socketserver.BaseRequestHandler):

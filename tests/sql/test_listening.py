@@ -1,4 +1,4 @@
-"""What a store, an event log and a mailbox hear of one database arrives on one connection, whoever comes and goes."""
+"""A store, an event log and a mailbox hear of their database on one connection, whichever of them come and go."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ async def cancel(*tasks: asyncio.Task[None]) -> None:
     assert all(task.cancelled() for task in tasks)
 
 
-async def test_three_hear_on_one_connection(postgres_url: str) -> None:
+async def test_a_store_a_log_and_a_mailbox_hear_on_one_connection(postgres_url: str) -> None:
     async with trio(postgres_url) as three:
         listening = three.listen(*KINDS)
         await three.hear(*KINDS)

@@ -65,7 +65,7 @@ class Trial:
     Args:
         url: URL of a load balancer in front of processes of the server.
         notes: File of the server's notes.
-        dice: Says in which order what is tried.
+        dice: Decides the order of the calls.
         patience: Seconds that a call may take.
     """
 

@@ -74,7 +74,7 @@ def test_only_notifications_of_the_applications_own_can_be_named(named: Any) -> 
 
 
 @pytest.mark.anyio
-async def test_a_named_notification_reaches_every_copy_and_another_one_that_of_its_instance(
+async def test_a_named_notification_reaches_every_copy_and_any_other_that_of_its_instance_only(
     store: FaultyStore, mailbox: FaultyMailbox
 ) -> None:
     servers = [Notes(), Notes()]
@@ -119,7 +119,7 @@ async def test_messages_are_counted_by_kind_and_reason(store: FaultyStore, mailb
 
 
 @pytest.mark.anyio
-async def test_the_gone_instance_is_logged_once(
+async def test_messages_to_an_instance_that_is_gone_are_logged_once(
     store: FaultyStore, mailbox: FaultyMailbox, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="mcp_session_store.sessions")

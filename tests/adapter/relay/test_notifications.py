@@ -80,7 +80,9 @@ async def test_progress_arrives_before_the_answer_that_came_after_it_whichever_w
         assert other.residents == third.residents == 0
 
 
-async def test_an_answer_here_follows_progress_of_which_no_hint_has_come(store: FaultyStore) -> None:
+async def test_an_answer_posted_here_follows_progress_posted_elsewhere_of_which_no_hint_came(
+    store: FaultyStore,
+) -> None:
     mailbox, asking = FaultyMailbox(store.inner), Asking()
     async with instance(store, asking, relay=mailbox) as one, instance(store, relay=mailbox) as other:
         client = one.client()

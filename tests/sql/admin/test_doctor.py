@@ -312,7 +312,7 @@ async def test_a_folder_that_is_not_writable_is_a_failure(
     assert not verdicts(found, Verdict.SKIPPED)
 
 
-async def test_a_role_in_read_only_transactions_is_said_what_to_turn_off(postgres_url: str) -> None:
+async def test_a_role_in_read_only_transactions_fails_with_the_setting_to_turn_off(postgres_url: str) -> None:
     async with limited(postgres_url, limit=20) as url:
         role = make_url(url).username
         await execute(postgres_url, f"ALTER ROLE {role} SET default_transaction_read_only = on")

@@ -34,7 +34,7 @@ class Instances(MailboxSuite):
         assert await there.beat(new_presence(1, instance=f"host:1234:{names[0]}"))
         assert (await here.last_beats(names)).keys() == set(names[:2])
 
-    async def test_a_heartbeat_is_as_old_as_it_is(self, mailbox: Mailbox) -> None:
+    async def test_the_age_of_a_heartbeat_is_the_time_since_it(self, mailbox: Mailbox) -> None:
         early, late = new_presence(1), new_presence(2)
         names = [presence.instance.rpartition(":")[2] for presence in (early, late)]
         await mailbox.beat(early)

@@ -55,7 +55,7 @@ class Posting(MailboxSuite):
         await mailbox.post([new_message(0, recipient=2, sender=1, body=text)])
         assert [message.body for message in await read_all(mailbox, 2)] == [text]
 
-    async def test_a_message_is_as_old_as_it_is(self, mailbox: Mailbox) -> None:
+    async def test_the_age_of_a_message_is_the_time_since_its_post(self, mailbox: Mailbox) -> None:
         await run_instances(mailbox, 1, 2)
         await mailbox.post([new_message(1, recipient=2, sender=1)])
         await asyncio.sleep(0.05)
@@ -76,10 +76,10 @@ class Posting(MailboxSuite):
         assert places(await read_all(mailbox, 3)) == [(1, 1), (1, 2), (1, 4)]
         assert places(await read_all(mailbox, 1)) == []
 
-    async def test_nothing_is_posted(self, mailbox: Mailbox) -> None:
+    async def test_a_post_without_messages_is_allowed(self, mailbox: Mailbox) -> None:
         assert await mailbox.post([]) == set()
 
-    async def test_what_no_running_instance_has_the_number_for_is_not_stored(self, mailbox: Mailbox) -> None:
+    async def test_a_message_to_a_number_that_no_running_instance_has_is_not_stored(self, mailbox: Mailbox) -> None:
         _, stopped = await run_instances(mailbox, 1, 2)
         await run_instances(mailbox, 3, None)
         await mailbox.retire(stopped)
@@ -123,7 +123,7 @@ class Posting(MailboxSuite):
         for number in (1, 4):
             assert await peek(mailbox, number) == []
 
-    async def test_a_message_to_all_where_there_is_no_other_is_stored_for_none(self, mailbox: Mailbox) -> None:
+    async def test_a_message_to_all_where_there_is_no_other_is_not_stored(self, mailbox: Mailbox) -> None:
         await run_instances(mailbox, 1)
         assert await mailbox.post([new_message(1, recipient=None, sender=1)]) == set()
         assert await peek(mailbox, 1) == []

@@ -124,7 +124,7 @@ class Values(StoreSuite):
         assert await store.read_journal(session.key) == [JournalEntry(method="m", subject=text, params=text)]
 
     @pytest.mark.parametrize("key", ["a-session-id", "", None, 7, b"0" * 16], ids=repr)
-    async def test_a_key_that_is_none_is_refused_and_disturbs_no_other_call(
+    async def test_a_key_that_is_no_uuid_is_refused_and_disturbs_no_other_call(
         self, store: SessionStore, key: Any
     ) -> None:
         sessions = [await store.create(new_session()) for _ in range(3)]
