@@ -52,20 +52,19 @@ MESSAGE_PAGE_BYTES: Final = 1024**2
 """Most bytes of the bodies of a page, unless it has one message only."""
 
 MESSAGE_LIFETIME: Final = timedelta(minutes=1)
-"""How long a message is kept that its recipient could read and has not."""
+"""Time for which a message is kept that its recipient could read and has not read."""
 
 MESSAGE_SWEEP_LIMIT: Final = 1000
 """Most messages that one step of a sweep removes, unless `limit` is given."""
 
-
 INSTANCE_KEPT: Final = timedelta(days=1)
-"""How long an instance is kept after its last heartbeat."""
+"""Time for which an instance is kept after its last heartbeat."""
 
 MESSAGES_KEPT: Final = timedelta(hours=1)
 """How long after the last heartbeat of an instance its messages are kept, because it may be cut off and come back."""
 
 SILENT_AFTER: Final = timedelta(minutes=5)
-"""How long after its last heartbeat an instance is sent no more messages."""
+"""Time after its last heartbeat from which on an instance is sent no messages."""
 
 _MAX_SEQUENCE: Final = 2**63 - 1
 
@@ -92,7 +91,7 @@ class Presence:
     number: int | None = None
     """Number under which it is sent messages, from 1 to `MAX_NUMBER`; `None`: it is sent none."""
     held: bool = True
-    """Whether to record that it holds what `Mailbox.listen` holds for it. One that is about to release it says no."""
+    """Whether to record that it holds what `Mailbox.listen` holds for it; false when it is about to release that."""
     server: str = ""
     """Name of the server that it runs."""
     version: str = ""

@@ -268,7 +268,7 @@ class WorkerNotStarted(Exception):
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield what returns whether this process was told to stop within the block."""
+    """Yield a function that returns whether a signal to stop has come within the block."""
     # Beside the handlers, which uvicorn sets itself.
     reader, writer = socket.socketpair()
     with reader, writer:
@@ -288,16 +288,17 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 def set_up_logs(level: str | None) -> None:
-    """Set up the logs of uvicorn and this package as uvicorn will once more, so that nothing before looks otherwise."""
+    """Set up the logs of uvicorn and this package before uvicorn does the same, so that earlier lines look alike."""
     if level is not None:
         logging.config.dictConfig(_log_config(level))
 
 
 @contextlib.contextmanager
 def first_line_first() -> Iterator[None]:
-    """Hold back what this package logs within a block: until a warning, or its end.
+    """Hold back what this package logs within a block, until a warning comes or the block ends.
 
-    Where the block fails after its first line, which says what is served, that is left out: the error says all.
+    Where the block fails and has logged its first line only, which says what is served, that line is left out, because
+    the error says all.
     """
     ours = logging.getLogger(_OUR_LOGGER)
     handlers = ours.handlers[:]

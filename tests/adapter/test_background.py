@@ -94,10 +94,11 @@ async def test_a_task_runs_at_intervals_that_differ_by_up_to_a_fifth(monkeypatch
     pauses: list[float] = []
 
     class Waits(Wake):
-        async def wait(self, seconds: float) -> None:
+        async def wait(self, seconds: float) -> bool:
             pauses.append(seconds)
             if len(pauses) == 200:
                 raise Stop
+            return False
 
     runs = 0
 

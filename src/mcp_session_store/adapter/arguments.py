@@ -43,8 +43,8 @@ def check_stores(store: object, event_log: object, event_store: object, mailbox:
     _check_namespace("event log", event_log, store, "events")
     if mailbox is None:
         raise ConfigurationError(
-            "event_log needs a mailbox, by which the end of an instance shows: give the SqlMailbox, MemoryMailbox or "
-            "Mailbox of your own that belongs to the same store as mailbox (of durable_app: as relay)"
+            "event_log needs a mailbox, which shows that an instance has died and its calls are lost: give as mailbox "
+            "(durable_app: relay) the SqlMailbox, MemoryMailbox or Mailbox of your own that belongs to the same store"
         )
 
 

@@ -206,9 +206,9 @@ class Drain:
             await anyio.sleep_forever()
 
     async def over(self) -> None:
-        """Wait until calls are over or out of time whose clients are away, where the server stops: it waits for none.
+        """When the server stops, wait for calls whose clients are away, until they are over or out of time.
 
-        Those clients come back for the answers, which the event log keeps.
+        uvicorn waits for open requests only. The clients come back for the answers, which the event log keeps.
         """
         if self._server is not None and _stops(self._server):
             if number := sum(map(_has_calls_of_away, self._registry)):

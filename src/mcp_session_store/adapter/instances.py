@@ -89,7 +89,7 @@ class Instances:
         instance: Id of this instance.
         server: Name of the server that it runs.
         dead_after: Time without a heartbeat after which an instance is considered dead and its calls lost.
-        relay: Whether it has a number for others, who then send it messages.
+        relay: Whether its heartbeats have its number, so that other instances send it messages.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Instances:
                 return
 
     def _renumber(self) -> None:
-        """Have the number entered that was drawn, and hints of messages come for it."""
+        """Enter the number that was drawn by a heartbeat, and listen for messages to it."""
         self.wake.set()
         if self._listening is not None:
             self._listening.cancel()
@@ -238,9 +238,9 @@ class Instances:
             self.on_hint()
 
     async def leave(self) -> None:
-        """Store that nothing is held any more, because the end of this instance's tasks releases it. Raises nothing.
+        """Store that nothing is held any more, before the end of this instance's tasks releases it. Raises nothing.
 
-        It is dead when it retires, after it has stored the last answers of its calls.
+        Others would take the release for its death. It retires later, when the last answers of its calls are stored.
         """
         self._leaving = True
         try:

@@ -86,7 +86,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         mailbox: Mailbox by which the instances that share the store know of each other; needed with `event_log`. The
             manager opens it when it starts to run.
         relay: Whether messages of clients reach the instance that they are for, whichever they are posted to. `False`:
-            the mailbox only tells which instances are running.
+            the mailbox only shows which instances are running.
         json_response: As for the SDK's manager.
         stateless: Refused: a stateless server has no sessions to store.
         security_settings: As for the SDK's manager. A request is checked before a session is restored.

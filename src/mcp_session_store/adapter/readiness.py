@@ -139,7 +139,7 @@ class Readiness:
 
         Args:
             store: The store, which is opened.
-            *steps: What is to be done with it before the instance serves.
+            *steps: Calls of it that must succeed before the instance serves.
 
         Raises:
             SessionStoreError: A final cause.

@@ -1,6 +1,6 @@
-"""Requests of clients without a session (2026-07-28 and later): a stop answers those that it does not let end.
+"""Requests of clients without a session (2026-07-28 and later): a stop answers those that are not over in time.
 
-They cost no query and no wait: the SDK serves them itself.
+The SDK serves them itself, without a query and without a wait.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ def instances(target: Target, *, as_json: bool) -> None:
     An instance is one process of a server. It says every few seconds that it runs, with its numbers of sessions in
     memory and of open streams; one that has stopped in order is not listed. It is silent when it has said nothing for
     longer than the time after which servers take it for dead (MCP_SESSION_STORE_INSTANCE_TIMEOUT, 30 s unless set), and
-    dead when its process has ended without a word; a day later it is removed. WAITING is the number of clients'
-    messages that other instances have taken for it and that it has not read. Instances of an older version say nothing
-    of their namespace, and are listed in each.
+    dead when its process was killed or has crashed; a day later it is removed. WAITING is the number of messages of
+    clients that other instances have accepted for it and that it has not read yet. Instances of an older version say
+    nothing of their namespace, and are listed in each.
     """
     silent_after = timedelta(seconds=InstanceSettings.from_environment().instance_timeout)
 

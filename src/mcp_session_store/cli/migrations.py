@@ -117,7 +117,7 @@ def current(url: str, schema: str | None) -> None:
     "--wait",
     type=DURATION_OR_SECONDS,
     metavar="SECONDS|DURATION",
-    help="Wait as long for a database that is away, or a file that is not there yet, and for its schema.",
+    help="Wait at most so long for a database that is away, a file that is not there yet, or a schema to be migrated.",
 )
 @json_option
 def check(target: Target, *, rows: bool, wait: timedelta | None, as_json: bool) -> None:

@@ -158,7 +158,7 @@ def _root_path(ctx: click.Context, parameter: click.Parameter, value: str) -> st
 @option(
     "--relay/--no-relay",
     default=None,
-    help="Pass clients' messages, such as answers and cancellations, to the process that they are for, or decline it.",
+    help="Pass clients' messages, as answers and cancellations, on to the process that they are for. On by default.",
 )
 @retention_options
 @option(

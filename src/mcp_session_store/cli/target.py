@@ -102,7 +102,7 @@ class Target:
         return SqlEventLog(store, policy=policy)
 
     def mailbox(self, store: SqlSessionStore | None = None) -> SqlMailbox:
-        """Return what knows the running instances, on the connections of a store where one is given."""
+        """Return the mailbox of the namespace, on the connections of a store where one is given."""
         from mcp_session_store.sql import SqlMailbox
 
         if store is not None:

@@ -1,4 +1,4 @@
-"""Hear the notifications of a database on one connection, and hold the locks of instances on it."""
+"""The one connection that listens to a database, and holds the locks of instances."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Subscription:
     held: bool = False
     """Whether the lock is held now."""
     task: asyncio.Task[None] | None = None
-    """Where no notifications arrive: what holds the lock."""
+    """Task that holds the lock, where the database has no notifications."""
 
     def hold(self) -> None:
         self.held = True

@@ -1,4 +1,4 @@
-"""What stores hear of notifications of changes: hints, which may be late, duplicated or lost."""
+"""Channels of notifications, and the part of the listening connection that a store, a log or a mailbox has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAIL_CHANNELS: Final = "mcp_session_mail_"
 
 
 class Listener:
-    """What one store, event log or mailbox hears of its database, on the connection that all of them share."""
+    """Listens for one store, event log or mailbox, on the connection that those of one database share."""
 
     def __init__(self, listening: Listening) -> None:
         self._listening = listening

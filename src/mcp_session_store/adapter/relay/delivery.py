@@ -48,7 +48,7 @@ SMALL: Final = 64 * 1024
 NO_COPY: Final = "no copy"
 """Reason to drop a message: its session is not in this instance's memory, or has left it meanwhile."""
 UNREADABLE: Final = "unreadable"
-"""Reason to drop a message: its body is no message of a client's."""
+"""Reason to drop a message: its body cannot be read as one."""
 TOO_MANY: Final = "too many waiting"
 """Reason to drop a message: the copy does not read the ones before it."""
 

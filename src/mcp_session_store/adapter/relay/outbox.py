@@ -50,7 +50,7 @@ REFUSALS: Final = 2
 """Number of times that a large message fails alone, with heartbeats that succeed in between, until it is given up: the
 messages of all other sessions wait behind it."""
 MAX_REPORTED: Final = 1000
-"""Number of instances that are gone after which they are logged again."""
+"""Number of instances whose absence is remembered as logged; beyond it, each is logged again."""
 RETRY_INTERVAL: Final = 0.25
 """Seconds between two tries to post the last messages when the manager stops."""
 
@@ -91,7 +91,7 @@ class Outgoing:
         self.message: NewMessage | None = None
         """The message as it was first given to the mailbox, and is given again."""
         self.accepted = False
-        """Whether its client was told that it is accepted, before the mailbox has answered."""
+        """Whether its client got 202 before the mailbox has answered."""
         self.is_over = False
         """Whether the mailbox has answered."""
         self.failure: Exception | None = None
@@ -127,7 +127,7 @@ class Outgoing:
 
 
 class Outbox:
-    """Posts messages to other instances, in the order in which they come.
+    """Posts messages to other instances, in the order of their arrival.
 
     A message is accepted when it is committed. While the store is away, those for sessions that are resident here are
     accepted into memory, because clients do not repeat an answer that is refused.
@@ -135,7 +135,7 @@ class Outbox:
     Args:
         instances: This instance, with its mailbox and its number.
         gate: Where requests wait for the store.
-        log: Log of the manager.
+        log: Counts and logs what becomes of messages.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class ServerLoop:
         session_id: Id of the session.
         transport: The SDK's transport, not connected yet.
         question_ids: Makes the ids of the copy's questions.
-        on_dropped: Called with what an answer or progress is that no question of this copy waits for.
+        on_dropped: Called with the kind of each message, answer or progress, that is for no open question of this copy.
     """
 
     __slots__ = (
@@ -207,7 +207,7 @@ class ServerLoop:
     def progressed(self, item: SessionMessage, message: JSONRPCNotification) -> SessionMessage | None:
         """Return progress of the client as the server reads it; `None`: no question has its token, and it is dropped.
 
-        A token that is a text of another kind than ids are is the application's own affair.
+        A token that cannot be an id of ours was chosen by the application, and goes to it as it is.
         """
         token = as_request_id((message.params or {}).get("progressToken"))
         if message.params is None or token is None:

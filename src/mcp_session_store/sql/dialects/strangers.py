@@ -1,4 +1,4 @@
-"""What answers at the address of a Postgres server and is none: found out, because the driver does not say."""
+"""Find out what answers at an address where no Postgres server is, because the driver does not say."""
 
 from __future__ import annotations
 

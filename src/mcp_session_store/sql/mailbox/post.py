@@ -73,7 +73,7 @@ class PostStatements:
             self._post = self._post_row_by_row
 
     def _store_statement(self) -> sa.Select[tuple[int]]:
-        """Build the statement that stores messages, notifies their recipients, and returns who of these is running."""
+        """Build the statement that stores messages, notifies their recipients, and returns which of those run."""
         posted, number = self._posted.c, self._instances.c.number
         is_for = sa.or_(number == posted.recipient, posted.recipient.is_(None)) & (number != posted.sender)
         values = {"recipient": number, **{name: posted[name] for name in _POSTED}, "created_at": StoreClock()}
