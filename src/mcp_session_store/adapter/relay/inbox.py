@@ -27,7 +27,7 @@ BUSY_INTERVAL: Final = 0.15
 """Seconds between two reads where no hints of new messages arrive, while something may wait for one here."""
 IDLE_INTERVAL: Final = 15.0
 """Seconds between two reads otherwise. By default heartbeats, each of which reads first, come more often. So an idle
-process asks less than one statement a second in all."""
+process sends about one statement a second in all."""
 ASKED_FOR: Final = 300.0
 """Seconds for which a question that is asked outside of calls and streams may wait for its answer."""
 BEFORE_BEAT: Final = 5.0

@@ -1,0 +1,127 @@
+"""The section of the README on connections: its numbers of statements are those of a process with nothing to do."""
+
+from __future__ import annotations
+
+import re
+from asyncio import selector_events
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from mcp_session_store import InstanceSettings
+from mcp_session_store.adapter.streams.sweeping import sweep_events
+from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.sql.listening import HEARTBEAT
+from tests.support.asgi import until
+from tests.support.databases import migrated
+from tests.support.instances import instance
+from tests.support.internals import changes_of, instances_of, sweep_store
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from mcp_session_store import DurableSessionManager
+
+SECTION = (
+    Path(__file__).parents[2].joinpath("README.md").read_text().partition("## Connections")[2].partition("\n## ")[0]
+)
+LONG = 36_000.0
+
+
+class Statements:
+    """Counts the statements sent to Postgres: each message is a letter, a length, and as many bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        send = selector_events._SelectorSocketTransport.write  # type: ignore[attr-defined]
+
+        def write(transport: object, data: bytes) -> None:
+            sent = bytes(data)
+            while sent[:1].isalpha():
+                self.count += sent[:1] in (b"E", b"Q")  # Execute, or Query
+                sent = sent[1 + int.from_bytes(sent[1:5], "big") :]
+            send(transport, data)
+
+        monkeypatch.setattr(selector_events._SelectorSocketTransport, "write", write)  # type: ignore[attr-defined]
+
+
+def number(text: str, *, events: bool) -> int:
+    """Return the first number of a text; with events, the one that is said to be with them, where there is one."""
+    with_events = re.search(r"with `events` (\d+)|(\d+) with `events`", text) if events else None
+    return int(next(filter(None, with_events.groups())) if with_events else re.findall(r"\d+", text)[0])
+
+
+def rows() -> dict[str, tuple[str, float, float]]:
+    """Return the rows of the table by their names: statements, and least and most seconds between two times."""
+    table = {}
+    for line in SECTION.splitlines():
+        if match := re.fullmatch(r"\| (.*) \| (.*) \| every ([\d.]+)(?: to ([\d.]+))? s\b.*\|", line):
+            name, statements, least, most = match.groups()
+            table[name.partition(",")[0].partition(" of the connection")[0]] = (
+                statements,
+                float(least),
+                float(most or least),
+            )
+    return table
+
+
+async def sweep(manager: DurableSessionManager) -> None:
+    """Sweep as the background tasks do."""
+    await sweep_store(manager)
+    await instances_of(manager).sweep()
+    if manager.event_log is not None:
+        await sweep_events(manager.event_log)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("events", [False, True])
+async def test_an_idle_process_asks_as_many_statements_as_the_readme_says(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, events: bool
+) -> None:
+    await migrated(postgres_url)
+    sent = Statements(monkeypatch)
+    counted = {}
+    async with (
+        SqlSessionStore(postgres_url, pool_size=1) as store,
+        # The background tasks do nothing, once they have begun.
+        instance(store, events=events, end_within=LONG, instance_timeout=LONG, sweep_interval=LONG) as one,
+    ):
+        manager = one.manager
+        await until(lambda: instances_of(manager).mailbox.hears and instances_of(manager).is_entered)
+        await anyio.sleep(0.3)
+        tasks: dict[str, Callable[[], Awaitable[None]]] = {
+            "changes of sessions": changes_of(manager).poll,
+            "heartbeat": instances_of(manager).beat,
+            "sweep": lambda: sweep(manager),
+        }
+        for name, work in tasks.items():
+            before = sent.count
+            await work()
+            counted[name] = sent.count - before
+        before = sent.count
+        await anyio.sleep(1.2)
+        assert sent.count == before
+    table = rows()
+    said = {name: number(statements, events=events) for name, (statements, _, _) in table.items()}
+    assert said == {**counted, "a sign of life": 1}
+    a_minute = sum(said[name] * 60 / ((least + most) / 2) for name, (_, least, most) in table.items())
+    total = re.search(r"some (\d+ statements a\s+minute, \d+ with `events`)", SECTION)
+    assert total
+    assert abs(a_minute - number(total[1], events=events)) <= 1
+
+
+def test_the_readme_says_how_often_an_idle_process_asks() -> None:
+    settings = InstanceSettings()
+    assert settings.sweep_interval is not None
+    longest = {
+        "changes of sessions": settings.end_within / 2,
+        "sweep": settings.sweep_interval,
+        "heartbeat": settings.instance_timeout / 3,
+    }
+    expected = {name: (0.8 * seconds, seconds) for name, seconds in longest.items()}
+    expected["a sign of life"] = (HEARTBEAT, HEARTBEAT)
+    assert {name: times for name, (_, *times) in rows().items()} == {
+        name: pytest.approx(list(times)) for name, times in expected.items()
+    }
