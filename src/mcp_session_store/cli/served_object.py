@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = ["served_object"]
+
+_MODULE: Final = re.compile(r"[^./\\:][^/\\:]*")
+"""Name of a module: neither a path, nor relative to a package, nor itself with an attribute."""
 
 
 def served_object(target: str, app_dir: str) -> Any:
@@ -35,7 +39,7 @@ def served_object(target: str, app_dir: str) -> Any:
     named, _, attributes = target.rpartition(":") if not target.endswith(".py") else (target, "", "")
     if named.endswith(".py"):
         module = _import_file(target, Path(app_dir, named), app_dir)
-    elif named and attributes:
+    elif _MODULE.fullmatch(named) and attributes:
         module = _import_module(named, app_dir)
     else:
         raise ConfigurationError(
