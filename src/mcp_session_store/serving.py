@@ -10,7 +10,7 @@ import logging.config
 import logging.handlers
 import signal
 import socket
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import anyio
 
@@ -41,12 +41,10 @@ __all__ = [
     "DEFAULT_PORT",
     "DEFAULT_SHUTDOWN_TIMEOUT",
     "WorkerNotStarted",
-    "announce",
     "first_line_first",
     "run_durable",
     "run_uvicorn",
     "served_app",
-    "set_up_logs",
 ]
 
 logger = logging.getLogger(__name__)
@@ -64,6 +62,7 @@ STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, getattr(signal, 
 """Signals that stop a server."""
 
 _OUR_LOGGER: Final = "mcp_session_store"
+_NEVER: Final = logging.CRITICAL + 1
 
 
 def run_durable(
@@ -121,19 +120,19 @@ def run_durable(
             "await uvicorn.Server(uvicorn.Config(app)).serve()"
         )
     _check_arguments(host, port, path, root_path, shutdown_timeout, log_level)
-    app = served_app(
-        server,
-        store,
-        host=host,
-        path=path,
-        allowed_hosts=allowed_hosts,
-        allowed_origins=allowed_origins,
-        json_response=json_response,
-        health_path=health_path,
-        **options,
-    )
-    set_up_logs(log_level)
-    announce(app, host, port)
+    with first_line_first(log_level) as announce:
+        app = served_app(
+            server,
+            store,
+            host=host,
+            path=path,
+            allowed_hosts=allowed_hosts,
+            allowed_origins=allowed_origins,
+            json_response=json_response,
+            health_path=health_path,
+            **options,
+        )
+        announce(app, host, port)
     run_uvicorn(
         app,
         host=host,
@@ -287,36 +286,50 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             signal.set_wakeup_fd(before)
 
 
-def set_up_logs(level: str | None) -> None:
-    """Set up the logs of uvicorn and this package before uvicorn does the same, so that earlier lines look alike."""
-    if level is not None:
-        logging.config.dictConfig(_log_config(level))
+class Announce(Protocol):
+    """Function that logs what is served: the first line that an operator wants to see."""
+
+    def __call__(self, app: Starlette, host: str, port: int, workers: int = 1) -> None: ...
 
 
 @contextlib.contextmanager
-def first_line_first() -> Iterator[None]:
-    """Hold back what this package logs within a block, until a warning comes or the block ends.
+def first_line_first(log_level: str | None) -> Iterator[Announce]:
+    """Set up the logs, and hold back what this package logs while an app is built and its store is asked.
 
-    Where the block fails and has logged its first line only, which says what is served, that line is left out, because
-    the error says all.
+    It yields the function that logs the first line. From then on a warning shows what is held, as the end of the block
+    does. Where the block fails, only warnings are shown, because the error says all else.
+
+    Args:
+        log_level: See `run_durable`.
     """
+    if log_level is None:
+        yield _announce
+        return
+    # As uvicorn will do once more, so that nothing before looks otherwise.
+    logging.config.dictConfig(_log_config(log_level))
     ours = logging.getLogger(_OUR_LOGGER)
     handlers = ours.handlers[:]
-    held = logging.handlers.MemoryHandler(100, logging.WARNING, target=handlers[0], flushOnClose=True)
+    held = logging.handlers.MemoryHandler(1000, _NEVER, target=handlers[0], flushOnClose=False)
     ours.handlers[:] = [held]
+
+    def announce(app: Starlette, host: str, port: int, workers: int = 1) -> None:
+        earlier, held.buffer = held.buffer, []
+        _announce(app, host, port, workers)
+        held.buffer += earlier
+        held.flushLevel = logging.WARNING
+
     try:
-        yield
+        yield announce
     except BaseException:
-        if len(held.buffer) == 1:
-            held.buffer.clear()
+        held.buffer = [record for record in held.buffer if record.levelno >= logging.WARNING]
         raise
     finally:
         ours.handlers[:] = handlers
+        held.flush()
         held.close()
 
 
-def announce(app: Starlette, host: str, port: int, workers: int = 1) -> None:
-    """Log what an operator wants to see at a start."""
+def _announce(app: Starlette, host: str, port: int, workers: int = 1) -> None:
     logger.info("%s, %d worker%s", _first_line(app, host, port), workers, "" if workers == 1 else "s")
 
 

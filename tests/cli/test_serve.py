@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import sys
 import uuid
@@ -250,6 +251,11 @@ def test_settings_of_workers_are_not_among_the_arguments_of_any_process(
     ("arguments", "named"),
     [
         (["tests.support.targets"], "MODULE:ATTRIBUTE"),
+        (["./server.py:server:x"], "give MODULE:ATTRIBUTE"),
+        (["./server:mcp"], "or FILE:ATTRIBUTE"),
+        (["notes:server:x"], "give MODULE:ATTRIBUTE"),
+        (["tests/support/targets:mcpserver"], "or FILE:ATTRIBUTE"),
+        ([".targets:mcpserver"], "give MODULE:ATTRIBUTE"),
         (["no_such_file.py:server"], "no_such_file.py"),
         (["no_such_module:server"], "'no_such_module'"),
         (["tests.support.no_such_module:server"], "'tests.support.no_such_module'"),
@@ -362,6 +368,12 @@ def test_a_factory_is_called_once_in_a_process(
     line, migrated = done.stderr.splitlines()
     assert migrated.startswith("INFO: ")
     assert "was migrated from nothing to" in migrated
+    # What is logged while the app is built comes behind the first line, and looks alike.
+    postgres = "postgresql://app@127.0.0.1:1/d?sslmode=disable&keepalives=1"
+    done = invoke(*arguments[:2], "--url", postgres)
+    first, left_out = done.stderr.splitlines()
+    assert "serving 'made'" in first
+    assert re.match("INFO: +the option keepalives of the database URL is left out", left_out)
     for part in ("'made'", "http://127.0.0.1:8000/mcp", "sqlite://", "sessions.db", "'default'", "1 worker"):
         assert part in line
 

@@ -231,13 +231,13 @@ def serve(
         given=frozenset(name for name in _OF_THE_DATABASE if _is_given(name)),
     )
     from mcp_session_store.adapter.starting import ask_store, final_cause
-    from mcp_session_store.serving import WorkerNotStarted, announce, first_line_first, run_uvicorn, set_up_logs
+    from mcp_session_store.serving import WorkerNotStarted, first_line_first, run_uvicorn
 
-    # Built here even if only workers will serve, so that what cannot work is said once, and before anything listens.
-    app = _build(settings)
-    set_up_logs(log_level)
     try:
-        with first_line_first():
+        with first_line_first(log_level) as announce:
+            # Built here even if only workers will serve, so that what cannot work is said once, and before anything
+            # listens.
+            app = _build(settings)
             announce(app, host, port, workers)
             # A new SQLite file is migrated here, too, because several workers would find it at once.
             run(ask_store(app))
