@@ -147,6 +147,11 @@ def test_a_role_that_may_not_upgrade_gets_the_command_for_one_that_may(
             texts += lines
         return texts
 
+    for schema, grant in (("app", "USAGE, CREATE ON SCHEMA app"), ("other", f"CREATE ON DATABASE {place.database}")):
+        barred = invoke("upgrade", "--url", url, "--schema", schema)
+        assert barred.exit_code == 1
+        assert "cannot be upgraded: the role may " in barred.stderr
+        assert barred.stderr.endswith(f"; take another role, or GRANT {grant} TO {role}\n")
     for text in answers("--schema", "app"):
         assert "the role may make no tables in the schema app; take another role, or " in text
         assert f"GRANT USAGE, CREATE ON SCHEMA app TO {role}" in text
@@ -156,6 +161,7 @@ def test_a_role_that_may_not_upgrade_gets_the_command_for_one_that_may(
     postgres.execute(postgres_url, "UPDATE app.mcp_session_version SET version_num = '1_0005_event_compression'")
     for text in answers("--schema", "app"):
         assert f"to upgrade is up to {owner}, the owner of the tables; take the role {owner}: with" in text
+    assert f"; take the role {owner}\n" in invoke("upgrade", "--url", url, "--schema", "app").stderr
     for text in answers("--schema", "other"):
         assert "the role may not make the schema other; take another role, or GRANT CREATE ON DATABASE" in text
     postgres.execute(postgres_url, f"ALTER ROLE {role} SET search_path = nowhere, nothere")

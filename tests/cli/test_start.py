@@ -237,6 +237,9 @@ def test_a_schema_that_does_not_fit_fails_the_start(invoke: InvokeFunction, post
     assert_start_fails(
         invoke, postgres_url, r"is at 1_0001_sessions, and 1_\w+ is needed; .*run: mcp-session-store upgrade"
     )
+    asyncio.run(migrate.upgrade(postgres_url))
+    execute(postgres_url, "ALTER TABLE mcp_session_journal RENAME TO kept")
+    assert_start_fails(invoke, postgres_url, r'not what is there .*"mcp_session_journal" does not exist\); put back')
     execute(postgres_url, "UPDATE mcp_session_version SET version_num = '2_0001_future'")
     assert_start_fails(invoke, postgres_url, r"is at 2_0001_future.*pip install --upgrade")
 
@@ -255,7 +258,8 @@ def test_what_postgres_refuses_for_good_fails_the_start(invoke: InvokeFunction, 
         poor = url.set(username=role, password=SECRET)
         assert_start_fails(invoke, shown(url.set(password=SECRET)), "refuses the user or the password; correct them")
         assert_start_fails(invoke, shown(url.set(database="absent")), "no such database; create it")
-        assert_start_fails(invoke, shown(poor), r"permission denied for table mcp_session_version\); grant it")
+        denied = r"permission denied for table mcp_session_version\); grant it; the command doctor lists all"
+        assert_start_fails(invoke, shown(poor), denied)
         execute(postgres_url, f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
         missing = "lacks privileges; run: GRANT INSERT, UPDATE, DELETE ON mcp_session TO"
         assert_start_fails(invoke, shown(poor), missing)
@@ -277,7 +281,10 @@ def test_what_postgres_refuses_for_good_fails_the_start(invoke: InvokeFunction, 
         assert_start_fails(invoke, shown(poor), "may use no schema of its search path; run: GRANT USAGE")
         execute(postgres_url, f"ALTER DATABASE {url.database} CONNECTION LIMIT 100")
         execute(postgres_url, f"REVOKE CONNECT ON DATABASE {url.database} FROM PUBLIC")
-        assert_start_fails(invoke, shown(poor), r"permission denied for database .*grant it")
+        denied = (
+            rf'permission denied for database "{url.database}"\); run: GRANT CONNECT ON DATABASE "{url.database}" TO'
+        )
+        assert_start_fails(invoke, shown(poor), denied)
         execute(postgres_url, f"ALTER ROLE {role} NOLOGIN")
         assert_start_fails(invoke, shown(poor), r"may not log in; run: ALTER ROLE name LOGIN")
 
@@ -351,6 +358,9 @@ def test_a_server_that_is_no_postgres_is_named_by_its_protocol(invoke: InvokeFun
             required = invoke("check", "--wait", "60", "--url", f"{url}?sslmode=require")
             assert required.exit_code == 1
             assert f"no Postgres server: {expected}" in required.stderr
+            # Then asyncpg is only cut off.
+            without_tls = invoke("check", "--wait", "60", "--url", f"{url}?sslmode=disable")
+            assert f"no Postgres server: {expected}" in without_tls.stderr
         finally:
             server.shutdown()
             thread.join()

@@ -62,6 +62,12 @@ def cannot_serve(url: URL, shown_url: str, error: Exception, dialect: Dialect) -
     """Return this package's error for a driver's that says nothing of the values of a call."""
     if (reason := misconfiguration(url, error, dialect)) is not None:
         return StoreMisconfigured(f"the database {shown_url} cannot be used: {reason}")
+    if failure_kind(error, dialect) is FailureKind.WRONG_SCHEMA:
+        # Where the revision does not fit, the check of the schema has said so.
+        return StoreMisconfigured(
+            f"the database {shown_url} cannot be used: its revision fits, but not what is there "
+            f"({summary_of(error, dialect)}); put back what was removed or renamed, or restore a backup"
+        )
     return StoreUnavailable(f"the database {shown_url} cannot serve now: {summary_of(error, dialect)}")
 
 

@@ -136,6 +136,16 @@ async def test_a_schema_that_does_not_fit(database_url: str, state: str) -> None
     assert set(TABLES.split()) <= verdicts(found, Verdict.SKIPPED)
 
 
+async def test_a_table_that_is_missing_although_the_revision_fits(database_url: str) -> None:
+    await migrated(database_url)
+    await execute(database_url, "ALTER TABLE mcp_session RENAME TO mcp_session_kept")
+    found = await looked(database_url)
+    assert found["schema"].verdict is Verdict.OK
+    assert verdicts(found, Verdict.FAIL) >= {"sessions", "rows"}
+    assert "its revision fits, but not what is there" in found["sessions"].found
+    assert "put back what was removed or renamed" in f"{found['sessions'].remedy}"
+
+
 async def test_without_a_connection_the_first_line_says_why_and_the_rest_is_not_looked_at() -> None:
     url = "postgresql://app:s3cret@127.0.0.1:1/db?sslmode=disable&keepalives=1&sslpassword=hidden"
     findings = [finding async for finding in examine(url)]

@@ -20,8 +20,10 @@ from mcp_session_store.sql.admin.session_list import SessionFilter, SessionList,
 from mcp_session_store.sql.database import DEFAULT_POOL_SIZE, Attempt
 from mcp_session_store.sql.dialects import checkup_of
 from mcp_session_store.sql.dialects.checkup import Finding, Verdict
+from mcp_session_store.sql.dialects.dialect import FailureKind
 from mcp_session_store.sql.dialects.functions import MOMENT
 from mcp_session_store.sql.engine import checked_url, make_engine_without_pool, refuse_absent, shown_command, shown_url
+from mcp_session_store.sql.failures import failure_kind
 from mcp_session_store.sql.mailbox.instances import Instances
 from mcp_session_store.sql.schema.tables import VERSION_TABLE, instances_table, make_tables, sessions_table
 from mcp_session_store.sql.schema.version import HEAD, advice_on, check_revision, is_empty, read_revision
@@ -159,6 +161,9 @@ class _Examination(Reader):
             translated = self.database.translate(raised)
             if not isinstance(translated, SessionStoreError):
                 raise
+            cause = raised.__cause__ if isinstance(raised.__cause__, Exception) else raised
+            if failure_kind(cause, self.database.dialect) is FailureKind.WRONG_SCHEMA:
+                return _failed(check, translated)
             error = translated
         if check != "connection":
             return _not_looked_at(check, "the schema does not fit" if isinstance(error, SchemaError) else str(error))

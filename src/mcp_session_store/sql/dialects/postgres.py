@@ -107,8 +107,8 @@ async def _connect(*arguments: Any, **options: Any) -> asyncpg.Connection:
     async def connect() -> asyncpg.Connection:
         try:
             return await asyncpg.connect(*arguments, **driver_arguments(options))
-        except ConnectionError as error:
-            await refuse_stranger(error)
+        except (ConnectionError, asyncpg.PostgresConnectionError) as error:
+            await refuse_stranger(error, options.get("host"), options.get("port", 5432))
             raise
 
     task = asyncio.get_running_loop().create_task(connect())

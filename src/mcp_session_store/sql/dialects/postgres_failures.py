@@ -66,6 +66,9 @@ _POOLER_TEXTS: Final = (
     ("endpoint could not be found", "the host names no endpoint of the provider; copy the URL from its console again"),
 )
 """What poolers say under other codes of a URL that cannot work."""
+_DENIED: Final = re.compile("permission denied for (schema|database) (.+)")
+_USES: Final = {"schema": "USAGE ON SCHEMA", "database": "CONNECT ON DATABASE"}
+"""Least privilege that lets a user in; where an upgrade needs more, it says so before it begins."""
 _QUOTED: Final = re.compile(r'(?:parameter "|startup parameter: |in options: )([A-Za-z_][\w.]*)')
 """Where the text of a server or of PgBouncer names a parameter; its value stands elsewhere, and is never shown."""
 
@@ -121,8 +124,7 @@ def _by_state(state: str, text: str, *, is_fatal: bool) -> str | None:
     if state == "42501":
         # The text names a table, a schema or a function.
         first = text.partition("\n")[0]
-        remedy = "use the role that owns it" if first.startswith("must be owner") else "grant it"
-        return f"the user lacks a privilege ({first}); {remedy}"
+        return f"the user lacks a privilege ({first}); {_remedy_of_denial(first)}"
     if (reason := next((reason for part, reason in _POOLER_TEXTS if part in text), None)) is not None:
         return reason
     parameter = _QUOTED.search(text)
@@ -131,6 +133,14 @@ def _by_state(state: str, text: str, *, is_fatal: bool) -> str | None:
         named = f" {parameter[1]!r}" if parameter else ""
         return f"the server does not take the parameter{named} that options in the URL set; correct or remove it"
     return None
+
+
+def _remedy_of_denial(text: str) -> str:
+    if text.startswith("must be owner"):
+        return "use the role that owns it"
+    if (place := _DENIED.fullmatch(text)) is not None:
+        return f"run: GRANT {_USES[place[1]]} {place[2]} TO the user"
+    return "grant it; the command doctor lists all that a server needs"
 
 
 def _is_fatal(error: BaseException) -> bool:

@@ -11,6 +11,8 @@ __all__ = ["NotPostgres", "refuse_stranger"]
 
 _REFUSAL: Final = re.compile(r'server at "(.+):(\d+)":? *(?:rejected SSL upgrade|server sent an error response)')
 """What asyncpg says when the answer to its request for TLS is not the expected one, or begins as that of an error."""
+_CUT_OFF: Final = "closed in the middle of operation"
+"""What asyncpg says where it did not ask for TLS, and the other end leaves."""
 _REQUEST: Final = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"
 """SSLRequest: "Message Formats" in the manual of Postgres. Its server answers by one byte."""
 _ANSWERS: Final = (b"S", b"N")
@@ -38,18 +40,27 @@ class NotPostgres(ConnectionError):
     """What answers is no Postgres server; the text says what it is, as far as that can be known."""
 
 
-async def refuse_stranger(error: ConnectionError) -> None:
-    """Ask once more for TLS where asyncpg got an answer that it did not understand.
+async def refuse_stranger(error: Exception, host: object, port: object) -> None:
+    """Ask once more for TLS where asyncpg got an answer that it did not understand, or was cut off.
+
+    Args:
+        error: What asyncpg says.
+        host: The host, where it is told of one alone; without TLS its error names none.
+        port: The port.
 
     Raises:
         NotPostgres: The answer is not one of a Postgres server.
     """
-    if (address := _REFUSAL.search(str(error))) is None:
+    if (named := _REFUSAL.search(str(error))) is not None:
+        address = named[1], int(named[2])
+    elif isinstance(host, str) and not host.startswith("/") and isinstance(port, int) and _CUT_OFF in str(error):
+        address = host, port
+    else:
         return
     answer = b""
     with contextlib.suppress(OSError):  # TimeoutError is one
         async with asyncio.timeout(_LOOK_FOR):
-            reader, writer = await asyncio.open_connection(address[1], int(address[2]))
+            reader, writer = await asyncio.open_connection(*address)
             try:
                 writer.write(_REQUEST)
                 answer = await reader.read(64)

@@ -38,7 +38,7 @@ from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_secr
 from mcp_session_store.sql.room import RETRY
 from mcp_session_store.sql.schema.quiet import without_steps_in_log
 from mcp_session_store.sql.schema.tables import VERSION_TABLE, make_tables, sessions_table
-from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision
+from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision, refuse_barred
 
 with without_steps_in_log():
     from alembic import command
@@ -99,6 +99,7 @@ async def upgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None 
             # Alembic would only say that it cannot find the revision.
             await check_schema(connection, schema)
             return
+        await refuse_barred(connection, schema, found)
     await _migrate(url_or_engine, schema, lambda config: command.upgrade(config, revision))
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from mcp_session_store.sql.dialects.dialect import Barred
+
 __all__ = [
     "HEAD",
     "advice_on",
@@ -28,6 +30,7 @@ __all__ = [
     "is_empty",
     "is_newer",
     "read_revision",
+    "refuse_barred",
 ]
 
 logger = logging.getLogger(__name__)
@@ -92,14 +95,31 @@ async def advice_on(connection: AsyncConnection, schema: str | None, revision: s
     """
     url = url_of(connection.engine)
     if revision is None or is_older(revision):
-        dialect = dialect_named(connection.dialect.name)
-        barred = await dialect.barred_from_upgrade(connection, schema, [*make_tables(schema).tables, VERSION_TABLE])
+        barred = await _barred_from_upgrade(connection, schema)
         if barred is not None and barred.hides:
             raise StoreMisconfigured(f"the database {shown_url(url)} cannot be used: {barred.reason}; {barred.remedy}")
         if barred is not None:
             reason = f"{barred.reason}; {barred.remedy}"
             return lambda command: f"{reason}: {shown_command(command, url, schema, as_another_user=True)}"
     return functools.partial(shown_command, url=url, schema=schema)
+
+
+async def refuse_barred(connection: AsyncConnection, schema: str | None, revision: str | None) -> None:
+    """Refuse to upgrade a schema that the user may not change.
+
+    Raises:
+        StoreMisconfigured: The user may not; the message says what to grant.
+    """
+    if revision is None or is_older(revision):
+        barred = await _barred_from_upgrade(connection, schema)
+        if barred is not None:
+            shown = shown_url(url_of(connection.engine))
+            raise StoreMisconfigured(f"the database {shown} cannot be upgraded: {barred.reason}; {barred.remedy}")
+
+
+async def _barred_from_upgrade(connection: AsyncConnection, schema: str | None) -> Barred | None:
+    dialect = dialect_named(connection.dialect.name)
+    return await dialect.barred_from_upgrade(connection, schema, [*make_tables(schema).tables, VERSION_TABLE])
 
 
 async def check_again(connection: AsyncConnection, schema: str | None) -> None:
