@@ -60,6 +60,9 @@ pytestmark = pytest.mark.anyio
         ("\t\r\npostgresql://host/db?sslmode=require\r\n\n", "postgresql+asyncpg://host/db?sslmode=require"),
         ("\u00a0postgres://host/db\u2028", "postgresql+asyncpg://host/db"),
         ("\fsqlite:////sessions.db \v", "sqlite+aiosqlite:////sessions.db"),
+        # As editors and web pages leave it.
+        ("\ufeffpostgresql://host/db\r\n", "postgresql+asyncpg://host/db"),
+        ("postgresql://host/db \u200b\n", "postgresql+asyncpg://host/db"),
         # As providers give them: Neon's pooler, Supabase's, Heroku's, Aiven's, Cloud SQL's, and Prisma's.
         (
             "postgresql://u:p@ep-a-pooler.aws.neon.tech/db?sslmode=require&channel_binding=prefer",
@@ -72,6 +75,23 @@ pytestmark = pytest.mark.anyio
             "&supa=base-pooler.x",
         ),
         ("postgres://u:p@host:25060/db?sslmode=require", "postgresql+asyncpg://u:p@host:25060/db?sslmode=require"),
+        (
+            "postgres://u:p@pg.aivencloud.com:12691/db?sslmode=require&uselibpqcompat=true&workaround=supabase-pooler",
+            "postgresql+asyncpg://u:p@pg.aivencloud.com:12691/db?sslmode=require&uselibpqcompat=true"
+            "&workaround=supabase-pooler",
+        ),
+        (
+            "postgresql://u:p@crdb.cockroachlabs.cloud:26257/db?sslmode=verify-full&options=--cluster%3Da-1",
+            "postgresql+asyncpg://u:p@crdb.cockroachlabs.cloud:26257/db?options=--cluster%3Da-1&sslmode=verify-full",
+        ),
+        (
+            "postgres://u:p@app-db.flycast:5432/app?sslmode=disable",
+            "postgresql+asyncpg://u:p@app-db.flycast:5432/app?sslmode=disable",
+        ),
+        (
+            "postgres://admin%40srv:p@srv.postgres.database.azure.com/postgres?sslmode=require",
+            "postgresql+asyncpg://admin%40srv:p@srv.postgres.database.azure.com/postgres?sslmode=require",
+        ),
         (
             "postgresql://u:p@/db?host=/cloudsql/p:r:i",
             "postgresql+asyncpg://u:p@/db?host=%2Fcloudsql%2Fp%3Ar%3Ai",
@@ -150,6 +170,23 @@ def test_a_relative_path_of_sqlite_is_made_absolute_when_it_is_read(
         ),
         ("postgresql://u:hunter2@host/db?gssencmode=require", "gssencmode='require' .* remove it"),
         ("postgresql://u:hunter2@host/db?schema=app", "option schema, .* --schema"),
+        ("postgresql://u:hunter2@host/db?currentSchema=app", "option currentSchema, .* options=-csearch_path"),
+        ("postgresql://u:hunter2@host/db?SSLMODE=require", "option SSLMODE, .*; write sslmode$"),
+        ("postgresql://u:hunter2@host/db?sslMode=require", "option sslMode, .*; write sslmode$"),
+        ("postgresql://u:hunter2@host/db?sslmode=require&amp;connect_timeout=3", "; write connect_timeout$"),
+        ("postgresql://u:hunter2@host/db?prepareThreshold=0", "option prepareThreshold, .* pgbouncer=true"),
+        ("postgresql://u:hunter2@host/db?statement_timeout=5000", "option statement_timeout, .*%3D30s, or remove it"),
+        ("postgresql://u:hunter2@host/db?pool_size=5&max_overflow=10", "option max_overflow, .* pool_size is"),
+        ("postgresql://u:hunter2@host/db?uselibpqcompat=false", "uselibpqcompat='false' .* write true"),
+        ("postgresql://u:hunter2@host/db?connect_timeout=30m", "connect_timeout='30m' .* whole number of 0"),
+        ("postgresql://u:hunter2@host/db?connect_timeout=1_000", "connect_timeout='1_000' .* whole number of 0"),
+        ("postgresql://u:hunter2@host/db?pool_size=\u221e", "pool_size='\u221e' .* whole number of 1"),
+        ("postgresql://u:hunter2@host/db # the database", "followed by a comment.* remove it"),
+        ("postgresql://u:hunter2@host/db?sslmode=require\t#prod", "followed by a comment.* remove it"),
+        ("sqlite:///sessions.db  # the database", "followed by a comment.* remove it"),
+        ("`postgresql://u:hunter2@host/db`", "in quotes"),
+        ("\u201cpostgresql://u:hunter2@host/db\u201d", "in quotes"),
+        ("postgresql://u:hunter2@host/db?passfile=~/.pgpass", "passfile='~/.pgpass' .* no such file"),
         ("postgresql://u:hunter2@host/db?search_path=app", "option search_path, .* options=-csearch_path"),
         ("postgresql://u:hunter2@/db?host=a,b&port=1,2,3", "hosts and ports .* cannot be read"),
         ("postgresql://u:hunter2@h1:hunter2,h2/db", "hosts and ports .* cannot be read"),

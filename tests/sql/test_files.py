@@ -11,6 +11,7 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
@@ -289,6 +290,24 @@ async def test_a_file_that_was_deleted_beneath_a_given_engine_is_away_as_well(tm
         assert not file.exists()
         (tmp_path / "kept.db").rename(file)
         assert await _knows(store, key)
+    await engine.dispose()
+
+
+async def test_a_name_of_a_given_engine_that_only_looks_like_a_uri_is_that_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Without the option uri SQLAlchemy takes the whole for a name.
+    engine = create_async_engine("sqlite+aiosqlite:///file:sessions.db")
+    async with SqlSessionStore(engine) as store:
+        key = await _stored(store)
+        assert await _knows(store, key)
+        assert database_of(store).shown_url == f"sqlite:///{quote(str(tmp_path))}/file%3Asessions.db"
+        assert (tmp_path / "file:sessions.db").exists()
+        await settled(store)
+        (tmp_path / "file:sessions.db").unlink()
+        with pytest.raises(StoreUnavailable, match=r"/file:sessions\.db', or its"):
+            await store.load(key)
     await engine.dispose()
 
 

@@ -51,6 +51,9 @@ UrlOrEngine: TypeAlias = str | URL | AsyncEngine
 """What names a database; an engine is the caller's to dispose."""
 
 _SYNONYMS: Final = {"postgres": "postgresql"}
+_INVISIBLE: Final = "\ufeff\u200b\u2060"
+"""Characters that editors and web pages leave around a text, and that are no white space."""
+_QUOTES: Final = tuple("'\"`\u201c\u201d\u2018\u2019")
 
 _MIGRATION_TIMEOUT: Final = 60.0
 """Seconds to connect, or to wait for SQLite's lock, because another process may be migrating."""
@@ -132,11 +135,12 @@ def _readable(text: str) -> str:
     Raises:
         ConfigurationError: The URL stands in quotes or on several lines, or a character of the password is not encoded.
     """
-    text = text.strip()
-    if text[:1] in ("'", '"'):
+    text = text.strip().strip(_INVISIBLE).strip()
+    if text[:1] in _QUOTES:
         raise ConfigurationError("the database URL stands in quotes, which are part of the value; remove them")
     scheme, separator, rest = text.partition("://")
     if not separator or scheme.startswith("sqlite"):
+        _refuse_comment(text)
         return text
     # RFC 3986, section 3.2: the authority ends at the first of these.
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
@@ -144,6 +148,7 @@ def _readable(text: str) -> str:
     others = rest[len(authority) :]
     if "@" in user or "@" in others:
         raise _unencoded()
+    _refuse_comment(others)
     if re.search(r"[\x00-\x1f\x7f]", text) or re.search(r"\s", hosts):
         raise ConfigurationError(
             "the database URL has a line's end, a tab or a blank within it; write it on one line, with %20 for a blank "
@@ -166,6 +171,14 @@ def _readable(text: str) -> str:
     else:
         options = urlencode([("host", f"{host}:{port}") for host, port in addresses])
     return f"{scheme}://{user}{at}{path}?{options}{'&' if query else ''}{query}"
+
+
+def _refuse_comment(text: str) -> None:
+    if re.search(r"\s#", text):
+        raise ConfigurationError(
+            "the database URL is followed by a comment, which is part of the value; remove it, or write %20%23 for a "
+            "blank and a # that belong to the URL"
+        )
 
 
 def _address(text: str) -> tuple[str, str]:

@@ -51,6 +51,7 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "client_encoding": ("utf8", "UTF8", "UTF-8", "auto"),
     "sslcompression": ("0",),
     "sslsni": ("1",),
+    "uselibpqcompat": ("true",),
 }
 """Values that an option may have."""
 
@@ -87,7 +88,7 @@ _DSN: Final = frozenset(
 )
 """Options that asyncpg reads from a DSN, and has no argument for."""
 
-_FILES: Final = frozenset({"sslrootcert", "sslcert", "sslkey", "sslcrl"})
+_FILES: Final = frozenset({"sslrootcert", "sslcert", "sslkey", "sslcrl", "passfile"})
 """Options that name a file which has to be there."""
 
 _LONGEST_PATH: Final = 160
@@ -139,6 +140,8 @@ _LEFT_OUT: Final[Mapping[str, str]] = {
     "keepalives_count": "the store's timeout bounds each wait",
     "tcp_user_timeout": "the store's timeout bounds each wait",
     "supa": "it is a note of Supabase's",
+    "workaround": "it is a note of Supabase's",
+    "uselibpqcompat": "sslmode means here what it means in libpq",
 }
 """Options without which a connection is the same, by the reason."""
 
@@ -149,15 +152,26 @@ _SECRETS: Final = frozenset({"password", "sslpassword"})
 PUBLIC_OPTIONS: Final = (_DSN | _ARGUMENTS | _OURS | _LEFT_OUT.keys()) - _SECRETS
 """Options whose values may be shown. The name of a user is not among them, because it may not be plain."""
 
+_AS_SCHEMA: Final = "write options=-csearch_path%3Dname, or name the schema by schema= or --schema"
+_AS_TIMEOUT: Final = "remove it, and give the store a timeout"
+_AS_POOLER: Final = f"remove it, or write {BEHIND_PGBOUNCER}=true where a pooler in transaction mode is meant"
 _REMEDIES: Final[Mapping[str, str]] = {
     "channel_binding": "remove it, because asyncpg cannot bind the channel, and let the server prove itself by its "
     "certificate: sslmode=verify-full&sslrootcert=system",
     "gssencmode": "remove it, because asyncpg does not encrypt by GSSAPI, and use TLS: sslmode=verify-full",
     "schema": "remove it, and name the schema by schema= or --schema",
-    "search_path": "write options=-csearch_path%3Dname, or name the schema by schema= or --schema",
+    "search_path": _AS_SCHEMA,
+    "currentSchema": _AS_SCHEMA,
     "sslaccept": "write sslmode=verify-full for strict, sslmode=require for accept_invalid_certs",
     "sslidentity": "write sslcert and sslkey",
-    "socket_timeout": "remove it, and give the store a timeout",
+    "socket_timeout": _AS_TIMEOUT,
+    "command_timeout": _AS_TIMEOUT,
+    "timeout": _AS_TIMEOUT,
+    "statement_timeout": "write options=-cstatement_timeout%3D30s, or remove it, because the store has a timeout",
+    "max_overflow": "remove it, because pool_size is the number of connections at most",
+    "prepared_statements": _AS_POOLER,
+    "prepareThreshold": _AS_POOLER,
+    "hostaddr": "write the address as the host",
     "service": "write the host, the database and the user of the service",
 }
 """What to do about an option, or a value of it, that cannot be used."""
@@ -237,7 +251,10 @@ def _check_option(given: str, name: str, value: Any, *, beside_a_secret: bool) -
                 "the database URL has an option that cannot be used, beside a password that is an option; write "
                 "%26 for a & in the password, or remove the other option"
             )
-        remedy = _REMEDIES.get(name, "remove it, or give an AsyncEngine that was made with connect_args")
+        # As where a web page has put &amp; for an &.
+        plain = name.removeprefix("amp;").lower()
+        other = f"write {plain}" if plain in _KNOWN else "remove it, or give an AsyncEngine made with connect_args"
+        remedy = _REMEDIES.get(name, other)
         raise ConfigurationError(f"the database URL has the option {given}, which cannot be used; {remedy}")
     if (choices := _CHOICES.get(name)) is not None and value not in choices:
         remedy = _REMEDIES.get(name, f"write {_alternatives(choices)}")
@@ -274,7 +291,7 @@ def connect_arguments(url: URL, *, timeout: float) -> dict[str, Any]:
                 f"{name}={query[name]!r} in the database URL cannot be used: there is no such file, or this process "
                 "may not read it"
             )
-    for name in _LEFT_OUT.keys() & query.keys():
+    for name in sorted(_LEFT_OUT.keys() & query.keys()):
         logger.info("the option %s of the database URL is left out: %s", name, _LEFT_OUT[name])
     # libpq: zero stands for no limit.
     limit = int(str(query.get("connect_timeout", 0)))

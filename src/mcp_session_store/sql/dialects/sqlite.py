@@ -30,6 +30,7 @@ from mcp_session_store.sql.dialects.sqlite_engines import in_autocommit
 from mcp_session_store.sql.dialects.sqlite_failures import (
     file_of,
     is_busy,
+    is_uri,
     kind_of_failure,
     misconfiguration,
     unusable_file,
@@ -287,11 +288,9 @@ class Sqlite(FileLocks):
     @override
     def shown_database(self, url: URL) -> str:
         database = url.database or ""
-        if database.startswith(("file:/", "/")):
-            return database
-        if database.startswith("file:"):
+        if is_uri(url) and not database.startswith("file:/"):
             return f"file:{quote(str(Path.cwd()))}/{database.removeprefix('file:')}"
-        return str(Path(database).absolute())
+        return database if is_uri(url) else str(Path(database).absolute())
 
     @override
     def refuse_volatile(self, url: URL) -> None:

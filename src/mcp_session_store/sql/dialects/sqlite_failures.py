@@ -12,7 +12,7 @@ from mcp_session_store.sql.dialects.dialect import FailureKind
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
-__all__ = ["code_of", "file_of", "is_busy", "kind_of_failure", "misconfiguration", "unusable_file"]
+__all__ = ["code_of", "file_of", "is_busy", "is_uri", "kind_of_failure", "misconfiguration", "unusable_file"]
 
 # "Result and Error Codes" of SQLite, without their extended bits.
 _KINDS: Final = {
@@ -70,10 +70,16 @@ def misconfiguration(error: BaseException, url: URL) -> str | None:
     return _DAMAGE.get(code)
 
 
+def is_uri(url: URL) -> bool:
+    """Return whether the name of a database is a URI for SQLite, and not the name of a file that looks like one."""
+    asked = str(url.query.get("uri", "")).strip().lower()
+    return (url.database or "").startswith("file:") and asked in ("true", "yes", "on", "y", "t", "1")
+
+
 def file_of(url: URL) -> Path | None:
     """Return the absolute path of a database's file; `None` for a database without one."""
     name = url.database or ""
-    if name.startswith("file:"):
+    if is_uri(url):
         name = unquote(name.removeprefix("file:").partition("?")[0].partition("#")[0])
         if name.startswith("//"):
             name = f"/{name[2:].partition('/')[2]}"
