@@ -21,7 +21,8 @@ from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
 from mcp_session_store.adapter.streams.event_ids import EventIds
-from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream, stream_refusal
+from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream
+from mcp_session_store.adapter.streams.standalone import stream_refusal
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
@@ -221,12 +222,18 @@ class Router:
 
     async def _serve_stream(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a GET: from the event log where there is one, which has earlier events and other instances' events."""
+        standalone, session_id = session.standalone, session.session_id
         if session.events is not None:
-            served = await serve_stream(session.events, session.session_id, self._security, scope, receive, send)
+            served = await serve_stream(session.events, standalone, session_id, self._security, scope, receive, send)
+        elif self._has_event_store:
+            # Only the transport can tell which stream is to be resumed.
+            served = b"last-event-id" in (name for name, value in scope["headers"] if value)
+            if served:
+                await session.transport.handle_request(scope, receive, send)
         else:
-            served = not self._has_event_store and await self._answer_without_events(session, scope, receive, send)
+            served = await self._answer_without_events(session, scope, receive, send)
         if not served:
-            await session.transport.handle_request(scope, receive, send)
+            await standalone.serve(session_id, self._security, scope, receive, send)
 
     async def _answer_without_events(
         self, session: ResidentSession, scope: Scope, receive: Receive, send: Send
@@ -234,7 +241,7 @@ class Router:
         """Answer a client that comes back with an event id, perhaps from a time when there was an event log.
 
         Returns:
-            False for requests that the transport answers, a request for any standalone stream among them.
+            False for a request for the standalone stream.
         """
         request = Request(scope, receive)
         last_event_id = request.headers.get("last-event-id")

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 
     from anyio.abc import TaskGroup
-    from anyio.streams.memory import MemoryObjectSendStream
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
     from fastmcp import FastMCP
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.context import ServerRequestContext
-    from mcp.server.streamable_http import EventCallback, EventStore
+    from mcp.server.streamable_http import EventCallback, EventMessage, EventStore
     from mcp.shared._stream_protocols import ReadStream, WriteStream
     from mcp_types import JSONRPCMessage, RequestId
     from starlette.requests import Request
@@ -44,12 +44,16 @@ if TYPE_CHECKING:
 
     MessageReadStream: TypeAlias = ReadStream[SessionMessage | Exception]
     MessageWriteStream: TypeAlias = WriteStream[SessionMessage]
+    TransportStream: TypeAlias = tuple[MemoryObjectSendStream[EventMessage], MemoryObjectReceiveStream[EventMessage]]
+    TransportStreams: TypeAlias = dict[RequestId, TransportStream]
+    """Open responses of a transport, by the names of their streams."""
 
 __all__ = [
-    "LiveStreams",
     "ManagerSeams",
     "ManagerTasks",
     "TransportEvents",
+    "TransportStream",
+    "TransportStreams",
     "check_dispatch_context",
     "deliver",
     "end_json_response",
@@ -62,6 +66,7 @@ __all__ = [
     "serve_loop",
     "session_id_of",
     "set_session_manager",
+    "streams_of",
     "transports_of",
     "underlying_server",
     "was_started",
@@ -230,8 +235,8 @@ def was_started(manager: ManagerSeams) -> bool:
 class TransportEvents(Protocol):
     """Events of one session, as a transport uses them: an SDK `EventStore`, and what the SDK does not pass to one."""
 
-    live: LiveStreams | None
-    """Open responses of the session's transport."""
+    def begin_streams(self, streams: TransportStreams, close: Callable[[str], None]) -> None:
+        """Begin with the open responses of a transport, and the function that closes one of them."""
 
     async def prime(self, stream_id: str, protocol_version: str) -> None:
         """Begin the stream of a call, and send its priming event if the client is to get one."""
@@ -275,37 +280,16 @@ def make_transport(
     return transport
 
 
-class LiveStreams:
-    """Open responses of a transport, by the SDK's names of their streams."""
-
-    def __init__(self, transport: StreamableHTTPServerTransport) -> None:
-        # The transport's router passes messages on to these, and drops a message of any other stream.
-        self._streams: Mapping[Any, tuple[MemoryObjectSendStream[Any], Any]] = transport._request_streams
-        # Looked up before `_begin_streams` wraps it.
-        self._close = transport.close_sse_stream
-
-    def is_open(self, stream_id: str) -> bool:
-        """Return whether a message on this stream goes to a client."""
-        return stream_id in self._streams
-
-    def is_blocked(self, stream_id: str) -> bool:
-        """Return whether the next message on this stream, and with it all of the session, waits for its client."""
-        if (stream := self._streams.get(stream_id)) is None:
-            return False
-        # The message that was just stored is still to come.
-        statistics = stream[0].statistics()
-        return statistics.current_buffer_used >= statistics.max_buffer_size
-
-    def close(self, stream_id: str) -> None:
-        """Close the response; its client comes back for the rest."""
-        self._close(stream_id)
+def streams_of(transport: StreamableHTTPServerTransport) -> TransportStreams:
+    """Return the open responses of a transport, whose router passes messages on to these, and drops all others."""
+    return transport._request_streams
 
 
 def _begin_streams(transport: StreamableHTTPServerTransport, events: TransportEvents) -> None:
     """Connect a session's events with what the SDK does not pass to an event store."""
     transport_seams: Any = transport
-    events.live = LiveStreams(transport)
     close = transport.close_sse_stream
+    events.begin_streams(streams_of(transport), close)
 
     def close_sse_stream(request_id: RequestId) -> None:
         stream_id = str(request_id)

@@ -13,6 +13,7 @@ from mcp.server import streamable_http_manager
 from mcp.server.runner import serve_loop
 
 from mcp_session_store import EndReason, RetentionPolicy, StoreUnavailable, session_key
+from mcp_session_store.adapter.streams.event_ids import Cursor
 from mcp_session_store.adapter.streams.followers import POLL_INTERVAL, Follower
 from mcp_session_store.event_log import NO_SESSION
 from mcp_session_store.records import EventKind
@@ -130,7 +131,7 @@ async def test_a_name_that_no_instance_can_have_does_not_stop_the_look_at_all_ot
     talking = Talking()
     async with instance(other_store, events=other_log) as two:
         followers = recorder_of(two.manager).followers
-        odd = Follower(NO_SESSION, f"{name}.1")
+        odd = Follower(NO_SESSION, Cursor(f"{name}.1", 0, 0))
         followers.add(odd, instance=name)
         async with instance(store, talking.notes, events=log) as one:
             client = one.client()

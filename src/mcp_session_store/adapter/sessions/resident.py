@@ -13,7 +13,9 @@ from mcp_types import CONNECTION_CLOSED, ErrorData, JSONRPCError
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.responses import LOST
+from mcp_session_store.adapter.sdk import streams_of
 from mcp_session_store.adapter.sessions.lifetime import Lifetime
+from mcp_session_store.adapter.streams.standalone import StandaloneStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,6 +55,7 @@ class ResidentSession:
         "_calls",
         "_on_usage",
         "_recording",
+        "_standalone",
         "events",
         "in_flight",
         "last_contact",
@@ -107,6 +110,7 @@ class ResidentSession:
         """Moment, by `clock`, at which contact with the client ended, if there is none now."""
         self._on_usage = on_usage
         self._recording: anyio.Lock | None = None
+        self._standalone: StandaloneStream | None = None
         self._calls: set[RequestId] = set()
         """Ids of the calls among the messages in flight."""
         self._answered: Latch | None = None
@@ -118,6 +122,13 @@ class ResidentSession:
         if self._recording is None:
             self._recording = anyio.Lock()
         return self._recording
+
+    @property
+    def standalone(self) -> StandaloneStream:
+        """The client's GET stream."""
+        if self._standalone is None:
+            self._standalone = StandaloneStream(streams_of(self.transport))
+        return self._standalone
 
     @property
     def serving(self) -> bool:

@@ -19,6 +19,7 @@ from mcp_session_store.adapter.responses import LOST
 from mcp_session_store.adapter.streams.backlog import can_do_without
 from mcp_session_store.adapter.streams.calls import NOT_JSON, call_error, call_of, kind_of
 from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds, fits
+from mcp_session_store.adapter.streams.live import LiveStreams
 from mcp_session_store.adapter.streams.newest_event import NewestEvent
 from mcp_session_store.adapter.streams.recorder import ROUNDS, Outcome
 from mcp_session_store.event_log import LARGE_APPEND, STANDALONE_STREAM
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http import EventCallback, EventId, StreamId
     from mcp_types import JSONRPCMessage, RequestId
 
-    from mcp_session_store.adapter.sdk import LiveStreams
+    from mcp_session_store.adapter.sdk import TransportStreams
     from mcp_session_store.adapter.streams.calls import CallStream
     from mcp_session_store.adapter.streams.recorder import EventRecorder
 
@@ -85,6 +86,10 @@ class SessionEvents(EventStore):
         whether the log takes events of this session."""
         # All copies of a session write the one standalone stream; their positions are apart by chance.
         self._position = random.getrandbits(31) << 31
+
+    def begin_streams(self, streams: TransportStreams, close: Callable[[str], None]) -> None:
+        """Begin with the open responses of the session's transport; see `LiveStreams`."""
+        self.live = LiveStreams(streams, close)
 
     # Called by the SDK
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store.adapter.instances import Instances
+    from mcp_session_store.adapter.streams.event_ids import Cursor
     from mcp_session_store.event_log import EventLog
     from mcp_session_store.records import NewEvent
 
@@ -44,12 +45,15 @@ class Follower:
 
     Args:
         key: Key of the session.
-        stream: Name of the stream.
+        cursor: Place of the last event that the client has.
     """
 
-    def __init__(self, key: UUID, stream: str) -> None:
+    def __init__(self, key: UUID, cursor: Cursor) -> None:
         self.key = key
-        self.stream = stream
+        self.stream = cursor.stream
+        """Name of the stream."""
+        self.sent = cursor
+        """Place of the last event that was given to the connection."""
         self.head = 0
         """Sequence of the newest event that is known of, of the session as polled or of the stream as stored here."""
         self.closed = False

@@ -80,6 +80,7 @@ class StreamReader:
         page: Events that follow, if they are read already.
         turn: Returns a context in which it is the session's turn to read the log.
         is_active: Whether the session's copy is still in memory.
+        takes_over: Whether to go on after what the response has sent that has the stream until then, if there is one.
     """
 
     def __init__(
@@ -91,13 +92,15 @@ class StreamReader:
         *,
         turn: Callable[[], AbstractAsyncContextManager[None]],
         is_active: Callable[[], bool],
+        takes_over: bool = False,
     ) -> None:
         self._key = key
         self._recorder = recorder
         self._turn = turn
         self._is_active = is_active
         self._page = page
-        self._follower = Follower(key, cursor.stream)
+        self._takes_over = takes_over
+        self._follower = Follower(key, cursor)
         self._runs_here = cursor.instance == recorder.instances.name
         self._seen = cursor.sequence
         """Sequence of the session up to which there is nothing more for this stream."""
@@ -110,17 +113,26 @@ class StreamReader:
 
     @contextmanager
     def tailing(self) -> Iterator[None]:
-        """Follow the stream within this context, in place of all other responses."""
+        """Follow the stream within this context, in place of all other responses; `cursor` says after which event."""
         followers = self._recorder.followers
         elsewhere = None if self.cursor.standalone or self._runs_here else self.cursor.instance
         # MCP 2025-11-25, basic/transports, multiple connections: no message goes to two. The latest has them.
         for other in followers.of(self._key, self.cursor.stream):
+            if self._takes_over:
+                self.cursor = self._follower.sent = other.sent
+                self._seen = other.sent.sequence
+                self._follower.unsent, other.unsent = other.unsent, self._follower.unsent
             other.close()
         followers.add(self._follower, instance=elsewhere)
         try:
             yield
         finally:
             followers.remove(self._follower, instance=elsewhere)
+
+    def sends(self, event: Event) -> None:
+        """Note that an event, with all before it, is given to the connection now."""
+        if event.cursor is not None:
+            self._follower.sent = event.cursor
 
     async def items(self) -> AsyncIterator[Item]:
         """Return what the client gets, in its order, within `tailing`.

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from mcp.server.streamable_http import GET_STREAM_KEY, check_accept_headers
 from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
 from mcp_types import CONNECTION_CLOSED, DEFAULT_NEGOTIATED_VERSION
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 
 from mcp_session_store import telemetry
@@ -21,20 +20,23 @@ from mcp_session_store.adapter.streams.calls import NOT_RESUMABLE, TRIMMED, call
 from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.event_store import RESUMABLE_VERSIONS, SessionEvents
 from mcp_session_store.adapter.streams.reader import NOTHING_YET, Ended, Event, Gap, Lost, StreamReader
+from mcp_session_store.adapter.streams.standalone import event_stream, stream_refusal
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
     from mcp.server.transport_security import TransportSecurityMiddleware
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
     from mcp_session_store.adapter.streams.event_ids import Cursor
+    from mcp_session_store.adapter.streams.followers import Follower
+    from mcp_session_store.adapter.streams.standalone import StandaloneStream
     from mcp_session_store.records import EventPage
 
-__all__ = ["not_resumable", "serve_stream", "stream_refusal"]
+__all__ = ["not_resumable", "serve_stream"]
 
 PART_BYTES: Final = 64 * 1024
 """Bytes of events that are sent together, more or less: what waits for a client that reads slowly, beside a page."""
@@ -42,6 +44,7 @@ PART_BYTES: Final = 64 * 1024
 
 async def serve_stream(
     events: SessionEvents,
+    standalone: StandaloneStream,
     session_id: str,
     security: TransportSecurityMiddleware,
     scope: Scope,
@@ -52,6 +55,7 @@ async def serve_stream(
 
     Args:
         events: Events of the session.
+        standalone: The GET stream of this copy of the session.
         session_id: Id of the session.
         security: Check of the request, because the SDK's transport, which would check it, does not see it.
         scope: ASGI scope of the request.
@@ -59,42 +63,40 @@ async def serve_stream(
         send: ASGI send of the request.
 
     Returns:
-        False if nothing was sent, because the stream is the transport's: a fresh one of a client that knows no priming
+        False if nothing was sent, because the stream is not read from the log: that of a client that knows no priming
         events, or of any client while events cannot be stored.
     """
     request = Request(scope, receive)
     last_event_id = request.headers.get("last-event-id") or None
     version = request.headers.get(MCP_PROTOCOL_VERSION_HEADER, DEFAULT_NEGOTIATED_VERSION)
     resumable = version in RESUMABLE_VERSIONS
-    is_followed = bool(events.recorder.followers.of(events.key, STANDALONE_STREAM))
-    if last_event_id is None and not resumable and not is_followed:
+    cursor = None if last_event_id is None else events.ids.read(last_event_id)
+    older = next(iter(events.recorder.followers.of(events.key, STANDALONE_STREAM)), None)
+    if last_event_id is None and older is None and (not resumable or standalone.is_open):
         return False
     response = await stream_refusal(request, security)
     if response is None:
         try:
-            if last_event_id is None:
-                is_open = is_followed or (events.live is not None and events.live.is_open(GET_STREAM_KEY))
-                response = (
-                    responses.ONE_STREAM.response() if is_open else await open_stream(events, session_id=session_id)
-                )
-            elif (cursor := events.ids.read(last_event_id)) is None:
+            if last_event_id is not None and cursor is None:
                 response = responses.BAD_EVENT_ID.response()
-            else:
+            elif (
+                (cursor is None or cursor.standalone)
+                and (older is not None or standalone.is_open)
+                and not standalone.may_be_taken()
+            ):
+                response = responses.ONE_STREAM.response()
+            elif cursor is not None:
                 response = await resume_stream(events, cursor, session_id=session_id, resumable=resumable)
+            elif older is not None:
+                response = take_stream(events, older, session_id=session_id, resumable=resumable)
+            else:
+                response = await open_stream(events, session_id=session_id)
         except Exception as error:
             response = refuse(error, events.key, events.recorder.session_log).response()
     if response is None:
         return False
     await response(scope, receive, send)
     return True
-
-
-async def stream_refusal(request: Request, security: TransportSecurityMiddleware) -> Response | None:
-    """Return the refusal of a GET that the SDK's transport would refuse as well; `None` for any other."""
-    refusal = await security.validate_request(request, is_post=False)
-    if refusal is None and not check_accept_headers(request)[1]:
-        refusal = responses.NOT_ACCEPTABLE.response()
-    return refusal
 
 
 def not_resumable(session_id: str, cursor: Cursor) -> Response:
@@ -138,8 +140,8 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
             telemetry.refused.add(1, telemetry.of(log.namespace, reason=reason))
             response = responses.UNAVAILABLE.response()
         return response
-    first = {"retry": events.retry_interval} if resumable and events.retry_interval is not None else None
-    return _response(_sent(events, _reader(events, cursor, page), first), session_id)
+    retry = {"retry": events.retry_interval} if resumable and events.retry_interval is not None else None
+    return event_stream(_sent(events, _reader(events, cursor, page), lambda: retry), session_id)
 
 
 async def open_stream(events: SessionEvents, *, session_id: str) -> Response | None:
@@ -151,7 +153,15 @@ async def open_stream(events: SessionEvents, *, session_id: str) -> Response | N
     cursor = await events.prime_standalone()
     if cursor is None:
         return None
-    return _response(_sent(events, _reader(events, cursor), events.priming_event(events.ids.write(cursor))), session_id)
+    return _opened(events, cursor, session_id=session_id, primes=True)
+
+
+def take_stream(events: SessionEvents, older: Follower, *, session_id: str, resumable: bool) -> Response:
+    """Return the response to a client that opens the standalone stream while an older response has it.
+
+    The newer one goes on after what the older one has sent.
+    """
+    return _opened(events, older.sent, session_id=session_id, primes=resumable)
 
 
 def last_words(ids: EventIds, cursor: Cursor, message: str, *, reason: str, session_id: str) -> Response:
@@ -163,39 +173,51 @@ def last_words(ids: EventIds, cursor: Cursor, message: str, *, reason: str, sess
     async def messages() -> AsyncIterator[dict[str, Any] | bytes]:
         yield _terminal(ids, cursor, message, reason)
 
-    return _response(messages(), session_id)
+    return event_stream(messages(), session_id)
 
 
-def _response(messages: AsyncIterator[dict[str, Any] | bytes], session_id: str) -> Response:
-    headers = {"Cache-Control": "no-cache, no-transform", "mcp-session-id": session_id}
-    return EventSourceResponse(messages, headers=headers)
+def _opened(events: SessionEvents, cursor: Cursor, *, session_id: str, primes: bool) -> Response:
+    # Another response may have opened the stream since.
+    reader = _reader(events, cursor, takes_over=True)
+    first = (lambda: events.priming_event(events.ids.write(reader.cursor))) if primes else lambda: None
+    return event_stream(_sent(events, reader, first), session_id)
 
 
-def _reader(events: SessionEvents, cursor: Cursor, page: EventPage | None = None) -> StreamReader:
+def _reader(
+    events: SessionEvents, cursor: Cursor, page: EventPage | None = None, *, takes_over: bool = False
+) -> StreamReader:
     """Return the reader of a stream from a place on, with the events that follow if they are read already."""
-    return StreamReader(events.key, events.recorder, cursor, page, turn=events.turn, is_active=lambda: events.active)
+    return StreamReader(
+        events.key,
+        events.recorder,
+        cursor,
+        page,
+        turn=events.turn,
+        is_active=lambda: events.active,
+        takes_over=takes_over,
+    )
 
 
 async def _sent(
-    events: SessionEvents, reader: StreamReader, first: dict[str, Any] | bytes | None
+    events: SessionEvents, reader: StreamReader, first: Callable[[], dict[str, Any] | bytes | None]
 ) -> AsyncIterator[dict[str, Any] | bytes]:
     """Send what a reader reads, as SSE.
 
     Args:
         events: Events of the session.
         reader: Reader of the stream. It alone holds the first page, as an open response lasts longer than its events.
-        first: Event that is sent before anything else.
+        first: Returns what is sent before anything else, once the reader knows its place.
     """
     ids = events.ids
     outcome = "left"
     with reader.tailing():
         try:
-            if first is not None:
-                yield first
+            if (head := first()) is not None:
+                yield head
             async for item in reader.items():
                 match item:
                     case list():
-                        for part in _parts(ids, item):
+                        for part in _parts(ids, item, reader.sends):
                             yield part
                         if item and item[-1].final:
                             outcome = "complete"
@@ -213,17 +235,25 @@ async def _sent(
             telemetry.resumed.add(1, telemetry.of(events.recorder.log.namespace, outcome=outcome))
 
 
-def _parts(ids: EventIds, events: Iterable[Event]) -> Iterator[bytes]:
-    """Return events as SSE, in parts of the response's body, because each part costs more than an event in it."""
+def _parts(ids: EventIds, events: Iterable[Event], sends: Callable[[Event], None]) -> Iterator[bytes]:
+    """Return events as SSE, in parts of the response's body, because each part costs more than an event in it.
+
+    Args:
+        ids: Writes the ids of the events.
+        events: The events.
+        sends: Called with the last event of each part before it is returned.
+    """
     part, size = [], 0
     for event in events:
         encoded = _as_sse(ids, event)
         part.append(encoded)
         size += len(encoded)
         if size >= PART_BYTES:
+            sends(event)
             yield b"".join(part)
             part, size = [], 0
     if part:
+        sends(event)
         yield b"".join(part)
 
 
