@@ -1,1 +1,1 @@
-"""Events of streams in SQL: appending, reading, trimming, and the instances that write them."""
+"""Events of streams in SQL: appending, reading, following and trimming."""
