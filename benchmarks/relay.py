@@ -42,6 +42,7 @@ from benchmarks.contenders import EVENTS, HANDSHAKE, JSON, TOOL_CALL, Contender,
 from benchmarks.figures import percentile, table
 from benchmarks.serving import Row, compared, time_rows
 from benchmarks.trial import serving
+from mcp_session_store.sql.listening import HEARTBEAT
 from mcp_session_store.sql.schema import migrate
 from tests.support.http import INITIALIZE_PARAMS, RawClient
 from tests.support.postgres import PostgresServer
@@ -257,8 +258,9 @@ async def measure_idle(bench: Bench) -> None:
     for place in PLACES:
         for waits in (False, True):
             async with bench.processes(place, 1) as ((server,), url), asked(server) as client:
-                # What the handshake leaves to do.
-                await asyncio.sleep(3)
+                # What the handshake leaves to do; and what the connection that listens did at first, which Postgres
+                # counts with its next statement, a sign of life.
+                await asyncio.sleep(HEARTBEAT + 3)
                 call = asyncio.create_task(client.answer(server, server, pause=seconds + 2)) if waits else None
                 await asyncio.sleep(1)
                 process = psutil.Process(server.pid)
@@ -321,7 +323,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of operations")
     parser.add_argument("--seconds", type=float, default=20.0, help="for which messages are sent")
     parser.add_argument("--old-transaction", action="store_true", help="leave another transaction open meanwhile")
-    parser.add_argument("--idle-seconds", type=float, default=15.0)
+    parser.add_argument("--idle-seconds", type=float, default=30.0)
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     asyncio.run(run(arguments))

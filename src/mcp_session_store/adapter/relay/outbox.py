@@ -150,8 +150,8 @@ class Outbox:
         self._gate = gate
         self._log = log
         self._waiting: dict[Outgoing, None] = {}
-        """Messages that the mailbox has not answered, in their order; without those whose clients were told that they
-        are not accepted, although one of these may be on its way."""
+        """Messages that the mailbox has not answered, in their order; without those that were refused, although one of
+        these may be on its way."""
         self._accepted = 0
         """Number of those that are accepted."""
         self._accepted_bytes = 0
