@@ -253,7 +253,7 @@ async def test_calls_without_a_session_end_first_or_are_lost(
                 assert (await call.answer()).messages[-1]["result"]["content"][0]["text"] == "waited"
             return
         await until(lambda: all(call.sent and not call.sent[-1].get("more_body", False) for call in calls.values()))
-        # Also where a thread goes on, which cannot be cancelled.
+        # Its thread, which cannot be cancelled, goes on, and its client has an answer all the same.
         assert not calls["block"].over.is_set()
         for tool, call in calls.items():
             (error,) = (message for message in call.messages if "error" in message)

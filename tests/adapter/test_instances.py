@@ -222,7 +222,7 @@ async def test_a_store_that_is_not_ours_has_to_bring_its_mailbox(
         durable_app(Notes().server, store, relay=True)
     with pytest.raises(ConfigurationError, match=r"event_log needs a mailbox.*relay"):
         durable_app(Notes().server, store, events=log)
-    # The environment speaks of many servers, and asks for nothing that would not be without it.
+    # The variable is meant for all servers of an environment, so that a store without a mailbox is no error.
     monkeypatch.setenv("MCP_SESSION_STORE_RELAY", "true")
     notes = Notes()
     durable_app(notes.server, store)

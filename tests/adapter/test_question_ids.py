@@ -130,7 +130,7 @@ async def test_progress_of_a_question_arrives(store: FaultyStore, echoed: type) 
         await until(lambda: asking.progress == [0.5])
         assert measured.values("mcp_session_store.messages.dropped") == dropped("progress", 2)
         assert len(asking.notes.genuine("notifications/progress")) == 1
-        # What no SDK makes of a token is the application's own affair.
+        # A token that cannot be an id was chosen by the application, and goes to it as it is.
         for odd in ("of the application", None, True, ["list"]):
             await client.notify("notifications/progress", {"progressToken": odd, "progress": 0.7})
         await until(lambda: len(asking.notes.genuine("notifications/progress")) == 5)
@@ -172,7 +172,7 @@ class Supplying:
         return "given up"
 
     async def _withdraw(self, ctx: RequestContext) -> str:
-        # Of a question that was never asked: no client may hear of it.
+        # A withdrawal of a question that was never asked must not reach a client.
         for name in (self._request_id, "another", None):
             await outbound_of(ctx).notify("notifications/cancelled", {"requestId": name})
         await outbound_of(ctx).notify("notifications/cancelled", None)

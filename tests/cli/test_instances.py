@@ -66,7 +66,7 @@ def test_each_instance_has_a_line_with_what_it_says(invoke: InvokeFunction, data
         "streams": 3,
         "waiting": 1,
     }
-    # By the time after which the servers take an instance for dead.
+    # An instance is silent after the time after which the servers take it for dead.
     environment["MCP_SESSION_STORE_INSTANCE_TIMEOUT"] = "3600"
     assert "silent" not in invoke("instances", environment=environment).stdout
     elsewhere = invoke("instances", "--namespace", "other", environment=environment)

@@ -155,7 +155,7 @@ def test_a_check_waits_for_a_file_that_is_not_there_yet(
     absent, missing = result.stderr.splitlines()
     assert absent.startswith("waiting: there is no file '/")
     assert missing.startswith("waiting: the database holds no tables")
-    # Neither a folder nor an option appears by itself.
+    # Waiting helps neither where the folder is missing nor where an option forbids to write.
     for wrong in (f"sqlite:///{tmp_path}/missing/s.db", "sqlite:///s.db?mode=ro"):
         result = invoke("check", "--wait", "60", "--url", wrong)
         assert result.exit_code in (1, 2)

@@ -51,7 +51,7 @@ def check_exactly_once(tallies: dict[str, Tally], trial: Trial) -> None:
     shown = f"{tallies}\n{trial.failures}"
     for tally in tallies.values():
         assert (tally.lost, tally.wrong, tally.repeated, tally.disordered) == (0, 0, 0, 0), shown
-        # So that this was a trial at all.
+        # Or next to nothing was tried.
         assert tally.arrived > tally.asked / 3, shown
         assert tally.elsewhere, shown
 

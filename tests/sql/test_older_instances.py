@@ -46,7 +46,7 @@ async def test_heartbeats_of_the_version_before_are_judged_and_it_is_sent_nothin
             0,
         )
         assert new.number is not None
-        # It names no server, so that it is none that another shares a namespace with.
+        # The older one stores no name of a server, and so causes no warning of a shared namespace.
         await one.find_other_servers()
         key = (await store.create(new_session())).key
         assert await mailbox.post([message(key, 1, None), message(key, 2, new.number)]) == set()

@@ -152,7 +152,7 @@ async def test_a_batch_of_posts_and_a_receive_go_to_the_database_once_each(
             assert await asyncio.gather(*(mailbox.post([message]) for message in messages)) == [set()] * count
             await settled(store, mailbox)
             posted, trips.count = trips.count, 0
-            # It removes those of the turn before.
+            # The receive also removes what was delivered in the turn before.
             page = await mailbox.receive(2, delivered=delivered)
             await settled(store, mailbox)
             received = trips.count

@@ -65,7 +65,7 @@ async def test_a_wrong_principal_gets_the_same_answer_as_an_unknown_session(
         owner = one.client(session_id, user=ALICE)
         if resident:
             assert (await owner.ping()).status == 200
-            # What the restore claims is stored now, and not at some moment below.
+            # The restore is recorded now, and not at some moment below.
             await report_activity(one.manager)
         before = await store.record(session_id)
         seen = len(one.notes.seen)

@@ -29,7 +29,7 @@ def pages_read(plan: str) -> int:
 async def test_a_receive_reads_few_pages_while_another_transaction_is_open(postgres_url: str) -> None:
     async with sql_store(postgres_url) as store, SqlMailbox(store) as mailbox:
         await run_instances(mailbox, 1, 2, 3)
-        # As a server does of its own accord, and then plans anew.
+        # As autovacuum does, after which the server plans anew.
         await execute_alone(postgres_url, "VACUUM ANALYZE mcp_session_message")
         async with engine_of(store).connect() as other:
             await other.exec_driver_sql("BEGIN ISOLATION LEVEL REPEATABLE READ")
