@@ -61,7 +61,7 @@ INSTANCE_KEPT: Final = timedelta(days=1)
 """Time for which an instance is kept after its last heartbeat."""
 
 MESSAGES_KEPT: Final = timedelta(hours=1)
-"""How long after the last heartbeat of an instance its messages are kept, because it may be cut off and come back."""
+"""Time after the last heartbeat of an instance for which its messages are kept: it may be cut off, and come back."""
 
 SILENT_AFTER: Final = timedelta(minutes=5)
 """Time after its last heartbeat from which on an instance is sent no messages."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 from mcp_session_store import EventPolicy, InstanceSettings, RetentionPolicy
+from mcp_session_store.adapter.relay.outbox import MAX_POSTED_BYTES, WINDOW
 from mcp_session_store.adapter.replay.journal import MAX_PARAMS, MAX_SUBJECT
+from mcp_session_store.mailbox import SILENT_AFTER
 from mcp_session_store.records import DISPLAY_LENGTH
 from mcp_session_store.store import MAX_JOURNAL_ENTRIES
 
@@ -36,6 +39,10 @@ def test_the_readme_says_what_clients_can_store() -> None:
     )
     of_events = rows["events of a live session, with `events`"]
     assert of_events.endswith(f"{events.max_bytes_per_session // KIB**2} MiB")
+    messages = rows["messages of a live session that wait for another process"]
+    assert messages.startswith(f"{MAX_POSTED_BYTES // KIB**2} MiB in a minute by way of each process")
+    assert WINDOW == 60
+    assert timedelta(minutes=5) == SILENT_AFTER
     assert policy.anonymous is not None
     strangers = policy.anonymous * (ROW + params)
     assert rows["all sessions without a principal"].endswith(
