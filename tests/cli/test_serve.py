@@ -361,7 +361,7 @@ def test_a_factory_is_called_once_in_a_process(
     given: dict[str, Any] = {}
     monkeypatch.setattr("uvicorn.run", lambda app, **options: given.update(options, app=app))
     arguments = ["serve", f"{server_file}:made", "--url", sqlite_url]
-    done = invoke(*arguments, "--allowed-host", PUBLIC, "--root-path", "/notes/", "--log-level", "info")
+    done = invoke(*arguments, "--allowed-host", PUBLIC, "--root-path", "/notes/", "--log-level", "INFO")
     assert done.exit_code == 0, done.output
     assert sys.modules["_served_json"].made_here == [1]
     assert given["root_path"] == "/notes"

@@ -228,6 +228,32 @@ def test_a_refusal_for_want_of_room_is_known_by_its_code_or_by_the_words_of_a_po
     assert "pool_size" in summary_of(error, DIALECTS["postgresql"])
 
 
+@pytest.mark.parametrize(
+    ("code", "text", "expected"),
+    [
+        ("08P01", "password authentication failed", "refuses the user or the password"),
+        ("08P01", "no such user: app", "refuses the user or the password"),
+        (
+            "08P01",
+            'server login has been failing, cached error: FATAL: password authentication failed for user "app"',
+            "refuses the user or the password",
+        ),
+        ("08P01", 'database "nodb" does not exist', "no such database"),
+        ("08P01", "no such database: nodb", "no such database"),
+        ("08P01", "unsupported startup parameter: options", "does not take the parameter 'options'"),
+        ("XX000", "Tenant or user not found", "the pooler knows no such user"),
+        ("XX000", "The requested endpoint could not be found, or you don't have access to it", "names no endpoint"),
+        ("08P01", "server login has been failing, try again later (server_login_retry)", None),
+        ("08P01", "query_wait_timeout", None),
+        ("57P01", "pgbouncer cannot connect to server", None),
+    ],
+)
+def test_what_a_pooler_says_of_a_url_that_cannot_work_is_final(code: str, text: str, expected: str | None) -> None:
+    error = asyncpg.PostgresError.new({"C": code, "M": text, "S": "FATAL"})
+    reason = DIALECTS["postgresql"].misconfiguration(error, make_url("postgresql://app@pooler/nodb"))
+    assert (reason is None) if expected is None else (reason is not None and expected in reason), reason
+
+
 async def test_waiting_for_room_takes_no_memory_on_an_engine_either(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,7 +152,7 @@ def _root_path(ctx: click.Context, parameter: click.Parameter, value: str) -> st
     "--log-level",
     default="info",
     show_default=True,
-    type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]),
+    type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"], case_sensitive=False),
     help="Level of uvicorn's log and of this package's.",
 )
 @option(

@@ -61,6 +61,9 @@ _STATES: Final = {
     "3D000": "the server has no such database; create it, or correct its name in the URL",
 }
 _POOLER_TEXTS: Final = (
+    # PgBouncer, some versions of which give all that ends a connection the code 08P01.
+    ("password authentication failed|no such user", _STATES["28P01"]),
+    ('database ".*" does not exist|no such database', _STATES["3D000"]),
     # Supabase's pooler, and Neon's proxy.
     ("Tenant or user not found", f"the pooler knows no such user, which names the project there; {_USER}"),
     ("endpoint could not be found", "the host names no endpoint of the provider; copy the URL from its console again"),
@@ -125,8 +128,9 @@ def _by_state(state: str, text: str, *, is_fatal: bool) -> str | None:
         # The text names a table, a schema or a function.
         first = text.partition("\n")[0]
         return f"the user lacks a privilege ({first}); {_remedy_of_denial(first)}"
-    if (reason := next((reason for part, reason in _POOLER_TEXTS if part in text), None)) is not None:
-        return reason
+    known = next((reason for pattern, reason in _POOLER_TEXTS if re.search(pattern, text) is not None), None)
+    if known is not None:
+        return known
     parameter = _QUOTED.search(text)
     if is_fatal and (state.startswith(("22", "42", "0P")) or (parameter and state.startswith("08"))):
         # While it connects; later errors of these classes are not fatal.
