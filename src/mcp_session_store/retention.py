@@ -85,8 +85,8 @@ class RetentionPolicy(Settings):
     """Most live sessions of a principal."""
     per_principal_excess: Literal["end_oldest", "refuse"] = "end_oldest"
     """Effect of opening one session more: the principal's session that has been idle for longest ends, or the new
-    one is refused (503). Idleness is judged by the stored `last_seen_at`, which lags by up to a twentieth of `idle`
-    for a session in use."""
+    one is refused (503). Idleness is judged by the stored `last_seen_at`, which lags by up to a twentieth of `idle`,
+    and half of `evict_after`, for a session in use."""
     anonymous: Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(none_or)] = ANONYMOUS_SESSIONS
     """Most stored sessions without a principal, tombstones included; one more is refused (503). Tombstones of such
     sessions are removed when room is needed. While there is much room, sessions are not counted one by one: each

@@ -263,7 +263,7 @@ async def report_activity(manager: DurableSessionManager) -> None:
 
 async def evict_unused(manager: DurableSessionManager) -> None:
     """Evict copies that are not in use, as the background task does."""
-    await manager._evict_unused()
+    await manager._absences.evict_unused()
 
 
 async def sweep_store(manager: DurableSessionManager) -> None:

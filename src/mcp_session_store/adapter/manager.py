@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -12,7 +11,7 @@ from mcp.server.streamable_http_manager import DEFAULT_MAX_REQUEST_BODY_SIZE
 from mcp.server.transport_security import TransportSecurityMiddleware
 
 from mcp_session_store import telemetry
-from mcp_session_store.adapter import clock, sdk
+from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.arguments import check_options, check_stores
 from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.draining import Drain
@@ -29,6 +28,7 @@ from mcp_session_store.adapter.routing import Router
 from mcp_session_store.adapter.session_log import SessionLog
 from mcp_session_store.adapter.sessionless import SessionlessRequests
 from mcp_session_store.adapter.sessions import middleware
+from mcp_session_store.adapter.sessions.absences import Absences
 from mcp_session_store.adapter.sessions.activity import ActivityReporter, checked_interval
 from mcp_session_store.adapter.sessions.admission import Admission
 from mcp_session_store.adapter.sessions.changes import TICKS
@@ -298,7 +298,10 @@ class DurableSessionManager(sdk.ManagerSeams):
                 self._recorder = EventRecorder(self.event_log, followers, self._instances, self._log)
         # Another app may share the store, and have set its policy.
         interval = checked_interval(self._settings.activity_interval, self.store.retention)
-        self._activity = ActivityReporter(self.store, self._registry, instance=self.instance, interval=interval)
+        evict_after = self._settings.evict_after
+        self._activity = ActivityReporter(
+            self.store, self._registry, instance=self.instance, interval=interval, evict_after=evict_after
+        )
         self._gate = Gate(self._tasks, self.readiness, patience=self._settings.outage_patience)
         self._gauges = Gauges(self.readiness, self._registry, self._gate)
         patient = PatientStore(self.store, self._gate)
@@ -313,6 +316,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             end_within=self._settings.end_within,
             serve_unverified_for=self._settings.serve_unverified_for,
         )
+        self._absences = Absences(self.store, self._registry, self._ender, self._activity, self._tasks, self._settings)
         writer = RecordWriter(
             patient,
             self._registry,
@@ -374,7 +378,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._serve_sessions_by(router.serve)
 
     def _start_background_tasks(self) -> None:
-        start, settings, changes = self._tasks.start_soon, self._settings, self._ender.changes
+        start, settings, changes, absences = self._tasks.start_soon, self._settings, self._ender.changes, self._absences
         poll_interval = settings.end_within / 2
         every = partial(run_every, readiness=self.readiness)
         again = partial(run_again, readiness=self.readiness)
@@ -384,8 +388,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         start(every, "pauses", settings.end_within / TICKS, changes.tick)
         start(again, "hints", changes.listen)
         start(every, "restores", settings.replay_timeout, self._restorer.fail_overdue)
-        evict_after = math.inf if settings.evict_after is None else settings.evict_after
-        start(every, "eviction", min(evict_after / 4, poll_interval), self._evict_unused)
+        start(partial(every, "eviction", absences.interval, absences.evict_unused, max_backoff=absences.interval))
         followers = None if self._recorder is None else self._recorder.followers
         self._drain = Drain(self.app, self._registry, self._sessionless, followers, self.answer_waiting)
         start(again, "stop", self._drain.run)
@@ -412,9 +415,3 @@ class DurableSessionManager(sdk.ManagerSeams):
             self.readiness.failed(error)
             raise
         self._gate.store_answered()
-
-    async def _evict_unused(self) -> None:
-        """Evict copies that have been idle for a while, and stop serving sessions whose life is over."""
-        if self._settings.evict_after is not None:
-            self._registry.evict_idle(clock.now() - self._settings.evict_after)
-        self._ender.end_past_life()

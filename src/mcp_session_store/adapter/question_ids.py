@@ -97,6 +97,15 @@ class Question(NamedTuple):
     """Call for which it is asked, where that is known."""
     lull: int
     """Number of times that, before it was asked, the last handler of the copy had returned."""
+    method: str
+
+    @property
+    def outside(self) -> bool:
+        """Whether it is asked outside of calls, as far as is known, and its answer is work for the copy.
+
+        A ping is not: it asks for nothing but a sign of life, and a server may send one from every copy.
+        """
+        return self.call is None and self.method != "ping"
 
 
 def as_asked(
@@ -115,7 +124,7 @@ def as_asked(
     params = message.params
     if token is not None and params is not None:
         params = {**params, "_meta": {**params["_meta"], "progressToken": question_id}}
-    question = Question(coerce_request_id(message.id), token, call, lull)
+    question = Question(coerce_request_id(message.id), token, call, lull, message.method)
     return question, renamed(item, id=question_id, params=params)
 
 

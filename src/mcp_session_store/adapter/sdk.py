@@ -17,7 +17,7 @@ from mcp.server.connection import Connection
 from mcp.server.lowlevel.server import Server
 from mcp.server.mcpserver import MCPServer
 from mcp.server.runner import ServerRunner
-from mcp.server.streamable_http import StreamableHTTPServerTransport
+from mcp.server.streamable_http import GET_STREAM_KEY, StreamableHTTPServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.shared.dispatcher import DispatchContext
 from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
@@ -62,6 +62,7 @@ __all__ = [
     "make_kernel",
     "make_transport",
     "owners_of",
+    "reaches_client",
     "scope_event_store",
     "serve_loop",
     "session_id_of",
@@ -102,17 +103,8 @@ def _check_sdk() -> None:
         name for name in ("serve_loop", "StreamableHTTPServerTransport") if not hasattr(streamable_http_manager, name)
     ]
     transport = StreamableHTTPServerTransport(mcp_session_id=None)
-    missing += [
-        name
-        for name in (
-            "_message_metadata",
-            "_mint_priming_event",
-            "_read_stream_writer",
-            "_request_streams",
-            "close_sse_stream",
-        )
-        if not hasattr(transport, name)
-    ]
+    seams = ["_event_store", "_message_metadata", "_mint_priming_event", "_read_stream_writer", "_request_streams"]
+    missing += [name for name in (*seams, "close_sse_stream") if not hasattr(transport, name)]
     if missing:
         raise ImportError(f"its session manager or transport has no {', '.join(missing)}")
     # Public names, but the SDK calls them provisional.
@@ -317,13 +309,20 @@ def end_json_response(transport: StreamableHTTPServerTransport, body: bytes) -> 
     StreamableHTTPServerTransport.close_sse_stream(transport, str(json.loads(body).get("id")))
 
 
-async def deliver(transport: StreamableHTTPServerTransport, message: JSONRPCMessage, request: Request) -> None:
+def reaches_client(transport: StreamableHTTPServerTransport, call: RequestId | None) -> bool:
+    """Return whether what the server asks, for a call if it is, goes to the client, or is kept for it as an event."""
+    # As the transport's router decides, which drops all else and says nothing of it.
+    stream_id = GET_STREAM_KEY if call is None else str(call)
+    return transport._event_store is not None or stream_id in transport._request_streams
+
+
+async def deliver(transport: StreamableHTTPServerTransport, message: JSONRPCMessage, request: Request | None) -> None:
     """Give a server loop a message of its client's, which is no request; return when the loop has read it.
 
     Args:
         transport: Transport of the session.
         message: The message.
-        request: Request in which its handler finds what it finds in that of any message.
+        request: Request in which its handler finds what it finds in that of any message; `None` for an answer.
 
     Raises:
         anyio.BrokenResourceError, anyio.ClosedResourceError: The loop has ended.
@@ -331,7 +330,7 @@ async def deliver(transport: StreamableHTTPServerTransport, message: JSONRPCMess
     # As the transport itself does it, after it has answered the request that brought the message.
     if (writer := transport._read_stream_writer) is None:
         raise anyio.ClosedResourceError
-    await writer.send(SessionMessage(message, metadata=transport._message_metadata(request)))
+    await writer.send(SessionMessage(message, metadata=transport._message_metadata(cast("Request", request))))
 
 
 def serve_loop(

@@ -186,7 +186,7 @@ async def test_ages_are_those_of_the_first_and_the_last_activity(store: FaultySt
 async def test_a_session_is_reported_at_most_once_in_a_twentieth_of_the_idle_time(
     store: FaultyStore, clock: Clock
 ) -> None:
-    async with instance(store, end_within=NO_POLL) as one:
+    async with instance(store, end_within=NO_POLL, evict_after=None) as one:
         client = one.client()
         await client.begin()
         await reported(one, store)
@@ -203,11 +203,29 @@ async def test_a_session_is_reported_at_most_once_in_a_twentieth_of_the_idle_tim
         assert 300 <= activity.last_age < 300 + LATE
 
 
+@pytest.mark.parametrize("idle", [DAY, None])
+async def test_other_instances_learn_of_activity_within_half_of_the_time_for_which_memory_keeps_a_session(
+    store: FaultyStore, sessions: Sessions, clock: Clock, idle: timedelta | None
+) -> None:
+    sessions.retention = RetentionPolicy(idle=idle)
+    async with instance(store, end_within=NO_POLL, evict_after=300) as one:
+        client = one.client()
+        await client.begin()
+        await reported(one, store)
+        for minutes in (2, 1):
+            clock.advance(timedelta(minutes=minutes))
+            await client.request("tools/list")
+            assert store.touches == []
+            await report(one)
+        ((activity,),) = store.touches
+        assert 0 <= activity.last_age < LATE
+
+
 async def test_without_an_idle_time_sessions_are_still_reported_now_and_then(
     store: FaultyStore, sessions: Sessions, clock: Clock
 ) -> None:
     sessions.retention = RetentionPolicy(idle=None)
-    async with instance(store, end_within=NO_POLL) as one:
+    async with instance(store, end_within=NO_POLL, evict_after=None) as one:
         client = one.client()
         await client.begin()
         await reported(one, store)
@@ -238,7 +256,7 @@ async def test_a_session_that_is_about_to_expire_is_reported_at_once(store: Faul
 async def test_activity_that_was_held_back_is_reported_before_the_session_expires(
     store: FaultyStore, clock: Clock
 ) -> None:
-    async with instance(store, activity_interval=3600) as one:
+    async with instance(store, activity_interval=3600, evict_after=None) as one:
         client = one.client()
         await client.begin()
         await reported(one, store)
@@ -525,7 +543,7 @@ async def test_an_activity_of_a_session_that_has_left_memory_is_reported(store: 
 async def test_an_activity_that_was_held_back_is_reported_when_its_session_leaves_memory(
     store: FaultyStore, clock: Clock
 ) -> None:
-    async with instance(store, end_within=NO_POLL) as one:
+    async with instance(store, end_within=NO_POLL, evict_after=None) as one:
         client = one.client()
         await client.begin()
         await reported(one, store)

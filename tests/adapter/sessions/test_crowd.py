@@ -101,6 +101,12 @@ async def gone(call: Exchange) -> None:
     await call.end()
 
 
+async def pass_by(one: Instance, clock: Clock, passed: timedelta) -> None:
+    """Let time pass, at whose end the instance looks which of its copies are in use."""
+    clock.advance(passed)
+    await evict_unused(one.manager)
+
+
 async def held(one: Instance, **settings: Any) -> Client:
     """Open a session whose client keeps a stream open."""
     client = one.client(**settings)
@@ -124,10 +130,12 @@ async def test_calls_that_ask_clients_that_have_gone_keep_no_other_client_out(
         for _ in range(4):
             attacker = one.client()
             await attacker.handshake()
+            stream = await attacker.get_stream()
             await gone(await asked(one, attacker, question))
+            await gone(stream)
         # For a moment a client may come back to answer.
         assert (await one.client().initialize()).status == 503
-        clock.advance(AWAY)
+        await pass_by(one, clock, AWAY)
         newcomers = [await held(one) for _ in range(4)]
         assert in_memory(one) == {live.session_id, *(client.session_id for client in newcomers)}
         # All of them are in use.
@@ -144,10 +152,10 @@ async def test_a_call_that_asks_a_client_that_has_gone_does_not_keep_its_session
     store: FaultyStore, log: FaultyLog, sessions: Sessions, clock: Clock, events: bool
 ) -> None:
     sessions.retention = RetentionPolicy(idle=HOUR)
-    async with instance(store, asking(), events=log if events else False, end_within=LONG) as one:
+    async with instance(store, asking(), events=log if events else False, end_within=LONG, evict_after=None) as one:
         client = one.client()
         session_id = await client.handshake()
-        await gone(await asked(one, client, "roots"))
+        await gone(await asked(one, client, "elicitation"))
         await activity_of(one.manager).report(everything=True)
         for _ in range(3):
             clock.advance(timedelta(minutes=19))
@@ -200,16 +208,16 @@ async def test_copies_leave_a_full_memory_in_order(store: FaultyStore, log: Faul
 
         await newcomer_evicts(idle)
         await newcomer_is_refused()
-        clock.advance(AWAY)
+        await pass_by(one, clock, AWAY)
         await newcomer_evicts(waiting)
         await newcomer_evicts(not_resumable)
         await newcomer_is_refused()
-        clock.advance(timedelta(minutes=3))
+        await pass_by(one, clock, timedelta(minutes=3))
         await newcomer_is_refused()
-        clock.advance(timedelta(minutes=2))
+        await pass_by(one, clock, timedelta(minutes=2))
         await newcomer_evicts(resumable)
         await newcomer_evicts(computing)
-        clock.advance(HOUR)
+        await pass_by(one, clock, HOUR)
         await newcomer_is_refused()
         assert connected.session_id in in_memory(one)
         await until(lambda: not stopping_in(one.manager))
@@ -225,7 +233,7 @@ async def test_a_call_that_makes_room_is_lost_to_a_client_that_comes_back(
         call = await running(one, client)
         await until(lambda: call.last_event_id is not None)
         last_event_id = await call.leave()
-        clock.advance(LONG_AWAY)
+        await pass_by(one, clock, LONG_AWAY)
         other = one.client()
         assert (await other.initialize()).status == 200
         await until(lambda: one.notes.waiting == 0 and not stopping_in(one.manager))
@@ -241,7 +249,7 @@ async def test_a_client_that_comes_back_keeps_its_call(store: FaultyStore, log: 
         call = await running(one, client)
         await until(lambda: call.last_event_id is not None)
         last_event_id = await call.leave()
-        clock.advance(LONG_AWAY)
+        await pass_by(one, clock, LONG_AWAY)
         stream = client.open_stream(last_event_id)
         await stream.start()
         assert (await one.client().initialize()).status == 503
@@ -269,7 +277,7 @@ async def test_a_call_whose_question_was_answered_does_not_wait_for_the_client(
         assert (await client.respond(question["id"], {"action": "accept", "content": {}})).status == 202
         await until(lambda: notes.waiting == 1)
         await gone(call)
-        clock.advance(AWAY)
+        await pass_by(one, clock, AWAY)
         assert (await one.client().initialize()).status == 503
         notes.proceed.set()
 
@@ -286,7 +294,7 @@ async def test_a_finished_answer_on_its_way_to_the_log_makes_no_room(
         append = log.hold("append")
         one.notes.proceed.set()
         await append.wait_entered()
-        clock.advance(LONG_AWAY)
+        await pass_by(one, clock, LONG_AWAY)
         for user in (None, principal("bob")):
             assert (await one.client(user=user).initialize()).status == 503
         assert in_memory(one) == {session_id}
@@ -401,7 +409,7 @@ async def test_a_principal_without_a_share_keeps_its_calls_for_a_moment_only(sto
         await alice.handshake()
         await gone(await running(one, alice))
         assert (await one.client(user=principal("bob")).initialize()).status == 503
-        clock.advance(AWAY)
+        await pass_by(one, clock, AWAY)
         assert (await one.client().initialize()).status == 200
 
 
@@ -447,8 +455,9 @@ async def test_an_outage_cancels_no_call_whose_client_is_away(
         await gone(await running(one, client))
         await activity_of(one.manager).report(everything=True)
         clock.advance(2 * HOUR)
-        store.broken("touch", "changes")
-        await evict_unused(one.manager)
+        store.broken("load", "touch", "changes")
+        with pytest.raises(RuntimeError):
+            await evict_unused(one.manager)
         with pytest.raises(RuntimeError):
             await report_activity(one.manager)
         assert one.notes.waiting == 1
@@ -478,7 +487,7 @@ async def test_a_client_that_leaves_a_json_response_is_noticed(
         assert one.notes.waiting == 1
         assert resident_of(one.manager, str(client.session_id)).pins == 0
         assert (await one.client().initialize()).status == 503
-        clock.advance(AWAY)
+        await pass_by(one, clock, AWAY)
         assert (await one.client().initialize()).status == 200
         await until(lambda: one.notes.waiting == 0 and not departures.watches)
         assert departures.waiting == {}

@@ -155,13 +155,14 @@ class Delivery:
         if kind in (MessageKind.ANSWER, MessageKind.PROGRESS) and _question_of(message) not in session.loop.asked:
             self._log.dropped(kind, UNKNOWN_QUESTION)
             return
+        # Before an answer has the copy come to rest.
+        session.heard_elsewhere()
         try:
             # Returns when the server loop has read it.
             await sdk.deliver(session.transport, message, Request(self._scope_of(session)))
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             self._log.dropped(kind, NO_COPY)
             return
-        session.heard_elsewhere()
         telemetry.delivered_messages.add(1, self._of[kind])
         waited = arrived.message.age.total_seconds() + clock.now() - arrived.arrived
         telemetry.deliveries.record(waited, self._of[kind])

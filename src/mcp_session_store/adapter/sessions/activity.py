@@ -66,23 +66,31 @@ class _Unreported:
 class ActivityReporter:
     """Gathers activity and reports it.
 
-    A session is reported at most once in a twentieth of the idle time, unless it is about to expire, or
-    has left memory. One that was restored is reported at once, because the report claims it.
+    A session is reported at most once in a twentieth of the idle time, or in half of `evict_after` where that is
+    shorter, unless it is about to expire, or has left memory. One that was restored is reported at once, because the
+    report claims it.
 
     Args:
         store: Store that the activity is reported to.
         registry: Registry of the copies in memory. A session is in use while there is contact with its client.
         instance: Id of this instance.
         interval: Seconds between two reports.
+        evict_after: See `InstanceSettings`.
     """
 
-    def __init__(self, store: SessionStore, registry: Registry, *, instance: str, interval: float) -> None:
+    def __init__(
+        self, store: SessionStore, registry: Registry, *, instance: str, interval: float, evict_after: float | None
+    ) -> None:
         self._store = store
         self._registry = registry
         self.instance: Final = instance
         self.interval: Final = interval
         idle = store.retention.idle
-        self._gap = GAP_WITHOUT_IDLE if idle is None else idle.total_seconds() / 20
+        gap = GAP_WITHOUT_IDLE if idle is None else idle.total_seconds() / 20
+        # Other instances ask whether the client was active within `evict_after`.
+        self._gap = gap if evict_after is None else min(gap, evict_after / 2)
+        self.lag: Final = self._gap + interval
+        """Seconds by which the last use of a session that the store knows is earlier than the real one, at most."""
         self._unreported: dict[UUID, _Unreported] = {}
         self._urgent: set[UUID] = set()
         self._all_due_at = -math.inf

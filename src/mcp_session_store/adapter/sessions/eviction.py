@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
-__all__ = ["EvictionOrder"]
+__all__ = ["AWAY", "AWAY_RESUMABLE", "EvictionOrder"]
 
 AWAY: Final = 30.0
 """Seconds without contact after which a copy may leave whose calls wait for the client, or cannot be resumed."""
@@ -32,8 +32,9 @@ class EvictionOrder:
 
     First those that are idle, the longest idle first. Then those without contact: first the ones whose calls all wait
     for an answer of the client, then those whose calls cannot be resumed, and last those whose calls can. A copy that
-    has contact, or had it a short time ago, makes room only where its principal holds more than its share. A copy with
-    a finished answer on its way to the log stays, and one with an answer on its way to the client leaves last.
+    has contact, or had it a short time ago, or whose client is active on another instance as far as the store knows
+    (`Absences`), makes room only where its principal holds more than its share. A copy with a finished answer on its
+    way to the log stays, and one with an answer on its way to the client leaves last.
 
     Args:
         published: Returns the copies that requests find.
@@ -142,7 +143,10 @@ def _principal(owner: AuthorizationContext) -> _Principal:
 def _rank(session: ResidentSession, now: float) -> int | None:
     """Return the place in the order of a copy that is in use without contact; `None`: it does not make room."""
     away = now - session.last_contact
-    if session.pins or not session.in_flight or away < AWAY or session.answering:
+    if session.pins or not session.at_work or away < AWAY or session.answering:
+        return None
+    # The store is asked when the client has been away for so long; not before that is its copy judged.
+    if session.looked_at < session.last_contact + AWAY or now < session.elsewhere_until:
         return None
     if session.waits_for_client:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -56,10 +57,12 @@ class ResidentSession:
         "_on_usage",
         "_recording",
         "_standalone",
+        "elsewhere_until",
         "events",
         "in_flight",
         "last_contact",
         "lifetime",
+        "looked_at",
         "loop",
         "marker",
         "owner",
@@ -89,6 +92,7 @@ class ResidentSession:
         if events is not None:
             events.on_recorded = self._rest
         self.loop = loop
+        loop.on_asked_outside = self._asked_outside
         self.lifetime = Lifetime()
         self.record: SessionRecord | None = None
         """The record as it was when the session was opened or restored here; `None` before."""
@@ -108,6 +112,10 @@ class ResidentSession:
         """Number of messages that were read and whose handlers have not returned."""
         self.last_contact = clock.now()
         """Moment, by `clock`, at which contact with the client ended, if there is none now."""
+        self.looked_at = -math.inf
+        """Moment at which the store was last asked whether the client is active on other instances: see `Absences`."""
+        self.elsewhere_until = -math.inf
+        """Moment until which the client counts as active on another instance."""
         self._on_usage = on_usage
         self._recording: anyio.Lock | None = None
         self._standalone: StandaloneStream | None = None
@@ -160,7 +168,15 @@ class ResidentSession:
         """Whether a client or a handler would notice if the copy left memory now."""
         # A call outlives its client's connection, and a 202 precedes its processing: so both count. And an answer
         # that is to be stored outlives its handler.
-        return self.pins > 0 or self.in_flight > 0 or (self.events is not None and self.events.busy)
+        # Asked for at the begin and the end of each request, and so without a call of `at_work`.
+        if self.pins > 0 or self.in_flight > 0 or self.loop.asked_outside > 0:
+            return True
+        return self.events is not None and self.events.busy
+
+    @property
+    def at_work(self) -> bool:
+        """Whether handlers of messages run, or something else of the session waits for an answer of the client."""
+        return self.in_flight > 0 or self.loop.asked_outside > 0
 
     @property
     def answering(self) -> bool:
@@ -276,6 +292,11 @@ class ResidentSession:
                 self.events.returned(request_id)
         if self.pins == 0:
             self._rest()
+
+    def _asked_outside(self) -> None:
+        """Note that the first question outside of calls is open, or none any more."""
+        if self.pins == 0 and self.in_flight == 0 and not (self.events is not None and self.events.busy):
+            self._on_usage(self, self.loop.asked_outside > 0)
 
     def _rest(self) -> None:
         if not self.busy:

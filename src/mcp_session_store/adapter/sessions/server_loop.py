@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Final, Self
 
 import anyio
 from mcp.shared.dispatcher import as_request_id, coerce_request_id
+from mcp.shared.exceptions import NoBackChannelError
 from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params
 from mcp.shared.message import ServerMessageMetadata, SessionMessage
 from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, JSONRPCResponse
 
+from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.question_ids import MAX_QUESTIONS, Question, QuestionIds, as_asked, renamed
@@ -62,9 +64,11 @@ class ServerLoop:
         "_on_dropped",
         "_scope",
         "asked",
+        "asked_outside",
         "handshake",
         "held",
         "lull",
+        "on_asked_outside",
         "question_ids",
         "replay",
         "running",
@@ -97,6 +101,10 @@ class ServerLoop:
         """Handshakes, or requests that may be one, whose HTTP answers wait; the end of the loop decides them."""
         self.asked: dict[RequestId, Question] = {}
         """Questions that the client has not answered, by the ids that it got, in their order."""
+        self.asked_outside = 0
+        """Number of these that keep the copy in use although it handles no message: see `Question.outside`."""
+        self.on_asked_outside: Callable[[], None] = lambda: None
+        """Called when the first of them is asked, and when the last is answered, withdrawn or forgotten."""
         self.lull = 0
         """Number of times that the last handler of the copy has returned while there were questions."""
         self.running = False
@@ -164,41 +172,55 @@ class ServerLoop:
         """Cancel the server task."""
         self._scope.cancel()
 
-    def asks(self, item: SessionMessage, message: JSONRPCRequest) -> SessionMessage:
-        """Return a question of the server as its client gets it."""
+    def asks(self, item: SessionMessage, message: JSONRPCRequest) -> tuple[SessionMessage, Question]:
+        """Return a question of the server as its client gets it, and as this copy knows it."""
         # An older one of this id was given up, or its answer would be taken for the answer to this one.
-        self._forget(message.id)
+        self.forget(message.id)
         if len(self.asked) >= MAX_QUESTIONS:
-            del self.asked[next(iter(self.asked))]
+            self._take(next(iter(self.asked)))
         metadata = item.metadata
         call = metadata.related_request_id if isinstance(metadata, ServerMessageMetadata) else None
         question_id = self.question_ids.new()
-        self.asked[question_id], item = as_asked(item, message, question_id, call, self.lull)
-        return item
+        question, item = as_asked(item, message, question_id, call, self.lull)
+        self.asked[question_id] = question
+        if question.outside:
+            self.asked_outside += 1
+            if self.asked_outside == 1:
+                self.on_asked_outside()
+        return item, question
 
     def withdraws(self, item: SessionMessage, message: JSONRPCNotification) -> SessionMessage | None:
         """Return the withdrawal of a question as the client gets it; `None`: the client knows of no such question."""
         request_id = cancelled_request_id_from_params(message.params)
-        question_id = None if request_id is None else self._forget(request_id)
+        question_id = None if request_id is None else self.forget(request_id)
         if message.params is None or question_id is None:
             return None
         return renamed(item, params={**message.params, "requestId": question_id})
 
-    def _forget(self, request_id: RequestId) -> RequestId | None:
+    def forget(self, request_id: RequestId) -> RequestId | None:
         """Forget the question that the copy knows by an id, and return the id that the client knows it by."""
         request_id = coerce_request_id(request_id)
         for question_id, question in reversed(self.asked.items()):
             if question.request_id == request_id:
-                del self.asked[question_id]
+                self._take(question_id)
                 return question_id
         return None
+
+    def _take(self, question_id: RequestId) -> Question | None:
+        """Return a question by the id that the client knows it by, and forget it."""
+        question = self.asked.pop(question_id, None)
+        if question is not None and question.outside:
+            self.asked_outside -= 1
+            if self.asked_outside == 0:
+                self.on_asked_outside()
+        return question
 
     def answered(self, item: SessionMessage, message: JSONRPCResponse | JSONRPCError) -> SessionMessage | None:
         """Return an answer of the client as the server reads it; `None`: no question waits for it, and it is dropped.
 
         Otherwise the answer to the question of another copy might be taken for the answer to one of this copy's.
         """
-        question = None if message.id is None else self.asked.pop(coerce_request_id(message.id), None)
+        question = None if message.id is None else self._take(coerce_request_id(message.id))
         if question is None:
             self._on_dropped(MessageKind.ANSWER)
             return None
@@ -308,11 +330,15 @@ class _Outbound:
         message = item.message
         loop = self._loop
         if type(message) is JSONRPCRequest:
-            item = loop.asks(item, message)
+            item, question = loop.asks(item, message)
             if loop.replay is not None:
                 loop.replay.asked()
                 with anyio.move_on_after(STANDALONE_STREAM_WAIT):
                     await loop.standalone_stream_open.wait()
+            if not sdk.reaches_client(loop.transport, question.call):
+                # The SDK would drop it, and its handler would wait for ever.
+                loop.forget(message.id)
+                raise NoBackChannelError(message.method)
         elif type(message) is JSONRPCNotification and message.method == "notifications/cancelled":
             withdrawal = loop.withdraws(item, message)
             if withdrawal is None:
