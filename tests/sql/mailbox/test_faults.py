@@ -16,6 +16,7 @@ from mcp_session_store.sql import SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import messages_table
 from mcp_session_store.testing import new_message, new_session
+from mcp_session_store.testing.factories import new_presence
 from mcp_session_store.testing.mailbox.suite import peek, places, read_all, run_instances, sweep_messages
 from tests.support.databases import behind_proxy, empty, engine_of, execute, settled, sql_store
 from tests.support.faults import breaking
@@ -94,6 +95,51 @@ async def test_a_page_whose_connection_is_killed_is_read_again(postgres_url: str
         assert places(page.messages) == [(1, 4), (1, 5), (1, 6)]
         await mailbox.receive(2, delivered={1: 6})
         assert await peek(mailbox, 2) == []
+        assert await execute(postgres_url, sa.select(messages_table().c.sequence)) == []
+
+
+@pytest.mark.parametrize("lost", ["the statement", "the answer"])
+@pytest.mark.parametrize("by_caller", [False, True], ids=["repeated by the mailbox", "repeated by the caller"])
+async def test_heartbeats_stops_and_sweeps_whose_connection_is_killed_take_effect_once(
+    postgres_url: str, lost: str, by_caller: bool
+) -> None:
+    # The answers that say that they have taken effect: of one statement, and of a transaction.
+    tags = {"the same number": b"UPDATE 1", "another number": b"COMMIT", "stop": b"COMMIT", "sweep": b"DELETE 5"}
+    async with mailbox_behind_proxy(postgres_url) as (mailbox, proxy):
+        _, instance, _ = await run_instances(mailbox, 11, 12, 13)
+
+        async def do(what: str) -> object:
+            if what == "stop":
+                await mailbox.retire(instance)
+                return None
+            if what == "sweep":
+                return (await mailbox.sweep()).gone
+            return await mailbox.beat(new_presence(12 if what == "the same number" else 14, instance=instance))
+
+        for what, tag in tags.items():
+            if what == "sweep":
+                messages = [new_message(number, recipient=13, sender=11) for number in range(5)]
+                await mailbox.post(messages)
+                await execute(postgres_url, "DELETE FROM mcp_session_instance WHERE number = 13")
+            await settled(mailbox)
+            sprung = proxy.sprung
+            if by_caller:
+                proxy.refuse()
+            if lost == "the answer":
+                proxy.kill_on_next_reply(tag)
+            else:
+                proxy.kill_on_next_request()
+            if by_caller:
+                with pytest.raises(StoreUnavailable):
+                    await do(what)
+                await proxy.accept()
+            done = await do(what)
+            assert proxy.sprung == sprung + 1
+            if what != "sweep":
+                assert done is (None if what == "stop" else True)
+            running = {one.number: one.waiting for one in await mailbox.instances() if one.number in (12, 13, 14)}
+            expected = {"the same number": {12: 0, 13: 0}, "another number": {14: 0, 13: 0}, "stop": {13: 0}}
+            assert running == expected.get(what, {})
         assert await execute(postgres_url, sa.select(messages_table().c.sequence)) == []
 
 
