@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -318,6 +319,14 @@ def test_a_number_that_is_used_up_is_followed_by_another_one(monkeypatch: pytest
     numbers = [number_of(ids.new()) for _ in range(3)]
     assert numbers == [first, first, ids.number]
     assert drawn == [ids.number] != [first]
+
+
+def test_processes_that_seed_their_random_numbers_alike_draw_numbers_of_their_own() -> None:
+    drawn = set()
+    for _ in range(3):
+        random.seed(1)
+        drawn.add(QuestionIds().number)
+    assert len(drawn) > 1
 
 
 def test_a_number_is_drawn_again_only_where_it_was_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -584,6 +584,15 @@ def test_events_that_the_environment_asks_for_can_be_declined(
     assert app_arguments["events"] is False
 
 
+@pytest.mark.parametrize(("option", "environment"), [("--no-relay", "true"), ("--relay", "false")])
+def test_the_relay_is_declined_or_asked_for_whatever_the_environment_says(
+    invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any], option: str, environment: str
+) -> None:
+    arguments = ["serve", "tests.support.targets:mcpserver", "--url", sqlite_url, option]
+    invoke(*arguments, environment={"MCP_SESSION_STORE_RELAY": environment})
+    assert app_arguments["relay"] is (option == "--relay")
+
+
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.anyio
 async def test_a_server_keeps_events_that_operators_see(
@@ -605,7 +614,7 @@ def test_what_is_not_given_is_left_to_the_app(
     invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
 ) -> None:
     invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url)
-    left = {"retention", "events", "settings", "namespace", "schema", "auto_upgrade", "pool_size"}
+    left = {"retention", "events", "relay", "settings", "namespace", "schema", "auto_upgrade", "pool_size"}
     assert app_arguments
     assert not left & app_arguments.keys()
 

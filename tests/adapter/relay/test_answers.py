@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import mcp_types as types
 import pytest
+from mcp.shared.message import ServerMessageMetadata
 
 from mcp_session_store import session_key
 from mcp_session_store.adapter.question_ids import number_of
@@ -23,6 +24,7 @@ from tests.support.internals import (
     report_activity,
     unreported_in,
 )
+from tests.support.measured import measuring
 
 if TYPE_CHECKING:
     from tests.support.faulty_stores import FaultyMailbox, FaultyStore
@@ -73,6 +75,53 @@ async def test_an_error_and_an_answer_whose_id_came_back_as_a_text_reach_the_cop
         question = await call.next()
         assert (await elsewhere.respond(str(question["id"]), roots("text"))).status == 202
         assert text_of(await call.next()) == "file:///text"
+
+
+@pytest.mark.parametrize(
+    ("question", "answered", "answer"),
+    [
+        (
+            types.ElicitRequest(
+                params=types.ElicitRequestFormParams(message="?", requested_schema={"type": "object", "properties": {}})
+            ),
+            types.ElicitResult,
+            {"action": "accept", "content": {}},
+        ),
+        (
+            types.CreateMessageRequest(params=types.CreateMessageRequestParams(messages=[], max_tokens=9)),
+            types.CreateMessageResult,
+            {"role": "assistant", "content": {"type": "text", "text": "x"}, "model": "m"},
+        ),
+        (types.PingRequest(), types.EmptyResult, {}),
+    ],
+    ids=["elicitation", "sampling", "ping"],
+)
+async def test_the_answer_to_each_question_arrives_and_counts_once(
+    store: FaultyStore, mailbox: FaultyMailbox, question: Any, answered: Any, answer: dict[str, Any]
+) -> None:
+    asking = Asking()
+
+    async def ask(ctx: Any) -> str:
+        metadata = ServerMessageMetadata(related_request_id=ctx.request_id)
+        return type(await ctx.session.send_request(question, answered, metadata=metadata)).__name__
+
+    asking.tools["ask"] = ask
+    measured = measuring()
+    async with (
+        instance(store, asking, relay=mailbox) as one,
+        instance(store, relay=mailbox) as other,
+        instance(store, relay=mailbox) as third,
+    ):
+        client = one.client()
+        session_id = await client.begin()
+        call = client.open_call("ask")
+        asked = await call.next()
+        assert asked["method"] == question.method
+        for each in (other, other, third, one):
+            assert (await each.client(session_id).respond(asked["id"], answer)).status == 202
+        assert text_of(await call.next()) == answered.__name__
+        unknown = {(("kind", "answer"), ("reason", "unknown question")): 3}
+        await until(lambda: measured.values("mcp_session_store.messages.dropped") == unknown)
 
 
 async def test_an_answer_that_comes_in_many_pieces_with_its_id_last_restores_nothing(

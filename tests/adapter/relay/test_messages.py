@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from mcp_session_store import ConfigurationError, durable_app
+from mcp_session_store.adapter import routing
 from mcp_session_store.adapter.relay.messages import ADDRESSED, ROOTS_CHANGED, named_notifications, relayed
 from mcp_session_store.mailbox import MessageKind
 from tests.support.asgi import until
@@ -71,6 +72,21 @@ def test_only_notifications_of_the_applications_own_can_be_named(named: Any) -> 
         named_notifications([named])
     with pytest.raises(ConfigurationError, match="relayed_notifications"):
         durable_app(Notes().server, "sqlite:///unused.db", relayed_notifications=[named])
+
+
+@pytest.mark.anyio
+async def test_calls_are_not_parsed(
+    store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[bytes] = []
+    monkeypatch.setattr(routing, "relayed", lambda body, _methods: parsed.append(body))
+    async with instance(store, relay=mailbox) as one, instance(store, relay=mailbox) as other:
+        client = one.client()
+        for each in (client, other.client(await client.begin())):
+            assert (await each.call("add", {"a": 1, "b": 2})).text == "3"
+            assert (await each.post({"jsonrpc": "2.0", "id": "result", "method": "ping"})).status == 200
+    # The notification that ended the handshake, and what has the word anywhere.
+    assert [b"notifications/initialized" in body for body in parsed] == [True, False, False]
 
 
 @pytest.mark.anyio
