@@ -149,7 +149,7 @@ FILES: dict[str, tuple[Callable[[Path], str], str]] = {
     "read only": (read_only_file, r"this process \(user \d+\) may not read and write the file '/.*sessions.db'"),
     "unreadable": (unreadable_file, r"may not read and write the file"),
     "closed folder": (closed_folder, r"may not write in the folder '/.*/closed'.*name a file in another folder"),
-    "locked folder": (locked_folder, r"\(user \d+\) may not enter the folder '/.*/locked'; let it"),
+    "locked folder": (locked_folder, r"\(user \d+\) may not enter the folder '/.*/locked'; allow it"),
     "long name": (long_name, r"no file can have the path '/.*n\.db' \(File name too long\); correct it"),
     "mode rw": (none_is_made, r"there is no file '/.*/sessions\.db', and with mode=rw none is made"),
     "a folder": (folder_instead, r"is a folder; name a file in it"),

@@ -258,7 +258,7 @@ class Outbox:
         for outgoing in lost:
             self._log.dropped(outgoing.kind, STOPPED)
         if lost:
-            logger.warning("messages of clients to other instances are lost, because the store is away: %d", len(lost))
+            logger.warning("%d messages of clients to other instances are lost, because the store is away", len(lost))
 
     async def _post_all(self) -> None:
         """Post what waits."""
@@ -267,7 +267,7 @@ class Outbox:
             while self._waiting:
                 if not self._instances.can_send:
                     self._went_away()
-                    raise StoreUnavailable("this instance, or those that messages are for, are not in the mailbox yet")
+                    raise StoreUnavailable("messages wait for the heartbeats of this instance and of the others")
                 if not (batch := self._batch(at_once)):
                     break
                 try:

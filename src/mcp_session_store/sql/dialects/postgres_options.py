@@ -235,7 +235,7 @@ def _check_hosts(url: URL) -> None:
     for port in [url.port, ports] if isinstance(ports, int) else [url.port, *ports]:
         if port is not None and not 0 < port <= _HIGHEST_PORT:
             raise ConfigurationError(
-                f"the port {port} in the database URL cannot be; write one from 1 to {_HIGHEST_PORT}"
+                f"the port {port} in the database URL is no port; write one from 1 to {_HIGHEST_PORT}"
             )
 
 

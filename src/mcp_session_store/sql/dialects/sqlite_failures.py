@@ -104,7 +104,7 @@ def unusable_file(url: URL, *, writes: bool = True) -> str | None:
         pass
     except PermissionError:
         closed = next((parent for parent in reversed(file.parents) if not _is_allowed(parent, os.X_OK)), folder)
-        return f"this process ({_user()}) may not enter the folder {str(closed)!r}; let it, or name a file elsewhere"
+        return f"this process ({_user()}) may not enter the folder {str(closed)!r}; allow it, or name a file elsewhere"
     except OSError as error:
         return f"no file can have the path {str(file)!r} ({error.strerror}); correct it in the URL"
     if file.is_symlink():
@@ -120,11 +120,11 @@ def unusable_file(url: URL, *, writes: bool = True) -> str | None:
     if file.exists() and not file.is_file():
         return f"{str(file)!r} is a device, a pipe or a socket, which can hold no database; name a file"
     if file.exists() and not _is_allowed(file, os.R_OK | os.W_OK if writes else os.R_OK):
-        return f"this process ({_user()}) may not read{' and write' if writes else ''} the file {str(file)!r}; let it"
+        return f"this process ({_user()}) may not read{' and write' if writes else ''} the file {str(file)!r}; allow it"
     if writes and not _is_allowed(folder, os.W_OK | os.X_OK):
         return (
             f"this process ({_user()}) may not write in the folder {str(folder)!r}, where SQLite keeps files beside "
-            "the database; let it, or name a file in another folder"
+            "the database; allow it, or name a file in another folder"
         )
     return None
 
