@@ -73,23 +73,20 @@ class FirstContact:
         self._database = database
         self._auto_upgrade = auto_upgrade
         self._contact: asyncio.Task[None] | None = None
+        self.made = False
+        """Whether the schema was found to fit."""
         self.needed: dict[sa.Table, str] = {}
         """Names of the privileges that the user needs, separated by commas, by the table."""
-
-    @property
-    def made(self) -> bool:
-        """Whether the schema was found to fit."""
-        contact = self._contact
-        return contact is not None and contact.done() and not _failed(contact)
 
     async def make(self) -> None:
         """Check the schema, unless it was found to fit. Concurrent callers wait for the same check."""
         if self.made:
             return
         contact = self._contact
-        if contact is None or contact.done():
+        if contact is None or _failed(contact):
             # A task of its own, because one caller's timeout must not stop a migration that others wait for.
             contact = self._contact = spawn(self._check())
+            contact.add_done_callback(self._note)
         if not contact.done():
             await asyncio.wait({contact})
         if contact.cancelled():
@@ -100,11 +97,18 @@ class FirstContact:
         """Make the next call check the schema again."""
         if self._contact is not None and self._contact.done():
             self._contact = None
+            self.made = False
 
     def withdraw(self) -> asyncio.Task[None] | None:
         """Forget the check, and return its task, which may still run."""
         contact, self._contact = self._contact, None
+        self.made = False
         return contact
+
+    def _note(self, contact: asyncio.Task[None]) -> None:
+        # A task that was withdrawn says nothing about what is used next.
+        if contact is self._contact:
+            self.made = not _failed(contact)
 
     async def _check(self) -> None:
         database = self._database
@@ -195,4 +199,4 @@ class FirstContact:
 
 
 def _failed(task: asyncio.Task[None]) -> bool:
-    return task.cancelled() or task.exception() is not None
+    return task.done() and (task.cancelled() or task.exception() is not None)

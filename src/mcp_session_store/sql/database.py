@@ -349,7 +349,8 @@ class Lease:
             raise self._database.silent() from None
 
     async def _try_twice(self, work: Callable[[Attempt], Awaitable[_T]]) -> _T:
-        await self._contact()
+        if not self._database.in_contact:
+            await self._contact()
         if self._writing is not None and not self._holds_writing:
             # Half of the timeout, because the wait for the file comes on top: the caller would have given up by then,
             # and what was refused would be committed.
@@ -362,13 +363,13 @@ class Lease:
             if not _is_broken(error, self._database.dialect):
                 raise
             logger.info("a connection to the database broke, trying another: %s", error)
-        await self._contact()
+        if not self._database.in_contact:
+            await self._contact()
         return await self._attempt(work, repeated=True)
 
     async def _contact(self) -> None:
         """Have the schema checked, without the lease's connection, because the check may need it."""
-        if self._connection is not None and not self._database.in_contact:
-            await self._release(broken=False)
+        await self._release(broken=False)
         await self._database.first_contact()
 
     async def _attempt(self, work: Callable[[Attempt], Awaitable[_T]], *, repeated: bool) -> _T:

@@ -45,7 +45,8 @@ class Room:
 
     @property
     def is_short(self) -> bool:
-        return asyncio.get_running_loop().time() - self._refused_at < SHORT_FOR
+        # The first, because it is asked after each statement, and a connection is rarely refused.
+        return self._refused_at > -math.inf and asyncio.get_running_loop().time() - self._refused_at < SHORT_FOR
 
     @property
     def pause(self) -> float:

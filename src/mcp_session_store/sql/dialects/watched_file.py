@@ -48,10 +48,12 @@ class OpenFile:
         beside: Paths of the files beside it that must not vanish while it is open.
     """
 
-    def __init__(self, watched: WatchedFile, main: _Identity, beside: tuple[Path, ...]) -> None:
+    def __init__(self, watched: WatchedFile, main: _Identity, beside: tuple[str, ...]) -> None:
         self._watched = watched
+        # Texts, because each statement looks at the files, and a `Path` is made a text again for each look.
+        self._name = str(watched.file)
         self.main = main
-        self._beside: dict[Path, _Identity | None] = dict.fromkeys(beside)
+        self._beside: dict[str, _Identity | None] = dict.fromkeys(beside)
         self.connections = 0
         self.gone = False
         """Whether it, or one beside it, was found to be another one than that of its name."""
@@ -71,7 +73,7 @@ class OpenFile:
             raise FileReplaced(self._watched.loss)
 
     def _is_gone(self) -> bool:
-        if _identity(self._watched.file) != self.main:
+        if _identity(self._name) != self.main:
             return True
         for path, known in self._beside.items():
             if (found := _identity(path)) != known:
@@ -98,7 +100,7 @@ class OpenFile:
             if not self._beside:
                 self.saved = True
                 return
-            logs = [path for path in self._beside if path.name.endswith("-wal")]
+            logs = [path for path in self._beside if path.endswith("-wal")]
             if any((found := _identity(path)) is not None and found != self._beside[path] for path in logs):
                 self.saved = True
                 return
@@ -108,14 +110,14 @@ class OpenFile:
                     return  # others read in it; another connection tries again
                 for path, known in self._beside.items():
                     if known is not None and _identity(path) == known:
-                        path.unlink()
+                        os.unlink(path)
                 self.saved = True
 
-    def leftover(self) -> Path | None:
+    def leftover(self) -> str | None:
         """Return the write-ahead log that stands beside the name, and holds what is in no other file."""
         if not self.saved:
             for path, known in self._beside.items():
-                if known is not None and path.name.endswith("-wal") and _identity(path) == known and _size(path):
+                if known is not None and path.endswith("-wal") and _identity(path) == known and _size(path):
                     return path
         return None
 
@@ -210,7 +212,7 @@ class WatchedFile:
             raise FileLost(self.loss)
         if found != self._open.main and (log := self._open.leftover()) is not None:
             raise FileLost(
-                f"the file {str(self.file)!r} was replaced while it was open, and {str(log)!r} belongs to the one "
+                f"the file {str(self.file)!r} was replaced while it was open, and {log!r} belongs to the one "
                 "before; stop all processes, remove that one, and start them again"
             )
         if self._open.gone and not self._open.saved and self._open.connections:
@@ -240,7 +242,7 @@ class WatchedFile:
                     str(self.file),
                 )
             real = os.path.realpath(self.file)
-            beside = (Path(f"{real}-wal"), Path(f"{real}-shm")) if watches_beside else ()
+            beside = (f"{real}-wal", f"{real}-shm") if watches_beside else ()
             self._open = known = OpenFile(self, found, beside)
         elif not known.connections:
             # SQLite removes those beside it with the last connection.
@@ -302,7 +304,7 @@ def without_making(name: str) -> tuple[str, bool]:
     return f"{path}?{urlencode(options, safe='/')}", makes
 
 
-def _identity(path: Path) -> _Identity | None:
+def _identity(path: Path | str) -> _Identity | None:
     try:
         found = os.stat(path)
     except OSError:
@@ -310,8 +312,8 @@ def _identity(path: Path) -> _Identity | None:
     return found.st_dev, found.st_ino
 
 
-def _size(path: Path) -> int:
+def _size(path: Path | str) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return 0
