@@ -92,11 +92,15 @@ class Posted:
         self._send = send
         return self._sending
 
-    async def _sending(self, message: Message) -> None:
-        await self._send(message)
+    def _sending(self, message: Message) -> Awaitable[None]:
         if self.priming is not None and message["type"] == "http.response.start":
-            body, self.priming = self.priming, None
-            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            return self._start(message, self.priming)
+        return self._send(message)
+
+    async def _start(self, message: Message, priming: bytes) -> None:
+        await self._send(message)
+        self.priming = None
+        await self._send({"type": "http.response.body", "body": priming, "more_body": True})
 
 
 POSTED: Final[ContextVar[Posted | None]] = ContextVar("mcp_session_store.posted", default=None)

@@ -374,7 +374,7 @@ def test_an_id_that_was_written_is_read_as_it_was(request_id: str | int | None, 
     if request_id is None:
         final = False  # it has no answer
     cursor = Cursor(stream=stream, sequence=2**62 - 1, position=2**63 - 1, request_id=request_id, final=final)
-    written = ids.write(cursor)
+    written = ids.write(*cursor)
     read = ids.read(written)
     assert read == cursor
     assert type(read.request_id) is type(request_id)
@@ -386,7 +386,7 @@ def test_an_id_that_was_written_is_read_as_it_was(request_id: str | int | None, 
 @pytest.mark.parametrize(("sequence", "position"), [(2**62, 0), (-1, 0), (0, 2**63), (0, -1)])
 def test_an_id_of_a_place_that_no_event_can_have_is_not_read(sequence: int, position: int) -> None:
     ids = EventIds(session_key("a session"))
-    assert ids.read(ids.write(Cursor(stream="01234567.1", sequence=sequence, position=position, request_id=1))) is None
+    assert ids.read(ids.write("01234567.1", sequence, position, 1)) is None
 
 
 @pytest.mark.parametrize("request_id", LONG_IDS, ids=range(len(LONG_IDS)))

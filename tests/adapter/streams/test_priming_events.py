@@ -489,7 +489,7 @@ async def test_a_call_whose_answer_is_not_kept_any_more_ends_with_an_error(
 async def never_began(one: Instance, client: Client) -> str:
     """The id before the first event of a call of a running instance which never began."""
     stream = f"{instances_of(one.manager).name}.ffff"
-    return EventIds(session_key(str(client.session_id))).write(Cursor(stream, 0, 0, "never"))
+    return EventIds(session_key(str(client.session_id))).write(stream, 0, 0, "never")
 
 
 async def test_a_call_that_never_ran_is_lost_here_at_once(one: Instance, client: Client) -> None:

@@ -79,11 +79,13 @@ class EventIds:
     def __init__(self, key: UUID) -> None:
         self._empty_tag = hashlib.blake2b(key=key.bytes, digest_size=TAG_SIZE)
 
-    def write(self, cursor: Cursor) -> str:
-        """Return the event id of an event."""
-        text = f"{cursor.sequence:x}/{cursor.position:x}/{cursor.stream}/{_FINAL if cursor.final else ''}"
-        if cursor.request_id is not None:
-            text = f"{text}/{_as_json(cursor.request_id)}"
+    def write(
+        self, stream: str, sequence: int, position: int, request_id: RequestId | None = None, final: bool = False
+    ) -> str:
+        """Return the event id of an event: of the place that a `Cursor` of these fields is."""
+        text = f"{sequence:x}/{position:x}/{stream}/{_FINAL if final else ''}"
+        if request_id is not None:
+            text = f"{text}/{request_id if type(request_id) is int else _encode(request_id)}"
         payload = text.encode()
         # As `_tag` does, because each event has an id, and a call of a function shows in what it costs.
         tag = self._empty_tag.copy()
@@ -110,7 +112,7 @@ class EventIds:
         except ValueError:
             return None
         # Not written otherwise, as with leading zeros.
-        return cursor if _is_ours(cursor) and self.write(cursor) == event_id else None
+        return cursor if _is_ours(cursor) and self.write(*cursor) == event_id else None
 
     def _tag(self, payload: bytes) -> bytes:
         tag = self._empty_tag.copy()
@@ -136,14 +138,10 @@ def fits(request_id: RequestId) -> bool:
     if type(request_id) is int:
         return -_LARGE < request_id < 10 * _LARGE
     try:
-        return len(_as_json(request_id).encode()) <= MAX_REQUEST_ID
+        return len(_encode(request_id).encode()) <= MAX_REQUEST_ID
     except UnicodeEncodeError:
         return False  # a lone surrogate, which no message to the client can hold either
 
 
 _encode: Final = json.JSONEncoder(ensure_ascii=False).encode
 """Made once, because `json.dumps` makes an encoder for each call."""
-
-
-def _as_json(request_id: RequestId) -> str:
-    return str(request_id) if type(request_id) is int else _encode(request_id)

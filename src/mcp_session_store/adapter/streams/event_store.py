@@ -7,7 +7,7 @@ import random
 from typing import TYPE_CHECKING, Final
 
 import anyio
-from mcp.server.streamable_http import GET_STREAM_KEY, EventStore
+from mcp.server.streamable_http import GET_STREAM_KEY, REQUEST_STREAM_BUFFER_SIZE, EventStore
 from mcp_types import CONNECTION_CLOSED
 from mcp_types.version import KNOWN_PROTOCOL_VERSIONS, is_version_at_least
 
@@ -128,7 +128,7 @@ class SessionEvents(EventStore):
         if is_newest_known and self._is_id_enough:
             stream.identified = True
             stream.position = 1
-            event_id = self.ids.write(Cursor(stream.name, self._newest.sequence, 0, request_id))
+            event_id = self.ids.write(stream.name, self._newest.sequence, 0, request_id)
         else:
             event_id = await self._store(stream, stream_id, None)
         if event_id:
@@ -362,15 +362,8 @@ class SessionEvents(EventStore):
             if self._is_blocked(stream, stream_id):
                 # Its client does not read: it gets the rest from the log, and the session's other streams go on.
                 self._close_response(stream_id)
-            return self.ids.write(
-                Cursor(
-                    stream=event.stream,
-                    sequence=recorded.sequence,
-                    position=event.position,
-                    request_id=None if stream is None else stream.request_id,
-                    final=final,
-                )
-            )
+            request_id = None if stream is None else stream.request_id
+            return self.ids.write(event.stream, recorded.sequence, event.position, request_id, final)
         except Exception as error:
             report_failure("events", error, key=self.key, namespace=self.recorder.log.namespace)
             return ""
@@ -404,6 +397,8 @@ class SessionEvents(EventStore):
         return any(f.deliver(event) for f in self.recorder.followers.of(self.key, event.stream))
 
     def _is_blocked(self, stream: CallStream | None, stream_id: str) -> bool:
+        if stream is not None and stream.position <= REQUEST_STREAM_BUFFER_SIZE:
+            return False  # all events of the call have room, so that most calls need not look
         resumable = stream is None or stream.resumable
         return resumable and self.live is not None and self.live.is_blocked(stream_id)
 

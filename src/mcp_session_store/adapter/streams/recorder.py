@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -71,7 +71,7 @@ class EventsNotStored(SessionStoreError):
     """Events cannot be stored yet."""
 
 
-class Outcome(Enum):
+class Outcome(StrEnum):
     """What became of an event. The values are attributes of a published metric."""
 
     STORED = "stored"

@@ -179,7 +179,7 @@ def last_words(ids: EventIds, cursor: Cursor, message: str, *, reason: str, sess
 def _opened(events: SessionEvents, cursor: Cursor, *, session_id: str, primes: bool) -> Response:
     # Another response may have opened the stream since.
     reader = _reader(events, cursor, takes_over=True)
-    first = (lambda: events.priming_event(events.ids.write(reader.cursor))) if primes else lambda: None
+    first = (lambda: events.priming_event(events.ids.write(*reader.cursor))) if primes else lambda: None
     return event_stream(_sent(events, reader, first), session_id)
 
 
@@ -258,7 +258,7 @@ def _parts(ids: EventIds, events: Iterable[Event], sends: Callable[[Event], None
 
 
 def _as_sse(ids: EventIds, event: Event) -> bytes:
-    data, event_id = event.message, None if event.cursor is None else ids.write(event.cursor)
+    data, event_id = event.message, None if event.cursor is None else ids.write(*event.cursor)
     if event_id is None or "\n" in data or "\r" in data:
         return ServerSentEvent(data, event="message", id=event_id).encode()
     # What sse-starlette writes, at a tenth of the cost, because JSON is nearly always a single line.
@@ -267,4 +267,4 @@ def _as_sse(ids: EventIds, event: Event) -> bytes:
 
 def _terminal(ids: EventIds, cursor: Cursor, message: str, reason: str) -> dict[str, Any]:
     data = call_error(cursor.request_id, message, code=CONNECTION_CLOSED, reason=reason)
-    return {"event": "message", "data": data, "id": ids.write(cursor.at(sequence=cursor.sequence, final=True))}
+    return {"event": "message", "data": data, "id": ids.write(*cursor.at(sequence=cursor.sequence, final=True))}

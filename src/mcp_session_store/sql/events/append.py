@@ -265,22 +265,23 @@ class EventWriter:
         first: list[int | None] = [None] * len(appends)
         if sought := [number for number, append in enumerate(appends) if repeated or append.again]:
             yield from self._find_stored(appends, sought, first)
-        numbers_of: dict[int, list[int]] = {}
+        of_sessions: dict[int, list[int]] = {}
         for number, append in enumerate(appends):
             if first[number] is None:
-                numbers_of.setdefault(append.key.int, []).append(number)
+                of_sessions.setdefault(append.key.int, []).append(number)
         # In the order of the keys, in which all writers lock logs.
-        in_order = [numbers_of[key] for key in sorted(numbers_of)]
-        keys = [self._dialect.driver_key(appends[numbers[0]].key) for numbers in in_order]
-        logs = {key: [appends[number] for number in numbers] for key, numbers in zip(keys, in_order, strict=True)}
+        numbers_of = {
+            self._dialect.driver_key(appends[numbers[0]].key): numbers for _, numbers in sorted(of_sessions.items())
+        }
+        logs = {key: [appends[number] for number in numbers] for key, numbers in numbers_of.items()}
         grown = (yield from self._append_to_logs(logs)) if logs else {}
-        if missing := logs.keys() - grown.keys():
+        if len(grown) < len(logs):
             # These sessions have no log yet.
-            new = {key: appends for key, appends in logs.items() if key in missing}
+            new = {key: appends for key, appends in logs.items() if key not in grown}
             yield self._start, self._started.parameters([(key,) for key in new])
             grown |= yield from self._append_to_logs(new)
         states = []
-        for key, numbers in zip(keys, in_order, strict=True):
+        for key, numbers in numbers_of.items():
             if (log := grown.get(key)) is not None:
                 states.append((appends[numbers[0]].key, log))
                 sequence = log.sequence + 1

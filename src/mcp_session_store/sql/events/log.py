@@ -6,6 +6,7 @@ import logging
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
+from uuid import UUID
 
 from mcp_session_store import telemetry
 from mcp_session_store.errors import EventTooLarge
@@ -27,7 +28,6 @@ from mcp_session_store.store import DEFAULT_NAMESPACE, check_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
-    from uuid import UUID
 
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -79,6 +79,7 @@ class SqlEventLog(BesideStore, EventLog):
         policy: EventPolicy | None = None,
     ) -> None:
         EventLog.__init__(self, policy=policy)
+        self._max_bytes = self.policy.max_bytes_per_session
         BesideStore.__init__(
             self,
             where,
@@ -119,13 +120,12 @@ class SqlEventLog(BesideStore, EventLog):
         return store is self._store
 
     async def append(self, key: UUID, events: Sequence[NewEvent], *, again: bool = False) -> int | None:
-        check_keys(key)
+        if key.__class__ is not UUID:  # without a call, because each event comes by here
+            check_keys(key)
         sizes = [checked_size(event) for event in events]
         size = sum(sizes)
-        if size > self.policy.max_bytes_per_session:
-            raise EventTooLarge(
-                f"events are larger than the policy's max_bytes_per_session of {self.policy.max_bytes_per_session}"
-            )
+        if size > self._max_bytes:
+            raise EventTooLarge(f"events are larger than the policy's max_bytes_per_session of {self._max_bytes}")
         append = Append(key, events, sizes, size, again)
         return await self._lane_of(append).submit(append)
 
