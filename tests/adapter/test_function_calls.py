@@ -31,10 +31,10 @@ def counted() -> Mapping[str, float]:
     [
         pytest.param("call, JSON", 60, id="a call of a resident session, answered by JSON"),
         pytest.param("call, SSE", 60, id="a call of a resident session, answered by SSE"),
-        pytest.param("call, SSE, events on", 164, id="a call that can be resumed"),
+        pytest.param("call, SSE, events on", 161, id="a call that can be resumed"),
         pytest.param("restart, JSON", 246, id="the first call after a restart"),
-        pytest.param("restart, SSE, events on", 368, id="the first call after a restart, which can be resumed"),
-        pytest.param("handshake, JSON", 234, id="a handshake"),
+        pytest.param("restart, SSE, events on", 364, id="the first call after a restart, which can be resumed"),
+        pytest.param("handshake, JSON", 232, id="a handshake"),
     ],
 )
 def test_each_operation_costs_few_function_calls(counted: Mapping[str, float], operation: str, most: float) -> None:
