@@ -219,7 +219,8 @@ class SessionStore(Store):
         """Return the record of a live session, or `None` for one that is unknown, ended or expired.
 
         The record's `loaded_at` is the present time by the store's clock. A store that leaves it out is asked to
-        `claim` each restore before the session is served, instead of learning of it by `touch`. `newest_event` may
+        `claim` each restore before the session is served, instead of learning of it by `touch`, and no instance learns
+        from it whether a client is active on others. `newest_event` may
         be left out by a store that has no event log, see `EventLog.is_of`.
         """
 

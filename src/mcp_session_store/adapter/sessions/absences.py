@@ -10,6 +10,7 @@ import anyio
 from mcp_types import CONNECTION_CLOSED, ErrorData, JSONRPCError
 
 from mcp_session_store.adapter import clock, sdk
+from mcp_session_store.adapter.session_log import IDLE
 from mcp_session_store.adapter.sessions.eviction import AWAY, AWAY_RESUMABLE
 from mcp_session_store.errors import RecordUnreadable, StoreBusy
 
@@ -50,8 +51,8 @@ class Absences:
     A copy at work, which runs a call or waits for the answer to a question, is in use while its client is here: while
     there is contact, and for as long as the client was active on any instance within `evict_after`. So the store is
     asked, in one query for all copies at work whose clients have had no contact for some time. Where it cannot say,
-    contact here alone counts. When the client is not here any more nothing will answer the questions of the copy: they
-    end with an error, so that the copy comes to rest and leaves.
+    contact here alone counts. When the client is not here any more nothing will answer the questions of the copy. One
+    that runs a call gets errors for them, so that it comes to rest and leaves; any other leaves at once.
 
     Args:
         store: The store that keeps the sessions.
@@ -74,6 +75,7 @@ class Absences:
         self._store = store
         self._registry = registry
         self._ender = ender
+        self._lag = activity.lag
         self._tasks = tasks
         evict_after = settings.evict_after
         self._evict_after = math.inf if evict_after is None else evict_after
@@ -145,8 +147,15 @@ class Absences:
         if used_at > session.last_contact + SLACK:
             session.elsewhere_until = used_at + self._here_for
         last = max(used_at, session.last_contact)
-        if began >= last + self._here_for and self._evict_after < math.inf and session.loop.asked:
+        if began < last + self._here_for or self._evict_after == math.inf or not session.loop.asked:
+            return
+        if began < self._ender.changes.steady_since + self._lag or session.pins or session.answering:
+            return  # after an outage other instances have to report first, and after a pause clients come back
+        if session.in_flight:
             self._tasks.start_soon(self._end_questions, session, began - last)
+        elif not session.stopping:
+            # Not by errors, because a task that asks again and again would never let it come to rest.
+            self._registry.evict_soon(session, IDLE)
 
     async def _end_questions(self, session: ResidentSession, away: float) -> None:
         """Have the questions of a copy be answered by errors, unless its client comes back."""

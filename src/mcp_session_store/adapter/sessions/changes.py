@@ -26,6 +26,8 @@ JUMP: Final = 1.0
 """Seconds that the store's clock is put forward at most without all sessions in memory being verified."""
 TICKS: Final = 4
 """Number of times within `end_within` that the watch notes that this process runs."""
+BREAK: Final = 30.0
+"""Seconds without a poll, or twice `end_within` where that is more, that are an outage or a pause."""
 GATHERING: Final = 0.02
 """Seconds in which notifications gather before the store is asked."""
 LONGEST_GAP: Final = MIN_TOMBSTONE.total_seconds() / 2
@@ -77,6 +79,8 @@ class ChangeWatch:
         """When the process was last found to have been paused."""
         self.verified_until = self._ticked_at + within
         """Moment, by `clock`, up to which a copy is served without a look into the store."""
+        self.steady_since = self._ticked_at
+        """Moment, by `clock`, since which this process runs and reaches the store without a long break."""
         self.wake: Final = Wake(gathering=GATHERING)
 
     @property
@@ -117,6 +121,8 @@ class ChangeWatch:
         self._since = found.until
         # The answer may have been on its way before a pause.
         self._tick()
+        if began - self._polled_at > max(BREAK, 2 * self._within):
+            self.steady_since = began
         self._polled_at = began
         self._tick()
 
