@@ -12,6 +12,7 @@ import threading
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -216,6 +217,14 @@ def test_a_file_that_cannot_be_used_fails_the_start(invoke: InvokeFunction, kind
                     assert done.exit_code == 1, done.output
                     assert re.search(expected, done.output.replace(". To do: ", "; ")), done.output
                     assert "chmod" not in done.output or "is no SQLite database" in expected or "damaged" in expected
+
+
+def test_a_file_system_that_is_read_only_fails_the_start(
+    invoke: InvokeFunction, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a container whose root is; only an administrator can mount one here.
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert_start_fails(invoke, sqlite_url, "the file system of '/.*' is read-only; name a file on one that can be")
 
 
 def test_a_server_in_a_folder_that_may_not_be_entered_is_reported_as_missing(invoke: InvokeFunction) -> None:

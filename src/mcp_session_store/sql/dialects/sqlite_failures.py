@@ -119,6 +119,8 @@ def unusable_file(url: URL, *, writes: bool = True) -> str | None:
         return f"{str(file)!r} is a folder; name a file in it"
     if file.exists() and not file.is_file():
         return f"{str(file)!r} is a device, a pipe or a socket, which can hold no database; name a file"
+    if writes and _is_read_only(folder):
+        return f"the file system of {str(folder)!r} is read-only; name a file on one that can be written, as a volume"
     if file.exists() and not _is_allowed(file, os.R_OK | os.W_OK if writes else os.R_OK):
         return f"this process ({_user()}) may not read{' and write' if writes else ''} the file {str(file)!r}; allow it"
     if writes and not _is_allowed(folder, os.W_OK | os.X_OK):
@@ -127,6 +129,11 @@ def unusable_file(url: URL, *, writes: bool = True) -> str | None:
             "the database; allow it, or name a file in another folder"
         )
     return None
+
+
+def _is_read_only(folder: Path) -> bool:
+    # Windows has no such call.
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def _is_allowed(path: Path, mode: int) -> bool:
