@@ -448,6 +448,24 @@ async def test_an_idle_instance_reads_before_heartbeats_and_seldom_besides(
         assert len(mailbox.beats) <= beats + 1
 
 
+async def test_where_no_hints_arrive_a_call_that_asks_nothing_is_soon_cancelled_after_a_long_idleness(
+    store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox_module, "IDLE_INTERVAL", 100.0)
+    mailbox.hints = False
+    asking = Asking()
+    async with instance(store, asking, relay=mailbox) as one, instance(store, relay=mailbox) as other:
+        client = one.client()
+        elsewhere = other.client(await client.begin())
+        await one.at_rest()
+        await anyio.sleep(0.3)
+        call = client.open_call("wait", request_id=7)
+        await until(lambda: asking.waiting == 1)
+        assert (await elsewhere.notify("notifications/cancelled", {"requestId": 7})).status == 202
+        with anyio.fail_after(4):
+            assert "error" in await call.next()
+
+
 async def test_an_instance_posts_and_reads_under_its_number_only_when_that_is_entered(
     store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox
 ) -> None:

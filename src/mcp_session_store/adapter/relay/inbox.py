@@ -92,7 +92,8 @@ class Inbox:
             jitter = random.uniform(0.7, 1.0)  # noqa: S311
             # From the last read on, which may be that of a heartbeat.
             while (pause := self._read_at + self._interval * jitter - clock.now()) > 0:
-                if await self.wake.wait(pause):
+                # Nothing wakes this when a call begins that another instance may be told to cancel.
+                if await self.wake.wait(pause if self._mailbox.hears else min(pause, BUSY_INTERVAL)):
                     break
 
     @property
