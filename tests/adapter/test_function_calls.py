@@ -33,7 +33,7 @@ def counted() -> Mapping[str, float]:
         pytest.param("call, SSE", 60, id="a call of a resident session, answered by SSE"),
         pytest.param("call, SSE, events on", 161, id="a call that can be resumed"),
         pytest.param("restart, JSON", 246, id="the first call after a restart"),
-        pytest.param("restart, SSE, events on", 364, id="the first call after a restart, which can be resumed"),
+        pytest.param("restart, SSE, events on", 366, id="the first call after a restart, which can be resumed"),
         pytest.param("handshake, JSON", 232, id="a handshake"),
     ],
 )

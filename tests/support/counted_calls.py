@@ -18,7 +18,7 @@ async def _counted() -> dict[str, float]:
     profiler = Profiler()
     with profiler.installed():
         for operation, mode in COUNTED:
-            calls, _ = await count_calls(profiler, ours("ours", None), OPERATIONS[operation], mode, rounds=5)
+            calls, _ = await count_calls(profiler, ours("ours", None), OPERATIONS[operation], mode, rounds=12)
             found[f"{operation}, {mode.name}"] = calls.by_owner["ours"]
     return found
 
