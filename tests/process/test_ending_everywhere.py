@@ -41,8 +41,11 @@ def pair(application: Application, store_url: str) -> tuple[ServerProcess, Serve
     )
 
 
-# A connection that listens has done nothing since the transaction in which it began to.
-_LISTENERS = "FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle' AND query ILIKE 'commit%'"
+# A connection that listens holds the lock of its instance, too, which it takes once it listens.
+_LISTENERS = (
+    "FROM pg_stat_activity WHERE datname = current_database()"
+    " AND pid IN (SELECT pid FROM pg_locks WHERE locktype = 'advisory')"
+)
 
 
 async def _scalar(url: str, query: str) -> int:

@@ -119,7 +119,9 @@ async def refuse_barred(connection: AsyncConnection, schema: str | None, revisio
 
 async def _barred_from_upgrade(connection: AsyncConnection, schema: str | None) -> Barred | None:
     dialect = dialect_named(connection.dialect.name)
-    return await dialect.barred_from_upgrade(connection, schema, [*make_tables(schema).tables, VERSION_TABLE])
+    # Not the table of the revision, which an upgrade writes to and does not change.
+    names = [table.name for table in make_tables(schema).sorted_tables]
+    return await dialect.barred_from_upgrade(connection, schema, names)
 
 
 async def check_again(connection: AsyncConnection, schema: str | None) -> None:
