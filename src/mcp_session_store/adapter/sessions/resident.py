@@ -167,8 +167,7 @@ class ResidentSession:
     def busy(self) -> bool:
         """Whether a client or a handler would notice if the copy left memory now."""
         # A call outlives its client's connection, and a 202 precedes its processing: so both count. And an answer
-        # that is to be stored outlives its handler.
-        # Asked for at the begin and the end of each request, and so without a call of `at_work`.
+        # that is to be stored outlives its handler. Without a call of `at_work`, because each request asks twice.
         if self.pins > 0 or self.in_flight > 0 or self.loop.asked_outside > 0:
             return True
         return self.events is not None and self.events.busy
