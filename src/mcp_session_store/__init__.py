@@ -1,7 +1,8 @@
 """Durable, SQL-backed sessions for MCP servers on the official Python SDK.
 
-The names here are those to write a server with. Other modules are public, too: `store`, `event_log`, `records`,
-`retention`, `errors` and `testing` for a store of one's own, and `migrations` for programs that migrate a database.
+The names here are those to write a server with. Other modules are public, too: `store`, `event_log`, `mailbox`,
+`state_store`, `records`, `retention`, `errors` and `testing` for a store of one's own, and `migrations` for programs
+that migrate a database.
 """
 
 import importlib
@@ -14,15 +15,18 @@ from mcp_session_store.errors import (
     RestoreRefused,
     SchemaError,
     SessionStoreError,
+    StateConflict,
+    StateFull,
     StoreMisconfigured,
     StoreUnavailable,
 )
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.mailbox import Mailbox
-from mcp_session_store.memory import MemoryEventLog, MemoryMailbox, MemorySessionStore
+from mcp_session_store.memory import MemoryEventLog, MemoryMailbox, MemorySessionStore, MemoryStateStore
 from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker, session_key
-from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.retention import EventPolicy, RetentionPolicy, StatePolicy
 from mcp_session_store.settings import InstanceSettings
+from mcp_session_store.state_store import StateStore
 from mcp_session_store.store import SessionStore
 
 if TYPE_CHECKING:
@@ -43,7 +47,7 @@ __all__ = [
     "get_restore_marker",
     "RestoreHook",
     "EndHook",
-    # Stores, event logs and mailboxes
+    # Stores of sessions and their state, event logs and mailboxes
     "SessionStore",
     "SqlSessionStore",
     "MemorySessionStore",
@@ -53,9 +57,12 @@ __all__ = [
     "Mailbox",
     "SqlMailbox",
     "MemoryMailbox",
+    "StateStore",
+    "MemoryStateStore",
     # Retention
     "RetentionPolicy",
     "EventPolicy",
+    "StatePolicy",
     # Records
     "EndReason",
     "SessionRecord",
@@ -67,6 +74,8 @@ __all__ = [
     "InvalidValue",
     "RestoreRefused",
     "SchemaError",
+    "StateConflict",
+    "StateFull",
     "StoreMisconfigured",
     "StoreUnavailable",
 ]

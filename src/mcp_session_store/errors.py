@@ -10,6 +10,7 @@ __all__ = [
     "EventTooLarge",
     "InvalidValue",
     "JournalFull",
+    "NoSession",
     "NotRunning",
     "RecordUnreadable",
     "RestoreRefused",
@@ -20,6 +21,8 @@ __all__ = [
     "SessionConflict",
     "SessionLimitReached",
     "SessionStoreError",
+    "StateConflict",
+    "StateFull",
     "StoreBusy",
     "StoreClosed",
     "StoreMisconfigured",
@@ -69,6 +72,10 @@ class NotRunning(SessionStoreError, RuntimeError):
     @__traceback__.setter
     def __traceback__(self, traceback: object) -> None:
         """Leave it out; `contextlib` sets it."""
+
+
+class NoSession(SessionStoreError, LookupError):
+    """There is no session whose state could be had; the message says why."""
 
 
 class StoreUnavailable(SessionStoreError):
@@ -133,6 +140,17 @@ class RecordUnreadable(SessionStoreError):
 
 class EventTooLarge(SessionStoreError):
     """Events cannot be stored, because they alone exceed the bytes that the policy allows a session."""
+
+
+class StateConflict(SessionStoreError):
+    """A value of a session's state is not the one that a write was to replace: another write was faster."""
+
+
+class StateFull(SessionStoreError):
+    """A value of a session's state cannot be stored, because it, or all of the session, would be larger than allowed.
+
+    The message names the field of the `StatePolicy`.
+    """
 
 
 class InvalidValue(SessionStoreError, ValueError):

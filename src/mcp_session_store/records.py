@@ -13,7 +13,7 @@ from uuid import UUID
 from mcp_session_store.errors import ConfigurationError, InvalidValue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime, timedelta
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "JournalEntry",
     "NewEvent",
     "NewSession",
+    "NewState",
     "Principal",
     "SessionRecord",
     "SessionRestoreMarker",
@@ -37,7 +38,6 @@ __all__ = [
     "checked_size",
     "display_text",
     "instance_name",
-    "merged_activities",
     "message_bytes",
     "session_key",
 ]
@@ -158,6 +158,22 @@ class NewSession:
     principal: Principal | None = None
     instance: str
     """Id of the instance that serves the session."""
+    state: Sequence[NewState] = ()
+    """Values that are stored with it, by a store that has a `StateStore` beside it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewState:
+    """A value of a session's state, to be stored under a name."""
+
+    name: str
+    value: str = field(repr=False)  # as JSON text
+    version: int
+    """Number drawn at random for this write, from 1 to `MAX_VERSION`. A write that is repeated with it counts once."""
+    ttl: float | None = None
+    """Seconds by the store's clock after which there is no value any more; `None`: it lives as long as its session."""
+    watched: bool = False
+    """Whether each load of the record carries the value, and copies of the session learn of each change of it."""
 
 
 def check_session(session: NewSession) -> None:
@@ -201,6 +217,8 @@ class SessionRecord:
     """Time of the load that returned the record, from which an instance computes when its copy ends; else `None`."""
     newest_event: int | None = field(default=None, compare=False)
     """Sequence of the session's newest event then, 0 without any; `None`: not known. See `EventLog.is_of`."""
+    watched: Mapping[str, str] | None = field(default=None, compare=False, repr=False)
+    """JSON texts of the watched values of its state then, by name; `None` where there are none. See `StateStore`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,24 +239,6 @@ class Activity:
     """Number of restores of the session as far as that instance knows, its own included."""
     used: bool = True
     """Whether the session was used; otherwise it is only claimed, and no life is extended."""
-
-
-def merged_activities(activities: Iterable[Activity]) -> dict[UUID, Activity]:
-    """Return one activity for each session, in place of all that are reported of it, by key."""
-    merged: dict[UUID, Activity] = {}
-    for activity in activities:
-        other = merged.setdefault(activity.key, activity)
-        if other is not activity:
-            claim = max(other, activity, key=lambda one: one.restores)
-            merged[activity.key] = Activity(
-                key=activity.key,
-                first_age=max(other.first_age, activity.first_age),
-                last_age=min(other.last_age, activity.last_age),
-                claimed_by=claim.claimed_by,
-                restores=claim.restores,
-                used=other.used or activity.used,
-            )
-    return merged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

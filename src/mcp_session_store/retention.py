@@ -1,4 +1,4 @@
-"""Policies for the lifetime and number of sessions and events; sweeps, their reports and their pace."""
+"""Policies for the lifetime, number and size of what is stored of sessions; sweeps, their reports and their pace."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = [
     "EventPolicy",
     "EventSweepReport",
+    "StatePolicy",
+    "StateSweepReport",
     "MIN_TOMBSTONE",
     "NEW_SESSION_LIFETIME",
     "RetentionPolicy",
@@ -149,6 +151,25 @@ class EventPolicy(Settings):
     larger than this limit is not stored, and reaches only a client that is connected."""
 
 
+class StatePolicy(Settings):
+    """Number and size of the values that a session may have as its state. A write beyond them is refused.
+
+    A policy with smaller bounds takes nothing from sessions that have more.
+
+    Raises:
+        ConfigurationError: A value cannot work; the message names its field.
+    """
+
+    prefix: ClassVar[str] = "state_"
+
+    max_value_bytes: Annotated[int, Field(ge=2, le=16 * 1024**2)] = 64 * 1024
+    """Most bytes of one value as JSON text."""
+    max_values_per_session: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    """Most values of a session."""
+    max_bytes_per_session: Annotated[int, Field(ge=1024, le=1024**3)] = 1024**2
+    """Most bytes of all values of a session, their names included."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepReport:
     """Report of a sweep of sessions."""
@@ -195,6 +216,24 @@ class EventSweepReport:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateSweepReport:
+    """Report of a sweep of the state of sessions."""
+
+    removed: int = 0
+    """Number of values that were removed."""
+    more: bool = False
+    """Whether there may be more to do."""
+    longest: float = field(default=0.0, compare=False)
+    """Seconds for which all other writers had to wait for it at most; 0 where they do not wait for one another."""
+
+    def __add__(self, later: StateSweepReport) -> StateSweepReport:
+        """Return the report of both sweeps, the later one second."""
+        return StateSweepReport(
+            removed=self.removed + later.removed, more=later.more, longest=max(self.longest, later.longest)
+        )
+
+
 class SweepPace:
     """Pace of a sweep: the size of its steps, and the pauses between them.
 
@@ -220,7 +259,7 @@ class SweepPace:
         """Limit of the next step."""
         return self._limits[self._size]
 
-    def pause_after(self, step: SweepReport | EventSweepReport, took: float) -> float:
+    def pause_after(self, step: SweepReport | EventSweepReport | StateSweepReport, took: float) -> float:
         """Take a step into account, and return the seconds to pause before the next one.
 
         Args:

@@ -11,18 +11,17 @@ from uuid import UUID
 import anyio
 
 from mcp_session_store.errors import ConfigurationError, InvalidValue
-from mcp_session_store.records import check_texts
+from mcp_session_store.records import Activity, check_texts
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.settings import checked_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from datetime import datetime
     from types import TracebackType
     from typing import Self
 
     from mcp_session_store.records import (
-        Activity,
         Changes,
         EndReason,
         JournalEntry,
@@ -41,6 +40,7 @@ __all__ = [
     "Store",
     "check_keys",
     "checked_namespace",
+    "merged_activities",
     "read_params",
 ]
 
@@ -111,6 +111,24 @@ def read_params(text: object) -> dict[str, Any] | None:
         return params
     # Not raised from here: the error of the decoder would hold the text.
     raise ValueError("the params are no JSON object")
+
+
+def merged_activities(activities: Iterable[Activity]) -> dict[UUID, Activity]:
+    """Return one activity for each session, in place of all that are reported of it, by key."""
+    merged: dict[UUID, Activity] = {}
+    for activity in activities:
+        other = merged.setdefault(activity.key, activity)
+        if other is not activity:
+            claim = max(other, activity, key=lambda one: one.restores)
+            merged[activity.key] = Activity(
+                key=activity.key,
+                first_age=max(other.first_age, activity.first_age),
+                last_age=min(other.last_age, activity.last_age),
+                claimed_by=claim.claimed_by,
+                restores=claim.restores,
+                used=other.used or activity.used,
+            )
+    return merged
 
 
 class Store(ABC):
@@ -204,9 +222,10 @@ class SessionStore(Store):
     async def create(self, session: NewSession) -> SessionRecord:
         """Store a new session, durably before this returns.
 
-        The record lives for the policy's `new_session_lifetime`. Creating the same session again changes
-        nothing and returns the record. With the policy's `per_principal` and `end_oldest`, another session of the
-        principal may end by it.
+        The record lives for the policy's `new_session_lifetime`. With it, all or nothing, the session's `state` is
+        stored by a store that has a `StateStore` beside it. Creating the same session again changes nothing and
+        returns the record. With the policy's `per_principal` and `end_oldest`, another session of the principal may
+        end by it.
 
         Raises:
             SessionConflict: There is another record under this key, or the session has ended or expired.
@@ -220,8 +239,8 @@ class SessionStore(Store):
 
         The record's `loaded_at` is the present time by the store's clock. A store that leaves it out is asked to
         `claim` each restore before the session is served, instead of learning of it by `touch`, and no instance learns
-        from it whether a client is active on others. `newest_event` may
-        be left out by a store that has no event log, see `EventLog.is_of`.
+        from it whether a client is active on others. `newest_event` may be left out by a store that has no event log,
+        see `EventLog.is_of`, and `watched` by one without a `StateStore`.
         """
 
     async def find(self, key: UUID) -> SessionRecord | Absence:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.memory import MemoryEventLog, MemoryMailbox, MemorySessionStore
+from mcp_session_store.memory import MemoryEventLog, MemoryMailbox, MemorySessionStore, MemoryStateStore
 from mcp_session_store.records import instance_name
 from mcp_session_store.store import DEFAULT_NAMESPACE
 from mcp_session_store.testing import (
@@ -16,8 +16,10 @@ from mcp_session_store.testing import (
     MailboxConformance,
     MakeLog,
     MakeMailbox,
+    MakeState,
     MakeStore,
     SessionStoreConformance,
+    StateStoreConformance,
 )
 from tests.support.internals import logs_of, rows_of
 from tests.support.sql_contracts import SqlEventLogConformance, SqlMailboxConformance, SqlStoreConformance
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
     from mcp_session_store.event_log import EventLog
     from mcp_session_store.mailbox import Mailbox
-    from mcp_session_store.retention import EventPolicy
+    from mcp_session_store.retention import EventPolicy, StatePolicy
+    from mcp_session_store.state_store import StateStore
     from mcp_session_store.store import SessionStore
 
 
@@ -123,3 +126,30 @@ class TestMailboxInSql(SqlMailboxConformance):
     @pytest.fixture
     def contract_url(self, migrated_url: str) -> str:
         return migrated_url
+
+
+class TestStateInMemory(StateStoreConformance):
+    @pytest.fixture
+    def make_state(self) -> MakeState:
+        first = MemorySessionStore()
+
+        def make(
+            namespace: str = DEFAULT_NAMESPACE, *, policy: StatePolicy | None = None
+        ) -> tuple[SessionStore, StateStore]:
+            store = MemorySessionStore(namespace=namespace, shared_with=first)
+            return store, MemoryStateStore(store, policy=policy)
+
+        return make
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        expire(store, key)
+
+    async def age_state(self, state: StateStore, key: UUID, by: float) -> None:
+        assert isinstance(state, MemoryStateStore)
+        for kept in state.data.states[key].values():
+            if kept.ends_at is not None:
+                kept.ends_at -= timedelta(seconds=by)
+
+    async def left(self, state: StateStore, key: UUID) -> int:
+        assert isinstance(state, MemoryStateStore)
+        return len(state.data.states.get(key, ()))

@@ -1,4 +1,4 @@
-"""Stores, event logs and mailboxes in memory, for tests and as the reference of their contracts.
+"""Stores, event logs, mailboxes and state in memory, for tests and as the reference of their contracts.
 
 They end with the process.
 """
@@ -6,5 +6,6 @@ They end with the process.
 from mcp_session_store.memory.events import MemoryEventLog
 from mcp_session_store.memory.mailbox import MemoryMailbox
 from mcp_session_store.memory.sessions import MemorySessionStore
+from mcp_session_store.memory.state import MemoryStateStore
 
-__all__ = ["MemoryEventLog", "MemoryMailbox", "MemorySessionStore"]
+__all__ = ["MemoryEventLog", "MemoryMailbox", "MemorySessionStore", "MemoryStateStore"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store.mailbox import NewMessage, Presence
-    from mcp_session_store.records import EndReason, JournalEntry, SessionRecord, StoredEvent
+    from mcp_session_store.records import EndReason, JournalEntry, NewState, SessionRecord, StoredEvent
 
 
 OnHint: TypeAlias = Callable[[Collection["UUID"] | None], None]
@@ -51,6 +51,18 @@ class Log:
 
 
 @dataclass(slots=True)
+class State:
+    """Value of a session's state."""
+
+    state: NewState
+    ends_at: datetime | None
+    """When its time is over; `None`: never."""
+
+    def over_at(self, moment: datetime) -> bool:
+        return self.ends_at is not None and self.ends_at <= moment
+
+
+@dataclass(slots=True)
 class Instance:
     """Instance that sends heartbeats."""
 
@@ -72,7 +84,7 @@ class Mail:
 
 @dataclass(slots=True)
 class Data:
-    """Sessions, events and messages of all namespaces, instances, listeners and the clock of stores that share them."""
+    """What stores that share it have of all namespaces, the instances, the listeners, and their clock."""
 
     rows: dict[UUID, Row] = field(default_factory=dict)
     listeners: list[OnHint] = field(default_factory=list)
@@ -86,6 +98,8 @@ class Data:
     """Numbers of instances that listen, and how they hear of new messages."""
     held: set[str] = field(default_factory=set)
     """Instances that listen, by the unique parts of their ids."""
+    states: dict[UUID, dict[str, State]] = field(default_factory=dict)
+    """State of sessions, by key and name."""
     ahead: timedelta = timedelta(0)
     """Difference of the stores' one clock to this machine's, so that a test can let time pass."""
 
@@ -107,9 +121,27 @@ class Data:
         """Return the events of a session of a namespace, if there are any."""
         return self.logs.get(key) if self.row(key, namespace=namespace) is not None else None
 
+    def changed(self, row: Row) -> None:
+        """Note a change that copies of a session must learn of, and notify those that listen."""
+        row.changed_at = self.now()
+        for on_hint in list(self.listeners):
+            on_hint([row.record.key])
+
+    def put(self, key: UUID, state: NewState) -> None:
+        """Store a value of a session's state."""
+        ends_at = None if state.ttl is None else self.now() + timedelta(seconds=state.ttl)
+        self.states.setdefault(key, {})[state.name] = State(state, ends_at)
+
+    def watched(self, key: UUID) -> dict[str, str] | None:
+        """Return the watched values of a session's state by name, `None` without any."""
+        now, states = self.now(), self.states.get(key, {})
+        watched = [kept for kept in states.values() if kept.state.watched and not kept.over_at(now)]
+        return {kept.state.name: kept.state.value for kept in watched} or None
+
     def remove_session(self, key: UUID) -> None:
-        """Remove what a session that ends loses with it: its events, and the messages that belong to it."""
+        """Remove what a session that ends loses with it: its events, its messages and its state."""
         self.logs.pop(key, None)
+        self.states.pop(key, None)
         for place in [place for place, mail in self.mail.items() if mail.message.key == key]:
             del self.mail[place]
 

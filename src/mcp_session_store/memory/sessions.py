@@ -19,10 +19,10 @@ from mcp_session_store.records import (
     SessionRecord,
     check_session,
     check_texts,
-    merged_activities,
 )
 from mcp_session_store.retention import MAY_BE_HELD, MIN_TOMBSTONE, RetentionPolicy, SweepReport
 from mcp_session_store.settings import checked_type
+from mcp_session_store.state_store import check_state
 from mcp_session_store.store import (
     DEFAULT_NAMESPACE,
     MAX_JOURNAL_ENTRIES,
@@ -31,6 +31,7 @@ from mcp_session_store.store import (
     SessionStore,
     check_keys,
     checked_namespace,
+    merged_activities,
 )
 
 if TYPE_CHECKING:
@@ -85,15 +86,12 @@ class MemorySessionStore(SessionStore):
     def _expiry(self, record: SessionRecord, last_seen_at: datetime) -> datetime | None:
         return self.retention.expiry(created_at=record.created_at, last_seen_at=last_seen_at)
 
-    def _changed(self, row: Row) -> None:
-        row.changed_at = self._data.now()
-        for on_hint in list(self._data.listeners):
-            on_hint([row.record.key])
-
     async def create(self, session: NewSession) -> SessionRecord:
         if session.key.__class__ is not UUID:  # without a call, because each handshake comes by here
             check_keys(session.key)
         check_session(session)
+        for state in session.state:
+            check_state(state)
         now = self._data.now()
         if (row := self._data.rows.get(session.key)) is not None:
             stored = row.record
@@ -124,6 +122,8 @@ class MemorySessionStore(SessionStore):
             revision=0,
         )
         self._data.rows[session.key] = Row(record)
+        for state in session.state:
+            self._data.put(session.key, state)
         return record
 
     def _make_room(self, session: NewSession) -> None:
@@ -159,7 +159,7 @@ class MemorySessionStore(SessionStore):
         live.sort(key=lambda row: (row.record.last_seen_at, row.record.created_at))
         for row in live[: len(live) - policy.per_principal + 1]:
             self._end(row, EndReason.LIMIT)
-            self._changed(row)
+            self._data.changed(row)
 
     async def load(self, key: UUID) -> SessionRecord | None:
         found = await self.find(key)
@@ -170,7 +170,12 @@ class MemorySessionStore(SessionStore):
         row = self._live(key)
         if row is not None:
             log = self._data.logs.get(key)
-            return replace(row.record, loaded_at=self._data.now(), newest_event=0 if log is None else log.last)
+            return replace(
+                row.record,
+                loaded_at=self._data.now(),
+                newest_event=0 if log is None else log.last,
+                watched=self._data.watched(key),
+            )
         row = self._data.rows.get(key)
         if row is None or row.record.namespace != self._namespace:
             return Absence.UNKNOWN
@@ -215,7 +220,7 @@ class MemorySessionStore(SessionStore):
             client_version=client_version,
             revision=row.record.revision + 1,
         )
-        self._changed(row)
+        self._data.changed(row)
         return True
 
     async def write_journal(self, key: UUID, *, method: str, subject: str, params: str | None) -> int | None:
@@ -231,7 +236,7 @@ class MemorySessionStore(SessionStore):
         if params is not None:
             row.journal[name] = JournalEntry(method=method, subject=subject, params=params)
         row.record = replace(row.record, revision=row.record.revision + 1)
-        self._changed(row)
+        self._data.changed(row)
         return row.record.revision
 
     async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
@@ -264,7 +269,7 @@ class MemorySessionStore(SessionStore):
         if row is None:
             return False
         self._end(row, reason)
-        self._changed(row)
+        self._data.changed(row)
         return True
 
     def _end(self, row: Row, reason: EndReason) -> None:

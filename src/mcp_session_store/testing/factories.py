@@ -1,13 +1,15 @@
-"""Factories of sessions, events, messages and presences that can be stored."""
+"""Factories of sessions, events, messages, presences and values of state that can be stored."""
 
 from __future__ import annotations
 
 import json
+import random
 import uuid
 from typing import Any
 
 from mcp_session_store.mailbox import MessageKind, NewMessage, Presence
-from mcp_session_store.records import EventKind, NewEvent, NewSession, Principal
+from mcp_session_store.records import EventKind, NewEvent, NewSession, NewState, Principal
+from mcp_session_store.state_store import MAX_VERSION
 
 
 def new_session(**changes: Any) -> NewSession:
@@ -52,3 +54,10 @@ def new_message(sequence: int, *, recipient: int | None, sender: int, **changes:
         "body": json.dumps({"jsonrpc": "2.0", "id": sequence, "result": {"answer": "name"}}),
     }
     return NewMessage(**(fields | changes))
+
+
+def new_state(name: str = "name", value: str = "1", **changes: Any) -> NewState:
+    """Return a value that can be put, under a version of its own; `changes` replace its fields."""
+    version = random.randint(2, MAX_VERSION)  # noqa: S311 - it guards nothing
+    fields: dict[str, Any] = {"name": name, "value": value, "version": version}
+    return NewState(**(fields | changes))

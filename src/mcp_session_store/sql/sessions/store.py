@@ -10,7 +10,7 @@ from uuid import UUID
 
 from mcp_session_store import telemetry
 from mcp_session_store.errors import InvalidValue, RecordUnreadable, SchemaError, SessionConflict, SessionStoreError
-from mcp_session_store.records import EndReason, check_session, check_texts, merged_activities
+from mcp_session_store.records import EndReason, check_session, check_texts
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT, checked_type
 from mcp_session_store.sql.batching import Batcher
@@ -33,6 +33,7 @@ from mcp_session_store.store import (
     SessionStore,
     check_keys,
     checked_namespace,
+    merged_activities,
 )
 
 if TYPE_CHECKING:
