@@ -74,7 +74,7 @@ ELSEWHERE = {
         "StoreMisconfigured",
         "StoreUnavailable",
     },
-    "migrations": {"check", "current", "upgrade"},
+    "migrations": {"check", "current", "include_name", "metadata", "upgrade"},
 }
 """What stands in other public modules."""
 

@@ -44,9 +44,11 @@ from mcp_session_store.retention import EventSweepReport, SweepReport
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from alembic.runtime.environment import EnvironmentContext
     from fastmcp import FastMCP
     from mcp.server.lowlevel.server import Server
     from mcp.server.mcpserver import Context, MCPServer
+    from sqlalchemy import Connection, MetaData
 
 URL = "postgresql://user@host/database"
 
@@ -141,6 +143,15 @@ async def program() -> None:
     await migrations.upgrade(URL)
     await migrations.check(create_async_engine(URL), schema="sessions")
     assert_type(await migrations.current(URL), str | None)
+    async with create_async_engine(URL).begin() as connection:
+        await migrations.upgrade(connection, schema="sessions")
+        await connection.run_sync(migrations.upgrade)
+
+
+def migration_of_an_application(connection: Connection, context: EnvironmentContext) -> None:
+    migrations.upgrade(connection)
+    models: MetaData = migrations.metadata(schema="sessions")
+    context.configure(connection=connection, target_metadata=models, include_name=migrations.include_name)
 
 
 def errors() -> Sequence[type[SessionStoreError]]:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.type_api import TypeEngine
 
+    from mcp_session_store.sql.dialects.barred import Barred
     from mcp_session_store.sql.dialects.compiled import Statement, Steps
     from mcp_session_store.sql.dialects.watched_file import OpenFile, WatchedFile
 
-__all__ = ["Barred", "Batch", "Dialect", "FailureKind", "LocksSeen"]
+__all__ = ["Batch", "Dialect", "FailureKind", "LocksSeen"]
 
 _T = TypeVar("_T")
 
@@ -96,16 +97,6 @@ class LocksSeen:
     """Name of the time in which locks are kept. With its end they all vanish at once, and instances may live on."""
     locked: Mapping[str, bool]
     """Whether the lock of an instance is taken, by its name; without those of which that cannot be said."""
-
-
-@dataclass(frozen=True, slots=True)
-class Barred:
-    """Why a user may not change a schema."""
-
-    reason: str
-    remedy: str
-    hides: bool = False
-    """Whether there may be tables that the user does not see."""
 
 
 class Dialect(ABC):
@@ -232,9 +223,9 @@ class Dialect(ABC):
             writes: Whether it changes the database, or may make it.
         """
 
-    async def barred_from_upgrade(
+    def barred_from_upgrade(
         self,
-        connection: AsyncConnection,  # noqa: ARG002
+        connection: sa.Connection,  # noqa: ARG002
         schema: str | None,  # noqa: ARG002
         names: Collection[str],  # noqa: ARG002
     ) -> Barred | None:
@@ -375,6 +366,14 @@ class Dialect(ABC):
         """Begin a transaction that excludes other migrations, on a connection in autocommit.
 
         The revision must be read after it, because another migration may have changed it during the wait.
+        """
+
+    @abstractmethod
+    def joining(self, connection: sa.Connection, schema: str | None) -> AbstractContextManager[None]:
+        """Migrate within a block, in the transaction that runs on a connection, to whose end other migrations wait.
+
+        Raises:
+            ConfigurationError: There is no transaction to join.
         """
 
     def lock_migrations(self, connection: sa.Connection) -> None:  # noqa: B027 - where one writer excludes others

@@ -38,6 +38,8 @@ partition meanwhile."""
 
 _FIRST: Final = "first"
 _DEFAULT: Final = "default"
+PARTITION: Final = rf"(?:{_FIRST}|{_DEFAULT}|\d{{8}}_\d{{6}})"
+"""Pattern of what the name of a partition has behind that of its table."""
 _ISO_MOMENT: Final = r"\d+-\d\d-\d\d [\d:.]+[+-][\d:]+"
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from mcp_session_store.sql.dialects.advisory_locks import locks_seen, release_lock, take_lock
 from mcp_session_store.sql.dialects.compiled import Statement
-from mcp_session_store.sql.dialects.dialect import Barred, Batch, Dialect, FailureKind
+from mcp_session_store.sql.dialects.dialect import Batch, Dialect, FailureKind
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.dialects.partitions import TablePartitions, regclass
 from mcp_session_store.sql.dialects.postgres_failures import (
@@ -23,6 +23,7 @@ from mcp_session_store.sql.dialects.postgres_failures import (
     kind_of_failure,
     misconfiguration,
 )
+from mcp_session_store.sql.dialects.postgres_migrations import exclude_migrations, joining, make_schema, preamble
 from mcp_session_store.sql.dialects.postgres_options import (
     BEHIND_PGBOUNCER,
     PUBLIC_OPTIONS,
@@ -37,6 +38,7 @@ from mcp_session_store.sql.dialects.strangers import refuse_stranger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from datetime import datetime, timedelta
 
     import asyncpg
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.base import ReadOnlyColumnCollection
     from sqlalchemy.sql.type_api import TypeEngine
 
+    from mcp_session_store.sql.dialects.barred import Barred
     from mcp_session_store.sql.dialects.compiled import Steps
     from mcp_session_store.sql.dialects.dialect import LocksSeen
 
@@ -145,10 +148,6 @@ _ARRAYS: Final = "SELECT $1::uuid[], $2::text[], $3::float8[], $4::int4[], $5::i
 """Statement with a parameter of each type that a column of a batch may have."""
 
 
-# Held until the transaction ends, whichever way. The number is arbitrary, so that other programs do not use it.
-_LOCK_MIGRATIONS: Final = "SELECT pg_advisory_xact_lock(7307198256364015989)"
-
-
 DROPPED_WITHIN: Final = 3.0
 """Multiple of `max_age` at which a sweep removes the rows of a partition that should have been dropped."""
 
@@ -236,20 +235,20 @@ class Postgres(Dialect):
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
         # At a higher isolation level the snapshot would be from before the wait for the lock.
         connection.exec_driver_sql(self.begin)
-        self.lock_migrations(connection)
-        # IF NOT EXISTS needs the right to create a schema even where the schema exists.
-        if schema is not None and not sa.inspect(connection).has_schema(schema):
-            connection.execute(sa.schema.CreateSchema(schema))
+        exclude_migrations(connection)
+        make_schema(connection, schema)
+
+    @override
+    def joining(self, connection: sa.Connection, schema: str | None) -> AbstractContextManager[None]:
+        return joining(connection, schema)
 
     @override
     def lock_migrations(self, connection: sa.Connection) -> None:
-        connection.exec_driver_sql(_LOCK_MIGRATIONS)
+        exclude_migrations(connection)
 
     @override
     def migration_preamble(self, schema: str | None) -> Sequence[str]:
-        if schema is None:
-            return (_LOCK_MIGRATIONS,)
-        return (_LOCK_MIGRATIONS, str(sa.schema.CreateSchema(schema, if_not_exists=True)))
+        return preamble(schema)
 
     @override
     def refuse_volatile(self, url: URL) -> None:
@@ -289,10 +288,10 @@ class Postgres(Dialect):
         return None
 
     @override
-    async def barred_from_upgrade(
-        self, connection: AsyncConnection, schema: str | None, names: Collection[str]
+    def barred_from_upgrade(
+        self, connection: sa.Connection, schema: str | None, names: Collection[str]
     ) -> Barred | None:
-        return await barred_from_upgrade(connection, schema, names)
+        return barred_from_upgrade(connection, schema, names)
 
     @override
     async def missing_privileges(self, connection: AsyncConnection, needed: Mapping[sa.Table, str]) -> Sequence[str]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from mcp_session_store.sql.dialects.barred import Barred
     from mcp_session_store.sql.dialects.checkup import Connect, Look
-    from mcp_session_store.sql.dialects.dialect import Barred
 
 __all__ = ["PostgresCheckup"]
 
@@ -233,7 +233,7 @@ class PostgresCheckup(Checkup):
                 parameters = {"names": list(wanted), "privileges": list(_PRIVILEGES), "schema": schema}
                 rows = (await connection.execute(_TABLES, parameters)).mappings().all()
                 role = (await connection.execute(sa.text("SELECT quote_ident(current_user)"))).scalar_one()
-                barred = await barred_from_upgrade(connection, schema, list(wanted))
+                barred = await connection.run_sync(barred_from_upgrade, schema, list(wanted))
             return _grants([dict(row) for row in rows], wanted, role, barred)
 
         return look

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects.dialect import Barred
+from mcp_session_store.sql.dialects.barred import Barred
 from mcp_session_store.sql.dialects.partitions import regclass
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ async def missing_privileges(connection: AsyncConnection, needed: Mapping[sa.Tab
     return [f"{', '.join(names)} ON {table}" for table, names in missing.items()]
 
 
-async def barred_from_upgrade(connection: AsyncConnection, schema: str | None, names: Collection[str]) -> Barred | None:
+def barred_from_upgrade(connection: sa.Connection, schema: str | None, names: Collection[str]) -> Barred | None:
     """See `Dialect.barred_from_upgrade`."""
-    tables = (await connection.execute(_OWNERS, {"names": list(names), "schema": schema})).all()
-    place = (await connection.execute(_PLACE, {"schema": schema})).one()
+    tables = connection.execute(_OWNERS, {"names": list(names), "schema": schema}).all()
+    place = connection.execute(_PLACE, {"schema": schema}).one()
     if not tables:
         return None if place.name is not None and place.creatable else _barred_from(place)
     if owners := [table.owner for table in tables if not table.owned]:

@@ -26,7 +26,7 @@ from mcp_session_store.sql.dialects.functions import EPOCH, StoreClock
 from mcp_session_store.sql.dialects.json_batch import JsonBatch
 from mcp_session_store.sql.dialects.lock_files import FileLocks
 from mcp_session_store.sql.dialects.private_names import call_in_thread, check_aiosqlite, check_compiler
-from mcp_session_store.sql.dialects.sqlite_engines import in_autocommit
+from mcp_session_store.sql.dialects.sqlite_engines import in_autocommit, joining
 from mcp_session_store.sql.dialects.sqlite_failures import (
     file_of,
     is_busy,
@@ -40,6 +40,7 @@ from mcp_session_store.sql.dialects.watched_file import check_file_behind
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import AsyncIterator, Awaitable, Mapping, MutableMapping, Sequence
+    from contextlib import AbstractContextManager
 
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -337,6 +338,10 @@ class Sqlite(FileLocks):
     @override
     def begin_migration(self, connection: sa.Connection, schema: str | None) -> None:
         connection.exec_driver_sql(self.begin)
+
+    @override
+    def joining(self, connection: sa.Connection, schema: str | None) -> AbstractContextManager[None]:
+        return joining(connection, begin=self.begin)
 
     @override
     def migration_preamble(self, schema: str | None) -> Sequence[str]:

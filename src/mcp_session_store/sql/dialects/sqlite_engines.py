@@ -1,23 +1,27 @@
-"""Engines for SQLite that a caller made: whichever way they begin transactions, ours begin by SQL alone."""
+"""Engines and connections for SQLite that a caller made: whichever way they begin transactions, ours begin by SQL."""
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
+from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.sql.dialects.private_names import call_in_thread
 
 if TYPE_CHECKING:
     import sqlite3
+    from collections.abc import Iterator
 
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import Pool
 
-__all__ = ["in_autocommit"]
+__all__ = ["in_autocommit", "joining"]
 
 
 def in_autocommit(engine: AsyncEngine) -> AsyncEngine:
@@ -88,3 +92,43 @@ def _leave(connection: sqlite3.Connection, driver: Any) -> None:
     connection.isolation_level = level  # type: ignore[assignment]
     if autocommit is False:
         connection.autocommit = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def joining(connection: sa.Connection, *, begin: str) -> Iterator[None]:
+    """Migrate within a block, in the transaction that runs on a connection; see `Dialect.joining`.
+
+    Python's driver begins a transaction before a change of rows only, and not before DDL, so that one may run for
+    SQLAlchemy and not for SQLite. Then it is begun here: the driver commits it with the caller's.
+
+    Args:
+        connection: The connection.
+        begin: Statement that begins a transaction for changes.
+    """
+    # SQLAlchemy begins its transaction before the first statement, and calls an application's listener that begins one.
+    connection.exec_driver_sql("SELECT 1")
+    pooled = connection.connection
+    driver: Any = pooled.dbapi_connection
+    if isinstance(driver, AdaptedConnection):
+        function = partial(call_in_thread, function=_begun, argument=begin)
+        begun = driver.run_async(function)
+    else:
+        begun = _begun(driver, begin)
+    if not begun:
+        raise ConfigurationError(
+            "the connection is in autocommit, so that there is no transaction to join; begin one on it, by BEGIN "
+            "IMMEDIATE, or give one without isolation_level='AUTOCOMMIT' or autocommit=True, or the engine or the URL, "
+            "for a transaction of its own"
+        )
+    yield
+
+
+def _begun(connection: sqlite3.Connection, begin: str) -> bool:
+    """Return whether a transaction runs that the driver's `commit` ends, and begin one where none does."""
+    if connection.in_transaction:
+        return True
+    # Without an isolation level, or with Python 3.12's own autocommit, statements are committed by themselves.
+    if connection.isolation_level is None or getattr(connection, "autocommit", -1) is True:
+        return False
+    connection.execute(begin)
+    return True

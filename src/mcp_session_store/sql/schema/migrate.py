@@ -11,12 +11,11 @@ import functools
 import io
 import logging
 import re
-import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, overload
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.engine.mock import MockConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from mcp_session_store.errors import ConfigurationError, SessionStoreError, StoreBusy, StoreMisconfigured
 from mcp_session_store.settings import DEFAULT_TIMEOUT, OPERATOR_TIMEOUT, checked_seconds
@@ -36,21 +35,28 @@ from mcp_session_store.sql.engine import (
 )
 from mcp_session_store.sql.failures import cannot_serve, failure_kind, hide_secrets
 from mcp_session_store.sql.room import RETRY
-from mcp_session_store.sql.schema.quiet import without_steps_in_log
+from mcp_session_store.sql.schema.joined import upgrade_within
+from mcp_session_store.sql.schema.running import (
+    ADVICE,
+    ALEMBIC,
+    CONNECTION,
+    DATABASE,
+    JOINS,
+    SCHEMA,
+    alembic_config,
+    command,
+    migrations_folder,
+    run_alembic,
+)
 from mcp_session_store.sql.schema.tables import VERSION_TABLE, make_tables, sessions_table
-from mcp_session_store.sql.schema.version import check_schema, is_newer, read_revision, refuse_barred
-
-with without_steps_in_log():
-    from alembic import command
-    from alembic.config import Config
-    from alembic.util.exc import CommandError
+from mcp_session_store.sql.schema.version import check_schema, may_migrate, read_revision
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
     from types import ModuleType
 
+    from alembic.config import Config
     from sqlalchemy.engine import URL
-    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from mcp_session_store.sql.dialects.dialect import Dialect
 
@@ -68,38 +74,63 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_alembic: Final = threading.Lock()
-"""Lock around Alembic, which works on globals of its modules: two migrations at once would mix up their databases."""
 
-_CONNECTION: Final = "connection"
-_SCHEMA: Final = "schema"
-_URL: Final = "url"
-_ADVICE: Final = "advice"
+@overload
+def upgrade(
+    place: str | URL | AsyncEngine | AsyncConnection, *, schema: str | None = None, revision: str = "head"
+) -> Coroutine[Any, Any, None]: ...
 
 
-async def upgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None = None, revision: str = "head") -> None:
+@overload
+def upgrade(place: sa.Connection, *, schema: str | None = None, revision: str = "head") -> None: ...
+
+
+def upgrade(
+    place: str | URL | AsyncEngine | AsyncConnection | sa.Connection,
+    *,
+    schema: str | None = None,
+    revision: str = "head",
+) -> Coroutine[Any, Any, None] | None:
     """Bring a database's schema to a newer revision.
 
-    All in one transaction, which is safe when many processes do it at once: one migrates, and the others wait.
+    All in one transaction, which is safe when many processes do it at once: one migrates, and the others wait. It is
+    awaited, but with a `Connection` of SQLAlchemy, as a migration of an application has one: then it is done when it
+    returns.
+
+    A connection's own transaction is joined: the caller commits it, and what was migrated is rolled back with it.
+    Other migrations wait for its end where there was something to migrate. On SQLite the transaction is begun by `BEGIN
+    IMMEDIATE`, unless one runs. One that runs must be able to write: where it has only read yet, and another process
+    has written since, SQLite refuses, and all has to be repeated from its begin.
 
     Args:
-        url_or_engine: URL of the database, or an engine.
+        place: URL of the database, an engine, or a connection.
         schema: Postgres: the schema for the tables; it is created where it is missing.
         revision: Revision to reach; the newest unless given.
 
     Raises:
         SchemaAhead: The schema is of a newer major version.
-        ConfigurationError: An argument cannot work.
+        ConfigurationError: An argument cannot work, or the connection is in autocommit.
         StoreUnavailable: The database cannot be reached.
     """
     _check_revision(revision)
+    if isinstance(place, MockConnection):
+        raise ConfigurationError(
+            "Alembic prints SQL and has no connection (--sql, offline mode); print the SQL of these tables by: "
+            "mcp-session-store upgrade --sql"
+        )
+    if isinstance(place, sa.Connection):
+        upgrade_within(place, schema, revision)
+        return None
+    if isinstance(place, AsyncConnection):
+        return place.run_sync(upgrade_within, schema, revision)
+    check_place("place", place)
+    return _upgrade(place, schema=schema, revision=revision)
+
+
+async def _upgrade(url_or_engine: str | URL | AsyncEngine, *, schema: str | None, revision: str) -> None:
     async with _connected(url_or_engine, schema) as connection:
-        found = await read_revision(connection, schema)
-        if found is not None and is_newer(found):
-            # Alembic would only say that it cannot find the revision.
-            await check_schema(connection, schema)
+        if not await connection.run_sync(may_migrate, schema):
             return
-        await refuse_barred(connection, schema, found)
     await _migrate(url_or_engine, schema, lambda config: command.upgrade(config, revision))
 
 
@@ -202,32 +233,15 @@ def _printed(url: str | URL, schema: str | None, run: Callable[[Config], None]) 
     """Return the SQL of a migration that is not run."""
     parsed, dialect = checked_url(url)
     buffer = io.StringIO()
-    config = _config({_SCHEMA: checked_schema(schema, dialect), _URL: parsed}, output=buffer)
+    config = alembic_config({SCHEMA: checked_schema(schema, dialect), DATABASE: parsed}, output=buffer)
     # Not waited for, because its holder may be another task of the event loop that this would block.
-    if not _alembic.acquire(blocking=False):
+    if not ALEMBIC.acquire(blocking=False):
         raise StoreBusy("another migration runs in this process; try again when it is done")
     try:
-        with _alembic_errors(parsed, schema):
-            run(config)
+        run_alembic(run, config, parsed, schema)
     finally:
-        _alembic.release()
+        ALEMBIC.release()
     return buffer.getvalue()
-
-
-def migrations_folder() -> Path:
-    """Return the folder of the migrations: in the installed package, or at the root of the checkout it runs from."""
-    here = Path(__file__).resolve()
-    for folder in (here.parent / "migrations", here.parents[4] / "migrations"):
-        if (folder / "env.py").is_file():
-            return folder
-    raise ConfigurationError("the migrations are missing from this installation; install mcp-session-store again")
-
-
-def _config(attributes: dict[str, Any], output: io.StringIO | None = None) -> Config:
-    config = Config(output_buffer=output) if output is not None else Config()
-    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
-    config.attributes.update(attributes)
-    return config
 
 
 def _check_revision(revision: str) -> None:
@@ -235,15 +249,6 @@ def _check_revision(revision: str) -> None:
         raise ConfigurationError(
             f"revision={revision!r} is no revision; give its name, as the command current prints it"
         )
-
-
-@contextlib.contextmanager
-def _alembic_errors(url: URL, schema: str | None) -> Iterator[None]:
-    try:
-        yield
-    except CommandError as error:
-        advice = shown_command("current", url, schema)
-        raise ConfigurationError(f"the migration cannot run: {error}; to see the revision, {advice}") from error
 
 
 @contextlib.asynccontextmanager
@@ -314,19 +319,19 @@ async def _with_room(engine: AsyncEngine, dialect: Dialect) -> AsyncConnection:
 
 async def _migrate(url_or_engine: str | URL | AsyncEngine, schema: str | None, run: Callable[[Config], None]) -> None:
     def migrate(connection: sa.Connection) -> None:
-        with _alembic_errors(url_of(connection.engine), schema), without_steps_in_log():
-            run(_config({_CONNECTION: connection, _SCHEMA: schema}))
+        config = alembic_config({CONNECTION: connection, SCHEMA: schema})
+        run_alembic(run, config, url_of(connection.engine), schema)
 
     async with _connected(url_or_engine, schema) as connection:
         # Polled, because a blocking wait would stop the event loop in which the other migration runs.
-        while not _alembic.acquire(blocking=False):  # noqa: ASYNC110 - it may be held in another loop or thread
+        while not ALEMBIC.acquire(blocking=False):  # noqa: ASYNC110 - it may be held in another loop or thread
             await asyncio.sleep(0.01)
         try:
             before = await read_revision(connection, schema)
             await connection.run_sync(migrate)
             after = await read_revision(connection, schema)
         finally:
-            _alembic.release()
+            ALEMBIC.release()
         if after != before:
             shown = shown_url(url_of(connection.engine))
             logger.info("the schema of %s was migrated from %s to %s", shown, before or "nothing", after or "nothing")
@@ -336,32 +341,38 @@ def run_online(context: ModuleType, target: sa.Connection | str | None, *, schem
     """Run Alembic's migrations for `env.py`, in one transaction that excludes other migrations.
 
     The transaction begins and ends in SQL, on a connection in autocommit, because Python's driver for SQLite
-    otherwise commits before DDL.
+    otherwise begins none before DDL; or the one of a caller's connection is joined.
 
     Args:
         context: `alembic.context`.
-        target: Connection in autocommit, or URL of a database to connect to.
+        target: Connection in autocommit or of a caller, or URL of a database to connect to.
         schema: Schema with the tables.
     """
     if not isinstance(target, sa.Connection):
         return asyncio.run(_run_online_at(context, target or "", schema))
     # Migrations import nothing of this package, because it changes and they do not.
-    context.config.attributes[_ADVICE] = functools.partial(shown_command, url=url_of(target.engine), schema=schema)
+    given = context.config.attributes
+    given[ADVICE] = functools.partial(shown_command, url=url_of(target.engine), schema=schema)
     dialect = dialect_named(target.dialect.name)
+    if given.get(JOINS):
+        with dialect.joining(target, schema):
+            _run_migrations(context, target, schema)
+        return None
     dialect.begin_migration(target, schema)
     try:
-        context.configure(
-            connection=target,
-            version_table=VERSION_TABLE,
-            version_table_schema=schema,
-            transactional_ddl=True,
-        )
-        context.run_migrations()
+        _run_migrations(context, target, schema)
     except BaseException:
         target.exec_driver_sql("ROLLBACK")
         raise
     target.exec_driver_sql("COMMIT")
     return None
+
+
+def _run_migrations(context: ModuleType, connection: sa.Connection, schema: str | None) -> None:
+    context.configure(
+        connection=connection, version_table=VERSION_TABLE, version_table_schema=schema, transactional_ddl=True
+    )
+    context.run_migrations()
 
 
 async def _run_online_at(context: ModuleType, url: str, schema: str | None) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "logs_table",
     "make_tables",
     "messages_table",
+    "new_tables",
     "privileges_for_events",
     "privileges_for_mailbox",
     "privileges_for_sessions",
@@ -33,6 +34,11 @@ VERSION_TABLE: Final = "mcp_session_version"
 @functools.cache
 def make_tables(schema: str | None = None) -> sa.MetaData:
     """Return all tables of this package, in a schema of the database."""
+    return new_tables(schema)
+
+
+def new_tables(schema: str | None) -> sa.MetaData:
+    """Return all tables of this package, which the caller may add to."""
     metadata = sa.MetaData(schema=schema)
     # Tables lead with the session's key, so that they can be partitioned or distributed on it.
     sessions = sa.Table(

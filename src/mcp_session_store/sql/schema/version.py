@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from mcp_session_store.sql.dialects.dialect import Barred
+    from mcp_session_store.sql.dialects.barred import Barred
 
 __all__ = [
     "HEAD",
@@ -29,8 +29,9 @@ __all__ = [
     "check_schema",
     "is_empty",
     "is_newer",
+    "may_migrate",
     "read_revision",
-    "refuse_barred",
+    "revision_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -44,15 +45,18 @@ _REVISION: Final = re.compile(r"(\d+)_(\d+)_\w+", re.ASCII)
 
 async def read_revision(connection: AsyncConnection, schema: str | None) -> str | None:
     """Return the revision of a database; `None` before the first migration."""
-    exists = await connection.run_sync(lambda sync: sa.inspect(sync).has_table(VERSION_TABLE, schema=schema))
-    if not exists:
+    return await connection.run_sync(revision_of, schema)
+
+
+def revision_of(connection: sa.Connection, schema: str | None) -> str | None:
+    """Return the revision of a database; `None` before the first migration."""
+    if not sa.inspect(connection).has_table(VERSION_TABLE, schema=schema):
         return None
-    return await _stored_revision(connection, schema)
+    return connection.execute(_stored_revision(schema)).scalar()
 
 
-async def _stored_revision(connection: AsyncConnection, schema: str | None) -> str | None:
-    version = sa.table(VERSION_TABLE, sa.column("version_num", sa.String), schema=schema)
-    return (await connection.execute(sa.select(version.c.version_num))).scalar()
+def _stored_revision(schema: str | None) -> sa.Select[Any]:
+    return sa.select(sa.table(VERSION_TABLE, sa.column("version_num", sa.String), schema=schema).c.version_num)
 
 
 def is_newer(revision: str) -> bool:
@@ -95,7 +99,7 @@ async def advice_on(connection: AsyncConnection, schema: str | None, revision: s
     """
     url = url_of(connection.engine)
     if revision is None or is_older(revision):
-        barred = await _barred_from_upgrade(connection, schema)
+        barred = await connection.run_sync(_barred_from_upgrade, schema)
         if barred is not None and barred.hides:
             raise StoreMisconfigured(f"the database {shown_url(url)} cannot be used: {barred.reason}; {barred.remedy}")
         if barred is not None:
@@ -104,24 +108,28 @@ async def advice_on(connection: AsyncConnection, schema: str | None, revision: s
     return functools.partial(shown_command, url=url, schema=schema)
 
 
-async def refuse_barred(connection: AsyncConnection, schema: str | None, revision: str | None) -> None:
-    """Refuse to upgrade a schema that the user may not change.
+def may_migrate(connection: sa.Connection, schema: str | None) -> bool:
+    """Return whether migrations may run: a newer schema of the same major version is left as it is, with a warning.
 
     Raises:
-        StoreMisconfigured: The user may not; the message says what to grant.
+        SchemaAhead: The schema is of a newer major version.
+        StoreMisconfigured: The user may not change an older one; the message says what to grant.
     """
-    if revision is None or is_older(revision):
-        barred = await _barred_from_upgrade(connection, schema)
-        if barred is not None:
-            shown = shown_url(url_of(connection.engine))
-            raise StoreMisconfigured(f"the database {shown} cannot be upgraded: {barred.reason}; {barred.remedy}")
+    url, revision = url_of(connection.engine), revision_of(connection, schema)
+    if revision is not None and is_newer(revision):
+        # Alembic would only say that it cannot find the revision.
+        check_revision(revision, advice=functools.partial(shown_command, url=url, schema=schema))
+        return False
+    if revision != HEAD and (barred := _barred_from_upgrade(connection, schema)) is not None:
+        raise StoreMisconfigured(f"the database {shown_url(url)} cannot be upgraded: {barred.reason}; {barred.remedy}")
+    return True
 
 
-async def _barred_from_upgrade(connection: AsyncConnection, schema: str | None) -> Barred | None:
+def _barred_from_upgrade(connection: sa.Connection, schema: str | None) -> Barred | None:
     dialect = dialect_named(connection.dialect.name)
     # Not the table of the revision, which an upgrade writes to and does not change.
     names = [table.name for table in make_tables(schema).sorted_tables]
-    return await dialect.barred_from_upgrade(connection, schema, names)
+    return dialect.barred_from_upgrade(connection, schema, names)
 
 
 async def check_again(connection: AsyncConnection, schema: str | None) -> None:
@@ -130,7 +138,7 @@ async def check_again(connection: AsyncConnection, schema: str | None) -> None:
     Raises:
         SchemaError: The schema does not fit any more. Where its tables are gone, the driver's error is raised.
     """
-    revision = await _stored_revision(connection, schema)
+    revision = (await connection.execute(_stored_revision(schema))).scalar()
     if revision != HEAD:
         check_revision(revision, advice=await advice_on(connection, schema, revision), warn=False)
 

@@ -1,0 +1,1 @@
+"""A server that keeps notes, and durable sessions in the same database."""
