@@ -1,7 +1,8 @@
 """Messages between processes that do nothing else, by way of a mailbox on Postgres; `benchmarks.relay` runs it.
 
 Each process posts messages to the others at a steady rate, one call after the other, with what came due meanwhile, and
-reads its own at a hint of new ones. The time of a message is from the moment at which it was due.
+reads its own at a hint of new ones, both as rarely as an instance does. The time of a message is from the moment at
+which it was due.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import asyncpg
 from sqlalchemy.engine import make_url
 
 from benchmarks.figures import percentile
+from mcp_session_store.adapter.background import Pace
+from mcp_session_store.adapter.relay.inbox import READ_INTERVAL
+from mcp_session_store.adapter.relay.outbox import POST_INTERVAL
 from mcp_session_store.mailbox import MessageKind, NewMessage, Presence
 from mcp_session_store.sql import SqlMailbox, SqlSessionStore
 
@@ -181,9 +185,11 @@ class Worker:
     async def _write(self, begins: float) -> None:
         others = [number for number in range(1, INSTANCES + 1) if number != self._number]
         interval = INSTANCES / RATE
+        pace = Pace(POST_INTERVAL)
         due, ends = begins + random.uniform(0, interval), begins + self._seconds
         while due < ends:
             await asyncio.sleep(due - time.time())
+            await pace.wait()
             messages = []
             while due <= time.time() and due < ends:
                 messages.append(self._message(random.choice(others), due))
@@ -205,6 +211,7 @@ class Worker:
 
     async def _read(self) -> None:
         delivered: dict[int, int] = {}
+        pace = Pace(READ_INTERVAL)
         while True:
             more = True
             while more:
@@ -217,6 +224,7 @@ class Worker:
                 more = page.more
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._hint.wait(), _FALLBACK)
+            await pace.wait()
             self._hint.clear()
 
 

@@ -10,8 +10,8 @@ import anyio
 import pytest
 
 from mcp_session_store import EndReason, StoreUnavailable, session_key, telemetry
-from mcp_session_store.adapter import background
-from mcp_session_store.adapter.background import Wake, run_again, run_every
+from mcp_session_store.adapter import background, clock
+from mcp_session_store.adapter.background import Pace, Wake, run_again, run_every
 from mcp_session_store.adapter.readiness import Readiness
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from tests.support.asgi import until
@@ -130,6 +130,22 @@ async def test_a_task_is_woken_before_its_time_and_once_for_all_who_wake_it() ->
         await anyio.sleep(3 * GATHERING)
         assert runs == 3
         tasks.cancel_scope.cancel()
+
+
+async def test_calls_keep_their_pace_and_a_lone_one_waits_for_nothing(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(clock, "now", lambda: now)
+    pace = Pace(0.5)
+    await pace.wait()
+    assert slept == []
+    now += 0.2
+    await pace.wait()
+    assert slept == [pytest.approx(0.3)]
+    now += 0.7
+    await pace.wait()
+    assert len(slept) == 1
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("it is down"), RuntimeError("a bug")], ids=["down", "bug"])

@@ -105,7 +105,7 @@ async def test_the_answer_to_another_copys_question_answers_no_question_of_this_
         lost = {"jsonrpc": "2.0", "id": None, "error": {"code": -32700, "message": "what was that?"}}
         assert (await client.post(lost)).status == 202
         assert (await client.respond(echoed(question["id"]), {"roots": []})).status == 202
-        await until(lambda: measured.values("mcp_session_store.messages.dropped") == dropped("answer", 5))
+        await measured.reach("mcp_session_store.messages.dropped", dropped("answer", 5))
     assert asking.answers == [["file:///right"]]
 
 

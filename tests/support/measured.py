@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +15,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler, SamplingResult
 from typing_extensions import override
 
+from tests.support.asgi import until
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["Measured", "Point", "Traced", "measuring", "tracing"]
 
@@ -64,6 +67,16 @@ class Measured:
             ): point.value
             for point in self.read().get(name, ())
         }
+
+    async def reach(self, name: str, expected: Mapping[Any, float]) -> None:
+        """Wait until the values of a counter since the last time are as expected, however many reads that takes."""
+        found: collections.Counter[tuple[tuple[str, Any], ...]] = collections.Counter()
+
+        def has_come() -> bool:
+            found.update({attributes: int(value) for attributes, value in self.values(name).items()})
+            return found == expected
+
+        await until(has_come)
 
 
 def _point(point: Any) -> Point | None:

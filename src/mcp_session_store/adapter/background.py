@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from typing import TYPE_CHECKING, Final
 
 import anyio
 
 from mcp_session_store import telemetry
+from mcp_session_store.adapter import clock
 from mcp_session_store.errors import SessionStoreError
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.readiness import Readiness
 
-__all__ = ["Wake", "is_cancelled", "report_failure", "run_again", "run_every"]
+__all__ = ["Pace", "Wake", "is_cancelled", "report_failure", "run_again", "run_every"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +36,40 @@ def is_cancelled() -> bool:
     return anyio.get_current_task().has_pending_cancellation()
 
 
+class Pace:
+    """Least time between the beginnings of calls, so that what comes soon after one another shares the next.
+
+    A lone call waits for nothing.
+
+    Args:
+        interval: Seconds between two beginnings.
+    """
+
+    __slots__ = ("_began", "_interval")
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._began = -math.inf
+
+    async def wait(self) -> None:
+        """Wait until the next call may begin, and note that it does."""
+        pause = self._began + self._interval - clock.now()
+        if pause > 0:
+            await anyio.sleep(pause)
+        self._began = clock.now()
+
+
 class Wake:
     """Wakes a task before its time.
 
     Args:
         gathering: Seconds between the wake and the run, in which more work may gather.
+        interval: Seconds between the beginnings of two runs, in which more work may gather; a lone run waits for none.
     """
 
-    def __init__(self, *, gathering: float) -> None:
+    def __init__(self, *, gathering: float, interval: float = 0) -> None:
         self._gathering = gathering
+        self._pace = Pace(interval)
         self._event = anyio.Event()
 
     def set(self) -> None:
@@ -54,6 +81,7 @@ class Wake:
         with anyio.move_on_after(seconds):
             await self._event.wait()
             await anyio.sleep(self._gathering)
+            await self._pace.wait()
         is_woken = self._event.is_set()
         self._event = anyio.Event()
         return is_woken

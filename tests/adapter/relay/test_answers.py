@@ -121,7 +121,7 @@ async def test_the_answer_to_each_question_arrives_and_counts_once(
             assert (await each.client(session_id).respond(asked["id"], answer)).status == 202
         assert text_of(await call.next()) == answered.__name__
         unknown = {(("kind", "answer"), ("reason", "unknown question")): 3}
-        await until(lambda: measured.values("mcp_session_store.messages.dropped") == unknown)
+        await measured.reach("mcp_session_store.messages.dropped", unknown)
 
 
 async def test_an_answer_that_comes_in_many_pieces_with_its_id_last_restores_nothing(

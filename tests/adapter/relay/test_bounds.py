@@ -50,6 +50,47 @@ async def test_what_is_refused_in_an_outage_is_not_kept(
         assert [json.loads(message.body)["id"] - question["id"] for message in mailbox.posted] == [0, 1, 2]
 
 
+async def test_messages_that_come_soon_after_one_another_share_a_post_and_a_read(
+    store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # At a high rate each post, with its hints, and each read would cost the database a statement for a message or two.
+    monkeypatch.setattr(outbox_module, "POST_INTERVAL", 0.5)
+    monkeypatch.setattr(inbox_module, "READ_INTERVAL", 0.5)
+    posts, reads = 0, 0
+    post, receive = mailbox.inner.post, mailbox.inner.receive
+
+    async def counted_post(messages: Any) -> set[int]:
+        nonlocal posts
+        posts += 1
+        return await post(messages)
+
+    async def counted_receive(*args: Any, **options: Any) -> MessagePage:
+        nonlocal reads
+        reads += 1
+        return await receive(*args, **options)
+
+    async with (
+        instance(store, Asking(), relay=mailbox) as one,
+        instance(store, Asking(), relay=mailbox) as other,
+    ):
+        asked = [one.client() for _ in range(10)]
+        elsewhere = [other.client(await client.begin()) for client in asked]
+        calls = [client.open_call("ask") for client in asked]
+        questions = [await call.next() for call in calls]
+        monkeypatch.setattr(mailbox.inner, "post", counted_post)
+        monkeypatch.setattr(mailbox.inner, "receive", counted_receive)
+        answers = [
+            client.open("POST", {"jsonrpc": "2.0", "id": question["id"], "result": roots("x")})
+            for client, question in zip(elsewhere, questions, strict=True)
+        ]
+        for number, (call, answer) in enumerate(zip(calls, answers, strict=True)):
+            assert (await answer.answer()).status == 202, number
+            assert text_of(await call.next()) == "file:///x"
+    assert posts <= 2
+    # Each instance also reads before its heartbeats, and as it stops.
+    assert reads <= 6
+
+
 @pytest.mark.parametrize("resident", [True, False])
 async def test_a_large_message_that_the_mailbox_does_not_take_in_time_holds_up_the_others_for_a_while_only(
     store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch, resident: bool

@@ -28,6 +28,8 @@ BUSY_INTERVAL: Final = 0.15
 IDLE_INTERVAL: Final = 15.0
 """Seconds between two reads otherwise. By default heartbeats, each of which reads first, come more often. So an idle
 process sends about one statement a second in all."""
+READ_INTERVAL: Final = 0.015
+"""Seconds between the beginnings of two reads at hints, in which messages gather; a lone one is read at once."""
 ASKED_FOR: Final = 300.0
 """Seconds for which a question that is asked outside of calls and streams may wait for its answer."""
 BEFORE_BEAT: Final = 5.0
@@ -72,7 +74,7 @@ class Inbox:
         self._asked_at = -math.inf
         self._read_at = -math.inf
         """Moment of `clock` at which all was read last."""
-        self.wake: Final = Wake(gathering=0)
+        self.wake: Final = Wake(gathering=0, interval=READ_INTERVAL)
         """Has the mailbox read at once."""
 
     def asked(self) -> None:

@@ -10,7 +10,7 @@ import anyio
 
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
-from mcp_session_store.adapter.background import report_failure
+from mcp_session_store.adapter.background import Pace, report_failure
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.responses import ShuttingDown, TooManyWait
 from mcp_session_store.adapter.session_log import GONE
@@ -42,6 +42,8 @@ LEAST_BYTES: Final = 2048
 """Bytes that a message counts for at least."""
 POSTED_AT_ONCE: Final = 250
 """Most messages that are posted in one call."""
+POST_INTERVAL: Final = 0.015
+"""Seconds between the beginnings of two posts, in which messages gather; a lone one is posted at once."""
 BYTES_AT_ONCE: Final = 1024**2
 """Bytes of their bodies, beyond which a message is posted alone."""
 LARGE: Final = 256 * 1024
@@ -160,6 +162,7 @@ class Outbox:
         # From the clock, so that a number that is drawn again later goes on above.
         self._sequence = time.time_ns() // 1000
         self._lock = anyio.Lock()
+        self._pace = Pace(POST_INTERVAL)
         self._wake = anyio.Event()
         self._is_away = False
         self._is_closed = False
@@ -268,6 +271,8 @@ class Outbox:
                 if not self._instances.can_send:
                     self._went_away()
                     raise StoreUnavailable("messages wait for the heartbeats of this instance and of the others")
+                if len(self._waiting) < POSTED_AT_ONCE:
+                    await self._pace.wait()
                 if not (batch := self._batch(at_once)):
                     break
                 try:
