@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.replay.marker import get_restore_marker
     from mcp_session_store.app import durable_app
     from mcp_session_store.serving import run_durable
-    from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
+    from mcp_session_store.sql import SqlEventLog, SqlKeyValue, SqlMailbox, SqlSessionStore
 
 __all__ = [
     # Serve a server durably
@@ -59,6 +59,8 @@ __all__ = [
     "MemoryMailbox",
     "StateStore",
     "MemoryStateStore",
+    # Values that belong to no session
+    "SqlKeyValue",
     # Retention
     "RetentionPolicy",
     "EventPolicy",
@@ -89,6 +91,7 @@ _IMPORTED_WHEN_USED: Final = {
     "durable_app": "app",
     "run_durable": "serving",
     "SqlEventLog": "sql",
+    "SqlKeyValue": "sql",
     "SqlMailbox": "sql",
     "SqlSessionStore": "sql",
 }

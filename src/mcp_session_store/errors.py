@@ -10,6 +10,7 @@ __all__ = [
     "EventTooLarge",
     "InvalidValue",
     "JournalFull",
+    "KeyValueFull",
     "NoSession",
     "NotRunning",
     "RecordUnreadable",
@@ -119,6 +120,10 @@ class SessionLimitReached(SessionStoreError):
 
 class JournalFull(SessionStoreError):
     """A call cannot be journaled because the session's journal is full."""
+
+
+class KeyValueFull(SessionStoreError):
+    """A value cannot be stored, because the values of its namespace have as many bytes as `SqlKeyValue` allows."""
 
 
 class RecordUnreadable(SessionStoreError):

@@ -178,6 +178,8 @@ class SweepReport:
     """Number of expired sessions that were ended."""
     purged: int = 0
     """Number of tombstones that were removed."""
+    values: int = 0
+    """Number of expired values of a `SqlKeyValue` that were removed."""
     more: bool = False
     """Whether there may be more to do."""
     longest: float = field(default=0.0, compare=False)
@@ -193,6 +195,7 @@ class SweepReport:
         return SweepReport(
             expired=self.expired + later.expired,
             purged=self.purged + later.purged,
+            values=self.values + later.values,
             more=later.more,
             longest=max(self.longest, later.longest),
         )

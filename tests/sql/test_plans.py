@@ -22,6 +22,7 @@ from mcp_session_store.sql.schema.tables import (
     logs_table,
     messages_table,
     sessions_table,
+    values_table,
 )
 from mcp_session_store.testing import new_event, new_message, new_session
 from mcp_session_store.testing.factories import new_presence
@@ -101,8 +102,21 @@ async def fill(store: SqlSessionStore) -> None:
         for row in with_log
         for sequence in range(1, EVENTS + 1)
     ]
+    values = [
+        {
+            "key": row["key"],
+            "namespace": row["namespace"],
+            "collection": "c",
+            "bytes": 2,
+            "created_at": row["created_at"],
+            "expires_at": row["created_at"],
+            "value": "{}",
+        }
+        for row in rows
+    ]
     async with engine_of(store).connect() as connection:
         await connection.exec_driver_sql("BEGIN")
+        await connection.execute(sa.insert(values_table()), values)
         await connection.execute(sa.insert(sessions), rows)
         await connection.execute(sa.insert(journal), entries)
         await connection.execute(sa.insert(logs), event_logs)

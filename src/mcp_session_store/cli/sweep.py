@@ -61,8 +61,8 @@ def sweep(
     no_pause: bool,
     as_json: bool,
 ) -> None:
-    """End sessions that have expired, and remove those that ended long ago, events that are too old, and messages that
-    no instance reads.
+    """End sessions that have expired, and remove those that ended long ago, events that are too old, messages that no
+    instance reads, and expired values of a SqlKeyValue.
 
     The sweep goes on until there are no more. A session expires when the servers said; with --idle or --absolute, a
     session without an expiry gets one by that policy, as if it were used now. Events are removed by the options, so
@@ -81,7 +81,13 @@ def sweep(
     try:
         run(sweeping.run())
     except BaseException:
-        if sweeping.done.expired or sweeping.done.purged or sweeping.events.removed or sweeping.messages:
+        if (
+            sweeping.done.expired
+            or sweeping.done.purged
+            or sweeping.done.values
+            or sweeping.events.removed
+            or sweeping.messages
+        ):
             sweeping.report(as_json=as_json)
         raise
     sweeping.report(as_json=as_json)
@@ -102,8 +108,14 @@ def _report(
 ) -> None:
     more = report.more or events.more
     if as_json:
-        counts = {"expired": report.expired, "purged": report.purged, "events": events.removed, "messages": messages}
-        # How many messages wait says nothing of how many a sweep would find.
+        counts = {
+            "expired": report.expired,
+            "purged": report.purged,
+            "events": events.removed,
+            "messages": messages,
+            "values": None if dry_run else report.values,
+        }
+        # How many messages wait says nothing of how many a sweep would find, and values are not counted before.
         known = {name: count for name, count in counts.items() if count is not None}
         print_json({"dry_run": dry_run, **known, "more": more})
         return
@@ -114,6 +126,8 @@ def _report(
     )
     if events.removed:
         click.echo(f"{number(events.removed)} old {plural('event', events.removed)} {removed}")
+    if report.values:
+        click.echo(f"{number(report.values)} expired {plural('value', report.values)} were removed")
     if messages:
         click.echo(f"{number(messages)} {plural('message', messages)} to instances that do not read were removed")
     if more and not dry_run:

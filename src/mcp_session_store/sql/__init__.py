@@ -1,7 +1,8 @@
 """Sessions, their events and messages in SQL databases, for any asyncio program: knows SQLAlchemy, not MCP's SDK."""
 
 from mcp_session_store.sql.events.log import SqlEventLog
+from mcp_session_store.sql.key_value.store import SqlKeyValue
 from mcp_session_store.sql.mailbox.mailbox import SqlMailbox
 from mcp_session_store.sql.sessions.store import SqlSessionStore
 
-__all__ = ["SqlEventLog", "SqlMailbox", "SqlSessionStore"]
+__all__ = ["SqlEventLog", "SqlKeyValue", "SqlMailbox", "SqlSessionStore"]

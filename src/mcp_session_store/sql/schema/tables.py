@@ -24,7 +24,9 @@ __all__ = [
     "privileges_for_events",
     "privileges_for_mailbox",
     "privileges_for_sessions",
+    "privileges_for_values",
     "sessions_table",
+    "values_table",
 ]
 
 VERSION_TABLE: Final = "mcp_session_version"
@@ -158,6 +160,22 @@ def new_tables(schema: str | None) -> sa.MetaData:
     )
     # For the end of a session, which removes its messages.
     sa.Index("ix_mcp_session_message_key", messages.c.key)
+    # Values of no session, which `SqlKeyValue` keeps.
+    values = sa.Table(
+        "mcp_session_value",
+        metadata,
+        # Made of the namespace, the collection and the key that was given, none of which can be read from it.
+        sa.Column("key", sa.Uuid, primary_key=True),
+        sa.Column("namespace", sa.Text, nullable=False),
+        sa.Column("collection", sa.Text, nullable=False),
+        # Of the value.
+        sa.Column("bytes", sa.Integer, nullable=False),
+        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("expires_at", MOMENT),
+        sa.Column("value", sa.Text, nullable=False),
+    )
+    # For the sweep, and for the bytes of a namespace, which are then read from the index alone.
+    sa.Index("ix_mcp_session_value_expires", values.c.namespace, values.c.expires_at, values.c.bytes)
     return metadata
 
 
@@ -191,13 +209,19 @@ def messages_table(schema: str | None = None) -> sa.Table:
     return _table("mcp_session_message", schema)
 
 
+def values_table(schema: str | None = None) -> sa.Table:
+    """Return the table of values that belong to no session."""
+    return _table("mcp_session_value", schema)
+
+
 _CHANGE: Final = "SELECT, INSERT, UPDATE, DELETE"
 
 
 def privileges_for_sessions(schema: str | None = None) -> Mapping[sa.Table, str]:
     """Return the privileges that a store of sessions needs.
 
-    The end of a session removes its events and messages, whether there is an event log or a mailbox or not.
+    The end of a session removes its events and messages, whether there is an event log or a mailbox or not, and a sweep
+    removes expired values, whether there is a `SqlKeyValue` or not.
     """
     return {
         sessions_table(schema): _CHANGE,
@@ -206,6 +230,7 @@ def privileges_for_sessions(schema: str | None = None) -> Mapping[sa.Table, str]
         logs_table(schema): "SELECT, UPDATE, DELETE",
         events_table(schema): "SELECT, DELETE",
         messages_table(schema): "SELECT, UPDATE, DELETE",
+        values_table(schema): "SELECT, UPDATE, DELETE",
     }
 
 
@@ -221,6 +246,11 @@ def privileges_for_events(schema: str | None = None) -> Mapping[sa.Table, str]:
 def privileges_for_mailbox(schema: str | None = None) -> Mapping[sa.Table, str]:
     """Return the privileges that a mailbox needs."""
     return {instances_table(schema): _CHANGE, messages_table(schema): _CHANGE}
+
+
+def privileges_for_values(schema: str | None = None) -> Mapping[sa.Table, str]:
+    """Return the privileges that a `SqlKeyValue` needs."""
+    return {values_table(schema): _CHANGE}
 
 
 def _table(name: str, schema: str | None) -> sa.Table:

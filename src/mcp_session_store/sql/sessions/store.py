@@ -26,6 +26,7 @@ from mcp_session_store.sql.sessions.records import Claim, Records, Touch
 from mcp_session_store.sql.sessions.removal import End, SessionRemoval
 from mcp_session_store.sql.sessions.statements import SessionStatements
 from mcp_session_store.sql.sessions.sweep import Sweep, SweepResult, SweepStatements
+from mcp_session_store.sql.sessions.values import ValueSweep
 from mcp_session_store.store import (
     DEFAULT_NAMESPACE,
     SWEEP_LIMIT,
@@ -135,6 +136,8 @@ class SqlSessionStore(SessionStore):
         self._journal_reads = Batcher(database, self._journal.read, of("read_journal"), writes=False, max_batch=1)
         self._polls = Batcher(database, self._records.changes, of("changes"), writes=False)
         self._sweeps = Batcher(database, self._sweep.run, of("sweep"), writes=True, max_batch=1)
+        values = ValueSweep(dialect, schema=schema, namespace=namespace)
+        self._value_sweeps = Batcher(database, values.remove, of("value_sweep"), writes=True, max_batch=1)
 
     def _for_policy(self, statements: Callable[..., _T]) -> _T:
         """Build statements that follow the policy."""
@@ -187,6 +190,7 @@ class SqlSessionStore(SessionStore):
             self._journal_reads,
             self._polls,
             self._sweeps,
+            self._value_sweeps,
         )
         await asyncio.gather(self._listening.aclose(), *(batcher.aclose() for batcher in batchers))
         await self._database.aclose()
@@ -314,9 +318,11 @@ class SqlSessionStore(SessionStore):
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
         done = [SweepResult() if step is None else await self._sweeps.submit(step) for step in self._sweep.steps(limit)]
+        done.append(await self._value_sweeps.submit(limit))
         return SweepReport(
             expired=done[1].handled,
             purged=done[2].handled,
+            values=done[3].handled,
             more=any(result.more for result in done),
             longest=max(result.held_up for result in done),
             lives=done[1].lives,
