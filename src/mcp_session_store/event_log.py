@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
@@ -26,11 +27,15 @@ __all__ = [
     "LEAST_EVENT_SWEEP",
     "NO_SESSION",
     "STANDALONE_STREAM",
+    "STANDALONE_WAIT",
     "EventLog",
 ]
 
 STANDALONE_STREAM: Final = "*"
 """Name of a session's stream that belongs to no call, and that a client opens by GET. All instances share it."""
+
+STANDALONE_WAIT: Final = timedelta(seconds=30)
+"""Time for which a message on the standalone stream waits for a client that opens the stream anew."""
 
 NO_SESSION: Final = UUID(int=0)
 """Key that no session has. Its events are never stored, so that an append of one shows whether others would be."""
@@ -123,6 +128,14 @@ class EventLog(Store):
     @abstractmethod
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
         """Return the sequence of the newest event by session, without sessions that have no log."""
+
+    @abstractmethod
+    async def standalone_places(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        """Return by session the sequence after which a client is served that opens the standalone stream anew.
+
+        That is the sequence just before the first message on the stream that was stored within `STANDALONE_WAIT`, or
+        that of the session's newest event where there is none. Sessions that have no log are left out.
+        """
 
     async def follow(self, keys: Collection[UUID]) -> None:  # noqa: ARG002
         """Ask for hints of new events of these sessions, for a minute or more."""

@@ -142,6 +142,7 @@ async def use_one(store: SqlSessionStore) -> None:
         await log.append(key, [new_event(0), new_event(1)], again=again)
     await log.read(key, "instance.1", after=0)
     await log.heads([key])
+    await log.standalone_places([key])
     await log.follow([key])
     await trim_waiting(log, key)
     await log.aclose()

@@ -65,6 +65,7 @@ LOG_OPERATIONS = (
     "append",
     "read",
     "heads",
+    "standalone_places",
     "follow",
     "listen",
     "sweep",
@@ -415,6 +416,10 @@ class FaultyLog(_Faulty, EventLog):
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
         heads: dict[UUID, int] = await self._call("heads", lambda: self.inner.heads(keys))
         return heads
+
+    async def standalone_places(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        places: dict[UUID, int] = await self._call("standalone_places", lambda: self.inner.standalone_places(keys))
+        return places
 
     async def follow(self, keys: Collection[UUID]) -> None:
         await self._call("follow", lambda: self.inner.follow(keys))

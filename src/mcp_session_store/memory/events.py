@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from mcp_session_store.errors import EventTooLarge, InvalidValue
-from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, EventLog
+from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT, STANDALONE_STREAM, STANDALONE_WAIT, EventLog
 from mcp_session_store.memory.data import Data, Log, OnHint
 from mcp_session_store.memory.sessions import MemorySessionStore
 from mcp_session_store.records import (
@@ -112,6 +112,22 @@ class MemoryEventLog(EventLog):
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
         check_keys(*keys)
         return {key: log.last for key in keys if (log := self._log(key)) is not None}
+
+    async def standalone_places(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        check_keys(*keys)
+        since = self._data.now() - STANDALONE_WAIT
+        return {
+            key: next(
+                (
+                    event.sequence - 1
+                    for stream, event, stored_at in log.events
+                    if stored_at > since and stream == STANDALONE_STREAM and event.message is not None
+                ),
+                log.last,
+            )
+            for key in keys
+            if (log := self._log(key)) is not None
+        }
 
     async def listen(self, on_hint: OnHint) -> None:
         self._data.log_listeners.append(on_hint)

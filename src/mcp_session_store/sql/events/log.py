@@ -105,6 +105,7 @@ class SqlEventLog(BesideStore, EventLog):
         self._pages = Lane(database, of("read"), writes=False)
         # Not behind the pages, because all followers wait for these, and calls before they begin.
         self._heads = Batcher(database, self._tail.heads, of("heads"), writes=False)
+        self._places = Batcher(database, self._tail.standalone_places, of("standalone_places"), writes=False)
         self._reads = Lane(database, of("event_reads"), writes=False)
         self._chores = Lane(database, of("event_chores"), writes=True)
         self._batchers = (
@@ -112,6 +113,7 @@ class SqlEventLog(BesideStore, EventLog):
             self._large_appends,
             self._pages,
             self._heads,
+            self._places,
             self._reads,
             self._chores,
         )
@@ -151,6 +153,10 @@ class SqlEventLog(BesideStore, EventLog):
     async def heads(self, keys: Collection[UUID]) -> dict[UUID, int]:
         check_keys(*keys)
         return await self._heads.submit(keys) if keys else {}
+
+    async def standalone_places(self, keys: Collection[UUID]) -> dict[UUID, int]:
+        check_keys(*keys)
+        return await self._places.submit(keys) if keys else {}
 
     async def follow(self, keys: Collection[UUID]) -> None:
         check_keys(*keys)

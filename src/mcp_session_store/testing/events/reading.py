@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.records import message_bytes
-from mcp_session_store.testing.events.suite import LogSuite, MakeLog, read_all, read_page, sized, stored_as
+from mcp_session_store.event_log import STANDALONE_STREAM
+from mcp_session_store.records import EventKind, message_bytes
+from mcp_session_store.testing.events.suite import (
+    LogSuite,
+    MakeLog,
+    read_all,
+    read_page,
+    sized,
+    stored_as,
+    sweep_events,
+)
 from mcp_session_store.testing.factories import new_event
 
 if TYPE_CHECKING:
@@ -50,6 +59,34 @@ class Reading(LogSuite):
             page = await read_page(log, key, after=after)
             assert [event.position for event in page.events] == expected
             assert (page.more, page.first, page.last) == (False, first, first + 2)
+
+    async def test_a_client_that_opens_the_standalone_stream_is_served_what_was_said_recently(
+        self, make_log: MakeLog
+    ) -> None:
+        (store, log), (_, foreign) = make_log(), make_log("another")
+        keys = [await self._opened(store) for _ in range(5)]
+        without, old, silent, recent, trimmed = keys
+        said = new_event(0, stream=STANDALONE_STREAM)
+        priming = new_event(1, stream=STANDALONE_STREAM, kind=EventKind.PRIMING, message=None)
+        for key in (trimmed, old):
+            await log.append(key, [new_event(0), said])
+            await self.age_events(log, key)
+            if key is trimmed:
+                await sweep_events(log)
+        await log.append(silent, [new_event(0), priming, new_event(1)])
+        await log.append(recent, [said])
+        last = await log.append(old, [new_event(1), priming, said, new_event(2), said])
+        assert last is not None
+        heads = await log.heads(keys)
+        assert await log.standalone_places([]) == {}
+        assert await log.standalone_places(keys) == {
+            old: last + 1,
+            silent: heads[silent],
+            recent: heads[recent] - 1,
+            trimmed: heads[trimmed],
+        }
+        assert await log.standalone_places([without]) == {}
+        assert await foreign.standalone_places(keys) == {}
 
     async def test_a_stream_is_read_page_by_page(self, store: SessionStore, log: EventLog) -> None:
         key = await self._opened(store)
