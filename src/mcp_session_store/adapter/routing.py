@@ -224,7 +224,8 @@ class Router:
         """Serve a GET: from the event log where there is one, which has earlier events and other instances' events."""
         standalone, session_id = session.standalone, session.session_id
         if session.events is not None:
-            served = await serve_stream(session.events, standalone, session_id, self._security, scope, receive, send)
+            served = True
+            await serve_stream(session.events, standalone, session_id, self._security, scope, receive, send)
         elif self._has_event_store:
             # Only the transport can tell which stream is to be resumed.
             served = b"last-event-id" in (name for name, value in scope["headers"] if value)

@@ -131,7 +131,7 @@ async def test_a_name_that_no_instance_can_have_does_not_stop_the_look_at_all_ot
     talking = Talking()
     async with instance(other_store, events=other_log) as two:
         followers = recorder_of(two.manager).followers
-        odd = Follower(NO_SESSION, Cursor(f"{name}.1", 0, 0))
+        odd = Follower(NO_SESSION, f"{name}.1", Cursor(f"{name}.1", 0, 0))
         followers.add(odd, instance=name)
         async with instance(store, talking.notes, events=log) as one:
             client = one.client()

@@ -77,8 +77,6 @@ async def test_the_newer_one_is_served_and_the_older_one_ends(server: Client, ta
     await until(lambda: "d" in told(fourth.messages))
 
 
-# The stream of an older client that does not read is closed, for the client to come back with its last event id.
-@pytest.mark.parametrize("server", ["events", "no events"], indirect=True)
 async def test_what_the_older_one_has_not_taken_goes_to_the_newer_one(server: Client, talking: Talking) -> None:
     call, _ = await talking.call(server)
     first = await get(server)

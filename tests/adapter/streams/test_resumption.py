@@ -486,19 +486,32 @@ async def test_an_older_client_gets_no_priming_events_and_resumes_by_the_ids_of_
         assert all(event.data for event in resumed.events)
 
 
-async def test_an_older_client_has_a_live_standalone_stream_and_resumes_it(talking: Talking, one: Instance) -> None:
-    client = await old_client(one)
-    stream = client.open_stream()
-    await stream.start()
-    assert stream.status == 200
-    call, _ = await talking.call(client)
-    await call.tell("a", "b")
-    await hears(stream, "a", "b")
-    assert len(stream.events) == 2
-    # While the old connection still seems to be open.
-    resumed = await opened(client, stream.events[0].id)
-    await hears(resumed, "b")
-    await stream.end()
-    await call.tell("c")
-    await hears(resumed, "b", "c")
-    assert told(stream.messages) == ["a", "b"]
+async def test_an_older_client_hears_what_every_instance_says_and_resumes_it(
+    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog
+) -> None:
+    talking, others = Talking(), Talking()
+    async with (
+        instance(store, talking.notes, events=log, retry_interval=1234) as one,
+        instance(other_store, others.notes, events=other_log) as two,
+    ):
+        client = await old_client(one)
+        stream = client.open_stream()
+        await stream.start()
+        assert stream.status == 200
+        call, _ = await talking.call(client)
+        elsewhere, _ = await others.call(two.client(client.session_id, headers=client.headers))
+        await call.tell("a")
+        await hears(stream, "a")
+        await elsewhere.tell("b")
+        await hears(stream, "a", "b")
+        assert len(stream.events) == 2
+        assert {event.retry for event in stream.events} == {None}
+        # While the old connection still seems to be open.
+        resumed = await opened(client, stream.events[0].id)
+        await hears(resumed, "b")
+        await stream.end()
+        await call.tell("c")
+        await hears(resumed, "b", "c")
+        assert told(stream.messages) == ["a", "b"]
+        # No event was stored for it alone.
+        assert [event.kind for event in log.stored(client.session_id)] == [EventKind.NOTIFICATION] * 3

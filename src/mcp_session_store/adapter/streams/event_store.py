@@ -212,10 +212,13 @@ class SessionEvents(EventStore):
 
     async def prime_standalone(self) -> Cursor | None:
         """Store a priming event of the standalone stream, and return its place; `None` if that cannot be done now."""
-        if not self.active or self.recorder.down:
-            return None
         event_id = await self._store(None, GET_STREAM_KEY, None)
         return self.ids.read(event_id) if event_id else None
+
+    def identify(self, cursor: Cursor) -> str:
+        """Return the event id of a place on the standalone stream, which the client gets."""
+        self._identified = True
+        return self.ids.write(*cursor)
 
     def resumed(self, cursor: Cursor) -> None:
         """Close all responses of this instance that carry a stream, because its client has come back for it."""

@@ -45,15 +45,15 @@ class Follower:
 
     Args:
         key: Key of the session.
-        cursor: Place of the last event that the client has.
+        stream: Name of the stream.
+        cursor: Place of the last event that the client has; `None`: it is not known yet.
     """
 
-    def __init__(self, key: UUID, cursor: Cursor) -> None:
+    def __init__(self, key: UUID, stream: str, cursor: Cursor | None) -> None:
         self.key = key
-        self.stream = cursor.stream
-        """Name of the stream."""
+        self.stream = stream
         self.sent = cursor
-        """Place of the last event that was given to the connection."""
+        """Place of the last event that was given to the connection; `None`: it is not known yet."""
         self.head = 0
         """Sequence of the newest event that is known of, of the session as polled or of the stream as stored here."""
         self.closed = False

@@ -15,14 +15,14 @@ from mcp_session_store.adapter.streams.followers import Follower
 from mcp_session_store.records import EventPage
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from contextlib import AbstractAsyncContextManager
     from uuid import UUID
 
     from mcp_session_store.adapter.streams.event_ids import Cursor
     from mcp_session_store.adapter.streams.recorder import EventRecorder
 
-__all__ = ["NOTHING_YET", "Ended", "Event", "Gap", "Item", "Lost", "StreamReader"]
+__all__ = ["NOTHING_YET", "Begun", "Ended", "Event", "Gap", "Item", "Lost", "StreamReader"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,11 @@ class Event(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """Beginning of a stream: the place is known after which its events follow."""
+
+
+@dataclass(frozen=True, slots=True)
 class Gap:
     """End of a call some of whose events are not kept any more, though its client has not seen them."""
 
@@ -66,7 +71,7 @@ class Ended:
     """Message of the JSON-RPC error for the call."""
 
 
-Item: TypeAlias = list[Event] | Gap | Lost | Ended
+Item: TypeAlias = list[Event] | Begun | Gap | Lost | Ended
 """Events that are there at the same time, or the end of the call."""
 
 
@@ -76,11 +81,12 @@ class StreamReader:
     Args:
         key: Key of the session.
         recorder: Recorder of this instance, with the log and the followers of its streams.
-        cursor: Place of the last event that the client has.
+        cursor: Place of the last event that the client has; a place on the standalone stream where `find` says it.
         page: Events that follow, if they are read already.
         turn: Returns a context in which it is the session's turn to read the log.
         is_active: Whether the session's copy is still in memory.
-        takes_over: Whether to go on after what the response has sent that has the stream until then, if there is one.
+        find: Returns the place from which a stream begins that is opened anew, or `None` if it is not known yet. Unless
+            another response has the stream until then: it goes on after what that one has sent.
     """
 
     def __init__(
@@ -92,15 +98,15 @@ class StreamReader:
         *,
         turn: Callable[[], AbstractAsyncContextManager[None]],
         is_active: Callable[[], bool],
-        takes_over: bool = False,
+        find: Callable[[], Awaitable[Cursor | None]] | None = None,
     ) -> None:
         self._key = key
         self._recorder = recorder
         self._turn = turn
         self._is_active = is_active
         self._page = page
-        self._takes_over = takes_over
-        self._follower = Follower(key, cursor)
+        self._find = find
+        self._follower = Follower(key, cursor.stream, cursor if find is None else None)
         self._runs_here = cursor.instance == recorder.instances.name
         self._seen = cursor.sequence
         """Sequence of the session up to which there is nothing more for this stream."""
@@ -118,9 +124,9 @@ class StreamReader:
         elsewhere = None if self.cursor.standalone or self._runs_here else self.cursor.instance
         # MCP 2025-11-25, basic/transports, multiple connections: no message goes to two. The latest has them.
         for other in followers.of(self._key, self.cursor.stream):
-            if self._takes_over:
-                self.cursor = self._follower.sent = other.sent
-                self._seen = other.sent.sequence
+            if self._find is not None:
+                if other.sent is not None:
+                    self._begin_at(other.sent)
                 self._follower.unsent, other.unsent = other.unsent, self._follower.unsent
             other.close()
         followers.add(self._follower, instance=elsewhere)
@@ -128,6 +134,11 @@ class StreamReader:
             yield
         finally:
             followers.remove(self._follower, instance=elsewhere)
+
+    def _begin_at(self, cursor: Cursor) -> None:
+        self._find = None
+        self.cursor = self._follower.sent = cursor
+        self._seen = cursor.sequence
 
     def sends(self, event: Event) -> None:
         """Note that an event, with all before it, is given to the connection now."""
@@ -141,6 +152,12 @@ class StreamReader:
         After the call's answer, `Gap`, `Lost` or `Ended` there is nothing more; nor when the client is to come back.
         """
         follower, is_call = self._follower, not self.cursor.standalone
+        while self._find is not None and not follower.closed:
+            await self._look_for_place(self._find)
+            while follower.unsent:
+                yield [self._next_unsent()]
+        if not follower.closed:
+            yield Begun()
         page, self._page = self._page, None
         # Events that were stored before `tailing` have woken no follower; and a call that has ended may have stored its
         # answer.
@@ -174,10 +191,9 @@ class StreamReader:
                 await follower.wait(self._seen, seconds=LOOK_AGAIN if self._runs_here else stay)
                 # Delivered while the client had all that was stored, and so before whatever has been stored since.
                 while follower.unsent:
-                    unsent = follower.unsent.popleft()
-                    final = unsent.kind.final and is_call
-                    yield [Event(unsent.message or "", None, final)]
-                    if final:
+                    event = self._next_unsent()
+                    yield [event]
+                    if event.final:
                         return
                 continue
             page = await self._read()
@@ -185,6 +201,22 @@ class StreamReader:
             was_over = is_over and page is not None
         if follower.answer is not None and is_call:
             yield Ended(follower.answer)
+
+    async def _look_for_place(self, find: Callable[[], Awaitable[Cursor | None]]) -> None:
+        """Find out where a stream begins that is opened anew; if that cannot be known yet, wait a little."""
+        try:
+            cursor = await find()
+        except Exception as error:
+            report_failure("streams", error, key=self._key, namespace=self._recorder.log.namespace)
+            cursor = None
+        if cursor is not None:
+            self._begin_at(cursor)
+        else:
+            await self._follower.wait(self._seen, seconds=RETRY, pause=True)
+
+    def _next_unsent(self) -> Event:
+        unsent = self._follower.unsent.popleft()
+        return Event(unsent.message or "", None, unsent.kind.final and not self.cursor.standalone)
 
     def _events_of(self, page: EventPage) -> list[Event]:
         """Return the events of a page that the client lacks, until one that follows others it will not get."""

@@ -1,4 +1,4 @@
-"""Answer the GETs whose streams are read from the log: resumed ones, and the standalone one of clients that resume.
+"""Answer the GETs of a session with an event log, from which all streams are read.
 
 The SDK would replay and then pass on what this process says. That loses what is said between the two, and all that
 another instance says.
@@ -6,6 +6,7 @@ another instance says.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
@@ -16,23 +17,22 @@ from starlette.requests import Request
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock, responses
 from mcp_session_store.adapter.refusals import refuse
+from mcp_session_store.adapter.streams.beginning import find_place
 from mcp_session_store.adapter.streams.calls import NOT_RESUMABLE, TRIMMED, call_error
-from mcp_session_store.adapter.streams.event_ids import EventIds
+from mcp_session_store.adapter.streams.event_ids import Cursor, EventIds
 from mcp_session_store.adapter.streams.event_store import RESUMABLE_VERSIONS, SessionEvents
-from mcp_session_store.adapter.streams.reader import NOTHING_YET, Ended, Event, Gap, Lost, StreamReader
+from mcp_session_store.adapter.streams.reader import NOTHING_YET, Begun, Ended, Event, Gap, Lost, StreamReader
 from mcp_session_store.adapter.streams.standalone import event_stream, stream_refusal
 from mcp_session_store.event_log import STANDALONE_STREAM
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
     from mcp.server.transport_security import TransportSecurityMiddleware
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-    from mcp_session_store.adapter.streams.event_ids import Cursor
-    from mcp_session_store.adapter.streams.followers import Follower
     from mcp_session_store.adapter.streams.standalone import StandaloneStream
     from mcp_session_store.records import EventPage
 
@@ -50,7 +50,7 @@ async def serve_stream(
     scope: Scope,
     receive: Receive,
     send: Send,
-) -> bool:
+) -> None:
     """Serve a GET of a session from the event log, which has what was said before and by other instances.
 
     Args:
@@ -61,19 +61,12 @@ async def serve_stream(
         scope: ASGI scope of the request.
         receive: ASGI receive of the request.
         send: ASGI send of the request.
-
-    Returns:
-        False if nothing was sent, because the stream is not read from the log: that of a client that knows no priming
-        events, or of any client while events cannot be stored.
     """
     request = Request(scope, receive)
     last_event_id = request.headers.get("last-event-id") or None
     version = request.headers.get(MCP_PROTOCOL_VERSION_HEADER, DEFAULT_NEGOTIATED_VERSION)
     resumable = version in RESUMABLE_VERSIONS
     cursor = None if last_event_id is None else events.ids.read(last_event_id)
-    older = next(iter(events.recorder.followers.of(events.key, STANDALONE_STREAM)), None)
-    if last_event_id is None and older is None and (not resumable or standalone.is_open):
-        return False
     response = await stream_refusal(request, security)
     if response is None:
         try:
@@ -81,22 +74,17 @@ async def serve_stream(
                 response = responses.BAD_EVENT_ID.response()
             elif (
                 (cursor is None or cursor.standalone)
-                and (older is not None or standalone.is_open)
+                and events.recorder.followers.of(events.key, STANDALONE_STREAM)
                 and not standalone.may_be_taken()
             ):
                 response = responses.ONE_STREAM.response()
             elif cursor is not None:
                 response = await resume_stream(events, cursor, session_id=session_id, resumable=resumable)
-            elif older is not None:
-                response = take_stream(events, older, session_id=session_id, resumable=resumable)
             else:
-                response = await open_stream(events, session_id=session_id)
+                response = open_stream(events, session_id=session_id, resumable=resumable)
         except Exception as error:
             response = refuse(error, events.key, events.recorder.session_log).response()
-    if response is None:
-        return False
     await response(scope, receive, send)
-    return True
 
 
 def not_resumable(session_id: str, cursor: Cursor) -> Response:
@@ -134,34 +122,24 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
         if not cursor.standalone:
             telemetry.resumed.add(1, telemetry.of(log.namespace, outcome="trimmed"))
             return last_words(events.ids, cursor, TRIMMED, reason="trimmed", session_id=session_id)
-        response = await open_stream(events, session_id=session_id)
-        if response is None:
-            reason = responses.UNAVAILABLE.reason
-            telemetry.refused.add(1, telemetry.of(log.namespace, reason=reason))
-            response = responses.UNAVAILABLE.response()
-        return response
+        return open_stream(events, session_id=session_id, resumable=resumable)
     retry = {"retry": events.retry_interval} if resumable and events.retry_interval is not None else None
-    return event_stream(_sent(events, _reader(events, cursor, page), lambda: retry), session_id)
+    return event_stream(_sent(events, _reader(events, cursor, page), lambda _: retry), session_id)
 
 
-async def open_stream(events: SessionEvents, *, session_id: str) -> Response | None:
-    """Return the response to a client that opens the standalone stream, with an id to resume it from.
+def open_stream(events: SessionEvents, *, session_id: str, resumable: bool) -> Response:
+    """Return the response to a client that opens the standalone stream anew.
 
-    Returns:
-        `None` if there can be none for now, because events cannot be stored.
+    It begins at once, also while events cannot be stored, and goes on with what the log has when that is known. A
+    client that understands priming events then gets an id to resume from.
     """
-    cursor = await events.prime_standalone()
-    if cursor is None:
-        return None
-    return _opened(events, cursor, session_id=session_id, primes=True)
 
+    def primed(cursor: Cursor) -> bytes | None:
+        # Without a place no client could come back with; the first event of the session follows.
+        return events.priming_event(events.identify(cursor)) if resumable and cursor.sequence else None
 
-def take_stream(events: SessionEvents, older: Follower, *, session_id: str, resumable: bool) -> Response:
-    """Return the response to a client that opens the standalone stream while an older response has it.
-
-    The newer one goes on after what the older one has sent.
-    """
-    return _opened(events, older.sent, session_id=session_id, primes=resumable)
+    find = partial(find_place, events, resumable=resumable)
+    return event_stream(_sent(events, _reader(events, Cursor(STANDALONE_STREAM, 0, 0), find=find), primed), session_id)
 
 
 def last_words(ids: EventIds, cursor: Cursor, message: str, *, reason: str, session_id: str) -> Response:
@@ -176,15 +154,12 @@ def last_words(ids: EventIds, cursor: Cursor, message: str, *, reason: str, sess
     return event_stream(messages(), session_id)
 
 
-def _opened(events: SessionEvents, cursor: Cursor, *, session_id: str, primes: bool) -> Response:
-    # Another response may have opened the stream since.
-    reader = _reader(events, cursor, takes_over=True)
-    first = (lambda: events.priming_event(events.ids.write(*reader.cursor))) if primes else lambda: None
-    return event_stream(_sent(events, reader, first), session_id)
-
-
 def _reader(
-    events: SessionEvents, cursor: Cursor, page: EventPage | None = None, *, takes_over: bool = False
+    events: SessionEvents,
+    cursor: Cursor,
+    page: EventPage | None = None,
+    *,
+    find: Callable[[], Awaitable[Cursor | None]] | None = None,
 ) -> StreamReader:
     """Return the reader of a stream from a place on, with the events that follow if they are read already."""
     return StreamReader(
@@ -194,28 +169,29 @@ def _reader(
         page,
         turn=events.turn,
         is_active=lambda: events.active,
-        takes_over=takes_over,
+        find=find,
     )
 
 
 async def _sent(
-    events: SessionEvents, reader: StreamReader, first: Callable[[], dict[str, Any] | bytes | None]
+    events: SessionEvents, reader: StreamReader, first: Callable[[Cursor], dict[str, Any] | bytes | None]
 ) -> AsyncIterator[dict[str, Any] | bytes]:
     """Send what a reader reads, as SSE.
 
     Args:
         events: Events of the session.
         reader: Reader of the stream. It alone holds the first page, as an open response lasts longer than its events.
-        first: Returns what is sent before anything else, once the reader knows its place.
+        first: Returns what is sent before all events with an id, by the place after which they come.
     """
     ids = events.ids
     outcome = "left"
     with reader.tailing():
         try:
-            if (head := first()) is not None:
-                yield head
             async for item in reader.items():
                 match item:
+                    case Begun():
+                        if (head := first(reader.cursor)) is not None:
+                            yield head
                     case list():
                         for part in _parts(ids, item, reader.sends):
                             yield part

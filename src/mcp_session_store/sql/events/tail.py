@@ -47,9 +47,7 @@ class LogTail:
         # From the newest one back, as far as events are recent; the planner knows no order of the times.
         before = (
             sa.select(earlier.c.sequence)
-            .where(
-                earlier.c.key == logs.c.key, earlier.c.created_at <= StoreClock(-STANDALONE_WAIT.total_seconds())
-            )
+            .where(earlier.c.key == logs.c.key, earlier.c.created_at <= StoreClock(-STANDALONE_WAIT.total_seconds()))
             .order_by(earlier.c.sequence.desc())
             .limit(ONE)
             .correlate(logs)
