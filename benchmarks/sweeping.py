@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Final
 import sqlalchemy as sa
 
 from benchmarks.figures import percentile
-from mcp_session_store.records import Activity, EndReason
+from mcp_session_store.activity import Activity
+from mcp_session_store.records import EndReason
 from mcp_session_store.retention import RetentionPolicy, SweepPace, SweepReport
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.engine import checked_url, make_migration_engine

@@ -13,8 +13,8 @@ from sqlalchemy.engine import make_url
 
 from interop_tests.pgbouncer import POOL_SIZE
 from mcp_session_store import EndReason, EventPolicy, InvalidValue, StoreUnavailable
+from mcp_session_store.activity import Activity
 from mcp_session_store.mailbox import Presence
-from mcp_session_store.records import Activity
 from mcp_session_store.retention import EventSweepReport
 from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.admin.doctor import Verdict, examine
@@ -70,7 +70,7 @@ async def use(store: SqlSessionStore, *, sessions: int = 20) -> None:
     """Every kind of call, many at a time, each with the result that it must have."""
     created = await asyncio.gather(*(store.create(new_session()) for _ in range(sessions)))
     keys = [record.key for record in created]
-    loaded, claimed, not_live, replaced, unknown = await asyncio.gather(
+    loaded, claimed, touched, replaced, unknown = await asyncio.gather(
         asyncio.gather(*map(store.load, keys)),
         asyncio.gather(*(store.claim(key, instance="b", restores=0) for key in keys)),
         store.touch([Activity(key=key, first_age=0.0, last_age=0.0) for key in keys]),
@@ -92,7 +92,7 @@ async def use(store: SqlSessionStore, *, sessions: int = 20) -> None:
     assert [record and (record.key, record.restores, record.instance_hint) for record in claimed] == [
         (key, 1, "b") for key in keys
     ]
-    assert not_live == set()
+    assert touched == (set(), {})
     assert replaced == [True] * sessions
     assert unknown is None
     await use_events(store, keys)

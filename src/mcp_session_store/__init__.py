@@ -100,7 +100,6 @@ _IMPORTED_WHEN_USED: Final = {
 _MOVED: Final = {
     **dict.fromkeys(
         (
-            "Activity",
             "Change",
             "Changes",
             "EventKind",
@@ -113,6 +112,7 @@ _MOVED: Final = {
         ),
         "records",
     ),
+    "Activity": "activity",
     **dict.fromkeys(("EventSweepReport", "SweepReport"), "retention"),
     **dict.fromkeys(
         (

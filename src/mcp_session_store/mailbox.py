@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 
-from mcp_session_store.errors import InvalidValue
 from mcp_session_store.records import check_texts
 from mcp_session_store.store import Store
+from mcp_session_store.stream_mail import MAX_NUMBER, StreamMail, check_number, check_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mcp_session_store.records import Heartbeat
 
 __all__ = [
+    "HOLDER",
     "INSTANCE_KEPT",
     "MAX_NUMBER",
     "MESSAGES_KEPT",
@@ -42,8 +43,8 @@ __all__ = [
     "check_presence",
 ]
 
-MAX_NUMBER: Final = (1 << 24) - 1
-"""Highest number of an instance; the lowest is 1."""
+HOLDER: Final = 0
+"""Recipient of a message to the instance that has the stream of the message's session."""
 
 MESSAGE_PAGE: Final = 200
 """Most messages of a page, unless `limit` is given."""
@@ -66,8 +67,6 @@ MESSAGES_KEPT: Final = timedelta(hours=1)
 SILENT_AFTER: Final = timedelta(minutes=5)
 """Time after its last heartbeat from which on an instance is sent no messages."""
 
-_MAX_SEQUENCE: Final = 2**63 - 1
-
 
 class MessageKind(StrEnum):
     """What a message is. The values are stored, and are attributes of a published metric."""
@@ -80,6 +79,14 @@ class MessageKind(StrEnum):
     """`notifications/cancelled` for a request of the client."""
     NOTIFICATION = "notification"
     """Another notification of the client, which concerns all copies of its session."""
+    STREAM = "stream"
+    """A hint that there is something to send on the session's stream."""
+    STREAM_TAKEN = "stream_taken"
+    """Another instance has the session's stream now."""
+    STREAM_SENT = "stream_sent"
+    """What the instance that had the stream before has sent on it."""
+    CLOSE_STREAM = "close_stream"
+    """The application closes the session's stream, which the client then opens again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +130,8 @@ class NewMessage:
     """A message to one instance, or to all others."""
 
     recipient: int | None
-    """Number of the instance; `None`: every other instance of the namespace that has a number."""
+    """Number of the instance; `None`: every other instance of the namespace that has a number; `HOLDER`: the one that
+    has the session's stream."""
     sender: int
     """Number of the instance that sends it."""
     sequence: int
@@ -132,7 +140,7 @@ class NewMessage:
     """Key of the session that the message belongs to."""
     kind: MessageKind
     body: str
-    """The client's message as JSON text."""
+    """The client's message as JSON text, or what the kind is about; nothing for a hint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +175,8 @@ class MailboxSweepReport:
     """Number of messages whose recipient has stopped or is silent for `MESSAGES_KEPT`, by kind."""
     unread: Mapping[str, int] = field(default_factory=dict)
     """Number of messages that their recipient could have read within `MESSAGE_LIFETIME` and has not, by kind."""
+    untaken: Mapping[str, int] = field(default_factory=dict)
+    """Number of stream messages that no stream has taken within `STREAM_MESSAGE_LIFETIME`, by kind."""
     more: bool = False
     """Whether another step would find more."""
 
@@ -179,7 +189,7 @@ def check_presence(presence: Presence) -> None:
     """
     check_texts(instance=presence.instance, server=presence.server, version=presence.version)
     if presence.number is not None:
-        _check_number("number", presence.number)
+        check_number("number", presence.number)
 
 
 def check_messages(messages: Sequence[NewMessage]) -> None:
@@ -190,19 +200,12 @@ def check_messages(messages: Sequence[NewMessage]) -> None:
     """
     for message in messages:
         check_texts(body=message.body)
-        _check_number("sender", message.sender)
-        if message.recipient is not None:
-            _check_number("recipient", message.recipient)
-        if not 0 <= message.sequence <= _MAX_SEQUENCE:
-            raise InvalidValue(f"sequence is not between 0 and {_MAX_SEQUENCE}")
+        check_place(message.sender, message.sequence)
+        if message.recipient not in (None, HOLDER):
+            check_number("recipient", message.recipient)
 
 
-def _check_number(name: str, number: int) -> None:
-    if not 1 <= number <= MAX_NUMBER:
-        raise InvalidValue(f"{name} is not between 1 and {MAX_NUMBER}")
-
-
-class Mailbox(Store):
+class Mailbox(StreamMail, Store):
     """Store of the running instances of one namespace, and of the messages that they send one another.
 
     An instance says with each heartbeat that it runs. It may have a number, which no other instance has at the same
@@ -272,6 +275,8 @@ class Mailbox(Store):
     @abstractmethod
     async def post(self, messages: Sequence[NewMessage]) -> set[int]:
         """Store messages, all or none, durably before this returns. A message of an instance to itself is not stored.
+
+        Nor is one to the `HOLDER` of a stream that no running instance has; the answer says nothing of it.
 
         Args:
             messages: Messages of one sender, in the order of their sequences.

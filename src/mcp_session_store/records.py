@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_POSITION",
-    "Activity",
     "Change",
     "Changes",
     "EndReason",
@@ -219,26 +218,6 @@ class SessionRecord:
     """Sequence of the session's newest event then, 0 without any; `None`: not known. See `EventLog.is_of`."""
     watched: Mapping[str, str] | None = field(default=None, compare=False, repr=False)
     """JSON texts of the watched values of its state then, by name; `None` where there are none. See `StateStore`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Activity:
-    """A report that a session was in use, in seconds before now on the reporting instance's monotonic clock.
-
-    Ages instead of times, because the store subtracts them from its own clock: a wrong wall clock changes nothing.
-    It also claims the session for an instance that has restored it since its last report.
-    """
-
-    key: UUID
-    first_age: float
-    """Seconds since the first activity that has not been reported yet."""
-    last_age: float  # at most `first_age`
-    claimed_by: str | None = None
-    """Id of the instance that claims the session, because it has restored it; `None`: this is no claim."""
-    restores: int = 0
-    """Number of restores of the session as far as that instance knows, its own included."""
-    used: bool = True
-    """Whether the session was used; otherwise it is only claimed, and no life is extended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

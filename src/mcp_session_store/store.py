@@ -11,16 +11,17 @@ from uuid import UUID
 import anyio
 
 from mcp_session_store.errors import ConfigurationError, InvalidValue
-from mcp_session_store.records import Activity, check_texts
+from mcp_session_store.records import check_texts
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.settings import checked_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from datetime import datetime
     from types import TracebackType
     from typing import Self
 
+    from mcp_session_store.activity import Activity, Touched
     from mcp_session_store.records import (
         Changes,
         EndReason,
@@ -40,7 +41,6 @@ __all__ = [
     "Store",
     "check_keys",
     "checked_namespace",
-    "merged_activities",
     "read_params",
 ]
 
@@ -111,24 +111,6 @@ def read_params(text: object) -> dict[str, Any] | None:
         return params
     # Not raised from here: the error of the decoder would hold the text.
     raise ValueError("the params are no JSON object")
-
-
-def merged_activities(activities: Iterable[Activity]) -> dict[UUID, Activity]:
-    """Return one activity for each session, in place of all that are reported of it, by key."""
-    merged: dict[UUID, Activity] = {}
-    for activity in activities:
-        other = merged.setdefault(activity.key, activity)
-        if other is not activity:
-            claim = max(other, activity, key=lambda one: one.restores)
-            merged[activity.key] = Activity(
-                key=activity.key,
-                first_age=max(other.first_age, activity.first_age),
-                last_age=min(other.last_age, activity.last_age),
-                claimed_by=claim.claimed_by,
-                restores=claim.restores,
-                used=other.used or activity.used,
-            )
-    return merged
 
 
 class Store(ABC):
@@ -323,7 +305,7 @@ class SessionStore(Store):
         """
 
     @abstractmethod
-    async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
+    async def touch(self, activities: Sequence[Activity]) -> Touched:
         """Record activity of any number of sessions at once.
 
         A session is extended when its first reported activity lies before its expiry, even if the
@@ -334,8 +316,14 @@ class SessionStore(Store):
         are counted: one more where another instance was the hint, and no fewer than the activity's `restores`. So a
         report that is repeated counts once, and each of several instances that claim a session counts.
 
+        The client's GET stream of a session has one holder: the instance on which it was opened last, by the ages of
+        the claims (`Activity.stream`). A claim by another instance than the holder takes the stream where it was opened
+        later than the holder's: the holder becomes the former one, and the term rises by one. One with the present
+        term is the holder's own, under a number that may be new, and nothing else changes; one with another term takes
+        nothing. So a report that is repeated has the same answer. Nothing releases a stream.
+
         Returns:
-            The keys of reported sessions that are not live afterwards: ended, expired or unknown.
+            Which of the sessions are not live, and the holders of the streams that were claimed.
 
         Raises:
             InvalidValue: An instance's id cannot be stored.

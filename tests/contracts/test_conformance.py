@@ -21,6 +21,8 @@ from mcp_session_store.testing import (
     SessionStoreConformance,
     StateStoreConformance,
 )
+from mcp_session_store.testing.mailbox.stream_messages import StreamMessages
+from mcp_session_store.testing.sessions.streams import Streams
 from tests.support.internals import logs_of, rows_of
 from tests.support.sql_contracts import SqlEventLogConformance, SqlMailboxConformance, SqlStoreConformance
 
@@ -41,7 +43,7 @@ def expire(store: SessionStore, key: UUID) -> None:
     row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=1))
 
 
-class TestMemory(SessionStoreConformance):
+class TestMemory(Streams, SessionStoreConformance):
     @pytest.fixture
     def make_store(self) -> MakeStore:
         first = MemorySessionStore()
@@ -96,7 +98,7 @@ class TestEventsInSql(SqlEventLogConformance):
         return migrated_url
 
 
-class TestMailboxInMemory(MailboxConformance):
+class TestMailboxInMemory(StreamMessages, MailboxConformance):
     @pytest.fixture
     def make_mailbox(self) -> MakeMailbox:
         first = MemorySessionStore()
@@ -118,6 +120,8 @@ class TestMailboxInMemory(MailboxConformance):
         assert isinstance(mailbox, MemoryMailbox)
         for mail in mailbox.data.mail.values():
             mail.posted_at -= by
+        for of_stream in mailbox.data.stream_mail.values():
+            of_stream.stored_at -= by
 
 
 class TestMailboxInSql(SqlMailboxConformance):

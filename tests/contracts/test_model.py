@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import InvalidValue, SessionConflict, SessionLimitReached
 from mcp_session_store.memory import MemorySessionStore
-from mcp_session_store.records import Activity, EndReason, Principal, SessionRecord
+from mcp_session_store.records import EndReason, Principal, SessionRecord
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.schema.tables import sessions_table

@@ -10,9 +10,10 @@ import pytest
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.event_log import LARGE_APPEND
-from mcp_session_store.records import Activity, EndReason, EventKind, NewEvent
+from mcp_session_store.records import EndReason, EventKind, NewEvent
 from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore, connections
 from mcp_session_store.sql.dialects import DIALECTS
 from mcp_session_store.sql.dialects.dialect import FailureKind

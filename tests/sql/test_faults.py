@@ -17,8 +17,9 @@ import pytest
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import SessionStoreError, StoreClosed, StoreUnavailable
-from mcp_session_store.records import Activity, EndReason, JournalEntry
+from mcp_session_store.records import EndReason, JournalEntry
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.dialects.private_names import call_in_thread
@@ -70,7 +71,7 @@ async def _replace_initialize(store: SqlSessionStore, key: UUID) -> None:
 
 
 async def _touch(store: SqlSessionStore, key: UUID) -> None:
-    assert await store.touch([Activity(key=key, first_age=0.0, last_age=0.0)]) == set()
+    assert (await store.touch([Activity(key=key, first_age=0.0, last_age=0.0)])).not_live == set()
 
 
 async def _end(store: SqlSessionStore, key: UUID) -> None:

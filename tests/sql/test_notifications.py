@@ -14,8 +14,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import StoreClosed, StoreUnavailable
-from mcp_session_store.records import Activity, EndReason
+from mcp_session_store.records import EndReason
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlSessionStore
 from mcp_session_store.sql.listening import PROBE_CHANNEL

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 import sqlalchemy as sa
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import SessionLimitReached
-from mcp_session_store.records import Activity, EndReason, Principal, instance_name
+from mcp_session_store.records import EndReason, Principal, instance_name
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlMailbox
 from mcp_session_store.sql.schema.tables import (

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import aiosqlite.core
 import pytest
 
-from mcp_session_store.records import Activity, EndReason, Principal
+from mcp_session_store.activity import Activity
+from mcp_session_store.records import EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlMailbox
 from mcp_session_store.testing import new_event, new_message, new_session

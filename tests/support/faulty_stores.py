@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store import EndReason, EventPolicy, RetentionPolicy, SessionRecord
+    from mcp_session_store.activity import Activity, Touched
     from mcp_session_store.mailbox import MailboxSweepReport, MessagePage, NewMessage, Presence, RunningInstance
     from mcp_session_store.records import (
-        Activity,
         Changes,
         EventPage,
         Heartbeat,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         StoredEvent,
     )
     from mcp_session_store.retention import EventSweepReport, SweepReport
+    from mcp_session_store.stream_mail import NewStreamMessage, Said, StreamPage, Withdrawal
 
 OPERATIONS = (
     "open",
@@ -71,8 +72,22 @@ LOG_OPERATIONS = (
     "sweep",
 )
 LOG_BACKGROUND = ("open", "heads", "follow", "listen", "sweep")
-MAILBOX_OPERATIONS = ("open", "beat", "retire", "last_beats", "instances", "post", "receive", "listen", "sweep")
-MAILBOX_BACKGROUND = tuple(name for name in MAILBOX_OPERATIONS if name != "post")
+MAILBOX_OPERATIONS = (
+    "open",
+    "beat",
+    "retire",
+    "last_beats",
+    "instances",
+    "post",
+    "receive",
+    "say",
+    "take",
+    "release",
+    "withdraw",
+    "listen",
+    "sweep",
+)
+MAILBOX_BACKGROUND = tuple(name for name in MAILBOX_OPERATIONS if name not in ("post", "say"))
 
 
 class Sessions(MemorySessionStore):
@@ -314,10 +329,10 @@ class FaultyStore(_Faulty, SessionStore):
         )
         return live
 
-    async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
+    async def touch(self, activities: Sequence[Activity]) -> Touched:
         self.touches.append(list(activities))
-        not_live: set[UUID] = await self._call("touch", lambda: self.inner.touch(activities))
-        return not_live
+        touched: Touched = await self._call("touch", lambda: self.inner.touch(activities))
+        return touched
 
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
         ended: bool = await self._call("end", lambda: self.inner.end(key, reason=reason))
@@ -499,6 +514,25 @@ class FaultyMailbox(_Faulty, Mailbox):
             "receive", lambda: self.inner.receive(recipient, delivered=delivered, limit=limit)
         )
         return page
+
+    async def say(self, messages: Sequence[NewStreamMessage]) -> Said:
+        said: Said = await self._call("say", lambda: self.inner.say(messages))
+        return said
+
+    async def take(
+        self, key: UUID, holder: int, *, given: Mapping[int, int], without_others: bool = False
+    ) -> StreamPage:
+        page: StreamPage = await self._call(
+            "take", lambda: self.inner.take(key, holder, given=given, without_others=without_others)
+        )
+        return page
+
+    async def release(self, key: UUID, holder: int, *, given: Mapping[int, int]) -> None:
+        await self._call("release", lambda: self.inner.release(key, holder, given=given))
+
+    async def withdraw(self, key: UUID, sender: int, sequence: int) -> Withdrawal:
+        withdrawal: Withdrawal = await self._call("withdraw", lambda: self.inner.withdraw(key, sender, sequence))
+        return withdrawal
 
     async def listen(
         self,

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, TypeAlias
 
+from mcp_session_store.activity import StreamHolder
 from mcp_session_store.records import Heartbeat
+from mcp_session_store.stream_mail import STREAM_WAIT
 
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from mcp_session_store.activity import StreamClaim
     from mcp_session_store.mailbox import NewMessage, Presence
     from mcp_session_store.records import EndReason, JournalEntry, NewState, SessionRecord, StoredEvent
+    from mcp_session_store.stream_mail import NewStreamMessage
 
 
 OnHint: TypeAlias = Callable[[Collection["UUID"] | None], None]
@@ -28,6 +32,8 @@ class Row:
     ended_at: datetime | None = None
     changed_at: datetime | None = None
     journal: dict[tuple[str, str], JournalEntry] = field(default_factory=dict)
+    stream: StreamHolder | None = None
+    stream_opened_at: datetime | None = None
 
     def live_at(self, moment: datetime) -> bool:
         return self.ended is None and not self.expired_at(moment)
@@ -35,6 +41,23 @@ class Row:
     def expired_at(self, moment: datetime) -> bool:
         expires_at = self.record.expires_at
         return expires_at is not None and expires_at <= moment
+
+    def claim_stream(self, claim: StreamClaim, now: datetime) -> None:
+        """Note which instance has the stream, see `SessionStore.touch`."""
+        before, opened_at = self.stream, now - timedelta(seconds=claim.age)
+        if before is None or self.stream_opened_at is None:
+            self.stream = StreamHolder(claim.number, term=1, former=None, waiting=False)
+        elif before.number == claim.number:
+            opened_at = max(opened_at, self.stream_opened_at)
+        elif claim.term:
+            if claim.term == before.term:
+                self.stream = before._replace(number=claim.number)
+            return
+        elif opened_at > self.stream_opened_at:
+            self.stream = StreamHolder(claim.number, term=before.term + 1, former=before.number, waiting=False)
+        else:
+            return
+        self.stream_opened_at = opened_at
 
 
 @dataclass(slots=True)
@@ -83,6 +106,18 @@ class Mail:
 
 
 @dataclass(slots=True)
+class StreamMail:
+    """Stream message that waits, or mark of one that does not any more."""
+
+    said: NewStreamMessage
+    stored_at: datetime
+    taken_by: int | None = None
+    """Number of the instance that has taken it; `None`: it is untaken, or was withdrawn."""
+    is_over: bool = False
+    """Whether it was given to a stream, given up, or withdrawn."""
+
+
+@dataclass(slots=True)
 class Data:
     """What stores that share it have of all namespaces, the instances, the listeners, and their clock."""
 
@@ -94,6 +129,8 @@ class Data:
     """Running instances, by the unique parts of their ids."""
     mail: dict[tuple[int, int, int], Mail] = field(default_factory=dict)
     """Messages by recipient, sender and sequence."""
+    stream_mail: dict[tuple[UUID, int, int], StreamMail] = field(default_factory=dict)
+    """Stream messages by session, sender and sequence."""
     mail_listeners: list[tuple[int | None, Callable[[], None]]] = field(default_factory=list)
     """Numbers of instances that listen, and how they hear of new messages."""
     held: set[str] = field(default_factory=set)
@@ -144,6 +181,16 @@ class Data:
         self.states.pop(key, None)
         for place in [place for place, mail in self.mail.items() if mail.message.key == key]:
             del self.mail[place]
+        for of_stream in [of_stream for of_stream in self.stream_mail if of_stream[0] == key]:
+            del self.stream_mail[of_stream]
+
+    def waits_for_stream(self, key: UUID) -> bool:
+        """Return whether messages wait for the stream of a session."""
+        now = self.now()
+        return any(
+            mail.said.key == key and not mail.is_over and now - mail.stored_at < STREAM_WAIT
+            for mail in self.stream_mail.values()
+        )
 
     def last_beats(self, names: Collection[str]) -> dict[str, Heartbeat]:
         """Return the last heartbeats of instances, by name and without those that are unknown."""

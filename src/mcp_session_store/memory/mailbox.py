@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from mcp_session_store.mailbox import (
+    HOLDER,
     INSTANCE_KEPT,
     MESSAGE_LIFETIME,
     MESSAGE_PAGE,
@@ -15,7 +16,6 @@ from mcp_session_store.mailbox import (
     MESSAGE_SWEEP_LIMIT,
     MESSAGES_KEPT,
     SILENT_AFTER,
-    Mailbox,
     MailboxSweepReport,
     Message,
     MessagePage,
@@ -25,8 +25,10 @@ from mcp_session_store.mailbox import (
 )
 from mcp_session_store.memory.data import Data, Instance, Mail
 from mcp_session_store.memory.sessions import MemorySessionStore
+from mcp_session_store.memory.stream_mail import MemoryStreamMail
 from mcp_session_store.records import check_texts, instance_name
 from mcp_session_store.settings import checked_type
+from mcp_session_store.stream_mail import MARK_LIFETIME, STREAM_MESSAGE_LIFETIME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["MemoryMailbox"]
 
 
-class MemoryMailbox(Mailbox):
+class MemoryMailbox(MemoryStreamMail):
     """Mailbox beside a `MemorySessionStore`, in a dictionary.
 
     Args:
@@ -126,14 +128,18 @@ class MemoryMailbox(Mailbox):
         }
         posted = set()
         for message in messages:
-            recipients = running if message.recipient is None else running & {message.recipient}
+            recipient = message.recipient
+            if recipient == HOLDER:
+                row = self._data.row(message.key, namespace=self.namespace)
+                recipient = HOLDER if row is None or row.stream is None else row.stream.number
+            recipients = running if recipient is None else running & {recipient}
             for recipient in recipients - {message.sender}:
                 self._data.mail.setdefault((recipient, message.sender, message.sequence), Mail(message, now))
                 posted.add(recipient)
         for number, on_hint in list(self._data.mail_listeners):
             if number in posted:
                 on_hint()
-        return {message.recipient for message in messages if message.recipient is not None} - running
+        return {message.recipient for message in messages if message.recipient is not None} - running - {HOLDER}
 
     async def receive(self, recipient: int, *, delivered: Mapping[int, int], limit: int = MESSAGE_PAGE) -> MessagePage:
         waiting = sorted(place for place in self._data.mail if place[0] == recipient)
@@ -199,9 +205,16 @@ class MemoryMailbox(Mailbox):
             Counter(self._data.mail.pop(place).message.kind.value for place in places)
             for places in (gone[:limit], unread[: max(limit - len(gone), 0)])
         )
+        late = [
+            place
+            for place, mail in self._data.stream_mail.items()
+            if now - mail.stored_at > (MARK_LIFETIME if mail.is_over else STREAM_MESSAGE_LIFETIME)
+        ]
+        of_late = [self._data.stream_mail.pop(place) for place in late[:limit]]
         return MailboxSweepReport(
             instances=len(silent),
             gone=of_gone,
             unread=of_unread,
-            more=len(gone) + len(unread) > limit,
+            untaken=Counter(mail.said.kind.value for mail in of_late if not mail.is_over),
+            more=len(gone) + len(unread) > limit or len(late) > limit,
         )

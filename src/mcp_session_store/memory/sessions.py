@@ -9,6 +9,7 @@ from uuid import UUID
 
 import anyio
 
+from mcp_session_store.activity import Touched, merged_activities
 from mcp_session_store.errors import JournalFull, SessionConflict, SessionLimitReached
 from mcp_session_store.memory.data import Data, OnHint, Row
 from mcp_session_store.records import (
@@ -31,13 +32,13 @@ from mcp_session_store.store import (
     SessionStore,
     check_keys,
     checked_namespace,
-    merged_activities,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mcp_session_store.records import Activity, NewSession
+    from mcp_session_store.activity import Activity, StreamHolder
+    from mcp_session_store.records import NewSession
 
 __all__ = ["MemorySessionStore"]
 
@@ -244,9 +245,10 @@ class MemorySessionStore(SessionStore):
         row = self._live(key)
         return [] if row is None else list(row.journal.values())
 
-    async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
+    async def touch(self, activities: Sequence[Activity]) -> Touched:
         now = self._data.now()
         not_live: set[UUID] = set()
+        streams: dict[UUID, StreamHolder] = {}
         check_keys(*(activity.key for activity in activities))
         for activity in activities:
             check_texts(claimed_by=activity.claimed_by or "")
@@ -258,9 +260,13 @@ class MemorySessionStore(SessionStore):
                 if activity.used:
                     seen = max(row.record.last_seen_at, now - timedelta(seconds=activity.last_age))
                     row.record = replace(row.record, last_seen_at=seen, expires_at=self._expiry(row.record, seen))
+                if activity.stream is not None:
+                    row.claim_stream(activity.stream, now)
             if self._live(key) is None:
                 not_live.add(key)
-        return not_live
+            elif row is not None and row.stream is not None and activity.stream is not None:
+                streams[key] = row.stream._replace(waiting=self._data.waits_for_stream(key))
+        return Touched(not_live, streams)
 
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
         check_keys(key)

@@ -10,6 +10,7 @@ from typing import Any
 from mcp_session_store.mailbox import MessageKind, NewMessage, Presence
 from mcp_session_store.records import EventKind, NewEvent, NewSession, NewState, Principal
 from mcp_session_store.state_store import MAX_VERSION
+from mcp_session_store.stream_mail import NewStreamMessage, StreamMessageKind
 
 
 def new_session(**changes: Any) -> NewSession:
@@ -61,3 +62,14 @@ def new_state(name: str = "name", value: str = "1", **changes: Any) -> NewState:
     version = random.randint(2, MAX_VERSION)  # noqa: S311 - it guards nothing
     fields: dict[str, Any] = {"name": name, "value": value, "version": version}
     return NewState(**(fields | changes))
+
+
+def new_stream_message(sequence: int, *, sender: int, **changes: Any) -> NewStreamMessage:
+    """Return a message for the stream of a session, whose key is one of the `changes`, which replace its fields."""
+    fields: dict[str, Any] = {
+        "sender": sender,
+        "sequence": sequence,
+        "kind": StreamMessageKind.NOTIFICATION,
+        "body": json.dumps({"jsonrpc": "2.0", "method": "notifications/message", "params": {"data": sequence}}),
+    }
+    return NewStreamMessage(**(fields | changes))

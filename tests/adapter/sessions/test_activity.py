@@ -37,7 +37,7 @@ from tests.support.internals import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
-    from mcp_session_store.records import Activity
+    from mcp_session_store.activity import Activity
     from tests.support.faulty_stores import FaultyStore, Sessions
     from tests.support.instances import Clock, Instance
 

@@ -19,6 +19,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import (
     ConfigurationError,
     SchemaAhead,
@@ -26,7 +27,6 @@ from mcp_session_store.errors import (
     SchemaMissing,
     StoreUnavailable,
 )
-from mcp_session_store.records import Activity
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.sql import SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.admin.partitions import EventPartitions

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 import sqlalchemy as sa
 
-from mcp_session_store.records import Activity, EndReason, Principal
+from mcp_session_store.activity import Activity
+from mcp_session_store.records import EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.dialects.functions import StoreClock
@@ -66,7 +67,7 @@ class Race:
             keys = random.sample(self.keys, 60)
             gone_before = self.gone & set(keys)
             # The activity was before the expiry, and is reported after it.
-            not_live = await store.touch([Activity(key=key, first_age=60.0, last_age=0.0) for key in keys])
+            not_live = (await store.touch([Activity(key=key, first_age=60.0, last_age=0.0) for key in keys])).not_live
             assert gone_before <= not_live
             self.gone |= not_live
             self.touched |= set(keys) - not_live

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import RecordUnreadable
 from mcp_session_store.mailbox import Presence
-from mcp_session_store.records import Activity, EndReason, EventKind, Principal, instance_name
+from mcp_session_store.records import EndReason, EventKind, Principal, instance_name
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.sql import SqlEventLog, SqlMailbox
 from mcp_session_store.sql.admin.events import EventDirectory
@@ -99,7 +100,8 @@ async def test_the_activity_of_others_is_stored_beside_a_row_that_cannot_be_read
         good = await store.create(new_session())
         damaged = await damaged_sessions(store)
         assert good.expires_at is not None
-        assert await store.touch([Activity(key=key, first_age=0, last_age=0) for key in (good.key, *damaged)]) == set()
+        touched = await store.touch([Activity(key=key, first_age=0, last_age=0) for key in (good.key, *damaged)])
+        assert touched.not_live == set()
         record = await store.load(good.key)
         assert record is not None
         assert record.expires_at is not None

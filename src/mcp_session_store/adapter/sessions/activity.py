@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import Wake
 from mcp_session_store.errors import ConfigurationError
-from mcp_session_store.records import Activity
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -239,7 +239,7 @@ class ActivityReporter:
             return ()
         self._under_way.append(reported)
         try:
-            not_live = await self._store.touch(
+            touched = await self._store.touch(
                 [
                     Activity(
                         key=key,
@@ -260,10 +260,10 @@ class ActivityReporter:
         finally:
             self._under_way = [others for others in self._under_way if others is not reported]
         self.failing = False
-        for key in reported.keys() - not_live:
+        for key in reported.keys() - touched.not_live:
             if (session := self._registry.with_key(key)) is not None and reported[key].used:
                 session.lifetime.reported(reported[key].last, self._store.retention)
-        return not_live
+        return touched.not_live
 
     def _is_due(self, key: UUID, now: float) -> bool:
         session = self._registry.with_key(key)

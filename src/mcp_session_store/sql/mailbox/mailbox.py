@@ -28,9 +28,11 @@ from mcp_session_store.sql.notifications import MAIL_CHANNELS
 from mcp_session_store.sql.schema.tables import privileges_for_mailbox
 from mcp_session_store.sql.sessions.beside import BesideStore
 from mcp_session_store.store import DEFAULT_NAMESPACE
+from mcp_session_store.stream_mail import Said, StreamPage, Withdrawal, check_stream_messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
+    from uuid import UUID
 
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from mcp_session_store.records import Heartbeat
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.sessions.store import SqlSessionStore
+    from mcp_session_store.stream_mail import NewStreamMessage
 
 __all__ = ["SqlMailbox"]
 
@@ -143,6 +146,26 @@ class SqlMailbox(BesideStore, Mailbox):
             removed[sender] = max(sequence, removed.get(sender, -1))
         unknown |= received.unknown
         return received.page
+
+    async def say(self, messages: Sequence[NewStreamMessage]) -> Said:
+        check_stream_messages(messages)
+        return Said(dropped={message.sequence for message in messages})
+
+    async def take(
+        self,
+        key: UUID,  # noqa: ARG002
+        holder: int,  # noqa: ARG002
+        *,
+        given: Mapping[int, int],  # noqa: ARG002
+        without_others: bool = False,  # noqa: ARG002
+    ) -> StreamPage:
+        return StreamPage()
+
+    async def release(self, key: UUID, holder: int, *, given: Mapping[int, int]) -> None:  # noqa: ARG002
+        return
+
+    async def withdraw(self, key: UUID, sender: int, sequence: int) -> Withdrawal:  # noqa: ARG002
+        return Withdrawal.WITHDRAWN
 
     async def listen(
         self,

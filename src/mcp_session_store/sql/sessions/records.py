@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
     from uuid import UUID
 
-    from mcp_session_store.records import Activity
+    from mcp_session_store.activity import Activity
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.dialects.compiled import Rows, Steps
     from mcp_session_store.sql.dialects.dialect import Dialect

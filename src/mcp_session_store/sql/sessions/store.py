@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID
 
 from mcp_session_store import telemetry
+from mcp_session_store.activity import Touched, merged_activities
 from mcp_session_store.errors import InvalidValue, RecordUnreadable, SchemaError, SessionConflict, SessionStoreError
 from mcp_session_store.records import EndReason, check_session, check_texts
 from mcp_session_store.retention import SweepReport
@@ -34,7 +35,6 @@ from mcp_session_store.store import (
     SessionStore,
     check_keys,
     checked_namespace,
-    merged_activities,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store.records import Activity, Changes, JournalEntry, NewSession, SessionRecord
+    from mcp_session_store.activity import Activity
+    from mcp_session_store.records import Changes, JournalEntry, NewSession, SessionRecord
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.database import Attempt
 
@@ -260,7 +261,7 @@ class SqlSessionStore(SessionStore):
         check_keys(key)
         return _readable(await _reading(self._journal_reads, key))
 
-    async def touch(self, activities: Sequence[Activity]) -> set[UUID]:
+    async def touch(self, activities: Sequence[Activity]) -> Touched:
         called_at = asyncio.get_running_loop().time()
         check_keys(*(activity.key for activity in activities))
         for instance in {activity.claimed_by or "" for activity in activities}:
@@ -270,7 +271,7 @@ class SqlSessionStore(SessionStore):
         not_live: set[UUID] = set()
         for start in range(0, len(rows), TOUCHES_PER_STATEMENT):
             not_live |= await self._touched(called_at, rows[start : start + TOUCHES_PER_STATEMENT])
-        return not_live
+        return Touched(not_live, {})
 
     async def _touched(self, called_at: float, rows: Sequence[Activity]) -> set[UUID]:
         try:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.records import Activity, EndReason
+from mcp_session_store.activity import Activity
+from mcp_session_store.records import EndReason
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.testing.events.suite import LogSuite, MakeLog, read_all
 from mcp_session_store.testing.factories import new_event
@@ -49,7 +50,7 @@ class SessionEnds(LogSuite):
         first = await log.append(key, [new_event(0)])
         assert first is not None
         await self.expire(store, key)
-        assert await store.touch([Activity(key=key, first_age=60.0, last_age=0.0)]) == set()
+        assert (await store.touch([Activity(key=key, first_age=60.0, last_age=0.0)])).not_live == set()
         assert await log.append(key, [new_event(1)]) == first + 1
         assert [event.position for event in await read_all(log, key)] == [0, 1]
 

@@ -70,14 +70,15 @@ def places(messages: Iterable[Message | NewMessage]) -> list[tuple[int, int]]:
 async def sweep_messages(mailbox: Mailbox, *, limit: int = 500) -> MailboxSweepReport:
     """Sweep until there is no more to do, and return what was removed in all."""
     report, instances = MailboxSweepReport(more=True), 0
-    gone, unread = Counter[str](), Counter[str]()
+    gone, unread, untaken = Counter[str](), Counter[str](), Counter[str]()
     for _ in range(200):
         if not report.more:
-            return MailboxSweepReport(instances=instances, gone=gone, unread=unread)
+            return MailboxSweepReport(instances=instances, gone=gone, unread=unread, untaken=untaken)
         report = await mailbox.sweep(limit=limit)
         instances += report.instances
         gone.update(report.gone)
         unread.update(report.unread)
+        untaken.update(report.untaken)
     raise AssertionError("a sweep has no end")
 
 
@@ -116,7 +117,7 @@ class MailboxSuite:
         raise NotImplementedError("override the method age_instance")
 
     async def age_messages(self, mailbox: Mailbox, by: timedelta) -> None:
-        """Set the times of all messages that wait to that long before they were."""
+        """Set the times of all messages and stream messages to that long before they were."""
         raise NotImplementedError("override the method age_messages")
 
     async def _opened(self, store: SessionStore, **changes: Any) -> UUID:

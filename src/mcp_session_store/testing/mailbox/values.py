@@ -50,7 +50,7 @@ class Values(MailboxSuite):
         [
             {"sequence": 2**63},
             {"sequence": -1},
-            {"recipient": 0},
+            {"recipient": -1},
             {"recipient": MAX_NUMBER + 1},
             {"sender": 0},
             {"sender": 2**70},

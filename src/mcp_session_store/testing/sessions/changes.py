@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.records import Activity, Change, EndReason
+from mcp_session_store.activity import Activity
+from mcp_session_store.records import Change, EndReason
 from mcp_session_store.testing.factories import new_session
 from mcp_session_store.testing.sessions.suite import SHORT, MakeStore, StoreSuite, ordered, sweep_sessions
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.records import Activity, EndReason
+from mcp_session_store.activity import Activity
+from mcp_session_store.records import EndReason
 from mcp_session_store.testing.factories import new_session
 from mcp_session_store.testing.sessions.suite import POLICIES, MakeStore, StoreSuite, assert_expires_by, with_policy
 
@@ -83,7 +84,7 @@ class Claims(StoreSuite):
     async def test_an_activity_that_claims_counts_the_restore_and_names_the_instance(self, store: SessionStore) -> None:
         created, other = await store.create(new_session()), await store.create(new_session())
         plain = Activity(key=other.key, first_age=0.0, last_age=0.0)
-        assert await store.touch([_claiming(created.key, restores=1), plain]) == set()
+        assert (await store.touch([_claiming(created.key, restores=1), plain])).not_live == set()
         claimed, touched = await store.load(created.key), await store.load(other.key)
         assert claimed is not None
         assert (claimed.instance_hint, claimed.restores, claimed.revision) == ("instance-b", 1, 0)
@@ -128,7 +129,7 @@ class Claims(StoreSuite):
             stores[number % 2].touch([_claiming(created.key, restores=1, instance=f"instance {number}")])
             for number in range(10)
         ]
-        assert await asyncio.gather(*reports) == [set()] * 10
+        assert [touched.not_live for touched in await asyncio.gather(*reports)] == [set()] * 10
         record = await stores[0].load(created.key)
         assert record is not None
         assert record.restores == 10
@@ -153,7 +154,7 @@ class Claims(StoreSuite):
             _claiming(ended.key, restores=1, age=60.0),
         ]
         # The session in time was used within its life, and so lives on from that use.
-        assert await store.touch(report) == {late.key, ended.key}
+        assert (await store.touch(report)).not_live == {late.key, ended.key}
         record = await store.load(in_time.key)
         assert record is not None
         assert (record.instance_hint, record.restores) == ("instance-b", 1)
@@ -161,7 +162,7 @@ class Claims(StoreSuite):
 
     async def test_a_load_says_the_time_by_the_clock_of_the_store(self, store: SessionStore) -> None:
         created = await store.create(new_session())
-        assert await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)]) == set()
+        assert (await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)])).not_live == set()
         times = []
         for _ in range(2):
             record = await store.load(created.key)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.records import Activity, EndReason, SessionRecord
+from mcp_session_store.activity import Activity
+from mcp_session_store.records import EndReason, SessionRecord
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.store import Absence
 from mcp_session_store.testing.factories import new_session
@@ -81,7 +82,7 @@ class Lifetimes(StoreSuite):
     ) -> None:
         store = with_policy(make_store, policy)
         created = await store.create(new_session())
-        assert await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)]) == set()
+        assert (await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)])).not_live == set()
         record = await store.load(created.key)
         assert record is not None
         assert_expires_by(policy, record)
@@ -92,7 +93,7 @@ class Lifetimes(StoreSuite):
         store = with_policy(make_store, RetentionPolicy(idle=timedelta(days=1)))
         created = await store.create(new_session())
         claim = Activity(key=created.key, first_age=0.0, last_age=0.0, claimed_by="instance-b", restores=1, used=False)
-        assert await store.touch([claim]) == set()
+        assert (await store.touch([claim])).not_live == set()
         record = await store.load(created.key)
         assert record is not None
         assert (record.instance_hint, record.restores) == ("instance-b", 1)
@@ -105,7 +106,7 @@ class Lifetimes(StoreSuite):
         unlimited = with_policy(make_store, UNLIMITED)
         created = await unlimited.create(new_session())
         await asyncio.sleep(0.05)
-        assert await store.touch([Activity(key=created.key, first_age=0.05, last_age=0.05)]) == {created.key}
+        assert (await store.touch([Activity(key=created.key, first_age=0.05, last_age=0.05)])).not_live == {created.key}
         assert await store.load(created.key) is None
 
     async def test_no_activity_extends_a_session_beyond_its_absolute_lifetime(self, make_store: MakeStore) -> None:
@@ -113,19 +114,19 @@ class Lifetimes(StoreSuite):
         store = with_policy(make_store, RetentionPolicy(idle=None, absolute=timedelta(milliseconds=20)))
         created = await unlimited.create(new_session())
         await asyncio.sleep(0.03)
-        assert await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)]) == {created.key}
+        assert (await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)])).not_live == {created.key}
         assert await store.load(created.key) is None
 
     async def test_activity_before_the_expiry_counts_when_it_is_reported_after(self, store: SessionStore) -> None:
         created = await store.create(new_session())
         await self.expire(store, created.key)
-        assert await store.touch([Activity(key=created.key, first_age=60.0, last_age=0.0)]) == set()
+        assert (await store.touch([Activity(key=created.key, first_age=60.0, last_age=0.0)])).not_live == set()
         assert await store.load(created.key) is not None
 
     async def test_activity_after_the_expiry_revives_nothing(self, store: SessionStore) -> None:
         created = await store.create(new_session())
         await self.expire(store, created.key)
-        assert await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)]) == {created.key}
+        assert (await store.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)])).not_live == {created.key}
         assert await store.load(created.key) is None
 
     async def test_last_seen_never_goes_back(self, store: SessionStore) -> None:
@@ -157,14 +158,14 @@ class Lifetimes(StoreSuite):
         unknown = uuid.uuid4()
         keys = [live.key, ended.key, expired.key, unknown]
         touched = await store.touch([Activity(key=key, first_age=0.0, last_age=0.0) for key in keys])
-        assert touched == {ended.key, expired.key, unknown}
+        assert touched == ({ended.key, expired.key, unknown}, {})
 
     async def test_a_touch_takes_any_number_of_sessions(self, store: SessionStore) -> None:
-        assert await store.touch([]) == set()
+        assert await store.touch([]) == (set(), {})
         live = [record.key for record in await asyncio.gather(*(store.create(new_session()) for _ in range(30)))]
         unknown = [uuid.uuid4() for _ in range(1200)]
         activities = [Activity(key=key, first_age=0.0, last_age=0.0) for key in [*unknown, *live]]
-        assert await store.touch(activities) == set(unknown)
+        assert (await store.touch(activities)).not_live == set(unknown)
         for key in live:
             record = await store.load(key)
             assert record is not None

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import SessionConflict, SessionLimitReached
-from mcp_session_store.records import Activity, Change, EndReason, Principal, SessionRecord
+from mcp_session_store.records import Change, EndReason, Principal, SessionRecord
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.testing.factories import new_session
 from mcp_session_store.testing.sessions.suite import MakeStore, StoreSuite, with_policy

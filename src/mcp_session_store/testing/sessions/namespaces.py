@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import SessionConflict
-from mcp_session_store.records import Activity, EndReason
+from mcp_session_store.records import EndReason
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.testing.factories import new_session
 from mcp_session_store.testing.sessions.suite import SHORT, MakeStore, StoreSuite, sweep_sessions
@@ -20,7 +21,7 @@ class Namespaces(StoreSuite):
         assert (mine.namespace, theirs.namespace) == ("mine", "theirs")
         assert await mine.load(created.key) is None
         assert await mine.claim(created.key, instance="instance-b", restores=0) is None
-        assert await mine.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)]) == {created.key}
+        assert (await mine.touch([Activity(key=created.key, first_age=0.0, last_age=0.0)])).not_live == {created.key}
         assert await mine.end(created.key, reason=EndReason.CLIENT) is False
         assert not await mine.replace_initialize(
             created.key, initialize_params="{}", protocol_version="2025-11-25", client_name="", client_version=""

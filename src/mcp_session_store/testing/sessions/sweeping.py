@@ -7,8 +7,9 @@ from datetime import timedelta
 
 import pytest
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import SessionConflict
-from mcp_session_store.records import Activity, EndReason
+from mcp_session_store.records import EndReason
 from mcp_session_store.retention import RetentionPolicy, SweepReport
 from mcp_session_store.testing.factories import new_session
 from mcp_session_store.testing.sessions.suite import (
@@ -43,7 +44,7 @@ class Sweeping(StoreSuite):
         store.retention = SHORT
         await sweep_sessions(store)
         # Activity from before the expiry would have extended it until the sweep.
-        assert await store.touch([Activity(key=session.key, first_age=60.0, last_age=0.0)]) == {session.key}
+        assert (await store.touch([Activity(key=session.key, first_age=60.0, last_age=0.0)])).not_live == {session.key}
         assert await store.claim(session.key, instance="instance-b", restores=0) is None
         with pytest.raises(SessionConflict):
             await store.create(session)
@@ -54,7 +55,7 @@ class Sweeping(StoreSuite):
         created = await store.create(new_session())
         await self.expire(store, created.key)
         assert await sweep_sessions(store) == SweepReport()
-        assert await store.touch([Activity(key=created.key, first_age=60.0, last_age=0.0)]) == set()
+        assert (await store.touch([Activity(key=created.key, first_age=60.0, last_age=0.0)])).not_live == set()
         assert await store.load(created.key) is not None
 
     async def test_a_sweep_removes_old_tombstones_for_good(self, make_store: MakeStore) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mcp_session_store.activity import Activity
 from mcp_session_store.errors import ConfigurationError, InvalidValue
-from mcp_session_store.records import Activity, EndReason, JournalEntry, Principal
+from mcp_session_store.records import EndReason, JournalEntry, Principal
 from mcp_session_store.testing.factories import new_session
 from mcp_session_store.testing.refusals import UNSTORABLE_TEXTS, refused
 from mcp_session_store.testing.sessions.suite import StoreSuite
