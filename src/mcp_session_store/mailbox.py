@@ -79,6 +79,8 @@ class MessageKind(StrEnum):
     """`notifications/cancelled` for a request of the client."""
     NOTIFICATION = "notification"
     """Another notification of the client, which concerns all copies of its session."""
+    CHANGE = "change"
+    """What another copy has changed in the session's record: the new revision, and the journaled call that made it."""
     STREAM = "stream"
     """A hint that there is something to send on the session's stream."""
     STREAM_TAKEN = "stream_taken"

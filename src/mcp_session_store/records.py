@@ -229,6 +229,7 @@ class JournalEntry:
     """Object of the state, such as the URI of a resource; empty where a session has only one such state."""
     params: str = field(repr=False)
     """The call's `params`, as JSON text."""
+    revision: int = field(default=0, compare=False)  # that the call made; 0: unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,8 +238,7 @@ class Change:
 
     key: UUID
     revision: int
-    ended: EndReason | None
-    """Reason of the end; `None` while the session has not ended."""
+    ended: EndReason | None  # `None` while the session has not ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,4 +396,4 @@ class SessionRestoreMarker:
     previous_instance: str
     """Id of the instance that created or restored the session before."""
     replaying: bool
-    """True on messages that are replayed, False on those that the client sends afterwards."""
+    """True on messages that are replayed or run for another copy, False on those that the client sends to this one."""

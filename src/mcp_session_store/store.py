@@ -299,7 +299,7 @@ class SessionStore(Store):
 
     @abstractmethod
     async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
-        """Return the journal of a session in the order in which the entries were last set.
+        """Return the journal of a session in the order in which the entries were last set, with their revisions.
 
         The journal of a session that is not live is empty, and so is that of one whose revision is 0.
         """

@@ -39,6 +39,7 @@ from mcp_session_store.adapter.sessions.lookup import Lookup
 from mcp_session_store.adapter.sessions.opening import Opener
 from mcp_session_store.adapter.sessions.patient_store import PatientStore
 from mcp_session_store.adapter.sessions.recording import RecordWriter
+from mcp_session_store.adapter.sessions.refreshing import Refresher
 from mcp_session_store.adapter.sessions.registry import Registry
 from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
 from mcp_session_store.adapter.stopping import close, retire, shut_down
@@ -348,6 +349,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             replay_timeout=self._settings.replay_timeout,
             loads_newest_event=self.event_log is not None and self.event_log.is_of(self.store),
         )
+        refresher = Refresher(self._registry, writer, self._tasks, self._settings.replay_timeout)
         if self._relays and self._instances is not None:
             self._relay = Relay(
                 self._instances,
@@ -356,6 +358,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 self._activity,
                 self._ender.changes,
                 writer,
+                refresher,
                 self._gate,
                 self._tasks,
                 json_response=self.json_response,

@@ -316,13 +316,20 @@ def reaches_client(transport: StreamableHTTPServerTransport, call: RequestId | N
     return transport._event_store is not None or stream_id in transport._request_streams
 
 
-async def deliver(transport: StreamableHTTPServerTransport, message: JSONRPCMessage, request: Request | None) -> None:
-    """Give a server loop a message of its client's, which is no request; return when the loop has read it.
+async def deliver(
+    transport: StreamableHTTPServerTransport,
+    message: JSONRPCMessage,
+    request: Request | None,
+    *,
+    can_ask: bool = True,
+) -> None:
+    """Give a server loop a message that no request has brought to this instance; return when the loop has read it.
 
     Args:
         transport: Transport of the session.
         message: The message.
         request: Request in which its handler finds what it finds in that of any message; `None` for an answer.
+        can_ask: Whether the handler may ask the client something in relation to the message.
 
     Raises:
         anyio.BrokenResourceError, anyio.ClosedResourceError: The loop has ended.
@@ -330,7 +337,10 @@ async def deliver(transport: StreamableHTTPServerTransport, message: JSONRPCMess
     # As the transport itself does it, after it has answered the request that brought the message.
     if (writer := transport._read_stream_writer) is None:
         raise anyio.ClosedResourceError
-    await writer.send(SessionMessage(message, metadata=transport._message_metadata(cast("Request", request))))
+    metadata = transport._message_metadata(cast("Request", request))
+    if not can_ask:
+        metadata.can_send_request = False
+    await writer.send(SessionMessage(message, metadata=metadata))
 
 
 def serve_loop(

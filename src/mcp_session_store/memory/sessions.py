@@ -234,11 +234,12 @@ class MemorySessionStore(SessionStore):
         if params is not None and name not in row.journal and len(row.journal) >= MAX_JOURNAL_ENTRIES:
             raise JournalFull(f"the session has {MAX_JOURNAL_ENTRIES} journaled calls already; undo some first")
         row.journal.pop(name, None)
+        revision = row.record.revision + 1
         if params is not None:
-            row.journal[name] = JournalEntry(method=method, subject=subject, params=params)
-        row.record = replace(row.record, revision=row.record.revision + 1)
+            row.journal[name] = JournalEntry(method=method, subject=subject, params=params, revision=revision)
+        row.record = replace(row.record, revision=revision)
         self._data.changed(row)
-        return row.record.revision
+        return revision
 
     async def read_journal(self, key: UUID) -> Sequence[JournalEntry]:
         check_keys(key)

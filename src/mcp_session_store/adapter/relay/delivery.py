@@ -16,7 +16,8 @@ from mcp_session_store.adapter import clock, sdk
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.relay.messages import read_message
-from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
+from mcp_session_store.adapter.replay.journal import ElsewhereChange
+from mcp_session_store.adapter.replay.mirrored import scope_of
 from mcp_session_store.adapter.session_log import UNKNOWN_QUESTION
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.recording import RecordWriter
+    from mcp_session_store.adapter.sessions.refreshing import Refresher
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.mailbox import Message
@@ -78,12 +80,14 @@ class Delivery:
     Args:
         registry: Registry of the sessions in memory and of the restores under way.
         writer: Commits what messages change in the record of their session.
+        refresher: Brings into copies what other copies have changed.
         tasks: Task group in which lanes are served.
     """
 
-    def __init__(self, registry: Registry, writer: RecordWriter, tasks: ManagerTasks) -> None:
+    def __init__(self, registry: Registry, writer: RecordWriter, refresher: Refresher, tasks: ManagerTasks) -> None:
         self._registry = registry
         self._writer = writer
+        self._refresher = refresher
         self._tasks = tasks
         self._log = registry.log
         self._lanes: dict[UUID, _Lane] = {}
@@ -140,8 +144,9 @@ class Delivery:
 
     async def _deliver(self, key: UUID, arrived: _Arrived) -> None:
         kind = arrived.message.kind
+        body = arrived.message.body
         try:
-            message = read_message(arrived.message.body)
+            message = ElsewhereChange.decode(body) if kind is MessageKind.CHANGE else read_message(body)
         except ValueError:
             self._log.dropped(kind, UNREADABLE)
             return
@@ -151,6 +156,11 @@ class Delivery:
         session = self._registry.with_key(key)
         if session is None:
             self._log.dropped(kind, NO_COPY)
+            return
+        if isinstance(message, ElsewhereChange):
+            # Beside the lane, because a handler may wait for what comes after it.
+            self._refresher.take(session, message)
+            self._count(arrived)
             return
         if kind in (MessageKind.ANSWER, MessageKind.PROGRESS) and _question_of(message) not in session.loop.asked:
             self._log.dropped(kind, UNKNOWN_QUESTION)
@@ -163,32 +173,22 @@ class Delivery:
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             self._log.dropped(kind, NO_COPY)
             return
-        telemetry.delivered_messages.add(1, self._of[kind])
+        self._count(arrived)
+
+    def _count(self, arrived: _Arrived) -> None:
+        """Count a message that has reached its copy."""
+        attributes = self._of[arrived.message.kind]
+        telemetry.delivered_messages.add(1, attributes)
         waited = arrived.message.age.total_seconds() + clock.now() - arrived.arrived
-        telemetry.deliveries.record(waited, self._of[kind])
+        telemetry.deliveries.record(waited, attributes)
 
     def _scope_of(self, session: ResidentSession) -> Scope:
         """Return the ASGI scope of a request that could have brought a message here.
 
-        The middleware finds the copy in it. Of the request that brought it to another instance nothing is kept.
+        The middleware finds the copy in it.
         """
-        scope: Scope = {
-            "type": "http",
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": "/",
-            "raw_path": b"/",
-            "root_path": "",
-            "query_string": b"",
-            "headers": [(b"mcp-session-id", session.session_id.encode())],
-            "client": None,
-            "server": None,
-            RESIDENT_SESSION: session,
-            RECORD_WRITER: self._writer,
-        }
-        if session.marker is not None:
-            scope[RESTORE_MARKER] = session.marker
+        scope = scope_of(session.session_id, session.marker)
+        scope.update({RESIDENT_SESSION: session, RECORD_WRITER: self._writer})
         return scope
 
 

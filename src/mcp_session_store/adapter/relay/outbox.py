@@ -60,6 +60,8 @@ NOT_STORED: Final = "not stored"
 """Reason to drop a message: the store does not take it."""
 STOPPED: Final = "not posted"
 """Reason to drop a message: the instance stops, and the store is away."""
+AWAY: Final = "away"
+"""Reason to drop a message that can be done without: the store is away."""
 
 
 class Outgoing:
@@ -208,6 +210,14 @@ class Outbox:
                 raise
         if outgoing.failure is not None:
             raise outgoing.failure
+
+    def post_soon(self, outgoing: Outgoing) -> None:
+        """Post a message that no client waits for; it is dropped where the store is away."""
+        if self._is_closed or self._is_away or len(self._waiting) >= MAX_ACCEPTED:
+            self._log.dropped(outgoing.kind, STOPPED if self._is_closed else AWAY)
+            return
+        self._waiting[outgoing] = None
+        self._wake.set()
 
     def _count(self, outgoing: Outgoing) -> None:
         """Count the messages of a session."""

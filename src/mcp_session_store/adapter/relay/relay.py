@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.changes import ChangeWatch
     from mcp_session_store.adapter.sessions.lookup import Lookup
     from mcp_session_store.adapter.sessions.recording import RecordWriter
+    from mcp_session_store.adapter.sessions.refreshing import Refresher
     from mcp_session_store.adapter.sessions.registry import Registry
 
 __all__ = ["Relay", "named_notifications"]
@@ -57,6 +58,7 @@ class Relay:
         activity: Notes which sessions are in use.
         changes: Knows until when sessions in memory are served without a query.
         writer: Commits what messages change in the record of their session.
+        refresher: Brings into copies what other copies have changed.
         gate: Where requests wait for the store.
         tasks: Task group in which messages are delivered.
         json_response: Whether calls are answered by JSON instead of streams.
@@ -72,6 +74,7 @@ class Relay:
         activity: ActivityReporter,
         changes: ChangeWatch,
         writer: RecordWriter,
+        refresher: Refresher,
         gate: Gate,
         tasks: ManagerTasks,
         *,
@@ -89,11 +92,12 @@ class Relay:
         self.methods: Final = named | ADDRESSED
         """Methods of the notifications that are relayed."""
         self.outbox: Final = Outbox(instances, gate, registry.log)
-        self._delivery = Delivery(registry, writer, tasks)
+        self._delivery = Delivery(registry, writer, refresher, tasks)
         self.inbox: Final = Inbox(instances, registry, self._delivery.add)
         instances.on_hint = self.inbox.wake.set
         instances.before_beat = self.inbox.read_before_beat
         instances.question_ids.on_asked = self.inbox.asked
+        writer.announce = self._announce
 
     @property
     def waiting(self) -> int:
@@ -197,6 +201,10 @@ class Relay:
             except SessionStoreError:
                 return  # the background task, which reads next, reports it
             await self._delivery.delivered(key)
+
+    def _announce(self, key: UUID, change: str) -> None:
+        """Say to the other copies of a session what has changed; where that fails, they find out by the revision."""
+        self.outbox.post_soon(Outgoing(None, key, MessageKind.CHANGE, change))
 
     async def run(self, readiness: Readiness) -> None:
         """Run the background tasks, until cancelled."""

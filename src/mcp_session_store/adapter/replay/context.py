@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mcp.shared.dispatcher import CallOptions, Outbound
     from starlette.types import Message, Scope
 
-__all__ = ["ReplayedContext", "in_context", "next_request_id"]
+__all__ = ["ReplayedContext", "in_context", "is_replayed", "next_request_id", "request_of"]
 
 _T = TypeVar("_T")
 
@@ -36,6 +36,11 @@ _numbers: Final = itertools.count(1)
 def next_request_id() -> str:
     """Return an id for a replayed request, which no client and no other replayed request has."""
     return f"{_prefix()}-{next(_numbers)}"
+
+
+def is_replayed(request_id: object) -> bool:
+    """Return whether an id is one of a replayed request."""
+    return isinstance(request_id, str) and request_id.startswith(_prefix())
 
 
 @functools.cache
@@ -64,7 +69,7 @@ class ReplayedContext:
 
     def __init__(self, request_id: str | None, scope: Scope, body: bytes, outbound: Outbound | None) -> None:
         self.request_id = request_id
-        self.message_metadata = ServerMessageMetadata(request_context=_request(scope, body), can_send_request=False)
+        self.message_metadata = ServerMessageMetadata(request_context=request_of(scope, body), can_send_request=False)
         self._outbound = outbound
         self._cancel_requested: anyio.Event | None = None
 
@@ -96,8 +101,8 @@ class ReplayedContext:
 check_dispatch_context(ReplayedContext)
 
 
-def _request(scope: Scope, body: bytes) -> Request:
-    """Return the request that caused the restore, as a POST of the replayed message."""
+def request_of(scope: Scope, body: bytes) -> Request:
+    """Return a request as the POST of a replayed message."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mcp.shared.exceptions import MCPError
 from mcp_types import INVALID_PARAMS
@@ -15,12 +15,14 @@ from mcp_session_store.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["JOURNALED_METHODS", "Journal", "JournalWrite", "JournaledMethod"]
+__all__ = ["JOURNALED_METHODS", "ElsewhereChange", "Journal", "JournalWrite", "JournaledMethod", "StateName"]
 
 MAX_SUBJECT: Final = 500
 """Bytes of a subject that is stored as it is; a longer one is stored as its SHA-256."""
 MAX_PARAMS: Final = 8 * 1024
 """Highest number of bytes of a journaled call's params, as JSON."""
+MAX_CHANGE: Final = 10 * 1024
+"""Highest number of bytes of a change that travels with its call, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,14 @@ _UNFIT: Final = {
 }
 
 
+class StateName(NamedTuple):
+    """Name of a state that journaled calls set: of the calls that have the same name, the last one counts."""
+
+    method: str
+    """Method that sets it."""
+    subject: str
+
+
 @dataclass(frozen=True, slots=True)
 class JournalWrite:
     """Change of a session's journal by one call."""
@@ -63,6 +73,54 @@ class JournalWrite:
     subject: str
     params: str | None
     """JSON text; `None`: the entry is removed."""
+
+    @property
+    def name(self) -> StateName:
+        """Name of the state that the call sets."""
+        return StateName(self.method, self.subject)
+
+
+@dataclass(frozen=True, slots=True)
+class ElsewhereChange:
+    """A change of a session's record, as it travels from the copy that made it to the others."""
+
+    revision: int
+    """Revision of the session with the change."""
+    name: StateName | None = None
+    """Name of the state that a journaled call has set; `None`: there is no call to run, but something else to read."""
+    method: str = ""
+    """Method of the call."""
+    params: dict[str, Any] | None = None
+
+    def encode(self) -> str:
+        """Return the change as JSON text.
+
+        Raises:
+            ValueError, RecursionError: The params cannot be written.
+        """
+        value: dict[str, Any] = {"revision": self.revision}
+        if self.name is not None:
+            value |= {"state": self.name, "method": self.method, "params": self.params}
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str) -> ElsewhereChange:
+        """Return the change that a text holds. What a newer version adds to it is left out.
+
+        Raises:
+            ValueError: The text holds none.
+        """
+        match json.loads(text):
+            case {
+                "revision": int(revision),
+                "state": [str(setting), str(subject)],
+                "method": str(method),
+                "params": dict() | None as params,
+            }:
+                return cls(revision, StateName(setting, subject), method, params)
+            case {"revision": int(revision)}:
+                return cls(revision)
+        raise ValueError("the text is not that of a change")
 
 
 class Journal:
@@ -122,6 +180,33 @@ class Journal:
             )
         return JournalWrite(rule.method, subject, text)
 
+    def change(self, revision: int, write: JournalWrite, method: str, params: Mapping[str, Any] | None) -> str:
+        """Return the text that says to other copies what a call has set, so that they run it, too.
+
+        Args:
+            revision: Revision of the session with the call.
+            write: Change of the journal by the call.
+            method: Method of the call.
+            params: Params of the call, as the client sent them.
+        """
+        bare = ElsewhereChange(revision).encode()
+        try:
+            given = None if params is None else dict(params)
+            text = ElsewhereChange(revision, write.name, method, given).encode()
+        except (ValueError, RecursionError):
+            return bare
+        # The params of a call that undoes are not stored, and may be of any size.
+        return text if len(text) <= MAX_CHANGE else bare
+
+    def undoing(self, name: StateName) -> tuple[str, dict[str, Any] | None] | None:
+        """Return method and params of a call that undoes a state; `None`: the name does not say them."""
+        rule = self._setting.get(name.method)
+        if rule is None or rule.undone_by is None or name.subject.startswith("sha256:"):
+            return None
+        if rule.subject is None:
+            return rule.undone_by, None
+        return rule.undone_by, {rule.subject: _value(name.subject)}
+
 
 def _subject(value: object) -> str:
     # As JSON: ASCII without NUL, whatever the value holds. A text, as nearly all values are, stands for itself.
@@ -129,3 +214,9 @@ def _subject(value: object) -> str:
     plain = isinstance(value, str) and not value.startswith(("=", "sha256:"))
     text = text[1:-1] if plain else f"={text}"
     return text if len(text) <= MAX_SUBJECT else f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _value(subject: str) -> object:
+    """Return the value that a subject stands for, which is not too long to be stored as it is."""
+    value: object = json.loads(subject[1:] if subject.startswith("=") else f'"{subject}"')
+    return value

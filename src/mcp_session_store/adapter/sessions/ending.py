@@ -151,7 +151,7 @@ class Ender:
             self._end_copy(session, change.ended)
         else:
             session.stale_since = max(session.stale_since, change.revision)
-            self._registry.evict_if_stale(session)
+            self._registry.renew_if_stale(session)
 
     async def end_not_live(self, keys: Collection[UUID]) -> None:
         """Stop serving sessions that turned out not to be live, with the reason for which each one ended."""

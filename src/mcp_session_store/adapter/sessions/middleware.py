@@ -138,16 +138,20 @@ async def _store_call(
     """Let a call set its state, and commit the call before it is answered."""
     writer = _writer_of(ctx)
     write = writer.journal.write(ctx.method, ctx.params)
-    result = await call_next(ctx)
-    if isinstance(result, ErrorData):
-        return result
+    call = session.set_state.begin_own(write.name)
     try:
-        live = await writer.record_call(session, write)
-    except JournalFull as error:
-        raise MCPError(code=INVALID_REQUEST, message=str(error)) from error
-    except Exception as error:
-        answer = answer_to(error)
-        raise MCPError(code=answer.code, message=answer.message) from error
+        result = await call_next(ctx)
+        if isinstance(result, ErrorData):
+            return result
+        try:
+            live = await writer.record_call(session, write, call, ctx.method, ctx.params)
+        except JournalFull as error:
+            raise MCPError(code=INVALID_REQUEST, message=str(error)) from error
+        except Exception as error:
+            answer = answer_to(error)
+            raise MCPError(code=answer.code, message=answer.message) from error
+    finally:
+        session.set_state.end_own(call)
     if not live:
         raise MCPError(code=SESSION_NOT_FOUND.code, message=SESSION_NOT_FOUND.message)
     return result

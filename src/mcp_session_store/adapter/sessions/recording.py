@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Final
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.refusals import log_refusal, reason_of, refuse
+from mcp_session_store.adapter.replay.journal import ElsewhereChange
 from mcp_session_store.adapter.sessions.lookup import principal_of
-from mcp_session_store.errors import JournalFull
+from mcp_session_store.errors import JournalFull, SessionStoreError
 from mcp_session_store.records import NewSession, session_key
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection
+    from collections.abc import Awaitable, Callable, Collection, Mapping
+    from typing import Any
     from uuid import UUID
 
     from mcp_session_store.adapter.outage import RequestWait
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.patient_store import PatientStore
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.adapter.sessions.set_state import OwnCall
     from mcp_session_store.records import SessionRecord
 
 __all__ = ["RECORD_WRITER", "RecordWriter"]
@@ -54,9 +57,12 @@ class RecordWriter:
         instance: str,
         max_initialize_params: int,
     ) -> None:
-        self._store = store
+        self.store: Final = store
         self._registry = registry
-        self._on_not_live = on_not_live
+        self.on_not_live: Final = on_not_live
+        self.announce: Callable[[UUID, str], None] | None = None
+        """Says to other copies of the session with a key what has changed; see `ElsewhereChange`. `None`: they find out
+        by the revision."""
         self.on_first_use: Final = on_first_use
         self._instance = instance
         self.journal: Final = journal
@@ -98,7 +104,7 @@ class RecordWriter:
     ) -> None:
         self._registry.promise(session)
         try:
-            record = await self._store.create(
+            record = await self.store.create(
                 NewSession(
                     key=key,
                     initialize_params=params.text,
@@ -113,7 +119,7 @@ class RecordWriter:
         except BaseException:
             self._registry.withdraw()
             raise
-        session.stored(record, self._store.inner.retention, new=True)
+        session.stored(record, self.store.inner.retention, new=True)
         self._registry.log.opened(record, seconds=clock.now() - request.arrived)
         # Only now does another copy leave: a handshake that fails, whatever for, evicts none.
         self._registry.opened(session)
@@ -126,7 +132,7 @@ class RecordWriter:
         version: str,
         request: RequestWait,
     ) -> bool:
-        live = await self._store.replace_initialize(
+        live = await self.store.replace_initialize(
             record.key,
             request,
             initialize_params=params.text,
@@ -135,23 +141,53 @@ class RecordWriter:
             client_version=params.client_version,
         )
         if live:
+            assert session.record is not None
             session.record = dataclasses.replace(
-                record,
+                session.record,
                 initialize_params=params.text,
                 protocol_version=version,
                 client_name=params.client_name,
                 client_version=params.client_version,
-                revision=record.revision + 1,
             )
+            await self._learn_revision(session, session.record)
             self._registry.log.opened_again(seconds=clock.now() - request.arrived)
             # The `notifications/initialized` that follows is not the one that was replayed.
             session.loop.swallow_initialized = False
         else:
-            await self._on_not_live([record.key])
+            await self.on_not_live([record.key])
         return live
 
-    async def record_call(self, session: ResidentSession, write: JournalWrite) -> bool:
-        """Commit what a call changes in the journal of its session.
+    async def _learn_revision(self, session: ResidentSession, record: SessionRecord) -> None:
+        """Find out which revision a repeated `initialize` has made: another copy may have made one before it."""
+        try:
+            stored = await self.store.inner.load(record.key)
+        except SessionStoreError as error:
+            log_refusal(error, record.key, self._registry.log)
+            stored = None
+        revision = record.revision + 1 if stored is None else stored.revision
+        if stored is not None and session.record is not None and revision == session.record.revision + 1:
+            session.record = dataclasses.replace(session.record, revision=revision)
+        else:
+            session.stale_since = max(session.stale_since, revision)
+        if self.announce is not None:
+            self.announce(record.key, ElsewhereChange(revision).encode())
+
+    async def record_call(
+        self,
+        session: ResidentSession,
+        write: JournalWrite,
+        call: OwnCall,
+        method: str,
+        params: Mapping[str, Any] | None,
+    ) -> bool:
+        """Commit what a call changes in the journal of its session, and say so to other copies.
+
+        Args:
+            session: The session.
+            write: What it changes.
+            call: The call, whose handler has run.
+            method: Its method.
+            params: Its params.
 
         Returns:
             Whether the session is live.
@@ -162,7 +198,7 @@ class RecordWriter:
         async with session.recording:
             assert session.record is not None
             try:
-                revision = await self._store.inner.write_journal(
+                revision = await self.store.inner.write_journal(
                     session.record.key, method=write.method, subject=write.subject, params=write.params
                 )
             except JournalFull:
@@ -171,11 +207,27 @@ class RecordWriter:
                 log_refusal(error, session.record.key, self._registry.log)
                 raise
             if revision is None:
-                await self._on_not_live([session.record.key])
+                await self.on_not_live([session.record.key])
                 return False
-            if revision == session.record.revision + 1:
-                session.record = dataclasses.replace(session.record, revision=revision)
-            else:
-                # Another copy has changed something that this one does not have.
-                session.stale_since = max(session.stale_since, revision)
+            self._take_over(session, session.record, revision, write, call)
+            if self.announce is not None:
+                self.announce(session.record.key, self.journal.change(revision, write, method, params))
             return True
+
+    def _take_over(
+        self, session: ResidentSession, record: SessionRecord, revision: int, write: JournalWrite, call: OwnCall
+    ) -> None:
+        """Note which revision a call to this copy has made."""
+        state = session.set_state
+        if not state.is_last(call):
+            # The journal says which of the two calls is the last one. So the copy counts as one that has not run it.
+            session.stale_since = max(session.stale_since, revision)
+            self._registry.renew_if_stale(session)
+            return
+        state.keep(write.name, is_set=write.params is not None)
+        if revision == record.revision + 1:
+            session.record = dataclasses.replace(record, revision=state.reached(revision))
+        elif revision > record.revision:
+            # Another copy has changed something that this one does not have.
+            state.ahead[revision] = write.name
+            session.stale_since = max(session.stale_since, revision)

@@ -19,7 +19,7 @@ from mcp_session_store.adapter.sessions.restores import Interest
 from mcp_session_store.records import session_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping
+    from collections.abc import Callable, Iterator, MutableMapping
     from uuid import UUID
 
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
@@ -77,6 +77,8 @@ class Registry:
         self._interests: dict[UUID, Interest] = {}
         self.restores: dict[str, Restore] = {}
         """Restores under way, by session id."""
+        self.on_stale: Callable[[ResidentSession], None] = _nothing
+        """Called with a copy in use that is stale."""
         self.reserved = 0
         """Number of copies that hold a place: published, or being restored."""
         self._opening = 0
@@ -148,8 +150,8 @@ class Registry:
         if restore.waiters:
             # Before anything else can run: none of the requests meets a stopping copy.
             session.pin(restore.waiters)
-        else:
-            self.evict_if_stale(session)
+        if session.stale_since:
+            self.renew_if_stale(session)
         restore.session = session
         assert session.record is not None
         assert session.marker is not None
@@ -279,12 +281,16 @@ class Registry:
         if session.stale and not session.stopping:
             self.evict_soon(session, STALE)
 
-    def evict_if_stale(self, session: ResidentSession) -> None:
-        """Evict an idle copy when another copy has changed what a restore replays.
+    def renew_if_stale(self, session: ResidentSession) -> None:
+        """Evict an idle copy, or have one in use refreshed, when another copy has changed what a restore replays.
 
-        The next request restores all of it.
+        Where it is evicted, the next request restores all of it.
         """
-        if session.stale and not session.busy and not session.stopping:
+        if not session.stale or session.stopping:
+            return
+        if session.busy:
+            self.on_stale(session)
+        else:
             self.evict_soon(session, STALE)
 
     def evict_idle(self, since: float) -> None:
@@ -359,3 +365,7 @@ class Registry:
         self.unpublish(session)
         if self._stopping.get(session.session_id) is session:
             del self._stopping[session.session_id]
+
+
+def _nothing(session: ResidentSession) -> None:
+    """Leave a stale copy as it is."""

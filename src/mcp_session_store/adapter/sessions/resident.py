@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,7 @@ from mcp_session_store.adapter.latch import Latch
 from mcp_session_store.adapter.responses import LOST
 from mcp_session_store.adapter.sdk import streams_of
 from mcp_session_store.adapter.sessions.lifetime import Lifetime
+from mcp_session_store.adapter.sessions.set_state import SetState
 from mcp_session_store.adapter.streams.standalone import StandaloneStream
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ __all__ = ["RESIDENT_SESSION", "ResidentSession"]
 
 RESIDENT_SESSION: Final = "mcp_session_store.resident_session"
 """Key of a request's ASGI scope under which the resident session stands that serves it."""
+
+NEVER_FRESH: Final = sys.maxsize
+"""Revision since which a copy is stale that cannot be refreshed, and leaves memory as soon as it is not in use."""
 
 LAST_ANSWERS: Final = 1.0
 """Seconds that clients have to read the last answers of a copy."""
@@ -56,6 +61,7 @@ class ResidentSession:
         "_calls",
         "_on_usage",
         "_recording",
+        "_set_state",
         "_standalone",
         "elsewhere_until",
         "events",
@@ -95,7 +101,8 @@ class ResidentSession:
         loop.on_asked_outside = self._asked_outside
         self.lifetime = Lifetime()
         self.record: SessionRecord | None = None
-        """The record as it was when the session was opened or restored here; `None` before."""
+        """The record as this copy has it: when it was opened or restored here, and with what was changed since then;
+        `None` before."""
         self.marker: SessionRestoreMarker | None = None
         """The marker of a restored copy."""
         self.stale_since = 0
@@ -118,6 +125,7 @@ class ResidentSession:
         """Moment until which the client counts as active on another instance."""
         self._on_usage = on_usage
         self._recording: anyio.Lock | None = None
+        self._set_state: SetState | None = None
         self._standalone: StandaloneStream | None = None
         self._calls: set[RequestId] = set()
         """Ids of the calls among the messages in flight."""
@@ -130,6 +138,13 @@ class ResidentSession:
         if self._recording is None:
             self._recording = anyio.Lock()
         return self._recording
+
+    @property
+    def set_state(self) -> SetState:
+        """What journaled calls have set in this copy."""
+        if self._set_state is None:
+            self._set_state = SetState()
+        return self._set_state
 
     @property
     def standalone(self) -> StandaloneStream:
@@ -291,6 +306,15 @@ class ResidentSession:
                 self.events.returned(request_id)
         if self.pins == 0:
             self._rest()
+
+    @contextmanager
+    def taking_change(self) -> Iterator[None]:
+        """Keep the copy at work while a change of another copy is brought in, until it is known to have it."""
+        self.read(None)
+        try:
+            yield
+        finally:
+            self.finished(None)
 
     def _asked_outside(self) -> None:
         """Note that the first question outside of calls is open, or none any more."""

@@ -14,6 +14,7 @@ from opentelemetry.trace import get_current_span
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import is_cancelled
+from mcp_session_store.adapter.replay.journal import StateName
 from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
 from mcp_session_store.adapter.responses import MemoryFull, RestoreFailed, SessionNotFound, ShuttingDown
 from mcp_session_store.adapter.session_log import STALE
@@ -122,7 +123,7 @@ class Restorer:
             if session is not None and record.revision > session.stale_since:
                 # Another copy may have changed what this one replayed, and this one not have heard of it.
                 session.stale_since = record.revision
-                self._registry.evict_if_stale(session)
+                self._registry.renew_if_stale(session)
                 session = self._registry.get(session_id)
             if session is None or not session.can_serve:
                 return await self._join_restore(session_id, interest, record, requestor, scope, request)
@@ -233,6 +234,8 @@ class Restorer:
             await self._ask_application(self._on_restore, restore, marker, record)
         journal = await self._store.read_journal(record.key, restore) if record.revision else ()
         session = restore.copy = self._admission.admit(session_id, requestor)
+        if journal:
+            session.set_state.names.update(StateName(entry.method, entry.subject) for entry in journal)
 
         def failed(failure: Exception) -> None:
             self._registry.not_restored(restore, failure)

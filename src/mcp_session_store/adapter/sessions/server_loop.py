@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp_types import JSONRPCMessage, RequestId
 
+    from mcp_session_store.adapter.replay.mirrored import MirroredCalls
     from mcp_session_store.adapter.replay.replay import Replay
     from mcp_session_store.adapter.sdk import MessageReadStream, MessageWriteStream
     from mcp_session_store.adapter.sessions.handshake import Handshake
@@ -68,6 +69,7 @@ class ServerLoop:
         "handshake",
         "held",
         "lull",
+        "mirrored",
         "on_asked_outside",
         "question_ids",
         "replay",
@@ -107,6 +109,8 @@ class ServerLoop:
         """Called when the first of them is asked, and when the last is answered, withdrawn or forgotten."""
         self.lull = 0
         """Number of times that the last handler of the copy has returned while there were questions."""
+        self.mirrored: MirroredCalls | None = None
+        """Calls that other copies have run and that this one runs, too, once there was one."""
         self.running = False
         """The server task has begun."""
         self.stopped = Latch()
@@ -285,7 +289,8 @@ class _Inbound:
             if isinstance(received, SessionMessage):
                 message = received.message
                 if isinstance(message, JSONRPCRequest):
-                    self._on_read(message.id)
+                    if loop.mirrored is None or not loop.mirrored.has(message.id):
+                        self._on_read(message.id)
                 elif isinstance(message, JSONRPCNotification):
                     if loop.swallow_initialized and message.method == "notifications/initialized":
                         continue
@@ -329,6 +334,8 @@ class _Outbound:
     async def send(self, item: SessionMessage) -> None:
         message = item.message
         loop = self._loop
+        if loop.mirrored is not None and loop.mirrored.takes(item):
+            return
         if type(message) is JSONRPCRequest:
             item, question = loop.asks(item, message)
             if loop.replay is not None:

@@ -79,7 +79,7 @@ class JournalStatements:
             )
         )
         self._select = dialect.precompiled(
-            sa.select(journal.c.method, journal.c.subject, journal.c.params)
+            sa.select(journal.c.method, journal.c.subject, journal.c.params, journal.c.revision)
             .join(sessions, sessions.c.key == journal.c.key)
             .where(journal.c.key == key, sessions.c.key == key, is_live)
             .order_by(journal.c.revision)
@@ -123,10 +123,19 @@ class JournalStatements:
         journals: list[list[JournalEntry] | RecordUnreadable] = []
         for key in keys:
             rows = yield self._select, {"journal_key": self._dialect.driver_key(key)}
-            if not all(is_readable_text(text) for row in rows for text in row):
+            if not all(is_readable_text(text) for row in rows for text in row[:3]):
                 journals.append(RecordUnreadable("an entry of the journal"))
                 continue
             journals.append(
-                [JournalEntry(method=method, subject=subject, params=params) for method, subject, params in rows]
+                [
+                    JournalEntry(
+                        method=method,
+                        subject=subject,
+                        params=params,
+                        # SQLite keeps what is no number, too.
+                        revision=revision if isinstance(revision, int) else 0,
+                    )
+                    for method, subject, params, revision in rows
+                ]
             )
         return journals
