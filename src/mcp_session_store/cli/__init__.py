@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from mcp_session_store.cli.copy import copy
 from mcp_session_store.cli.doctor import doctor
 from mcp_session_store.cli.events import events
 from mcp_session_store.cli.instances import instances
@@ -28,5 +29,18 @@ def main() -> None:
     """
 
 
-for command in (upgrade, downgrade, current, check, doctor, serve, sessions, events, namespaces, instances, sweep):
+for command in (
+    upgrade,
+    downgrade,
+    current,
+    check,
+    doctor,
+    serve,
+    sessions,
+    events,
+    namespaces,
+    instances,
+    sweep,
+    copy,
+):
     main.add_command(command)

@@ -146,10 +146,17 @@ def _metavar(field: FieldInfo) -> str:
     return f"{unit.value.upper()}|{NO_LIMIT}" if is_optional else unit.value.upper()
 
 
-def option(name: str, **attributes: Any) -> Callable[[_Command], _Command]:
-    """Return an option that an environment variable can set, too: MCP_SESSION_STORE_SOME_NAME for `--some-name`."""
+def option(name: str, *, parameter: str | None = None, **attributes: Any) -> Callable[[_Command], _Command]:
+    """Return an option that an environment variable can set, too: MCP_SESSION_STORE_SOME_NAME for `--some-name`.
+
+    Args:
+        name: The option.
+        parameter: The command's parameter for it, where that of the same name cannot be.
+        attributes: What `click.option` takes.
+    """
     setting = name.split("/")[0].removeprefix("--").replace("-", "_")
-    return click.option(name, envvar=variable(setting), show_envvar=True, **attributes)
+    names = (name,) if parameter is None else (name, parameter)
+    return click.option(*names, envvar=variable(setting), show_envvar=True, **attributes)
 
 
 url_option = option(

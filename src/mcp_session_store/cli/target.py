@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.admin.rows import RowCheck
     from mcp_session_store.sql.admin.sessions import SessionDirectory
 
-__all__ = ["Target", "target_options", "tables_options"]
+__all__ = ["Target", "target_options", "tables_options", "timeout_option"]
 
-_timeout_option = option(
+timeout_option = option(
     "--timeout",
     metavar="SECONDS",
     default=OPERATOR_TIMEOUT,
@@ -136,7 +136,7 @@ def target_options(command: Callable[..., None]) -> Callable[..., None]:
     @url_option
     @schema_option
     @namespace_option
-    @_timeout_option
+    @timeout_option
     @functools.wraps(command)
     def with_target(*, url: str, schema: str | None, namespace: str, timeout: float, **others: Any) -> None:
         command(Target(url=url, schema=schema, namespace=namespace, timeout=timeout), **others)
@@ -149,7 +149,7 @@ def tables_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @url_option
     @schema_option
-    @_timeout_option
+    @timeout_option
     @functools.wraps(command)
     def with_target(*, url: str, schema: str | None, timeout: float, **others: Any) -> None:
         command(Target(url=url, schema=schema, namespace=DEFAULT_NAMESPACE, timeout=timeout), **others)
