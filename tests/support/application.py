@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount
 
 from mcp_session_store import durable_app, get_restore_marker
+from mcp_session_store.adapter.sdk import session_id_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -306,9 +307,12 @@ def fastmcp() -> Starlette:
 def stateful() -> Starlette:
     """One with a tool that waits until its gate opens, and with state that clients set for their session.
 
-    Each setting of it is noted as a handshake's message, with its params.
+    Each setting of it is noted as a handshake's message, with its params. The tool `say` says on the session's stream
+    what the state in its copy lets through: a log message of each level, and an update of each resource.
     """
-    tools = ("whoami", "wait")
+    tools = ("whoami", "wait", "say")
+    levels: dict[str | None, str] = {}
+    subscriptions: set[tuple[str | None, str]] = set()
 
     async def list_tools(
         _ctx: ServerRequestContext[Any, Any], _params: types.PaginatedRequestParams | None
@@ -323,20 +327,39 @@ def stateful() -> Starlette:
             while Path(_settings().calls_gate).exists():
                 await anyio.sleep(0.01)
         text = json.dumps(_who(ctx, ctx.session.client_params))
+        if params.name == "say":
+            text = await say(ctx)
         return types.CallToolResult(content=[types.TextContent(type="text", text=text)])
+
+    async def say(ctx: ServerRequestContext[Any, Any]) -> str:
+        session_id = session_id_of(ctx)
+        said: list[str] = []
+        for level in ("info", "error"):
+            if level == "error" or levels.get(session_id) != "error":
+                params = types.LoggingMessageNotificationParams(level=level, data=level)
+                await ctx.session.send_notification(types.LoggingMessageNotification(params=params))
+                said.append(level)
+        for uri in ("note://a", "note://b"):
+            if (session_id, uri) in subscriptions:
+                await ctx.session.send_resource_updated(uri)
+                said.append(uri)
+        return json.dumps(said)
 
     async def set_level(ctx: ServerRequestContext[Any, Any], params: types.SetLevelRequestParams) -> types.EmptyResult:
         await _note_handshake(f"level {params.level}", ctx)
+        levels[session_id_of(ctx)] = params.level
         return types.EmptyResult()
 
     async def subscribe(ctx: ServerRequestContext[Any, Any], params: types.SubscribeRequestParams) -> types.EmptyResult:
         await _note_handshake(f"subscribe {params.uri}", ctx)
+        subscriptions.add((session_id_of(ctx), str(params.uri)))
         return types.EmptyResult()
 
     async def unsubscribe(
         ctx: ServerRequestContext[Any, Any], params: types.UnsubscribeRequestParams
     ) -> types.EmptyResult:
         await _note_handshake(f"unsubscribe {params.uri}", ctx)
+        subscriptions.discard((session_id_of(ctx), str(params.uri)))
         return types.EmptyResult()
 
     server: Server[Any] = Server(
