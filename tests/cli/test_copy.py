@@ -286,8 +286,8 @@ def test_what_cannot_be_copied_is_refused(invoke: InvokeFunction, urls: tuple[st
 def test_a_copy_keeps_a_bounded_part_in_memory(
     sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = '{"a": "' + "x" * 20_000 + '"}'
-    monkeypatch.setattr(copying, "PAGE", 20)
+    large = '{"a": "' + "x" * 10_000 + '"}'
+    monkeypatch.setattr(copying, "PAGE", 10)
     there = f"sqlite:///{tmp_path / 'there.db'}"
 
     async def peak(number: int) -> int:
@@ -296,7 +296,7 @@ def test_a_copy_keeps_a_bounded_part_in_memory(
         calls = [
             {"key": row["key"], "method": "m", "subject": str(n), "params": large, "revision": 1}
             for row in rows
-            for n in range(4)
+            for n in range(2)
         ]
         await execute(sqlite_url, sa.insert(journal_table()).values(calls))
         del rows, calls
@@ -308,8 +308,8 @@ def test_a_copy_keeps_a_bounded_part_in_memory(
             finally:
                 tracemalloc.stop()
 
-    few = asyncio.run(peak(40))
-    assert asyncio.run(peak(300)) < 2 * few
+    few = asyncio.run(peak(30))
+    assert asyncio.run(peak(120)) < 2 * few
 
 
 def test_values_of_no_session_are_copied_unless_they_were_stored_there_later(

@@ -19,7 +19,7 @@ from mcp_session_store.sql.admin.copied_rows import belonging_to_sessions, beyon
 from mcp_session_store.sql.admin.copied_values import copy_values
 from mcp_session_store.sql.admin.reader import Reader
 from mcp_session_store.sql.dialects.functions import MOMENT, StoreClock, driver_value
-from mcp_session_store.sql.schema.tables import instances_table, logs_table, make_tables, sessions_table
+from mcp_session_store.sql.schema.tables import instances_table, logs_table, make_tables, sessions_table, values_table
 from mcp_session_store.sql.schema.version import HEAD, read_revision
 from mcp_session_store.sql.sessions.decoding import end_reason
 from mcp_session_store.sql.sessions.removal import End, SessionRemoval
@@ -133,6 +133,10 @@ class SessionCopy:
         url = self._destination.database.given
         self._is_absent = isinstance(url, URL) and self._destination.database.dialect.is_absent(url)
         self._belonging = belonging_to_sessions(source_schema)
+        if not dry_run:
+            copied = [table(destination_schema) for table in (sessions_table, logs_table, values_table)]
+            written = [*copied, *belonging_to_sessions(destination_schema)]
+            self._destination.database.need(dict.fromkeys(written, "SELECT, INSERT, UPDATE, DELETE"))
 
     async def __aenter__(self) -> SessionCopy:
         await self._source.__aenter__()
