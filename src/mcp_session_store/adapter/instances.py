@@ -117,6 +117,7 @@ class Instances:
         self.entered: int | None = None
         """Number under which others can send messages to this instance. While another one was drawn and is not entered
         yet, still the former one."""
+        self._entered_last: int | None = None
         self.beaten_at = -math.inf
         """Moment of `clock` of the last heartbeat that was stored."""
         self._others_are_back_at = -math.inf
@@ -129,6 +130,10 @@ class Instances:
         """A heartbeat of this instance is stored."""
         self.on_announced: Callable[[], None] | None = None
         """Called when the first heartbeat is stored."""
+        self.on_renumbered: Callable[[], None] | None = None
+        """Called when a number is entered that is not the one before."""
+        self.on_back: Callable[[], None] | None = None
+        """Called after a long outage, in which messages may have been missed, when others are heard of again."""
         self.on_hint: Callable[[], None] | None = None
         """Called when there may be messages for this instance."""
         self.before_beat: Callable[[], Awaitable[None]] | None = None
@@ -265,6 +270,8 @@ class Instances:
         now = clock.now()
         if self.announced.is_set() and now >= self.beaten_at + LONG_SILENCE:
             self._others_are_back_at = now + BACK_WITHIN
+            if self.on_back is not None:
+                self.on_back()
         self.beaten_at = now
         if not self.announced.is_set():
             self.announced.set()
@@ -284,7 +291,11 @@ class Instances:
                 streams=self._residents.streams,
             )
             if await self.mailbox.beat(presence):
+                is_another = number not in (self.entered, self._entered_last)
                 self.entered = number if self._relay else None
+                if is_another and self._entered_last is not None and self.on_renumbered is not None:
+                    self.on_renumbered()
+                self._entered_last = number
                 return
             self.entered = None
             # Another instance has it. What was asked under it can be answered here only.

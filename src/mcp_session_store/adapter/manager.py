@@ -20,6 +20,7 @@ from mcp_session_store.adapter.instances import Instances, instance_id
 from mcp_session_store.adapter.outage import Gate
 from mcp_session_store.adapter.question_ids import QuestionIds
 from mcp_session_store.adapter.readiness import FINAL, Readiness
+from mcp_session_store.adapter.relay.logged import LoggedStreams
 from mcp_session_store.adapter.relay.relay import Relay, named_notifications
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
@@ -63,11 +64,7 @@ if TYPE_CHECKING:
     from mcp_session_store.mailbox import Mailbox
     from mcp_session_store.store import SessionStore
 
-__all__ = [
-    "DurableSessionManager",
-    "EndHook",
-    "RestoreHook",
-]
+__all__ = ["DurableSessionManager", "EndHook", "RestoreHook"]
 
 
 class DurableSessionManager(sdk.ManagerSeams):
@@ -327,6 +324,23 @@ class DurableSessionManager(sdk.ManagerSeams):
             instance=self.instance,
             max_initialize_params=self._settings.max_initialize_params,
         )
+        if self._relays and self._instances is not None:
+            self._relay = Relay(
+                self._instances,
+                self._registry,
+                lookup,
+                self._activity,
+                self._ender.changes,
+                writer,
+                Refresher(self._registry, writer, self._tasks, self._settings.replay_timeout),
+                self._gate,
+                self._tasks,
+                json_response=self.json_response,
+                max_body=self.max_request_body_size,
+                named=self._named,
+                events=None if self._recorder is None else LoggedStreams(),
+                has_event_store=self.event_store is not None,
+            )
         admission = Admission(
             self._registry,
             partial(sdk.make_transport, self),
@@ -334,6 +348,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             question_ids,
             self._recorder,
             retry_interval=self.retry_interval,
+            relay=self._relay,
         )
         self._departures = Departures(self._tasks) if self.json_response else None
         opener = Opener(self._registry, admission, writer, self._tasks, departures=self._departures)
@@ -349,22 +364,6 @@ class DurableSessionManager(sdk.ManagerSeams):
             replay_timeout=self._settings.replay_timeout,
             loads_newest_event=self.event_log is not None and self.event_log.is_of(self.store),
         )
-        refresher = Refresher(self._registry, writer, self._tasks, self._settings.replay_timeout)
-        if self._relays and self._instances is not None:
-            self._relay = Relay(
-                self._instances,
-                self._registry,
-                lookup,
-                self._activity,
-                self._ender.changes,
-                writer,
-                refresher,
-                self._gate,
-                self._tasks,
-                json_response=self.json_response,
-                max_body=self.max_request_body_size,
-                named=self._named,
-            )
         router = Router(
             self._registry,
             opener,
@@ -382,12 +381,11 @@ class DurableSessionManager(sdk.ManagerSeams):
 
     def _start_background_tasks(self) -> None:
         start, settings, changes, absences = self._tasks.start_soon, self._settings, self._ender.changes, self._absences
-        poll_interval = settings.end_within / 2
         every = partial(run_every, readiness=self.readiness)
         again = partial(run_again, readiness=self.readiness)
         self.readiness.look = changes.wake.set
         start(partial(every, "activity", self._activity.interval, self._ender.report, wake=self._activity.wake))
-        start(partial(every, "changes", poll_interval, self._poll_changes, wake=changes.wake))
+        start(partial(every, "changes", settings.end_within / 2, self._poll_changes, wake=changes.wake))
         start(every, "pauses", settings.end_within / TICKS, changes.tick)
         start(again, "hints", changes.listen)
         start(every, "restores", settings.replay_timeout, self._restorer.fail_overdue)

@@ -95,6 +95,7 @@ class Router:
         self._refusals = Refusals(max_body, registry.log)
         self._departures = departures
         self._relay = relay
+        self._streams = None if relay is None else relay.streams
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request: by its resident session, after a restore, or by a new session."""
@@ -223,6 +224,10 @@ class Router:
     async def _serve_stream(self, session: ResidentSession, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a GET: from the event log where there is one, which has earlier events and other instances' events."""
         standalone, session_id = session.standalone, session.session_id
+        hold = None if self._streams is None else partial(self._streams.opened, session)
+        if standalone.is_refused:
+            await responses.ONE_STREAM.response()(scope, receive, send)
+            return
         if session.events is not None:
             served = True
             await serve_stream(session.events, standalone, session_id, self._security, scope, receive, send)
@@ -230,11 +235,11 @@ class Router:
             # Only the transport can tell which stream is to be resumed.
             served = b"last-event-id" in (name for name, value in scope["headers"] if value)
             if served:
-                await session.transport.handle_request(scope, receive, send)
+                await standalone.serve_resumed(partial(session.transport.handle_request, scope, receive, send), hold)
         else:
             served = await self._answer_without_events(session, scope, receive, send)
         if not served:
-            await standalone.serve(session_id, self._security, scope, receive, send)
+            await standalone.serve(session_id, self._security, scope, receive, send, hold=hold)
 
     async def _answer_without_events(
         self, session: ResidentSession, scope: Scope, receive: Receive, send: Send

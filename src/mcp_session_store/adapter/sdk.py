@@ -61,6 +61,7 @@ __all__ = [
     "is_fastmcp",
     "make_kernel",
     "make_transport",
+    "on_close_standalone",
     "owners_of",
     "reaches_client",
     "scope_event_store",
@@ -295,6 +296,17 @@ def _begin_streams(transport: StreamableHTTPServerTransport, events: TransportEv
     transport_seams._mint_priming_event = events.prime
     # A stream that was resumed is not the transport's any more.
     transport_seams.close_sse_stream = close_sse_stream
+
+
+def on_close_standalone(transport: StreamableHTTPServerTransport, called: Callable[[], None]) -> None:
+    """Have a function be called, too, when the application closes the GET stream of a transport."""
+    close = transport.close_standalone_sse_stream
+
+    def close_standalone_sse_stream() -> None:
+        close()
+        called()
+
+    cast("Any", transport).close_standalone_sse_stream = close_standalone_sse_stream
 
 
 def end_json_response(transport: StreamableHTTPServerTransport, body: bytes) -> None:

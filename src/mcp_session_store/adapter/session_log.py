@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mcp_session_store.mailbox import MessageKind
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
     from mcp_session_store.retention import SweepReport
+    from mcp_session_store.stream_mail import StreamMessageKind
 
 __all__ = [
     "CLOSED",
@@ -261,8 +262,8 @@ class SessionLog:
             extra = self._extra("refused", key, reason=reason)
             _say(level, text, key, reason if cause is None else cause, extra=extra, error=error)
 
-    def dropped(self, kind: MessageKind, reason: str = UNKNOWN_QUESTION) -> None:
-        """Count a message of a client that reaches no copy of its session."""
+    def dropped(self, kind: MessageKind | StreamMessageKind, reason: str = UNKNOWN_QUESTION) -> None:
+        """Count a message of a client that reaches no copy of its session, or one that reaches no stream."""
         telemetry.dropped_messages.add(1, self._with(kind=kind.value, reason=reason))
 
     def gone(self, key: UUID, number: int) -> None:

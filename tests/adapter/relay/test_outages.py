@@ -15,6 +15,7 @@ from mcp_session_store.adapter import stopping
 from mcp_session_store.adapter.relay import delivery as delivery_module
 from mcp_session_store.adapter.relay import inbox as inbox_module
 from mcp_session_store.adapter.relay import outbox as outbox_module
+from mcp_session_store.adapter.relay.outgoing import LEAST_BYTES
 from tests.support.asgi import until
 from tests.support.asking import Asking, asked, roots, text_of
 from tests.support.instances import instance
@@ -154,7 +155,7 @@ async def test_one_session_takes_no_more_than_its_share_of_the_room_in_an_outage
     store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox_module, "MAX_ACCEPTED", 10)
-    monkeypatch.setattr(outbox_module, "MAX_ACCEPTED_OF_SESSION", 3 * outbox_module.LEAST_BYTES)
+    monkeypatch.setattr(outbox_module, "MAX_ACCEPTED_OF_SESSION", 3 * LEAST_BYTES)
     async with instance(store, Asking(), relay=mailbox) as one, instance(store, relay=mailbox) as other:
         first, second = one.client(), one.client()
         elsewhere = [other.client(await client.begin()) for client in (first, second)]
@@ -180,7 +181,7 @@ async def test_one_session_takes_no_more_than_its_share_of_the_room_in_an_outage
 async def test_one_session_posts_no_more_than_its_share(
     store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox_module, "MAX_POSTED_BYTES", 3 * outbox_module.LEAST_BYTES)
+    monkeypatch.setattr(outbox_module, "MAX_POSTED_BYTES", 3 * LEAST_BYTES)
     async with instance(store, Asking(), relay=mailbox) as one, instance(store, relay=mailbox) as other:
         first, second = one.client(), one.client()
         elsewhere = [other.client(await client.begin()) for client in (first, second)]

@@ -367,7 +367,7 @@ async def test_a_question_that_is_asked_before_a_stream_is_open_ends_with_an_err
             outcomes.append(error.method)
 
     notes.on_initialized = ask
-    async with instance(store, notes, end_within=LONG) as one:
+    async with instance(store, notes, end_within=LONG, relay=False) as one:
         client = one.client(session_id)
         await (client.ping() if restored else client.handshake())
         await until(lambda: outcomes == ["roots/list"])

@@ -11,18 +11,24 @@ import anyio
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import Pace, report_failure
-from mcp_session_store.adapter.latch import Latch
+from mcp_session_store.adapter.relay.outgoing import Outgoing
 from mcp_session_store.adapter.responses import ShuttingDown, TooManyWait
 from mcp_session_store.adapter.session_log import GONE
 from mcp_session_store.errors import InvalidValue, SessionStoreError, StoreUnavailable
-from mcp_session_store.mailbox import MessageKind, NewMessage
+from mcp_session_store.mailbox import HOLDER, MessageKind, NewMessage
+from mcp_session_store.stream_mail import NewStreamMessage, StreamMessageKind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
     from uuid import UUID
 
     from mcp_session_store.adapter.instances import Instances
     from mcp_session_store.adapter.outage import Gate, RequestWait
     from mcp_session_store.adapter.session_log import SessionLog
+
+    _Given: TypeAlias = tuple[Outgoing, NewMessage | NewStreamMessage]
+    """A message on its way, and the same as it is given to the mailbox."""
 
 __all__ = ["Outbox", "Outgoing"]
 
@@ -38,8 +44,6 @@ WINDOW: Final = 60.0
 """Seconds within which the messages of one session are bounded."""
 MAX_POSTED_BYTES: Final = 64 * 1024**2
 """Bytes that the clients of one session may post within that time, because a recipient may not read them."""
-LEAST_BYTES: Final = 2048
-"""Bytes that a message counts for at least."""
 POSTED_AT_ONCE: Final = 250
 """Most messages that are posted in one call."""
 POST_INTERVAL: Final = 0.015
@@ -58,76 +62,14 @@ RETRY_INTERVAL: Final = 0.25
 
 NOT_STORED: Final = "not stored"
 """Reason to drop a message: the store does not take it."""
+TOO_MANY: Final = "too many waiting"
+"""Reason to drop a message: too many wait, here or in the mailbox."""
+LATE: Final = "not posted in time"
+"""Reason to drop a message: it has waited for too long for the store."""
 STOPPED: Final = "not posted"
 """Reason to drop a message: the instance stops, and the store is away."""
 AWAY: Final = "away"
 """Reason to drop a message that can be done without: the store is away."""
-
-
-class Outgoing:
-    """One message on its way.
-
-    Args:
-        recipient: Number of the instance that it is for; `None`: all others.
-        key: Key of its session.
-        kind: What it is.
-        body: The message as JSON text.
-    """
-
-    __slots__ = (
-        "_over",
-        "accepted",
-        "body",
-        "failure",
-        "is_over",
-        "key",
-        "kind",
-        "message",
-        "over_or_waiting",
-        "recipient",
-    )
-
-    def __init__(self, recipient: int | None, key: UUID, kind: MessageKind, body: str) -> None:
-        self.recipient = recipient
-        self.key = key
-        self.kind = kind
-        self.body = body
-        self.message: NewMessage | None = None
-        """The message as it was first given to the mailbox, and is given again."""
-        self.accepted = False
-        """Whether its client got 202 before the mailbox has answered."""
-        self.is_over = False
-        """Whether the mailbox has answered."""
-        self.failure: Exception | None = None
-        """Why the mailbox did not take it."""
-        self.over_or_waiting = Latch()
-        """The mailbox has answered, or is away."""
-        self._over: Latch | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes that it takes in memory, about."""
-        return len(self.body)
-
-    @property
-    def weight(self) -> int:
-        """Bytes that it counts for where the messages of one session are bounded."""
-        return max(self.size, LEAST_BYTES)
-
-    def end(self, failure: Exception | None = None) -> None:
-        """Note that the mailbox has answered."""
-        self.is_over = True
-        self.failure = failure
-        self.over_or_waiting.set()
-        if self._over is not None:
-            self._over.set()
-
-    async def wait(self) -> None:
-        """Wait until the mailbox has answered, which is away now."""
-        if not self.is_over:
-            if self._over is None:
-                self._over = Latch()
-            await self._over.wait()
 
 
 class Outbox:
@@ -163,6 +105,8 @@ class Outbox:
         """Bytes of those of each session."""
         # From the clock, so that a number that is drawn again later goes on above.
         self._sequence = time.time_ns() // 1000
+        self.on_unheard: Callable[[UUID], None] = lambda _: None
+        """Called where what is said for the stream of a session was hinted at to no instance."""
         self._lock = anyio.Lock()
         self._pace = Pace(POST_INTERVAL)
         self._wake = anyio.Event()
@@ -178,7 +122,41 @@ class Outbox:
         self._window_ends = 0.0
         self._reported: set[int] = set()
         """Numbers of instances that are gone, of which the log says so."""
-        self._of = {kind: telemetry.of(log.namespace, kind=kind.value) for kind in MessageKind}
+        self._hinted: set[UUID] = set()
+        """Sessions of which a hint waits that was not given to the mailbox yet."""
+        kinds = (*MessageKind, *StreamMessageKind)
+        self._of = {kind: telemetry.of(log.namespace, kind=kind.value) for kind in kinds}
+
+    @property
+    def is_away(self) -> bool:
+        """Whether messages wait for the store."""
+        return self._is_away
+
+    def hint(self, key: UUID) -> None:
+        """Post a hint to the instance that has the stream of a session, unless one waits already."""
+        if key not in self._hinted and self.put(Outgoing(HOLDER, key, MessageKind.STREAM, "")):
+            self._hinted.add(key)
+
+    def put(self, outgoing: Outgoing) -> bool:
+        """Post a message for which nothing waits, unless too many wait; return whether it is accepted."""
+        try:
+            if self._is_closed:
+                raise ShuttingDown
+            self._count(outgoing)
+            self._accept_unposted(outgoing)
+        except SessionStoreError:
+            self._log.dropped(outgoing.kind, STOPPED if self._is_closed else TOO_MANY)
+            return False
+        self._waiting[outgoing] = None
+        self._wake.set()
+        return True
+
+    def withdraw(self, outgoing: Outgoing) -> bool:
+        """Take back a message; return whether the mailbox was never given it."""
+        if outgoing.message is not None or outgoing not in self._waiting:
+            return False
+        self._over(outgoing)
+        return True
 
     async def accept(self, outgoing: Outgoing, waits: RequestWait, *, resident: bool) -> None:
         """Post a message; return when it is accepted.
@@ -286,7 +264,7 @@ class Outbox:
                 if not (batch := self._batch(at_once)):
                     break
                 try:
-                    gone = await self._mailbox.post([message for _, message in batch])
+                    lost = await self._give(batch)
                 except Exception as error:
                     is_passing = isinstance(error, SessionStoreError) and not isinstance(error, InvalidValue)
                     if is_passing and not self._is_refused(batch):
@@ -299,43 +277,64 @@ class Outbox:
                     outgoing = batch[0][0]
                     report_failure("outbox", error, key=outgoing.key, namespace=self._log.namespace)
                     self._log.dropped(outgoing.kind, NOT_STORED)
-                    self._over(outgoing, error)
+                    self._over(outgoing, error, is_lost=True)
                 else:
-                    for outgoing, message in batch:
-                        if message.recipient is not None and message.recipient in gone:
-                            self._log.dropped(outgoing.kind, GONE)
-                            self._report_gone(message.recipient, outgoing.key)
-                        else:
+                    for outgoing, _ in batch:
+                        if outgoing not in lost:
                             telemetry.sent_messages.add(1, self._of[outgoing.kind])
-                        self._over(outgoing)
+                        self._over(outgoing, is_lost=outgoing in lost)
             self._is_away = False
 
-    def _batch(self, at_once: int) -> list[tuple[Outgoing, NewMessage]]:
+    async def _give(self, batch: list[_Given]) -> set[Outgoing]:
+        """Give messages to the mailbox, all of one sort; return those that reach no instance."""
+        if said := [message for _, message in batch if isinstance(message, NewStreamMessage)]:
+            answer = await self._mailbox.say(said)
+            for key in answer.unheard:
+                self.on_unheard(key)
+            lost = {outgoing for outgoing, message in batch if message.sequence in answer.dropped}
+            for outgoing in lost:
+                self._log.dropped(outgoing.kind, TOO_MANY)
+            return lost
+        gone = await self._mailbox.post([message for _, message in batch if isinstance(message, NewMessage)])
+        lost = {outgoing for outgoing, _ in batch if outgoing.recipient is not None and outgoing.recipient in gone}
+        for outgoing in lost:
+            self._log.dropped(outgoing.kind, GONE)
+            if outgoing.kind in (MessageKind.ANSWER, MessageKind.PROGRESS) and outgoing.recipient is not None:
+                self._report_gone(outgoing.recipient, outgoing.key)
+        return lost
+
+    def _batch(self, at_once: int) -> list[_Given]:
         """Return the next messages, all of one sender; they stay where they are until the mailbox has answered."""
-        batch: list[tuple[Outgoing, NewMessage]] = []
+        batch: list[_Given] = []
+        late = []
         size = 0
         for outgoing in self._waiting:
+            if outgoing.is_late:
+                late.append(outgoing)
+                continue
             message = outgoing.message = outgoing.message or self._new(outgoing)
             size += outgoing.size
-            if batch and (size > BYTES_AT_ONCE or message.sender != batch[0][1].sender):
+            if batch and (
+                size > BYTES_AT_ONCE
+                or message.sender != batch[0][1].sender
+                or isinstance(message, NewStreamMessage) != isinstance(batch[0][1], NewStreamMessage)
+            ):
                 break
             batch.append((outgoing, message))
             if len(batch) == at_once or outgoing is self._failed:
                 break
+        for outgoing in late:
+            self._log.dropped(outgoing.kind, LATE)
+            self._over(outgoing, is_lost=True)
         return batch
 
-    def _new(self, outgoing: Outgoing) -> NewMessage:
+    def _new(self, outgoing: Outgoing) -> NewMessage | NewStreamMessage:
         self._sequence += 1
-        return NewMessage(
-            recipient=outgoing.recipient,
-            sender=self._question_ids.number,
-            sequence=self._sequence,
-            key=outgoing.key,
-            kind=outgoing.kind,
-            body=outgoing.body,
-        )
+        if outgoing.kind is MessageKind.STREAM:
+            self._hinted.discard(outgoing.key)
+        return outgoing.made(self._question_ids.number, self._sequence)
 
-    def _over(self, outgoing: Outgoing, failure: Exception | None = None) -> None:
+    def _over(self, outgoing: Outgoing, failure: Exception | None = None, *, is_lost: bool = False) -> None:
         if outgoing.accepted:
             self._accepted -= 1
             self._accepted_bytes -= outgoing.size
@@ -344,8 +343,10 @@ class Outbox:
                 del self._accepted_of[outgoing.key]
         outgoing.end(failure)
         self._waiting.pop(outgoing, None)
+        if outgoing.on_over is not None:
+            outgoing.on_over(not is_lost)
 
-    def _is_refused(self, batch: list[tuple[Outgoing, NewMessage]]) -> bool:
+    def _is_refused(self, batch: list[_Given]) -> bool:
         """Note that a post has failed; return whether it is for the sake of its only message, which is too large."""
         first = batch[0][0]
         if self._failed is not first:

@@ -9,12 +9,16 @@ import anyio
 from starlette.requests import Request
 
 from mcp_session_store.adapter import responses
-from mcp_session_store.adapter.background import run_again
+from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.clock import now
 from mcp_session_store.adapter.relay.delivery import NO_COPY, Delivery
 from mcp_session_store.adapter.relay.inbox import Inbox
 from mcp_session_store.adapter.relay.messages import ADDRESSED, accepted, accepts, named_notifications, relayed
-from mcp_session_store.adapter.relay.outbox import Outbox, Outgoing
+from mcp_session_store.adapter.relay.outbox import Outbox
+from mcp_session_store.adapter.relay.outgoing import Outgoing
+from mcp_session_store.adapter.relay.queued import QueuedStreams
+from mcp_session_store.adapter.relay.stream_messages import LOOK_INTERVAL, StreamMessages
+from mcp_session_store.adapter.relay.streams import STREAM_KINDS, ClientStreams
 from mcp_session_store.adapter.requests import ClientGone
 from mcp_session_store.errors import SessionStoreError
 from mcp_session_store.mailbox import MessageKind
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.outage import Gate, RequestWait
     from mcp_session_store.adapter.readiness import Readiness
     from mcp_session_store.adapter.relay.messages import ClientMessage
+    from mcp_session_store.adapter.relay.streams import StreamSource
     from mcp_session_store.adapter.requests import Incoming
     from mcp_session_store.adapter.sdk import ManagerTasks
     from mcp_session_store.adapter.sessions.activity import ActivityReporter
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.refreshing import Refresher
     from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.mailbox import Message
 
 __all__ = ["Relay", "named_notifications"]
 
@@ -64,6 +70,8 @@ class Relay:
         json_response: Whether calls are answered by JSON instead of streams.
         max_body: Highest number of bytes of a body.
         named: Methods of notifications that concern all copies of a session.
+        events: Where the streams have their messages from the event log; `None` without one.
+        has_event_store: Whether the SDK's transports have an event store of the user's.
     """
 
     def __init__(
@@ -81,6 +89,8 @@ class Relay:
         json_response: bool,
         max_body: int,
         named: frozenset[str],
+        events: StreamSource | None,
+        has_event_store: bool,
     ) -> None:
         self._question_ids = instances.question_ids
         self._registry = registry
@@ -93,11 +103,29 @@ class Relay:
         """Methods of the notifications that are relayed."""
         self.outbox: Final = Outbox(instances, gate, registry.log)
         self._delivery = Delivery(registry, writer, refresher, tasks)
-        self.inbox: Final = Inbox(instances, registry, self._delivery.add)
+        self.inbox: Final = Inbox(instances, registry, self._arrived)
+        self.outlets: QueuedStreams | None = None
+        """Ways of copies to the clients' streams on other instances; `None` where the event log is one."""
+        stores_events = has_event_store or events is not None
+        if events is None:
+            messages = StreamMessages(instances, self.outbox, tasks, registry.log)
+            self.outlets = QueuedStreams(messages, stores=has_event_store)
+            events = self.outlets
+        self.streams: Final = ClientStreams(registry, activity, self.outbox, events, tasks, instances.question_ids)
+        self.attach: Final = self.streams.attach if stores_events else None
+        """Connects a copy with its client's stream elsewhere, where handlers can close it: the SDK lets them do so only
+        where events are stored."""
+        instances.on_renumbered = instances.on_back = self.streams.claim_again
         instances.on_hint = self.inbox.wake.set
         instances.before_beat = self.inbox.read_before_beat
         instances.question_ids.on_asked = self.inbox.asked
         writer.announce = self._announce
+
+    def _arrived(self, message: Message) -> None:
+        if message.kind in STREAM_KINDS:
+            self.streams.arrived(message)
+        else:
+            self._delivery.add(message)
 
     @property
     def waiting(self) -> int:
@@ -212,3 +240,6 @@ class Relay:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(again, "outbox", self.outbox.run)
             tasks.start_soon(again, "inbox", self.inbox.run)
+            if self.outlets is not None:
+                look = partial(run_every, max_backoff=MAX_BACKOFF, readiness=readiness)
+                tasks.start_soon(look, "stream messages", LOOK_INTERVAL, self.outlets.messages.look)

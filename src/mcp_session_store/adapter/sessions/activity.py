@@ -6,17 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from mcp_session_store.activity import Activity
+from mcp_session_store.activity import Activity, StreamClaim
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import Wake
 from mcp_session_store.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from uuid import UUID
 
+    from mcp_session_store.activity import StreamHolder
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.adapter.streams.hold import Hold
     from mcp_session_store.records import SessionRecord
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.store import SessionStore
@@ -61,6 +63,34 @@ class _Unreported:
     """Number of restores that is claimed with the activity; 0: none."""
     used: bool = True
     """Whether it is a use of the session."""
+    hold: Hold | None = None
+    """Hold of the session's stream that is claimed with the activity."""
+
+    @property
+    def is_urgent(self) -> bool:
+        return self.restores > 0 or self.hold is not None
+
+    def activity(self, key: UUID, now: float, instance: str, number: int) -> Activity:
+        """Return it as it is reported.
+
+        Args:
+            key: Key of the session.
+            now: The present moment.
+            instance: Id of this instance.
+            number: Number of this instance.
+        """
+        stream = None
+        if self.hold is not None:
+            stream = StreamClaim(number=number, age=now - self.hold.opened_at, term=self.hold.term)
+        return Activity(
+            key=key,
+            first_age=now - self.first,
+            last_age=now - self.last,
+            claimed_by=instance if self.restores else None,
+            restores=self.restores,
+            used=self.used,
+            stream=stream,
+        )
 
 
 class ActivityReporter:
@@ -99,6 +129,10 @@ class ActivityReporter:
         self.failing = False
         """Whether the store did not take the last report."""
         self.wake: Final = Wake(gathering=GATHERING)
+        self.number: Callable[[], int] = lambda: 0
+        """Returns the number of this instance, under which streams are claimed."""
+        self.on_holder: Callable[[Hold, StreamHolder, int], None] = lambda *_: None
+        """Called with each hold of a stream that was claimed, the stream's holder, and the number of the claim."""
 
     def note(self, session: ResidentSession) -> None:
         """Note that a session is in use now, unless nothing has been asked of it yet that is a use."""
@@ -153,6 +187,12 @@ class ActivityReporter:
         if unreported is not claimed:
             _merge({key: claimed}, into=self._unreported)
         self._report_soon(key)
+
+    def claim_stream(self, session: ResidentSession, hold: Hold) -> None:
+        """Note that the stream of a session was opened here, which the next report claims."""
+        now = clock.now()
+        _merge({hold.key: _Unreported(now, now, used=session.lifetime.used, hold=hold)}, into=self._unreported)
+        self._report_soon(hold.key)
 
     def claimed(self, key: UUID) -> int:
         """Return the number of restores of a session that is claimed, but perhaps not stored yet; 0: none."""
@@ -237,25 +277,16 @@ class ActivityReporter:
                 _merge(others, into=reported)
         if not reported:
             return ()
+        number = self.number()
         self._under_way.append(reported)
         try:
             touched = await self._store.touch(
-                [
-                    Activity(
-                        key=key,
-                        first_age=now - one.first,
-                        last_age=now - one.last,
-                        claimed_by=self.instance if one.restores else None,
-                        restores=one.restores,
-                        used=one.used,
-                    )
-                    for key, one in reported.items()
-                ]
+                [one.activity(key, now, self.instance, number) for key, one in reported.items()]
             )
         except BaseException:
             self.failing = True
             _merge(reported, into=self._unreported)
-            self._urgent.update(key for key, one in reported.items() if one.restores)
+            self._urgent.update(key for key, one in reported.items() if one.is_urgent)
             raise
         finally:
             self._under_way = [others for others in self._under_way if others is not reported]
@@ -263,6 +294,9 @@ class ActivityReporter:
         for key in reported.keys() - touched.not_live:
             if (session := self._registry.with_key(key)) is not None and reported[key].used:
                 session.lifetime.reported(reported[key].last, self._store.retention)
+        for key, holder in touched.streams.items():
+            if (hold := reported[key].hold) is not None:
+                self.on_holder(hold, holder, number)
         return touched.not_live
 
     def _is_due(self, key: UUID, now: float) -> bool:
@@ -280,4 +314,9 @@ def _merge(some: dict[UUID, _Unreported], *, into: dict[UUID, _Unreported]) -> N
             max(one.last, other.last),
             max(one.restores, other.restores),
             used=one.used or other.used,
+            hold=other.hold if one.hold is None or one is other else _later(one.hold, other.hold),
         )
+
+
+def _later(hold: Hold, other: Hold | None) -> Hold:
+    return hold if other is None or hold.opened_at >= other.opened_at else other

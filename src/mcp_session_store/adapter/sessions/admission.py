@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http import StreamableHTTPServerTransport
 
     from mcp_session_store.adapter.question_ids import QuestionIds
+    from mcp_session_store.adapter.sessions.outlets import StreamRelay
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.server_loop import ServeLoop
     from mcp_session_store.adapter.streams.recorder import EventRecorder
@@ -36,6 +37,7 @@ class Admission:
         question_ids: Makes the ids of what the copies ask their clients.
         recorder: Stores the events of streams; `None`: no stream can be resumed.
         retry_interval: Milliseconds after which clients are to come back for a stream, as for the SDK's transport.
+        relay: Connects copies with the clients' streams on other instances; `None`: nothing does.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Admission:
         recorder: EventRecorder | None,
         *,
         retry_interval: int | None,
+        relay: StreamRelay | None,
     ) -> None:
         self._registry = registry
         self._make_transport = make_transport
@@ -54,6 +57,8 @@ class Admission:
         self._question_ids = question_ids
         self._recorder = recorder
         self._retry_interval = retry_interval
+        self._outlets = None if relay is None else relay.outlets
+        self._attach = None if relay is None else relay.attach
 
     def admit(
         self, session_id: str, owner: AuthorizationContext | None, *, opens: bool | None = None
@@ -80,6 +85,9 @@ class Admission:
         transport = self._make_transport(session_id, events)
         loop = ServerLoop(session_id, transport, self._question_ids, self._registry.log.dropped)
         session = ResidentSession(session_id, owner, transport, self._registry.usage_changed, events, loop)
+        session.outlets = self._outlets
+        if self._attach is not None:
+            self._attach(session)
         if opens is None:
             self._registry.reserve(session)
         else:

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp_types import RequestId
 
+    from mcp_session_store.adapter.sessions.outlets import Outlet, Outlets
     from mcp_session_store.adapter.sessions.server_loop import ServerLoop
     from mcp_session_store.adapter.streams.event_store import SessionEvents
+    from mcp_session_store.adapter.streams.hold import Hold
     from mcp_session_store.records import SessionRecord, SessionRestoreMarker
     from mcp_session_store.retention import RetentionPolicy
 
@@ -60,6 +62,7 @@ class ResidentSession:
         "_answered",
         "_calls",
         "_on_usage",
+        "_outlet",
         "_recording",
         "_set_state",
         "_standalone",
@@ -71,6 +74,7 @@ class ResidentSession:
         "looked_at",
         "loop",
         "marker",
+        "outlets",
         "owner",
         "pins",
         "placed",
@@ -99,6 +103,7 @@ class ResidentSession:
             events.on_recorded = self._rest
         self.loop = loop
         loop.on_asked_outside = self._asked_outside
+        loop.find_outlet = self.find_outlet
         self.lifetime = Lifetime()
         self.record: SessionRecord | None = None
         """The record as this copy has it: when it was opened or restored here, and with what was changed since then;
@@ -127,6 +132,9 @@ class ResidentSession:
         self._recording: anyio.Lock | None = None
         self._set_state: SetState | None = None
         self._standalone: StandaloneStream | None = None
+        self.outlets: Outlets | None = None
+        """Makes the way to the client's stream on other instances; `None` where there is none, or the log is one."""
+        self._outlet: Outlet | None = None
         self._calls: set[RequestId] = set()
         """Ids of the calls among the messages in flight."""
         self._answered: Latch | None = None
@@ -151,7 +159,23 @@ class ResidentSession:
         """The client's GET stream."""
         if self._standalone is None:
             self._standalone = StandaloneStream(streams_of(self.transport))
+            if (outlet := self.find_outlet()) is not None:
+                self._standalone.on_opened = outlet.opened
+                self._standalone.on_received = outlet.received
+                self._standalone.on_closed = outlet.closed
         return self._standalone
+
+    def find_outlet(self) -> Outlet | None:
+        """Return the way of what is said outside of calls to the client's GET stream, wherever that is open."""
+        # Made on demand, because most copies say nothing outside of calls.
+        if self._outlet is None and self.outlets is not None:
+            self._outlet = self.outlets.make(self)
+        return self._outlet
+
+    @property
+    def hold(self) -> Hold | None:
+        """This instance's last hold of the client's GET stream, where other instances may have it."""
+        return None if self._standalone is None else self._standalone.hold
 
     @property
     def serving(self) -> bool:

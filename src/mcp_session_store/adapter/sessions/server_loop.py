@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.replay.replay import Replay
     from mcp_session_store.adapter.sdk import MessageReadStream, MessageWriteStream
     from mcp_session_store.adapter.sessions.handshake import Handshake
+    from mcp_session_store.adapter.sessions.outlets import Outlet
 
     ServeLoop: TypeAlias = Callable[[MessageReadStream, MessageWriteStream, str, Replay | None], Awaitable[None]]
     """The SDK's server loop over a pair of streams, for the session of this id, after this replay."""
@@ -66,6 +67,7 @@ class ServerLoop:
         "_scope",
         "asked",
         "asked_outside",
+        "find_outlet",
         "handshake",
         "held",
         "lull",
@@ -117,6 +119,8 @@ class ServerLoop:
         """The server task has ended, clean-up included."""
         self.standalone_stream_open = Latch()
         """The client has opened its GET stream."""
+        self.find_outlet: Callable[[], Outlet | None] = lambda: None
+        """Returns what takes messages outside of calls, for the client's stream on any instance, if anything does."""
         self.writer: MessageWriteStream | None = None
         """The stream that goes to the client, once the transport is connected."""
         self._scope = anyio.CancelScope()
@@ -338,19 +342,26 @@ class _Outbound:
             return
         if type(message) is JSONRPCRequest:
             item, question = loop.asks(item, message)
+            outlet = loop.find_outlet() if question.call is None else None
             if loop.replay is not None:
                 loop.replay.asked()
-                with anyio.move_on_after(STANDALONE_STREAM_WAIT):
-                    await loop.standalone_stream_open.wait()
+                if outlet is None:
+                    with anyio.move_on_after(STANDALONE_STREAM_WAIT):
+                        await loop.standalone_stream_open.wait()
+            if outlet is not None and await outlet.takes(item):
+                return
             if not sdk.reaches_client(loop.transport, question.call):
                 # The SDK would drop it, and its handler would wait for ever.
                 loop.forget(message.id)
                 raise NoBackChannelError(message.method)
-        elif type(message) is JSONRPCNotification and message.method == "notifications/cancelled":
-            withdrawal = loop.withdraws(item, message)
-            if withdrawal is None:
+        elif type(message) is JSONRPCNotification:
+            if message.method == "notifications/cancelled":
+                withdrawal = loop.withdraws(item, message)
+                if withdrawal is None:
+                    return
+                item = withdrawal
+            if _is_outside(item) and (outlet := loop.find_outlet()) is not None and await outlet.takes(item):
                 return
-            item = withdrawal
         if loop.handshake is not None:
             self._settle(loop.handshake, message)
         await self._inner.send(item)
@@ -373,3 +384,9 @@ class _Outbound:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _is_outside(item: SessionMessage) -> bool:
+    """Return whether a message of the server's belongs to no call."""
+    metadata = item.metadata
+    return not isinstance(metadata, ServerMessageMetadata) or metadata.related_request_id is None

@@ -19,14 +19,16 @@ from starlette.requests import Request
 from mcp_session_store.adapter import clock, responses
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from anyio.streams.memory import MemoryObjectReceiveStream
     from mcp.server.transport_security import TransportSecurityMiddleware
+    from mcp_types import JSONRPCMessage
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
     from mcp_session_store.adapter.sdk import TransportStream, TransportStreams
+    from mcp_session_store.adapter.streams.hold import Hold
 
 __all__ = ["StandaloneStream", "event_stream", "stream_refusal"]
 
@@ -34,6 +36,9 @@ TAKEN_AT_MOST: Final = 5
 """Number of times that a stream is taken over within `TAKEN_WITHIN`."""
 TAKEN_WITHIN: Final = 10.0
 """Seconds in which clients that take a stream from one another again and again are noticed."""
+
+RESUMED_INTERVAL: Final = 0.05
+"""Seconds between two looks whether the transport has resumed the stream."""
 
 
 class StandaloneStream:
@@ -48,33 +53,68 @@ class StandaloneStream:
         streams: Streams of the SDK's transport.
     """
 
-    __slots__ = ("_opened", "_streams", "_taken")
+    __slots__ = ("_opened", "_streams", "hold", "on_closed", "on_opened", "on_received", "taken")
 
     def __init__(self, streams: TransportStreams) -> None:
         self._streams = streams
         self._opened: TransportStream | None = None
         """The stream that was opened last here."""
-        self._taken: deque[float] = deque(maxlen=TAKEN_AT_MOST)
-        """When it was taken over the last times, by `clock`."""
+        self.taken: deque[float] = deque(maxlen=TAKEN_AT_MOST)
+        """When it was taken over the last times, by `clock`, as far as this instance knows."""
+        self.hold: Hold | None = None
+        """This instance's last hold of the stream, where other instances may have it."""
+        self.on_opened: Callable[[], None] | None = None
+        """Called when a response opens the stream that no other one here has."""
+        self.on_received: Callable[[JSONRPCMessage], bool] | None = None
+        """Called with each message that a response takes; returns whether the response is to send it."""
+        self.on_closed: Callable[[], None] | None = None
+        """Called when the response has ended, and no other one here has taken the stream over."""
 
     @property
     def is_open(self) -> bool:
         """Whether a connection has it for which the transport's messages wait."""
         return GET_STREAM_KEY in self._streams
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the connection does not take what waits for it."""
+        stream = self._streams.get(GET_STREAM_KEY)
+        return stream is not None and stream[0].statistics().current_buffer_used >= REQUEST_STREAM_BUFFER_SIZE // 2
+
+    def close(self) -> None:
+        """End the open response, with what it has taken."""
+        if (opened := self._streams.pop(GET_STREAM_KEY, None)) is not None:
+            self._left(opened)
+            opened[0].close()
+
     def may_be_taken(self) -> bool:
         """Note that an open stream is about to be taken over; return whether it may be.
 
         Two clients of one session that reconnect would take it from each other for ever.
         """
-        now = clock.now()
-        if len(self._taken) == TAKEN_AT_MOST and now - self._taken[0] < TAKEN_WITHIN:
+        if self._is_fought_for:
             return False
-        self._taken.append(now)
+        self.taken.append(clock.now())
         return True
 
+    @property
+    def _is_fought_for(self) -> bool:
+        return len(self.taken) == TAKEN_AT_MOST and clock.now() - self.taken[0] < TAKEN_WITHIN
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether clients take the stream from each other again and again, and another instance had it last."""
+        return self.hold is not None and self.hold.is_lost and self._is_fought_for
+
     async def serve(
-        self, session_id: str, security: TransportSecurityMiddleware, scope: Scope, receive: Receive, send: Send
+        self,
+        session_id: str,
+        security: TransportSecurityMiddleware,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        hold: Callable[[], Hold] | None = None,
     ) -> None:
         """Serve a GET that opens the stream, as the SDK's transport does.
 
@@ -84,6 +124,7 @@ class StandaloneStream:
             scope: ASGI scope of the request.
             receive: ASGI receive of the request.
             send: ASGI send of the request.
+            hold: Notes that the stream is opened here; `None` where no other instance may have it.
         """
         response = await stream_refusal(Request(scope, receive), security)
         if response is None and self.is_open and not (self._is_ours and self.may_be_taken()):
@@ -92,15 +133,64 @@ class StandaloneStream:
             await response(scope, receive, send)
             return
         opened = self._open()
+        held = None if hold is None else hold()
         try:
-            await event_stream(_messages(opened[1]), session_id)(scope, receive, send)
+            await event_stream(self._messages(opened[1]), session_id)(scope, receive, send)
         finally:
+            if held is not None:
+                held.is_open = False
             if self._streams.get(GET_STREAM_KEY) is opened:
                 del self._streams[GET_STREAM_KEY]
-                # Or a transport that waits for room would close the next stream.
-                _drain(opened[1])
+            if self._opened is opened:
+                self._left(opened)
             for end in opened:
                 end.close()
+
+    async def serve_resumed(self, serve: Callable[[], Awaitable[None]], hold: Callable[[], Hold] | None) -> None:
+        """Have the transport resume a stream from an event store of the user's, which may be this one.
+
+        Args:
+            serve: Has the transport serve the request.
+            hold: See `serve`.
+        """
+        if hold is None or self.is_open:
+            await serve()
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._hold_resumed, hold)
+            await serve()
+            tasks.cancel_scope.cancel()
+
+    async def _hold_resumed(self, hold: Callable[[], Hold]) -> None:
+        # Which stream it is only the store knows, and the transport says nothing of it.
+        while not self.is_open:  # noqa: ASYNC110 - it has no event for it
+            await anyio.sleep(RESUMED_INTERVAL)
+        if self.on_opened is not None:
+            self.on_opened()
+        held = hold()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            held.is_open = False
+            if self.on_closed is not None:
+                self.on_closed()
+
+    def _left(self, opened: TransportStream) -> None:
+        """Note that no response has the stream any more."""
+        # Or a transport that waits for room would close the next stream.
+        _drain(opened[1])
+        if self._opened is opened:
+            self._opened = None
+            if self.on_closed is not None:
+                self.on_closed()
+
+    async def _messages(self, opened: MemoryObjectReceiveStream[EventMessage]) -> AsyncIterator[dict[str, Any] | bytes]:
+        with contextlib.suppress(anyio.ClosedResourceError):  # closed by the server between two messages
+            async for message in opened:
+                if self.on_received is not None and not self.on_received(message.message):
+                    continue
+                event = {"event": "message", "data": message.message.model_dump_json(by_alias=True, exclude_unset=True)}
+                yield {**event, "id": message.event_id} if message.event_id else event
 
     @property
     def _is_ours(self) -> bool:
@@ -111,7 +201,8 @@ class StandaloneStream:
     def _open(self) -> TransportStream:
         """Return a stream in the place of the open one, which ends, with all that waits there."""
         waiting: list[EventMessage] = []
-        if self.is_open:
+        is_new = not self.is_open
+        if not is_new:
             sending, receiving = self._streams[GET_STREAM_KEY]
             waiting = _drain(receiving)
             sending.close()
@@ -121,6 +212,8 @@ class StandaloneStream:
         for message in waiting:
             opened[0].send_nowait(message)
         self._streams[GET_STREAM_KEY] = opened
+        if is_new and self.on_opened is not None:
+            self.on_opened()
         return opened
 
 
@@ -141,14 +234,7 @@ def event_stream(messages: AsyncIterator[dict[str, Any] | bytes], session_id: st
 def _drain(stream: MemoryObjectReceiveStream[EventMessage]) -> list[EventMessage]:
     """Take what waits on a stream, that for which the transport waits to have room included."""
     waiting = []
-    with contextlib.suppress(anyio.WouldBlock):
+    with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream, anyio.ClosedResourceError):
         while True:
             waiting.append(stream.receive_nowait())
     return waiting
-
-
-async def _messages(opened: MemoryObjectReceiveStream[EventMessage]) -> AsyncIterator[dict[str, Any] | bytes]:
-    with contextlib.suppress(anyio.ClosedResourceError):  # closed by the server between two messages
-        async for message in opened:
-            event = {"event": "message", "data": message.message.model_dump_json(by_alias=True, exclude_unset=True)}
-            yield {**event, "id": message.event_id} if message.event_id else event

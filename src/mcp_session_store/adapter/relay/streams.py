@@ -1,0 +1,226 @@
+"""The clients' streams of this instance, and what it and other instances tell one another of them."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from mcp_session_store.adapter import clock, sdk
+from mcp_session_store.adapter.relay.outgoing import Outgoing
+from mcp_session_store.adapter.streams.hold import Hold
+from mcp_session_store.mailbox import HOLDER, MessageKind
+from mcp_session_store.records import session_key
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from mcp_session_store.activity import StreamHolder
+    from mcp_session_store.adapter.question_ids import QuestionIds
+    from mcp_session_store.adapter.relay.outbox import Outbox
+    from mcp_session_store.adapter.sdk import ManagerTasks
+    from mcp_session_store.adapter.sessions.activity import ActivityReporter
+    from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.sessions.resident import ResidentSession
+    from mcp_session_store.mailbox import Message
+
+__all__ = ["STREAM_KINDS", "ClientStreams", "StreamSource"]
+
+STREAM_KINDS: Final = frozenset(
+    {MessageKind.STREAM, MessageKind.STREAM_TAKEN, MessageKind.STREAM_SENT, MessageKind.CLOSE_STREAM}
+)
+"""What instances tell one another of streams."""
+
+
+class StreamSource(Protocol):
+    """Where the clients' streams have their messages from: the event log, or the mailbox."""
+
+    def hinted(self, session: ResidentSession) -> None:
+        """Send what is new for a stream that is open here."""
+
+    def entered(self, session: ResidentSession, *, waiting: bool) -> None:
+        """Go on with a stream that is open here, now that the store has entered this instance as its holder.
+
+        Args:
+            session: The session.
+            waiting: Whether messages wait in the mailbox for the stream.
+        """
+
+    def handed_over(self, session: ResidentSession) -> None:
+        """Go on with a stream that is open here, now that its former holder has closed its response."""
+
+    async def hand_over(self, key: UUID, session: ResidentSession | None) -> int | None:
+        """Close the response of a stream, if it is open, because another instance has it; leave that what is not sent.
+
+        It is closed before this waits for anything. Raises nothing.
+
+        Args:
+            key: Key of the session.
+            session: The session, where it is in memory.
+
+        Returns:
+            The sequence up to which the events of the log were given to the connection, where that is known.
+        """
+
+
+class ClientStreams:
+    """The clients' GET streams that are open here.
+
+    Of the streams of a session the one is served that was opened last, on any instance. Who has it, the store knows:
+    each opening claims the stream with the next report of activity, which answers from which instance it was taken.
+    That one is told, hands its stream over, and says how far it got.
+
+    Args:
+        registry: Registry of the sessions in memory.
+        activity: Reports the claims.
+        outbox: Posts messages to other instances.
+        source: Where the streams have their messages from.
+        tasks: Task group in which streams are handed over.
+        question_ids: Has the number of this instance.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        activity: ActivityReporter,
+        outbox: Outbox,
+        source: StreamSource,
+        tasks: ManagerTasks,
+        question_ids: QuestionIds,
+    ) -> None:
+        self._registry = registry
+        self._activity = activity
+        self._outbox = outbox
+        self._source = source
+        self._tasks = tasks
+        activity.on_holder = self._answered
+        activity.number = lambda: question_ids.number
+
+    def attach(self, session: ResidentSession) -> None:
+        """Have the stream of a copy be closed, too, where the application closes it and it is open elsewhere."""
+        sdk.on_close_standalone(session.transport, partial(self.close_elsewhere, session))
+
+    def opened(self, session: ResidentSession) -> Hold:
+        """Note that a GET opens the stream of a session here, and claim it."""
+        assert session.record is not None
+        standalone = session.standalone
+        before = standalone.hold
+        if before is not None:
+            before.is_open = False
+        hold = standalone.hold = Hold(session.record.key, clock.now(), before)
+        self._activity.claim_stream(session, hold)
+        return hold
+
+    def claim_again(self) -> None:
+        """Claim all open streams, because this instance has another number, or may have missed hints."""
+        for session in self._registry:
+            if (hold := session.hold) is not None and hold.is_open:
+                self._activity.claim_stream(session, hold)
+
+    def hint(self, key: UUID) -> None:
+        """Have the holder of a session's stream look for what is new, if it is another instance."""
+        self._outbox.hint(key)
+
+    def close_elsewhere(self, session: ResidentSession) -> None:
+        """Have the holder of a session's stream close it, if it is another instance."""
+        if session.hold is not None and session.hold.is_open and not session.hold.is_lost:
+            return
+        key = session_key(session.session_id)
+        self._outbox.put(Outgoing(HOLDER, key, MessageKind.CLOSE_STREAM, ""))
+
+    def arrived(self, message: Message) -> None:
+        """Take what another instance says of a stream."""
+        session = self._registry.with_key(message.key)
+        hold = None if session is None else session.hold
+        if message.kind is MessageKind.STREAM_TAKEN:
+            self._taken(message, session, hold)
+        elif session is None or hold is None or not hold.is_open:
+            return  # it was open here before
+        elif message.kind is MessageKind.STREAM:
+            self._source.hinted(session)
+        elif message.kind is MessageKind.CLOSE_STREAM:
+            session.transport.close_standalone_sse_stream()
+        else:
+            self._sent(message, session, hold)
+
+    def _answered(self, hold: Hold, holder: StreamHolder, number: int) -> None:
+        """Take the store's answer to a claim that was made under a number of this instance."""
+        session = self._registry.with_key(hold.key)
+        if session is None or session.hold is not hold:
+            return
+        is_first = not hold.claimed.is_set()
+        if is_first:
+            hold.claimed_at = clock.now()
+        if holder.number != number:
+            hold.is_lost = True
+            self._tasks.start_soon(self._source.hand_over, hold.key, session)
+            hold.handed_over.set()
+            hold.claimed.set()
+            return
+        hold.term = holder.term
+        if is_first and holder.term != hold.term_before and holder.former not in (None, number):
+            hold.former = holder.former
+            body = json.dumps({"term": hold.term})
+
+            def posted(arrives: bool) -> None:
+                if not arrives:
+                    hold.handed_over.set()  # that instance has stopped, or died
+
+            self._outbox.put(Outgoing(hold.former, hold.key, MessageKind.STREAM_TAKEN, body, posted))
+        elif is_first:
+            hold.handed_over.set()
+        hold.claimed.set()
+        if hold.is_open:
+            self._source.entered(session, waiting=holder.waiting)
+
+    def _taken(self, message: Message, session: ResidentSession | None, hold: Hold | None) -> None:
+        """Hand a stream over to the instance where it was opened later."""
+        term, taken, hands_over = _read(message.body).get("term", 0), None, False
+        # One that is not claimed yet was opened later still, or learns from its own claim that it was not.
+        if session is None or hold is None or not hold.is_open or 0 < hold.term < term:
+            hands_over = True
+            if session is not None and hold is not None:
+                hold.is_lost = True
+                if hold.is_open:
+                    session.standalone.taken.append(clock.now())
+                taken = [round(clock.now() - moment, 3) for moment in session.standalone.taken]
+        self._tasks.start_soon(self._hand_over, message, term, taken, session, hands_over)
+
+    async def _hand_over(
+        self, message: Message, term: int, taken: list[float] | None, session: ResidentSession | None, hands_over: bool
+    ) -> None:
+        """Hand a stream over, and say how far it got.
+
+        Args:
+            message: Message of the new holder.
+            term: Its term.
+            taken: Seconds since the stream was taken from an open response the last times.
+            session: The session, where it is in memory.
+            hands_over: Whether the new holder's stream was opened later than the one here.
+        """
+        sent = await self._source.hand_over(message.key, session) if hands_over else None
+        body = json.dumps({"term": term, "sent": sent, "taken": taken})
+        self._outbox.put(Outgoing(message.sender, message.key, MessageKind.STREAM_SENT, body))
+
+    def _sent(self, message: Message, session: ResidentSession, hold: Hold) -> None:
+        """Learn how far the former holder of a stream got, and how often the stream was taken over."""
+        body = _read(message.body)
+        if body.get("term") != hold.term or hold.handed_over.is_set():
+            return
+        hold.sent = body.get("sent")
+        if taken := body.get("taken"):
+            standalone = session.standalone
+            now = clock.now()
+            standalone.taken = deque((now - age for age in taken), standalone.taken.maxlen)
+        hold.handed_over.set()
+        self._source.handed_over(session)
+
+
+def _read(body: str) -> dict[str, Any]:
+    """Return what another instance has written, perhaps of another version."""
+    try:
+        read = json.loads(body)
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) else {}

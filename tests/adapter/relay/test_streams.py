@@ -1,0 +1,150 @@
+"""What an instance says outside of calls comes on the client's stream, wherever that is open, without an event log."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import mcp_types as types
+import pytest
+
+from tests.support.asgi import until
+from tests.support.asking import roots
+from tests.support.instances import instance
+from tests.support.streams import one_more_turn
+from tests.support.talking import Talking, hears, told
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.support.asgi import Client, Exchange
+    from tests.support.faulty_stores import FaultyMailbox, FaultyStore
+    from tests.support.instances import Instance
+    from tests.support.talking import Call
+
+pytestmark = pytest.mark.anyio
+
+TEXTS = [str(n) for n in range(40)]
+"""More than any buffer holds, and fewer than may wait."""
+
+
+class Side:
+    """An instance, with a call of the session that runs there, and its client."""
+
+    def __init__(self, instance: Instance, client: Client, call: Call) -> None:
+        self.instance = instance
+        self.client = client
+        self.call = call
+
+    async def get(self) -> Exchange:
+        """Open the client's stream here."""
+        stream = self.client.open_stream()
+        await stream.start()
+        assert stream.status == 200, stream.body
+        return stream
+
+
+@asynccontextmanager
+async def sides(store: FaultyStore, *mailboxes: FaultyMailbox, **options: Any) -> AsyncIterator[list[Side]]:
+    """Instances that have copies of one session, in each of which a call runs."""
+    async with AsyncExitStack() as stack:
+        sides: list[Side] = []
+        for mailbox in mailboxes:
+            talking = Talking()
+            one = await stack.enter_async_context(instance(store, talking.notes, relay=mailbox, **options))
+            client = one.client(sides[0].client.session_id if sides else None)
+            if not sides:
+                await client.begin()
+            sides.append(Side(one, client, (await talking.call(client))[0]))
+        yield sides
+
+
+@pytest.fixture
+async def two(
+    store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox
+) -> AsyncIterator[tuple[Side, Side]]:
+    async with sides(store, mailbox, other_mailbox) as (one, other):
+        yield one, other
+
+
+async def test_what_another_instance_says_comes_on_the_stream_in_order(two: tuple[Side, Side]) -> None:
+    one, other = two
+    stream = await one.get()
+    await one.call.tell("here")
+    await hears(stream, "here")
+    await other.call.tell(*TEXTS)
+    await hears(stream, "here", *TEXTS)
+    await other.call.tell("last")
+    await hears(stream, "here", *TEXTS, "last")
+
+
+async def test_what_is_said_while_no_stream_is_open_comes_on_the_next_one_before_the_rest(
+    two: tuple[Side, Side],
+) -> None:
+    one, other = two
+    await one.call.tell("a", "b")
+    await other.call.tell("c")
+    stream = await one.get()
+    await one.call.tell("d")
+    await until(lambda: len(stream.messages) == 4)
+    assert [text for text in told(stream.messages) if text != "c"] == ["a", "b", "d"]
+    # Nothing waits any more, so that it goes the direct way.
+    await one.call.tell("e")
+    await until(lambda: told(stream.messages)[-1] == "e")
+
+
+async def test_of_streams_on_two_instances_the_later_one_is_served_and_gets_what_the_other_has_not_sent(
+    two: tuple[Side, Side],
+) -> None:
+    one, other = two
+    first = await one.get()
+    await one.call.tell("a")
+    await other.call.tell("b")
+    await hears(first, "a", "b")
+    first.stop_reading()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(one.call.tell, *TEXTS)
+        tasks.start_soon(other.call.tell, *(f"other {text}" for text in TEXTS))
+        await one_more_turn()
+        second = await other.get()
+        await until(lambda: len(second.messages) >= 2 * len(TEXTS) - 2)
+    first.read_on()
+    await first.end()
+    heard = told(first.messages)[2:] + told(second.messages)
+    assert [text for text in heard if not text.startswith("other")] == TEXTS
+    assert [text for text in heard if text.startswith("other")] == [f"other {text}" for text in TEXTS]
+
+
+async def test_what_waits_for_a_client_that_leaves_comes_on_its_next_stream(two: tuple[Side, Side]) -> None:
+    one, other = two
+    first = await one.get()
+    await one.call.tell("a")
+    await hears(first, "a")
+    first.stop_reading()
+    await one.call.tell(*TEXTS[:10])
+    await other.call.tell(*TEXTS[10:20])
+    await one_more_turn()
+    await first.leave()
+    second = await other.get()
+    # The one that the connection had when it broke is lost.
+    await until(lambda: len(second.messages) >= 19)
+    assert set(TEXTS[1:20]) <= set(told(second.messages))
+    assert len(second.messages) == len(set(told(second.messages)))
+
+
+async def test_a_question_outside_of_calls_is_asked_on_the_stream_of_another_instance(two: tuple[Side, Side]) -> None:
+    one, other = two
+    answers: list[types.ListRootsResult] = []
+
+    async def ask(side: Side) -> None:
+        answers.append(await side.call.ctx.session.send_request(types.ListRootsRequest(), types.ListRootsResult))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask, other)
+        await one_more_turn()
+        stream = await one.get()
+        question = await stream.next()
+        assert question["method"] == "roots/list"
+        assert (await one.client.respond(question["id"], roots("x"))).status == 202
+    assert str(answers[0].roots[0].uri) == "file:///x"
