@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from mcp_session_store.sql.dialects.private_names import parameter_names
 
@@ -16,9 +17,10 @@ _T = TypeVar("_T")
 
 
 class Statement:
-    """A statement that runs very often, precompiled for the driver.
+    """A statement that runs very often, compiled for the driver when it first runs.
 
-    The driver runs it itself, because SQLAlchemy's part would take longer than the database's.
+    The driver runs it itself, because SQLAlchemy's part would take longer than the database's. A store has some fifty
+    of them; to compile them all takes longer than the rest of its construction, and a command uses two or three.
 
     Args:
         expression: The statement.
@@ -26,13 +28,27 @@ class Statement:
     """
 
     def __init__(self, expression: sa.Executable, dialect: sa.Dialect) -> None:
-        compilable: Any = expression
-        compiled = compilable.compile(dialect=dialect)
-        self.text: Final = str(compiled)
-        self._names: Final = parameter_names(compiled)
-        self._constants: Final[dict[str, object]] = {
-            name: value for name, value in compiled.params.items() if value is not None
-        }
+        self._expression = expression
+        self._dialect = dialect
+
+    @cached_property
+    def text(self) -> str:
+        """The statement in SQL."""
+        return str(self._compiled)
+
+    @cached_property
+    def _compiled(self) -> sa.Compiled:
+        compilable: Any = self._expression
+        compiled: sa.Compiled = compilable.compile(dialect=self._dialect)
+        return compiled
+
+    @cached_property
+    def _names(self) -> Sequence[str]:
+        return parameter_names(self._compiled)
+
+    @cached_property
+    def _constants(self) -> dict[str, object]:
+        return {name: value for name, value in self._compiled.params.items() if value is not None}
 
     def arguments(self, parameters: dict[str, object]) -> list[object]:
         """Return the driver's positional arguments for named parameters."""

@@ -253,7 +253,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def precompiled(self, statement: sa.Executable) -> Statement:
-        """Compile a statement that runs very often; its values and rows are those of the driver."""
+        """Return a statement that is compiled once, at its first use; its values and rows are those of the driver."""
 
     @abstractmethod
     def driver_key(self, key: UUID) -> object:
