@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -44,16 +45,22 @@ class Import:
         return f"{self.module}, line {self.line}: {self.target}"
 
 
-def _modules() -> dict[str, ast.Module]:
-    modules = {}
+def _paths() -> dict[str, Path]:
+    paths = {}
     for path in sorted(SOURCE.rglob("*.py")):
         relative = path.relative_to(SOURCE).with_suffix("")
         parts = [part for part in relative.parts if part != "__init__"]
-        modules[".".join([PACKAGE, *parts])] = ast.parse(path.read_text(), str(path))
-    return modules
+        paths[".".join([PACKAGE, *parts])] = path
+    return paths
 
 
-MODULES = _modules()
+PATHS = _paths()
+
+
+# Parsed by the tests that look into them, because each process of a test run imports this module.
+@functools.cache
+def _modules() -> dict[str, ast.Module]:
+    return {module: ast.parse(path.read_text(), str(path)) for module, path in PATHS.items()}
 
 
 def _imports_of(module: str, tree: ast.AST) -> Iterator[Import]:
@@ -78,7 +85,9 @@ def _imports_of(module: str, tree: ast.AST) -> Iterator[Import]:
     return walk(tree, True)
 
 
-IMPORTS = [found for module, tree in MODULES.items() for found in _imports_of(module, tree)]
+@functools.cache
+def _imports() -> list[Import]:
+    return [found for module, tree in _modules().items() for found in _imports_of(module, tree)]
 
 
 def test_the_contracts_of_imports_hold() -> None:
@@ -90,7 +99,7 @@ def test_the_contracts_of_imports_hold() -> None:
 
 
 def test_fastmcp_is_never_imported_at_import_time() -> None:
-    wrong = [str(found) for found in IMPORTS if found.target.split(".")[0] == "fastmcp" and found.at_import_time]
+    wrong = [str(found) for found in _imports() if found.target.split(".")[0] == "fastmcp" and found.at_import_time]
     assert wrong == []
 
 
@@ -124,7 +133,7 @@ def test_each_public_name_is_there_when_it_is_asked_for() -> None:
 def test_private_modules_and_names_of_the_sdk_are_imported_in_one_module_only() -> None:
     wrong = [
         str(found)
-        for found in IMPORTS
+        for found in _imports()
         if found.module != SDK_SEAMS
         and found.target.split(".")[0] in _SDK
         and any(part.startswith("_") for part in found.target.split("."))
@@ -148,7 +157,7 @@ def test_private_attributes_of_sdk_objects_are_used_in_one_module_only() -> None
     of_self = _private_names(StreamableHTTPSessionManager)
     assert {"_server_instances", "_session_owners", "_lifespan_state"} <= of_self
     wrong = []
-    for module, tree in MODULES.items():
+    for module, tree in _modules().items():
         # Elsewhere nothing of the SDK is in reach.
         if not module.startswith(tuple(f"{PACKAGE}.{top}" for top in ("adapter", "app", "cli"))) or module == SDK_SEAMS:
             continue
@@ -163,9 +172,9 @@ def test_private_attributes_of_sdk_objects_are_used_in_one_module_only() -> None
     assert wrong == []
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
+@pytest.mark.parametrize("module", sorted(PATHS))
 def test_each_module_says_its_job_in_its_first_line(module: str) -> None:
-    docstring = ast.get_docstring(MODULES[module])
+    docstring = ast.get_docstring(_modules()[module])
     assert docstring, f"{module} has no docstring"
     assert docstring.splitlines()[0].strip()
 
@@ -179,19 +188,17 @@ INTERNALS = "tests/support/internals.py"
 """The one module of the tests that may name private members of the package."""
 
 
+@functools.cache
 def _test_modules() -> dict[str, ast.Module]:
     paths = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob(".ci/**/*.py")])
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text(), str(path)) for path in paths}
-
-
-TEST_MODULES = _test_modules()
 
 
 def test_no_test_module_imports_from_another() -> None:
     """Helpers of several test modules have modules of their own in tests/support."""
     wrong = [
         str(found)
-        for module, tree in TEST_MODULES.items()
+        for module, tree in _test_modules().items()
         for found in _imports_of(module, tree)
         if found.target.startswith(("tests.", "interop_tests."))
         and any(part == "conftest" or part.startswith("test_") for part in found.target.split("."))
@@ -213,10 +220,10 @@ def _defined_in(tree: ast.AST) -> set[str]:
 
 
 def test_tests_name_private_members_of_the_package_in_one_module_only() -> None:
-    private = set().union(*(_defined_in(tree) for tree in MODULES.values()))
+    private = set().union(*(_defined_in(tree) for tree in _modules().values()))
     assert {"_database", "_recorder"} <= private
     wrong = []
-    for module, tree in TEST_MODULES.items():
+    for module, tree in _test_modules().items():
         if module == INTERNALS:
             continue
         of_others = private - _defined_in(tree)

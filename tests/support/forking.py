@@ -40,6 +40,8 @@ _IMPORTED = [
     "uvicorn.main",
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
+    # The last, because it is about all that the others made.
+    "tests.support.frozen",
 ]
 
 
