@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Return one worker more than there are processors, because many tests wait for the processes that they start."""
-    return (os.cpu_count() or 1) + 1
+    """Return two workers more than there are processors, because tests wait half of their time."""
+    return (os.cpu_count() or 1) + 2
 
 
 def pytest_collection_finish() -> None:
