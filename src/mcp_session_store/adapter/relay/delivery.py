@@ -99,7 +99,7 @@ class Delivery:
         lane = self._lanes.get(message.key)
         size = len(message.body)
         if lane is None and not self._registry.concerns(message.key):
-            self._log.dropped(message.kind, NO_COPY)
+            self._no_copy(message.kind)
             return
         if (self._bytes + size > MAX_BYTES and (lane is not None or size > SMALL)) or (
             lane is not None and (len(lane.messages) >= LANE_MESSAGES or lane.bytes + size > LANE_BYTES)
@@ -114,6 +114,11 @@ class Delivery:
         if message.key not in self._lanes:
             self._lanes[message.key] = lane
             self._tasks.start_soon(self._serve, message.key, lane)
+
+    def _no_copy(self, kind: MessageKind) -> None:
+        """Count a message that finds no copy, unless that is as good: the next restore has every change."""
+        if kind is not MessageKind.CHANGE:
+            self._log.dropped(kind, NO_COPY)
 
     @property
     def waiting(self) -> int:
@@ -155,7 +160,7 @@ class Delivery:
             await interest.over.wait()
         session = self._registry.with_key(key)
         if session is None:
-            self._log.dropped(kind, NO_COPY)
+            self._no_copy(kind)
             return
         if isinstance(message, ElsewhereChange):
             # Beside the lane, because a handler may wait for what comes after it.

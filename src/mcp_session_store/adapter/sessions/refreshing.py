@@ -186,7 +186,6 @@ class Refresher:
         # Later than the record, so that nothing is missing that the record's revision has.
         journal = await self._writer.store.inner.read_journal(had.key)
         if record.initialize_params != had.initialize_params and not await self._initialize(session, had, record):
-            self._give_up(session, "its client has repeated initialize elsewhere, which cannot be repeated here")
             return
         for name in names.difference(StateName(entry.method, entry.subject) for entry in journal):
             if (undoing := self._writer.journal.undoing(name)) is None:
@@ -214,11 +213,19 @@ class Refresher:
         """Handle a repeated `initialize`, and what follows it, as a restore does; return whether this is done."""
         params = read_params(record.initialize_params)
         call = await self._mirrored(session).run(session.session_id, _marker_of(session), "initialize", params)
-        answer = None if call is None else call.answer
-        if not isinstance(answer, JSONRPCResponse) or answer.result.get("protocolVersion") != record.protocol_version:
+        if call is None:
             return False
-        if session.record is None or session.record.initialize_params != had.initialize_params:
-            return False  # the client has sent another one here
+        answer = call.answer
+        if not isinstance(answer, JSONRPCResponse) or answer.result.get("protocolVersion") != record.protocol_version:
+            self._give_up(
+                session, "its client has repeated initialize elsewhere, which is answered in another way here"
+            )
+            return False
+        assert session.record is not None
+        if session.record.initialize_params != had.initialize_params:
+            # The client has sent another one here, before this or after it. The record says which one counts.
+            newest = await self._writer.store.inner.load(record.key)
+            return newest is not None and await self._initialize(session, session.record, newest)
         session.record = replace(
             session.record,
             initialize_params=record.initialize_params,
