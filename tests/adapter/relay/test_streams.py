@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import mcp_types as types
 import pytest
+from mcp import MCPError
 
+from mcp_session_store.adapter.streams import standalone
+from mcp_session_store.stream_mail import STREAM_QUEUE, STREAM_WAIT
 from tests.support.asgi import until
 from tests.support.asking import roots
 from tests.support.instances import instance
+from tests.support.internals import outbox_is_empty
 from tests.support.streams import one_more_turn
 from tests.support.talking import Talking, hears, told
 
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
     from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyMailbox, FaultyStore
-    from tests.support.instances import Instance
+    from tests.support.instances import Clock, Instance
     from tests.support.talking import Call
 
 pytestmark = pytest.mark.anyio
@@ -148,3 +152,84 @@ async def test_a_question_outside_of_calls_is_asked_on_the_stream_of_another_ins
         assert question["method"] == "roots/list"
         assert (await one.client.respond(question["id"], roots("x"))).status == 202
     assert str(answers[0].roots[0].uri) == "file:///x"
+
+
+async def test_a_question_that_no_stream_takes_within_half_a_minute_fails(
+    store: FaultyStore, mailbox: FaultyMailbox, clock: Clock
+) -> None:
+    async with sides(store, mailbox) as (one,):
+        failures: list[MCPError] = []
+
+        async def ask() -> None:
+            with pytest.raises(MCPError) as failure:
+                await one.call.ctx.session.send_request(types.ListRootsRequest(), types.ListRootsResult)
+            failures.append(failure.value)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await until(lambda: outbox_is_empty(one.instance.manager))
+            await one_more_turn()
+            assert not failures
+            clock.advance(STREAM_WAIT)
+        assert "roots/list" in failures[0].message
+        stream = await one.get()
+        await one.call.tell("later")
+        await hears(stream, "later")
+
+
+async def test_clients_that_take_the_stream_from_each_other_on_two_instances_are_refused_for_a_while(
+    two: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [await two[0].get()]
+    for turn in range(1, standalone.TAKEN_AT_MOST + 1):
+        streams.append(await two[turn % 2].get())
+        await streams[-2].end()
+        await one_more_turn()
+    refused = two[(standalone.TAKEN_AT_MOST + 1) % 2]
+    assert (await refused.client.open_stream().answer()).status == 409
+    await refused.call.tell("a")
+    await hears(streams[-1], "a")
+    monkeypatch.setattr(standalone, "TAKEN_WITHIN", 0)
+    await refused.get()
+    await streams[-1].end()
+
+
+async def test_with_the_store_away_a_stream_opens_and_is_entered_later(
+    store: FaultyStore, mailbox: FaultyMailbox, other_store: FaultyStore, other_mailbox: FaultyMailbox
+) -> None:
+    async with sides(store, mailbox, other_mailbox) as (one, other):
+        store.down()
+        mailbox.down()
+        stream = await one.get()
+        await one.call.tell("a")
+        await hears(stream, "a")
+        await other.call.tell("b")
+        store.up()
+        mailbox.up()
+        await until(lambda: told(stream.messages) == ["a", "b"])
+
+
+async def test_what_a_failing_mailbox_does_not_give_is_taken_when_it_is_back(
+    two: tuple[Side, Side], mailbox: FaultyMailbox
+) -> None:
+    one, other = two
+    stream = await one.get()
+    await other.call.tell("a")
+    await hears(stream, "a")
+    mailbox.down("take")
+    await other.call.tell("b")
+    await one_more_turn()
+    mailbox.up()
+    await until(lambda: told(stream.messages) == ["a", "b"])
+
+
+async def test_more_than_may_wait_is_dropped(store: FaultyStore, mailbox: FaultyMailbox) -> None:
+    async with sides(store, mailbox) as (one,):
+        texts = [str(number) for number in range(STREAM_QUEUE + 20)]
+        await one.call.tell(*texts)
+        await until(lambda: outbox_is_empty(one.instance.manager))
+        stream = await one.get()
+        await until(lambda: len(stream.messages) == STREAM_QUEUE)
+        await one.call.tell("later")
+        await until(lambda: told(stream.messages)[-1] == "later")
+        assert told(stream.messages) == [*texts[:STREAM_QUEUE], "later"]
