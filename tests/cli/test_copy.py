@@ -22,7 +22,9 @@ from mcp_session_store.activity import Activity
 from mcp_session_store.records import EndReason, EventKind, NewEvent, Principal
 from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
 from mcp_session_store.sql.admin import copying
+from mcp_session_store.sql.admin.copied_rows import belonging_to_sessions
 from mcp_session_store.sql.admin.copying import SessionCopy
+from mcp_session_store.sql.dialects.functions import MOMENT
 from mcp_session_store.sql.schema.tables import journal_table, logs_table, sessions_table, values_table
 from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.sql.transaction import transaction
@@ -68,9 +70,19 @@ def rows_of(url: str, table: sa.Table | None = None) -> dict[uuid.UUID, tuple[An
     return {row.key: tuple(row) for row in asyncio.run(execute(url, sa.select(table).order_by(table.c.key)))}
 
 
-def journal_of(url: str) -> list[tuple[Any, ...]]:
-    table = journal_table()
-    return [tuple(row) for row in asyncio.run(execute(url, sa.select(table).order_by(*table.primary_key)))]
+def belongings_of(url: str) -> list[list[tuple[Any, ...]]]:
+    """The rows of each table about sessions: of journals, and of state."""
+    return [
+        [tuple(row) for row in asyncio.run(execute(url, sa.select(table).order_by(*table.primary_key)))]
+        for table in belonging_to_sessions(None)
+    ]
+
+
+def belonging(table: sa.Table, key: uuid.UUID, number: int) -> dict[str, Any]:
+    """A row of a table about sessions."""
+    moment = on_the_millisecond({"at": datetime.now(UTC) + HOUR})["at"]
+    values = {sa.Uuid: key, sa.Text: f"{number} ö", sa.Integer: 2**31 - 1 - number, sa.BigInteger: 2**53 - number}
+    return {column.name: moment if column.type is MOMENT else values[type(column.type)] for column in table.c}
 
 
 def source_rows() -> list[dict[str, Any]]:
@@ -90,12 +102,10 @@ def source_rows() -> list[dict[str, Any]]:
 
 def seed(url: str) -> list[dict[str, Any]]:
     rows = source_rows()
-    journal = [
-        {"key": rows[0]["key"], "method": "resources/subscribe", "subject": f"s{n}", "params": "{}", "revision": n}
-        for n in range(3)
-    ]
     asyncio.run(insert_rows(url, rows))
-    asyncio.run(execute(url, sa.insert(journal_table()).values(journal)))
+    for table in belonging_to_sessions(None):
+        values = [belonging(table, rows[0]["key"], number) for number in range(3)]
+        asyncio.run(execute(url, sa.insert(table).values(values)))
     return rows
 
 
@@ -114,11 +124,11 @@ def test_a_copy_is_exact_and_can_be_repeated(invoke: InvokeFunction, urls: tuple
     first = copied(invoke, urls)
     assert (first["copied"], first["namespaces"], first["running"]) == (3, {"default": 2, "other": 1}, 0)
     assert rows_of(urls[1]) == {key: row for key, row in rows_of(urls[0]).items() if key in live}
-    assert journal_of(urls[1]) == journal_of(urls[0])
+    assert belongings_of(urls[1]) == belongings_of(urls[0])
     again = copied(invoke, urls)
     assert (again["copied"], again["updated"], again["unchanged"]) == (0, 0, 3)
     assert rows_of(urls[1]).keys() == live
-    assert journal_of(urls[1]) == journal_of(urls[0])
+    assert belongings_of(urls[1]) == belongings_of(urls[0])
 
 
 def test_a_copy_again_takes_what_has_changed_and_leaves_what_was_used_since(
@@ -246,11 +256,12 @@ def test_unreadable_sessions_are_left_out_and_named(invoke: InvokeFunction, sqli
     asyncio.run(insert_rows(sqlite_url, [good, bad]))
     asyncio.run(execute(sqlite_url, f"UPDATE mcp_session SET expires_at = 9e300 WHERE key = '{bad['key'].hex}'"))
     there = f"sqlite:///{tmp_path / 'there.db'}"
+    asyncio.run(insert_rows(sqlite_url, [session_row(restores=2**31)]))
     assert "1 would be copied" in invoke("copy", "--dry-run", "--from", sqlite_url, "--to", there).output
     assert not (tmp_path / "there.db").exists()
     done = invoke("copy", "--from", sqlite_url, "--to", there)
     assert "1 copied" in done.output
-    assert "1 session cannot be read and was left out" in done.output
+    assert "2 sessions cannot be read and were left out" in done.output
     assert rows_of(there).keys() == {good["key"]}
 
 

@@ -53,10 +53,17 @@ def decoded(dialect: Dialect, table: sa.Table, row: Sequence[Any]) -> dict[str, 
         row: Its row, as the driver returned it.
     """
     columns = list(table.c)
-    # A NUL is no part of a text in Postgres.
-    if unreadable_columns(dialect, columns, row) or any(isinstance(value, str) and "\0" in value for value in row):
+    pairs = list(zip(columns, row, strict=True))
+    if unreadable_columns(dialect, columns, row) or not all(_fits(column, value) for column, value in pairs):
         return None
-    return {column.name: _value(dialect, column, value) for column, value in zip(columns, row, strict=True)}
+    return {column.name: _value(dialect, column, value) for column, value in pairs}
+
+
+def _fits(column: sa.Column[Any], value: Any) -> bool:
+    """Return whether each database can hold a value: in Postgres a text has no NUL, and an integer 32 bits."""
+    if isinstance(value, str):
+        return "\0" not in value
+    return type(column.type) is not sa.Integer or value is None or -(2**31) <= value < 2**31
 
 
 def _value(dialect: Dialect, column: sa.Column[Any], value: Any) -> Any:
