@@ -22,7 +22,6 @@ from mcp_session_store.testing import (
     StateStoreConformance,
 )
 from mcp_session_store.testing.mailbox.stream_messages import StreamMessages
-from mcp_session_store.testing.sessions.streams import Streams
 from tests.support.internals import logs_of, rows_of
 from tests.support.sql_contracts import SqlEventLogConformance, SqlMailboxConformance, SqlStoreConformance
 
@@ -43,7 +42,7 @@ def expire(store: SessionStore, key: UUID) -> None:
     row.record = replace(row.record, expires_at=datetime.now(UTC) - timedelta(seconds=1))
 
 
-class TestMemory(Streams, SessionStoreConformance):
+class TestMemory(SessionStoreConformance):
     @pytest.fixture
     def make_store(self) -> MakeStore:
         first = MemorySessionStore()

@@ -26,6 +26,7 @@ __all__ = [
     "privileges_for_sessions",
     "privileges_for_values",
     "sessions_table",
+    "stream_messages_table",
     "values_table",
 ]
 
@@ -65,6 +66,12 @@ def new_tables(schema: str | None) -> sa.MetaData:
         sa.Column("revision", sa.Integer, nullable=False),
         # When the session last changed in a way that copies in other instances must learn of: an end, a new revision.
         sa.Column("changed_at", MOMENT),
+        # Numbers of the instance that has the client's stream, and of the one from which it was taken last; the number
+        # of times that it was taken; when it was opened.
+        sa.Column("stream_holder", sa.Integer),
+        sa.Column("stream_term", sa.Integer),
+        sa.Column("stream_former", sa.Integer),
+        sa.Column("stream_opened_at", MOMENT),
     )
     c = sessions.c
     # Live sessions have no `ended_at`. So each of these indexes finds live sessions in the order of their creation, and
@@ -160,6 +167,22 @@ def new_tables(schema: str | None) -> sa.MetaData:
     )
     # For the end of a session, which removes its messages.
     sa.Index("ix_mcp_session_message_key", messages.c.key)
+    sa.Table(
+        "mcp_session_stream_message",
+        metadata,
+        sa.Column("key", sa.Uuid, primary_key=True),
+        # Number of an instance.
+        sa.Column("sender", sa.Integer, primary_key=True),
+        sa.Column("sequence", sa.BigInteger, primary_key=True),
+        sa.Column("kind", sa.Text, nullable=False),
+        # Of the body.
+        sa.Column("bytes", sa.Integer, nullable=False),
+        sa.Column("created_at", MOMENT, nullable=False),
+        # Number of the instance that has taken it.
+        sa.Column("taken_by", sa.Integer),
+        # NULL: the message waits no more. It was given to the stream where an instance has taken it, else withdrawn.
+        sa.Column("body", sa.Text),
+    )
     # Values of no session, which `SqlKeyValue` keeps.
     values = sa.Table(
         "mcp_session_value",
@@ -209,6 +232,11 @@ def messages_table(schema: str | None = None) -> sa.Table:
     return _table("mcp_session_message", schema)
 
 
+def stream_messages_table(schema: str | None = None) -> sa.Table:
+    """Return the table of messages for the streams of sessions."""
+    return _table("mcp_session_stream_message", schema)
+
+
 def values_table(schema: str | None = None) -> sa.Table:
     """Return the table of values that belong to no session."""
     return _table("mcp_session_value", schema)
@@ -230,6 +258,7 @@ def privileges_for_sessions(schema: str | None = None) -> Mapping[sa.Table, str]
         logs_table(schema): "SELECT, UPDATE, DELETE",
         events_table(schema): "SELECT, DELETE",
         messages_table(schema): "SELECT, UPDATE, DELETE",
+        stream_messages_table(schema): "SELECT, UPDATE, DELETE",
         values_table(schema): "SELECT, UPDATE, DELETE",
     }
 
@@ -245,7 +274,12 @@ def privileges_for_events(schema: str | None = None) -> Mapping[sa.Table, str]:
 
 def privileges_for_mailbox(schema: str | None = None) -> Mapping[sa.Table, str]:
     """Return the privileges that a mailbox needs."""
-    return {instances_table(schema): _CHANGE, messages_table(schema): _CHANGE}
+    return {
+        sessions_table(schema): "SELECT",
+        instances_table(schema): _CHANGE,
+        messages_table(schema): _CHANGE,
+        stream_messages_table(schema): _CHANGE,
+    }
 
 
 def privileges_for_values(schema: str | None = None) -> Mapping[sa.Table, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from mcp_session_store.activity import StreamHolder, Touched
 from mcp_session_store.errors import RecordUnreadable
 from mcp_session_store.records import Change, Changes, EndReason, SessionRecord
 from mcp_session_store.sql.sessions.decoding import end_reason, read_record
@@ -29,6 +30,9 @@ Found: TypeAlias = SessionRecord | RecordUnreadable | Absence
 """What is found under a key."""
 Loaded: TypeAlias = SessionRecord | RecordUnreadable
 """Record of a live session, or why it cannot be read."""
+
+_NO_CLAIM: Final = (None, None, 0)
+"""Number, age and term where no stream is claimed."""
 
 as_number: Final = attrgetter("int")
 """Sorts keys as the databases do, without a comparison in Python for each pair."""
@@ -117,26 +121,46 @@ class Records:
                 del remaining[position]
         return [results[position] for position in range(len(claims))]
 
-    async def touch(self, attempt: Attempt, touches: Sequence[Touch]) -> list[set[UUID]]:
-        """Record activity, and return for each report the keys of its sessions that are not live afterwards."""
+    async def touch(self, attempt: Attempt, touches: Sequence[Touch]) -> list[Touched]:
+        """Record activity, and return for each report what became of its sessions."""
         now = asyncio.get_running_loop().time()
         return await self._dialect.run(attempt.connection, self._touch(touches, now), writes=True)
 
-    def _touch(self, touches: Sequence[Touch], now: float) -> Steps[list[set[UUID]]]:
+    def _touch(self, touches: Sequence[Touch], now: float) -> Steps[list[Touched]]:
         sql = self.statements
-        not_live = []
+        touched = []
         for touch in touches:
             # The activity is older by the time that the report has waited, for a connection or another try.
             waited = now - touch.called_at
             by_driver_key = {self._dialect.driver_key(one.key): one for one in touch.activities}
             reports = [
-                (key, one.first_age + waited, one.last_age + waited, one.claimed_by, one.restores, int(one.used))
+                (
+                    key,
+                    one.first_age + waited,
+                    one.last_age + waited,
+                    one.claimed_by,
+                    one.restores,
+                    int(one.used),
+                    *(
+                        _NO_CLAIM
+                        if one.stream is None
+                        else (one.stream.number, one.stream.age + waited, one.stream.term)
+                    ),
+                )
                 for key, one in by_driver_key.items()
             ]
             rows = yield sql.touch, sql.touches.parameters(reports)
             is_live = {key for key, expires_at, now in rows if expires_at is None or now < expires_at}
-            not_live.append({one.key for key, one in by_driver_key.items() if key not in is_live})
-        return not_live
+            not_live = {one.key for key, one in by_driver_key.items() if key not in is_live}
+            streams: dict[UUID, StreamHolder] = {}
+            if claimed := [(key,) for key in is_live if key in by_driver_key and by_driver_key[key].stream is not None]:
+                # After the claims, so that on Postgres a message that was stored before them is seen.
+                holders = yield sql.find_holders, sql.holders.parameters(claimed)
+                streams = {
+                    by_driver_key[row[0]].key: StreamHolder(row[1], row[2], row[3], bool(row[4])) for row in holders
+                }
+            touched.append(Touched(not_live, streams))
+        return touched
 
     async def replace_initialize(self, attempt: Attempt, replacements: Sequence[dict[str, Any]]) -> list[bool]:
         """Replace initialize params, each given as the statement's parameters; return whether each session was live."""

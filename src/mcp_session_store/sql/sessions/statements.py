@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from mcp_session_store.records import EndReason
 from mcp_session_store.sql.dialects.functions import MOMENT, After, ArrivalClock, StoreClock, Unindexed
 from mcp_session_store.sql.notifications import SESSION_CHANNEL
-from mcp_session_store.sql.schema.tables import logs_table, sessions_table
+from mcp_session_store.sql.schema.tables import logs_table, sessions_table, stream_messages_table
+from mcp_session_store.stream_mail import STREAM_WAIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,9 +138,14 @@ class SessionStatements:
                 "instance": sa.Text(),
                 "restores": sa.Integer(),
                 "used": sa.Integer(),
+                "stream_number": sa.Integer(),
+                "stream_age": sa.Double(),
+                "stream_term": sa.Integer(),
             },
         )
         self.touch = dialect.precompiled(self._touch())
+        self.holders = dialect.batch("held", _KEY)
+        self.find_holders = dialect.precompiled(self._holders(stream_messages_table(schema)))
         self.until = dialect.precompiled(sa.select(StoreClock()))
         self.changes = dialect.precompiled(self._changes())
 
@@ -237,9 +243,41 @@ class SessionStatements:
                     ),
                     else_=table.c.expires_at,
                 ),
+                **self._claimed_stream(touched),
             )
             # A report may arrive so late that the session has expired again; and none extends the absolute limit.
             .returning(table.c.key, table.c.expires_at, StoreClock().label("now"))
+        )
+
+    def _claimed_stream(self, touched: sa.CTE) -> dict[str, sa.ColumnElement[Any]]:
+        """Return the columns about the stream after its claim, if it is claimed; see `SessionStore.touch`."""
+        c, number, term = self._table.c, touched.c.stream_number, touched.c.stream_term
+        # NULL where nothing is claimed.
+        opened_at = ArrivalClock(-touched.c.stream_age)
+        is_first = number.is_not(None) & c.stream_holder.is_(None)
+        is_later = c.stream_opened_at < opened_at
+        is_taken = (c.stream_holder != number) & (term == 0) & is_later
+        is_renamed = c.stream_term == term
+        return {
+            "stream_holder": sa.case((is_first | is_taken | is_renamed, number), else_=c.stream_holder),
+            "stream_term": sa.case((is_first | is_taken, sa.func.coalesce(c.stream_term, 0) + 1), else_=c.stream_term),
+            "stream_former": sa.case((is_taken, c.stream_holder), else_=c.stream_former),
+            "stream_opened_at": sa.case(
+                (is_first | is_taken | ((c.stream_holder == number) & is_later), opened_at), else_=c.stream_opened_at
+            ),
+        }
+
+    def _holders(self, messages: sa.Table) -> sa.Select[Any]:
+        """Select who has the streams of sessions, and whether messages wait for them."""
+        c = self._table.c
+        waits = sa.exists().where(
+            messages.c.key == c.key,
+            messages.c.body.is_not(None),
+            messages.c.created_at > StoreClock(-STREAM_WAIT.total_seconds()),
+        )
+        waiting = waits.correlate(self._table)
+        return sa.select(c.key, c.stream_holder, c.stream_term, c.stream_former, waiting).where(
+            self.holders.in_batch(c.key), c.stream_holder.is_not(None)
         )
 
     def _changes(self) -> sa.Select[Any]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from mcp_session_store.activity import Activity
+    from mcp_session_store.activity import Activity, StreamHolder
     from mcp_session_store.records import Changes, JournalEntry, NewSession, SessionRecord
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.database import Attempt
@@ -263,26 +263,30 @@ class SqlSessionStore(SessionStore):
 
     async def touch(self, activities: Sequence[Activity]) -> Touched:
         called_at = asyncio.get_running_loop().time()
-        check_keys(*(activity.key for activity in activities))
+        check_keys(*[activity.key for activity in activities])
         for instance in {activity.claimed_by or "" for activity in activities}:
             check_texts(claimed_by=instance)
         # One for each session, because a statement changes a row once.
         rows = sorted(merged_activities(activities).values(), key=lambda activity: activity.key.int)
         not_live: set[UUID] = set()
+        streams: dict[UUID, StreamHolder] = {}
         for start in range(0, len(rows), TOUCHES_PER_STATEMENT):
-            not_live |= await self._touched(called_at, rows[start : start + TOUCHES_PER_STATEMENT])
-        return Touched(not_live, {})
+            touched = await self._touched(called_at, rows[start : start + TOUCHES_PER_STATEMENT])
+            not_live |= touched.not_live
+            streams |= touched.streams
+        return Touched(not_live, streams)
 
-    async def _touched(self, called_at: float, rows: Sequence[Activity]) -> set[UUID]:
+    async def _touched(self, called_at: float, rows: Sequence[Activity]) -> Touched:
         try:
             return await self._touches.submit(Touch(called_at, rows))
         except InvalidValue:
             # A row that the driver cannot read must not keep the activity of other sessions from being stored. Its own
             # session is left as it is.
             if len(rows) == 1:
-                return set()
+                return Touched(set(), {})
             middle = len(rows) // 2
-            return await self._touched(called_at, rows[:middle]) | await self._touched(called_at, rows[middle:])
+            first, second = [await self._touched(called_at, half) for half in (rows[:middle], rows[middle:])]
+            return Touched(first.not_live | second.not_live, {**first.streams, **second.streams})
 
     async def end(self, key: UUID, *, reason: EndReason) -> bool:
         check_keys(key)

@@ -8,6 +8,7 @@ from mcp_session_store.testing.sessions.lifetimes import Lifetimes
 from mcp_session_store.testing.sessions.limits import Limits
 from mcp_session_store.testing.sessions.namespaces import Namespaces
 from mcp_session_store.testing.sessions.records import Records
+from mcp_session_store.testing.sessions.streams import Streams
 from mcp_session_store.testing.sessions.suite import MakeStore
 from mcp_session_store.testing.sessions.sweeping import Sweeping
 from mcp_session_store.testing.sessions.values import Values
@@ -16,7 +17,7 @@ __all__ = ["SessionStoreConformance", "MakeStore"]
 
 
 class SessionStoreConformance(
-    Records, Claims, Lifetimes, Sweeping, ChangesAndHints, Journal, Limits, Namespaces, Values, Calls
+    Records, Claims, Streams, Lifetimes, Sweeping, ChangesAndHints, Journal, Limits, Namespaces, Values, Calls
 ):
     """Tests that every `SessionStore` passes.
 
