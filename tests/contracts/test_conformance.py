@@ -21,7 +21,6 @@ from mcp_session_store.testing import (
     SessionStoreConformance,
     StateStoreConformance,
 )
-from mcp_session_store.testing.mailbox.stream_messages import StreamMessages
 from tests.support.internals import logs_of, rows_of
 from tests.support.sql_contracts import SqlEventLogConformance, SqlMailboxConformance, SqlStoreConformance
 
@@ -97,7 +96,7 @@ class TestEventsInSql(SqlEventLogConformance):
         return migrated_url
 
 
-class TestMailboxInMemory(StreamMessages, MailboxConformance):
+class TestMailboxInMemory(MailboxConformance):
     @pytest.fixture
     def make_mailbox(self) -> MakeMailbox:
         first = MemorySessionStore()

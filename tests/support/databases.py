@@ -25,6 +25,7 @@ from mcp_session_store.sql.schema.tables import (
     make_tables,
     messages_table,
     sessions_table,
+    stream_messages_table,
 )
 from tests.support.faults import FaultProxy
 from tests.support.internals import database_of, drains_of, idle_connections_of, listening_of
@@ -193,10 +194,11 @@ async def age_instance(mailbox: Mailbox, instance: str, by: timedelta) -> None:
 
 
 async def age_messages(mailbox: Mailbox, by: timedelta) -> None:
-    """Set the times of all messages that wait to that long before they were."""
-    table = messages_table()
+    """Set the times of all messages and stream messages to that long before they were."""
     async with engine_of(mailbox).begin() as connection:
-        await connection.execute(sa.update(table).values(created_at=After(table.c.created_at, -by.total_seconds())))
+        for table in (messages_table(), stream_messages_table()):
+            earlier = After(table.c.created_at, -by.total_seconds())
+            await connection.execute(sa.update(table).values(created_at=earlier))
 
 
 @asynccontextmanager

@@ -155,14 +155,14 @@ class Dialect(ABC):
         """Return the deletion of the rows of a table that fulfil the conditions together with a row of a batch."""
 
     @abstractmethod
-    def delete_unlocked(
+    def unlocked(
         self,
         table: sa.Table,
         *conditions: sa.ColumnElement[bool],
         each: Batch | None = None,
         limit: sa.ColumnElement[int] | None = None,
-    ) -> sa.Delete:
-        """Return the deletion of rows of a table that fulfil the conditions, and that no other transaction has locked.
+    ) -> sa.ColumnElement[bool]:
+        """Return the condition of a change of rows that fulfil conditions, and that no other transaction has locked.
 
         Args:
             table: Table, the only one in the conditions but for their subqueries.

@@ -195,13 +195,13 @@ class Postgres(Dialect):
         return sa.delete(table).where(*conditions)
 
     @override
-    def delete_unlocked(
+    def unlocked(
         self,
         table: sa.Table,
         *conditions: sa.ColumnElement[bool],
         each: Batch | None = None,
         limit: sa.ColumnElement[int] | None = None,
-    ) -> sa.Delete:
+    ) -> sa.ColumnElement[bool]:
         # By their places, which takes no second look into an index, and leaves the planner no other way.
         place: sa.ColumnClause[Any] = sa.column("ctid")
         those = sa.select(place).select_from(table).where(*conditions).limit(limit)
@@ -210,7 +210,7 @@ class Postgres(Dialect):
             found = those.lateral("found")
             those = sa.select(found.c.ctid).select_from(each.rows.join(found, sa.true()))
         places = sa.func.array(those.scalar_subquery(), type_=postgresql.ARRAY(place.type))
-        return sa.delete(table).where(place == sa.any_(places))
+        return place == sa.any_(places)
 
     @override
     def lock_numbers(self, numbers: Batch) -> sa.Select[Any] | None:

@@ -251,18 +251,18 @@ class Sqlite(FileLocks):
         return sa.delete(table).where(sa.tuple_(*key).in_(those))
 
     @override
-    def delete_unlocked(
+    def unlocked(
         self,
         table: sa.Table,
         *conditions: sa.ColumnElement[bool],
         each: Batch | None = None,
         limit: sa.ColumnElement[int] | None = None,
-    ) -> sa.Delete:
+    ) -> sa.ColumnElement[bool]:
         place = sa.literal_column(f"{table.name}.rowid", sa.BigInteger)
         those = sa.select(place).select_from(table).where(*conditions).limit(limit)
         if each is not None:
             those = those.select_from(each.rows)
-        return sa.delete(table).where(place.in_(those.correlate(None)))
+        return place.in_(those.correlate(None))
 
     @override
     def lock_numbers(self, numbers: Batch) -> sa.Select[Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mcp_session_store import telemetry
 from mcp_session_store.mailbox import (
@@ -23,12 +23,13 @@ from mcp_session_store.sql.dialects.channel import NotificationChannel
 from mcp_session_store.sql.mailbox.instances import Instances
 from mcp_session_store.sql.mailbox.post import Post, PostStatements
 from mcp_session_store.sql.mailbox.receive import Receive, ReceiveStatements
+from mcp_session_store.sql.mailbox.streams import Say, StreamStatements, Take
 from mcp_session_store.sql.mailbox.sweep import MessageSweep
 from mcp_session_store.sql.notifications import MAIL_CHANNELS
 from mcp_session_store.sql.schema.tables import privileges_for_mailbox
 from mcp_session_store.sql.sessions.beside import BesideStore
-from mcp_session_store.store import DEFAULT_NAMESPACE
-from mcp_session_store.stream_mail import Said, StreamPage, Withdrawal, check_stream_messages
+from mcp_session_store.store import DEFAULT_NAMESPACE, check_keys
+from mcp_session_store.stream_mail import check_stream_messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -41,9 +42,14 @@ if TYPE_CHECKING:
     from mcp_session_store.records import Heartbeat
     from mcp_session_store.sql.database import Attempt
     from mcp_session_store.sql.sessions.store import SqlSessionStore
-    from mcp_session_store.stream_mail import NewStreamMessage
+    from mcp_session_store.stream_mail import NewStreamMessage, Said, StreamPage, Withdrawal
 
 __all__ = ["SqlMailbox"]
+
+MAX_GIVEN: Final = 10_000
+"""Number of sessions for which is remembered what was given to their streams."""
+TAKES_PER_STATEMENT: Final = 20
+"""Number of sessions whose messages are taken together at most, because each may have a mebibyte."""
 
 
 class SqlMailbox(BesideStore, Mailbox):
@@ -89,14 +95,20 @@ class SqlMailbox(BesideStore, Mailbox):
         self._instances = Instances(dialect, schema=schema, namespace=self._namespace)
         self._posting = PostStatements(dialect, schema=schema, namespace=self._namespace)
         self._reading = ReceiveStatements(dialect, schema=schema)
+        self._streaming = StreamStatements(dialect, schema=schema, namespace=self._namespace, posting=self._posting)
         self._sweeping = MessageSweep(dialect, schema=schema)
         self._removed: dict[int, dict[int, int]] = {}
         """Highest sequences that are known to be removed, by recipient and sender."""
         self._unknown: dict[int, dict[int, int]] = {}
         """Highest sequences of messages that were dropped, by recipient and sender; see `Received.unknown`."""
+        self._given: dict[UUID, dict[int, int]] = {}
+        """Highest sequences of what was given to streams and is removed, by session and sender."""
         of = partial(telemetry.of_operation, self._namespace)
         # One lane for all that is posted, so that commits come in the order of the calls.
         self._posts = Batcher(database, self._posting.post, of("post"), writes=True, weigh=attrgetter("size"))
+        self._says = Batcher(database, self._streaming.say, of("say"), writes=True, weigh=attrgetter("size"))
+        self._takes = Batcher(database, self._streaming.take, of("take"), writes=True, max_batch=TAKES_PER_STATEMENT)
+        self._streams = Lane(database, of("withdraw"), writes=True)
         # A lane for each, because on SQLite a receive that removes nothing waits for no writer.
         self._receives = Lane(database, of("receive"), writes=False)
         self._removals = Lane(database, of("receive"), writes=True)
@@ -104,7 +116,17 @@ class SqlMailbox(BesideStore, Mailbox):
         self._sweeps = Lane(database, of("mailbox_sweep"), writes=True)
         # Not behind others, because an instance that waits there is taken for dead.
         self._beats = Lane(database, of("beat"), writes=True)
-        self._batchers = (self._posts, self._receives, self._removals, self._reads, self._sweeps, self._beats)
+        self._batchers = (
+            self._posts,
+            self._says,
+            self._takes,
+            self._streams,
+            self._receives,
+            self._removals,
+            self._reads,
+            self._sweeps,
+            self._beats,
+        )
 
     @property
     def hears(self) -> bool:
@@ -149,23 +171,34 @@ class SqlMailbox(BesideStore, Mailbox):
 
     async def say(self, messages: Sequence[NewStreamMessage]) -> Said:
         check_stream_messages(messages)
-        return Said(dropped={message.sequence for message in messages})
+        sizes = [_bytes_of(message.body) for message in messages]
+        return await self._says.submit(Say(messages, sizes, sum(sizes)))
 
     async def take(
-        self,
-        key: UUID,  # noqa: ARG002
-        holder: int,  # noqa: ARG002
-        *,
-        given: Mapping[int, int],  # noqa: ARG002
-        without_others: bool = False,  # noqa: ARG002
+        self, key: UUID, holder: int, *, given: Mapping[int, int], without_others: bool = False
     ) -> StreamPage:
-        return StreamPage()
+        check_keys(key)
+        take = Take(key, holder, dict(given), self._given.get(key, {}), without_others)
+        page = await self._takes.submit(take)
+        self._note_given(take)
+        return page
 
-    async def release(self, key: UUID, holder: int, *, given: Mapping[int, int]) -> None:  # noqa: ARG002
-        return
+    async def release(self, key: UUID, holder: int, *, given: Mapping[int, int]) -> None:
+        check_keys(key)
+        take = Take(key, holder, dict(given), self._given.get(key, {}))
+        await self._streams.run(lambda attempt: self._streaming.release(attempt, take))
+        self._note_given(take)
 
-    async def withdraw(self, key: UUID, sender: int, sequence: int) -> Withdrawal:  # noqa: ARG002
-        return Withdrawal.WITHDRAWN
+    def _note_given(self, take: Take) -> None:
+        """Note what is removed, so that the rows that were in its place are not passed again."""
+        self._given.pop(take.key, None)
+        self._given[take.key] = {**take.removed, **take.given}
+        if len(self._given) > MAX_GIVEN:
+            del self._given[next(iter(self._given))]
+
+    async def withdraw(self, key: UUID, sender: int, sequence: int) -> Withdrawal:
+        check_keys(key)
+        return await self._streams.run(lambda attempt: self._streaming.withdraw(attempt, key, sender, sequence))
 
     async def listen(
         self,
@@ -191,8 +224,13 @@ class SqlMailbox(BesideStore, Mailbox):
     async def _sweep(self, attempt: Attempt, limit: int) -> MailboxSweepReport:
         instances = await self._instances.remove_silent(attempt, INSTANCE_KEPT)
         gone, unread = await self._sweeping.remove(attempt, limit=limit)
+        untaken, found_all = await self._sweeping.remove_of_streams(attempt, limit=limit)
         return MailboxSweepReport(
-            instances=instances, gone=gone, unread=unread, more=limit in (gone.total(), unread.total())
+            instances=instances,
+            gone=gone,
+            unread=unread,
+            untaken=untaken,
+            more=limit in (gone.total(), unread.total()) or not found_all,
         )
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
 
-from mcp_session_store.mailbox import SILENT_AFTER
+from mcp_session_store.mailbox import HOLDER, SILENT_AFTER
 from mcp_session_store.sql.dialects.channel import NotificationChannel
-from mcp_session_store.sql.dialects.functions import StoreClock
+from mcp_session_store.sql.dialects.functions import StoreClock, Unindexed
 from mcp_session_store.sql.notifications import MAIL_CHANNELS
-from mcp_session_store.sql.schema.tables import instances_table, messages_table
+from mcp_session_store.sql.schema.tables import instances_table, messages_table, sessions_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +51,8 @@ class PostStatements:
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
         self._dialect = dialect
         self._instances, self._messages = instances_table(schema), messages_table(schema)
+        sessions = sessions_table(schema)
+        self._of_session = sessions, Unindexed(sessions.c.namespace) == sa.literal(namespace, sa.Text)
         c = self._instances.c
         self._is_running = sa.and_(
             c.namespace == sa.literal(namespace, sa.Text),
@@ -65,6 +67,12 @@ class PostStatements:
             self._post = self._post_at_once
         else:
             self._running = dialect.precompiled(sa.select(c.number).where(self._is_running))
+            self._keys = dialect.batch("hinted", {"key": sa.Uuid()})
+            self._holders = dialect.precompiled(
+                sa.select(sessions.c.key, sessions.c.stream_holder).where(
+                    self._keys.in_batch(sessions.c.key), self._of_session[1]
+                )
+            )
             given = {name: sa.bindparam(f"new_{name}", type_=columns[name].type) for name in ("recipient", *_POSTED)}
             values = given | {"created_at": StoreClock()}
             self._store_row = dialect.precompiled(
@@ -75,7 +83,10 @@ class PostStatements:
     def _store_statement(self) -> sa.Select[tuple[int]]:
         """Build the statement that stores messages, notifies their recipients, and returns which of those run."""
         posted, number = self._posted.c, self._instances.c.number
-        is_for = sa.or_(number == posted.recipient, posted.recipient.is_(None)) & (number != posted.sender)
+        sessions, in_namespace = self._of_session
+        holder = sa.select(sessions.c.stream_holder).where(sessions.c.key == posted.key, in_namespace)
+        is_holder = (posted.recipient == HOLDER) & (number == holder.scalar_subquery())
+        is_for = sa.or_(number == posted.recipient, posted.recipient.is_(None), is_holder) & (number != posted.sender)
         values = {"recipient": number, **{name: posted[name] for name in _POSTED}, "created_at": StoreClock()}
         rows = sa.select(*values.values()).join_from(self._posted.rows, self._instances, is_for).where(self._is_running)
         stored = self._dialect.insert_if_absent(self._messages, list(values), rows)
@@ -91,11 +102,12 @@ class PostStatements:
         messages = [row for post in posts for row in zip(post.messages, post.sizes, strict=True)]
         running: set[int] = set()
         if messages:
-            running = await self._dialect.run(attempt.connection, self._post(messages), writes=True)
-        return [
-            {message.recipient for message in post.messages if message.recipient is not None} - running
-            for post in posts
-        ]
+            running = await self._dialect.run(attempt.connection, self.steps(messages), writes=True)
+        return [{message.recipient for message in post.messages if message.recipient} - running for post in posts]
+
+    def steps(self, messages: Sequence[tuple[NewMessage, int]]) -> Steps[set[int]]:
+        """Store messages, each given with the bytes of its body; return which of their recipients run."""
+        return self._post(messages)
 
     def _row(self, message: NewMessage, size: int) -> tuple[object, ...]:
         key = self._dialect.driver_key(message.key)
@@ -104,19 +116,23 @@ class PostStatements:
     def _post_at_once(self, messages: Sequence[tuple[NewMessage, int]]) -> Steps[set[int]]:
         """Store messages by one statement, which is a transaction of its own."""
         rows = [(message.recipient, *self._row(message, size)) for message, size in messages]
-        asked = {(message.recipient,) for message, _ in messages if message.recipient is not None}
+        asked = {(message.recipient,) for message, _ in messages if message.recipient}
         parameters = self._posted.parameters(rows) | self._asked.parameters(sorted(asked))
         return {row[0] for row in (yield self._store, parameters)}
 
     def _post_row_by_row(self, messages: Sequence[tuple[NewMessage, int]]) -> Steps[set[int]]:
         """Store messages by a statement for each row. No instance comes or goes during the transaction."""
         running = {row[0] for row in (yield self._running, {})}
-        rows = [
-            (recipient, *self._row(message, size))
-            for message, size in messages
-            for recipient in (running if message.recipient is None else running & {message.recipient})
-            if recipient != message.sender
-        ]
+        holders: dict[object, int | None] = {}
+        if keys := {self._dialect.driver_key(message.key) for message, _ in messages if message.recipient == HOLDER}:
+            holders = {row[0]: row[1] for row in (yield self._holders, self._keys.parameters([(key,) for key in keys]))}
+        rows = []
+        for message, size in messages:
+            row, recipient = self._row(message, size), message.recipient
+            if recipient == HOLDER:
+                recipient = holders.get(row[2]) or HOLDER
+            recipients = running if recipient is None else running & {recipient}
+            rows += [(number, *row) for number in recipients if number != message.sender]
         if rows:
             yield self._store_row, rows
         return running

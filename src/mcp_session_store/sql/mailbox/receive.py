@@ -129,7 +129,7 @@ class ReceiveStatements:
         """Build the statement that removes messages and reads others."""
         c, removed, ranged = self._messages.c, self._removed.c, self._ranges.c
         # What an end of its session has locked goes with that; waiting for it would hold up all other sessions.
-        remove = self._dialect.delete_unlocked(
+        removable = self._dialect.unlocked(
             self._messages,
             c.recipient == self._recipient,
             c.sender == removed.sender,
@@ -137,6 +137,7 @@ class ReceiveStatements:
             c.sequence <= removed.up_to,
             each=self._removed,
         )
+        remove = sa.delete(self._messages).where(removable)
         found = (
             sa.select(c.sender, c.sequence, c.key, c.kind, c.created_at, c.bytes, c.body)
             .where(*self._found(ranged.sender, ranged.height, ranged.following))

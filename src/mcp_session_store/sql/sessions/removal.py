@@ -14,6 +14,7 @@ from mcp_session_store.sql.schema.tables import (
     logs_table,
     messages_table,
     sessions_table,
+    stream_messages_table,
 )
 from mcp_session_store.sql.sessions.records import as_number
 from mcp_session_store.sql.sessions.statements import ended, live, locked, notify
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.records import EndReason
     from mcp_session_store.sql.database import Attempt
-    from mcp_session_store.sql.dialects.compiled import Steps
+    from mcp_session_store.sql.dialects.compiled import Statement, Steps
     from mcp_session_store.sql.dialects.dialect import Dialect
 
 __all__ = ["End", "SessionRemoval"]
@@ -86,12 +87,18 @@ class SessionRemoval:
         # What another transaction has locked it removes itself. To wait for it could be a circle, because an instance
         # removes what it has read in another order.
         messages = messages_table(schema)
-        remove_messages = dialect.delete_unlocked(messages, self._removed.in_batch(messages.c.key))
-        self._remove_messages = None
+        of_stream = stream_messages_table(schema)
+        removals = {
+            f"removed_{table.name}": sa.delete(table).where(
+                dialect.unlocked(table, self._removed.in_batch(table.c.key))
+            )
+            for table in (messages, of_stream)
+        }
+        self._remove_messages: list[Statement] = []
         if dialect.changes_in_with:
-            remove_logs = remove_logs.add_cte(remove_messages.cte("removed_messages"))
+            remove_logs = remove_logs.add_cte(*(removal.cte(name) for name, removal in removals.items()))
         else:
-            self._remove_messages = dialect.precompiled(remove_messages)
+            self._remove_messages = [dialect.precompiled(removal) for removal in removals.values()]
         self._remove_logs = dialect.precompiled(remove_logs)
         self._remove_events = dialect.precompiled(sa.delete(events).where(self._removed.in_batch(events.c.key)))
         self._count_events = dialect.precompiled(
@@ -146,8 +153,8 @@ class SessionRemoval:
         # a statement of their own: one that began before it had the locks would not see the latest events.
         keys = self._parameters([key for key, _ in ended])
         logs = yield self._remove_logs, keys
-        if self._remove_messages is not None:
-            yield self._remove_messages, keys
+        for removal in self._remove_messages:
+            yield removal, keys
         if with_events := [key for key, kept in logs if kept]:
             yield self._remove_events, self._parameters(with_events)
 

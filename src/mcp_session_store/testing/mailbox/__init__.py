@@ -10,6 +10,7 @@ from mcp_session_store.testing.mailbox.posting import Posting
 from mcp_session_store.testing.mailbox.receiving import Receiving
 from mcp_session_store.testing.mailbox.repetition import Repetition
 from mcp_session_store.testing.mailbox.session_ends import SessionEnds
+from mcp_session_store.testing.mailbox.stream_messages import StreamMessages
 from mcp_session_store.testing.mailbox.suite import MakeMailbox
 from mcp_session_store.testing.mailbox.sweeping import Sweeping
 from mcp_session_store.testing.mailbox.values import Values
@@ -25,6 +26,7 @@ class MailboxConformance(
     Order,
     Receiving,
     SessionEnds,
+    StreamMessages,
     Sweeping,
     Listening,
     Namespaces,
