@@ -23,8 +23,9 @@ from mcp_session_store.sql.dialects.channel import NotificationChannel
 from mcp_session_store.sql.mailbox.instances import Instances
 from mcp_session_store.sql.mailbox.post import Post, PostStatements
 from mcp_session_store.sql.mailbox.receive import Receive, ReceiveStatements
-from mcp_session_store.sql.mailbox.streams import Say, StreamStatements, Take
+from mcp_session_store.sql.mailbox.say import Say, SayStatements
 from mcp_session_store.sql.mailbox.sweep import MessageSweep
+from mcp_session_store.sql.mailbox.take import Take, TakeStatements
 from mcp_session_store.sql.notifications import MAIL_CHANNELS
 from mcp_session_store.sql.schema.tables import privileges_for_mailbox
 from mcp_session_store.sql.sessions.beside import BesideStore
@@ -95,7 +96,8 @@ class SqlMailbox(BesideStore, Mailbox):
         self._instances = Instances(dialect, schema=schema, namespace=self._namespace)
         self._posting = PostStatements(dialect, schema=schema, namespace=self._namespace)
         self._reading = ReceiveStatements(dialect, schema=schema)
-        self._streaming = StreamStatements(dialect, schema=schema, namespace=self._namespace, posting=self._posting)
+        self._saying = SayStatements(dialect, schema=schema, namespace=self._namespace, posting=self._posting)
+        self._taking = TakeStatements(dialect, schema=schema, namespace=self._namespace)
         self._sweeping = MessageSweep(dialect, schema=schema)
         self._removed: dict[int, dict[int, int]] = {}
         """Highest sequences that are known to be removed, by recipient and sender."""
@@ -106,8 +108,8 @@ class SqlMailbox(BesideStore, Mailbox):
         of = partial(telemetry.of_operation, self._namespace)
         # One lane for all that is posted, so that commits come in the order of the calls.
         self._posts = Batcher(database, self._posting.post, of("post"), writes=True, weigh=attrgetter("size"))
-        self._says = Batcher(database, self._streaming.say, of("say"), writes=True, weigh=attrgetter("size"))
-        self._takes = Batcher(database, self._streaming.take, of("take"), writes=True, max_batch=TAKES_PER_STATEMENT)
+        self._says = Batcher(database, self._saying.say, of("say"), writes=True, weigh=attrgetter("size"))
+        self._takes = Batcher(database, self._taking.take, of("take"), writes=True, max_batch=TAKES_PER_STATEMENT)
         self._streams = Lane(database, of("withdraw"), writes=True)
         # A lane for each, because on SQLite a receive that removes nothing waits for no writer.
         self._receives = Lane(database, of("receive"), writes=False)
@@ -186,7 +188,7 @@ class SqlMailbox(BesideStore, Mailbox):
     async def release(self, key: UUID, holder: int, *, given: Mapping[int, int]) -> None:
         check_keys(key)
         take = Take(key, holder, dict(given), self._given.get(key, {}))
-        await self._streams.run(lambda attempt: self._streaming.release(attempt, take))
+        await self._streams.run(lambda attempt: self._taking.release(attempt, take))
         self._note_given(take)
 
     def _note_given(self, take: Take) -> None:
@@ -198,7 +200,7 @@ class SqlMailbox(BesideStore, Mailbox):
 
     async def withdraw(self, key: UUID, sender: int, sequence: int) -> Withdrawal:
         check_keys(key)
-        return await self._streams.run(lambda attempt: self._streaming.withdraw(attempt, key, sender, sequence))
+        return await self._streams.run(lambda attempt: self._taking.withdraw(attempt, key, sender, sequence))
 
     async def listen(
         self,
