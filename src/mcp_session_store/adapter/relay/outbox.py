@@ -68,8 +68,6 @@ LATE: Final = "not posted in time"
 """Reason to drop a message: it has waited for too long for the store."""
 STOPPED: Final = "not posted"
 """Reason to drop a message: the instance stops, and the store is away."""
-AWAY: Final = "away"
-"""Reason to drop a message that can be done without: the store is away."""
 
 
 class Outbox:
@@ -188,14 +186,6 @@ class Outbox:
                 raise
         if outgoing.failure is not None:
             raise outgoing.failure
-
-    def post_soon(self, outgoing: Outgoing) -> None:
-        """Post a message that no client waits for; it is dropped where the store is away."""
-        if self._is_closed or self._is_away or len(self._waiting) >= MAX_ACCEPTED:
-            self._log.dropped(outgoing.kind, STOPPED if self._is_closed else AWAY)
-            return
-        self._waiting[outgoing] = None
-        self._wake.set()
 
     def _count(self, outgoing: Outgoing) -> None:
         """Count the messages of a session."""

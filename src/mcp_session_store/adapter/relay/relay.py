@@ -232,7 +232,7 @@ class Relay:
 
     def _announce(self, key: UUID, change: str) -> None:
         """Say to the other copies of a session what has changed; where that fails, they find out by the revision."""
-        self.outbox.post_soon(Outgoing(None, key, MessageKind.CHANGE, change))
+        self.outbox.put(Outgoing(None, key, MessageKind.CHANGE, change))
 
     async def run(self, readiness: Readiness) -> None:
         """Run the background tasks, until cancelled."""
