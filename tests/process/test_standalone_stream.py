@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
+import httpx2
 import pytest
 
 from tests.support.clients import PATIENCE, official_client, until
-from tests.support.http import RawClient
+from tests.support.http import INITIALIZE_PARAMS, RawClient
 from tests.support.proxy import RoundRobinProxy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from anyio.abc import TaskStatus
 
     from tests.support.deployment import Application
     from tests.support.http import Stream
@@ -115,3 +121,89 @@ async def test_the_official_client_hears_all_that_any_process_says_whatever_happ
         await until(lambda: len(official.announced) >= EACH * len(texts), "the client has heard all")
         assert official.resumed_after
     _check(official.announced, texts)
+
+
+class _Listener:
+    """A client of one session that opens its stream on one process after the other, and reads all that it opened.
+
+    Args:
+        servers: The processes.
+        version: Protocol version that it speaks.
+    """
+
+    def __init__(self, servers: Sequence[ServerProcess], version: str) -> None:
+        self._headers = {"mcp-protocol-version": version}
+        self._params = {**INITIALIZE_PARAMS, "protocolVersion": version}
+        self._servers = servers
+        self.at: list[RawClient] = []
+        """The client at each process."""
+        self.announced: list[str] = []
+        self.last_event_id: str | None = None
+        self.open = 0
+        """Number of streams that have not ended."""
+
+    async def begin(self, stack: AsyncExitStack) -> None:
+        session_id: str | None = None
+        for server in self._servers:
+            client = RawClient(server.mcp_url, headers=self._headers, session_id=session_id)
+            self.at.append(await stack.enter_async_context(client))
+            if session_id is None:
+                await client.handshake(self._params)
+                session_id = client.session_id
+
+    async def listen(self, place: int, *, resumes: bool = False, task_status: TaskStatus[None]) -> None:
+        """Open the stream at a process, and read it to its end."""
+        last_event_id = self.last_event_id if resumes else None
+        with contextlib.suppress(httpx2.TransportError, StopAsyncIteration):
+            async with self.at[place].get_stream(last_event_id=last_event_id) as stream:
+                assert stream.status == 200
+                self.open += 1
+                task_status.started()
+                try:
+                    while True:
+                        event = await stream.next_event()
+                        self.last_event_id = event.id or self.last_event_id
+                        if event.message is not None:
+                            self.announced.append(event.message["params"]["uri"])
+                finally:
+                    self.open -= 1
+
+
+async def test_a_stream_that_moves_between_processes_has_each_message_once_though_its_process_is_killed(
+    application: Application, store_url: str
+) -> None:
+    servers = [application.serve(store_url, events=True) for _ in range(3)]
+    listeners = [_Listener(servers, version) for version in ("2025-11-25", "2025-06-18")]
+    texts: list[str] = []
+
+    async def announce(listener: _Listener, places: Sequence[int], rounds: int) -> None:
+        for number in range(rounds):
+            for place in places:
+                text = f"{len(texts)}-{number}"
+                texts.append(text)
+                await listener.at[place].call_tool("announce", {"text": text, "count": EACH})
+
+    async with AsyncExitStack() as stack, anyio.create_task_group() as tasks:
+        for listener in listeners:
+            await listener.begin(stack)
+        for listener in listeners:
+            texts.clear()
+            await tasks.start(listener.listen, 0)
+            async with anyio.create_task_group() as speakers:
+                speakers.start_soon(announce, listener, range(3), 8)
+                for place in (1, 2, 0, 2):
+                    await anyio.sleep(0.2)
+                    await tasks.start(listener.listen, place)
+            await until(lambda listener=listener: listener.open == 1, "the older streams have ended")
+            if listener is listeners[-1]:
+                await anyio.to_thread.run_sync(servers[2].kill)
+                await until(lambda listener=listener: listener.open == 0, "its last stream is broken")
+                async with anyio.create_task_group() as speakers:
+                    speakers.start_soon(announce, listener, range(2), 4)
+                    await tasks.start(partial(listener.listen, resumes=True), 1)
+            expected = EACH * len(texts)
+            await until(lambda: len(listener.announced) >= expected, "the client has heard all")  # noqa: B023
+            await anyio.sleep(0.2)
+            assert len(listener.announced) == expected
+            _check(listener.announced, texts)
+        tasks.cancel_scope.cancel()

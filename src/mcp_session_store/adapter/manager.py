@@ -20,7 +20,6 @@ from mcp_session_store.adapter.instances import Instances, instance_id
 from mcp_session_store.adapter.outage import Gate
 from mcp_session_store.adapter.question_ids import QuestionIds
 from mcp_session_store.adapter.readiness import FINAL, Readiness
-from mcp_session_store.adapter.relay.logged import LoggedStreams
 from mcp_session_store.adapter.relay.relay import Relay, named_notifications
 from mcp_session_store.adapter.replay.journal import Journal
 from mcp_session_store.adapter.replay.serving import serve
@@ -338,7 +337,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 json_response=self.json_response,
                 max_body=self.max_request_body_size,
                 named=self._named,
-                events=None if self._recorder is None else LoggedStreams(),
+                recorder=self._recorder,
                 has_event_store=self.event_store is not None,
             )
         admission = Admission(

@@ -225,13 +225,13 @@ class Router:
         """Serve a GET: from the event log where there is one, which has earlier events and other instances' events."""
         standalone, session_id = session.standalone, session.session_id
         hold = None if self._streams is None else partial(self._streams.opened, session)
+        if session.events is not None:
+            await serve_stream(session.events, standalone, session_id, self._security, scope, receive, send, hold=hold)
+            return
         if standalone.is_refused:
             await responses.ONE_STREAM.response()(scope, receive, send)
             return
-        if session.events is not None:
-            served = True
-            await serve_stream(session.events, standalone, session_id, self._security, scope, receive, send)
-        elif self._has_event_store:
+        if self._has_event_store:
             # Only the transport can tell which stream is to be resumed.
             served = b"last-event-id" in (name for name, value in scope["headers"] if value)
             if served:

@@ -14,6 +14,7 @@ from tests.support.asgi import seen_by_a_client, until
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import instance, principal
 from tests.support.internals import tag_of
+from tests.support.streams import opened
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ async def refusal(client: Client, last_event_id: str) -> Answer:
 
 
 async def test_no_two_events_of_a_session_have_the_same_id(talking: Talking, client: Client) -> None:
-    stream = client.open_stream()
+    stream = await opened(client)
     ids: list[str] = []
     # Clients use an id again, and write it in two ways.
     for request_id in (1, 1, "1", 1):
@@ -97,6 +98,7 @@ async def test_each_id_leads_on_in_its_own_call_whatever_id_the_client_gave_it(
 
 async def test_ids_stay_unique_over_restores_and_on_two_instances_at_once(store: FaultyStore, log: FaultyLog) -> None:
     ids: list[str] = []
+    last_event_id: str | None = None
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:
         client = one.client()
@@ -110,7 +112,7 @@ async def test_ids_stay_unique_over_restores_and_on_two_instances_at_once(store:
             instance(other_store, others.notes, events=FaultyLog(other_store)) as two,
         ):
             client, elsewhere = one.client(session_id), two.client(session_id)
-            stream = client.open_stream()
+            stream = client.open_stream(last_event_id)
             for _ in range(2):
                 call, exchange = await mine.call(client, request_id=1)
                 other_call, other_exchange = await others.call(elsewhere, request_id=1)
@@ -123,7 +125,8 @@ async def test_ids_stay_unique_over_restores_and_on_two_instances_at_once(store:
                 ids += ids_of(exchange) + ids_of(other_exchange)
             await hears(stream, *["to all"] * 4)
             ids += ids_of(stream)
-    assert len(ids) == len(set(ids)) == 3 + 3 * (2 * 2 * 3 + 1 + 4)
+            last_event_id = stream.last_event_id
+    assert len(ids) == len(set(ids)) == 3 + 1 + 3 * (2 * 2 * 3 + 4)
 
 
 async def test_an_id_is_opaque_and_fits_into_a_header(talking: Talking, one: Instance) -> None:

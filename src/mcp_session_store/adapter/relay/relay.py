@@ -13,6 +13,7 @@ from mcp_session_store.adapter.background import run_again, run_every
 from mcp_session_store.adapter.clock import now
 from mcp_session_store.adapter.relay.delivery import NO_COPY, Delivery
 from mcp_session_store.adapter.relay.inbox import Inbox
+from mcp_session_store.adapter.relay.logged import LoggedStreams
 from mcp_session_store.adapter.relay.messages import ADDRESSED, accepted, accepts, named_notifications, relayed
 from mcp_session_store.adapter.relay.outbox import Outbox
 from mcp_session_store.adapter.relay.outgoing import Outgoing
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.refreshing import Refresher
     from mcp_session_store.adapter.sessions.registry import Registry
+    from mcp_session_store.adapter.streams.recorder import EventRecorder
     from mcp_session_store.mailbox import Message
 
 __all__ = ["Relay", "named_notifications"]
@@ -70,7 +72,7 @@ class Relay:
         json_response: Whether calls are answered by JSON instead of streams.
         max_body: Highest number of bytes of a body.
         named: Methods of notifications that concern all copies of a session.
-        events: Where the streams have their messages from the event log; `None` without one.
+        recorder: Stores the events of streams; `None`: there is no event log.
         has_event_store: Whether the SDK's transports have an event store of the user's.
     """
 
@@ -89,7 +91,7 @@ class Relay:
         json_response: bool,
         max_body: int,
         named: frozenset[str],
-        events: StreamSource | None,
+        recorder: EventRecorder | None,
         has_event_store: bool,
     ) -> None:
         self._question_ids = instances.question_ids
@@ -106,13 +108,16 @@ class Relay:
         self.inbox: Final = Inbox(instances, registry, self._arrived)
         self.outlets: QueuedStreams | None = None
         """Ways of copies to the clients' streams on other instances; `None` where the event log is one."""
-        stores_events = has_event_store or events is not None
-        if events is None:
+        source: StreamSource
+        if recorder is None:
             messages = StreamMessages(instances, self.outbox, tasks, registry.log)
-            self.outlets = QueuedStreams(messages, stores=has_event_store)
-            events = self.outlets
-        self.streams: Final = ClientStreams(registry, activity, self.outbox, events, tasks, instances.question_ids)
-        self.attach: Final = self.streams.attach if stores_events else None
+            source = self.outlets = QueuedStreams(messages, stores=has_event_store)
+        else:
+            source = LoggedStreams(recorder.followers)
+        self.streams: Final = ClientStreams(registry, activity, self.outbox, source, tasks, instances.question_ids)
+        if recorder is not None:
+            recorder.on_said = self.streams.hint
+        self.attach: Final = self.streams.attach if has_event_store or recorder is not None else None
         """Connects a copy with its client's stream elsewhere, where handlers can close it: the SDK lets them do so only
         where events are stored."""
         instances.on_renumbered = instances.on_back = self.streams.claim_again

@@ -100,6 +100,9 @@ class ClientStreams:
     def attach(self, session: ResidentSession) -> None:
         """Have the stream of a copy be closed, too, where the application closes it and it is open elsewhere."""
         sdk.on_close_standalone(session.transport, partial(self.close_elsewhere, session))
+        if session.events is not None:
+            # It may be open anywhere, and the log has what is said until then.
+            session.loop.standalone_stream_open.set()
 
     def opened(self, session: ResidentSession) -> Hold:
         """Note that a GET opens the stream of a session here, and claim it."""
@@ -176,9 +179,12 @@ class ClientStreams:
 
     def _taken(self, message: Message, session: ResidentSession | None, hold: Hold | None) -> None:
         """Hand a stream over to the instance where it was opened later."""
+        if session is not None and hold is not None and hold.is_open and not hold.claimed.is_set():
+            # This one may have been opened later still: its own claim says so.
+            self._tasks.start_soon(self._taken_when_claimed, message, session, hold)
+            return
         term, taken, hands_over = _read(message.body).get("term", 0), None, False
-        # One that is not claimed yet was opened later still, or learns from its own claim that it was not.
-        if session is None or hold is None or not hold.is_open or 0 < hold.term < term:
+        if session is None or hold is None or not hold.is_open or hold.is_lost or 0 < hold.term < term:
             hands_over = True
             if session is not None and hold is not None:
                 hold.is_lost = True
@@ -186,6 +192,10 @@ class ClientStreams:
                     session.standalone.taken.append(clock.now())
                 taken = [round(clock.now() - moment, 3) for moment in session.standalone.taken]
         self._tasks.start_soon(self._hand_over, message, term, taken, session, hands_over)
+
+    async def _taken_when_claimed(self, message: Message, session: ResidentSession, hold: Hold) -> None:
+        await hold.claimed.wait()
+        self._taken(message, session, session.hold)
 
     async def _hand_over(
         self, message: Message, term: int, taken: list[float] | None, session: ResidentSession | None, hands_over: bool

@@ -118,7 +118,7 @@ class ServerLoop:
         self.stopped = Latch()
         """The server task has ended, clean-up included."""
         self.standalone_stream_open = Latch()
-        """The client has opened its GET stream."""
+        """The client has opened its GET stream, or gets later what is said before."""
         self.find_outlet: Callable[[], Outlet | None] = lambda: None
         """Returns what takes messages outside of calls, for the client's stream on any instance, if anything does."""
         self.writer: MessageWriteStream | None = None

@@ -217,8 +217,12 @@ class SessionEvents(EventStore):
 
     def identify(self, cursor: Cursor) -> str:
         """Return the event id of a place on the standalone stream, which the client gets."""
-        self._identified = True
+        self.can_reopen()
         return self.ids.write(*cursor)
+
+    def can_reopen(self) -> None:
+        """Note that the client gets what it missed when it opens the standalone stream again."""
+        self._identified = True
 
     def resumed(self, cursor: Cursor) -> None:
         """Close all responses of this instance that carry a stream, because its client has come back for it."""

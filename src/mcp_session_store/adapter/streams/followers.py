@@ -29,7 +29,11 @@ __all__ = ["POLL_INTERVAL", "STANDALONE_INTERVAL", "Follower", "Followers"]
 POLL_INTERVAL: Final = 0.25
 """Seconds between two polls for events that other instances have stored, with one query for all followers."""
 STANDALONE_INTERVAL: Final = 2.0
-"""Seconds between two polls on behalf of standalone streams."""
+"""Seconds between two polls on behalf of standalone streams, where instances give no hints of what they say there."""
+HINTED_INTERVAL: Final = 60.0
+"""Seconds between two such polls where they do. A hint is lost with the instance that is about to give it."""
+REMEMBERED: Final = 60.0
+"""Seconds for which is remembered how far a standalone stream got whose response has ended."""
 KEYS_AT_ONCE: Final = 1000
 """Number of sessions that one query asks for."""
 GATHERING: Final = 0.005
@@ -60,6 +64,10 @@ class Follower:
         """Whether the response is to end."""
         self.answer: str | None = None
         """Message of the JSON-RPC error for the call when the response ends; `None` if the client comes back."""
+        self.behind = False
+        """Whether the log may have events that are not known of here."""
+        self.succeeded = False
+        """Whether a later response of this instance has the stream."""
         self.waiting = False
         """Whether the client has received everything that is stored."""
         self.in_hand: list[Any] = []
@@ -71,6 +79,15 @@ class Follower:
     def wake(self) -> None:
         """Have the response check whether there is something to do."""
         self._wake.set()
+
+    def look(self) -> None:
+        """Have the response read the log, because another instance may have stored something for it."""
+        self.behind = True
+        self.wake()
+
+    def has_more(self, seen: int) -> bool:
+        """Return whether there is, or may be, an event after those up to a sequence."""
+        return self.head > seen or self.behind
 
     def advance(self, head: int) -> None:
         """Note that the log holds events up to this sequence."""
@@ -106,7 +123,7 @@ class Follower:
             seconds: Seconds to wait at most.
             pause: Whether to wait although there is more to read.
         """
-        if pause or (self.head <= seen and not self.closed and not self.unsent):
+        if pause or not (self.has_more(seen) or self.closed or self.unsent):
             self.waiting = self.head <= seen
             with anyio.move_on_after(seconds):
                 await self._wake.wait()
@@ -140,6 +157,12 @@ class Followers:
         """Time at which the other instances were last checked."""
         self._standalone_at = -math.inf
         """Time of the last poll on behalf of standalone streams."""
+        self._reliable_since = math.inf
+        """Since when this instance's heartbeats had succeeded then."""
+        self.standalone_interval = STANDALONE_INTERVAL
+        """Seconds between two of these polls."""
+        self._ended: dict[UUID, tuple[float, int]] = {}
+        """When the responses of standalone streams ended, and up to which sequence they got, the earliest first."""
         self.wake: Final = Wake(gathering=GATHERING)
 
     def add(self, follower: Follower, *, instance: str | None) -> None:
@@ -149,7 +172,12 @@ class Followers:
             follower: The response.
             instance: Name of the other instance that runs the call, or `None`.
         """
-        self._by_session.setdefault(follower.key, {})[follower] = None
+        of_session = self._by_session.setdefault(follower.key, {})
+        for other in of_session:
+            if other.stream == follower.stream:
+                self._remember(other)
+                other.succeeded = True
+        of_session[follower] = None
         if instance is not None:
             self._by_instance.setdefault(instance, {})[follower] = None
             # At the next poll, which is near. With one at once, a client that comes back again and again would have
@@ -162,12 +190,46 @@ class Followers:
         del of_session[follower]
         if not of_session:
             del self._by_session[follower.key]
+        self._remember(follower)
         if instance is not None:
             of_instance = self._by_instance[instance]
             del of_instance[follower]
             if not of_instance:
                 del self._by_instance[instance]
                 self._dead.discard(instance)
+
+    def _remember(self, follower: Follower) -> None:
+        """Remember how far a standalone stream got whose response ends, unless a later one has taken it over."""
+        if follower.stream != STANDALONE_STREAM or follower.sent is None or follower.succeeded:
+            return
+        key, now = follower.key, anyio.current_time()
+        self._ended.pop(key, None)
+        self._ended[key] = (now, follower.sent.sequence)
+        while (earliest := next(iter(self._ended))) and now - self._ended[earliest][0] > REMEMBERED:
+            del self._ended[earliest]
+
+    def forget(self, key: UUID) -> None:
+        """Forget how far the standalone stream of a session got, because its log was lost or set back."""
+        self._ended.pop(key, None)
+        for follower in self._by_session.get(key, ()):
+            if follower.stream == STANDALONE_STREAM:
+                follower.succeeded = True
+
+    def given(self, key: UUID) -> int | None:
+        """Return the sequence up to which the events of a session's standalone stream were given to its connection.
+
+        `None`: none were within the last minute, or none that have a sequence.
+        """
+        for follower in self._by_session.get(key, ()):
+            if follower.stream == STANDALONE_STREAM and not follower.succeeded and follower.sent is not None:
+                return follower.sent.sequence
+        ended_at, sequence = self._ended.get(key, (-math.inf, 0))
+        return sequence if anyio.current_time() - ended_at < REMEMBERED else None
+
+    def look(self, key: UUID) -> None:
+        """Have the response with the standalone stream of a session read the log."""
+        for follower in self.of(key, STANDALONE_STREAM):
+            follower.look()
 
     def of(self, key: UUID, stream: str | None = None) -> list[Follower]:
         """Return the responses of a session, or of one of its streams, that are not about to end."""
@@ -209,9 +271,11 @@ class Followers:
                 # Polling is enough. A log that one of them has locked would keep all from it.
                 report_failure("notifications", error, namespace=self._log.namespace)
             self._asked_at = now
-        if now - self._standalone_at > STANDALONE_INTERVAL:
+        reliable_since = self._instances.reliable_since
+        # After an outage, too, in which hints may have been lost.
+        if now - self._standalone_at > self.standalone_interval or self._reliable_since != reliable_since < math.inf:
             keys.update(key for key in self._by_session if self.of(key, STANDALONE_STREAM))
-            self._standalone_at = now
+            self._standalone_at, self._reliable_since = now, reliable_since
         for some in _batched(keys, KEYS_AT_ONCE):
             for key, head in (await self._log.heads(some)).items():
                 for follower in self._by_session.get(key, ()):

@@ -186,7 +186,7 @@ class StreamReader:
                         yield Lost()
                         return
             is_over = self._is_over()
-            if latest and not is_over and not more and follower.head <= self._seen:
+            if latest and not is_over and not more and not follower.has_more(self._seen):
                 stay = min(STAY, self._recorder.silence)
                 await follower.wait(self._seen, seconds=LOOK_AGAIN if self._runs_here else stay)
                 # Delivered while the client had all that was stored, and so before whatever has been stored since.
@@ -267,7 +267,7 @@ class StreamReader:
 
     async def _read(self) -> EventPage | None:
         """Return the next page; `None` if it cannot be read now, or if the stream has ended with its session."""
-        head = self._follower.head
+        head, self._follower.behind = self._follower.head, False
         try:
             async with self._turn():
                 if self._follower.closed:

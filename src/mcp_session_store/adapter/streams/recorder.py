@@ -28,7 +28,7 @@ from mcp_session_store.errors import (
     StoreMisconfigured,
     StoreUnavailable,
 )
-from mcp_session_store.event_log import LARGE_APPEND, NO_SESSION
+from mcp_session_store.event_log import LARGE_APPEND, NO_SESSION, STANDALONE_STREAM
 from mcp_session_store.records import EventKind, NewEvent, message_bytes
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ class EventRecorder:
         self._of: Final = {outcome: telemetry.of(log.namespace, outcome=outcome.value) for outcome in Outcome}
         self.turns: Final = Turns()
         """Turns of the sessions at reading the log."""
+        self.on_said: Callable[[UUID], None] = lambda _: None
+        """Called with each session that has a new message on its standalone stream, which no response here has."""
         self.unfinished: dict[str, CallStream] = {}
         """Calls of this instance whose last event is not stored yet, by the names of their streams."""
         self.large_turns: Final = anyio.Semaphore(LARGE_AT_ONCE)
@@ -225,8 +227,12 @@ class EventRecorder:
         sequence = await self.log.append(key, events, again=again)
         telemetry.appended.record(clock.now() - began, self._of_all)
         if sequence is not None:
+            said = False
             for place, event in enumerate(events):
                 self.followers.advance(key, event.stream, sequence + place)
+                said = said or (event.stream == STANDALONE_STREAM and event.message is not None)
+            if said and not self.followers.of(key, STANDALONE_STREAM):
+                self.on_said(key)
         return sequence
 
     async def _store_instead(self, key: UUID, event: NewEvent, error: Exception, owner: Hashable) -> Recorded:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
+    from mcp_session_store.adapter.streams.hold import Hold
     from mcp_session_store.adapter.streams.standalone import StandaloneStream
     from mcp_session_store.records import EventPage
 
@@ -50,6 +51,8 @@ async def serve_stream(
     scope: Scope,
     receive: Receive,
     send: Send,
+    *,
+    hold: Callable[[], Hold] | None = None,
 ) -> None:
     """Serve a GET of a session from the event log, which has what was said before and by other instances.
 
@@ -61,30 +64,42 @@ async def serve_stream(
         scope: ASGI scope of the request.
         receive: ASGI receive of the request.
         send: ASGI send of the request.
+        hold: Notes that the standalone stream is opened here; `None` where instances do not tell one another of it.
     """
     request = Request(scope, receive)
     last_event_id = request.headers.get("last-event-id") or None
     version = request.headers.get(MCP_PROTOCOL_VERSION_HEADER, DEFAULT_NEGOTIATED_VERSION)
     resumable = version in RESUMABLE_VERSIONS
     cursor = None if last_event_id is None else events.ids.read(last_event_id)
+    held: list[Hold] = []
+
+    def holds() -> Hold | None:
+        if hold is None:
+            return None
+        held.append(hold())
+        return held[0]
+
     response = await stream_refusal(request, security)
     if response is None:
         try:
             if last_event_id is not None and cursor is None:
                 response = responses.BAD_EVENT_ID.response()
-            elif (
-                (cursor is None or cursor.standalone)
-                and events.recorder.followers.of(events.key, STANDALONE_STREAM)
-                and not standalone.may_be_taken()
+            elif (cursor is None or cursor.standalone) and (
+                standalone.is_refused
+                or (events.recorder.followers.of(events.key, STANDALONE_STREAM) and not standalone.may_be_taken())
             ):
                 response = responses.ONE_STREAM.response()
             elif cursor is not None:
-                response = await resume_stream(events, cursor, session_id=session_id, resumable=resumable)
+                response = await resume_stream(events, cursor, holds, session_id=session_id, resumable=resumable)
             else:
-                response = open_stream(events, session_id=session_id, resumable=resumable)
+                response = open_stream(events, holds(), session_id=session_id, resumable=resumable)
         except Exception as error:
             response = refuse(error, events.key, events.recorder.session_log).response()
-    await response(scope, receive, send)
+    try:
+        await response(scope, receive, send)
+    finally:
+        for one in held:
+            one.is_open = False
 
 
 def not_resumable(session_id: str, cursor: Cursor) -> Response:
@@ -94,12 +109,15 @@ def not_resumable(session_id: str, cursor: Cursor) -> Response:
     return last_words(EventIds(session_key(session_id)), cursor, NOT_RESUMABLE, reason="lost", session_id=session_id)
 
 
-async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: str, resumable: bool) -> Response:
+async def resume_stream(
+    events: SessionEvents, cursor: Cursor, holds: Callable[[], Hold | None], *, session_id: str, resumable: bool
+) -> Response:
     """Return the response to a client that comes back for a stream: what it missed, and then the live rest.
 
     Args:
         events: Events of the session.
         cursor: Place of the last event that the client has.
+        holds: Notes that the standalone stream is opened here, and returns the hold of it if there are any.
         session_id: Id for the response's header.
         resumable: Whether the client understands priming events.
 
@@ -115,6 +133,7 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
     telemetry.resumptions.record(clock.now() - began, telemetry.of(log.namespace))
     # Events since the client left may still be on their way to a response that is not read any more.
     events.resumed(cursor)
+    held = holds() if cursor.standalone else None
     if page is None and cursor.sequence == 0:
         page = NOTHING_YET
     if page is None or cursor.sequence > page.last:
@@ -122,12 +141,13 @@ async def resume_stream(events: SessionEvents, cursor: Cursor, *, session_id: st
         if not cursor.standalone:
             telemetry.resumed.add(1, telemetry.of(log.namespace, outcome="trimmed"))
             return last_words(events.ids, cursor, TRIMMED, reason="trimmed", session_id=session_id)
-        return open_stream(events, session_id=session_id, resumable=resumable)
+        events.recorder.followers.forget(events.key)
+        return open_stream(events, held, session_id=session_id, resumable=resumable)
     retry = {"retry": events.retry_interval} if resumable and events.retry_interval is not None else None
     return event_stream(_sent(events, _reader(events, cursor, page), lambda _: retry), session_id)
 
 
-def open_stream(events: SessionEvents, *, session_id: str, resumable: bool) -> Response:
+def open_stream(events: SessionEvents, hold: Hold | None, *, session_id: str, resumable: bool) -> Response:
     """Return the response to a client that opens the standalone stream anew.
 
     It begins at once, also while events cannot be stored, and goes on with what the log has when that is known. A
@@ -138,7 +158,7 @@ def open_stream(events: SessionEvents, *, session_id: str, resumable: bool) -> R
         # Without a place no client could come back with; the first event of the session follows.
         return events.priming_event(events.identify(cursor)) if resumable and cursor.sequence else None
 
-    find = partial(find_place, events, resumable=resumable)
+    find = partial(find_place, events, hold, resumable=resumable)
     return event_stream(_sent(events, _reader(events, Cursor(STANDALONE_STREAM, 0, 0), find=find), primed), session_id)
 
 
