@@ -22,6 +22,7 @@ from mcp_session_store import (
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT
 from mcp_session_store.mailbox import MESSAGE_PAGE, MESSAGE_SWEEP_LIMIT
 from mcp_session_store.store import SWEEP_LIMIT, Absence
+from mcp_session_store.stream_mail import Said
 from tests.support.asgi import PATIENCE
 from tests.support.internals import logs_of, rows_of
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
         StoredEvent,
     )
     from mcp_session_store.retention import EventSweepReport, SweepReport
-    from mcp_session_store.stream_mail import NewStreamMessage, Said, StreamPage, Withdrawal
+    from mcp_session_store.stream_mail import NewStreamMessage, StreamPage, Withdrawal
 
 OPERATIONS = (
     "open",
@@ -463,6 +464,8 @@ class FaultyMailbox(_Faulty, Mailbox):
         self.closed = 0
         self.hints = True
         """Whether hints of messages arrive."""
+        self.refuses_to_say = False
+        """Whether stream messages are dropped."""
         self.holds = False
         """Whether an instance that listens holds something that its death releases."""
         self.posted: list[NewMessage] = []
@@ -516,6 +519,8 @@ class FaultyMailbox(_Faulty, Mailbox):
         return page
 
     async def say(self, messages: Sequence[NewStreamMessage]) -> Said:
+        if self.refuses_to_say:
+            return Said(dropped={message.sequence for message in messages})
         said: Said = await self._call("say", lambda: self.inner.say(messages))
         return said
 

@@ -9,19 +9,24 @@ import anyio
 import mcp_types as types
 import pytest
 from mcp import MCPError
+from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage, EventStore
 
 from mcp_session_store.adapter.streams import standalone
 from mcp_session_store.stream_mail import STREAM_QUEUE, STREAM_WAIT
 from tests.support.asgi import until
 from tests.support.asking import roots
 from tests.support.instances import instance
-from tests.support.internals import outbox_is_empty
+from tests.support.internals import outbox_is_empty, registry_of
 from tests.support.streams import one_more_turn
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from mcp.server.streamable_http import EventCallback, EventId, StreamId
+    from mcp_types import JSONRPCMessage
+
+    from mcp_session_store.adapter.streams.standalone import StandaloneStream
     from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyMailbox, FaultyStore
     from tests.support.instances import Clock, Instance
@@ -40,6 +45,13 @@ class Side:
         self.instance = instance
         self.client = client
         self.call = call
+
+    @property
+    def standalone(self) -> StandaloneStream:
+        """The stream of the copy here."""
+        session = registry_of(self.instance.manager).get(str(self.client.session_id))
+        assert session is not None
+        return session.standalone
 
     async def get(self) -> Exchange:
         """Open the client's stream here."""
@@ -221,6 +233,54 @@ async def test_what_a_failing_mailbox_does_not_give_is_taken_when_it_is_back(
     await one_more_turn()
     mailbox.up()
     await until(lambda: told(stream.messages) == ["a", "b"])
+
+
+async def test_what_the_mailbox_drops_holds_up_nothing(store: FaultyStore, mailbox: FaultyMailbox) -> None:
+    async with sides(store, mailbox) as (one,):
+        mailbox.refuses_to_say = True
+        await one.call.tell("dropped")
+        await until(lambda: outbox_is_empty(one.instance.manager))
+        stream = await one.get()
+        await one.call.tell("a")
+        await hears(stream, "a")
+
+
+class _Kept(EventStore):
+    """An event store of the user's."""
+
+    def __init__(self) -> None:
+        self.kept: list[JSONRPCMessage | None] = []
+
+    async def store_event(self, stream_id: StreamId, message: JSONRPCMessage | None) -> EventId:
+        self.kept.append(message)
+        return str(len(self.kept))
+
+    async def replay_events_after(self, last_event_id: EventId, send_callback: EventCallback) -> StreamId | None:
+        for number, message in enumerate(self.kept[int(last_event_id) :], start=int(last_event_id) + 1):
+            if message is not None:
+                await send_callback(EventMessage(message, str(number)))
+        return GET_STREAM_KEY
+
+
+async def test_with_an_event_store_of_the_users_what_others_say_is_stored_by_the_holder_and_can_be_resumed(
+    store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox
+) -> None:
+    kept = _Kept()
+    async with sides(store, mailbox, other_mailbox, event_store=kept) as (one, other):
+        stream = await one.get()
+        await other.call.tell("a")
+        await hears(stream, "a")
+        assert stream.last_event_id is not None
+        last = await stream.leave()
+        resumed = one.client.open_stream(last)
+        await resumed.start()
+        await until(lambda: one.standalone.is_open)
+        await other.call.tell("b")
+        await hears(resumed, "b")
+        assert resumed.last_event_id is not None
+        # Closed by a handler on the instance that does not have it.
+        await other.call.close_standalone()
+        await resumed.end()
 
 
 async def test_more_than_may_wait_is_dropped(store: FaultyStore, mailbox: FaultyMailbox) -> None:

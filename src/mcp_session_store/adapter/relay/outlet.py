@@ -133,7 +133,7 @@ class QueuedOutlet:
         key = session_key(self._session.session_id)
 
         def over(is_stored: bool) -> None:
-            self._messages.said(key)
+            self._messages.said(key, is_stored=is_stored)
             if is_stored:
                 # The mailbox hints at nothing to the instance that has said it.
                 self.take()

@@ -99,18 +99,18 @@ class StreamMessages:
         pending = self._pending.setdefault(saying.key, _Pending())
         pending.unposted += 1
         pending.version += 1
-        pending.until = max(pending.until, clock.now() + STREAM_WAIT.total_seconds())
         if not self.outbox.put(saying):
             pending.unposted -= 1
             return False
         return True
 
-    def said(self, key: UUID) -> None:
+    def said(self, key: UUID, *, is_stored: bool) -> None:
         """Note that the mailbox has a message, or that it is dropped."""
         pending = self._pending[key]
         pending.unposted -= 1
         pending.version += 1
-        pending.until = clock.now() + STREAM_WAIT.total_seconds()
+        if is_stored:
+            pending.until = clock.now() + STREAM_WAIT.total_seconds()
 
     def unposted(self, key: UUID) -> int:
         """Return the number of messages of a session that the mailbox does not have yet."""
