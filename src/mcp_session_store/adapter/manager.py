@@ -323,6 +323,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             instance=self.instance,
             max_initialize_params=self._settings.max_initialize_params,
         )
+        refresher = Refresher(self._registry, writer, self._tasks, self._settings.replay_timeout)
         if self._relays and self._instances is not None:
             self._relay = Relay(
                 self._instances,
@@ -331,7 +332,7 @@ class DurableSessionManager(sdk.ManagerSeams):
                 self._activity,
                 self._ender.changes,
                 writer,
-                Refresher(self._registry, writer, self._tasks, self._settings.replay_timeout),
+                refresher,
                 self._gate,
                 self._tasks,
                 json_response=self.json_response,
