@@ -285,7 +285,7 @@ deliveries: Final = _histogram(
 dropped_messages: Final = _counter(
     "mcp_session_store.messages.dropped",
     "{message}",
-    "Messages of clients that reached no copy of their session, by kind and reason",
+    "Messages that reached no copy of their session, or no stream of their client, by kind and reason",
     "kind",
     "reason",
 )

@@ -25,6 +25,8 @@ from mcp_session_store.adapter.question_ids import number_of
 from mcp_session_store.errors import SessionStoreError
 from mcp_session_store.mailbox import MessageKind, NewMessage, Presence
 from mcp_session_store.records import session_key
+from mcp_session_store.stream_mail import STREAM_MESSAGE_LIFETIME
+from mcp_session_store.testing.factories import new_stream_message
 from tests.support.asgi import until
 from tests.support.instances import Notes, instance, lone_instance, open_session, running
 from tests.support.internals import instances_of, outbound_of, question_ids_of
@@ -159,11 +161,16 @@ async def test_an_instance_sweeps_the_mailbox(store: FaultyStore) -> None:
     message = NewMessage(recipient=7, sender=8, sequence=1, key=key, kind=MessageKind.ANSWER, body="{}")
     await store.mailbox.inner.post([message])
     del store.inner.data.instances["00000000"]
+    await store.mailbox.inner.say([new_stream_message(2, key=key, sender=8)])
+    [waiting] = store.inner.data.stream_mail.values()
+    waiting.stored_at -= 2 * STREAM_MESSAGE_LIFETIME
     async with instance(store, sweep_interval=0.05):
         await until(lambda: store.mailbox.background["sweep"] >= 2)
     assert store.inner.data.mail == {}
+    assert store.inner.data.stream_mail == {}
     assert measured.values("mcp_session_store.messages.dropped") == {
-        (("kind", "answer"), ("reason", "recipient gone")): 1
+        (("kind", "answer"), ("reason", "recipient gone")): 1,
+        (("kind", "stream_notification"), ("reason", "no stream")): 1,
     }
     store.mailbox.background.clear()
     async with instance(store, sweep_interval=None):

@@ -316,7 +316,8 @@ class Instances:
         # In a long outage all are silent, and may have messages from before it.
         while self.others_are_back:
             report = await self.mailbox.sweep()
-            for reason, numbers in (("recipient gone", report.gone), ("unread", report.unread)):
+            dropped = {"recipient gone": report.gone, "unread": report.unread, "no stream": report.untaken}
+            for reason, numbers in dropped.items():
                 for kind, number in numbers.items():
                     telemetry.dropped_messages.add(number, telemetry.of(namespace, kind=kind, reason=reason))
             if not report.more:

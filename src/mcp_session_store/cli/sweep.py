@@ -184,7 +184,8 @@ class _Sweep:
                     more = True
                     while more and not stop.is_set():
                         of_messages = await mailbox.sweep()
-                        self.messages += sum(of_messages.gone.values()) + sum(of_messages.unread.values())
+                        removed = (of_messages.gone, of_messages.unread, of_messages.untaken)
+                        self.messages += sum(sum(numbers.values()) for numbers in removed)
                         more = of_messages.more
 
     def report(self, *, as_json: bool) -> None:
