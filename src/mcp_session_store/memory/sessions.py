@@ -175,7 +175,7 @@ class MemorySessionStore(SessionStore):
                 row.record,
                 loaded_at=self._data.now(),
                 newest_event=0 if log is None else log.last,
-                watched=self._data.watched(key),
+                watched=self._data.watched(key) if key in self._data.states else None,
             )
         row = self._data.rows.get(key)
         if row is None or row.record.namespace != self._namespace:
