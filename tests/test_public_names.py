@@ -38,6 +38,7 @@ ROOT = {
     "SqlKeyValue",
     "SqlMailbox",
     "SqlSessionStore",
+    "SqlStateStore",
     "StateConflict",
     "StateFull",
     "StatePolicy",

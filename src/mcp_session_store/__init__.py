@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.replay.marker import get_restore_marker
     from mcp_session_store.app import durable_app
     from mcp_session_store.serving import run_durable
-    from mcp_session_store.sql import SqlEventLog, SqlKeyValue, SqlMailbox, SqlSessionStore
+    from mcp_session_store.sql import SqlEventLog, SqlKeyValue, SqlMailbox, SqlSessionStore, SqlStateStore
 
 __all__ = [
     # Serve a server durably
@@ -58,6 +58,7 @@ __all__ = [
     "SqlMailbox",
     "MemoryMailbox",
     "StateStore",
+    "SqlStateStore",
     "MemoryStateStore",
     # Values that belong to no session
     "SqlKeyValue",
@@ -94,6 +95,7 @@ _IMPORTED_WHEN_USED: Final = {
     "SqlKeyValue": "sql",
     "SqlMailbox": "sql",
     "SqlSessionStore": "sql",
+    "SqlStateStore": "sql",
 }
 """Modules of the names that need the SDK or SQLAlchemy, which take long to import: most commands need no SDK."""
 

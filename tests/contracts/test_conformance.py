@@ -22,7 +22,12 @@ from mcp_session_store.testing import (
     StateStoreConformance,
 )
 from tests.support.internals import logs_of, rows_of
-from tests.support.sql_contracts import SqlEventLogConformance, SqlMailboxConformance, SqlStoreConformance
+from tests.support.sql_contracts import (
+    SqlEventLogConformance,
+    SqlMailboxConformance,
+    SqlStateConformance,
+    SqlStoreConformance,
+)
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -155,3 +160,11 @@ class TestStateInMemory(StateStoreConformance):
     async def left(self, state: StateStore, key: UUID) -> int:
         assert isinstance(state, MemoryStateStore)
         return len(state.data.states.get(key, ()))
+
+
+class TestStateInSql(SqlStateConformance):
+    """On Postgres and SQLite."""
+
+    @pytest.fixture
+    def contract_url(self, migrated_url: str) -> str:
+        return migrated_url

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from mcp_session_store.retention import EventSweepReport
-from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore, SqlStateStore
 from mcp_session_store.sql.connections import Connections
 from mcp_session_store.sql.dialects.functions import After, StoreClock
 from mcp_session_store.sql.engine import checked_url, make_migration_engine
@@ -25,6 +25,7 @@ from mcp_session_store.sql.schema.tables import (
     make_tables,
     messages_table,
     sessions_table,
+    state_table,
     stream_messages_table,
 )
 from tests.support.faults import FaultProxy
@@ -39,22 +40,23 @@ if TYPE_CHECKING:
 
     from mcp_session_store.event_log import EventLog
     from mcp_session_store.mailbox import Mailbox
+    from mcp_session_store.state_store import StateStore
     from mcp_session_store.store import SessionStore
 
 
-def engine_of(store: SessionStore | EventLog | Mailbox) -> AsyncEngine:
-    assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox)
+def engine_of(store: SessionStore | EventLog | Mailbox | StateStore) -> AsyncEngine:
+    assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox | SqlStateStore)
     return database_of(store).engine
 
 
-def connections_checked_out(store: SessionStore | EventLog | Mailbox) -> int:
-    assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox)
+def connections_checked_out(store: SessionStore | EventLog | Mailbox | StateStore) -> int:
+    assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox | SqlStateStore)
     return database_of(store).connections.in_use
 
 
-async def kept_connections(store: SessionStore | EventLog | Mailbox) -> list[Any]:
+async def kept_connections(store: SessionStore | EventLog | Mailbox | StateStore) -> list[Any]:
     """The driver's own connections that a store keeps, and that no call uses."""
-    assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox)
+    assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox | SqlStateStore)
     connections = idle_connections_of(database_of(store))
     return [(await connection.get_raw_connection()).driver_connection for connection in connections]
 
@@ -69,10 +71,10 @@ async def keep_connections(store: SessionStore, number: int) -> None:
     assert all(kept)
 
 
-async def settled(*stores: SessionStore | EventLog | Mailbox) -> None:
+async def settled(*stores: SessionStore | EventLog | Mailbox | StateStore) -> None:
     """Wait until stores on one engine have finished their work, and check that no connection is in use."""
     for store in stores:
-        assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox)
+        assert isinstance(store, SqlSessionStore | SqlEventLog | SqlMailbox | SqlStateStore)
         # A listener that was cancelled does not wait until its connection is closed.
         leaving = [task for task in listening_of(store) if task.cancelling()]
         for task in (*drains_of(store), *leaving):
@@ -183,6 +185,22 @@ async def age_events(log: EventLog, key: UUID) -> None:
         await connection.execute(sa.update(events).where(events.c.key == key).values(created_at=long_ago))
         has_events = logs.c.oldest_at.is_not(None)
         await connection.execute(sa.update(logs).where(logs.c.key == key, has_events).values(oldest_at=long_ago))
+
+
+async def age_state(state: StateStore, key: UUID, by: float) -> None:
+    """Move the ends of the times of a session's values that many seconds back."""
+    table = state_table()
+    statement = sa.update(table).where(table.c.key == key, table.c.expires_at.is_not(None))
+    async with engine_of(state).begin() as connection:
+        await connection.execute(statement.values(expires_at=After(table.c.expires_at, -by)))
+
+
+async def stored_state(state: StateStore, key: UUID) -> list[tuple[str, str]]:
+    """Return the rows of a session's values, of whatever session, by name."""
+    table = state_table()
+    statement = sa.select(table.c.name, table.c.value).where(table.c.key == key).order_by(table.c.name)
+    async with engine_of(state).begin() as connection:
+        return [(row.name, row.value) for row in await connection.execute(statement)]
 
 
 async def age_instance(mailbox: Mailbox, instance: str, by: timedelta) -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.streams.recorder import EventRecorder
     from mcp_session_store.adapter.streams.turns import Turns
     from mcp_session_store.memory.data import Log, Row
-    from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
+    from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore, SqlStateStore
     from mcp_session_store.sql.database import Database
 
 
@@ -65,19 +65,19 @@ def logs_of(log: MemoryEventLog) -> dict[UUID, Log]:
 # Of stores in a database
 
 
-def database_of(store: SqlSessionStore | SqlEventLog | SqlMailbox) -> Database:
+def database_of(store: SqlSessionStore | SqlEventLog | SqlMailbox | SqlStateStore) -> Database:
     """The way of a store, a log or a mailbox to its database."""
     return store._database
 
 
-def drains_of(store: SqlSessionStore | SqlEventLog | SqlMailbox) -> list[asyncio.Task[None]]:
+def drains_of(store: SqlSessionStore | SqlEventLog | SqlMailbox | SqlStateStore) -> list[asyncio.Task[None]]:
     """The running tasks of all batchers of a store, a log or a mailbox, which has some."""
     batchers = [value for value in vars(store).values() if isinstance(value, Batcher)]
     assert batchers
     return [batcher._drain_task for batcher in batchers if batcher._drain_task is not None]
 
 
-def listening_of(store: SqlSessionStore | SqlEventLog | SqlMailbox) -> set[asyncio.Task[None]]:
+def listening_of(store: SqlSessionStore | SqlEventLog | SqlMailbox | SqlStateStore) -> set[asyncio.Task[None]]:
     """The tasks that listen for a store or a log, and those that are closing their connections."""
     return store._listener._listening.tasks
 

@@ -6,24 +6,28 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore, SqlStateStore
 from mcp_session_store.store import DEFAULT_NAMESPACE
 from mcp_session_store.testing import (
     EventLogConformance,
     MailboxConformance,
     MakeLog,
     MakeMailbox,
+    MakeState,
     MakeStore,
     SessionStoreConformance,
+    StateStoreConformance,
 )
 from tests.support.databases import (
     age_events,
     age_instance,
     age_messages,
+    age_state,
     age_tombstone,
     empty,
     expire,
     settled,
+    stored_state,
 )
 
 if TYPE_CHECKING:
@@ -33,10 +37,11 @@ if TYPE_CHECKING:
 
     from mcp_session_store.event_log import EventLog
     from mcp_session_store.mailbox import Mailbox
-    from mcp_session_store.retention import EventPolicy
+    from mcp_session_store.retention import EventPolicy, StatePolicy
+    from mcp_session_store.state_store import StateStore
     from mcp_session_store.store import SessionStore
 
-__all__ = ["SqlEventLogConformance", "SqlMailboxConformance", "SqlStoreConformance"]
+__all__ = ["SqlEventLogConformance", "SqlMailboxConformance", "SqlStateConformance", "SqlStoreConformance"]
 
 
 class SqlStoreConformance(SessionStoreConformance):
@@ -133,3 +138,39 @@ class SqlMailboxConformance(MailboxConformance):
 
     async def age_messages(self, mailbox: Mailbox, by: timedelta) -> None:
         await age_messages(mailbox, by)
+
+
+class SqlStateConformance(StateStoreConformance):
+    """Subclass it, and give the fixture `contract_url`."""
+
+    @pytest.fixture
+    def contract_url(self) -> str:
+        """The URL of a migrated database, which each test empties."""
+        raise NotImplementedError("override the fixture contract_url")
+
+    @pytest.fixture
+    async def make_state(self, anyio_backend: str, contract_url: str) -> AsyncIterator[MakeState]:
+        await empty(contract_url)
+        made: list[tuple[SqlSessionStore, SqlStateStore]] = []
+
+        def make(
+            namespace: str = DEFAULT_NAMESPACE, *, policy: StatePolicy | None = None
+        ) -> tuple[SessionStore, StateStore]:
+            store = SqlSessionStore(contract_url, namespace=namespace)
+            made.append((store, SqlStateStore(store, policy=policy)))
+            return made[-1]
+
+        yield make
+        for store, state in made:
+            await settled(store, state)
+            await state.aclose()
+            await store.aclose()
+
+    async def expire(self, store: SessionStore, key: UUID) -> None:
+        await expire(store, key)
+
+    async def age_state(self, state: StateStore, key: UUID, by: float) -> None:
+        await age_state(state, key, by)
+
+    async def left(self, state: StateStore, key: UUID) -> int:
+        return len(await stored_state(state, key))

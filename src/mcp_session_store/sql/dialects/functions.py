@@ -1,4 +1,4 @@
-"""SQL that Postgres and SQLite write differently: clocks, times, the length of a text, hints to planners."""
+"""SQL that Postgres and SQLite write differently: clocks, times, lengths and objects of texts, hints to planners."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ __all__ = [
     "ArrivalClock",
     "Bounded",
     "ByteLength",
+    "TextsByName",
     "StoreClock",
     "Unindexed",
     "driver_value",
@@ -144,6 +145,26 @@ def _postgres_byte_length(element: ByteLength, compiler: SQLCompiler, **options:
 def _sqlite_byte_length(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
     # octet_length() needs SQLite 3.43.
     return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
+
+
+class TextsByName(FunctionElement[str]):
+    """One JSON object with texts by name, over the selected rows; NULL or an empty object without any."""
+
+    type = sa.Text()
+    inherit_cache = True
+
+    def __init__(self, name: sa.Column[str], text: sa.Column[str]) -> None:
+        super().__init__(name, text)
+
+
+@compiles(TextsByName, "postgresql")
+def _postgres_texts(element: TextsByName, compiler: SQLCompiler, **options: Any) -> str:
+    return f"CAST(json_object_agg({compiler.process(element.clauses, **options)}) AS TEXT)"
+
+
+@compiles(TextsByName, "sqlite")
+def _sqlite_texts(element: TextsByName, compiler: SQLCompiler, **options: Any) -> str:
+    return f"json_group_object({compiler.process(element.clauses, **options)})"
 
 
 class Bounded(FunctionElement[datetime]):

@@ -24,8 +24,10 @@ __all__ = [
     "privileges_for_events",
     "privileges_for_mailbox",
     "privileges_for_sessions",
+    "privileges_for_state",
     "privileges_for_values",
     "sessions_table",
+    "state_table",
     "stream_messages_table",
     "values_table",
 ]
@@ -72,6 +74,9 @@ def new_tables(schema: str | None) -> sa.MetaData:
         sa.Column("stream_term", sa.Integer),
         sa.Column("stream_former", sa.Integer),
         sa.Column("stream_opened_at", MOMENT),
+        # Number and bytes of the values of its state, names included.
+        sa.Column("state_values", sa.Integer, nullable=False, server_default=sa.text("0")),
+        sa.Column("state_bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     )
     c = sessions.c
     # Live sessions have no `ended_at`. So each of these indexes finds live sessions in the order of their creation, and
@@ -93,6 +98,31 @@ def new_tables(schema: str | None) -> sa.MetaData:
         sa.Column("params", sa.Text, nullable=False),
         # Revision of the session when the entry was last set: the order in which a restore replays.
         sa.Column("revision", sa.Integer, nullable=False),
+    )
+    state = sa.Table(
+        "mcp_session_state",
+        metadata,
+        sa.Column("key", sa.Uuid, sa.ForeignKey(c.key, ondelete="CASCADE"), primary_key=True),
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("namespace", sa.Text, nullable=False),
+        # Drawn at random by the writer.
+        sa.Column("version", sa.BigInteger, nullable=False),
+        # Of name and value.
+        sa.Column("bytes", sa.Integer, nullable=False),
+        # 1: loads of the session carry the value.
+        sa.Column("watched", sa.Integer, nullable=False),
+        # When its time is over; NULL: with its session.
+        sa.Column("expires_at", MOMENT),
+        # The last column, because SQLite reads all of a long text to reach the columns behind it.
+        sa.Column("value", sa.Text, nullable=False),
+    )
+    has_end = state.c.expires_at.is_not(None)
+    sa.Index(
+        "ix_mcp_session_state_expires",
+        state.c.namespace,
+        state.c.expires_at,
+        postgresql_where=has_end,
+        sqlite_where=has_end,
     )
     # No foreign keys from here on, because dropping a partition of a table with one would lock the sessions.
     logs = sa.Table(
@@ -212,6 +242,11 @@ def journal_table(schema: str | None = None) -> sa.Table:
     return _table("mcp_session_journal", schema)
 
 
+def state_table(schema: str | None = None) -> sa.Table:
+    """Return the table of the state of sessions."""
+    return _table("mcp_session_state", schema)
+
+
 def logs_table(schema: str | None = None) -> sa.Table:
     """Return the table of event logs, with a row for each session that has events."""
     return _table("mcp_session_log", schema)
@@ -248,12 +283,13 @@ _CHANGE: Final = "SELECT, INSERT, UPDATE, DELETE"
 def privileges_for_sessions(schema: str | None = None) -> Mapping[sa.Table, str]:
     """Return the privileges that a store of sessions needs.
 
-    The end of a session removes its events and messages, whether there is an event log or a mailbox or not, and a sweep
-    removes expired values, whether there is a `SqlKeyValue` or not.
+    The end of a session removes its events, messages and state, whether there are an event log, a mailbox and a store
+    of state or not, and a sweep removes expired values, whether there is a `SqlKeyValue` or not.
     """
     return {
         sessions_table(schema): _CHANGE,
         journal_table(schema): _CHANGE,
+        state_table(schema): "SELECT, INSERT, DELETE",
         # UPDATE where rows are locked before they are removed.
         logs_table(schema): "SELECT, UPDATE, DELETE",
         events_table(schema): "SELECT, DELETE",
@@ -280,6 +316,11 @@ def privileges_for_mailbox(schema: str | None = None) -> Mapping[sa.Table, str]:
         messages_table(schema): _CHANGE,
         stream_messages_table(schema): _CHANGE,
     }
+
+
+def privileges_for_state(schema: str | None = None) -> Mapping[sa.Table, str]:
+    """Return the privileges that a store of state needs."""
+    return {sessions_table(schema): "SELECT, UPDATE", state_table(schema): _CHANGE}
 
 
 def privileges_for_values(schema: str | None = None) -> Mapping[sa.Table, str]:

@@ -36,7 +36,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-HEAD: Final = "1_0009_streams"
+HEAD: Final = "1_0010_state"
 """The newest revision; a constant, so that Alembic is imported for migrations only."""
 
 # Major version of the schema, and number of the migration. Within a major version migrations only add.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.sessions.limits import Limits
     from mcp_session_store.sql.sessions.records import Records
     from mcp_session_store.sql.sessions.removal import SessionRemoval
+    from mcp_session_store.sql.sessions.state import StateChanges
 
 __all__ = ["Creation"]
 
@@ -32,10 +33,18 @@ class Creation:
         records: Loads sessions that exist already.
         limits: The limits of the policy.
         removal: Ends sessions to make room.
+        state: Stores the state that comes with sessions.
     """
 
     def __init__(
-        self, dialect: Dialect, *, namespace: str, records: Records, limits: Limits, removal: SessionRemoval
+        self,
+        dialect: Dialect,
+        *,
+        namespace: str,
+        records: Records,
+        limits: Limits,
+        removal: SessionRemoval,
+        state: StateChanges,
     ) -> None:
         self.limits = limits
         """Limits of the policy; replaced when it is."""
@@ -43,6 +52,7 @@ class Creation:
         self._namespace = namespace
         self._records = records
         self._removal = removal
+        self._state = state
 
     async def create(
         self, attempt: Attempt, sessions: Sequence[NewSession]
@@ -59,7 +69,8 @@ class Creation:
         wanted = [first[key] for key in sorted(first, key=as_number)]
         limited = self.limits.concern(wanted)
         steps = self._create(wanted, within_limits=limited)
-        records, refused = await self._dialect.run(attempt.connection, steps, writes=True, atomic=limited)
+        atomic = limited or any(session.state for session in wanted)
+        records, refused = await self._dialect.run(attempt.connection, steps, writes=True, atomic=atomic)
         return [
             refused[session.key]
             if session.key in refused
@@ -80,6 +91,8 @@ class Creation:
             records |= created
         else:
             records |= yield from self._insert(wanted)
+        if with_state := [new for new in wanted if new.state and new.key in records]:
+            yield from self._state.store_new(with_state)
         if present := [new.key for new in wanted if new.key not in records and new.key not in refused]:
             records |= yield from self._records.load_live(present)
         return records, refused

@@ -5,6 +5,7 @@ A name that only a newer version of this package writes can be read: it is a tex
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -29,14 +30,14 @@ def read_record(
 
     Args:
         dialect: The database's dialect.
-        columns: The columns that `SessionStatements` selects. The time of the read and the sequence of the session's
-            newest event may follow.
+        columns: The columns that `SessionStatements` selects. The time of the read, the sequence of the newest event
+            and the watched values of the session's state may follow.
         key: The session's key.
         row: The row, as the driver returned it.
     """
     _, namespace, params, protocol_version, client_name, client_version, digest, display, instance_hint, *others = row
     restores, revision, *others = others
-    moments, newest_event = others[:4], others[4:]
+    moments, newest_event, watched = others[:4], others[4:5], others[5:]
     try:
         created_at, last_seen_at, expires_at, *loaded_at = dialect.moments(moments)
         principal = None if digest is None else Principal(digest=bytes.fromhex(digest), display=display or "")
@@ -68,6 +69,7 @@ def read_record(
             revision=revision,
             loaded_at=loaded_at[0] if loaded_at else None,
             newest_event=newest_event[0] if newest_event and isinstance(newest_event[0], int) else None,
+            watched=_texts_by_name(watched[0]) if watched and watched[0] is not None else None,
         )
     unreadable = unreadable_columns(dialect, columns, row[: len(columns)])
     known = "principal_digest" not in unreadable
@@ -76,6 +78,15 @@ def read_record(
         digest=bytes.fromhex(digest) if known and digest is not None else None,
         digest_known=known,
     )
+
+
+def _texts_by_name(stored: object) -> dict[str, str] | None:
+    """Return texts by name from a JSON object; `None` for an empty one, and for what is no such object."""
+    try:
+        texts = json.loads(stored) if isinstance(stored, str) else None
+    except ValueError:
+        return None
+    return texts if texts and isinstance(texts, dict) else None
 
 
 def unreadable_columns(dialect: Dialect, columns: Sequence[sa.Column[Any]], row: Sequence[Any]) -> list[str]:

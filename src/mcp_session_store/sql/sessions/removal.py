@@ -1,4 +1,4 @@
-"""Ends of sessions, and the removal of their journals, logs, events and messages with them."""
+"""Ends of sessions, and the removal of their journals, logs, events, messages and state with them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mcp_session_store.sql.schema.tables import (
     logs_table,
     messages_table,
     sessions_table,
+    state_table,
     stream_messages_table,
 )
 from mcp_session_store.sql.sessions.records import as_number
@@ -40,7 +41,7 @@ class End:
 
 
 class SessionRemoval:
-    """Statements that end sessions of one namespace, and remove their journals, logs, events and messages.
+    """Statements that end sessions of one namespace, and remove all that belongs to them.
 
     Args:
         dialect: The database's dialect.
@@ -94,11 +95,11 @@ class SessionRemoval:
             )
             for table in (messages, of_stream)
         }
-        self._remove_messages: list[Statement] = []
+        self._remove_others: list[Statement] = []
         if dialect.changes_in_with:
             remove_logs = remove_logs.add_cte(*(removal.cte(name) for name, removal in removals.items()))
         else:
-            self._remove_messages = [dialect.precompiled(removal) for removal in removals.values()]
+            self._remove_others = [dialect.precompiled(removal) for removal in removals.values()]
         self._remove_logs = dialect.precompiled(remove_logs)
         self._remove_events = dialect.precompiled(sa.delete(events).where(self._removed.in_batch(events.c.key)))
         self._count_events = dialect.precompiled(
@@ -137,7 +138,7 @@ class SessionRemoval:
         return {row[0] for row in ended}
 
     def remove_with_session(self, ended: Collection[tuple[Any, int]]) -> Steps[None]:
-        """Remove the journals, logs, events and messages of sessions that have ended within the transaction that runs.
+        """Remove all that belongs to sessions that have ended within the transaction that runs.
 
         Args:
             ended: The driver's keys and revisions of the sessions. Only one whose revision is above 0 can have a
@@ -153,7 +154,7 @@ class SessionRemoval:
         # a statement of their own: one that began before it had the locks would not see the latest events.
         keys = self._parameters([key for key, _ in ended])
         logs = yield self._remove_logs, keys
-        for removal in self._remove_messages:
+        for removal in self._remove_others:
             yield removal, keys
         if with_events := [key for key, kept in logs if kept]:
             yield self._remove_events, self._parameters(with_events)

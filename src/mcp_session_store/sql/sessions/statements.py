@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from mcp_session_store.records import EndReason
-from mcp_session_store.sql.dialects.functions import MOMENT, After, ArrivalClock, StoreClock, Unindexed
+from mcp_session_store.sql.dialects.functions import MOMENT, After, ArrivalClock, StoreClock, TextsByName, Unindexed
 from mcp_session_store.sql.notifications import SESSION_CHANNEL
-from mcp_session_store.sql.schema.tables import logs_table, sessions_table, stream_messages_table
+from mcp_session_store.sql.schema.tables import logs_table, sessions_table, state_table, stream_messages_table
 from mcp_session_store.stream_mail import STREAM_WAIT
 
 if TYPE_CHECKING:
@@ -80,7 +80,13 @@ def locked(sessions: sa.Table, key: sa.ColumnElement[Any], condition: sa.ColumnE
 
 def ended(reason: sa.ColumnElement[str]) -> dict[str, Any]:
     """Return the values that end a session. Its params are removed, because a tombstone has no use for them."""
-    return {"ended_at": StoreClock(), "end_reason": reason, "initialize_params": ""}
+    return {
+        "ended_at": StoreClock(),
+        "end_reason": reason,
+        "initialize_params": "",
+        "state_values": sa.literal(0, sa.Integer),
+        "state_bytes": sa.literal(0, sa.BigInteger),
+    }
 
 
 def notify(dialect: Dialect, change: ReturningUpdate[Any]) -> sa.Select[Any] | ReturningUpdate[Any]:
@@ -123,7 +129,11 @@ class SessionStatements:
         self.loads = dialect.batch("loaded", _KEY)
         self.load = dialect.precompiled(
             sa.select(
-                *self.record, StoreClock().label("loaded_at"), self._newest_event(logs_table(schema)), self._absence()
+                *self.record,
+                StoreClock().label("loaded_at"),
+                self._newest_event(logs_table(schema)),
+                self._watched(state_table(schema)),
+                self._absence(),
             ).where(self.loads.in_batch(table.c.key), Unindexed(table.c.namespace) == self._namespace)
         )
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
@@ -296,6 +306,15 @@ class SessionStatements:
         # A log has the namespace of its session.
         newest = sa.select(logs.c.sequence).where(logs.c.key == self._table.c.key).scalar_subquery()
         return sa.func.coalesce(newest, 0).label("newest_event")
+
+    def _watched(self, state: sa.Table) -> sa.ColumnElement[str | None]:
+        """Return the watched values of a session's state as a JSON object of texts, at no cost without state."""
+        watched = sa.select(TextsByName(state.c.name, state.c.value)).where(
+            state.c.key == self._table.c.key,
+            state.c.watched == sa.literal(1, sa.Integer),
+            sa.or_(state.c.expires_at.is_(None), StoreClock() < state.c.expires_at),
+        )
+        return sa.case((self._table.c.state_values > 0, watched.scalar_subquery())).label("watched")
 
     def _absence(self) -> sa.ColumnElement[Any]:
         """Return NULL for a live session, and else why it is not live: the reason of its end, or that it expired."""

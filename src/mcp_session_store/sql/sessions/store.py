@@ -25,9 +25,11 @@ from mcp_session_store.sql.sessions.journal import EntryWrite, JournalStatements
 from mcp_session_store.sql.sessions.limits import Limits
 from mcp_session_store.sql.sessions.records import Claim, Records, Touch
 from mcp_session_store.sql.sessions.removal import End, SessionRemoval
+from mcp_session_store.sql.sessions.state import StateChanges
 from mcp_session_store.sql.sessions.statements import SessionStatements
 from mcp_session_store.sql.sessions.sweep import Sweep, SweepResult, SweepStatements
 from mcp_session_store.sql.sessions.values import ValueSweep
+from mcp_session_store.state_store import check_state
 from mcp_session_store.store import (
     DEFAULT_NAMESPACE,
     SWEEP_LIMIT,
@@ -116,6 +118,7 @@ class SqlSessionStore(SessionStore):
             records=self._records,
             limits=self._for_policy(Limits),
             removal=self._removal,
+            state=StateChanges(dialect, schema=schema, namespace=namespace),
         )
         self._sweep = Sweep(dialect, statements=self._for_policy(SweepStatements), removal=self._removal)
         self._listening = Listening(database)
@@ -200,6 +203,8 @@ class SqlSessionStore(SessionStore):
         if session.key.__class__ is not UUID:  # without a call, because each handshake comes by here
             check_keys(session.key)
         check_session(session)
+        for state in session.state:
+            check_state(state)
         outcome = await self._creates.submit(session)
         if outcome is None:
             raise SessionConflict(f"another record stands under key {session.key}; create a new session id")
@@ -336,7 +341,7 @@ class SqlSessionStore(SessionStore):
 
 def _params_of(session: NewSession) -> int:
     """Return about how many bytes of the client's a session has."""
-    return len(session.initialize_params)
+    return len(session.initialize_params) + sum(len(state.value) for state in session.state)
 
 
 async def _reading(batcher: Batcher[UUID, _T], key: UUID) -> _T | RecordUnreadable:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import pytest
-
 from mcp_session_store.records import EndReason
 from mcp_session_store.retention import RetentionPolicy
 from mcp_session_store.testing.factories import new_state
@@ -27,16 +25,15 @@ class SessionEnds(StateSuite):
         """Return how many values of a session are stored, live or not; override it to look into the database."""
         return len(await state.get(key) or ())
 
-    @pytest.mark.parametrize("reason", EndReason)
-    async def test_a_session_that_ends_loses_its_state(
-        self, store: SessionStore, state: StateStore, reason: EndReason
-    ) -> None:
-        ended, other = await self._opened(store), await self._opened(store)
-        for key in (ended, other):
+    async def test_a_session_that_ends_loses_its_state(self, store: SessionStore, state: StateStore) -> None:
+        other = await self._opened(store)
+        keys = {reason: await self._opened(store) for reason in EndReason}
+        for key in (other, *keys.values()):
             await self._put(state, key, "a")
             await self._put(state, key, "b", watched=True)
-        assert await store.end(ended, reason=reason)
-        assert await self.left(state, ended) == 0
+        for reason, key in keys.items():
+            assert await store.end(key, reason=reason)
+            assert await self.left(state, key) == 0
         assert await texts(state, other) == {"a": "1", "b": "1"}
 
     async def test_a_session_that_a_sweep_ends_loses_its_state(self, store: SessionStore, state: StateStore) -> None:

@@ -35,37 +35,34 @@ class Values(StateSuite):
         assert await here.put(key, new) == 0
         assert await there.get(key, ["name"]) == {"name": StoredState('{"a": [1, 2]}', new.version)}
 
-    @pytest.mark.parametrize(
-        "text",
-        [
-            pytest.param(json.dumps({"name": "\0"}), id="escaped NUL"),
-            pytest.param(json.dumps({"name": "\ud800"}), id="escaped surrogate"),
-            pytest.param(json.dumps({"名前": "🦀 é"}, ensure_ascii=False), id="not ASCII"),
-            pytest.param('{"b": 1,  "a": 2, "a": 3, "n": 1.0e2, "x": [null, "\'\\"$1?:a%s"]}', id="as written"),
-            pytest.param(json.dumps("x" * 60_000), id="60 KB"),
-            pytest.param("null", id="null"),
-        ],
-    )
-    @pytest.mark.parametrize("watched", [False, True])
-    async def test_values_come_back_to_the_letter(
-        self, store: SessionStore, state: StateStore, text: str, watched: bool
-    ) -> None:
-        key = await self._opened(store)
-        await self._put(state, key, "name", text, watched=watched)
-        assert await texts(state, key) == {"name": text}
-        record = await store.load(key)
+    async def test_values_come_back_to_the_letter(self, store: SessionStore, state: StateStore) -> None:
+        values = {
+            "escaped NUL": json.dumps({"name": "\0"}),
+            "escaped surrogate": json.dumps({"name": "\ud800"}),
+            "not ASCII": json.dumps({"名前": "🦀 é"}, ensure_ascii=False),
+            "as written": '{"b": 1,  "a": 2, "a": 3, "n": 1.0e2, "x": [null, "\'\\"$1?:a%s"]}',
+            "60 KB": json.dumps("x" * 60_000),
+            "null": "null",
+        }
+        plain, watched = await self._opened(store), await self._opened(store)
+        for name, text in values.items():
+            await self._put(state, plain, name, text)
+            await self._put(state, watched, name, text, watched=True)
+        assert await texts(state, plain) == values
+        record = await store.load(watched)
         assert record is not None
-        assert record.watched == ({"name": text} if watched else None)
+        assert record.watched == values
 
-    @pytest.mark.parametrize("name", ["", "é 🦀", "a'b\"c:d%s$1?\\", "x" * MAX_NAME_BYTES, "A"])
-    async def test_names_are_compared_to_the_letter(self, store: SessionStore, state: StateStore, name: str) -> None:
+    async def test_names_are_compared_to_the_letter(self, store: SessionStore, state: StateStore) -> None:
         key = await self._opened(store)
-        await self._put(state, key, name, "1")
-        await self._put(state, key, "a", "2")
-        assert await texts(state, key) == {name: "1", "a": "2"}
-        assert set(await state.get(key, [name]) or ()) == {name}
-        assert await state.delete(key, name) is not None
-        assert await texts(state, key) == {"a": "2"}
+        names = ["", "a", "A", "a ", "é 🦀", "a'b\"c:d%s$1?\\", "x" * MAX_NAME_BYTES]
+        for name in names:
+            await self._put(state, key, name, json.dumps(name))
+        assert await texts(state, key) == {name: json.dumps(name) for name in names}
+        while names:
+            assert set(await state.get(key, names) or ()) == set(names)
+            assert await state.delete(key, names.pop()) is not None
+            assert set(await state.get(key) or ()) == set(names)
 
     async def test_a_value_takes_the_place_of_the_one_before(self, store: SessionStore, state: StateStore) -> None:
         key = await self._opened(store)
@@ -107,54 +104,43 @@ class Values(StateSuite):
         for place, key in enumerate(keys):
             assert await texts(state, key) == {str(n): json.dumps(n) for n in range(60) if n % 5 == place and n % 3}
 
-    @pytest.mark.parametrize("which", ["unknown", "ended", "expired"])
     async def test_a_session_that_is_not_live_has_no_state_and_takes_none(
-        self, store: SessionStore, state: StateStore, which: str
+        self, store: SessionStore, state: StateStore
     ) -> None:
-        key = uuid.uuid4() if which == "unknown" else await self._opened(store)
-        if which != "unknown":
+        unknown, ended, expired = uuid.uuid4(), await self._opened(store), await self._opened(store)
+        for key in (ended, expired):
             await self._put(state, key, "a")
-        if which == "ended":
-            await store.end(key, reason=EndReason.CLIENT)
-        elif which == "expired":
-            await self.expire(store, key)
-        assert await state.get(key) is None
-        assert await state.get(key, ["a"]) is None
-        assert await state.put(key, new_state("a")) is None
-        assert await state.put(key, new_state("a"), expected=5) is None
-        assert await state.delete(key, "a") is None
+        await store.end(ended, reason=EndReason.CLIENT)
+        await self.expire(store, expired)
+        for key in (unknown, ended, expired):
+            assert await state.get(key) is None
+            assert await state.get(key, ["a"]) is None
+            assert await state.get(key, []) is None
+            assert await state.put(key, new_state("a")) is None
+            assert await state.put(key, new_state("a"), expected=5) is None
+            assert await state.delete(key, "a") is None
 
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {"name": "a\0"},
-            {"name": "\ud800"},
-            {"name": "é" * (MAX_NAME_BYTES // 2 + 1)},
-            {"value": "\0"},
-            {"value": '"\ud800"'},
-            {"version": 0},
-            {"version": MAX_VERSION + 1},
-            {"ttl": 0.0},
-            {"ttl": -1.0},
-            {"ttl": float("nan")},
-            {"ttl": 1e12},
-        ],
-    )
-    async def test_a_value_that_cannot_be_stored_is_refused_alone(
-        self, store: SessionStore, state: StateStore, changes: dict[str, Any]
-    ) -> None:
+    async def test_a_value_that_cannot_be_stored_is_refused_alone(self, store: SessionStore, state: StateStore) -> None:
         key = await self._opened(store)
+        names = ["a\0", "\ud800", "é" * (MAX_NAME_BYTES // 2 + 1)]
+        wrong: list[dict[str, Any]] = [
+            *({"name": name} for name in names),
+            *({"value": value} for value in ("\0", '"\ud800"')),
+            *({"version": version} for version in (0, MAX_VERSION + 1)),
+            *({"ttl": ttl} for ttl in (0.0, -1.0, float("nan"), 1e12)),
+        ]
+        good = new_state("good")
         outcomes = await asyncio.gather(
-            state.put(key, new_state("good")), state.put(key, new_state(**changes)), return_exceptions=True
+            *(state.put(key, new_state(**changes)) for changes in wrong), state.put(key, good), return_exceptions=True
         )
-        assert outcomes[0] == 0
-        assert isinstance(outcomes[1], InvalidValue)
+        assert outcomes.pop() == 0
+        assert [type(outcome) for outcome in outcomes] == [InvalidValue] * len(wrong)
         assert await texts(state, key) == {"good": "1"}
-        if "name" in changes:
+        for name in names:
             with pytest.raises(InvalidValue):
-                await state.get(key, [changes["name"]])
+                await state.get(key, [name])
             with pytest.raises(InvalidValue):
-                await state.delete(key, changes["name"])
+                await state.delete(key, name)
 
     async def test_a_key_that_is_none_is_refused(self, state: StateStore) -> None:
         wrong: Any = "session-id"

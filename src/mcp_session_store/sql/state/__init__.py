@@ -1,0 +1,1 @@
+"""The state of sessions in a SQL database."""
