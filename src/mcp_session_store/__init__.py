@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mcp_session_store.errors import (
     ConfigurationError,
     InvalidValue,
+    NoSession,
     RestoreRefused,
     SchemaError,
     SessionStoreError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
     from mcp_session_store.adapter.replay.journal import JournaledMethod
     from mcp_session_store.adapter.replay.marker import get_restore_marker
+    from mcp_session_store.adapter.sessions.state import SessionState, get_session_state
     from mcp_session_store.app import durable_app
     from mcp_session_store.serving import run_durable
     from mcp_session_store.sql import SqlEventLog, SqlKeyValue, SqlMailbox, SqlSessionStore, SqlStateStore
@@ -45,6 +47,8 @@ __all__ = [
     "DurableSessionManager",
     "JournaledMethod",
     "get_restore_marker",
+    "get_session_state",
+    "SessionState",
     "RestoreHook",
     "EndHook",
     # Stores of sessions and their state, event logs and mailboxes
@@ -75,6 +79,7 @@ __all__ = [
     "SessionStoreError",
     "ConfigurationError",
     "InvalidValue",
+    "NoSession",
     "RestoreRefused",
     "SchemaError",
     "StateConflict",
@@ -89,6 +94,8 @@ _IMPORTED_WHEN_USED: Final = {
     "EndHook": "adapter.manager",
     "RestoreHook": "adapter.manager",
     "get_restore_marker": "adapter.replay.marker",
+    "get_session_state": "adapter.sessions.state",
+    "SessionState": "adapter.sessions.state",
     "durable_app": "app",
     "run_durable": "serving",
     "SqlEventLog": "sql",

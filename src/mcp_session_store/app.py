@@ -12,11 +12,12 @@ from mcp_session_store.environment import truth, variable
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.mailbox import Mailbox
-from mcp_session_store.memory import MemoryMailbox, MemorySessionStore
-from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.memory import MemoryMailbox, MemorySessionStore, MemoryStateStore
+from mcp_session_store.retention import EventPolicy, RetentionPolicy, StatePolicy
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, read_pool_size
-from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore, SqlStateStore
 from mcp_session_store.sql.engine import check_place, is_engine
+from mcp_session_store.state_store import StateStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def durable_app(
     retention: RetentionPolicy | None = None,
     events: bool | EventPolicy | EventLog | NotGiven = NOT_GIVEN,
     relay: bool | Mailbox | NotGiven = NOT_GIVEN,
+    state: StatePolicy | StateStore | None = None,
     on_restore: RestoreHook | None = None,
     on_end: EndHook | None = None,
     settings: InstanceSettings | None = None,
@@ -78,8 +80,9 @@ def durable_app(
 
     An argument that is not given is read from the environment, as the commands read it, so that a server and
     `mcp-session-store sessions list` look into the same place: `MCP_SESSION_STORE_URL`, `…_NAMESPACE`, `…_SCHEMA`,
-    `…_AUTO_UPGRADE`, `…_POOL_SIZE`, `…_EVENTS`, `…_RELAY`, and the variables of `RetentionPolicy`, `EventPolicy` and
-    `InstanceSettings`. When the app starts, it logs the namespace and the schema, and where each comes from.
+    `…_AUTO_UPGRADE`, `…_POOL_SIZE`, `…_EVENTS`, `…_RELAY`, and the variables of `RetentionPolicy`, `EventPolicy`,
+    `StatePolicy` and `InstanceSettings`. When the app starts, it logs the namespace and the
+    schema, and where each comes from.
 
     Args:
         server: An `MCPServer`, a low-level `Server`, or a FastMCP 4 server.
@@ -105,6 +108,9 @@ def durable_app(
         relay: Whether messages of clients, such as answers and cancellations, reach the instance that they are for,
             whichever they are posted to; true unless given here or in the environment. With a store that is not one of
             this package's, give its `Mailbox`; without one nothing is relayed.
+        state: Bounds of the state of a session, which `get_session_state` finds; `StatePolicy.from_environment()`
+            unless given. It is kept in the database of the sessions. With a store that is not one of this package's,
+            give its `StateStore`; without one there is no session state.
         on_restore: See `DurableSessionManager`.
         on_end: See `DurableSessionManager`.
         settings: Numbers of this process. A field that is not set in them is read from the environment.
@@ -173,6 +179,7 @@ def durable_app(
     wanted, wanted_by = _setting("events", events, False, truth)
     arguments |= _event_arguments(store, wanted, wanted_by)
     arguments |= _mailbox_arguments(store, *_setting("relay", relay, True, truth))
+    arguments |= _state_arguments(store, state)
     app = build_app(server, store, options=options, arguments=arguments, health_path=health_path)
     return _announced(app, place)
 
@@ -269,6 +276,25 @@ def _mailbox_arguments(store: SessionStore, relay: object, source: str) -> dict[
     if relay and source == _ARGUMENT:
         raise ConfigurationError(
             f"messages of a {type(store).__name__} are not kept in a database of ours; give its Mailbox as relay"
+        )
+    return {}
+
+
+def _state_arguments(store: SessionStore, state: object) -> dict[str, Any]:
+    """Return the arguments of the manager that concern the state of sessions."""
+    if isinstance(state, StateStore):
+        return {"state_store": state}
+    if state is not None and not isinstance(state, StatePolicy):
+        raise ConfigurationError(f"state must be a StatePolicy, a StateStore or None, not {state!r}")
+    if isinstance(store, SqlSessionStore | MemorySessionStore):
+        policy = StatePolicy.from_environment() if state is None else state
+        if isinstance(store, MemorySessionStore):
+            return {"state_store": MemoryStateStore(store, policy=policy)}
+        return {"state_store": SqlStateStore(store, policy=policy), "close_state_store": True}
+    if state is not None:
+        raise ConfigurationError(
+            f"the state of a {type(store).__name__}'s sessions is not kept in a database of ours; give its StateStore "
+            "as state"
         )
     return {}
 

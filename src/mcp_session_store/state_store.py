@@ -131,10 +131,10 @@ class StateStore(Store):
     its state in the same moment. It stands beside a `SessionStore`, whose `create` stores the state that comes with a
     new session, and whose `load` returns the values that are watched.
 
-    A value is *watched* when its last `put` said so. The record that a store loads carries the watched values, so
-    that a copy of the session has them without a query of its own. A `put` or `delete` of a value that is or was
-    watched raises the session's revision, and `SessionStore.changes` returns it, as after a journaled call. That a
-    watched value's time is over raises nothing.
+    A value is *watched* when its last `put` said so. The record that a store loads or claims carries the watched
+    values, so that a copy of the session has them without a query of its own. A `put` or `delete` of a value that is or
+    was watched raises the session's revision, and `SessionStore.changes` returns it, as after a journaled call. That
+    the time of a watched value is over raises nothing.
 
     The rules for all methods are those of `SessionStore`, with these differences:
 

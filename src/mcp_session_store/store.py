@@ -222,7 +222,7 @@ class SessionStore(Store):
         The record's `loaded_at` is the present time by the store's clock. A store that leaves it out is asked to
         `claim` each restore before the session is served, instead of learning of it by `touch`, and no instance learns
         from it whether a client is active on others. `newest_event` may be left out by a store that has no event log,
-        see `EventLog.is_of`, and `watched` by one without a `StateStore`.
+        see `EventLog.is_of`, and `watched` by one without a `StateStore`; `claim` returns it, too.
         """
 
     async def find(self, key: UUID) -> SessionRecord | Absence:

@@ -39,7 +39,7 @@ def test_a_database_goes_up_is_checked_and_goes_down_again(command: CommandFunct
     asyncio.run(insert_rows(database_url, [session_row(), session_row(namespace="one")]))
     asked = command("downgrade", "base", "--url", database_url)
     assert asked.returncode == 2
-    assert "mcp_session, mcp_session_journal, mcp_session_log" in asked.stderr
+    assert "mcp_session, mcp_session_journal, mcp_session_state, mcp_session_log" in asked.stderr
     assert "would be removed, with 2 sessions; the table mcp_session_version, and the " in asked.stderr
     assert "--yes" in asked.stderr
     assert run("check") == "the schema fits"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import pytest
 
 from mcp_session_store.records import EndReason, Principal, session_key
 from mcp_session_store.sql import SqlSessionStore
+from mcp_session_store.testing import new_session, new_state
 from tests.support.commands import CONTROL, UNREACHABLE
 from tests.support.rows import insert_rows, session_row
 
@@ -196,6 +198,32 @@ def test_a_session_is_shown_by_its_key_and_by_its_id_which_is_not_repeated(
     assert document["initialize_params_bytes"] == len(row["initialize_params"].encode())
     document = json.loads(command("sessions", "show", session_id, "--json", "--params", environment=environment).stdout)
     assert document["initialize_params"] == row["initialize_params"]
+
+
+def test_the_state_of_a_session_is_shown_by_names_and_sizes(invoke: InvokeFunction, database_url: str) -> None:
+    session = new_session(
+        key=uuid.uuid4(), state=(new_state("cart", '{"secret": 1}'), new_state("step", "2", ttl=3600.0))
+    )
+
+    async def create() -> None:
+        async with SqlSessionStore(database_url) as store:
+            await store.create(session)
+
+    environment = _seed(database_url, [])
+    asyncio.run(create())
+    shown = invoke("sessions", "show", str(session.key), environment=environment).stdout
+    assert re.search(r"state +2 values\n +cart 13 B\n +step 1 B, expires in 59 min", shown), shown
+    assert "secret" not in shown
+    shown = invoke("sessions", "show", str(session.key), "--values", environment=environment).stdout
+    assert 'cart {"secret": 1}' in shown
+    document = json.loads(invoke("sessions", "show", str(session.key), "--json", environment=environment).stdout)
+    assert [(state["name"], state["value_bytes"]) for state in document["state"]] == [("cart", 13), ("step", 1)]
+    assert "secret" not in str(document)
+    assert "value" not in document["state"][0]
+    statistics = json.loads(invoke("sessions", "stats", "--json", environment=environment).stdout)
+    assert (statistics["state_values"], statistics["state_bytes"]) == (2, 22)
+    stated = invoke("sessions", "stats", environment=environment).stdout
+    assert "the state of live sessions has 2 values of 22 B in all" in stated
 
 
 def test_a_terminal_shows_a_session_without_cutting_anything(terminal: TerminalFunction, database_url: str) -> None:

@@ -275,6 +275,7 @@ def test_what_postgres_refuses_for_good_fails_the_start(invoke: InvokeFunction, 
         execute(postgres_url, f"GRANT INSERT, UPDATE, DELETE ON mcp_session, mcp_session_journal TO {role}")
         execute(postgres_url, f"GRANT UPDATE, DELETE ON mcp_session_log, mcp_session_message TO {role}")
         execute(postgres_url, f"GRANT DELETE ON mcp_session_event TO {role}")
+        execute(postgres_url, f"GRANT INSERT, UPDATE, DELETE ON mcp_session_state TO {role}")
         without = r"run: GRANT INSERT ON mcp_session_message TO the user; GRANT INSERT, UPDATE, DELETE ON mcp_sess"
         assert_start_fails(invoke, shown(poor), without)
         execute(postgres_url, f"GRANT INSERT, UPDATE, DELETE ON mcp_session_message, mcp_session_instance TO {role}")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
+from mcp_session_store.adapter.streams.sweeping import sweep_events
 
 from mcp_session_store import InstanceSettings
-from mcp_session_store.adapter.streams.sweeping import sweep_events
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.listening import HEARTBEAT
 from tests.support.asgi import until

@@ -7,7 +7,7 @@ import re
 import uuid
 from collections import Counter
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
@@ -16,16 +16,17 @@ from mcp_session_store.activity import Activity
 from mcp_session_store.errors import SessionLimitReached
 from mcp_session_store.records import EndReason, Principal, instance_name
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlEventLog, SqlMailbox
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlStateStore
 from mcp_session_store.sql.schema.tables import (
     events_table,
     journal_table,
     logs_table,
     messages_table,
     sessions_table,
+    state_table,
     values_table,
 )
-from mcp_session_store.testing import new_event, new_message, new_session
+from mcp_session_store.testing import new_event, new_message, new_session, new_state
 from mcp_session_store.testing.factories import new_presence
 from mcp_session_store.testing.mailbox.suite import run_instances
 from tests.support.databases import engine_of, execute, settled, sql_store
@@ -49,7 +50,7 @@ async def fill(store: SqlSessionStore) -> None:
     """Sessions of all kinds: live ones, expired ones, ones without an expiry, and tombstones; journals, and events."""
     sessions, journal, logs, stored = sessions_table(), journal_table(), logs_table(), events_table()
     now = datetime.now(UTC)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number in range(ROWS):
         moment = now - timedelta(minutes=number)
         ended = moment if number % 5 == 0 else None
@@ -72,6 +73,8 @@ async def fill(store: SqlSessionStore) -> None:
                 "restores": 0,
                 "revision": 1,
                 "changed_at": moment if number % 4 == 0 else None,
+                "state_values": 0,
+                "state_bytes": 0,
             }
         )
     entries = [{"key": row["key"], "method": "m", "subject": "", "params": "{}", "revision": 1} for row in rows]
@@ -115,10 +118,27 @@ async def fill(store: SqlSessionStore) -> None:
         }
         for row in rows
     ]
+    state = [
+        {
+            "key": row["key"],
+            "name": name,
+            "namespace": row["namespace"],
+            "version": 1,
+            "bytes": 5,
+            "watched": int(name == "b"),
+            "expires_at": row["created_at"] + timedelta(days=1) if name == "a" else None,
+            "value": "null",
+        }
+        for row in with_log
+        for name in ("a", "b")
+    ]
+    for row in with_log:
+        row |= {"state_values": 2, "state_bytes": 10}
     async with engine_of(store).connect() as connection:
         await connection.exec_driver_sql("BEGIN")
         await connection.execute(sa.insert(values_table()), values)
         await connection.execute(sa.insert(sessions), rows)
+        await connection.execute(sa.insert(state_table()), state)
         await connection.execute(sa.insert(journal), entries)
         await connection.execute(sa.insert(logs), event_logs)
         await connection.execute(sa.insert(stored), events)
@@ -147,6 +167,11 @@ async def use_one(store: SqlSessionStore) -> None:
     await log.follow([key])
     await trim_waiting(log, key)
     await log.aclose()
+    async with SqlStateStore(store) as state:
+        for value in ("1", "2"):
+            await state.put(key, new_state("a", value, watched=True))
+            assert await state.get(key, ["a"]) == await state.get(key)
+        await state.delete(key, "a")
     await store.end(key, reason=EndReason.CLIENT)
 
 
@@ -155,6 +180,8 @@ async def use_everything(store: SqlSessionStore) -> None:
     since = (await store.changes(None)).until
     await use_one(store)
     assert (await store.changes(since)).changes
+    async with SqlStateStore(store) as state:
+        assert (await state.sweep(limit=20)).removed
     await store.sweep(limit=20)
     log = SqlEventLog(store)
     assert (await log.sweep(limit=20)).removed

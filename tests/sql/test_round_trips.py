@@ -13,8 +13,8 @@ import pytest
 from mcp_session_store.activity import Activity
 from mcp_session_store.records import EndReason, Principal
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlEventLog, SqlMailbox
-from mcp_session_store.testing import new_event, new_message, new_session
+from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlStateStore
+from mcp_session_store.testing import new_event, new_message, new_session, new_state
 from mcp_session_store.testing.mailbox.suite import run_instances
 from tests.support.databases import empty, settled, sql_store
 
@@ -160,3 +160,23 @@ async def test_a_batch_of_posts_and_a_receive_go_to_the_database_once_each(
             delivered[1] = page.messages[-1].sequence
             assert len(page.messages) == count
         assert (posted, received) == (1, 1)
+
+
+@pytest.mark.parametrize("count", [1, 16])
+async def test_a_batch_of_reads_of_state_is_one_query_and_one_of_writes_a_transaction(
+    migrated_url: str, trips: RoundTrips, count: int
+) -> None:
+    async with sql_store(migrated_url) as store, SqlStateStore(store) as state:
+        keys = [record.key for record in await asyncio.gather(*(store.create(new_session()) for _ in range(count)))]
+        for _ in range(2):  # on Postgres the first time prepares the statement
+            await settled(store, state)
+            trips.count = 0
+            assert await asyncio.gather(*(state.put(key, new_state("a")) for key in keys)) == [0] * count
+            await settled(store, state)
+            written, trips.count = trips.count, 0
+            found = await asyncio.gather(*(state.get(key, ["a"]) for key in keys))
+            await settled(store, state)
+            read = trips.count
+        assert all(values is not None and set(values) == {"a"} for values in found)
+        # Begin, lock, read, write and commit.
+        assert (read, written) == (1, 5 if "postgresql" in migrated_url else 1)

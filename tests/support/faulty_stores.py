@@ -15,12 +15,15 @@ from mcp_session_store import (
     MemoryEventLog,
     MemoryMailbox,
     MemorySessionStore,
+    MemoryStateStore,
     SessionStore,
+    StateStore,
     StoreUnavailable,
     session_key,
 )
 from mcp_session_store.event_log import EVENT_PAGE, EVENT_SWEEP_LIMIT
 from mcp_session_store.mailbox import MESSAGE_PAGE, MESSAGE_SWEEP_LIMIT
+from mcp_session_store.state_store import STATE_SWEEP_LIMIT
 from mcp_session_store.store import SWEEP_LIMIT, Absence
 from mcp_session_store.stream_mail import Said
 from tests.support.asgi import PATIENCE
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
     from uuid import UUID
 
-    from mcp_session_store import EndReason, EventPolicy, RetentionPolicy, SessionRecord
+    from mcp_session_store import EndReason, EventPolicy, RetentionPolicy, SessionRecord, StatePolicy
     from mcp_session_store.activity import Activity, Touched
     from mcp_session_store.mailbox import MailboxSweepReport, MessagePage, NewMessage, Presence, RunningInstance
     from mcp_session_store.records import (
@@ -41,9 +44,11 @@ if TYPE_CHECKING:
         JournalEntry,
         NewEvent,
         NewSession,
+        NewState,
         StoredEvent,
     )
-    from mcp_session_store.retention import EventSweepReport, SweepReport
+    from mcp_session_store.retention import EventSweepReport, StateSweepReport, SweepReport
+    from mcp_session_store.state_store import StoredState
     from mcp_session_store.stream_mail import NewStreamMessage, StreamPage, Withdrawal
 
 OPERATIONS = (
@@ -561,4 +566,39 @@ class FaultyMailbox(_Faulty, Mailbox):
 
     async def sweep(self, *, limit: int = MESSAGE_SWEEP_LIMIT) -> MailboxSweepReport:
         report: MailboxSweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
+        return report
+
+
+class FaultyState(_Faulty, StateStore):
+    """A store of state that fails on command.
+
+    Args:
+        store: Store of the sessions; both have the same faults.
+        policy: See `StateStore`.
+    """
+
+    def __init__(self, store: FaultyStore, *, policy: StatePolicy | None = None) -> None:
+        _Faulty.__init__(self, ("get", "put", "delete", "sweep"), ("sweep",))
+        StateStore.__init__(self, policy=policy)
+        self._before, self._after = store._before, store._after
+        self.inner = MemoryStateStore(store.inner, policy=policy)
+
+    @property
+    def namespace(self) -> str:
+        return self.inner.namespace
+
+    async def get(self, key: UUID, names: Collection[str] | None = None) -> Mapping[str, StoredState] | None:
+        found: Mapping[str, StoredState] | None = await self._call("get", lambda: self.inner.get(key, names))
+        return found
+
+    async def put(self, key: UUID, state: NewState, *, expected: int | None = None) -> int | None:
+        revision: int | None = await self._call("put", lambda: self.inner.put(key, state, expected=expected))
+        return revision
+
+    async def delete(self, key: UUID, name: str, *, expected: int | None = None) -> int | None:
+        revision: int | None = await self._call("delete", lambda: self.inner.delete(key, name, expected=expected))
+        return revision
+
+    async def sweep(self, *, limit: int = STATE_SWEEP_LIMIT) -> StateSweepReport:
+        report: StateSweepReport = await self._call("sweep", lambda: self.inner.sweep(limit=limit))
         return report

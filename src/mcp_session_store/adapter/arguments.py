@@ -10,13 +10,14 @@ from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.mailbox import Mailbox
 from mcp_session_store.settings import checked_flags, checked_type
+from mcp_session_store.state_store import StateStore
 from mcp_session_store.store import SessionStore, Store
 
 __all__ = ["check_options", "check_stores"]
 
 
-def check_stores(store: object, event_log: object, event_store: object, mailbox: object) -> None:
-    """Check where sessions, events and messages go.
+def check_stores(store: object, event_log: object, event_store: object, mailbox: object, state_store: object) -> None:
+    """Check where sessions, events, messages and state go.
 
     Raises:
         ConfigurationError: One of them cannot work, or they do not go together.
@@ -31,6 +32,10 @@ def check_stores(store: object, event_log: object, event_store: object, mailbox:
         if not isinstance(mailbox, Mailbox):
             raise ConfigurationError(f"mailbox must be a Mailbox or None, not a {type(mailbox).__name__}")
         _check_namespace("mailbox", mailbox, store, "messages")
+    if state_store is not None:
+        if not isinstance(state_store, StateStore):
+            raise ConfigurationError(f"state_store must be a StateStore or None, not a {type(state_store).__name__}")
+        _check_namespace("store of state", state_store, store, "values")
     if event_log is None:
         return
     if not isinstance(event_log, EventLog):
@@ -69,6 +74,7 @@ def check_options(
     close_store: object,
     close_event_log: object,
     close_mailbox: object,
+    close_state_store: object,
 ) -> None:
     """Check the options that are not numbers of `InstanceSettings`.
 
@@ -81,6 +87,7 @@ def check_options(
         close_store=close_store,
         close_event_log=close_event_log,
         close_mailbox=close_mailbox,
+        close_state_store=close_state_store,
     )
     checked_type(
         "security_settings", security_settings, TransportSecuritySettings | None, "a TransportSecuritySettings or None"

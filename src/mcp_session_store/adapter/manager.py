@@ -42,10 +42,11 @@ from mcp_session_store.adapter.sessions.recording import RecordWriter
 from mcp_session_store.adapter.sessions.refreshing import Refresher
 from mcp_session_store.adapter.sessions.registry import Registry
 from mcp_session_store.adapter.sessions.restoring import RestoreHook, Restorer
+from mcp_session_store.adapter.sessions.state import StateAccess
 from mcp_session_store.adapter.stopping import close, retire, shut_down
 from mcp_session_store.adapter.streams.followers import Followers
 from mcp_session_store.adapter.streams.recorder import EventRecorder
-from mcp_session_store.adapter.streams.sweeping import sweep_events
+from mcp_session_store.adapter.sweeping import sweeps
 from mcp_session_store.errors import ConfigurationError, StoreUnavailable
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven
 
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.replay.journal import JournaledMethod
     from mcp_session_store.event_log import EventLog
     from mcp_session_store.mailbox import Mailbox
+    from mcp_session_store.state_store import StateStore
     from mcp_session_store.store import SessionStore
 
 __all__ = ["DurableSessionManager", "EndHook", "RestoreHook"]
@@ -82,6 +84,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             on any instance. The manager opens it when it starts to run. Without one no stream can be resumed.
         mailbox: Mailbox by which the instances that share the store know of each other; needed with `event_log`. The
             manager opens it when it starts to run.
+        state_store: Store of the sessions' state, for `get_session_state`. The manager opens it when it starts to run.
         relay: Whether messages of clients reach the instance that they are for, whichever they are posted to. `False`:
             the mailbox only shows which instances are running.
         json_response: As for the SDK's manager.
@@ -115,6 +118,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         close_store: Close the store when the manager stops.
         close_event_log: Close the event log when the manager stops, before the store.
         close_mailbox: Close the mailbox when the manager stops, before the store.
+        close_state_store: Close the store of state when the manager stops, before the store.
 
     Raises:
         ConfigurationError: A value cannot work; the message names it.
@@ -128,6 +132,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         event_store: EventStore | None = None,
         event_log: EventLog | None = None,
         mailbox: Mailbox | None = None,
+        state_store: StateStore | None = None,
         relay: bool = True,
         json_response: bool = False,
         stateless: bool = False,
@@ -153,12 +158,13 @@ class DurableSessionManager(sdk.ManagerSeams):
         close_store: bool = False,
         close_event_log: bool = False,
         close_mailbox: bool = False,
+        close_state_store: bool = False,
     ) -> None:
         if stateless:
             raise ConfigurationError(
                 "a stateless server has no sessions to store; leave out stateless, or use the SDK's own manager"
             )
-        check_stores(store, event_log, event_store, mailbox)
+        check_stores(store, event_log, event_store, mailbox, state_store)
         check_options(
             relay=relay,
             json_response=json_response,
@@ -171,6 +177,7 @@ class DurableSessionManager(sdk.ManagerSeams):
             close_store=close_store,
             close_event_log=close_event_log,
             close_mailbox=close_mailbox,
+            close_state_store=close_state_store,
         )
         settings = InstanceSettings.given(
             settings,
@@ -206,6 +213,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         self.store = store
         self.event_log = event_log
         self.mailbox = mailbox
+        self.state_store = state_store
         self.instance = ""
         """Id of this process; made when the manager starts to run, because processes fork before."""
         self.readiness: Final = Readiness(store.namespace)
@@ -213,9 +221,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._on_restore = on_restore
         self._on_end = on_end
         self._settings = settings
-        self._close_store = close_store
-        self._close_event_log = close_event_log
-        self._close_mailbox = close_mailbox
+        beside = [(event_log, close_event_log), (mailbox, close_mailbox), (state_store, close_state_store)]
+        self._to_close = [one for one, closes in [(store, close_store), *beside] if closes and one is not None]
         self._relays = relay
         self._named = named_notifications(relayed_notifications)
         self._relay: Relay | None = None
@@ -243,12 +250,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         self.instance = self._log.instance = instance_id()
         middleware.install(self.app)
         async with contextlib.AsyncExitStack() as stack:
-            if self._close_store:
-                stack.push_async_callback(close, self.store)
-            if self._close_event_log and self.event_log is not None:
-                stack.push_async_callback(close, self.event_log)
-            if self._close_mailbox and self.mailbox is not None:
-                stack.push_async_callback(close, self.mailbox)
+            for store in self._to_close:
+                stack.push_async_callback(close, store)
             self._wire()
             # Start watching before serving, so that no end is missed.
             first = [self._ender.changes.poll]
@@ -317,6 +320,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         writer = RecordWriter(
             patient,
             self._registry,
+            StateAccess(self.state_store, self._gate),
             self._journal,
             self._ender.end_not_live,
             self._activity.first_used,
@@ -396,12 +400,8 @@ class DurableSessionManager(sdk.ManagerSeams):
         if self._departures is not None:
             start(every, "departures", LOOK_INTERVAL, self._departures.look)
         if settings.sweep_interval is not None:
-            start(every, "sweep", settings.sweep_interval, self._ender.sweep)
-            if self._instances is not None:
-                start(every, "mailbox sweep", settings.sweep_interval, self._instances.sweep)
-            if self.event_log is not None:
-                # In a task of its own: where many events are stored there may always be more that are too old.
-                start(every, "event sweep", settings.sweep_interval, partial(sweep_events, self.event_log))
+            for name, sweep in sweeps(self._ender, self._instances, self.event_log, self.state_store):
+                start(every, name, settings.sweep_interval, sweep)
         if self._instances is not None:
             start(self._instances.run, self.readiness)
         if self._relay is not None:

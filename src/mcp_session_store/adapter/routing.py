@@ -20,6 +20,7 @@ from mcp_session_store.adapter.responses import SessionNotFound
 from mcp_session_store.adapter.sessions.held_response import HeldResponse
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION, ResidentSession
+from mcp_session_store.adapter.sessions.state import STATE
 from mcp_session_store.adapter.streams.event_ids import EventIds
 from mcp_session_store.adapter.streams.resumption import not_resumable, serve_stream
 from mcp_session_store.adapter.streams.standalone import stream_refusal
@@ -107,6 +108,8 @@ class Router:
         user = scope.get("user")
         requestor = authorization_context(user) if isinstance(user, AuthenticatedUser) else None
         incoming = Incoming(receive)
+        # Before all else, because a replay carries a copy of the scope.
+        scope[STATE] = self._writer.state
         if session_id is None:
             await incoming.read(self._max_body)
             if incoming.whole:

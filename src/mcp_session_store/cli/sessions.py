@@ -201,11 +201,12 @@ def _listed(
 @click.argument("names", nargs=-1, required=True, metavar="ID_OR_KEY|-")
 @target_options
 @click.option("--params", is_flag=True, help="Show the client's params, which may be confidential.")
+@click.option("--values", is_flag=True, help="Show the values of its state, which may be confidential.")
 @json_option
-def show(target: Target, *, names: tuple[str, ...], params: bool, as_json: bool) -> None:
+def show(target: Target, *, names: tuple[str, ...], params: bool, values: bool, as_json: bool) -> None:
     """Show all that is stored of one session, live or not.
 
-    Exit code 1 when there is no such session. Params are JSON texts, in --json too.
+    Exit code 1 when there is no such session. Params and values are JSON texts, in --json too.
     """
     key = key_of(target, names)
 
@@ -219,9 +220,9 @@ def show(target: Target, *, names: tuple[str, ...], params: bool, as_json: bool)
             f"no session has the key {key} in namespace {target.namespace}: it never had, or it ended and was swept"
         )
     if as_json:
-        print_json(details_as_json(found, params=params))
+        print_json(details_as_json(found, params=params, values=values))
     else:
-        print_details(found, params=params)
+        print_details(found, params=params, values=values)
 
 
 @sessions.command()

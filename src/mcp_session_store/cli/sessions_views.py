@@ -82,9 +82,9 @@ def _row(session: StoredSession, now: datetime, state: str) -> Sequence[str]:
     ]
 
 
-def details_as_json(found: SessionDetails, *, params: bool) -> dict[str, Any]:
-    def text(name: str, value: str) -> dict[str, Any]:
-        return {f"{name}_bytes": len(value.encode())} | ({name: value} if params else {})
+def details_as_json(found: SessionDetails, *, params: bool, values: bool) -> dict[str, Any]:
+    def text(name: str, value: str, *, shown: bool = params) -> dict[str, Any]:
+        return {f"{name}_bytes": len(value.encode())} | ({name: value} if shown else {})
 
     return {
         "as_of": found.as_of,
@@ -94,10 +94,14 @@ def details_as_json(found: SessionDetails, *, params: bool) -> dict[str, Any]:
             {"method": entry.method, "subject": entry.subject, **text("params", entry.params)}
             for entry in found.journal
         ],
+        "state": [
+            {"name": state.name, "expires_at": state.expires_at, **text("value", state.value, shown=values)}
+            for state in found.state
+        ],
     }
 
 
-def print_details(found: SessionDetails, *, params: bool) -> None:
+def print_details(found: SessionDetails, *, params: bool, values: bool) -> None:
     session, now = found.session, found.as_of
 
     def when(moment: datetime | None) -> str:
@@ -121,6 +125,11 @@ def print_details(found: SessionDetails, *, params: bool) -> None:
         ("params", size(len(found.initialize_params.encode()))),
         ("journal", f"{len(found.journal)} calls"),
         *(("", f"{entry.method} {entry.subject}".rstrip()) for entry in found.journal),
+        ("state", f"{number(len(found.state))} {plural('value', len(found.state))}"),
+        *(
+            ("", ", ".join([f"{state.name} {size(len(state.value.encode()))}", *_end_of(state.expires_at, now)]))
+            for state in found.state
+        ),
     ]
     for name, text in lines:
         print_text(f"{name:<11}{text}", length=2000)
@@ -128,6 +137,13 @@ def print_details(found: SessionDetails, *, params: bool) -> None:
         for text in (found.initialize_params, *(entry.params for entry in found.journal)):
             if text:
                 print_text(text, length=len(text))
+    if values:
+        for state in found.state:
+            print_text(text := f"{state.name} {state.value}", length=len(text))
+
+
+def _end_of(expires_at: datetime | None, now: datetime) -> Sequence[str]:
+    return [] if expires_at is None else [f"expires {ago(expires_at, now)}"]
 
 
 def statistics_as_json(statistics: Statistics, preview: SweepReport) -> dict[str, Any]:
@@ -140,6 +156,8 @@ def statistics_as_json(statistics: Statistics, preview: SweepReport) -> dict[str
         "clients": [{"client": name, "live": count} for name, count in statistics.clients],
         "instances": [{"instance": name, "live": count} for name, count in statistics.instances],
         "mean_params_bytes": statistics.mean_params_bytes,
+        "state_values": statistics.state_values,
+        "state_bytes": statistics.state_bytes,
         "table_bytes": statistics.table_bytes,
         "index_bytes": statistics.index_bytes,
         "next_sweep": {"expired": preview.expired, "purged": preview.purged},
@@ -184,6 +202,9 @@ def print_statistics(statistics: Statistics, preview: SweepReport) -> None:
         click.echo(f"tables take {size(statistics.table_bytes)}, indexes {size(statistics.index_bytes)}")
     if statistics.mean_params_bytes is not None:
         click.echo(f"initialize params of a live session take {size(statistics.mean_params_bytes)} on average")
+    if statistics.state_values:
+        count_of_values = f"{number(statistics.state_values)} {plural('value', statistics.state_values)}"
+        click.echo(f"the state of live sessions has {count_of_values} of {size(statistics.state_bytes)} in all")
     click.echo(
         f"the next sweep would end {number(preview.expired)} expired {plural('session', preview.expired)}, "
         f"and remove {number(preview.purged)} that ended long ago"

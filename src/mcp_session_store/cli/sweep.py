@@ -62,7 +62,7 @@ def sweep(
     as_json: bool,
 ) -> None:
     """End sessions that have expired, and remove those that ended long ago, events that are too old, messages that no
-    instance reads, and expired values of a SqlKeyValue.
+    instance reads, expired values of a SqlKeyValue, and state whose time is over.
 
     The sweep goes on until there are no more. A session expires when the servers said; with --idle or --absolute, a
     session without an expiry gets one by that policy, as if it were used now. Events are removed by the options, so
@@ -87,6 +87,7 @@ def sweep(
             or sweeping.done.values
             or sweeping.events.removed
             or sweeping.messages
+            or sweeping.state
         ):
             sweeping.report(as_json=as_json)
         raise
@@ -104,7 +105,13 @@ async def _preview(
 
 
 def _report(
-    report: SweepReport, events: EventSweepReport, *, dry_run: bool, as_json: bool, messages: int | None = None
+    report: SweepReport,
+    events: EventSweepReport,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    messages: int | None = None,
+    state: int | None = None,
 ) -> None:
     more = report.more or events.more
     if as_json:
@@ -114,6 +121,7 @@ def _report(
             "events": events.removed,
             "messages": messages,
             "values": None if dry_run else report.values,
+            "state": state,
         }
         # How many messages wait says nothing of how many a sweep would find, and values are not counted before.
         known = {name: count for name, count in counts.items() if count is not None}
@@ -130,6 +138,8 @@ def _report(
         click.echo(f"{number(report.values)} expired {plural('value', report.values)} were removed")
     if messages:
         click.echo(f"{number(messages)} {plural('message', messages)} to instances that do not read were removed")
+    if state:
+        click.echo(f"{number(state)} {plural('value', state)} of sessions' state, whose time was over, were removed")
     if more and not dry_run:
         click.echo("there is more to sweep", err=True)
 
@@ -149,6 +159,8 @@ class _Sweep:
         self.events = EventSweepReport(more=True)
         self.messages = 0
         """Number of messages that were removed."""
+        self.state = 0
+        """Number of values of sessions' state that were removed."""
         self.stopped_by: signal.Signals | None = None
 
     async def run(self) -> None:
@@ -164,6 +176,7 @@ class _Sweep:
                 self._target.store(self._policy) as store,
                 self._target.event_log(store, self._for_events) as log,
                 self._target.mailbox(store) as mailbox,
+                self._target.state_store(store) as state,
             ):
                 with progress("sweeping", total=total) as advance:
                     pace = SweepPace(self._limit, least=LEAST_SWEEP)
@@ -187,10 +200,15 @@ class _Sweep:
                         removed = (of_messages.gone, of_messages.unread, of_messages.untaken)
                         self.messages += sum(sum(numbers.values()) for numbers in removed)
                         more = of_messages.more
+                    more = True
+                    while more and not stop.is_set():
+                        of_state = await state.sweep()
+                        self.state += of_state.removed
+                        more = of_state.more
 
     def report(self, *, as_json: bool) -> None:
         """Print what was done."""
-        _report(self.done, self.events, dry_run=False, as_json=as_json, messages=self.messages)
+        _report(self.done, self.events, dry_run=False, as_json=as_json, messages=self.messages, state=self.state)
 
     async def _rest(self, stop: asyncio.Event, pause: float, *, more: bool) -> None:
         """Leave the database to the servers after a step."""

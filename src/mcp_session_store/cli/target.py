@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mcp_session_store.retention import EventPolicy, RetentionPolicy
-    from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore
+    from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore, SqlStateStore
     from mcp_session_store.sql.admin.events import EventDirectory
     from mcp_session_store.sql.admin.namespaces import NamespaceDirectory
     from mcp_session_store.sql.admin.partitions import EventPartitions
@@ -109,6 +109,12 @@ class Target:
             return SqlMailbox(store)
         self._refuse_absent()
         return SqlMailbox(self.url, namespace=self.namespace, schema=self.schema, timeout=self.timeout)
+
+    def state_store(self, store: SqlSessionStore) -> SqlStateStore:
+        """Return what changes the state of a store's sessions."""
+        from mcp_session_store.sql import SqlStateStore
+
+        return SqlStateStore(store)
 
     def _refuse_absent(self) -> None:
         """Refuse a SQLite file that does not exist: a name that was mistyped must not make one."""

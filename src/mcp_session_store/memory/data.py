@@ -170,9 +170,9 @@ class Data:
         self.states.setdefault(key, {})[state.name] = State(state, ends_at)
 
     def watched(self, key: UUID) -> dict[str, str] | None:
-        """Return the watched values of a session's state by name, `None` without any."""
-        now, states = self.now(), self.states.get(key, {})
-        watched = [kept for kept in states.values() if kept.state.watched and not kept.over_at(now)]
+        """Return the watched values of a session with state by name, `None` without any."""
+        now = self.now()
+        watched = [kept for kept in self.states[key].values() if kept.state.watched and not kept.over_at(now)]
         return {kept.state.name: kept.state.value for kept in watched} or None
 
     def remove_session(self, key: UUID) -> None:

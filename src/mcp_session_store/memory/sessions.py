@@ -192,7 +192,7 @@ class MemorySessionStore(SessionStore):
         row.record = replace(
             _claimed(row.record, instance, restores + 1), last_seen_at=now, expires_at=self._expiry(row.record, now)
         )
-        return row.record
+        return replace(row.record, watched=self._data.watched(key) if key in self._data.states else None)
 
     async def replace_initialize(
         self,

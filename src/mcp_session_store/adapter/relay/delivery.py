@@ -21,6 +21,7 @@ from mcp_session_store.adapter.replay.mirrored import scope_of
 from mcp_session_store.adapter.session_log import UNKNOWN_QUESTION
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
+from mcp_session_store.adapter.sessions.state import STATE
 from mcp_session_store.mailbox import MessageKind
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class Delivery:
         The middleware finds the copy in it.
         """
         scope = scope_of(session.session_id, session.marker)
-        scope.update({RESIDENT_SESSION: session, RECORD_WRITER: self._writer})
+        scope.update({RESIDENT_SESSION: session, RECORD_WRITER: self._writer, STATE: self._writer.state})
         return scope
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mcp_session_store.records import SessionRestoreMarker
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from starlette.types import Scope
 
-__all__ = ["RESTORE_MARKER", "get_restore_marker"]
+__all__ = ["RESTORE_MARKER", "get_restore_marker", "request_scope"]
 
 RESTORE_MARKER: Final = "mcp_session_store.restore_marker"
 """Key of a request's ASGI scope under which the marker stands."""
@@ -31,13 +31,19 @@ def get_restore_marker(ctx: object) -> SessionRestoreMarker | None:
         The marker, or `None`: the session lives in the process that opened it, or there is no
         session or no HTTP request at all (stdio, protocol 2026-07-28 and later).
     """
+    scope = request_scope(ctx)
+    marker = None if scope is None else scope.get(RESTORE_MARKER)
+    return marker if isinstance(marker, SessionRestoreMarker) else None
+
+
+def request_scope(ctx: object) -> Scope | None:
+    """Return the ASGI scope of the HTTP request that a context belongs to, if any; see `get_restore_marker`."""
     for _ in range(len(_WAYS) + 1):
         if ctx is None:
             return None
-        scope: MutableMapping[str, Any] | None = getattr(ctx, "scope", None)
+        scope: Scope | None = getattr(ctx, "scope", None)
         if scope is not None:
-            marker = scope.get(RESTORE_MARKER)
-            return marker if isinstance(marker, SessionRestoreMarker) else None
+            return scope
         ctx = _next(ctx)
     return None
 

@@ -18,6 +18,8 @@ from mcp_session_store.adapter.replay.context import is_replayed, next_request_i
 from mcp_session_store.adapter.replay.marker import RESTORE_MARKER
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp.shared.message import SessionMessage
     from mcp_types import RequestId
@@ -52,14 +54,23 @@ class MirroredCalls:
         transport: Transport of the copy.
         copy: The copy, which is busy while handlers run.
         timeout: Seconds that a call may take until the next one goes on beside it.
+        found: What the handlers find in the ASGI scope, besides the marker.
     """
 
-    __slots__ = ("_copy", "_running", "_timeout", "_transport")
+    __slots__ = ("_copy", "_found", "_running", "_timeout", "_transport")
 
-    def __init__(self, transport: StreamableHTTPServerTransport, copy: ReplayedCopy, *, timeout: float) -> None:
+    def __init__(
+        self,
+        transport: StreamableHTTPServerTransport,
+        copy: ReplayedCopy,
+        *,
+        timeout: float,
+        found: Mapping[str, object],
+    ) -> None:
         self._transport = transport
         self._copy = copy
         self._timeout = timeout
+        self._found = found
         self._running: dict[RequestId, MirroredCall] = {}
 
     @property
@@ -112,7 +123,7 @@ class MirroredCalls:
         request_id = next_request_id()
         message = JSONRPCRequest(jsonrpc="2.0", id=request_id, method=method, params=params)
         body = json.dumps({"jsonrpc": "2.0", "id": request_id, "method": method, "params": params}).encode()
-        request = request_of(scope_of(session_id, marker), body)
+        request = request_of({**scope_of(session_id, marker), **self._found}, body)
         # After one that is slow the others do not wait for each other, as in a replay.
         is_waited_for = not self.is_late
         call = self._running[request_id] = MirroredCall()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mcp_session_store.records import EndReason, JournalEntry, NewSession, SessionRecord
     from mcp_session_store.store import Absence, SessionStore
 
-__all__ = ["PatientStore"]
+__all__ = ["PatientStore", "wait_if_away"]
 
 _T = TypeVar("_T")
 
@@ -77,11 +77,11 @@ class PatientStore:
 
     async def read_journal(self, key: UUID, waits: Waits) -> Sequence[JournalEntry]:
         """See `SessionStore.read_journal`."""
-        return await self._wait_if_away(lambda: self.inner.read_journal(key), waits)
+        return await wait_if_away(self.gate, lambda: self.inner.read_journal(key), waits)
 
     async def end(self, key: UUID, waits: Waits, *, reason: EndReason) -> bool:
         """See `SessionStore.end`."""
-        return await self._wait_if_away(lambda: self.inner.end(key, reason=reason), waits)
+        return await wait_if_away(self.gate, lambda: self.inner.end(key, reason=reason), waits)
 
     async def replace_initialize(
         self,
@@ -94,7 +94,8 @@ class PatientStore:
         client_version: str,
     ) -> bool:
         """See `SessionStore.replace_initialize`."""
-        return await self._wait_if_away(
+        return await wait_if_away(
+            self.gate,
             lambda: self.inner.replace_initialize(
                 key,
                 initialize_params=initialize_params,
@@ -105,14 +106,15 @@ class PatientStore:
             waits,
         )
 
-    async def _wait_if_away(self, call: Callable[[], Awaitable[_T]], waits: Waits) -> _T:
-        gate = self.gate
-        failures = 0
-        if gate.is_open:
-            outage = gate.outages
-            try:
-                return await call()
-            except WAITED_FOR as error:
-                gate.failed(error, outage)
-                failures = 1
-        return await gate.answer_to(call, waits, failures=failures)
+
+async def wait_if_away(gate: Gate, call: Callable[[], Awaitable[_T]], waits: Waits) -> _T:
+    """Make a call of a store, and while that is away make it again, as long as the request may wait for it."""
+    failures = 0
+    if gate.is_open:
+        outage = gate.outages
+        try:
+            return await call()
+        except WAITED_FOR as error:
+            gate.failed(error, outage)
+            failures = 1
+    return await gate.answer_to(call, waits, failures=failures)

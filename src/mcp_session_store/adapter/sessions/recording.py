@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.registry import Registry
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.adapter.sessions.set_state import OwnCall
+    from mcp_session_store.adapter.sessions.state import StateAccess
     from mcp_session_store.records import SessionRecord
 
 __all__ = ["RECORD_WRITER", "RecordWriter"]
@@ -39,6 +40,7 @@ class RecordWriter:
     Args:
         store: The store that keeps the records.
         registry: Registry in which a session is published when its record is committed.
+        state: State of the sessions.
         journal: Rules that say which calls are stored, and as what.
         on_not_live: Called with the keys of sessions that turn out not to be live any more.
         on_first_use: Called with a session of which something is asked for the first time.
@@ -50,6 +52,7 @@ class RecordWriter:
         self,
         store: PatientStore,
         registry: Registry,
+        state: StateAccess,
         journal: Journal,
         on_not_live: Callable[[Collection[UUID]], Awaitable[None]],
         on_first_use: Callable[[ResidentSession], None],
@@ -59,6 +62,7 @@ class RecordWriter:
     ) -> None:
         self.store: Final = store
         self._registry = registry
+        self.state: Final = state
         self.on_not_live: Final = on_not_live
         self.announce: Callable[[UUID, str], None] | None = None
         """Says to other copies of the session with a key what has changed; see `ElsewhereChange`. `None`: they find out
@@ -103,6 +107,7 @@ class RecordWriter:
         self, session: ResidentSession, key: UUID, params: InitializeParams, version: str, request: RequestWait
     ) -> None:
         self._registry.promise(session)
+        state, session.new_state = session.new_state, None
         try:
             record = await self.store.create(
                 NewSession(
@@ -113,9 +118,15 @@ class RecordWriter:
                     client_version=params.client_version,
                     principal=principal_of(session.owner),
                     instance=self._instance,
+                    state=() if state is None else tuple(state.values()),
                 ),
                 request,
             )
+            while session.new_state:
+                # Set by a task of the application's while the record was being stored.
+                late, session.new_state = session.new_state, None
+                for value in late.values():
+                    await self.state.put(key, value)
         except BaseException:
             self._registry.withdraw()
             raise

@@ -19,6 +19,7 @@ from mcp_session_store.adapter.replay.journal import StateName
 from mcp_session_store.adapter.replay.mirrored import MirroredCalls, scope_of
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import NEVER_FRESH, RESIDENT_SESSION
+from mcp_session_store.adapter.sessions.state import STATE
 from mcp_session_store.records import SessionRestoreMarker
 from mcp_session_store.store import read_params
 
@@ -164,7 +165,9 @@ class Refresher:
     def _mirrored(self, session: ResidentSession) -> MirroredCalls:
         loop = session.loop
         if loop.mirrored is None:
-            loop.mirrored = MirroredCalls(session.transport, session, timeout=self._timeout)
+            loop.mirrored = MirroredCalls(
+                session.transport, session, timeout=self._timeout, found={STATE: self._writer.state}
+            )
         return loop.mirrored
 
     def _reached(self, session: ResidentSession, revision: int) -> None:
@@ -207,6 +210,8 @@ class Refresher:
             if not await self._run(session, name, entry.method, read_params(entry.params)):
                 return
             state.keep(name, is_set=True)
+        assert session.record is not None
+        session.record = replace(session.record, watched=record.watched)
         self._reached(session, record.revision)
 
     async def _initialize(self, session: ResidentSession, had: SessionRecord, record: SessionRecord) -> bool:
@@ -234,7 +239,7 @@ class Refresher:
             client_version=record.client_version,
         )
         scope = scope_of(session.session_id, _marker_of(session))
-        scope.update({RESIDENT_SESSION: session, RECORD_WRITER: self._writer})
+        scope.update({RESIDENT_SESSION: session, RECORD_WRITER: self._writer, STATE: self._writer.state})
         initialized = JSONRPCNotification(jsonrpc="2.0", method="notifications/initialized")
         with anyio.move_on_after(self._timeout):
             session.loop.swallow_initialized = False

@@ -21,7 +21,7 @@ from mcp_session_store.adapter.sessions.set_state import SetState
 from mcp_session_store.adapter.streams.standalone import StandaloneStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.server_loop import ServerLoop
     from mcp_session_store.adapter.streams.event_store import SessionEvents
     from mcp_session_store.adapter.streams.hold import Hold
-    from mcp_session_store.records import SessionRecord, SessionRestoreMarker
+    from mcp_session_store.records import NewState, SessionRecord, SessionRestoreMarker
     from mcp_session_store.retention import RetentionPolicy
 
 __all__ = ["RESIDENT_SESSION", "ResidentSession"]
@@ -74,6 +74,7 @@ class ResidentSession:
         "looked_at",
         "loop",
         "marker",
+        "new_state",
         "outlets",
         "owner",
         "pins",
@@ -108,6 +109,8 @@ class ResidentSession:
         self.record: SessionRecord | None = None
         """The record as this copy has it: when it was opened or restored here, and with what was changed since then;
         `None` before."""
+        self.new_state: Mapping[str, NewState] | None = None
+        """State that was set in the handshake of a new session, by name, to be stored with the record."""
         self.marker: SessionRestoreMarker | None = None
         """The marker of a restored copy."""
         self.stale_since = 0

@@ -23,7 +23,7 @@ from mcp_session_store.sql.admin.session_list import (
     session_position,
 )
 from mcp_session_store.sql.dialects.functions import MOMENT, ByteLength, StoreClock, driver_value
-from mcp_session_store.sql.schema.tables import journal_table, sessions_table
+from mcp_session_store.sql.schema.tables import journal_table, sessions_table, state_table
 from mcp_session_store.sql.sessions.statements import expiry
 from mcp_session_store.sql.sessions.sweep import SweepCandidates
 from mcp_session_store.store import DEFAULT_NAMESPACE
@@ -42,6 +42,7 @@ __all__ = [
     "SessionFilter",
     "SessionPage",
     "SessionState",
+    "ShownState",
     "Statistics",
     "StoredSession",
 ]
@@ -70,6 +71,17 @@ class SessionPage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShownState:
+    """A value of a session's state."""
+
+    name: str
+    value: str = field(repr=False)
+    """The value as JSON text."""
+    expires_at: datetime | None
+    """When its time is over; `None`: with its session."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SessionDetails:
     """All that is stored of one session."""
 
@@ -80,6 +92,8 @@ class SessionDetails:
     """`params` of the client's `initialize`, as JSON text; empty once the session has ended."""
     journal: Sequence[JournalEntry]
     """Entries in the order of a restore."""
+    state: Sequence[ShownState]
+    """Values of its state, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +113,10 @@ class Statistics:
     """Instances that created or restored the most live sessions, and their numbers."""
     mean_params_bytes: float | None
     """Mean size of live sessions' `initialize` params; `None` without any."""
+    state_values: int
+    """Number of values of the state of live sessions."""
+    state_bytes: int
+    """Bytes of those values and their names."""
     table_bytes: int
     """Size of the tables; on SQLite, of the file."""
     index_bytes: int | None
@@ -122,6 +140,7 @@ class SessionDirectory(Reader):
         super().__init__(url_or_engine, namespace=namespace, schema=schema, timeout=timeout)
         self._table = sessions_table(self.database.schema)
         self._journal = journal_table(self.database.schema)
+        self._state = state_table(self.database.schema)
         self.lists = SessionList(self.database.dialect, self._table, namespace=namespace)
         """Statements of the lists."""
 
@@ -162,7 +181,7 @@ class SessionDirectory(Reader):
 
     async def find(self, key: UUID) -> SessionDetails | None:
         """Return all that is stored of one session in any state; `None` for an unknown one."""
-        table, journal = self._table, self._journal
+        table, journal, state = self._table, self._journal, self._state
 
         async def read(connection: AsyncConnection, now: datetime) -> SessionDetails | None:
             statement = sa.select(*self.lists.columns(), table.c.initialize_params).where(
@@ -176,6 +195,11 @@ class SessionDirectory(Reader):
                 .where(journal.c.key == key)
                 .order_by(journal.c.revision, journal.c.method, journal.c.subject)
             )
+            values = await connection.execute(
+                sa.select(state.c.name, state.c.value, state.c.expires_at)
+                .where(state.c.key == key, sa.or_(state.c.expires_at.is_(None), StoreClock() < state.c.expires_at))
+                .order_by(state.c.name)
+            )
             return SessionDetails(
                 session=session,
                 as_of=now,
@@ -183,6 +207,10 @@ class SessionDirectory(Reader):
                 journal=[
                     JournalEntry(method=readable(method), subject=readable(subject), params=readable(text))
                     for method, subject, text in entries
+                ],
+                state=[
+                    ShownState(name=readable(name), value=readable(value), expires_at=expires_at)
+                    for name, value, expires_at in values
                 ],
             )
 
@@ -224,19 +252,21 @@ class SessionDirectory(Reader):
             )
             # Each counts all sessions younger than its end; those of the classes before it are subtracted below.
             younger = [sa.and_(live, table.c.created_at > sa.literal(now - age, MOMENT)) for age in AGES]
+            of_state = (table.c.state_values, table.c.state_bytes)
             counted = (
                 await connection.execute(
                     sa.select(
                         *(sa.func.count().filter(condition) for condition in (live, expired, ended, *younger)),
                         sa.func.avg(ByteLength(table.c.initialize_params)).filter(live),
+                        *(sa.func.coalesce(sa.func.sum(column).filter(live), 0) for column in of_state),
                     ).where(table.c.namespace == self._namespace)
                 )
             ).one()
-            totals, mean = list(counted)[:-1], counted[-1]
+            *totals, mean, state_values, state_bytes = counted
             upto = [0, *totals[3:], totals[0]]
             ages = [later - earlier for earlier, later in itertools.pairwise(upto)]
             table_bytes, index_bytes = (
-                await connection.execute(self.database.dialect.stored_bytes([table, self._journal]))
+                await connection.execute(self.database.dialect.stored_bytes([table, self._journal, self._state]))
             ).one()
             return Statistics(
                 as_of=now,
@@ -247,6 +277,8 @@ class SessionDirectory(Reader):
                 clients=await self._most(connection, table.c.client_name, live, top),
                 instances=await self._most(connection, table.c.instance_hint, live, top),
                 mean_params_bytes=None if mean is None else float(mean),
+                state_values=int(state_values),
+                state_bytes=int(state_bytes),
                 table_bytes=table_bytes,
                 index_bytes=index_bytes,
             )

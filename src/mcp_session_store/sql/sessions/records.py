@@ -115,7 +115,11 @@ class Records:
             for driver_key, key in by_driver_key.items():
                 claim = remaining[turn[key]]
                 rows.append((driver_key, claim.instance, claim.restores + 1))
-            records = self._records(by_driver_key, (yield sql.claim, sql.claims.parameters(rows)))
+            claimed = yield sql.claim, sql.claims.parameters(rows)
+            if with_state := [(row[0],) for row in claimed if row[-1]]:
+                watched = {row[0]: row[1] for row in (yield sql.watched, sql.watches.parameters(with_state))}
+                claimed = [(*row[:-1], watched.get(row[0])) for row in claimed]
+            records = self._records(by_driver_key, claimed)
             for key, position in turn.items():
                 results[position] = records.get(key)
                 del remaining[position]

@@ -121,6 +121,7 @@ class SessionStatements:
         self._retention = retention
         self._namespace = sa.literal(namespace, sa.Text)
         table = self._table = sessions_table(schema)
+        self._state = state_table(schema)
 
         self.record: Final = self._record()
         """Columns of a record, in the order that `read_record` expects."""
@@ -132,12 +133,14 @@ class SessionStatements:
                 *self.record,
                 StoreClock().label("loaded_at"),
                 self._newest_event(logs_table(schema)),
-                self._watched(state_table(schema)),
+                self._watched(),
                 self._absence(),
             ).where(self.loads.in_batch(table.c.key), Unindexed(table.c.namespace) == self._namespace)
         )
         self.claims = dialect.batch("claimed", {"key": sa.Uuid(), "instance": sa.Text(), "restores": sa.Integer()})
         self.claim = dialect.precompiled(self._claim())
+        self.watches = dialect.batch("claimed", _KEY)
+        self.watched = dialect.precompiled(self._watched_of_claimed())
         self.replace_initialize = self._replacement()
         self.touches = dialect.batch(
             "touched",
@@ -204,7 +207,9 @@ class SessionStatements:
                 last_seen_at=now,
                 expires_at=expiry(self._retention, created_at=table.c.created_at, last_seen_at=now),
             )
-            .returning(*self.record)
+            # In the order of a load; when it was loaded, and the newest event, a claim does not say. SQLite takes the
+            # columns of a subquery here for those of the changed row, so that watched values are read after it.
+            .returning(*self.record, sa.null(), sa.null(), table.c.state_values)
         )
 
     def _counted(self, claimed: sa.CTE) -> sa.ColumnElement[int]:
@@ -307,14 +312,21 @@ class SessionStatements:
         newest = sa.select(logs.c.sequence).where(logs.c.key == self._table.c.key).scalar_subquery()
         return sa.func.coalesce(newest, 0).label("newest_event")
 
-    def _watched(self, state: sa.Table) -> sa.ColumnElement[str | None]:
+    def _watched(self) -> sa.ColumnElement[str | None]:
         """Return the watched values of a session's state as a JSON object of texts, at no cost without state."""
-        watched = sa.select(TextsByName(state.c.name, state.c.value)).where(
-            state.c.key == self._table.c.key,
-            state.c.watched == sa.literal(1, sa.Integer),
-            sa.or_(state.c.expires_at.is_(None), StoreClock() < state.c.expires_at),
-        )
+        c = self._state.c
+        watched = sa.select(TextsByName(c.name, c.value)).where(c.key == self._table.c.key, self._is_watched())
         return sa.case((self._table.c.state_values > 0, watched.scalar_subquery())).label("watched")
+
+    def _watched_of_claimed(self) -> sa.Select[Any]:
+        c = self._state.c
+        watched = sa.select(c.key, TextsByName(c.name, c.value))
+        return watched.where(self.watches.in_batch(c.key), self._is_watched()).group_by(c.key)
+
+    def _is_watched(self) -> sa.ColumnElement[bool]:
+        c = self._state.c
+        not_over = sa.or_(c.expires_at.is_(None), StoreClock() < c.expires_at)
+        return sa.and_(c.watched == sa.literal(1, sa.Integer), not_over)
 
     def _absence(self) -> sa.ColumnElement[Any]:
         """Return NULL for a live session, and else why it is not live: the reason of its end, or that it expired."""

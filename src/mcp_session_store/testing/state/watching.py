@@ -34,6 +34,9 @@ class Watching(StateSuite):
         assert await self._watched(there, key) == ({"a": '{"x": "\\u0000"}', "é": "2"}, 2)
         await state.delete(key, "a")
         assert await self._watched(there, key) == ({"é": "2"}, 3)
+        claimed = await there.claim(key, instance="instance-b", restores=0)
+        assert claimed is not None
+        assert (claimed.watched, claimed.revision) == ({"é": "2"}, 3)
         await state.delete(key, "plain")
         await state.delete(key, "a")
         assert await self._watched(there, key) == ({"é": "2"}, 3)
