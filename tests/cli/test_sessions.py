@@ -202,7 +202,7 @@ def test_a_session_is_shown_by_its_key_and_by_its_id_which_is_not_repeated(
 
 def test_the_state_of_a_session_is_shown_by_names_and_sizes(invoke: InvokeFunction, database_url: str) -> None:
     session = new_session(
-        key=uuid.uuid4(), state=(new_state("cart", '{"secret": 1}'), new_state("step", "2", ttl=3600.0))
+        key=session_key("id"), state=(new_state("cart", '{"secret": 1}'), new_state("step", "2", ttl=3600.0))
     )
 
     async def create() -> None:
