@@ -212,7 +212,7 @@ def test_the_state_of_a_session_is_shown_by_names_and_sizes(invoke: InvokeFuncti
     environment = _seed(database_url, [])
     asyncio.run(create())
     shown = invoke("sessions", "show", str(session.key), environment=environment).stdout
-    assert re.search(r"state +2 values\n +cart 13 B\n +step 1 B, expires in 59 min", shown), shown
+    assert re.search(r"values +2 of its state\n +cart 13 bytes\n +step 1 bytes, expires in 59 min", shown), shown
     assert "secret" not in shown
     shown = invoke("sessions", "show", str(session.key), "--values", environment=environment).stdout
     assert 'cart {"secret": 1}' in shown
@@ -223,7 +223,7 @@ def test_the_state_of_a_session_is_shown_by_names_and_sizes(invoke: InvokeFuncti
     statistics = json.loads(invoke("sessions", "stats", "--json", environment=environment).stdout)
     assert (statistics["state_values"], statistics["state_bytes"]) == (2, 22)
     stated = invoke("sessions", "stats", environment=environment).stdout
-    assert "the state of live sessions has 2 values of 22 B in all" in stated
+    assert "the state of live sessions has 2 values of 22 bytes in all" in stated
 
 
 def test_a_terminal_shows_a_session_without_cutting_anything(terminal: TerminalFunction, database_url: str) -> None:

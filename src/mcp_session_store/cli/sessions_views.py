@@ -125,7 +125,7 @@ def print_details(found: SessionDetails, *, params: bool, values: bool) -> None:
         ("params", size(len(found.initialize_params.encode()))),
         ("journal", f"{len(found.journal)} calls"),
         *(("", f"{entry.method} {entry.subject}".rstrip()) for entry in found.journal),
-        ("state", f"{number(len(found.state))} {plural('value', len(found.state))}"),
+        ("values", f"{number(len(found.state))} of its state"),
         *(
             ("", ", ".join([f"{state.name} {size(len(state.value.encode()))}", *_end_of(state.expires_at, now)]))
             for state in found.state
