@@ -14,7 +14,6 @@ from mcp_session_store.sql.schema.tables import (
     logs_table,
     messages_table,
     sessions_table,
-    state_table,
     stream_messages_table,
 )
 from mcp_session_store.sql.sessions.records import as_number
