@@ -14,6 +14,7 @@ from mcp_session_store.sql.schema.tables import (
     logs_table,
     messages_table,
     sessions_table,
+    state_table,
     stream_messages_table,
 )
 from mcp_session_store.sql.sessions.records import as_number
@@ -94,6 +95,9 @@ class SessionRemoval:
             )
             for table in (messages, of_stream)
         }
+        # The end has locked the session, and waited for writes of its state.
+        state = state_table(schema)
+        removals["removed_state"] = sa.delete(state).where(self._removed.in_batch(state.c.key))
         self._remove_others: list[Statement] = []
         if dialect.changes_in_with:
             remove_logs = remove_logs.add_cte(*(removal.cte(name) for name, removal in removals.items()))
