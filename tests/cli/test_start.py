@@ -276,6 +276,9 @@ def test_what_postgres_refuses_for_good_fails_the_start(invoke: InvokeFunction, 
         execute(postgres_url, f"GRANT UPDATE, DELETE ON mcp_session_log, mcp_session_message TO {role}")
         execute(postgres_url, f"GRANT DELETE ON mcp_session_event TO {role}")
         execute(postgres_url, f"GRANT INSERT, UPDATE, DELETE ON mcp_session_state TO {role}")
+        execute(
+            postgres_url, f"GRANT INSERT, UPDATE, DELETE ON mcp_session_value, mcp_session_stream_message TO {role}"
+        )
         without = r"run: GRANT INSERT ON mcp_session_message TO the user; GRANT INSERT, UPDATE, DELETE ON mcp_sess"
         assert_start_fails(invoke, shown(poor), without)
         execute(postgres_url, f"GRANT INSERT, UPDATE, DELETE ON mcp_session_message, mcp_session_instance TO {role}")
