@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mcp_session_store.adapter.frameworks import build_app
+from mcp_session_store.adapter.sdk import is_fastmcp
 from mcp_session_store.environment import truth, variable
 from mcp_session_store.errors import ConfigurationError
 from mcp_session_store.event_log import EventLog
@@ -15,7 +16,7 @@ from mcp_session_store.mailbox import Mailbox
 from mcp_session_store.memory import MemoryMailbox, MemorySessionStore, MemoryStateStore
 from mcp_session_store.retention import EventPolicy, RetentionPolicy, StatePolicy
 from mcp_session_store.settings import NOT_GIVEN, InstanceSettings, NotGiven, read_pool_size
-from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlSessionStore, SqlStateStore
+from mcp_session_store.sql import SqlEventLog, SqlKeyValue, SqlMailbox, SqlSessionStore, SqlStateStore
 from mcp_session_store.sql.engine import check_place, is_engine
 from mcp_session_store.state_store import StateStore
 from mcp_session_store.store import DEFAULT_NAMESPACE, SessionStore
@@ -180,7 +181,9 @@ def durable_app(
     arguments |= _event_arguments(store, wanted, wanted_by)
     arguments |= _mailbox_arguments(store, *_setting("relay", relay, True, truth))
     arguments |= _state_arguments(store, state)
-    app = build_app(server, store, options=options, arguments=arguments, health_path=health_path)
+    # It closes with the store, whose connections it uses.
+    unbound = SqlKeyValue(store) if is_fastmcp(server) and isinstance(store, SqlSessionStore) else None
+    app = build_app(server, store, options=options, arguments=arguments, unbound=unbound, health_path=health_path)
     return _announced(app, place)
 
 

@@ -95,6 +95,10 @@ class RetentionPolicy(Settings):
     instance may exceed the limit by a hundredth of that room. The default is for no server to meet, and bounds what
     strangers can fill of the disk."""
 
+    unbound_state: Annotated[_Lifetime | None, BeforeValidator(duration)] = timedelta(days=30)
+    """Time for which state of FastMCP's is kept that belongs to no session of the protocol, that of a user or of a
+    session that FastMCP makes itself, after it was last stored."""
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.per_principal is None and self.per_principal_excess != "end_oldest":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import anyio
     import pytest
+    from fastmcp import FastMCP
     from mcp.server.auth.middleware.bearer_auth import AuthorizationContext
     from mcp.server.context import ServerRequestContext
     from mcp.server.streamable_http import StreamableHTTPServerTransport
@@ -310,3 +311,8 @@ def gate_of(manager: DurableSessionManager) -> Gate:
 def waiting_at(gate: Gate) -> tuple[int, int, int, int]:
     """How many requests wait at a gate, and how many for streams; the bytes that they hold, and the calls in line."""
     return gate.waiting[False], gate.waiting[True], gate._bytes, len(gate._places) + gate._under_way
+
+
+def state_storage_of(server: FastMCP[Any]) -> Any:
+    """Where a FastMCP server keeps its state."""
+    return server._state_storage

@@ -9,8 +9,11 @@ from mcp.server.transport_security import TransportSecuritySettings
 
 from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.endpoint import mcp_endpoint
+from mcp_session_store.adapter.fastmcp_state import keep_state
 from mcp_session_store.adapter.health import add_health, checked_health_path
 from mcp_session_store.adapter.manager import DurableSessionManager
+from mcp_session_store.adapter.sessions import middleware
+from mcp_session_store.adapter.sessions.state import StateAccess
 from mcp_session_store.adapter.starting import run_in_lifespan, say_in_one_line
 from mcp_session_store.errors import ConfigurationError
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from fastmcp import FastMCP
+    from key_value.aio.protocols import AsyncKeyValue
     from mcp.server.lowlevel.server import Server
     from mcp.server.mcpserver import MCPServer
     from mcp.server.streamable_http import EventStore
@@ -33,6 +37,14 @@ _ONLY_IF_GIVEN: Final = ("session_idle_timeout",)
 
 
 class _FastMCPSessionManager(DurableSessionManager):
+    state: StateAccess | None = None
+    """The state of the sessions, for tasks outside of all messages."""
+
+    def _wire(self) -> None:
+        super()._wire()
+        self.state = StateAccess(self.state_store, self._gate)
+        middleware.install(self.app).notes_scope = True
+
     def _event_store_for(self, session_id: str) -> EventStore | None:
         return None if self.event_store is None else sdk.scope_event_store(self.event_store, session_id)
 
@@ -43,6 +55,7 @@ def build_app(
     *,
     options: Mapping[str, Any],
     arguments: Mapping[str, Any],
+    unbound: AsyncKeyValue | None = None,
     health_path: object = None,
 ) -> Starlette:
     """Build the app that the server's framework builds, with a `DurableSessionManager` in it.
@@ -52,6 +65,7 @@ def build_app(
         store: Store that keeps the server's sessions.
         options: Options of the framework's app factory, by its names.
         arguments: For `DurableSessionManager`, by its names.
+        unbound: Where FastMCP's state is kept that belongs to no session; in memory unless given.
         health_path: See `durable_app`.
 
     Raises:
@@ -84,6 +98,9 @@ def build_app(
         if sdk.was_started(manager):
             # A manager runs once, an app may be started again: FastMCP makes a new manager each time, too.
             manager = new_manager()
+        if sdk.is_fastmcp(server) and manager.state_store is not None:
+            # Each time, because servers may have been mounted since.
+            keep_state(server, lambda: getattr(manager, "state", None), unbound, lambda: _unbound_seconds(store))
         async with run_in_lifespan(manager):
             yield
 
@@ -92,6 +109,12 @@ def build_app(
         add_health(app, health_path, lambda: manager.readiness.state)
     say_in_one_line(app)
     return app
+
+
+def _unbound_seconds(store: SessionStore) -> float | None:
+    """Return the seconds for which state is kept that belongs to no session."""
+    kept = store.retention.unbound_state
+    return None if kept is None else kept.total_seconds()
 
 
 _STATELESS: Final = (

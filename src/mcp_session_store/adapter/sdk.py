@@ -28,7 +28,7 @@ from mcp_session_store.adapter import responses
 from mcp_session_store.errors import ConfigurationError, NotRunning
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from anyio.abc import TaskGroup
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -57,6 +57,7 @@ __all__ = [
     "check_dispatch_context",
     "deliver",
     "end_json_response",
+    "fastmcp_providers",
     "guards_itself",
     "is_fastmcp",
     "make_kernel",
@@ -64,6 +65,7 @@ __all__ = [
     "on_close_standalone",
     "owners_of",
     "reaches_client",
+    "replace_state_storage",
     "scope_event_store",
     "serve_loop",
     "session_id_of",
@@ -404,10 +406,8 @@ def set_session_manager(server: Server[Any], manager: StreamableHTTPSessionManag
 
 def guards_itself(server: object, options: Mapping[str, Any]) -> bool:
     """Return whether a server's framework guards against foreign hosts by its own settings: FastMCP, when told to."""
-    if not is_fastmcp(server):
-        return False
-    settings = sys.modules["fastmcp"].settings
-    return bool(options.get("host_origin_protection", settings.http_host_origin_protection))
+    default = is_fastmcp(server) and sys.modules["fastmcp"].settings.http_host_origin_protection
+    return is_fastmcp(server) and bool(options.get("host_origin_protection", default))
 
 
 def scope_event_store(event_store: EventStore, session_id: str) -> EventStore:
@@ -418,3 +418,15 @@ def scope_event_store(event_store: EventStore, session_id: str) -> EventStore:
     from fastmcp.server.session_scoped_event_store import SessionScopedEventStore
 
     return SessionScopedEventStore(event_store, session_id=session_id)
+
+
+def fastmcp_providers(node: Any) -> tuple[str, Sequence[object]]:
+    """Return the namespace that a provider of a FastMCP server gives, and the servers and providers below it."""
+    namespace = next((found for one in node._transforms if (found := getattr(one, "_prefix", ""))), "")
+    below = [getattr(node, "server", None), getattr(node, "_inner", None), *getattr(node, "providers", ())]
+    return namespace, [one for one in below if one is not None]
+
+
+def replace_state_storage(server: FastMCP[Any], replace: Callable[[Any], Any]) -> None:
+    """Replace the `session_state_store` of a FastMCP server, if it has one, and what the server has made of it."""
+    vars(server).update(_state_storage=replace(server._state_storage), _FastMCP__state_store=None)

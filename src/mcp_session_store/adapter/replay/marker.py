@@ -9,10 +9,13 @@ from mcp_session_store.records import SessionRestoreMarker
 if TYPE_CHECKING:
     from starlette.types import Scope
 
-__all__ = ["RESTORE_MARKER", "get_restore_marker", "request_scope"]
+__all__ = ["REPLAYED_SESSION", "RESTORE_MARKER", "get_restore_marker", "request_scope"]
 
 RESTORE_MARKER: Final = "mcp_session_store.restore_marker"
 """Key of a request's ASGI scope under which the marker stands."""
+
+REPLAYED_SESSION: Final = "mcp_session_store.replayed_session"
+"""Key of the ASGI scope of a replayed message under which its copy stands."""
 
 # From each context that the SDK and FastMCP hand out, the way to the Starlette request: the SDK's
 # ServerRequestContext and FastMCP's wrapper of it have `request`, both `Context` classes have

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp.shared.exceptions import MCPError
@@ -31,22 +32,27 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
-__all__ = ["SessionMiddleware", "install"]
+__all__ = ["CURRENT_SCOPE", "SessionMiddleware", "install"]
 
 logger = logging.getLogger(__name__)
 
 _NO_SCOPE: Final[Scope] = {}
 
+CURRENT_SCOPE: Final[ContextVar[Scope]] = ContextVar("mcp_session_store.current_scope")
+"""ASGI scope of the message that is being handled: empty where no HTTP request brought it."""
 
-def install(server: Server[Any]) -> None:
-    """Make the session middleware the outermost one of the server; a second call changes nothing.
+
+def install(server: Server[Any]) -> SessionMiddleware:
+    """Make the session middleware the outermost one of the server, and return it; a second call changes nothing.
 
     Outermost, because what is stored is what the whole chain let through, and because a failure to
     store still vetoes the handshake: the SDK commits it only when the chain has succeeded.
     """
-    ours = next((entry for entry in server.middleware if isinstance(entry, SessionMiddleware)), None)
-    others = [entry for entry in server.middleware if entry is not ours]
-    server.middleware[:] = [ours or SessionMiddleware(server.name), *others]
+    found = next((entry for entry in server.middleware if isinstance(entry, SessionMiddleware)), None)
+    others = [entry for entry in server.middleware if entry is not found]
+    ours = found or SessionMiddleware(server.name)
+    server.middleware[:] = [ours, *others]
+    return ours
 
 
 class SessionMiddleware:
@@ -61,10 +67,15 @@ class SessionMiddleware:
     def __init__(self, server_name: str) -> None:
         self._server_name = server_name
         self._has_warned = False
+        self.notes_scope = False
+        """Whether `CURRENT_SCOPE` is set for each message, for what is not given a context."""
 
     async def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
         """Serve one message."""
         scope: Scope = getattr(ctx.request, "scope", _NO_SCOPE)
+        if self.notes_scope:
+            # Not reset: each message is handled in a context of its own, or in that of its session's server loop.
+            CURRENT_SCOPE.set(scope)
         session: ResidentSession | None = scope.get(RESIDENT_SESSION)
         if session is None:
             if ctx.method == "initialize" and not self._has_warned:

@@ -10,7 +10,7 @@ from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.refusals import log_refusal, reason_of, refuse
 from mcp_session_store.adapter.replay.journal import ElsewhereChange
 from mcp_session_store.adapter.sessions.lookup import principal_of
-from mcp_session_store.errors import JournalFull, SessionStoreError
+from mcp_session_store.errors import JournalFull, NoSession, SessionStoreError
 from mcp_session_store.records import NewSession, session_key
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.adapter.sessions.set_state import OwnCall
     from mcp_session_store.adapter.sessions.state import StateAccess
-    from mcp_session_store.records import SessionRecord
+    from mcp_session_store.records import NewState, SessionRecord
 
 __all__ = ["RECORD_WRITER", "RecordWriter"]
 
@@ -122,6 +122,8 @@ class RecordWriter:
                 ),
                 request,
             )
+            if state is not None:
+                session.watched = {name: one.value for name, one in state.items() if one.watched}
             while session.new_state:
                 # Set by a task of the application's while the record was being stored.
                 late, session.new_state = session.new_state, None
@@ -224,6 +226,40 @@ class RecordWriter:
             if self.announce is not None:
                 self.announce(session.record.key, self.journal.change(revision, write, method, params))
             return True
+
+    async def write_watched(self, session: ResidentSession, name: str, state: NewState | None) -> None:
+        """Commit a watched value of a session or its removal, take it over in this copy, and say so to others.
+
+        Args:
+            session: The session, whose handshake is committed.
+            name: Name of the value.
+            state: The value; `None` removes it.
+
+        Raises:
+            NoSession: The session is not live.
+            SessionStoreError: The value could not be stored.
+        """
+        # One after the other, so that the last one that is committed is the one that this copy has.
+        async with session.recording:
+            record = session.record
+            assert record is not None
+            try:
+                put = self.state.delete(record.key, name) if state is None else self.state.put(record.key, state)
+                revision = await put
+            except NoSession:
+                await self.on_not_live([record.key])
+                raise
+            watched = {other: value for other, value in (session.watched or {}).items() if other != name}
+            session.watched = watched if state is None else {**watched, name: state.value}
+            session.watched_revision = max(session.watched_revision, revision)
+            if session.record is not None and revision == session.record.revision + 1:
+                session.record = dataclasses.replace(session.record, revision=session.set_state.reached(revision))
+            elif session.record is not None and revision > session.record.revision:
+                # Another copy has changed something that this one does not have.
+                session.stale_since = max(session.stale_since, revision)
+                self._registry.renew_if_stale(session)
+            if self.announce is not None:
+                self.announce(record.key, ElsewhereChange(revision).encode())
 
     def _take_over(
         self, session: ResidentSession, record: SessionRecord, revision: int, write: JournalWrite, call: OwnCall

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.replay.journal import StateName
+from mcp_session_store.adapter.replay.marker import REPLAYED_SESSION
 from mcp_session_store.adapter.replay.mirrored import MirroredCalls, scope_of
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import NEVER_FRESH, RESIDENT_SESSION
@@ -166,7 +167,10 @@ class Refresher:
         loop = session.loop
         if loop.mirrored is None:
             loop.mirrored = MirroredCalls(
-                session.transport, session, timeout=self._timeout, found={STATE: self._writer.state}
+                session.transport,
+                session,
+                timeout=self._timeout,
+                found={STATE: self._writer.state, REPLAYED_SESSION: session},
             )
         return loop.mirrored
 
@@ -186,6 +190,8 @@ class Refresher:
         if record is None:
             await self._writer.on_not_live([had.key])
             return
+        if record.revision > session.watched_revision:
+            session.watched, session.watched_revision = record.watched, record.revision
         # Later than the record, so that nothing is missing that the record's revision has.
         journal = await self._writer.store.inner.read_journal(had.key)
         if record.initialize_params != had.initialize_params and not await self._initialize(session, had, record):

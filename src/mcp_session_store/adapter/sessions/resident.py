@@ -85,6 +85,8 @@ class ResidentSession:
         "stopping",
         "streams",
         "transport",
+        "watched",
+        "watched_revision",
     )
 
     def __init__(
@@ -113,6 +115,10 @@ class ResidentSession:
         """State that was set in the handshake of a new session, by name, to be stored with the record."""
         self.marker: SessionRestoreMarker | None = None
         """The marker of a restored copy."""
+        self.watched: Mapping[str, str] | None = None
+        """Watched values of the session's state, by name: JSON texts."""
+        self.watched_revision = 0
+        """Revision of the session whose watched values they are."""
         self.stale_since = 0
         """Highest revision that was heard of; the copy is stale when it is above the record's."""
         self.placed = False

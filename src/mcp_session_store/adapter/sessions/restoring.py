@@ -15,6 +15,7 @@ from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.replay.journal import StateName
+from mcp_session_store.adapter.replay.marker import REPLAYED_SESSION
 from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
 from mcp_session_store.adapter.responses import MemoryFull, RestoreFailed, SessionNotFound, ShuttingDown
 from mcp_session_store.adapter.session_log import STALE
@@ -234,6 +235,7 @@ class Restorer:
             await self._ask_application(self._on_restore, restore, marker, record)
         journal = await self._store.read_journal(record.key, restore) if record.revision else ()
         session = restore.copy = self._admission.admit(session_id, requestor)
+        session.watched, session.watched_revision = record.watched, record.revision
         if journal:
             session.set_state.names.update(StateName(entry.method, entry.subject) for entry in journal)
 
@@ -251,7 +253,7 @@ class Restorer:
             record,
             journal,
             marker,
-            scope,
+            {**scope, REPLAYED_SESSION: session},
             session,
             timeout=self._replay_timeout,
             on_replayed=replayed,

@@ -163,7 +163,10 @@ class SessionState:
             StateFull: The value, or all of the session, would be larger than the `StatePolicy` allows.
             StoreUnavailable: The database is away.
         """
-        state = new_state(name, _encoded(name, value), ttl=_seconds(ttl))
+        await self.put(new_state(name, _encoded(name, value), ttl=_seconds(ttl)))
+
+    async def put(self, state: NewState) -> None:
+        """Store a value that is encoded already; see `set`."""
         if (session := self._opening) is not None:
             self._keep(session, state)
             return

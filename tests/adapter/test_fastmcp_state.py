@@ -1,0 +1,300 @@
+"""FastMCP's own state behind `durable_app`: what `ctx.set_state` stores, and which components a session sees."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import anyio
+import pytest
+from key_value.aio.stores.memory import MemoryStore
+
+from mcp_session_store import (
+    MemorySessionStore,
+    MemoryStateStore,
+    SqlKeyValue,
+    SqlSessionStore,
+    durable_app,
+    session_key,
+)
+from mcp_session_store.adapter.fastmcp_state import state_names
+from tests.support.asgi import Client
+from tests.support.databases import execute, migrated
+from tests.support.instances import running
+from tests.support.internals import state_storage_of
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import fastmcp
+    from fastmcp.server.middleware import Middleware
+
+if TYPE_CHECKING:
+    from fastmcp import FastMCP
+
+pytestmark = pytest.mark.anyio
+
+META = {
+    "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+    "io.modelcontextprotocol/clientInfo": {"name": "modern", "version": "1"},
+    "io.modelcontextprotocol/clientCapabilities": {},
+}
+
+
+def state_tools(server: FastMCP[Any]) -> FastMCP[Any]:
+    @server.tool
+    async def put(name: str, value: str, ctx: fastmcp.Context) -> str:
+        await ctx.set_state(name, value)
+        return "stored"
+
+    @server.tool
+    async def get(name: str, ctx: fastmcp.Context) -> str:
+        return json.dumps(await ctx.get_state(name))
+
+    @server.tool
+    async def drop(name: str, ctx: fastmcp.Context) -> str:
+        await ctx.delete_state(name)
+        return "dropped"
+
+    @server.tool
+    async def hide(names: list[str], ctx: fastmcp.Context) -> str:
+        await ctx.disable_components(names=set(names))
+        return "hidden"
+
+    @server.tool
+    async def show(ctx: fastmcp.Context) -> str:
+        await ctx.reset_visibility()
+        return "shown"
+
+    @server.tool
+    async def secret() -> str:
+        return "secret"
+
+    return server
+
+
+def server(*, given: Any = None) -> FastMCP[Any]:
+    """A server with two servers mounted below it, one of which was given a store of its own."""
+    root: FastMCP[Any] = state_tools(fastmcp.FastMCP("root"))
+    root.mount(state_tools(fastmcp.FastMCP()), namespace="a")
+    nested: FastMCP[Any] = state_tools(fastmcp.FastMCP("b"))
+    nested.mount(state_tools(fastmcp.FastMCP("nested")))
+    root.mount(nested, namespace="b")
+    root.mount(state_tools(fastmcp.FastMCP("given", session_state_store=given or MemoryStore())), namespace="given")
+    return root
+
+
+class Greeter(Middleware):
+    """Stores a value and hides a tool in the handshake, and greets by the value in each listing."""
+
+    async def on_initialize(self, context: Any, call_next: Any) -> Any:
+        result = await call_next(context)
+        ctx = context.fastmcp_context
+        self.found = await ctx.get_state("count")
+        await ctx.set_state("count", 1)
+        await ctx.disable_components(names={"secret"})
+        assert await ctx.get_state("count") == 1 or self.found is not None
+        return result
+
+
+async def call(client: Client, tool: str, **arguments: Any) -> str:
+    return (await client.call(tool, arguments)).text
+
+
+async def tools(client: Client) -> set[str]:
+    listed = await client.request("tools/list")
+    return {tool["name"] for tool in listed.result["tools"]}
+
+
+async def test_state_is_the_same_on_every_instance_and_after_a_restart(database_url: str) -> None:
+    await migrated(database_url)
+    given = MemoryStore()
+    async with (
+        running(one := durable_app(server(given=given), database_url)) as tasks,
+        running(two := durable_app(server(given=given), database_url)) as more,
+    ):
+        here = Client(one, tasks)
+        session_id = await here.handshake()
+        there = Client(two, more, session_id=session_id)
+        other = Client(two, more)
+        await other.handshake()
+        for prefix in ("", "a_", "b_", "given_"):
+            assert await call(here, f"{prefix}put", name="x", value=f"of {prefix}") == "stored"
+        for client in (here, there) * 2:
+            for prefix in ("", "a_", "b_", "given_"):
+                assert json.loads(await call(client, f"{prefix}get", name="x")) == f"of {prefix}"
+        assert json.loads(await call(other, "get", name="x")) is None
+        assert await call(there, "put", name="x", value="new") == "stored"
+        assert json.loads(await call(here, "get", name="x")) == "new"
+        assert await call(there, "drop", name="x") == "dropped"
+        assert json.loads(await call(here, "get", name="x")) is None
+        # What was given a store stays with it.
+        assert await given.get(f"{session_id}:x", collection="fastmcp_state") == {"value": "of given_"}
+    rows = await execute(database_url, "SELECT * FROM mcp_session_state")
+    assert session_id not in str(rows)
+    assert {row.name for row in rows} == {"fastmcp/a:x", "fastmcp/b:x"}
+    async with running(app := durable_app(server(), database_url)) as tasks:
+        client = Client(app, tasks, session_id=session_id)
+        assert json.loads(await call(client, "a_get", name="x")) == "of a_"
+        await client.delete()
+    assert await execute(database_url, "SELECT * FROM mcp_session_state") == []
+
+
+async def test_a_hidden_tool_stays_hidden_everywhere(database_url: str) -> None:
+    await migrated(database_url)
+    async with (
+        running(one := durable_app(server(), database_url, end_within=0.5)) as tasks,
+        running(two := durable_app(server(), database_url, end_within=0.5)) as more,
+    ):
+        here = Client(one, tasks)
+        session_id = await here.handshake()
+        there = Client(two, more, session_id=session_id)
+        # The copy there is in use by an open stream, and does not leave memory.
+        stream = await there.get_stream()
+        assert {"secret", "a_secret"} <= await tools(there)
+        await call(here, "hide", names=["secret", "a_secret"])
+        assert not {"secret", "a_secret"} & await tools(here)
+
+        with anyio.fail_after(10):
+            while {"secret", "a_secret"} & await tools(there):
+                await anyio.sleep(0.05)
+        await call(there, "a_hide", names=["put"])
+        assert "a_put" not in await tools(there)
+        assert "put" in await tools(there)
+        await stream.leave()
+    async with running(app := durable_app(server(), database_url)) as tasks:
+        client = Client(app, tasks, session_id=session_id)
+        assert not {"secret", "a_secret", "a_put"} & await tools(client)
+        await call(client, "show")
+        assert {"secret", "a_secret"} <= await tools(client)
+        assert "a_put" not in await tools(client)
+
+
+async def test_what_a_handshake_sets_is_committed_with_it_and_not_set_again_by_a_restore() -> None:
+    store = MemorySessionStore()
+    greeter = Greeter()
+
+    def app() -> Any:
+        root = server()
+        root.add_middleware(greeter)
+        return durable_app(root, store)
+
+    async with running(first := app()) as tasks:
+        client = Client(first, tasks)
+        session_id = await client.handshake()
+        assert greeter.found is None
+        assert json.loads(await call(client, "get", name="count")) == 1
+        assert "secret" not in await tools(client)
+        await call(client, "put", name="count", value="2")
+        await call(client, "show")
+    async with running(second := app()) as tasks:
+        client = Client(second, tasks, session_id=session_id)
+        assert json.loads(await call(client, "get", name="count")) == "2"
+        assert greeter.found == "2"
+        assert "secret" in await tools(client)
+
+
+class CountedState(MemoryStateStore):
+    """State in memory that counts its calls."""
+
+    calls = 0
+
+    async def get(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return await super().get(*args, **kwargs)
+
+    async def put(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return await super().put(*args, **kwargs)
+
+
+async def test_rules_cost_no_query_and_what_the_application_reads_costs_one() -> None:
+    store = MemorySessionStore()
+    state = CountedState(store)
+    async with running(app := durable_app(server(), store, state=state)) as tasks:
+        client = Client(app, tasks)
+        session_id = await client.handshake()
+        for _ in range(2):
+            await tools(client)
+            await call(client, "secret")
+            await call(client, "a_secret")
+        assert state.calls == 0
+        await call(client, "a_hide", names=["secret"])
+        assert state.calls == 1
+        assert "a_secret" not in await tools(client)
+        await call(client, "get", name="x")
+        await call(client, "a_put", name="x", value="1")
+        assert state.calls == 3
+        calls = state.calls
+    async with running(app := durable_app(server(), store, state=state)) as tasks:
+        client = Client(app, tasks, session_id=session_id)
+        assert "a_secret" not in await tools(client)
+        assert state.calls == calls
+        # The last ones count while the database is away, as far as a read goes.
+        assert (await state.get(session_key(session_id))) is not None
+
+
+async def test_state_of_no_session_stays_in_memory_or_is_kept_until_it_is_swept(database_url: str) -> None:
+    await migrated(database_url)
+    root = server()
+    async with running(durable_app(root, database_url)), SqlSessionStore(database_url) as other:
+        storage: Any = state_storage_of(root)
+        # As FastMCP names them in tasks outside of all messages, and with 2026-07-28.
+        for key in ("session:aa:1", "user:bb:x", "user:bb:_visibility_rules"):
+            assert await storage.get(key) is None
+            await storage.put(key, {"value": [key]})
+            assert await storage.get(key) == {"value": [key]}
+            found = await storage.get(key)
+            found["value"].append("changed by FastMCP")
+            assert await storage.get(key) == {"value": [key]}
+        values = SqlKeyValue(other)
+        found, left = await values.ttl("session:aa:1", collection="fastmcp:")
+        assert found == {"value": ["session:aa:1"]}
+        assert left is not None
+        assert timedelta(days=29) < timedelta(seconds=left) <= timedelta(days=30)
+        rows = await execute(database_url, "SELECT * FROM mcp_session_value")
+        assert len(rows) == 3
+        assert await storage.delete("session:aa:1")
+        for key in ("process:x", "process:_visibility_rules", f"{uuid4()}:x", f"{uuid4()}:_visibility_rules"):
+            await storage.put(key, {"value": 1}, ttl=86_400)
+            assert await storage.get(key) == {"value": 1}
+            assert await storage.delete(key)
+        assert len(await execute(database_url, "SELECT * FROM mcp_session_value")) == 2
+        assert await execute(database_url, "SELECT * FROM mcp_session_state") == []
+        await values.aclose()
+
+
+async def test_the_id_of_a_session_opens_its_state_to_no_request_of_another_kind() -> None:
+    store = MemorySessionStore()
+    async with running(app := durable_app(server(), store)) as tasks:
+        client = Client(app, tasks)
+        session_id = await client.handshake()
+        await call(client, "put", name="x", value="mine")
+        stranger = Client(app, tasks, session_id=session_id, headers={"mcp-protocol-version": "2026-07-28"})
+        answer = await stranger.request(
+            "tools/call",
+            {"name": "get", "arguments": {"name": "x"}, "_meta": META},
+            mcp_method="tools/call",
+            mcp_name="get",
+        )
+        assert json.loads(answer.text) is None
+        assert json.loads(await call(client, "get", name="x")) == "mine"
+
+
+async def test_servers_of_a_tree_have_names_of_their_own() -> None:
+    root: FastMCP[Any] = fastmcp.FastMCP("root")
+    for namespace, name in (("a", "x"), ("a", "y"), (None, "x/1"), (None, None), (None, None)):
+        below: FastMCP[Any] = fastmcp.FastMCP(name)
+        below.mount(fastmcp.FastMCP("x"))
+        root.mount(below, namespace=namespace)
+    twice: FastMCP[Any] = fastmcp.FastMCP("twice")
+    root.mount(twice, namespace="one")
+    root.mount(twice, namespace="two")
+    names = [name for name, _ in state_names(root)]
+    assert len(names) == len(set(names))
+    assert names[:5] == ["", "/a", "/a/x", "/a~2", "/a~2/x"]
+    assert "/x%2F1/x" in names
+    assert {"/", "/~2", "/one"} <= set(names)
+    assert "/two" not in names
