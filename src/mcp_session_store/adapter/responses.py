@@ -42,6 +42,7 @@ __all__ = [
     "BAD_EVENT_ID",
     "CALL_LOST",
     "FAILED",
+    "LIFESPAN_NOT_ENTERED",
     "LOST",
     "MEMORY_FULL",
     "METHOD_NOT_ALLOWED",
@@ -290,3 +291,12 @@ def too_large() -> Response:
 def session_ended(session_id: str) -> Response:
     """Return 200 to a DELETE, as the SDK's transport answers it."""
     return Response(status_code=200, headers={"mcp-session-id": session_id}, media_type="application/json")
+
+
+LIFESPAN_NOT_ENTERED: Final = (
+    "the server does not run, because the lifespan of its app was not entered: where the app that durable_app returned "
+    "is mounted in another app, the lifespan of that one enters it, async with app.router.lifespan_context(app); the "
+    "ASGI server has to support lifespans (uvicorn: without --lifespan off); a DurableSessionManager in an app of your "
+    "own serves within async with manager.run()"
+)
+"""Message of `NotRunning`."""

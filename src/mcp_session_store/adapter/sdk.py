@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import anyio
 from mcp.server import streamable_http_manager
@@ -122,23 +122,11 @@ _check_sdk()
 
 
 def check_dispatch_context(context: type) -> None:
-    """Check that a class has all that the SDK's handlers find in a dispatch context.
-
-    Raises:
-        ImportError: It lacks something.
-    """
+    """Check that a class has all that the SDK's handlers find in a dispatch context; else raise `ImportError`."""
     # Not left to a type checker: where the SDK comes to read more, each restore would be answered by an error.
     missing = [name for name in sorted(get_protocol_members(DispatchContext)) if not hasattr(context, name)]
     if missing:
         raise ImportError(f"its DispatchContext has {', '.join(missing)}, which {context.__name__} does not have")
-
-
-_NOT_RUNNING: Final = (
-    "the server does not run, because the lifespan of its app was not entered: where the app that durable_app returned "
-    "is mounted in another app, the lifespan of that one enters it, async with app.router.lifespan_context(app); the "
-    "ASGI server has to support lifespans (uvicorn: without --lifespan off); a DurableSessionManager in an app of your "
-    "own serves within async with manager.run()"
-)
 
 
 class ManagerSeams(StreamableHTTPSessionManager):
@@ -178,7 +166,7 @@ class ManagerSeams(StreamableHTTPSessionManager):
         await responses.NOT_RUNNING.response()(scope, receive, send)
         if not self._has_refused:
             self._has_refused = True
-            raise NotRunning(_NOT_RUNNING)
+            raise NotRunning(responses.LIFESPAN_NOT_ENTERED)
 
     # The SDK forgets a session by its id, but copies share their id with their successors: a late call
     # of this must not remove a successor.
@@ -411,10 +399,8 @@ def guards_itself(server: object, options: Mapping[str, Any]) -> bool:
 
 
 def scope_event_store(event_store: EventStore, session_id: str) -> EventStore:
-    """Return FastMCP's event store for one session.
-
-    FastMCP scopes it by a random id for each transport, under which no event could be found again after a restore.
-    """
+    """Return FastMCP's event store for one session."""
+    # FastMCP scopes it by a random id for each transport, under which no event could be found after a restore.
     from fastmcp.server.session_scoped_event_store import SessionScopedEventStore
 
     return SessionScopedEventStore(event_store, session_id=session_id)

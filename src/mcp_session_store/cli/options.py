@@ -185,6 +185,7 @@ _RETENTION_HELP: Final = {
     "per_principal": ("N", "Live sessions that a principal may have."),
     "per_principal_excess": ("end_oldest|refuse", "What one more does: end the one idle for longest, or be refused."),
     "anonymous": ("N", "Sessions stored without a principal, ended ones included."),
+    "unbound_state": ("DURATION", "How long state of FastMCP's is kept that belongs to no session."),
 }
 _EVENT_HELP: Final = {
     "max_age": ("DURATION", "How long events are kept."),
