@@ -12,7 +12,6 @@ import mcp_types as types
 import pytest
 from mcp.server.streamable_http import StreamableHTTPServerTransport
 from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
-from mcp_session_store.adapter.streams.sweeping import sweep_events
 
 from mcp_session_store import (
     RestoreRefused,
@@ -22,6 +21,7 @@ from mcp_session_store import (
     StoreUnavailable,
     session_key,
 )
+from mcp_session_store.adapter.sweeping import sweep_events
 from mcp_session_store.errors import EventTooLarge
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS, assert_not_handled, assert_unavailable

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from mcp_session_store.adapter.streams.sweeping import sweep_events
 
 from mcp_session_store import InstanceSettings
+from mcp_session_store.adapter.sweeping import sweep_events, sweep_state
 from mcp_session_store.sql import SqlSessionStore
 from mcp_session_store.sql.listening import HEARTBEAT
 from tests.support.asgi import until
@@ -73,6 +73,8 @@ async def sweep(manager: DurableSessionManager) -> None:
     await instances_of(manager).sweep()
     if manager.event_log is not None:
         await sweep_events(manager.event_log)
+    if manager.state_store is not None:
+        await sweep_state(manager.state_store)
 
 
 @pytest.mark.anyio

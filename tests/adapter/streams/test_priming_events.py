@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from mcp_session_store.adapter.streams.sweeping import sweep_events
 from sse_starlette import ServerSentEvent
 
 from mcp_session_store import EndReason, EventPolicy, session_key
@@ -18,6 +17,7 @@ from mcp_session_store.adapter.streams.event_ids import TAG_SIZE, Cursor, EventI
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Follower, Followers
 from mcp_session_store.adapter.streams.recorder import EventRecorder
+from mcp_session_store.adapter.sweeping import sweep_events
 from mcp_session_store.records import EventKind
 from mcp_session_store.settings import InstanceSettings
 from mcp_session_store.testing import new_session

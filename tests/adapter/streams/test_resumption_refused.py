@@ -10,7 +10,6 @@ import anyio
 import pytest
 from mcp.server.streamable_http import EventMessage, EventStore
 from mcp.server.transport_security import TransportSecuritySettings
-from mcp_session_store.adapter.streams.sweeping import sweep_events
 from mcp_types import jsonrpc_message_adapter
 
 from mcp_session_store import EventPolicy, StoreUnavailable
@@ -18,6 +17,7 @@ from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.streams.event_store import SessionEvents
 from mcp_session_store.adapter.streams.followers import Followers
 from mcp_session_store.adapter.streams.recorder import EventRecorder
+from mcp_session_store.adapter.sweeping import sweep_events
 from mcp_session_store.testing import new_session
 from tests.support.asgi import Client, seen_by_a_client, until
 from tests.support.faulty_stores import FaultyLog

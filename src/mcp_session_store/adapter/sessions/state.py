@@ -114,14 +114,20 @@ class SessionState:
 
     In the handshake of a new session, which has no record yet, values are kept in memory. They are stored with
     the record, in its transaction; when the handshake fails they are dropped.
+
+    A message that is replayed, or run for another copy, changes nothing: its first run has stored what it sets, and to
+    store it again would undo what came after it.
     """
 
-    __slots__ = ("_access", "_key", "_session")
+    __slots__ = ("_access", "_key", "_replayed", "_session")
 
-    def __init__(self, access: StateAccess, key: UUID, session: ResidentSession | None) -> None:
+    def __init__(
+        self, access: StateAccess, key: UUID, session: ResidentSession | None, *, replayed: bool = False
+    ) -> None:
         self._access = access
         self._key = key
         self._session = session
+        self._replayed = replayed
 
     def __repr__(self) -> str:
         return f"<SessionState of the session {self._key}>"
@@ -167,6 +173,8 @@ class SessionState:
 
     async def put(self, state: NewState) -> None:
         """Store a value that is encoded already; see `set`."""
+        if self._replayed:
+            return
         if (session := self._opening) is not None:
             self._keep(session, state)
             return
@@ -178,6 +186,8 @@ class SessionState:
         Raises:
             StoreUnavailable: The database is away.
         """
+        if self._replayed:
+            return
         if (session := self._opening) is not None:
             check_name(name)
             session.new_state = {kept: state for kept, state in (session.new_state or {}).items() if kept != name}
@@ -201,13 +211,15 @@ class SessionState:
             ttl: See `set`.
 
         Returns:
-            The new value.
+            The new value; in a replay the stored one.
 
         Raises:
             StateConflict: Other writes were faster ten times.
             InvalidValue, StateFull, StoreUnavailable: As `set`.
         """
         seconds = _seconds(ttl)
+        if self._replayed:
+            return await self.get(name, default)
         if (session := self._opening) is not None:
             found = (session.new_state or {}).get(name)
             value = function(default if found is None else json.loads(found.value))
@@ -258,12 +270,13 @@ def get_session_state(ctx: object) -> SessionState:
     if access.store is None:
         raise NoSession("the sessions' store has no StateStore beside it; give yours to durable_app as state")
     session: ResidentSession | None = scope.get(RESIDENT_SESSION)
-    if session is not None:
-        return SessionState(access, _key_of(session), session)
     marker: SessionRestoreMarker | None = scope.get(RESTORE_MARKER)
+    replayed = marker is not None and marker.replaying
+    if session is not None:
+        return SessionState(access, _key_of(session), session, replayed=replayed)
     if marker is None:
         raise NoSession("the request belongs to no session")
-    return SessionState(access, session_key(marker.session_id), None)
+    return SessionState(access, session_key(marker.session_id), None, replayed=replayed)
 
 
 def _key_of(session: ResidentSession) -> UUID:
