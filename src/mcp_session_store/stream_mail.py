@@ -122,6 +122,8 @@ class StreamPage:
     """Whether there may be further messages, for which the page had no room."""
     held_up: bool = False
     """Whether messages wait because another instance has taken some before them, of the same sender."""
+    lost: bool = False
+    """Whether the instance does not have the stream any more, so that others may wait for it, or the session ended."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Number of messages that were given up by `without_others`, by kind."""
 
@@ -213,7 +215,7 @@ class StreamMail(ABC):
         """Return messages for the stream of a session that wait, and remove those that were given to its connection.
 
         What was returned before and not given is returned again. One call at a time is made for a session. Where the
-        instance does not have the stream any more, what was given is removed, and nothing is returned.
+        instance does not have the stream any more, what was given is removed, and a page without messages says so.
 
         Args:
             key: Key of the session.

@@ -114,8 +114,8 @@ class MemoryStreamMail(Mailbox):
         check_keys(key)
         self._remove_given(key, holder, given)
         row = self._data.row(key, namespace=self.namespace)
-        if row is None or row.stream is None or row.stream.number != holder:
-            return StreamPage()
+        if row is None or row.ended is not None or row.stream is None or row.stream.number != holder:
+            return StreamPage(lost=True)
         dropped = Counter[str]()
         if without_others:
             for mail in self._of(key):

@@ -11,9 +11,10 @@ import pytest
 from mcp import MCPError
 from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage, EventStore
 
+from mcp_session_store.adapter.relay import outlet
 from mcp_session_store.adapter.streams import standalone
 from mcp_session_store.stream_mail import STREAM_QUEUE, STREAM_WAIT
-from tests.support.asgi import until
+from tests.support.asgi import PATIENCE, until
 from tests.support.asking import roots
 from tests.support.instances import instance
 from tests.support.internals import outbox_is_empty, registry_of
@@ -41,10 +42,11 @@ TEXTS = [str(n) for n in range(40)]
 class Side:
     """An instance, with a call of the session that runs there, and its client."""
 
-    def __init__(self, instance: Instance, client: Client, call: Call) -> None:
+    def __init__(self, instance: Instance, client: Client, call: Call, talking: Talking) -> None:
         self.instance = instance
         self.client = client
         self.call = call
+        self.talking = talking
 
     @property
     def standalone(self) -> StandaloneStream:
@@ -72,7 +74,7 @@ async def sides(store: FaultyStore, *mailboxes: FaultyMailbox, **options: Any) -
             client = one.client(sides[0].client.session_id if sides else None)
             if not sides:
                 await client.begin()
-            sides.append(Side(one, client, (await talking.call(client))[0]))
+            sides.append(Side(one, client, (await talking.call(client))[0], talking))
         yield sides
 
 
@@ -233,6 +235,71 @@ async def test_what_a_failing_mailbox_does_not_give_is_taken_when_it_is_back(
     await one_more_turn()
     mailbox.up()
     await until(lambda: told(stream.messages) == ["a", "b"])
+
+
+async def test_what_is_said_here_waits_for_what_the_holder_elsewhere_has_not_sent(
+    two: tuple[Side, Side], mailbox: FaultyMailbox, other_mailbox: FaultyMailbox
+) -> None:
+    one, other = two
+    await one.call.tell("a")
+    taking, unaware, other_taking = mailbox.hold("take"), mailbox.hold("receive"), other_mailbox.hold("take")
+    first = await one.get()
+    await taking.wait_entered()
+    second = await other.get()
+    await other_taking.wait_entered()
+    # What waits is the other one's by now, which this one has not heard of.
+    taking.release()
+    await one_more_turn()
+    await one.call.tell("b")
+    await one_more_turn()
+    other_taking.release()
+    await hears(second, "a", "b")
+    unaware.release()
+    await first.end()
+    assert first.messages == []
+
+
+async def test_a_holder_whose_transport_is_blocked_leaves_what_it_has_taken(
+    two: tuple[Side, Side], mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    monkeypatch.setattr(outlet, "HANDED_OVER_WITHIN", PATIENCE)
+    await one.get()
+    call, exchange = await one.talking.call(one.client)
+    exchange.stop_reading()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call.say, *TEXTS)
+        await one_more_turn()
+        taken = mailbox.background["take"]
+        await other.call.tell("a")
+        await until(lambda: mailbox.background["take"] > taken)
+        await one_more_turn()
+        second = await other.get()
+        await hears(second, "a")
+        exchange.read_on()
+
+
+async def test_what_cannot_be_left_while_the_mailbox_is_away_is_left_later(
+    two: tuple[Side, Side], mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlet, "HANDED_OVER_WITHIN", PATIENCE)
+    one, other = two
+    first = await one.get()
+    await other.call.tell("a")
+    await hears(first, "a")
+    first.stop_reading()
+    taken = mailbox.background["take"]
+    await other.call.tell("b", "c", "d")
+    await until(lambda: mailbox.background["take"] > taken)
+    await one_more_turn()
+    mailbox.down("take", "release")
+    second = await other.get()
+    await until(lambda: mailbox.background["release"] > 0)
+    mailbox.up()
+    await until(lambda: told(second.messages)[-1:] == ["d"])
+    first.read_on()
+    await first.end()
+    assert [*told(first.messages), *told(second.messages)] == ["a", "b", "c", "d"]
 
 
 async def test_what_the_mailbox_drops_holds_up_nothing(store: FaultyStore, mailbox: FaultyMailbox) -> None:

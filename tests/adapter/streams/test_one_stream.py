@@ -98,6 +98,24 @@ async def test_what_the_older_one_has_not_taken_goes_to_the_newer_one(server: Cl
     assert [*heard[1:], *told(second.messages), *told(third.messages)] == TEXTS
 
 
+async def test_what_the_transport_is_about_to_write_goes_to_the_newer_one_and_ends_no_stream(
+    server: Client, talking: Talking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standalone, "TAKEN_WITHIN", 0)
+    call, _ = await talking.call(server)
+    streams = [await get(server)]
+    async with anyio.create_task_group() as tasks:
+        for turns in range(20):
+            newer = server.open_stream()
+            for _ in range(turns):
+                await anyio.sleep(0)
+            tasks.start_soon(call.tell, str(turns))
+            await newer.start()
+            streams.append(newer)
+    await until(lambda: sum(len(stream.messages) for stream in streams) >= 20)
+    assert [text for stream in streams for text in told(stream.messages)] == [str(turns) for turns in range(20)]
+
+
 async def test_a_client_resumes_from_the_first_event_of_a_stream_that_it_took_over(one: Instance) -> None:
     client = one.client()
     await client.handshake()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.stream_mail import StreamPage
 
-__all__ = ["QueuedOutlet"]
+__all__ = ["HANDED_OVER_WITHIN", "QueuedOutlet"]
 
 UNPOSTED: Final = 16
 """Number of messages of a session that may wait to be posted before the next one waits for that, as many as the SDK
@@ -71,6 +71,7 @@ class QueuedOutlet:
         "_again",
         "_direct",
         "_given",
+        "_giving",
         "_in_flight",
         "_left",
         "_messages",
@@ -78,6 +79,7 @@ class QueuedOutlet:
         "_over",
         "_session",
         "_stores",
+        "_takes",
     )
 
     def __init__(self, session: ResidentSession, messages: StreamMessages, *, stores: bool) -> None:
@@ -88,11 +90,15 @@ class QueuedOutlet:
         """Whether messages go to the transport: the stream is open here, and nothing said here before waits."""
         self._in_flight: deque[_InFlight] = deque()
         self._left: deque[_InFlight] = deque()
-        """Messages that were in flight when the response ended, of which one may still come from the transport."""
+        """Messages that were in flight when a response ended, and may still come from the transport."""
         self._moved = anyio.Event()
         """A message has left the transport, or the response has ended."""
         self._given: dict[int, int] = {}
         """Highest sequences that were given to the connection, by sender, of which the mailbox does not know yet."""
+        self._giving = anyio.CancelScope()
+        """In which a message waits until the transport takes it."""
+        self._takes = False
+        """Whether the mailbox may still count messages as taken here, which are to be left to the next holder."""
         self._again = False
         """Whether something may wait in the mailbox that was not looked for yet."""
         self._over: Latch | None = None
@@ -164,6 +170,7 @@ class QueuedOutlet:
             # Before it there are such as were cancelled on their way.
             while in_flight.popleft().message is not message:
                 pass
+            self._left.clear()
             self._moved.set()
             return True
         # It was left to the next stream when a response ended.
@@ -172,9 +179,11 @@ class QueuedOutlet:
     def closed(self) -> None:
         """Note that the response has ended that carried the stream, and leave what it has not taken to the next one."""
         self._direct = False
-        self._left, self._in_flight = self._in_flight, deque()
+        left, self._in_flight = self._in_flight, deque()
+        self._left += left
         self._moved.set()
-        for one in self._left:
+        self._giving.cancel()
+        for one in left:
             one.is_left = True
             if one.is_said_here:
                 # The handler of a question that is dropped so waits until its client is away for good.
@@ -184,9 +193,9 @@ class QueuedOutlet:
     # Taking from the mailbox
 
     def take(self) -> None:
-        """Take what waits in the mailbox, in the background, if the stream is open here."""
+        """Take what waits in the mailbox, in the background, if the stream is open here; else leave what was taken."""
         hold = self._session.hold
-        if hold is None or not hold.is_open or hold.is_lost or not hold.claimed.is_set():
+        if hold is None or not (self._takes or (self._is_open and hold.claimed.is_set())):
             return
         self._again = True
         if self._over is None:
@@ -220,19 +229,23 @@ class QueuedOutlet:
         without_others = False
         while self._is_open:
             version = messages.version(key)
+            self._takes = True
             page = await messages.mailbox.take(key, messages.number, given=self._given, without_others=without_others)
             self._given = {}
             messages.count(page)
+            if page.lost:
+                break
             if not await self._give_all(page):
                 break
             if page.messages or page.more:
                 continue  # what was given is removed by the next call
             if not page.held_up:
+                self._takes = False
                 self._direct = messages.settle(key, version) and self._is_open
                 return
             without_others = await self._others_had_time()
-        given, self._given = self._given, {}
-        await messages.mailbox.release(key, messages.number, given=given)
+        await messages.mailbox.release(key, messages.number, given=self._given)
+        self._given, self._takes = {}, False
 
     async def _others_had_time(self) -> bool:
         """Wait for the former holder, which has taken messages; return whether it had time to leave them."""
@@ -273,10 +286,11 @@ class QueuedOutlet:
         else:
             self._in_flight.append(one)
         try:
-            await writer.send(SessionMessage(message))
+            with anyio.CancelScope() as self._giving:
+                await writer.send(SessionMessage(message))
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             return False
         while one in self._in_flight:
             self._moved = anyio.Event()
             await self._moved.wait()
-        return not one.is_left
+        return not one.is_left and not self._giving.cancelled_caught

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mcp_session_store.adapter.relay.outlet import QueuedOutlet
+import anyio
+
+from mcp_session_store.adapter.relay.outlet import HANDED_OVER_WITHIN, QueuedOutlet
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -44,6 +46,8 @@ class QueuedStreams:
 
     async def hand_over(self, key: UUID, session: ResidentSession | None) -> int | None:  # noqa: ARG002 - the protocol's
         if session is not None and (outlet := session.find_outlet()) is not None:
-            session.standalone.close()
-            await outlet.rest()
+            if session.hold is not None and session.hold.is_lost:
+                session.standalone.close()  # unless it was opened again here
+            with anyio.move_on_after(HANDED_OVER_WITHIN):
+                await outlet.rest()
         return None

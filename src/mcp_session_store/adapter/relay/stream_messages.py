@@ -86,7 +86,9 @@ class StreamMessages:
         self._unheard: dict[UUID, float] = {}
         """Moments at which hints are posted for sessions whose stream was open nowhere when something was said."""
         self._failed: dict[Outlet, None] = {}
-        """Outlets that could not take what waits."""
+        """Outlets that could not take what waits, or not leave it to the next holder."""
+        self._is_failing = False
+        """Whether the log says that the mailbox does not answer."""
         outbox.on_unheard = self._note_unheard
 
     @property
@@ -174,7 +176,8 @@ class StreamMessages:
         """Have an outlet try again that could not take what waits, because the mailbox did not answer."""
         if outlet not in self._failed:
             self._failed[outlet] = None
-            report_failure("stream messages", error, namespace=self.log.namespace, log=len(self._failed) == 1)
+            report_failure("stream messages", error, namespace=self.log.namespace, log=not self._is_failing)
+            self._is_failing = True
 
     async def look(self) -> None:
         """Look once at what waits.
@@ -194,10 +197,12 @@ class StreamMessages:
         if self._failed:
             # One first, so that not all meet a mailbox that is away.
             first_outlet = next(iter(self._failed))
+            del self._failed[first_outlet]
             first_outlet.take()
             await first_outlet.rest()
             if first_outlet in self._failed:
                 return
+            self._is_failing = False
             failed, self._failed = self._failed, {}
             for outlet in failed:
                 outlet.take()

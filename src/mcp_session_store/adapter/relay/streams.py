@@ -111,6 +111,7 @@ class ClientStreams:
         before = standalone.hold
         if before is not None:
             before.is_open = False
+            before.end()
         hold = standalone.hold = Hold(session.record.key, clock.now(), before)
         self._activity.claim_stream(session, hold)
         return hold
@@ -151,6 +152,7 @@ class ClientStreams:
         """Take the store's answer to a claim that was made under a number of this instance."""
         session = self._registry.with_key(hold.key)
         if session is None or session.hold is not hold:
+            hold.end()
             return
         is_first = not hold.claimed.is_set()
         if is_first:
@@ -158,8 +160,7 @@ class ClientStreams:
         if holder.number != number:
             hold.is_lost = True
             self._tasks.start_soon(self._source.hand_over, hold.key, session)
-            hold.handed_over.set()
-            hold.claimed.set()
+            hold.end()
             return
         hold.term = holder.term
         if is_first and holder.term != hold.term_before and holder.former not in (None, number):

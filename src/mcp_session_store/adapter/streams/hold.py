@@ -50,10 +50,15 @@ class Hold:
         self.is_lost = False
         """Whether another instance has opened the stream later."""
         self.claimed = Latch()
-        """The store has entered this hold, or another instance has a later one."""
+        """The store has entered this hold, or there is a later one."""
         self.claimed_at = math.inf
         """Moment at which that was known."""
         self.handed_over = Latch()
         """Nothing more is to be learned of the former holder: it has closed its response, or there is none."""
         self.sent: int | None = None
         """Sequence up to which the former holder has given the log's events to its connection, where it said so."""
+
+    def end(self) -> None:
+        """Note that there is a later hold, so that nothing more is to be learned of this one."""
+        self.handed_over.set()
+        self.claimed.set()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
 from mcp.server.streamable_http import (
@@ -83,9 +84,8 @@ class StandaloneStream:
 
     def close(self) -> None:
         """End the open response, with what it has taken."""
-        if (opened := self._streams.pop(GET_STREAM_KEY, None)) is not None:
-            self._left(opened)
-            opened[0].close()
+        if (opened := self._streams.pop(GET_STREAM_KEY, None) or self._opened) is not None:
+            self._end(opened)
 
     def may_be_taken(self) -> bool:
         """Note that an open stream is about to be taken over; return whether it may be.
@@ -142,9 +142,8 @@ class StandaloneStream:
             if self._streams.get(GET_STREAM_KEY) is opened:
                 del self._streams[GET_STREAM_KEY]
             if self._opened is opened:
-                self._left(opened)
-            for end in opened:
-                end.close()
+                self._end(opened)
+            opened[1].close()
 
     async def serve_resumed(self, serve: Callable[[], Awaitable[None]], hold: Callable[[], Hold] | None) -> None:
         """Have the transport resume a stream from an event store of the user's, which may be this one.
@@ -175,10 +174,12 @@ class StandaloneStream:
             if self.on_closed is not None:
                 self.on_closed()
 
-    def _left(self, opened: TransportStream) -> None:
-        """Note that no response has the stream any more."""
-        # Or a transport that waits for room would close the next stream.
-        _drain(opened[1])
+    def _end(self, opened: TransportStream) -> None:
+        """End a stream, which no response has any more."""
+        with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream, anyio.ClosedResourceError):
+            while True:
+                opened[1].receive_nowait()  # so that the transport does not wait for room
+        opened[0].close()
         if self._opened is opened:
             self._opened = None
             if self.on_closed is not None:
@@ -199,22 +200,27 @@ class StandaloneStream:
         return self._streams.get(GET_STREAM_KEY) is self._opened
 
     def _open(self) -> TransportStream:
-        """Return a stream in the place of the open one, which ends, with all that waits there."""
-        waiting: list[EventMessage] = []
-        is_new = not self.is_open
-        if not is_new:
-            sending, receiving = self._streams[GET_STREAM_KEY]
-            waiting = _drain(receiving)
-            sending.close()
-        opened = self._opened = anyio.create_memory_object_stream[EventMessage](
-            max(REQUEST_STREAM_BUFFER_SIZE, len(waiting))
-        )
-        for message in waiting:
-            opened[0].send_nowait(message)
-        self._streams[GET_STREAM_KEY] = opened
-        if is_new and self.on_opened is not None:
+        """Return the stream for a new response. That which has the stream ends, and leaves what waits there to it."""
+        older = self._streams.get(GET_STREAM_KEY)
+        if older is not None:
+            # The transport may be about to write to it.
+            opened = older[0], older[1].clone()
+            older[1].close()
+        else:
+            if self._opened is not None:
+                self._end(self._opened)  # the transport has closed it, and its response has not ended yet
+            opened = anyio.create_memory_object_stream[EventMessage](REQUEST_STREAM_BUFFER_SIZE)
+            cast("Any", opened[0]).send = partial(_send, opened[0].send)
+        self._streams[GET_STREAM_KEY] = self._opened = opened
+        if older is None and self.on_opened is not None:
             self.on_opened()
         return opened
+
+
+async def _send(send: Callable[[EventMessage], Awaitable[None]], message: EventMessage) -> None:
+    # The transport would remove the stream from its table, where there may be a later one meanwhile.
+    with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+        await send(message)
 
 
 async def stream_refusal(request: Request, security: TransportSecurityMiddleware) -> Response | None:
@@ -229,12 +235,3 @@ def event_stream(messages: AsyncIterator[dict[str, Any] | bytes], session_id: st
     """Return the response that sends messages as SSE, with the headers of the SDK's transport."""
     headers = {"Cache-Control": "no-cache, no-transform", "mcp-session-id": session_id}
     return EventSourceResponse(messages, headers=headers)
-
-
-def _drain(stream: MemoryObjectReceiveStream[EventMessage]) -> list[EventMessage]:
-    """Take what waits on a stream, that for which the transport waits to have room included."""
-    waiting = []
-    with contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream, anyio.ClosedResourceError):
-        while True:
-            waiting.append(stream.receive_nowait())
-    return waiting

@@ -141,15 +141,15 @@ class TakeStatements:
             .returning(c.key, c.kind)
         )
         self._find = dialect.precompiled(
-            sa.select(c.key, c.sender, c.sequence, c.bytes, c.created_at, c.taken_by, is_late)
+            # A row without a message says that the stream is held.
+            sa.select(s.key, s.stream_holder, c.sender, c.sequence, c.bytes, c.created_at, c.taken_by, is_late)
             .select_from(
                 self._takes.rows.join(
                     sessions,
                     self._takes.joined_on(s.key) & (s.stream_holder == takes.holder) & is_live,
-                ).join(messages, c.key == s.key)
+                ).outerjoin(messages, (c.key == s.key) & waits)
             )
-            .where(waits)
-            .order_by(c.key, c.sender, c.sequence)
+            .order_by(s.key, c.sender, c.sequence)
         )
         self._picked = dialect.batch("picked", place | {"sequence": sa.BigInteger()})
         picked = self._picked.c
@@ -217,15 +217,22 @@ class TakeStatements:
             for key, kind in (yield self._give_up, self._takes.parameters(alone)):
                 dropped[key][kind] += 1
         wanted = sorted({(key, take.holder) for key, take in zip(keys, takes, strict=True)})
-        found: dict[object, list[_Found]] = defaultdict(list)
+        found: dict[tuple[object, int], list[_Found]] = {}
         for row in (yield self._find, self._takes.parameters(wanted)):
-            found[row[0]].append(_Found(*row[1:]))
+            messages = found.setdefault((row[0], row[1]), [])
+            if row[2] is not None:
+                messages.append(_Found(*row[2:]))
         pages = []
         for key, take in zip(keys, takes, strict=True):
-            pages.append((yield from self._take_one(key, take, found.pop(key, []), dropped.pop(key, Counter()))))
+            mine = found.get((key, take.holder))
+            pages.append((yield from self._take_one(key, take, mine, dropped.pop(key, Counter()))))
         return pages
 
-    def _take_one(self, key: object, take: Take, found: list[_Found], dropped: Counter[str]) -> Steps[StreamPage]:
+    def _take_one(
+        self, key: object, take: Take, found: list[_Found] | None, dropped: Counter[str]
+    ) -> Steps[StreamPage]:
+        if found is None:
+            return StreamPage(lost=True)
         free, held_up = _free(found, take)
         if not free:
             return StreamPage(held_up=held_up, dropped=dropped)

@@ -193,11 +193,11 @@ class StreamMessages(MailboxSuite):
     async def test_an_instance_without_the_stream_takes_nothing(self, store: SessionStore, mailbox: Mailbox) -> None:
         key = await self._streaming(store, mailbox)
         await self._say(mailbox, key, 1, 2)
-        assert await mailbox.take(key, 3, given={}) == StreamPage()
+        assert await mailbox.take(key, 3, given={}) == StreamPage(lost=True)
         await self._take(mailbox, key, {})
         await self._say(mailbox, key, 3)
         await claim_stream(store, key, 3)
-        assert await mailbox.take(key, 2, given={1: 2}) == StreamPage()
+        assert await mailbox.take(key, 2, given={1: 2}) == StreamPage(lost=True)
         assert await self._take(mailbox, key, {}, holder=3) == [3]
 
     async def test_what_was_taken_waits_for_its_release(self, store: SessionStore, mailbox: Mailbox) -> None:
@@ -233,7 +233,7 @@ class StreamMessages(MailboxSuite):
         assert (_places(page), page.held_up) == ([(1, 4)], False)
         assert page.dropped == {StreamMessageKind.NOTIFICATION: 1, QUESTION: 1}
         # It comes back.
-        assert await mailbox.take(key, 2, given={1: 3}) == StreamPage()
+        assert await mailbox.take(key, 2, given={1: 3}) == StreamPage(lost=True)
         await mailbox.release(key, 2, given={1: 2})
         assert _places(await mailbox.take(key, 3, given={})) == [(1, 4)]
         assert await mailbox.withdraw(key, 1, 2) is Withdrawal.WITHDRAWN
@@ -328,7 +328,7 @@ class StreamMessages(MailboxSuite):
         for number, one in enumerate((key, other)):
             await self._say(mailbox, one, number)
         assert await store.end(key, reason=reason)
-        assert await mailbox.take(key, 2, given={}) == StreamPage()
+        assert await mailbox.take(key, 2, given={}) == StreamPage(lost=True)
         assert (await self._say(mailbox, key, 5)).dropped == {5}
         assert (await self._say(mailbox, uuid.uuid4(), 6)).dropped == {6}
         assert await self._take(mailbox, other, {}) == [1]
