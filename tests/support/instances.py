@@ -173,11 +173,11 @@ class Instance:
 
 
 @asynccontextmanager
-async def instance(store: SessionStore, notes: Notes | None = None, **options: Any) -> AsyncIterator[Instance]:
+async def instance(store: SessionStore | str, notes: Notes | None = None, **options: Any) -> AsyncIterator[Instance]:
     """Start an instance; at the end its requests are cancelled, and it is shut down.
 
     Args:
-        store: Its store.
+        store: Its store, or the URL of a database.
         notes: Its server, which belongs to it alone.
         options: For `durable_app`. No request waits for a store that is away, unless `outage_patience` is given. The
             mailbox is the store's unless given.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import mcp_types as types
@@ -16,6 +16,7 @@ from mcp_session_store.adapter.streams import standalone
 from mcp_session_store.stream_mail import STREAM_QUEUE, STREAM_WAIT
 from tests.support.asgi import PATIENCE, until
 from tests.support.asking import roots
+from tests.support.databases import migrated
 from tests.support.instances import instance
 from tests.support.internals import outbox_is_empty, registry_of
 from tests.support.streams import one_more_turn
@@ -55,6 +56,12 @@ class Side:
         assert session is not None
         return session.standalone
 
+    async def knows_the_former_holder(self) -> None:
+        """Wait until the instance from which the stream was taken, if any, has said how it left it."""
+        hold = self.standalone.hold
+        assert hold is not None
+        await hold.handed_over.wait()
+
     async def get(self) -> Exchange:
         """Open the client's stream here."""
         stream = self.client.open_stream()
@@ -64,8 +71,16 @@ class Side:
 
 
 @asynccontextmanager
-async def sides(store: FaultyStore, *mailboxes: FaultyMailbox, **options: Any) -> AsyncIterator[list[Side]]:
-    """Instances that have copies of one session, in each of which a call runs."""
+async def sides(
+    store: FaultyStore | str, *mailboxes: FaultyMailbox | Literal[True], **options: Any
+) -> AsyncIterator[list[Side]]:
+    """Instances that have copies of one session, in each of which a call runs.
+
+    Args:
+        store: Their store, or the URL of their database.
+        mailboxes: The mailbox of each; true: in its database.
+        options: For each instance.
+    """
     async with AsyncExitStack() as stack:
         sides: list[Side] = []
         for mailbox in mailboxes:
@@ -86,8 +101,23 @@ async def two(
         yield one, other
 
 
-async def test_what_another_instance_says_comes_on_the_stream_in_order(two: tuple[Side, Side]) -> None:
-    one, other = two
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+async def two_anywhere(
+    request: pytest.FixtureRequest, store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox
+) -> AsyncIterator[tuple[Side, Side]]:
+    """Two instances in memory, and two on a database of each kind."""
+    if request.param == "memory":
+        context = sides(store, mailbox, other_mailbox)
+    else:
+        url: str = request.getfixturevalue(f"{request.param}_url")
+        await migrated(url)
+        context = sides(url, True, True)
+    async with context as (one, other):
+        yield one, other
+
+
+async def test_what_another_instance_says_comes_on_the_stream_in_order(two_anywhere: tuple[Side, Side]) -> None:
+    one, other = two_anywhere
     stream = await one.get()
     await one.call.tell("here")
     await hears(stream, "here")
@@ -98,9 +128,9 @@ async def test_what_another_instance_says_comes_on_the_stream_in_order(two: tupl
 
 
 async def test_what_is_said_while_no_stream_is_open_comes_on_the_next_one_before_the_rest(
-    two: tuple[Side, Side],
+    two_anywhere: tuple[Side, Side],
 ) -> None:
-    one, other = two
+    one, other = two_anywhere
     await one.call.tell("a", "b")
     await other.call.tell("c")
     stream = await one.get()
@@ -113,9 +143,9 @@ async def test_what_is_said_while_no_stream_is_open_comes_on_the_next_one_before
 
 
 async def test_of_streams_on_two_instances_the_later_one_is_served_and_gets_what_the_other_has_not_sent(
-    two: tuple[Side, Side],
+    two_anywhere: tuple[Side, Side],
 ) -> None:
-    one, other = two
+    one, other = two_anywhere
     first = await one.get()
     await one.call.tell("a")
     await other.call.tell("b")
@@ -134,8 +164,8 @@ async def test_of_streams_on_two_instances_the_later_one_is_served_and_gets_what
     assert [text for text in heard if text.startswith("other")] == [f"other {text}" for text in TEXTS]
 
 
-async def test_what_waits_for_a_client_that_leaves_comes_on_its_next_stream(two: tuple[Side, Side]) -> None:
-    one, other = two
+async def test_what_waits_for_a_client_that_leaves_comes_on_its_next_stream(two_anywhere: tuple[Side, Side]) -> None:
+    one, other = two_anywhere
     first = await one.get()
     await one.call.tell("a")
     await hears(first, "a")
@@ -151,8 +181,10 @@ async def test_what_waits_for_a_client_that_leaves_comes_on_its_next_stream(two:
     assert len(second.messages) == len(set(told(second.messages)))
 
 
-async def test_a_question_outside_of_calls_is_asked_on_the_stream_of_another_instance(two: tuple[Side, Side]) -> None:
-    one, other = two
+async def test_a_question_outside_of_calls_is_asked_on_the_stream_of_another_instance(
+    two_anywhere: tuple[Side, Side],
+) -> None:
+    one, other = two_anywhere
     answers: list[types.ListRootsResult] = []
 
     async def ask(side: Side) -> None:
@@ -192,14 +224,15 @@ async def test_a_question_that_no_stream_takes_within_half_a_minute_fails(
 
 
 async def test_clients_that_take_the_stream_from_each_other_on_two_instances_are_refused_for_a_while(
-    two: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+    two_anywhere: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streams = [await two[0].get()]
+    streams = [await two_anywhere[0].get()]
+    await two_anywhere[0].knows_the_former_holder()
     for turn in range(1, standalone.TAKEN_AT_MOST + 1):
-        streams.append(await two[turn % 2].get())
+        streams.append(await two_anywhere[turn % 2].get())
         await streams[-2].end()
-        await one_more_turn()
-    refused = two[(standalone.TAKEN_AT_MOST + 1) % 2]
+        await two_anywhere[turn % 2].knows_the_former_holder()
+    refused = two_anywhere[(standalone.TAKEN_AT_MOST + 1) % 2]
     assert (await refused.client.open_stream().answer()).status == 409
     await refused.call.tell("a")
     await hears(streams[-1], "a")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from mcp_session_store.adapter import clock, sdk
@@ -158,7 +160,7 @@ class ClientStreams:
         if is_first:
             hold.claimed_at = clock.now()
         if holder.number != number:
-            hold.is_lost = True
+            _lose(hold, session)
             self._tasks.start_soon(self._source.hand_over, hold.key, session)
             hold.end()
             return
@@ -188,9 +190,7 @@ class ClientStreams:
         if session is None or hold is None or not hold.is_open or hold.is_lost or 0 < hold.term < term:
             hands_over = True
             if session is not None and hold is not None:
-                hold.is_lost = True
-                if hold.is_open:
-                    session.standalone.taken.append(clock.now())
+                _lose(hold, session)
                 taken = [round(clock.now() - moment, 3) for moment in session.standalone.taken]
         self._tasks.start_soon(self._hand_over, message, term, taken, session, hands_over)
 
@@ -217,15 +217,24 @@ class ClientStreams:
     def _sent(self, message: Message, session: ResidentSession, hold: Hold) -> None:
         """Learn how far the former holder of a stream got, and how often the stream was taken over."""
         body = _read(message.body)
+        if taken := body.get("taken"):
+            standalone, now = session.standalone, clock.now()
+            # Neither instance may know of all. Of the last takeovers but so many, the later moment is the right one.
+            theirs = sorted((now - age for age in taken), reverse=True)
+            both = zip_longest(reversed(standalone.taken), theirs, fillvalue=-math.inf)
+            standalone.taken = deque(reversed([max(moments) for moments in both]), standalone.taken.maxlen)
         if body.get("term") != hold.term or hold.handed_over.is_set():
             return
         hold.sent = body.get("sent")
-        if taken := body.get("taken"):
-            standalone = session.standalone
-            now = clock.now()
-            standalone.taken = deque((now - age for age in taken), standalone.taken.maxlen)
         hold.handed_over.set()
         self._source.handed_over(session)
+
+
+def _lose(hold: Hold, session: ResidentSession) -> None:
+    """Note that another instance has opened the stream of a session later."""
+    if hold.is_open and not hold.is_lost:
+        session.standalone.taken.append(clock.now())
+    hold.is_lost = True
 
 
 def _read(body: str) -> dict[str, Any]:
