@@ -13,12 +13,13 @@ from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage, EventStore
 
 from mcp_session_store.adapter.relay import outlet
 from mcp_session_store.adapter.streams import standalone
+from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.stream_mail import STREAM_QUEUE, STREAM_WAIT
 from tests.support.asgi import PATIENCE, until
 from tests.support.asking import roots
 from tests.support.databases import migrated
-from tests.support.instances import instance
-from tests.support.internals import outbox_is_empty, registry_of
+from tests.support.instances import Notes, instance, open_session
+from tests.support.internals import instances_of, outbox_is_empty, question_ids_of, registry_of
 from tests.support.streams import one_more_turn
 from tests.support.talking import Talking, hears, told
 
@@ -393,3 +394,87 @@ async def test_more_than_may_wait_is_dropped(store: FaultyStore, mailbox: Faulty
         await one.call.tell("later")
         await until(lambda: told(stream.messages)[-1] == "later")
         assert told(stream.messages) == [*texts[:STREAM_QUEUE], "later"]
+
+
+async def test_an_instance_that_takes_another_number_keeps_the_streams_that_are_open_there(
+    two: tuple[Side, Side],
+) -> None:
+    one, other = two
+    stream = await one.get()
+    await other.call.tell("a")
+    await hears(stream, "a")
+    number = question_ids_of(one.instance.manager).number
+    question_ids_of(one.instance.manager).draw()
+    await until(lambda: instances_of(one.instance.manager).entered not in (None, number))
+    await other.call.tell("b")
+    await hears(stream, "a", "b")
+
+
+async def test_a_stream_ends_whose_claim_comes_after_that_of_a_later_one(
+    two: tuple[Side, Side], store: FaultyStore, mailbox: FaultyMailbox
+) -> None:
+    one, other = two
+    number = question_ids_of(one.instance.manager).number
+
+    async def fail() -> None:
+        if any(activity.stream is not None and activity.stream.number == number for activity in store.touches[-1]):
+            raise StoreUnavailable("the test says it is down")
+
+    store.before("touch", fail)
+    # It is not told by the other instance.
+    mailbox.down("receive")
+    first = await one.get()
+    second = await other.get()
+    await other.knows_the_former_holder()
+    store.up()
+    await first.end()
+    await one.call.tell("a")
+    await other.call.tell("b")
+    await until(lambda: sorted(told(second.messages)) == ["a", "b"])
+    assert first.messages == []
+
+
+async def test_a_handler_in_a_replay_asks_on_the_stream_that_is_open_elsewhere(
+    store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox
+) -> None:
+    answers: list[types.ListRootsResult] = []
+
+    async def ask(ctx: Any) -> None:
+        answers.append(await ctx.session.send_request(types.ListRootsRequest(), types.ListRootsResult))
+
+    notes = Notes()
+    notes.on_initialized = ask
+    async with (
+        instance(store, relay=mailbox) as one,
+        instance(store, notes, relay=other_mailbox) as other,
+        anyio.create_task_group() as tasks,
+    ):
+        client = one.client()
+        session_id = await client.begin()
+        stream = client.open_stream()
+        await stream.start()
+        tasks.start_soon(other.client(session_id).request, "tools/list")
+        question = await stream.next()
+        assert question["method"] == "roots/list"
+        assert (await client.respond(question["id"], roots("x"))).status == 202
+        await until(lambda: len(answers) == 1)
+
+
+async def test_a_restore_and_the_stream_for_which_it_is_done_are_claimed_in_one_report(
+    store: FaultyStore, mailbox: FaultyMailbox
+) -> None:
+    session_id = await open_session(store)
+    store.touches.clear()
+    async with instance(store, relay=mailbox) as one:
+        stream = one.client(session_id).open_stream()
+        await stream.start()
+        session = registry_of(one.manager).get(session_id)
+        assert session is not None
+        hold = session.standalone.hold
+        assert hold is not None
+        await hold.claimed.wait()
+        (claim,) = store.claims(session_id)
+        assert claim.stream is not None
+        # Nothing waits for it, so that nothing is taken.
+        assert mailbox.background["take"] == 0
+        assert sum(any(one.stream for one in touch) for touch in store.touches) == 1
