@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -20,9 +21,11 @@ from mcp_session_store import (
     durable_app,
     session_key,
 )
-from mcp_session_store.adapter.fastmcp_state import state_names
+from mcp_session_store.adapter.fastmcp_state import FastMCPState, state_names
+from mcp_session_store.testing import new_state
 from tests.support.asgi import Client
 from tests.support.databases import execute, migrated
+from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import running
 from tests.support.internals import state_storage_of
 
@@ -172,6 +175,118 @@ async def test_a_hidden_tool_stays_hidden_everywhere(database_url: str) -> None:
         assert "a_put" not in await tools(client)
 
 
+async def test_no_rule_is_lost_that_another_call_adds_at_once() -> None:
+    store = MemorySessionStore()
+    state = SlowState(store)
+    async with (
+        running(one := durable_app(server(), store, state=state, end_within=3600)) as tasks,
+        running(two := durable_app(server(), store, state=state, end_within=3600)) as more,
+    ):
+        here = Client(one, tasks)
+        session_id = await here.handshake()
+        there = Client(two, more, session_id=session_id)
+        await tools(there)
+        # In one copy at once, and in another that may not have learned of it.
+        async with anyio.create_task_group() as group:
+            for name in ("put", "get", "drop"):
+                group.start_soon(partial(call, here, "hide", names=[name]))
+            group.start_soon(partial(call, there, "hide", names=["secret"]))
+        stored = (await state.get(session_key(session_id)) or {})["fastmcp:_visibility_rules"]
+        rules = json.loads(stored.value)["value"]
+        assert sorted(rule["names"][0] for rule in rules) == ["drop", "get", "put", "secret"]
+        await call(here, "show")
+        assert {"put", "get", "drop", "secret"} <= await tools(here)
+
+
+class OvertakenState(MemoryStateStore):
+    """State in memory, in which another instance hides a tool of one server just before one of another is hidden."""
+
+    async def put(self, key: Any, state: Any, **kwargs: Any) -> Any:
+        if state.name == "fastmcp/a:_visibility_rules":
+            rule = {"enabled": False, "names": ["secret"]}
+            text = json.dumps({"value": [rule]})
+            await super().put(key, new_state("fastmcp:_visibility_rules", text, watched=True))
+        return await super().put(key, state, **kwargs)
+
+
+async def test_a_change_of_one_servers_rules_hides_none_of_anothers() -> None:
+    store = MemorySessionStore()
+    async with running(app := durable_app(server(), store, state=OvertakenState(store), end_within=3600)) as tasks:
+        client = Client(app, tasks)
+        await client.handshake()
+        # A copy in use is brought up to date, and does not leave memory.
+        stream = await client.get_stream()
+        await call(client, "a_hide", names=["put"])
+        with anyio.fail_after(10):
+            while "secret" in await tools(client):
+                await anyio.sleep(0.01)
+        assert "a_put" not in await tools(client)
+        await stream.leave()
+
+
+class Welcomer(Middleware):
+    """Stores a value when the client has notified that it is initialized."""
+
+    welcomed = 0
+
+    async def on_notification(self, context: Any, call_next: Any) -> Any:
+        if context.method == "notifications/initialized":
+            await context.fastmcp_context.set_state("count", 1)
+            self.welcomed += 1
+        return await call_next(context)
+
+
+async def test_an_initialize_that_is_repeated_elsewhere_sets_nothing_again() -> None:
+    store = MemorySessionStore()
+    here_welcomed = Welcomer()
+    apps = []
+    for middleware in (here_welcomed, Welcomer()):
+        root = server()
+        root.add_middleware(middleware)
+        apps.append(durable_app(root, store, end_within=0.2))
+    async with running(apps[0]) as tasks, running(apps[1]) as more:
+        here = Client(apps[0], tasks)
+        session_id = await here.handshake()
+        with anyio.fail_after(10):
+            while not here_welcomed.welcomed:
+                await anyio.sleep(0.01)
+        stream = await here.get_stream()
+        await call(here, "put", name="count", value="2")
+        there = Client(apps[1], more, session_id=session_id)
+        await there.initialize({**INITIALIZE_PARAMS, "clientInfo": {"name": "newer", "version": "2"}})
+        with anyio.fail_after(10):
+            while here_welcomed.welcomed < 2:
+                await anyio.sleep(0.01)
+        assert json.loads(await call(here, "get", name="count")) == "2"
+        await stream.leave()
+
+
+class HeldValues(MemoryStore):
+    """Values in memory, of which a read returns late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.released = anyio.Event(), anyio.Event()
+
+    async def get(self, *args: Any, **kwargs: Any) -> Any:
+        found = await super().get(*args, **kwargs)
+        self.entered.set()
+        await self.released.wait()
+        return found
+
+
+async def test_rules_of_a_user_that_are_stored_during_a_read_count() -> None:
+    values = HeldValues()
+    storage = FastMCPState("", lambda: None, values, lambda: None)
+    key = "user:aa:_visibility_rules"
+    async with anyio.create_task_group() as group:
+        group.start_soon(storage.get, key)
+        await values.entered.wait()
+        await storage.put(key, {"value": ["new"]})
+        values.released.set()
+    assert await storage.get(key) == {"value": ["new"]}
+
+
 async def test_what_a_handshake_sets_is_committed_with_it_and_not_set_again_by_a_restore() -> None:
     store = MemorySessionStore()
     greeter = Greeter()
@@ -194,6 +309,19 @@ async def test_what_a_handshake_sets_is_committed_with_it_and_not_set_again_by_a
         assert json.loads(await call(client, "get", name="count")) == "2"
         assert greeter.found == "2"
         assert "secret" in await tools(client)
+
+
+class SlowState(MemoryStateStore):
+    """State in memory whose calls let others go first."""
+
+    async def get(self, *args: Any, **kwargs: Any) -> Any:
+        found = await super().get(*args, **kwargs)
+        await anyio.sleep(0.001)
+        return found
+
+    async def put(self, *args: Any, **kwargs: Any) -> Any:
+        await anyio.sleep(0.001)
+        return await super().put(*args, **kwargs)
 
 
 class CountedState(MemoryStateStore):
@@ -222,11 +350,11 @@ async def test_rules_cost_no_query_and_what_the_application_reads_costs_one() ->
             await call(client, "a_secret")
         assert state.calls == 0
         await call(client, "a_hide", names=["secret"])
-        assert state.calls == 1
+        assert state.calls == 2
         assert "a_secret" not in await tools(client)
         await call(client, "get", name="x")
         await call(client, "a_put", name="x", value="1")
-        assert state.calls == 3
+        assert state.calls == 4
         calls = state.calls
     async with running(app := durable_app(server(), store, state=state)) as tasks:
         client = Client(app, tasks, session_id=session_id)

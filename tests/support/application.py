@@ -145,24 +145,6 @@ async def _may_say(call: str, number: int) -> None:
             await anyio.sleep(0.005)
 
 
-async def _speak(session: ServerSession, text: str, count: int) -> str:
-    """Say things of each kind outside of the call, in turn, and ask at the end; return the process id."""
-    for number in range(count):
-        said = f"{text}/{number}"
-        notifications: list[types.ServerNotification] = [
-            types.ToolListChangedNotification(params=types.NotificationParams(_meta={"said": f"{said}/list"})),
-            types.ResourceUpdatedNotification(params=types.ResourceUpdatedNotificationParams(uri=f"{said}/resource")),
-            types.LoggingMessageNotification(
-                params=types.LoggingMessageNotificationParams(level="info", data=f"{said}/log")
-            ),
-        ]
-        for notification in notifications:
-            await session.send_notification(notification)
-    asked = types.RequestParamsMeta(said=f"{text}/question")  # type: ignore[typeddict-unknown-key]
-    await session.send_request(types.ListRootsRequest(params=types.RequestParams(_meta=asked)), types.ListRootsResult)
-    return str(os.getpid())
-
-
 async def _announce(session: ServerSession, text: str, count: int) -> str:
     """Say things that belong to no call, and return the process that did."""
     for number in range(count):
@@ -200,10 +182,6 @@ def _mcpserver() -> MCPServer:
     @server.tool(structured_output=False)
     async def announce(ctx: Context, text: str, count: int) -> str:
         return await _announce(ctx.session, text, count)
-
-    @server.tool(structured_output=False)
-    async def speak(ctx: Context, text: str, count: int) -> str:
-        return await _speak(ctx.session, text, count)
 
     @server.custom_route("/bookkeeping", ["GET"])  # type: ignore[untyped-decorator]  # the SDK left it so
     async def bookkeeping(_request: Request) -> JSONResponse:

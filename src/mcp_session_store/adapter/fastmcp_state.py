@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from contextvars import ContextVar
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import quote
@@ -15,9 +16,10 @@ from mcp_session_store.adapter.sdk import fastmcp_providers, is_fastmcp, replace
 from mcp_session_store.adapter.sessions.middleware import CURRENT_SCOPE
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
-from mcp_session_store.adapter.sessions.state import STATE, SessionState, new_state
-from mcp_session_store.errors import StoreUnavailable
+from mcp_session_store.adapter.sessions.state import MAX_TRIES, STATE, SessionState, new_state
+from mcp_session_store.errors import StateConflict, StoreUnavailable
 from mcp_session_store.records import session_key
+from mcp_session_store.state_store import NO_VALUE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from key_value.aio.protocols import AsyncKeyValue
     from starlette.types import Scope
 
+    from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.adapter.sessions.state import StateAccess
 
@@ -48,6 +51,9 @@ _SESSION_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 RULES_KEPT: Final = 5.0
 """Seconds for which the rules of a user count that were read before."""
+
+_READ: Final[ContextVar[tuple[str, str | None]]] = ContextVar("mcp_session_store.rules_read", default=("", None))
+"""Name and text of the rules of a session that were last read in a context: FastMCP adds to them, and stores all."""
 
 _OUTSIDE: Final[Scope] = {}
 """Scope of what runs outside of all messages."""
@@ -155,9 +161,9 @@ class FastMCPState:
             and (session.record is not None or REPLAYED_SESSION in scope)
         ):
             # Without a query, because FastMCP reads them by itself, up to five times for a request.
-            if not session.watched or (text := session.watched.get(self._begin + name)) is None:
-                return None
-            return _object(json.loads(text))
+            text = session.watched.get(self._begin + name) if session.watched else None
+            _READ.set((self._begin + name, text))
+            return None if text is None else _object(json.loads(text))
         if (state := self._state(scope, session, scope_id)) is not None:
             return _object(await state.get(self._begin + name))
         if scope_id in UNBOUND and self._unbound is not None:
@@ -179,11 +185,10 @@ class FastMCPState:
             if name != RULES:
                 await state.set(self._begin + name, dict(value))
                 return
-            rules = new_state(self._begin + name, json.dumps(dict(value)), watched=True)
             if session is None or session.record is None:
-                await state.put(rules)
+                await state.put(new_state(self._begin + name, json.dumps(dict(value)), watched=True))
             else:
-                await scope[RECORD_WRITER].write_watched(session, rules.name, rules)
+                await self._put_rules(scope, session, self._begin + name, dict(value))
         elif scope_id in UNBOUND and self._unbound is not None:
             seconds = self._unbound_ttl() if ttl is None else ttl
             await self._unbound.put(key, value, collection=self._begin, ttl=seconds)
@@ -206,8 +211,9 @@ class FastMCPState:
                 await state.delete(self._begin + name)
             return True
         if scope_id in UNBOUND and self._unbound is not None:
+            found = await self._unbound.delete(key, collection=self._begin)
             self._rules.pop(key, None)
-            return await self._unbound.delete(key, collection=self._begin)
+            return found
         return await self._in_memory.delete(key, collection=collection)
 
     async def ttl(self, key: str, *, collection: str | None = None) -> tuple[Value | None, float | None]:
@@ -259,6 +265,32 @@ class FastMCPState:
             return None
         return SessionState(access, session_key(scope_id), None if REPLAYED_SESSION in scope else session)
 
+    async def _put_rules(self, scope: Scope, session: ResidentSession, name: str, value: Value) -> None:
+        """Store the rules of a session.
+
+        FastMCP adds a rule to those that it has read. Another call, here or elsewhere, may have stored one since, which
+        is kept: the rule is added to what is stored.
+        """
+        read_name, text = _READ.get()
+        read, rules = _rules(text), value.get("value")
+        writer: RecordWriter = scope[RECORD_WRITER]
+        if read_name != name or not isinstance(rules, list) or not rules or rules[: len(read)] != read:
+            await writer.write_watched(session, name, new_state(name, json.dumps(value), watched=True))
+            return
+        assert session.record is not None
+        for _ in range(MAX_TRIES):
+            stored = (await writer.state.get(session.record.key, (name,))).get(name)
+            before = _rules(None if stored is None else stored.value)
+            state = new_state(name, json.dumps(value | {"value": before + rules[len(read) :]}), watched=True)
+            try:
+                await writer.write_watched(
+                    session, name, state, expected=NO_VALUE if stored is None else stored.version
+                )
+            except StateConflict:
+                continue
+            return
+        raise StateConflict(f"other changes of the visibility were faster {MAX_TRIES} times; try again later")
+
     async def _rules_of_user(self, key: str, unbound: AsyncKeyValue) -> Value | None:
         """Return the rules of a user, which FastMCP reads by itself for each request without a session."""
         known = self._rules.get(key)
@@ -270,7 +302,9 @@ class FastMCPState:
             if known is None:
                 raise
             return _copied(known[1])
-        self._remember(key, rules)
+        if self._rules.get(key) is known:
+            # Else they were stored anew meanwhile.
+            self._remember(key, rules)
         return rules
 
     def _remember(self, key: str, rules: Value | None) -> None:
@@ -288,6 +322,12 @@ class FastMCPState:
 
 def _object(value: object) -> Value | None:
     return value if isinstance(value, dict) else None
+
+
+def _rules(text: str | None) -> list[Any]:
+    """Return the rules in a text that is stored."""
+    rules = None if text is None else (_object(json.loads(text)) or {}).get("value")
+    return rules if isinstance(rules, list) else []
 
 
 def _copied(rules: Value | None) -> Value | None:

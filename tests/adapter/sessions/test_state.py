@@ -222,9 +222,7 @@ async def test_what_a_failed_handshake_sets_is_dropped(store: FaultyStore, state
     assert state.calls == []
 
 
-async def test_a_value_that_a_task_sets_while_the_record_is_stored_is_kept(
-    store: FaultyStore, state: FaultyState
-) -> None:
+async def test_what_a_task_changes_while_the_record_is_stored_counts(store: FaultyStore, state: FaultyState) -> None:
     notes = using(Notes(), items=lambda of: of.items())
     held = store.hold("create", after=True)
 
@@ -233,10 +231,14 @@ async def test_a_value_that_a_task_sets_while_the_record_is_stored_is_kept(
         async def begin(ctx: RequestContext) -> None:
             of = get_session_state(ctx)
             await of.set("early", 1)
+            await of.set("dropped", 3)
 
             async def late() -> None:
                 await held.wait_entered()
                 await of.set("late", 2)
+                assert await of.update("early", lambda value: value + 1, default=0) == 2
+                await of.delete("dropped")
+                assert await of.items() == {"early": 2, "late": 2}
                 held.release()
 
             one.tasks.start_soon(late)
@@ -244,7 +246,7 @@ async def test_a_value_that_a_task_sets_while_the_record_is_stored_is_kept(
         notes.on_initialize = begin
         client = one.client()
         await client.handshake()
-        assert await result(client.open_call("items")) == {"early": 1, "late": 2}
+        assert await result(client.open_call("items")) == {"early": 2, "late": 2}
 
 
 async def test_an_update_that_another_write_overtakes_is_made_again(store: FaultyStore, state: FaultyState) -> None:

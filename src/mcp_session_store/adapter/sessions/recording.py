@@ -107,7 +107,7 @@ class RecordWriter:
         self, session: ResidentSession, key: UUID, params: InitializeParams, version: str, request: RequestWait
     ) -> None:
         self._registry.promise(session)
-        state, session.new_state = session.new_state, None
+        state = session.new_state or {}
         try:
             record = await self.store.create(
                 NewSession(
@@ -118,17 +118,21 @@ class RecordWriter:
                     client_version=params.client_version,
                     principal=principal_of(session.owner),
                     instance=self._instance,
-                    state=() if state is None else tuple(state.values()),
+                    state=tuple(state.values()),
                 ),
                 request,
             )
-            if state is not None:
+            while (late := session.new_state or {}) != state:
+                # Changed by a task of the application's while the record was being stored.
+                for name, value in late.items():
+                    if state.get(name) != value:
+                        await self.state.put(key, value)
+                for name in state.keys() - late.keys():
+                    await self.state.delete(key, name)
+                state = late
+            session.new_state = None
+            if state:
                 session.watched = {name: one.value for name, one in state.items() if one.watched}
-            while session.new_state:
-                # Set by a task of the application's while the record was being stored.
-                late, session.new_state = session.new_state, None
-                for value in late.values():
-                    await self.state.put(key, value)
         except BaseException:
             self._registry.withdraw()
             raise
@@ -227,15 +231,19 @@ class RecordWriter:
                 self.announce(session.record.key, self.journal.change(revision, write, method, params))
             return True
 
-    async def write_watched(self, session: ResidentSession, name: str, state: NewState | None) -> None:
+    async def write_watched(
+        self, session: ResidentSession, name: str, state: NewState | None, *, expected: int | None = None
+    ) -> None:
         """Commit a watched value of a session or its removal, take it over in this copy, and say so to others.
 
         Args:
             session: The session, whose handshake is committed.
             name: Name of the value.
             state: The value; `None` removes it.
+            expected: See `StateStore.put`.
 
         Raises:
+            StateConflict: The value has another version.
             NoSession: The session is not live.
             SessionStoreError: The value could not be stored.
         """
@@ -244,8 +252,10 @@ class RecordWriter:
             record = session.record
             assert record is not None
             try:
-                put = self.state.delete(record.key, name) if state is None else self.state.put(record.key, state)
-                revision = await put
+                if state is None:
+                    revision = await self.state.delete(record.key, name)
+                else:
+                    revision = await self.state.put(record.key, state, expected=expected)
             except NoSession:
                 await self.on_not_live([record.key])
                 raise

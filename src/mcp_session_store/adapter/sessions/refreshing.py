@@ -190,7 +190,8 @@ class Refresher:
         if record is None:
             await self._writer.on_not_live([had.key])
             return
-        if record.revision > session.watched_revision:
+        # Also at the same revision, which a write of one value here may have made after another was written elsewhere.
+        if record.revision >= session.watched_revision:
             session.watched, session.watched_revision = record.watched, record.revision
         # Later than the record, so that nothing is missing that the record's revision has.
         journal = await self._writer.store.inner.read_journal(had.key)
@@ -246,6 +247,7 @@ class Refresher:
         )
         scope = scope_of(session.session_id, _marker_of(session))
         scope.update({RESIDENT_SESSION: session, RECORD_WRITER: self._writer, STATE: self._writer.state})
+        scope[REPLAYED_SESSION] = session
         initialized = JSONRPCNotification(jsonrpc="2.0", method="notifications/initialized")
         with anyio.move_on_after(self._timeout):
             session.loop.swallow_initialized = False
