@@ -12,9 +12,11 @@ from mcp_session_store import session_key
 from mcp_session_store.adapter.streams import beginning, followers, standalone
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.event_log import STANDALONE_WAIT
+from mcp_session_store.mailbox import MessageKind
 from tests.support.asgi import until
 from tests.support.asking import roots
-from tests.support.instances import instance
+from tests.support.faulty_stores import FaultyLog
+from tests.support.instances import Notes, instance
 from tests.support.internals import recorder_of
 from tests.support.streams import all_stored, one_more_turn, opened
 from tests.support.talking import Talking, hears, told
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from tests.support.asgi import Client, Exchange
-    from tests.support.faulty_stores import FaultyLog, FaultyStore
+    from tests.support.faulty_stores import FaultyStore
     from tests.support.instances import Clock, Instance, RequestContext
     from tests.support.talking import Call
 
@@ -151,6 +153,28 @@ async def test_of_streams_on_two_instances_the_later_one_goes_on_after_what_the_
         await older.end()
     heard = [text for stream in streams for text in told(stream.messages)]
     assert heard == ["a", "b", *TEXTS, *(f"there {text}" for text in TEXTS), "last", "very last"]
+
+
+@pytest.mark.parametrize("at", ["the same", "a third"])
+async def test_a_stream_that_moves_before_its_former_holder_has_answered_goes_on_after_what_that_one_has_sent(
+    at: str, log: FaultyLog, other_log: FaultyLog, store: FaultyStore, client: Client, there: Client, call: Call
+) -> None:
+    async with instance(store, Notes(), events=FaultyLog(store)) as third:
+        first = await get(client)
+        await call.tell("a")
+        await hears(first, "a")
+        held = log.mailbox.hold("receive")
+        second = await get(there)
+        await held.wait_entered()
+        await until(lambda: MessageKind.STREAM_TAKEN in (posted.kind for posted in other_log.mailbox.posted))
+        latest = await get(there if at == "the same" else third.client(client.session_id))
+        await second.end()
+        await one_more_turn()
+        log.mailbox.up()
+        held.release()
+        await call.tell("b")
+        await hears(latest, "b")
+        assert second.messages == []
 
 
 async def test_a_client_that_left_goes_on_anywhere_without_an_id(

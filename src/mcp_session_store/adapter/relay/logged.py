@@ -41,8 +41,9 @@ class LoggedStreams:
         self._look(session)
 
     async def hand_over(self, key: UUID, session: ResidentSession | None) -> int | None:
-        for follower in self._followers.of(key, STANDALONE_STREAM):
-            follower.close()
+        if session is not None and session.hold is not None and session.hold.is_lost:  # or it was opened again here
+            for follower in self._followers.of(key, STANDALONE_STREAM):
+                follower.close()
         given, sent = self._followers.given(key), None
         if session is not None and (hold := session.hold) is not None and hold.former is not None:
             # It may not know yet itself where the one before it got.

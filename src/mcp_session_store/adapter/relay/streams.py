@@ -113,7 +113,7 @@ class ClientStreams:
         before = standalone.hold
         if before is not None:
             before.is_open = False
-            before.end()
+            before.claimed.set()
         hold = standalone.hold = Hold(session.record.key, clock.now(), before)
         self._activity.claim_stream(session, hold)
         return hold
@@ -141,20 +141,23 @@ class ClientStreams:
         hold = None if session is None else session.hold
         if message.kind is MessageKind.STREAM_TAKEN:
             self._taken(message, session, hold)
-        elif session is None or hold is None or not hold.is_open:
+        elif session is None or hold is None:
             return  # it was open here before
+        elif message.kind is MessageKind.STREAM_SENT:
+            # One that has taken the stream from here meanwhile wants to know, too.
+            self._sent(message, session, hold)
+        elif not hold.is_open:
+            return
         elif message.kind is MessageKind.STREAM:
             self._source.hinted(session)
-        elif message.kind is MessageKind.CLOSE_STREAM:
-            session.transport.close_standalone_sse_stream()
         else:
-            self._sent(message, session, hold)
+            session.transport.close_standalone_sse_stream()
 
     def _answered(self, hold: Hold, holder: StreamHolder, number: int) -> None:
         """Take the store's answer to a claim that was made under a number of this instance."""
         session = self._registry.with_key(hold.key)
         if session is None or session.hold is not hold:
-            hold.end()
+            hold.claimed.set()
             return
         is_first = not hold.claimed.is_set()
         if is_first:
@@ -162,10 +165,14 @@ class ClientStreams:
         if holder.number != number:
             _lose(hold, session)
             self._tasks.start_soon(self._source.hand_over, hold.key, session)
-            hold.end()
+            if is_first:
+                hold.handed_over.set()
+            hold.claimed.set()
             return
         hold.term = holder.term
-        if is_first and holder.term != hold.term_before and holder.former not in (None, number):
+        if is_first and hold.before is not None and hold.before.term == hold.term:
+            hold.go_on(hold.before)
+        elif is_first and holder.former not in (None, number):
             hold.former = holder.former
             body = json.dumps({"term": hold.term})
 
@@ -223,11 +230,14 @@ class ClientStreams:
             theirs = sorted((now - age for age in taken), reverse=True)
             both = zip_longest(reversed(standalone.taken), theirs, fillvalue=-math.inf)
             standalone.taken = deque(reversed([max(moments) for moments in both]), standalone.taken.maxlen)
+        if hold.before is not None and hold.before.term == body.get("term"):
+            # It is the answer to the hold before, and this one may go on with it.
+            hold = hold if hold.term == hold.before.term else hold.before
         if body.get("term") != hold.term or hold.handed_over.is_set():
             return
-        hold.sent = body.get("sent")
-        hold.handed_over.set()
-        self._source.handed_over(session)
+        hold.learn(body.get("sent"))
+        if hold.is_open:
+            self._source.handed_over(session)
 
 
 def _lose(hold: Hold, session: ResidentSession) -> None:

@@ -19,10 +19,11 @@ class Hold:
     Args:
         key: Key of the session.
         opened_at: Moment, by `clock`, at which the stream was opened.
-        before: The hold before, which this instance had.
+        before: The hold before, which this instance had of the same session.
     """
 
     __slots__ = (
+        "before",
         "claimed",
         "claimed_at",
         "former",
@@ -33,7 +34,6 @@ class Hold:
         "opened_at",
         "sent",
         "term",
-        "term_before",
     )
 
     def __init__(self, key: UUID, opened_at: float, before: Hold | None = None) -> None:
@@ -41,8 +41,10 @@ class Hold:
         self.opened_at = opened_at
         self.term: int = 0
         """Term of this instance as the holder; 0: the store has not entered it yet."""
-        self.term_before: int = 0 if before is None else before.term or before.term_before
-        """The term that this instance had last."""
+        self.before: Hold | None = before if before is None or before.term else before.before
+        """The hold before that the store has entered, with which this one may have the term in common."""
+        if self.before is not None:
+            self.before.before = None
         self.former: int | None = None
         """Number of the instance from which the stream was taken; `None`: from none, or it is not known yet."""
         self.is_open = True
@@ -58,7 +60,13 @@ class Hold:
         self.sent: int | None = None
         """Sequence up to which the former holder has given the log's events to its connection, where it said so."""
 
-    def end(self) -> None:
-        """Note that there is a later hold, so that nothing more is to be learned of this one."""
+    def go_on(self, before: Hold) -> None:
+        """Go on with what the hold before is about to learn, or has learned, of the former holder."""
+        self.former, self.sent, self.handed_over = before.former, before.sent, before.handed_over
+
+    def learn(self, sent: int | None) -> None:
+        """Learn from the former holder up to which sequence it has given the log's events to its connection."""
+        self.sent = sent
+        if self.before is not None and self.before.term == self.term:
+            self.before.sent = sent
         self.handed_over.set()
-        self.claimed.set()
