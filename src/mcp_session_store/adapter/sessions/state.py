@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import secrets
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
 from mcp_types.version import is_version_at_least
 
 from mcp_session_store.adapter.outage import RequestWait
@@ -36,6 +38,9 @@ STATE: Final = "mcp_session_store.state"
 
 MAX_TRIES: Final = 10
 """Number of times that an update is tried."""
+
+FIRST_PAUSE: Final = 0.004
+"""Most seconds between the first two tries of an update; twice as many before each further one."""
 
 SESSIONLESS: Final = "2026-07-28"
 """First protocol version without sessions."""
@@ -225,7 +230,10 @@ class SessionState:
             value = function(default if found is None else json.loads(found.value))
             self._keep(session, new_state(name, _encoded(name, value), ttl=seconds))
             return value
-        for _ in range(MAX_TRIES):
+        for tries in range(MAX_TRIES):
+            if tries:
+                # Else calls at once go on together, and of many all but one fail each time.
+                await anyio.sleep(random.uniform(0, FIRST_PAUSE * 2 ** (tries - 1)))  # noqa: S311
             stored = (await self._access.get(self._key, (name,))).get(name)
             value = function(default if stored is None else json.loads(stored.value))
             state = new_state(name, _encoded(name, value), ttl=seconds)
