@@ -55,8 +55,10 @@ VALUES: dict[str, object] = {
 
 
 def migrate(function: Callable[..., Any]) -> Callable[..., object]:
-    def call(url_or_engine: Any = URL, **others: Any) -> object:
-        return asyncio.run(function(url_or_engine, **others))
+    where = next(iter(inspect.signature(function).parameters))
+
+    def call(**arguments: Any) -> object:
+        return asyncio.run(function(**{where: URL, **arguments}))
 
     return call
 

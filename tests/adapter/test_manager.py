@@ -16,4 +16,12 @@ if TYPE_CHECKING:
 def test_the_manager_has_no_public_member_that_is_not_for_users(store: FaultyStore) -> None:
     of_the_sdk = {name for name in dir(StreamableHTTPSessionManager(Notes().server)) if not name.startswith("_")}
     ours = {name for name in dir(DurableSessionManager(Notes().server, store)) if not name.startswith("_")}
-    assert ours - of_the_sdk == {"store", "event_log", "mailbox", "instance", "readiness", "answer_waiting"}
+    assert ours - of_the_sdk == {
+        "store",
+        "event_log",
+        "mailbox",
+        "state_store",
+        "instance",
+        "readiness",
+        "answer_waiting",
+    }

@@ -137,15 +137,19 @@ def test_with_the_line_tables_in_a_schema_and_partitions_are_left_alone(postgres
 
 
 @pytest.mark.parametrize(
-    ("schema", "options"), [(None, "compare_server_default=True"), (None, WITH_LINE), ("sessions", WITH_LINE)]
+    ("database", "schema", "options"),
+    [
+        ("sqlite_url", None, "compare_server_default=True"),
+        ("sqlite_url", None, WITH_LINE),
+        ("postgres_url", None, "compare_server_default=True"),
+        ("postgres_url", None, WITH_LINE),
+        ("postgres_url", "sessions", f"{WITH_LINE}, include_schemas=True"),
+    ],
 )
 def test_our_tables_in_an_applications_models_are_those_of_the_database(
-    database_url: str, tmp_path: Path, schema: str | None, options: str
+    request: pytest.FixtureRequest, tmp_path: Path, database: str, schema: str | None, options: str
 ) -> None:
-    if schema is not None:
-        if "sqlite" in database_url:
-            pytest.skip("SQLite has no schemas")
-        options += ", include_schemas=True"
+    database_url: str = request.getfixturevalue(database)
     models = MODELS.replace("target", "own") + f"target = [own, migrations.metadata(schema={schema!r})]\n"
     asyncio.run(migrated(database_url, schema=schema))
     project = AlembicProject(tmp_path / "app", database_url, options=options, models=models)
@@ -183,13 +187,20 @@ async def test_tables_that_create_all_has_made_can_be_used(database_url: str) ->
         await engine.dispose()
 
 
-@pytest.mark.parametrize(("schema", "engine"), [(None, "async"), ("sessions", "async"), (None, "sync")])
+# No synchronous driver for Postgres is installed, and SQLite has no schemas.
+@pytest.mark.parametrize(
+    ("database", "schema", "engine"),
+    [
+        ("sqlite_url", None, "async"),
+        ("sqlite_url", None, "sync"),
+        ("postgres_url", None, "async"),
+        ("postgres_url", "sessions", "async"),
+    ],
+)
 def test_a_migration_of_the_application_upgrades_in_its_transaction(
-    database_url: str, tmp_path: Path, schema: str | None, engine: str
+    request: pytest.FixtureRequest, tmp_path: Path, database: str, schema: str | None, engine: str
 ) -> None:
-    is_sqlite = "sqlite" in database_url
-    if (engine == "sync" and not is_sqlite) or (schema is not None and is_sqlite):
-        pytest.skip("no synchronous driver for Postgres is installed, and SQLite has no schemas")
+    database_url: str = request.getfixturevalue(database)
     project = AlembicProject(tmp_path / "app", database_url, sync=engine == "sync")
     upgrade = f"migrations.upgrade(op.get_bind(), schema={schema!r})"
     table = "op.create_table('users', sa.Column('id', sa.Integer, primary_key=True))"
