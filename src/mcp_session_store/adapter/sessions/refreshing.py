@@ -106,6 +106,10 @@ class Refresher:
                     elif not _is_to_refresh(session):
                         break
                     else:
+                        async with session.recording:
+                            pass  # What is heard of may be a change that is being committed here.
+                        if not _is_to_refresh(session):
+                            continue
                         with session.taking_change():
                             await self._refresh(session)
                         if _is_to_refresh(session):
