@@ -118,7 +118,7 @@ class RecordWriter:
                     client_version=params.client_version,
                     principal=principal_of(session.owner),
                     instance=self._instance,
-                    state=tuple(state.values()),
+                    state=tuple(state.values()) if state else (),
                 ),
                 request,
             )
