@@ -82,12 +82,15 @@ class FaultProxy:
         self.refuse()
         self._flowing.set()
         # A connection that was accepted a moment ago gets its task in the next turn of the event loop.
-        for _turn in range(3):
+        for _turn in range(10):
             await asyncio.sleep(0)
         tasks = list(self._connections)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # An aborted connection is closed in the next turn.
+        for _turn in range(3):
+            await asyncio.sleep(0)
 
     @property
     def connections(self) -> int:

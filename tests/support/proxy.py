@@ -67,11 +67,14 @@ class RoundRobinProxy:
         assert self._listener is not None
         self._listener.close()
         # A connection that was accepted a moment ago gets its task in the next turns of the event loop.
-        for _turn in range(3):
+        for _turn in range(10):
             await asyncio.sleep(0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # An aborted connection is closed in the next turn.
+        for _turn in range(3):
+            await asyncio.sleep(0)
 
     def cut_streams(self) -> int:
         """End the open responses whose clients have an event id, so that they can come back; how many there were."""
