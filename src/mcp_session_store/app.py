@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+MAX_UNBOUND_BYTES: Final = 256 * 1024**2
+"""Bytes of a namespace's values beyond which no state of FastMCP's is stored that belongs to no session: strangers can
+make such state, and it must leave room for the logins that a `SqlKeyValue` keeps there."""
+
 _ARGUMENT: Final = "argument"
 _DEFAULT: Final = "default"
 
@@ -182,7 +186,9 @@ def durable_app(
     arguments |= _mailbox_arguments(store, *_setting("relay", relay, True, truth))
     arguments |= _state_arguments(store, state)
     # It closes with the store, whose connections it uses.
-    unbound = SqlKeyValue(store) if is_fastmcp(server) and isinstance(store, SqlSessionStore) else None
+    unbound = None
+    if is_fastmcp(server) and isinstance(store, SqlSessionStore):
+        unbound = SqlKeyValue(store, max_total_bytes=MAX_UNBOUND_BYTES)
     app = build_app(server, store, options=options, arguments=arguments, unbound=unbound, health_path=health_path)
     return _announced(app, place)
 

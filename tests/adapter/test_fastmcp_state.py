@@ -21,7 +21,9 @@ from mcp_session_store import (
     durable_app,
     session_key,
 )
+from mcp_session_store import app as app_module
 from mcp_session_store.adapter.fastmcp_state import FastMCPState, state_names
+from mcp_session_store.errors import KeyValueFull
 from mcp_session_store.testing import new_state
 from tests.support.asgi import Client
 from tests.support.databases import execute, migrated
@@ -392,6 +394,23 @@ async def test_state_of_no_session_stays_in_memory_or_is_kept_until_it_is_swept(
         assert len(await execute(database_url, "SELECT * FROM mcp_session_value")) == 2
         assert await execute(database_url, "SELECT * FROM mcp_session_state") == []
         await values.aclose()
+
+
+async def test_state_of_no_session_leaves_room_for_logins(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Any client of protocol 2026-07-28 can make such state.
+    monkeypatch.setattr(app_module, "MAX_UNBOUND_BYTES", 100)
+    await migrated(sqlite_url)
+    root = server()
+    async with (
+        running(durable_app(root, sqlite_url)),
+        SqlSessionStore(sqlite_url) as other,
+        SqlKeyValue(other) as logins,
+    ):
+        storage: Any = state_storage_of(root)
+        await storage.put("session:1:x", {"value": 60 * "x"})
+        with pytest.raises(KeyValueFull):
+            await storage.put("session:2:x", {"value": 60 * "x"})
+        await logins.put("client", {"token": "x"}, collection="mcp-oauth")
 
 
 async def test_the_id_of_a_session_opens_its_state_to_no_request_of_another_kind() -> None:

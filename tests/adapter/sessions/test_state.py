@@ -134,7 +134,7 @@ async def test_values_are_set_read_updated_and_removed(store: FaultyStore, state
         store.inner.data.ahead += timedelta(seconds=61)
         await of.delete("a")
         await of.delete("a")
-        for wrong in (object(), float("nan"), {1, 2}):
+        for wrong in (object(), float("nan"), {1, 2}, [{1: 2}], {"x": {None: 1}}):
             with pytest.raises(InvalidValue, match="'a' is no JSON"):
                 await of.set("a", wrong)
         return await of.items()

@@ -301,9 +301,23 @@ def _why_none(scope: Scope) -> str:
 def _encoded(name: str, value: Any) -> str:
     try:
         # ASCII, so that `\u0000` and lone surrogates stay escapes, which any database keeps.
-        return _as_json(value)
+        text = _as_json(value)
+        _check_keys(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidValue(f"the value of {name!r} is no JSON: {error}") from None
+    return text
+
+
+def _check_keys(value: Any) -> None:
+    """Refuse dicts with keys that are no texts, which the encoder would make texts, so that another value came back."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no text")
+            _check_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_keys(inner)
 
 
 def _seconds(ttl: float | timedelta | None) -> float | None:
