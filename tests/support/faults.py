@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from contextlib import asynccontextmanager
@@ -144,6 +145,11 @@ class FaultProxy:
         self._request_trap = _Trap(containing)
 
     async def _serve(self, client_reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        # When this proxy goes; asyncio logs the cancellation of a connection's task as an error.
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._connect(client_reader, client)
+
+    async def _connect(self, client_reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         connection = self._connections[task] = _Connection(client)
