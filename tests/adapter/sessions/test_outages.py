@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from mcp_session_store import RestoreRefused
+from mcp_session_store import EndReason, RestoreRefused
 from mcp_session_store.adapter import outage
 from mcp_session_store.errors import SchemaBehind
 from tests.support.asgi import seen_by_a_client, until
@@ -194,6 +194,26 @@ async def test_a_resident_session_of_another_principal_waits_as_an_unknown_one_d
         assert seen_by_a_client(answers[0]) == seen_by_a_client(answers[2])
         assert seen_by_a_client(answers[1]) == seen_by_a_client(answers[3])
         assert (await owner.ping()).status == 200
+
+
+async def test_a_delete_that_takes_effect_and_whose_answer_is_lost_is_done(store: FaultyStore) -> None:
+    ended: list[EndReason] = []
+
+    async def on_end(_record: SessionRecord, reason: EndReason) -> None:
+        ended.append(reason)
+
+    async with instance(store, outage_patience=PATIENCE, on_end=on_end) as one:
+        client = one.client()
+        await client.handshake()
+        store.lose_the_answer_of("end")
+        deleting = client.open("DELETE")
+        await waiting(one, 1)
+        store.up()
+        assert (await deleting.answer()).status == 200
+        assert ended == [EndReason.CLIENT]
+        # Only one of a request's own: another one finds it ended.
+        assert (await client.delete()).status == 404
+        await at_rest(one)
 
 
 async def test_a_delete_waits_and_no_longer_than_clients_that_close_do(

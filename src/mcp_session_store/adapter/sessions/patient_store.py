@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from mcp_session_store.adapter.outage import WAITED_FOR
+from mcp_session_store.store import Absence
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.outage import Gate, Waits
     from mcp_session_store.records import EndReason, JournalEntry, NewSession, SessionRecord
-    from mcp_session_store.store import Absence, SessionStore
+    from mcp_session_store.store import SessionStore
 
 __all__ = ["PatientStore", "wait_if_away"]
 
@@ -81,7 +82,19 @@ class PatientStore:
 
     async def end(self, key: UUID, waits: Waits, *, reason: EndReason) -> bool:
         """See `SessionStore.end`."""
-        return await wait_if_away(self.gate, lambda: self.inner.end(key, reason=reason), waits)
+        tries = 0
+
+        async def end() -> bool:
+            nonlocal tries
+            tries += 1
+            return await self.inner.end(key, reason=reason)
+
+        ended = await wait_if_away(self.gate, end, waits)
+        if not ended and tries > 1:
+            # An earlier try may have ended it, if its commit succeeded and the answer was lost.
+            found = await self.find(key, waits)
+            return found is Absence.ENDED
+        return ended
 
     async def replace_initialize(
         self,
