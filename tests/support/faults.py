@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 _RESET = struct.pack("ii", 1, 0)
 
 
+def close_listener(listener: asyncio.Server) -> None:
+    """Take no more connections, and close the listening socket in the next turn of the event loop.
+
+    asyncio never closes a connection that it accepts in the turn in which its listener is closed.
+    """
+    loop = asyncio.get_running_loop()
+    for listening in listener.sockets:
+        loop.remove_reader(listening.fileno())
+    loop.call_soon(listener.close)
+
+
 class _Connection:
     """A client's connection, and the connection to the server for it."""
 
@@ -114,12 +125,13 @@ class FaultProxy:
     def refuse(self) -> None:
         """Stop listening: new connections are refused. Open ones go on, see `kill_connections`."""
         if self._listener is not None:
-            self._listener.close()
+            close_listener(self._listener)
             self._listener = None
 
     async def accept(self) -> None:
         """Listen again, on the same port."""
         if self._listener is None:
+            await asyncio.sleep(0)  # in which the former one closes
             self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
 
     def kill_on_next_reply(self, containing: bytes = b"") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final, Literal
 
+from tests.support.faults import close_listener
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class RoundRobinProxy:
 
     async def __aexit__(self, *_: object) -> None:
         assert self._listener is not None
-        self._listener.close()
+        close_listener(self._listener)
         # A connection that was accepted a moment ago gets its task in the next turns of the event loop.
         for _turn in range(10):
             await asyncio.sleep(0)
