@@ -22,13 +22,15 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 def close_listener(listener: asyncio.Server) -> None:
-    """Take no more connections, and close the listening socket in the next turn of the event loop.
+    """Refuse connections from now on, and close the listening socket in the next turn of the event loop.
 
     asyncio never closes a connection that it accepts in the turn in which its listener is closed.
     """
     loop = asyncio.get_running_loop()
     for listening in listener.sockets:
         loop.remove_reader(listening.fileno())
+        # The kernel would take connections until the socket is closed, and reset them then.
+        listening.shutdown(socket.SHUT_RDWR)
     loop.call_soon(listener.close)
 
 
