@@ -46,7 +46,7 @@ MAX_POSTED_BYTES: Final = 64 * 1024**2
 """Bytes that the clients of one session may post within that time, because a recipient may not read them."""
 POSTED_AT_ONCE: Final = 250
 """Most messages that are posted in one call."""
-POST_INTERVAL: Final = 0.015
+POST_INTERVAL: Final = 0.012
 """Seconds between the beginnings of two posts, in which messages gather; a lone one is posted at once."""
 BYTES_AT_ONCE: Final = 1024**2
 """Bytes of their bodies, beyond which a message is posted alone."""
