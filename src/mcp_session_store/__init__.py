@@ -24,7 +24,7 @@ from mcp_session_store.errors import (
 from mcp_session_store.event_log import EventLog
 from mcp_session_store.mailbox import Mailbox
 from mcp_session_store.memory import MemoryEventLog, MemoryMailbox, MemorySessionStore, MemoryStateStore
-from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker, session_key
+from mcp_session_store.records import EndReason, SessionRecord, session_key
 from mcp_session_store.retention import EventPolicy, RetentionPolicy, StatePolicy
 from mcp_session_store.settings import InstanceSettings
 from mcp_session_store.state_store import StateStore
@@ -33,7 +33,7 @@ from mcp_session_store.store import SessionStore
 if TYPE_CHECKING:
     from mcp_session_store.adapter.manager import DurableSessionManager, EndHook, RestoreHook
     from mcp_session_store.adapter.replay.journal import JournaledMethod
-    from mcp_session_store.adapter.replay.marker import get_restore_marker
+    from mcp_session_store.adapter.replay.marker import SessionRestoreMarker, get_restore_marker
     from mcp_session_store.adapter.sessions.state import SessionState, get_session_state
     from mcp_session_store.app import durable_app
     from mcp_session_store.serving import run_durable
@@ -94,6 +94,7 @@ _IMPORTED_WHEN_USED: Final = {
     "EndHook": "adapter.manager",
     "RestoreHook": "adapter.manager",
     "get_restore_marker": "adapter.replay.marker",
+    "SessionRestoreMarker": "adapter.replay.marker",
     "get_session_state": "adapter.sessions.state",
     "SessionState": "adapter.sessions.state",
     "durable_app": "app",

@@ -182,4 +182,14 @@ class SchemaAhead(SchemaError):
 
 
 class RestoreRefused(SessionStoreError):
-    """An application's `on_restore` hook refuses a session: the session ends, and the client gets 404."""
+    """An application's `on_restore` hook refuses a session, and the client gets 404.
+
+    Args:
+        *args: Why, for the application itself.
+        ends_session: Whether the session ends. False refuses one request alone, such as that of another user: it is
+            answered as if there were no session, which stays as it is.
+    """
+
+    def __init__(self, *args: object, ends_session: bool = True) -> None:
+        super().__init__(*args)
+        self.ends_session = ends_session

@@ -1,4 +1,4 @@
-"""Values that stores keep and return, and that an application learns of a restore; all are frozen."""
+"""Values that stores keep and return; all are frozen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ __all__ = [
     "NewState",
     "Principal",
     "SessionRecord",
-    "SessionRestoreMarker",
     "StoredEvent",
     "check_session",
     "check_texts",
@@ -380,20 +379,3 @@ class EventPage:
     """Sequence of the oldest event of the session that is kept, on any stream; that of the next event if none is."""
     last: int
     """Sequence of the newest event of the session, on any stream: where to continue when `more` is False."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SessionRestoreMarker:
-    """The mark of a restored session, which the application finds in its context with `get_restore_marker`."""
-
-    session_id: str = field(repr=False)
-    created_at: datetime
-    """Time at which the session was opened, by the store's clock."""
-    restored_at: datetime
-    """Time at which this instance began the restore, by this instance's clock."""
-    restores: int
-    """Number of restores of the session, this one included."""
-    previous_instance: str
-    """Id of the instance that created or restored the session before."""
-    replaying: bool
-    """True on messages that are replayed or run for another copy, False on those that the client sends to this one."""

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.applications import Starlette
+from starlette.requests import Request
 
 from mcp_session_store import (
     ConfigurationError,
@@ -62,6 +63,7 @@ async def on_restore(marker: SessionRestoreMarker, record: SessionRecord) -> Non
     assert_type(marker.restores, int)
     assert_type(marker.previous_instance, str)
     assert_type(marker.replaying, bool)
+    assert_type(marker.request, Request | None)
 
 
 async def on_end(record: SessionRecord, reason: EndReason) -> None:

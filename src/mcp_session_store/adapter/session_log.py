@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from mcp_session_store.mailbox import MessageKind
-    from mcp_session_store.records import SessionRecord, SessionRestoreMarker
+    from mcp_session_store.records import SessionRecord
     from mcp_session_store.retention import SweepReport
     from mcp_session_store.stream_mail import StreamMessageKind
 
@@ -128,27 +128,28 @@ class SessionLog:
                 extra=self._extra("opened", record.key, record, duration=seconds),
             )
 
-    def restored(self, record: SessionRecord, marker: SessionRestoreMarker, *, seconds: float) -> None:
+    def restored(self, record: SessionRecord, *, previous_instance: str, restores: int, seconds: float) -> None:
         """Note that a session was restored.
 
         Args:
             record: Its record.
-            marker: Its marker.
+            previous_instance: Id of the instance that opened or restored it before.
+            restores: Number of its restores, this one included.
             seconds: Time since its record was loaded.
         """
         telemetry.restored.add(1, self._of)
         telemetry.restores.record(seconds, self._restored_of)
         if logger.isEnabledFor(logging.INFO):
             extra = self._extra("restored", record.key, record, duration=seconds)
-            extra |= {"mcp_previous_instance": marker.previous_instance, "mcp_restores": marker.restores}
+            extra |= {"mcp_previous_instance": previous_instance, "mcp_restores": restores}
             _say(
                 logging.INFO,
                 "the session %s of %s was restored in %.3f s, from instance %s (restore %d)",
                 record.key,
                 _client(record),
                 seconds,
-                marker.previous_instance,
-                marker.restores,
+                previous_instance,
+                restores,
                 extra=extra,
             )
 

@@ -18,13 +18,14 @@ from mcp.shared.exceptions import MCPError
 from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 
 from mcp_session_store import EndReason, MemorySessionStore, RestoreRefused, SessionRecord, SessionRestoreMarker
-from tests.support.asgi import Client, until
+from tests.support.asgi import Client, seen_by_a_client, until
 from tests.support.http import INITIALIZE_PARAMS, assert_not_handled, assert_unavailable
 from tests.support.instances import Notes, instance, open_session, principal, wait_for
 from tests.support.internals import exit_stack_of, registry_of, stopping_in
 
 if TYPE_CHECKING:
     from mcp.server.context import HandlerResult
+    from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
     from tests.support.asgi import Exchange
@@ -730,6 +731,75 @@ async def test_a_session_that_the_application_refuses_is_over(store: FaultyStore
         one.assert_seats_match()
         assert (await two.client(session_id).ping()).status == 404
         assert ended == []
+
+
+async def test_the_hook_and_replayed_messages_see_the_request_that_began_the_restore(store: FaultyStore) -> None:
+    session_id = await open_session(store)
+    told: list[Request | None] = []
+
+    async def on_restore(marker: SessionRestoreMarker, _record: SessionRecord) -> None:
+        told.append(marker.request)
+
+    async with instance(store, on_restore=on_restore) as one:
+        client = one.client(session_id, headers={"x-user": "alice"}, address="10.1.2.3")
+        assert (await client.get_stream()).status == 200
+        assert (await client.ping()).status == 200
+        (request,) = told
+        assert request is not None
+        assert (request.method, request.headers["x-user"]) == ("GET", "alice")
+        assert request.client is not None
+        assert request.client.host == "10.1.2.3"
+        with pytest.raises(RuntimeError):
+            await request.body()
+        # The copy keeps no request for as long as it lives.
+        markers = [(seen.method, seen.marker.request) for seen in one.notes.seen if seen.marker is not None]
+        assert markers == [("initialize", request), ("notifications/initialized", request), ("ping", None)]
+
+
+async def test_a_hook_refuses_one_request_and_none_of_those_that_wait_with_it(store: FaultyStore) -> None:
+    session_id = await open_session(store)
+    asked, proceed = anyio.Event(), anyio.Event()
+
+    async def on_restore(marker: SessionRestoreMarker, _record: SessionRecord) -> None:
+        assert marker.request is not None
+        if marker.request.headers["x-user"] != "alice":
+            asked.set()
+            await proceed.wait()
+            raise RestoreRefused(ends_session=False)
+
+    async with instance(store, on_restore=on_restore) as one:
+        alice, bob = (one.client(session_id, headers={"x-user": name}) for name in ("alice", "bob"))
+        refused = bob.open_request("ping")
+        await wait_for(asked)
+        waiting = alice.open_request("ping")
+        (restore,) = registry_of(one.manager).restores.values()
+        await until(lambda: restore.waiters == 2)
+        proceed.set()
+        unknown = await one.client("0" * 32).ping()
+        assert seen_by_a_client(await refused.answer()) == seen_by_a_client(unknown)
+        assert (await waiting.answer()).status == 200
+        one.assert_seats_match()
+    assert await store.ended(session_id) is None
+
+
+async def test_a_request_waits_for_the_restores_of_three_refused_ones_at_most(store: FaultyStore) -> None:
+    session_id = await open_session(store)
+    waiting = [5, 4, 3]
+
+    async def on_restore(_marker: SessionRestoreMarker, _record: SessionRecord) -> None:
+        expected = waiting.pop(0)
+        restores = registry_of(one.manager).restores
+        await until(lambda: restores[session_id].waiters == expected)
+        raise RestoreRefused(ends_session=False)
+
+    async with instance(store, on_restore=on_restore) as one:
+        exchanges = [one.client(session_id).open_request("ping") for _ in range(5)]
+        answers = [await exchange.answer() for exchange in exchanges]
+        assert [answer.status for answer in answers].count(404) == 3
+        for answer in answers:
+            if answer.status != 404:
+                assert_not_handled(answer)
+    assert await store.ended(session_id) is None
 
 
 @pytest.mark.parametrize("way", ["bug", "hang", "refusal that cannot be stored"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from mcp_session_store.records import SessionRestoreMarker
-
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from starlette.requests import Request
     from starlette.types import Scope
 
-__all__ = ["REPLAYED_SESSION", "RESTORE_MARKER", "get_restore_marker", "request_scope"]
+__all__ = ["REPLAYED_SESSION", "RESTORE_MARKER", "SessionRestoreMarker", "get_restore_marker", "request_scope"]
 
 RESTORE_MARKER: Final = "mcp_session_store.restore_marker"
 """Key of a request's ASGI scope under which the marker stands."""
@@ -21,6 +23,29 @@ REPLAYED_SESSION: Final = "mcp_session_store.replayed_session"
 # ServerRequestContext and FastMCP's wrapper of it have `request`, both `Context` classes have
 # `request_context`, FastMCP's MiddlewareContext has `fastmcp_context`.
 _WAYS: Final = ("request", "request_context", "fastmcp_context")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionRestoreMarker:
+    """The mark of a restored session, which the application finds in its context with `get_restore_marker`."""
+
+    session_id: str = field(repr=False)
+    created_at: datetime
+    """Time at which the session was opened, by the store's clock."""
+    restored_at: datetime
+    """Time at which this instance began the restore, by this instance's clock."""
+    restores: int
+    """Number of restores of the session, this one included."""
+    previous_instance: str
+    """Id of the instance that created or restored the session before."""
+    replaying: bool
+    """True on messages that are replayed or run for another copy, False on those that the client sends to this one."""
+    request: Request | None = field(default=None, repr=False, compare=False)
+    """HTTP request that began the restore, without its body: in `on_restore`, and on the messages that are replayed.
+
+    None on later messages, whose contexts have requests of their own, and on messages that are run for another copy,
+    because no request comes with them.
+    """
 
 
 def get_restore_marker(ctx: object) -> SessionRestoreMarker | None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from mcp_types import RequestId
     from starlette.types import Scope
 
+    from mcp_session_store.adapter.replay.marker import SessionRestoreMarker
     from mcp_session_store.adapter.replay.replay import ReplayedCopy
-    from mcp_session_store.records import SessionRestoreMarker
 
 __all__ = ["MirroredCall", "MirroredCalls"]
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Link
     from starlette.types import Scope
 
-    from mcp_session_store.records import JournalEntry, SessionRecord, SessionRestoreMarker
+    from mcp_session_store.adapter.replay.marker import SessionRestoreMarker
+    from mcp_session_store.records import JournalEntry, SessionRecord
 
 __all__ = ["TOO_LONG", "Replay", "ReplayedCopy"]
 

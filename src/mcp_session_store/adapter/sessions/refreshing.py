@@ -16,12 +16,11 @@ from starlette.requests import Request
 from mcp_session_store.adapter import sdk
 from mcp_session_store.adapter.background import report_failure
 from mcp_session_store.adapter.replay.journal import StateName
-from mcp_session_store.adapter.replay.marker import REPLAYED_SESSION
+from mcp_session_store.adapter.replay.marker import REPLAYED_SESSION, SessionRestoreMarker
 from mcp_session_store.adapter.replay.mirrored import MirroredCalls, scope_of
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import NEVER_FRESH, RESIDENT_SESSION
 from mcp_session_store.adapter.sessions.state import STATE
-from mcp_session_store.records import SessionRestoreMarker
 from mcp_session_store.store import read_params
 
 if TYPE_CHECKING:

@@ -155,7 +155,13 @@ class Registry:
         restore.session = session
         assert session.record is not None
         assert session.marker is not None
-        self.log.restored(session.record, session.marker, seconds=clock.now() - restore.loaded_at)
+        marker = session.marker
+        self.log.restored(
+            session.record,
+            previous_instance=marker.previous_instance,
+            restores=marker.restores,
+            seconds=clock.now() - restore.loaded_at,
+        )
         self._end(restore)
 
     def not_restored(self, restore: Restore, failure: Exception) -> None:

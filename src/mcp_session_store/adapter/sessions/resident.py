@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from mcp.server.streamable_http import StreamableHTTPServerTransport
     from mcp_types import RequestId
 
+    from mcp_session_store.adapter.replay.marker import SessionRestoreMarker
     from mcp_session_store.adapter.sessions.outlets import Outlet, Outlets
     from mcp_session_store.adapter.sessions.server_loop import ServerLoop
     from mcp_session_store.adapter.streams.event_store import SessionEvents
     from mcp_session_store.adapter.streams.hold import Hold
-    from mcp_session_store.records import NewState, SessionRecord, SessionRestoreMarker
+    from mcp_session_store.records import NewState, SessionRecord
     from mcp_session_store.retention import RetentionPolicy
 
 __all__ = ["RESIDENT_SESSION", "ResidentSession"]

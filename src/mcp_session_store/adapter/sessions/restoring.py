@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import anyio
 from opentelemetry.trace import get_current_span
+from starlette.requests import Request
 
 from mcp_session_store import telemetry
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.background import is_cancelled
 from mcp_session_store.adapter.replay.journal import StateName
-from mcp_session_store.adapter.replay.marker import REPLAYED_SESSION
+from mcp_session_store.adapter.replay.marker import REPLAYED_SESSION, SessionRestoreMarker
 from mcp_session_store.adapter.replay.replay import TOO_LONG, Replay
 from mcp_session_store.adapter.responses import MemoryFull, RestoreFailed, SessionNotFound, ShuttingDown
 from mcp_session_store.adapter.session_log import STALE
 from mcp_session_store.adapter.sessions.restores import Restore
 from mcp_session_store.errors import RestoreRefused, SessionStoreError, StoreUnavailable
-from mcp_session_store.records import EndReason, SessionRecord, SessionRestoreMarker, session_key
+from mcp_session_store.records import EndReason, SessionRecord, session_key
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -52,6 +54,10 @@ MAX_UNANSWERED: Final = 1_000
 """Number of claims without an answer that are remembered."""
 RESTORE_ATTEMPTS: Final = 3
 """Number of times that a restore begins, because the record changed meanwhile."""
+
+
+class _RequestRefused(SessionNotFound):
+    """The application refuses the request that began the restore, and perhaps no other one."""
 
 
 class Restorer:
@@ -98,7 +104,12 @@ class Restorer:
         """Claims that may have taken effect without an answer, by key: restores and instance before each."""
 
     async def restored(
-        self, session_id: str, requestor: AuthorizationContext | None, scope: Scope, request: RequestWait
+        self,
+        session_id: str,
+        requestor: AuthorizationContext | None,
+        scope: Scope,
+        request: RequestWait,
+        attempts: int = RESTORE_ATTEMPTS,
     ) -> ResidentSession:
         """Return a session, resident and pinned, after a restore if it is not in memory.
 
@@ -107,6 +118,7 @@ class Restorer:
             requestor: Principal of the request.
             scope: ASGI scope of the request.
             request: The request, which may have to wait for the store.
+            attempts: Number of restores that it waits for, because the application refuses those that began them.
 
         Raises:
             SessionNotFound: There is no such session for this principal.
@@ -127,7 +139,7 @@ class Restorer:
                 self._registry.renew_if_stale(session)
                 session = self._registry.get(session_id)
             if session is None or not session.can_serve:
-                return await self._join_restore(session_id, interest, record, requestor, scope, request)
+                return await self._join_restore(session_id, interest, record, requestor, scope, request, attempts)
         finally:
             self._registry.lose_interest(interest)
         session.pin()
@@ -141,12 +153,13 @@ class Restorer:
         requestor: AuthorizationContext | None,
         scope: Scope,
         request: RequestWait,
+        attempts: int,
     ) -> ResidentSession:
         """Wait for the one restore of this session, and begin it if none is under way.
 
         All requests that join are of the session's principal: their lookups have passed.
         """
-        restore = self._registry.restores.get(session_id)
+        joined = restore = self._registry.restores.get(session_id)
         # The client may have changed the session elsewhere before it sent a request that joins.
         if record.revision > interest.stale_since:
             interest.stale_since = record.revision
@@ -185,7 +198,11 @@ class Restorer:
             raise
         if restore.session is None:
             assert restore.failure is not None
-            raise restore.failure
+            if joined is None or not isinstance(restore.failure, _RequestRefused):
+                raise restore.failure
+            if attempts == 1:
+                raise RestoreFailed("the application kept refusing requests whose restores this one waited for")
+            return await self.restored(session_id, requestor, scope, request, attempts - 1)
         return restore.session
 
     async def _run_restore(
@@ -230,6 +247,7 @@ class Restorer:
             restores=restore.restores + 1,
             previous_instance=restore.previous_instance,
             replaying=True,
+            request=Request(scope),
         )
         if self._on_restore is not None:
             await self._ask_application(self._on_restore, restore, marker, record)
@@ -319,13 +337,8 @@ class Restorer:
                         record.key, restores=marker.restores, since=loaded_at, used=session.lifetime.used
                     )
                 session.stale_since = interest.stale_since
-                session.marker = SessionRestoreMarker(
-                    session_id=marker.session_id,
-                    created_at=marker.created_at,
-                    restored_at=marker.restored_at,
-                    restores=max(marker.restores, claimed.restores),
-                    previous_instance=marker.previous_instance,
-                    replaying=False,
+                session.marker = replace(
+                    marker, restores=max(marker.restores, claimed.restores), replaying=False, request=None
                 )
                 self._registry.restored(restore, session)
                 return True
@@ -387,7 +400,9 @@ class Restorer:
         try:
             with anyio.fail_after(self._replay_timeout):
                 await hook(marker, record)
-        except RestoreRefused:
+        except RestoreRefused as refusal:
+            if not refusal.ends_session:
+                raise _RequestRefused("refused") from None
             await self._store.end(record.key, restore, reason=EndReason.REFUSED)
             lived = None if record.loaded_at is None else (record.loaded_at - record.created_at).total_seconds()
             self._registry.log.ended(record.key, EndReason.REFUSED, record, lived=lived, counts=True)

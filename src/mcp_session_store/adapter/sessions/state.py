@@ -13,7 +13,7 @@ import anyio
 from mcp_types.version import is_version_at_least
 
 from mcp_session_store.adapter.outage import RequestWait
-from mcp_session_store.adapter.replay.marker import RESTORE_MARKER, request_scope
+from mcp_session_store.adapter.replay.marker import RESTORE_MARKER, SessionRestoreMarker, request_scope
 from mcp_session_store.adapter.sessions.patient_store import wait_if_away
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
 from mcp_session_store.errors import InvalidValue, NoSession, StateConflict
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.outage import Gate
     from mcp_session_store.adapter.sessions.resident import ResidentSession
-    from mcp_session_store.records import SessionRestoreMarker
     from mcp_session_store.state_store import StateStore, StoredState
 
 __all__ = ["STATE", "SessionState", "StateAccess", "get_session_state", "new_state"]
@@ -264,7 +263,7 @@ def get_session_state(ctx: object) -> SessionState:
 
     Args:
         ctx: Any context that the SDK or FastMCP hands to a tool, a handler or a middleware, or the Starlette request in
-            it.
+            it; in an `on_restore` hook, the marker.
 
     Raises:
         NoSession: There is no session; the message says why.
@@ -278,7 +277,7 @@ def get_session_state(ctx: object) -> SessionState:
     if access.store is None:
         raise NoSession("the sessions' store has no StateStore beside it; give yours to durable_app as state")
     session: ResidentSession | None = scope.get(RESIDENT_SESSION)
-    marker: SessionRestoreMarker | None = scope.get(RESTORE_MARKER)
+    marker = ctx if isinstance(ctx, SessionRestoreMarker) else scope.get(RESTORE_MARKER)
     replayed = marker is not None and marker.replaying
     if session is not None:
         return SessionState(access, _key_of(session), session, replayed=replayed)
