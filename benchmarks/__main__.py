@@ -1,4 +1,4 @@
-"""Measure sessions and events beside the stock SDK and mcp-persist, and print the tables of the README.
+"""Measure sessions and events beside the stock SDK and mcp-persist, and print the tables of docs/measurements.md.
 
     pip install 'mcp-persist[postgres,sqlite]>=2.2,<3'
     python -m benchmarks                                     # SQLite in a temporary file

@@ -25,7 +25,7 @@ from tests.support.asgi import seen_by_a_client, until
 from tests.support.http import INITIALIZE_PARAMS, SESSION_ID, assert_not_handled, assert_unavailable
 from tests.support.instances import instance, principal
 from tests.support.internals import registry_of, resident_of
-from tests.support.servers import ROOT
+from tests.support.pages import section_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ async def opened(store: FaultyStore, user: object = None) -> str:
         return await gone.client(user=user).handshake()
 
 
-# The table of the README
+# The table of docs/reference/answers.md
 
 ERRORS: dict[str, Sequence[Exception]] = {
     "the session is unknown": [*map(SessionNotFound, get_args(WhyNotFound)), RecordUnreadable("a column")],
@@ -82,8 +82,8 @@ KINDS: dict[str, tuple[str, Sequence[Message | None]]] = {
 
 
 def table() -> list[dict[str, str]]:
-    """Return the rows of the README's table of refused requests."""
-    section = (ROOT / "README.md").read_text().split("### Answers to requests that are refused\n")[1].split("\n#")[0]
+    """Return the rows of the table of refused requests."""
+    section = section_of("reference/answers.md", "## Answers to requests that are refused")
     head, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", section, re.MULTILINE)
     )
@@ -94,7 +94,7 @@ def scope_of(method: str) -> Scope:
     return {"type": "http", "method": method, "headers": []}
 
 
-def test_the_table_of_the_readme_is_that_of_the_code() -> None:
+def test_the_table_of_the_page_is_that_of_the_code() -> None:
     for row in table():
         cause = row.pop("cause")
         reasons = re.findall("`([^`]+)`", row.pop("counted as"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -16,13 +15,12 @@ from mcp_session_store.adapter import session_log
 from mcp_session_store.adapter.session_log import FIELDS, LOGGER, REFUSALS_LOGGED
 from tests.support.asgi import until
 from tests.support.instances import instance, principal
+from tests.support.pages import text_of
 
 if TYPE_CHECKING:
     from tests.support.faulty_stores import FaultyStore
 
 pytestmark = pytest.mark.anyio
-
-ROOT = Path(__file__).parents[2]
 
 
 class AsJson(logging.Formatter):
@@ -169,9 +167,8 @@ def test_no_field_is_an_attribute_of_log_records() -> None:
     assert all(name.startswith("mcp_") and not hasattr(record, name) for name in FIELDS)
 
 
-def test_the_readme_has_the_fields_of_the_code() -> None:
-    section = (ROOT / "README.md").read_text().split("### Logs\n")[1].split("\n#")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE))
+def test_the_page_has_the_fields_of_the_code() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text_of("reference/logs.md"), re.MULTILINE))
     assert rows == FIELDS
 
 

@@ -1,65 +1,82 @@
-"""The blocks of Python in README.md and docs/: they compile, import what there is, and those of the README run."""
+"""The blocks of README.md and docs/: those of Python run, one after the other, and the commands in others are there."""
 
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import gc
-import importlib.util
-import inspect
 import re
-from collections.abc import AsyncIterator
+import shlex
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
-from starlette.applications import Starlette
-from starlette.routing import Route
+import uvicorn
 
-import mcp_session_store
-from tests.support.servers import ROOT
+from mcp_session_store.cli import main
+from tests.support.pages import PAGES, ROOT, blocks_of, has_await
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    from starlette.applications import Starlette
+
+RUN = [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if blocks_of(page)]
+ADDRESS = "http://127.0.0.1:8000"
 
 
-def blocks_of(page: Path) -> list[tuple[int, str]]:
-    """The blocks of a page, each with the line that it begins in."""
-    text = page.read_text()
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, block.start(1)) + 1, block[1]) for block in found]
+@contextlib.asynccontextmanager
+async def served(app: Starlette) -> AsyncIterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+    serving = asyncio.create_task(server.serve())
+    try:
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
 
 
-BLOCKS = [pytest.param(block, id=f"{page.name}:{line}") for page in PAGES for line, block in blocks_of(page)]
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_a_block_compiles_and_imports_what_there_is(block: str) -> None:
-    compile(block, "block", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-    for node in ast.walk(ast.parse(block)):
-        if isinstance(node, ast.ImportFrom):
-            module = importlib.import_module(str(node.module))
-            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
-            # A module of a package is its attribute once it is imported.
-            assert [name for name in missing if importlib.util.find_spec(f"{node.module}.{name}") is None] == []
-
-
-def test_the_blocks_of_the_readme_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.anyio
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", RUN)
+async def test_the_blocks_of_a_page_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gc, "freeze", lambda: None)
-    # What a reader imports without being told.
-    known: dict[str, Any] = {name: getattr(mcp_session_store, name) for name in mcp_session_store.__all__}
-    known |= {
-        "contextlib": contextlib,
-        "AsyncIterator": AsyncIterator,
-        "Starlette": Starlette,
-        "Route": Route,
-        "gc": gc,
-    }
-    for line, block in blocks_of(ROOT / "README.md"):
-        code = compile(block, f"README.md:{line}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-        # A client's block needs the server that the others make.
-        if not code.co_flags & inspect.CO_COROUTINE:
-            exec(code, known)
-    assert isinstance(known["app"], Starlette)
+    known: dict[str, Any] = {"__name__": "page"}
+    for line, block in blocks_of(page):
+        name = f"{page.name}:{line}"
+        if has_await(block):
+            # A client's block, for the server that the blocks before it make.
+            async with served(known["app"]) as address:
+                assert ADDRESS in block
+                client = compile(
+                    block.replace(ADDRESS, address), name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+                )
+                await eval(client, known)
+                assert capsys.readouterr().out
+        else:
+            exec(compile(block, name, "exec", dont_inherit=True), known)
+
+
+def commands_of(page: Path) -> list[str]:
+    """Return the commands of this package in the shell blocks of a page."""
+    shell = "".join(re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+    return re.findall(r"^mcp-session-store .*$", shell, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES if commands_of(page)])
+def test_the_commands_of_a_page_are_there_with_their_options(page: Path) -> None:
+    for line in commands_of(page):
+        _, *words = shlex.split(line, comments=True)
+        command: click.Command = main
+        while isinstance(command, click.Group):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} - options == set(), line

@@ -1,10 +1,9 @@
-"""The section of the README on connections: its numbers of statements are those of a process with nothing to do."""
+"""The section on connections in docs/reference/database.md: its statements are those of an idle process."""
 
 from __future__ import annotations
 
 import re
 from asyncio import selector_events
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -18,15 +17,14 @@ from tests.support.asgi import until
 from tests.support.databases import migrated
 from tests.support.instances import instance
 from tests.support.internals import changes_of, instances_of, sweep_store
+from tests.support.pages import section_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from mcp_session_store import DurableSessionManager
 
-SECTION = (
-    Path(__file__).parents[2].joinpath("README.md").read_text().partition("## Connections")[2].partition("\n## ")[0]
-)
+SECTION = section_of("reference/database.md", "## Connections")
 LONG = 36_000.0
 
 
@@ -79,7 +77,7 @@ async def sweep(manager: DurableSessionManager) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("events", [False, True])
-async def test_an_idle_process_asks_as_many_statements_as_the_readme_says(
+async def test_an_idle_process_asks_as_many_statements_as_the_page_says(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch, events: bool
 ) -> None:
     await migrated(postgres_url)
@@ -114,7 +112,7 @@ async def test_an_idle_process_asks_as_many_statements_as_the_readme_says(
     assert abs(a_minute - number(total[1], events=events)) <= 1
 
 
-def test_the_readme_says_how_often_an_idle_process_asks() -> None:
+def test_the_page_says_how_often_an_idle_process_asks() -> None:
     settings = InstanceSettings()
     assert settings.sweep_interval is not None
     longest = {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from mcp_session_store import telemetry
+from tests.support.pages import ROOT, text_of
 
-ROOT = Path(__file__).parents[2]
 UNITS = {"s": "_seconds", "By": "_bytes"}
 
 
@@ -34,7 +33,7 @@ def prometheus_names() -> set[str]:
 
 
 def test_the_document_has_the_table_of_the_code() -> None:
-    assert table() in (ROOT / "docs" / "metrics.md").read_text(), f"the table should be:\n{table()}"
+    assert table() in text_of("reference/metrics.md"), f"the table should be:\n{table()}"
 
 
 def test_the_dashboard_shows_every_instrument_by_its_name() -> None:

@@ -1,9 +1,8 @@
-"""The table in the README of what clients can store: its numbers are those of the code."""
+"""The table in docs/security.md of what clients can store: its numbers are those of the code."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 
 from mcp_session_store import EventPolicy, InstanceSettings, RetentionPolicy
 from mcp_session_store.adapter.relay.outbox import MAX_POSTED_BYTES, WINDOW
@@ -11,20 +10,14 @@ from mcp_session_store.adapter.replay.journal import MAX_PARAMS, MAX_SUBJECT
 from mcp_session_store.mailbox import SILENT_AFTER
 from mcp_session_store.records import DISPLAY_LENGTH
 from mcp_session_store.store import MAX_JOURNAL_ENTRIES
+from tests.support.pages import section_of
 
-TABLE = (
-    Path(__file__)
-    .parents[2]
-    .joinpath("README.md")
-    .read_text()
-    .partition("### What clients can store")[2]
-    .partition("## ")[0]
-)
+TABLE = section_of("security.md", "## What clients can store")
 KIB = 1024
 ROW = 3 * KIB
 
 
-def test_the_readme_says_what_clients_can_store() -> None:
+def test_the_page_says_what_clients_can_store() -> None:
     policy, events, settings = RetentionPolicy(), EventPolicy(), InstanceSettings()
     rows = dict(line.strip("| ").split(" | ", 1) for line in TABLE.splitlines() if line.startswith("| "))
     # A character takes four bytes at most; the rest are the columns of fixed size, and the names of instances.
