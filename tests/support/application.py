@@ -252,7 +252,7 @@ def _fastmcp() -> FastMCP[Any]:
     return server
 
 
-def _app(server: MCPServer | Server[Any] | FastMCP[Any], **options: Any) -> Starlette:
+def durable(server: MCPServer | Server[Any] | FastMCP[Any], **options: Any) -> Starlette:
     settings = _settings()
     if settings.clock_ahead:
         _put_clock_forward(settings.clock_ahead)
@@ -282,7 +282,7 @@ def _put_clock_forward(seconds: float) -> None:
 
 def _both(build: Callable[[], MCPServer | Server[Any] | FastMCP[Any]]) -> Starlette:
     """Two servers in one app: under /sse, with SSE responses, and under /json, with JSON responses."""
-    sse, plain = _app(build(), json_response=False), _app(build(), json_response=True)
+    sse, plain = durable(build(), json_response=False), durable(build(), json_response=True)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -293,15 +293,15 @@ def _both(build: Callable[[], MCPServer | Server[Any] | FastMCP[Any]]) -> Starle
 
 
 def mcpserver() -> Starlette:
-    return _app(_mcpserver())
+    return durable(_mcpserver())
 
 
 def lowlevel() -> Starlette:
-    return _app(_lowlevel())
+    return durable(_lowlevel())
 
 
 def fastmcp() -> Starlette:
-    return _app(_fastmcp())
+    return durable(_fastmcp())
 
 
 def stateful() -> Starlette:
@@ -371,7 +371,7 @@ def stateful() -> Starlette:
         on_unsubscribe_resource=unsubscribe,
     )
     server.middleware.append(_server_middleware)
-    return _app(server)
+    return durable(server)
 
 
 def asking() -> Starlette:
@@ -383,7 +383,7 @@ def asking() -> Starlette:
 
     server = _lowlevel()
     server.add_notification_handler("notifications/initialized", types.NotificationParams, ask)
-    return _app(server)
+    return durable(server)
 
 
 def questioning() -> Starlette:
@@ -400,7 +400,7 @@ def questioning() -> Starlette:
         await ctx.session.elicit_form("?", {"type": "object", "properties": {}}, related_request_id=ctx.request_id)
         return types.CallToolResult(content=[])
 
-    return _app(Server("process", on_list_tools=list_tools, on_call_tool=call_tool))
+    return durable(Server("process", on_list_tools=list_tools, on_call_tool=call_tool))
 
 
 def mcpserver_both() -> Starlette:

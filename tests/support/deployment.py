@@ -60,7 +60,7 @@ class Application:
 
         Args:
             url: The database.
-            app: The factory.
+            app: The factory, of `tests.support.application` unless a module is named.
             workers: uvicorn's.
             auto_upgrade: Of `durable_app`.
             options: uvicorn's.
@@ -79,7 +79,7 @@ class Application:
             clock_ahead=clock_ahead,
         )
         server = self._serve(
-            f"tests.support.application:{app}",
+            app if ":" in app else f"tests.support.application:{app}",
             environment={**settings.environment, **(environment or {})},
             workers=workers,
             # Requests are many, and a failure shows only the end of the log.

@@ -60,6 +60,10 @@ class Records:
         """Return the number of sessions, live or not."""
         return int(await self._scalar(sa.select(sa.func.count()).select_from(_TABLE)))
 
+    async def rows(self, table: str) -> int:
+        """Return the number of rows of a table."""
+        return int(await self._scalar(sa.select(sa.func.count()).select_from(sa.table(table))))
+
     async def events(self, session_id: str | None) -> int:
         """Return the number of stored events of a session."""
         assert session_id is not None
