@@ -11,7 +11,7 @@
 * `serving`: `tools/call` and handshakes with the relay, as a share of those without, and the same in function calls of
   the event loop's thread, which do not depend on the machine;
 * `idle`: queries a second of a process with nothing to do, and its share of a core while a call of its own waits for an
-  answer.
+  answer; two minutes in all.
 
 Where nothing can be heard is SQLite, and Postgres by a URL with `pgbouncer=true`.
 """
@@ -254,44 +254,50 @@ async def _calls_of(contender: Contender, row: Row) -> float:
 
 
 async def measure_idle(bench: Bench) -> None:
+    # All at once, because each of them does next to nothing, for a minute.
+    found = await asyncio.gather(*(_idle(bench, place, waits=waits) for place in PLACES for waits in (False, True)))
+    for (queries, cpu), (place, waits) in zip(found, itertools.product(PLACES, (False, True)), strict=True):
+        said = "" if queries is None else f"{queries:.2f} queries a second, "
+        result = f"{said}{100 * cpu:.1f} % of a core"
+        if waits:
+            bench.add(f"while a call waits for an answer, {place}", "3 % of a core", result, reached=cpu < 0.03)
+        else:
+            reached = queries is None or queries <= 1
+            bench.add(f"with nothing to do, {place}", "1 query a second", result, reached=reached)
+
+
+async def _idle(bench: Bench, place: str, *, waits: bool) -> tuple[float | None, float]:
+    """Return the transactions a second of a process, which only Postgres counts, and its share of a core."""
     seconds = bench.arguments.idle_seconds
-    for place in PLACES:
-        for waits in (False, True):
-            async with bench.processes(place, 1) as ((server,), url), asked(server) as client:
-                # What the handshake leaves to do; and what the connection that listens did at first, which Postgres
-                # counts with its next statement, a sign of life.
-                await asyncio.sleep(HEARTBEAT + 3)
-                call = asyncio.create_task(client.answer(server, server, pause=seconds + 2)) if waits else None
-                await asyncio.sleep(1)
-                process = psutil.Process(server.pid)
-                before, cpu_before = await _transactions(url), sum(process.cpu_times()[:2])
-                await asyncio.sleep(seconds)
-                transactions, cpu = await _transactions(url) - before, sum(process.cpu_times()[:2]) - cpu_before
-                if call is not None:
-                    await call
-            queries = "" if place == SQLITE else f"{transactions / seconds:.2f} queries a second, "
-            result = f"{queries}{100 * cpu / seconds:.1f} % of a core"
-            if waits:
-                bench.add(
-                    f"while a call waits for an answer, {place}", "3 % of a core", result, reached=cpu / seconds < 0.03
-                )
-            else:
-                reached = place == SQLITE or transactions / seconds <= 1
-                bench.add(f"with nothing to do, {place}", "1 query a second", result, reached=reached)
+    async with bench.processes(place, 1) as ((server,), url), asked(server) as client:
+        # What the handshake leaves to do; and what the connection that listens did at first, which Postgres
+        # counts with its next statement, a sign of life.
+        await asyncio.sleep(HEARTBEAT + 3)
+        call = asyncio.create_task(client.answer(server, server, pause=seconds + 2)) if waits else None
+        await asyncio.sleep(1)
+        process = psutil.Process(server.pid)
+        before, cpu_before = await _transactions(url), sum(process.cpu_times()[:2])
+        await asyncio.sleep(seconds)
+        cpu = (sum(process.cpu_times()[:2]) - cpu_before) / seconds
+        after = await _transactions(url)
+        if call is not None:
+            await call
+    return None if before is None or after is None else (after - before) / seconds, cpu
 
 
-async def _transactions(url: str) -> int:
-    """Return the number of transactions so far in a Postgres database, without those that count them; 0 for SQLite."""
+async def _transactions(url: str) -> int | None:
+    """Return the number of transactions so far in a Postgres database; `None` for SQLite."""
     given = make_url(url)
     if given.get_backend_name() == "sqlite":
-        return 0
-    dsn = given.set(drivername="postgresql", query={}).render_as_string(hide_password=False)
+        return None
+    # In another database, because those that count are counted.
+    dsn = given.set(drivername="postgresql", database="postgres", query={}).render_as_string(hide_password=False)
     # Statistics are reported with a delay.
     await asyncio.sleep(1.5)
     connection = await asyncpg.connect(dsn)
     try:
         found = await connection.fetchval(
-            "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+            "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = $1", given.database
         )
     finally:
         await connection.close()
@@ -323,7 +329,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of operations")
     parser.add_argument("--seconds", type=float, default=20.0, help="for which messages are sent")
     parser.add_argument("--old-transaction", action="store_true", help="leave another transaction open meanwhile")
-    parser.add_argument("--idle-seconds", type=float, default=30.0)
+    parser.add_argument("--idle-seconds", type=float, default=60.0)
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     asyncio.run(run(arguments))

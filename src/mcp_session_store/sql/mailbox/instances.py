@@ -80,8 +80,6 @@ class Instances:
             .where(sa.or_(table.c.namespace == in_namespace, table.c.namespace.is_(None)))
             .order_by(table.c.started_at, table.c.name)
         )
-        ago = sa.bindparam("beat_ago", type_=sa.Double)
-        self._remove_silent = sa.delete(table).where(table.c.beat_at < StoreClock(-ago)).returning(table.c.name)
 
     async def beat(self, attempt: Attempt, presence: Presence, *, held: bool) -> bool:
         """Record that an instance runs now; return False where another has its number.
@@ -177,11 +175,6 @@ class Instances:
             )
             for row in rows
         ]
-
-    async def remove_silent(self, attempt: Attempt, silent_for: timedelta) -> int:
-        """Remove the instances that have sent no heartbeat for that long, and return how many there were."""
-        parameters = {"beat_ago": silent_for.total_seconds()}
-        return len((await attempt.connection.execute(self._remove_silent, parameters)).all())
 
 
 _GIVEN = ("name", "instance", "lock_epoch", "number", "server", "version", "residents", "streams")

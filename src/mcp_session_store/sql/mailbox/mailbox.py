@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from mcp_session_store import telemetry
 from mcp_session_store.mailbox import (
-    INSTANCE_KEPT,
     MESSAGE_PAGE,
     MESSAGE_SWEEP_LIMIT,
     Mailbox,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mcp_session_store.mailbox import MessagePage, NewMessage, Presence, RunningInstance
     from mcp_session_store.records import Heartbeat
     from mcp_session_store.sql.database import Attempt
+    from mcp_session_store.sql.mailbox.sweep import SweepLook
     from mcp_session_store.sql.sessions.store import SqlSessionStore
     from mcp_session_store.stream_mail import NewStreamMessage, Said, StreamPage, Withdrawal
 
@@ -221,12 +222,17 @@ class SqlMailbox(BesideStore, Mailbox):
         await self._listener.listen(channel, lambda _: on_hint(), name=name, on_held=on_held)
 
     async def sweep(self, *, limit: int = MESSAGE_SWEEP_LIMIT) -> MailboxSweepReport:
-        return await self._sweeps.run(lambda attempt: self._sweep(attempt, limit))
+        # Read first, so that a sweep without work waits for no writer.
+        due = await self._reads.run(self._sweeping.look)
+        if not any(due):
+            return MailboxSweepReport()
+        return await self._sweeps.run(lambda attempt: self._sweep(attempt, due, limit))
 
-    async def _sweep(self, attempt: Attempt, limit: int) -> MailboxSweepReport:
-        instances = await self._instances.remove_silent(attempt, INSTANCE_KEPT)
-        gone, unread = await self._sweeping.remove(attempt, limit=limit)
-        untaken, found_all = await self._sweeping.remove_of_streams(attempt, limit=limit)
+    async def _sweep(self, attempt: Attempt, due: SweepLook, limit: int) -> MailboxSweepReport:
+        sweeping, none = self._sweeping, Counter[str]()
+        instances = await sweeping.remove_silent(attempt) if due.instances else 0
+        gone, unread = await sweeping.remove(attempt, limit=limit) if due.messages else (none, none)
+        untaken, found_all = await sweeping.remove_of_streams(attempt, limit=limit) if due.of_streams else (none, True)
         return MailboxSweepReport(
             instances=instances,
             gone=gone,

@@ -14,7 +14,7 @@ from mcp_session_store.errors import InvalidValue, RecordUnreadable, SchemaError
 from mcp_session_store.records import EndReason, check_session, check_texts
 from mcp_session_store.retention import SweepReport
 from mcp_session_store.settings import DEFAULT_TIMEOUT, checked_type
-from mcp_session_store.sql.batching import Batcher
+from mcp_session_store.sql.batching import Batcher, Lane
 from mcp_session_store.sql.database import Database
 from mcp_session_store.sql.listening import Listening
 from mcp_session_store.sql.notifications import SESSION_CHANNEL, Listener
@@ -139,6 +139,7 @@ class SqlSessionStore(SessionStore):
         # One at a time, because each may have several MiB.
         self._journal_reads = Batcher(database, self._journal.read, of("read_journal"), writes=False, max_batch=1)
         self._polls = Batcher(database, self._records.changes, of("changes"), writes=False)
+        self._sweep_looks = Lane(database, of("sweep"), writes=False)
         self._sweeps = Batcher(database, self._sweep.run, of("sweep"), writes=True, max_batch=1)
         values = ValueSweep(dialect, schema=schema, namespace=namespace)
         self._value_sweeps = Batcher(database, values.remove, of("value_sweep"), writes=True, max_batch=1)
@@ -193,6 +194,7 @@ class SqlSessionStore(SessionStore):
             self._journal_writes,
             self._journal_reads,
             self._polls,
+            self._sweep_looks,
             self._sweeps,
             self._value_sweeps,
         )
@@ -327,8 +329,12 @@ class SqlSessionStore(SessionStore):
         await self._listener.listen(SESSION_CHANNEL, on_hint)
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
-        done = [SweepResult() if step is None else await self._sweeps.submit(step) for step in self._sweep.steps(limit)]
-        done.append(await self._value_sweeps.submit(limit))
+        *due, has_values = await self._sweep_looks.run(self._sweep.due)
+        done = [
+            await self._sweeps.submit(step) if step is not None and is_due else SweepResult()
+            for step, is_due in zip(self._sweep.steps(limit), due, strict=True)
+        ]
+        done.append(await self._value_sweeps.submit(limit) if has_values else SweepResult())
         return SweepReport(
             expired=done[1].handled,
             purged=done[2].handled,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from datetime import timedelta
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -11,13 +12,12 @@ import sqlalchemy as sa
 
 from mcp_session_store.records import EndReason
 from mcp_session_store.retention import MAY_BE_HELD
-from mcp_session_store.sql.dialects.functions import StoreClock
-from mcp_session_store.sql.schema.tables import sessions_table
+from mcp_session_store.sql.dialects.functions import ONE, StoreClock
+from mcp_session_store.sql.schema.tables import sessions_table, values_table
 from mcp_session_store.sql.sessions.statements import ended, expiry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import timedelta
 
     from mcp_session_store.retention import RetentionPolicy
     from mcp_session_store.sql.database import Attempt
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.dialects.dialect import Dialect
     from mcp_session_store.sql.sessions.removal import SessionRemoval
 
-__all__ = ["Sweep", "SweepCandidates", "SweepResult", "SweepStatements"]
+__all__ = ["Sweep", "SweepCandidates", "SweepResult", "SweepStatements", "expired_values"]
 
 EVENTS_PER_STEP: Final = 20_000
 """Most events that are removed with the sessions of one step, unless a single session has more."""
@@ -66,6 +66,18 @@ class SweepCandidates:
             else sa.select(table.c.key).where(mine, table.c.ended_at <= _ago(kept)).order_by(table.c.ended_at)
         )
         """Sessions that ended long enough ago to be removed; `None` where tombstones are kept for ever."""
+
+
+def expired_values(*, schema: str | None, namespace: str) -> sa.Select[Any]:
+    """Select the keys of values of no session whose time is over, in the order of an index.
+
+    Args:
+        schema: The schema with the tables; the connection's default unless given.
+        namespace: The namespace of the values.
+    """
+    table = values_table(schema)
+    mine = table.c.namespace == sa.literal(namespace, sa.Text)
+    return sa.select(table.c.key).where(mine, table.c.expires_at <= _ago(timedelta(0))).order_by(table.c.expires_at)
 
 
 def _ago(duration: timedelta) -> sa.ColumnElement[Any]:
@@ -180,6 +192,29 @@ class SweepStatements:
             if candidates.old_tombstones is None
             else SweepStatement(dialect, table, keys=candidates.old_tombstones, change=sa.delete(table), ends=True)
         )
+        looked_for = (
+            candidates.without_expiry,
+            candidates.expired,
+            candidates.old_tombstones,
+            expired_values(schema=schema, namespace=namespace),
+        )
+        self.due = dialect.precompiled(
+            sa.select(
+                *(
+                    sa.literal(0, sa.Integer) if keys is None else _finds_any(keys).label(f"due_{number}")
+                    for number, keys in enumerate(looked_for)
+                )
+            )
+        )
+        """Whether there is anything for each kind of step, and whether there are values whose time is over."""
+
+
+def _finds_any(keys: sa.Select[Any]) -> sa.ColumnElement[int]:
+    """Return 1 where a query finds anything, else 0.
+
+    Without EXISTS, for which Postgres drops the order, and with it the index.
+    """
+    return sa.case((keys.limit(ONE).scalar_subquery().is_(None), 0), else_=1)
 
 
 class SweepStep(NamedTuple):
@@ -222,6 +257,17 @@ class Sweep:
         sql = self.statements
         kinds = (sql.give_expiry, sql.end_expired, sql.remove_tombstones)
         return [None if kind is None else SweepStep(kind, limit) for kind in kinds]
+
+    async def due(self, attempt: Attempt) -> Sequence[int]:
+        """Return for each of the steps whether it would find anything, and the same for the removal of values.
+
+        One statement for all, because most sweeps find nothing.
+        """
+        return await self._dialect.run(attempt.connection, self._look(), writes=False)
+
+    def _look(self) -> Steps[Sequence[int]]:
+        (row,) = yield self.statements.due, {}
+        return tuple(row)
 
     async def run(self, attempt: Attempt, steps: Sequence[SweepStep]) -> list[SweepResult]:
         """Run steps, and return the result of each."""

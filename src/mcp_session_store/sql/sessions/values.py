@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.schema.tables import values_table
-from mcp_session_store.sql.sessions.sweep import SweepResult
+from mcp_session_store.sql.sessions.sweep import SweepResult, expired_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,12 +32,8 @@ class ValueSweep:
     def __init__(self, dialect: Dialect, *, schema: str | None, namespace: str) -> None:
         self._dialect = dialect
         table = values_table(schema)
-        # A subquery, because Postgres uses no index for a function that may change within the statement.
-        now = sa.select(StoreClock()).scalar_subquery()
         limit = sa.bindparam("value_limit", type_=sa.Integer)
-        mine = table.c.namespace == sa.literal(namespace, sa.Text)
-        expired = sa.select(table.c.key).where(mine, table.c.expires_at <= now).order_by(table.c.expires_at)
-        locked = expired.limit(limit).with_for_update(skip_locked=True)
+        locked = expired_values(schema=schema, namespace=namespace).limit(limit).with_for_update(skip_locked=True)
         self._remove_expired = dialect.precompiled(
             sa.delete(table).where(dialect.is_one_of(table.c.key, locked)).returning(table.c.key)
         )

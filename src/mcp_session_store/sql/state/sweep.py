@@ -80,16 +80,24 @@ class StateSweep:
                 state_values=sessions.c.state_values - less["values"], state_bytes=sessions.c.state_bytes - less.bytes
             )
         )
-        self._now = dialect.precompiled(sa.select(now))
-        self._find_ended = dialect.precompiled(
+        since = sa.func.coalesce(
+            sa.bindparam("ended_since", type_=MOMENT), StoreClock(-LOOK_BACK.total_seconds()), type_=MOMENT
+        )
+        ended = (
             sa.select(sessions.c.key)
             .where(
                 sessions.c.namespace == name,
-                sessions.c.ended_at >= sa.bindparam("ended_since", type_=MOMENT),
+                sessions.c.ended_at >= sa.select(since).scalar_subquery(),
                 Unindexed(sessions.c.state_values) > 0,
             )
             .order_by(sessions.c.ended_at)
             .limit(limit)
+        ).subquery("ended")
+        # The first row is the time of the look.
+        self._find_ended = dialect.precompiled(
+            sa.union_all(
+                sa.select(sa.null().label("key"), now.label("now")), sa.select(ended.c.key, sa.null().label("now"))
+            )
         )
         self._remove_all = dialect.precompiled(
             sa.delete(state).where(self._keys.in_batch(state.c.key)).returning(state.c.key)
@@ -108,11 +116,12 @@ class StateSweep:
         over = await run(connection, self._rows_of(self._find_over, {"limit": limit}), writes=False)
         if over:
             report += await run(connection, self._remove(over, limit), writes=True, atomic=True)
-        ((now,),) = await run(connection, self._rows_of(self._now, {}), writes=False)
+        since = None if self._since is None else self._dialect.driver_moment(self._since)
+        asked = {"ended_since": since, "limit": limit}
+        rows = await run(connection, self._rows_of(self._find_ended, asked), writes=False)
+        ((now,),) = ([row[1]] for row in rows if row[0] is None)
         (now,) = self._dialect.moments([now])
-        since = now - LOOK_BACK if self._since is None else self._since
-        asked = {"ended_since": self._dialect.driver_moment(since), "limit": limit}
-        ended = [row[0] for row in await run(connection, self._rows_of(self._find_ended, asked), writes=False)]
+        ended = [row[0] for row in rows if row[0] is not None]
         if ended:
             cleared = await run(connection, self._remove_with_session(ended), writes=True, atomic=True)
             report = StateSweepReport(
