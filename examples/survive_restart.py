@@ -1,10 +1,11 @@
-"""Watch a session survive SIGKILL.
+"""Watch a session survive SIGKILL, and one of the stock SDK's die of it.
 
     python examples/survive_restart.py                                      # on a SQLite file, deleted afterwards
     python examples/survive_restart.py postgresql://user:password@host/db   # on Postgres
 
 The example starts a server process, connects an MCP client, calls a tool, kills the process with SIGKILL, starts it
-again on the same port, and calls again in the same session. The exit code is 0 only if the session survived.
+again on the same port, and calls again in the same session. Then it does the same with the app that the SDK builds,
+whose session is gone: the answer is 404. The exit code is 0 only if the first session survived, and the second did not.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import random
 import socket
@@ -20,15 +22,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx2
-from mcp import Client
+from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 from mcp.server.mcpserver import Context, MCPServer
 from mcp_types import Implementation
 
 from mcp_session_store import get_restore_marker
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 # An ordinary server: its code knows nothing of durable sessions.
 
@@ -48,6 +53,11 @@ def whoami(ctx: Context) -> dict[str, Any]:
     }
 
 
+def stock_app() -> Starlette:
+    """Return the app that the SDK builds, without durable sessions."""
+    return server.streamable_http_app()
+
+
 # The rest of this file watches the server from outside.
 
 
@@ -57,6 +67,8 @@ class Watch:
     def __init__(self) -> None:
         self.methods: list[str] = []
         """The JSON-RPC methods sent, in order."""
+        self.statuses: list[int] = []
+        """The status codes received, in order."""
         self.session_ids: set[str] = set()
         """The session ids sent and received."""
 
@@ -66,6 +78,7 @@ class Watch:
         self._note(request.headers)
 
     async def on_response(self, response: httpx2.Response) -> None:
+        self.statuses.append(response.status_code)
         self._note(response.headers)
 
     def _note(self, headers: httpx2.Headers) -> None:
@@ -96,11 +109,15 @@ def free_port() -> int:
         return port
 
 
-class ServerProcess:
-    """Process that serves the server object of this file durably, by the command line."""
+DURABLE = ("mcp_session_store.cli", "serve", "survive_restart:server")
+STOCK = ("uvicorn", "--factory", "survive_restart:stock_app")
 
-    def __init__(self, port: int, environment: dict[str, str], log: Path) -> None:
-        self._command = [sys.executable, "-m", "mcp_session_store.cli", "serve", "survive_restart:server"]
+
+class ServerProcess:
+    """Process that serves the server object of this file, by the command line."""
+
+    def __init__(self, arguments: tuple[str, ...], port: int, environment: dict[str, str], log: Path) -> None:
+        self._command = [sys.executable, "-m", *arguments]
         self._command += ["--app-dir", str(Path(__file__).resolve().parent), "--port", str(port)]
         self._port = port
         self._environment = environment
@@ -143,9 +160,8 @@ async def call(client: Client) -> dict[str, Any]:
     return result.structured_content
 
 
-async def survive(environment: dict[str, str], log: Path) -> None:
-    port = free_port()
-    watch = Watch()
+def connect(port: int, watch: Watch) -> tuple[httpx2.AsyncClient, Client]:
+    """Return an HTTP client that is watched, and an MCP client on it."""
     http = httpx2.AsyncClient(
         timeout=60,
         # Without the proxies of the environment, because the server is on this machine.
@@ -158,7 +174,14 @@ async def survive(environment: dict[str, str], log: Path) -> None:
         mode="legacy",
         client_info=Implementation(name="survivor", version="1"),
     )
-    with ServerProcess(port, environment, log) as server_process:
+    return http, client
+
+
+async def survive(environment: dict[str, str], log: Path) -> None:
+    port = free_port()
+    watch = Watch()
+    http, client = connect(port, watch)
+    with ServerProcess(DURABLE, port, environment, log) as server_process:
         print(f"1. start a server on port {port}")
         first = server_process.start()
         print(f"   it is process {first}")
@@ -191,6 +214,26 @@ async def survive(environment: dict[str, str], log: Path) -> None:
             print("6. close the client, which ends the session for good")
 
 
+async def die(environment: dict[str, str], log: Path) -> None:
+    port = free_port()
+    watch = Watch()
+    http, client = connect(port, watch)
+    with ServerProcess(STOCK, port, environment, log) as server_process:
+        print("7. the same with the app that the SDK builds")
+        server_process.start()
+        async with http, client:
+            await call(client)
+            server_process.kill()
+            await asyncio.to_thread(server_process.start)
+            try:
+                await client.call_tool("whoami", {})
+            except MCPError as error:
+                print(f"   the answer: {watch.statuses[-1]}, and the client fails: {error}")
+            # The client's DELETE gets the same answer, of which it would warn.
+            logging.disable(logging.WARNING)
+            expect(watch.statuses[-1] == 404, "the second process does not know the session")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("url", nargs="?", help="a Postgres URL; by default a SQLite file that is deleted afterwards")
@@ -213,6 +256,7 @@ def main() -> int:
         log = Path(folder) / "server.log"
         try:
             asyncio.run(survive(environment, log))
+            asyncio.run(die(environment, log))
         except Exception as error:
             # Task groups wrap the errors raised within them.
             while isinstance(error, ExceptionGroup):

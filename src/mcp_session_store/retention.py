@@ -99,6 +99,21 @@ class RetentionPolicy(Settings):
     """Time for which state of FastMCP's is kept that belongs to no session of the protocol, that of a user or of a
     session that FastMCP makes itself, after it was last stored."""
 
+    # For type checkers, because a duration may be given as a text, and is a timedelta afterwards.
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            idle: timedelta | str | None = ...,
+            absolute: timedelta | str | None = ...,
+            tombstone: timedelta | str | None = ...,
+            per_principal: int | None = ...,
+            per_principal_excess: Literal["end_oldest", "refuse"] = ...,
+            anonymous: int | None = ...,
+            unbound_state: timedelta | str | None = ...,
+        ) -> None: ...
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.per_principal is None and self.per_principal_excess != "end_oldest":
@@ -136,6 +151,8 @@ class EventPolicy(Settings):
     The limit that is reached first removes the oldest events of the session. A session that ends loses all its
     events at once.
 
+    `max_age` is a `timedelta`, or a text such as `1h`; `None`, as a text `none`, means no limit.
+
     Raises:
         ConfigurationError: A value cannot work; the message names its field.
     """
@@ -153,6 +170,16 @@ class EventPolicy(Settings):
     max_bytes_per_session: Annotated[int, Field(ge=1024, le=1024**3)] = 16 * 1024**2
     """Most bytes of messages kept of a session. When there are more, a tenth is removed at once. An event that is
     larger than this limit is not stored, and reaches only a client that is connected."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            max_age: timedelta | str | None = ...,
+            max_events_per_session: int = ...,
+            max_bytes_per_session: int = ...,
+        ) -> None: ...
 
 
 class StatePolicy(Settings):

@@ -29,6 +29,7 @@ def test_the_session_of_the_example_survives(kind: str, request: pytest.FixtureR
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "The session survived."
     assert "verified: the session id is the same" in done.stdout
+    assert "the answer: 404, and the client fails: Session not found" in done.stdout
 
 
 def test_the_example_fails_when_the_session_cannot_survive() -> None:

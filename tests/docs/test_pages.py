@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 import pytest
 
+import mcp_session_store
 from benchmarks import bars
-from tests.support.pages import DOCS, GUIDES, PAGES, README, REFERENCE, ROOT
+from tests.support.pages import DOCS, GUIDES, PAGES, README, REFERENCE, ROOT, text_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +64,15 @@ def test_the_navigation_has_all_pages() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2].partition("\n\n")[0]
     named = re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)
     assert sorted(named) == sorted(str(page.relative_to(DOCS)) for page in PAGES if page != README)
+
+
+def test_the_reference_has_all_names() -> None:
+    named = re.findall(r"^::: ([\w.]+)$", text_of("reference/api.md"), re.MULTILINE)
+    for name in named:
+        resolve_name(name)
+    public = {f"mcp_session_store.{name}" for name in mcp_session_store.__all__}
+    errors = {name for name in public if resolve_name(name).__module__ == "mcp_session_store.errors"}
+    assert public - errors - set(named) == set()
 
 
 def test_the_bars_are_those_of_the_table() -> None:

@@ -95,6 +95,17 @@ def apps(mcpserver: MCPServer[Any], lowlevel: Server[Any], fastmcp: FastMCP[Any]
         journaled_methods=[JournaledMethod(method="notes/open", subject="name", undone_by="notes/close")],
     )
     durable_app(mcpserver, URL, events=True, evict_after=None, end_within=2.5)
+    durable_app(
+        mcpserver,
+        create_async_engine(URL),
+        retention=RetentionPolicy(idle="8h", absolute="none", tombstone="1d", unbound_state=timedelta(days=1)),
+        events=EventPolicy(max_age="1h"),
+    )
+    assert_type(RetentionPolicy(idle="8h").idle, timedelta | None)
+    assert_type(EventPolicy(max_age="1h").max_age, timedelta | None)
+    RetentionPolicy(idle=8)  # type: ignore[arg-type]
+    EventPolicy(max_events_per_session="none")  # type: ignore[arg-type]
+    RetentionPolicy(idel="8h")  # type: ignore[call-arg]
     durable_app(mcpserver, events="yes")  # type: ignore[arg-type]
     durable_app(mcpserver, 5)  # type: ignore[arg-type]
     durable_app("server:app", URL)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The wheel, in an environment that has nothing else of this project, can migrate."""
+"""The sdist, and the wheel of it, which works in an environment that has nothing else of this project."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -18,7 +20,7 @@ from mcp_session_store.sql.schema.version import HEAD
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # Two builds of environments, with downloads.
@@ -38,18 +40,28 @@ def _run(command: Sequence[str | Path], cwd: Path) -> str:
     return done.stdout
 
 
+def _packaged() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return [name.strip("/") for name in project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel as `python -m build` makes it, from a copy of what is packaged."""
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the sdist, and the wheel of it, as `python -m build` makes them of what is packaged."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("src", "migrations"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "alembic.ini", "README.md", "LICENSE", "CHANGELOG.md"):
-        if (ROOT / name).exists():
+    for name in (*_packaged(), "pyproject.toml"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
             shutil.copy(ROOT / name, source)
-    folder = tmp_path_factory.mktemp("wheel")
-    _run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, source], source)
-    (built,) = folder.glob("*.whl")
+    folder = tmp_path_factory.mktemp("distributions")
+    _run([sys.executable, "-m", "build", "--outdir", folder, source], source)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> Path:
+    (built,) = distributions.glob("*.whl")
     return built
 
 
@@ -62,6 +74,19 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", folder]
     _run([*pip, "install", "--quiet", "--no-compile", wheel], folder)
     return folder / "bin"
+
+
+def test_what_is_shown_of_both_on_an_index_is_right(distributions: Path) -> None:
+    found = sorted(distributions.iterdir())
+    assert {path.suffix for path in found} == {".whl", ".gz"}
+    _run([sys.executable, "-m", "twine", "check", "--strict", *found], distributions)
+
+
+def test_the_sdist_holds_what_is_packaged(distributions: Path) -> None:
+    (built,) = distributions.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.split("/")[1] for name in archive.getnames()}
+    assert {name.split("/")[0] for name in _packaged()} - names == set()
 
 
 def test_the_wheel_holds_the_migrations(wheel: Path) -> None:
@@ -108,3 +133,19 @@ def test_the_installed_command_migrates_a_database(installed: Path, tmp_path: Pa
     )
     _run([*command, "downgrade", "base", "--yes", "--url", "sqlite:///sessions.db"], tmp_path)
     assert _run([*command, "current", "--url", "sqlite:///sessions.db"], tmp_path).strip() == "none"
+
+
+def test_the_installed_package_serves(installed: Path, tmp_path: Path) -> None:
+    code = """
+import asyncio
+from mcp.server.mcpserver import MCPServer
+from mcp_session_store import durable_app
+
+async def main():
+    app = durable_app(MCPServer("bare"), "sqlite:///sessions.db", events=True)
+    async with app.router.lifespan_context(app):
+        print("serves")
+
+asyncio.run(main())
+"""
+    assert _run([installed / "python", "-c", code], tmp_path).strip() == "serves"
