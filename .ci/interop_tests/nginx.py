@@ -43,13 +43,15 @@ class Nginx(ServerProcess):
         recipe: Name of a file in `examples/nginx`, used as it is but for the ports.
         ports: Ports of the two processes.
         folder: Folder for its files.
+        text: Settings to use in the place of the recipe's.
     """
 
-    def __init__(self, recipe: str, ports: Sequence[int], folder: Path) -> None:
+    def __init__(self, recipe: str, ports: Sequence[int], folder: Path, *, text: str | None = None) -> None:
         program = shutil.which("nginx", path=os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin")))
         assert program is not None, "there is no nginx on this machine; .ci/interop installs Debian's"
         port = free_port()
-        text = (ROOT / "examples" / "nginx" / recipe).read_text()
+        if text is None:
+            text = (ROOT / "examples" / "nginx" / recipe).read_text()
         for named, real in zip((_PORT, *_PORTS), (port, *ports), strict=True):
             assert f"127.0.0.1:{named};" in text
             text = text.replace(f"127.0.0.1:{named};", f"127.0.0.1:{real};")
