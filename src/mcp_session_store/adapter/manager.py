@@ -95,8 +95,9 @@ class DurableSessionManager(sdk.ManagerSeams):
             given, it is the idle time of the store's retention policy. `None`: never.
         max_request_body_size: As for the SDK's manager, in bytes.
         on_restore: Called with the marker and the record before the replay. It may raise
-            `RestoreRefused`: the session ends, and the client gets 404. Any other error, and a hook
-            that takes longer than `replay_timeout`, fails the request, and the session stays.
+            `RestoreRefused`: the session ends, and the client gets 404; with `ends_session=False` only
+            the request that began the restore does. Any other error, and a hook that takes longer than
+            `replay_timeout`, fails the request, and the session stays.
         on_end: Called once with the record and the reason, in each instance in which the session is
             resident when it ends, wherever that was; not when a copy leaves memory. A session that expires
             because it was idle has no copy left as a rule, and then no hook is called for it.
