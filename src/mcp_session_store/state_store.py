@@ -79,8 +79,10 @@ def check_name(name: str) -> None:
     """Refuse a name that no value can have.
 
     Raises:
-        InvalidValue: It holds a NUL or a lone surrogate, or is too long.
+        InvalidValue: It is no text, holds a NUL or a lone surrogate, or is too long.
     """
+    if not isinstance(name, str):
+        raise InvalidValue(f"the name {name!r} of a value is no text; give a str")
     check_texts(name=name)
     if utf8_bytes(name) > MAX_NAME_BYTES:
         raise InvalidValue(f"name has more than {MAX_NAME_BYTES} bytes")

@@ -23,13 +23,15 @@ from mcp_session_store import (
 )
 from mcp_session_store import app as app_module
 from mcp_session_store.adapter.fastmcp_state import FastMCPState, state_names
+from mcp_session_store.adapter.sessions.middleware import CURRENT_SCOPE, OUTSIDE
 from mcp_session_store.errors import KeyValueFull
 from mcp_session_store.testing import new_state
 from tests.support.asgi import Client
 from tests.support.databases import execute, migrated
+from tests.support.faulty_stores import FaultyState, FaultyStore
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import running
-from tests.support.internals import state_storage_of
+from tests.support.internals import exit_stack_of, state_storage_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -364,6 +366,68 @@ async def test_rules_cost_no_query_and_what_the_application_reads_costs_one() ->
         assert state.calls == calls
         # The last ones count while the database is away, as far as a read goes.
         assert (await state.get(session_key(session_id))) is not None
+
+
+async def test_with_the_database_away_the_last_rules_count_and_state_is_refused_for_now() -> None:
+    store = FaultyStore()
+    state = FaultyState(store)
+    options: dict[str, Any] = {"state": state, "relay": store.mailbox, "outage_patience": 0.2}
+    async with running(app := durable_app(server(), store, **options)) as tasks:
+        client = Client(app, tasks)
+        await client.handshake()
+        await call(client, "hide", names=["secret"])
+        await call(client, "put", name="x", value="1")
+        store.down()
+        state.down()
+        for _ in range(2):
+            assert "secret" not in await tools(client)
+            for tool, arguments in (
+                ("get", {"name": "x"}),
+                ("put", {"name": "x", "value": "2"}),
+                ("drop", {"name": "x"}),
+                ("hide", {"names": ["get"]}),
+            ):
+                answer = await client.call(tool, arguments)
+                assert answer.result["isError"]
+                assert "the request waited for as long as it may" in answer.text
+        store.up()
+        with anyio.fail_after(10):
+            while (await client.call("get", {"name": "x"})).result.get("isError"):
+                await anyio.sleep(0.05)
+        # Nothing of it is lost, and nothing that was refused took effect.
+        assert json.loads(await call(client, "get", name="x")) == "1"
+        assert "secret" not in await tools(client)
+        await call(client, "hide", names=["put"])
+        assert not {"secret", "put"} & await tools(client)
+
+
+class Leaver(Middleware):
+    """Notes, when the session leaves memory, which message is being handled by then."""
+
+    def __init__(self) -> None:
+        self.found: list[object] = []
+
+    async def on_initialize(self, context: Any, call_next: Any) -> Any:
+        assert CURRENT_SCOPE.get()["type"] == "http"
+        exit_stack_of(context.fastmcp_context.request_context).callback(self.leave)
+        return await call_next(context)
+
+    def leave(self) -> None:
+        self.found.append(CURRENT_SCOPE.get(OUTSIDE))
+
+
+async def test_the_context_of_a_session_keeps_no_request() -> None:
+    store = MemorySessionStore()
+    session_id = None
+    for _ in range(2):
+        root, leaver = server(), Leaver()
+        root.add_middleware(leaver)
+        async with running(app := durable_app(root, store)) as tasks:
+            client = Client(app, tasks, session_id=session_id)
+            if session_id is None:
+                session_id = await client.handshake()
+            assert json.loads(await call(client, "get", name="x")) is None
+        assert leaver.found == [OUTSIDE]
 
 
 async def test_state_of_no_session_stays_in_memory_or_is_kept_until_it_is_swept(database_url: str) -> None:

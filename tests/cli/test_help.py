@@ -9,7 +9,7 @@ import click
 import pytest
 
 from mcp_session_store.cli import main
-from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.retention import EventPolicy, RetentionPolicy, StatePolicy
 from mcp_session_store.settings import InstanceSettings
 from mcp_session_store.sql.admin.events import EventDirectory
 from mcp_session_store.sql.admin.sessions import SessionDirectory, SessionPage
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mcp_session_store.environment import Settings
     from tests.support.commands import InvokeFunction
 
-MODELS = (RetentionPolicy, EventPolicy, InstanceSettings)
+MODELS = (RetentionPolicy, EventPolicy, StatePolicy, InstanceSettings)
 
 OF_OTHERS = {
     "schema": "the search path's first",

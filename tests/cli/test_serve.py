@@ -24,7 +24,7 @@ from mcp_session_store.app import durable_app
 from mcp_session_store.cli import worker_app
 from mcp_session_store.cli.served_object import served_object
 from mcp_session_store.errors import ConfigurationError, StoreMisconfigured
-from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.retention import EventPolicy, RetentionPolicy, StatePolicy
 from mcp_session_store.settings import InstanceSettings
 from tests.support.clients import official_client, until
 from tests.support.commands import UNREACHABLE
@@ -614,7 +614,7 @@ def test_what_is_not_given_is_left_to_the_app(
     invoke: InvokeFunction, sqlite_url: str, app_arguments: dict[str, Any]
 ) -> None:
     invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url)
-    left = {"retention", "events", "relay", "settings", "namespace", "schema", "auto_upgrade", "pool_size"}
+    left = {"retention", "events", "relay", "state", "settings", "namespace", "schema", "auto_upgrade", "pool_size"}
     assert app_arguments
     assert not left & app_arguments.keys()
 
@@ -657,13 +657,14 @@ def test_workers_get_the_same_retention_and_memory(
 
     monkeypatch.setattr("uvicorn.run", run)
     options = "--idle 30m --tombstone none --per-principal 5 --evict-after none --max-sessions 50 --end-within 2.5"
-    options += " --replay-timeout 3 --events --events-max-age none"
+    options += " --replay-timeout 3 --events --events-max-age none --state-max-value-bytes 1000"
     done = invoke("serve", "tests.support.targets:mcpserver", "--url", sqlite_url, "--workers", "2", *options.split())
     assert done.exit_code == 0, done.output
     parent, worker = made
     assert worker == parent
     assert worker["retention"] == RetentionPolicy(idle=timedelta(minutes=30), tombstone=None, per_principal=5)
     assert worker["events"] == EventPolicy(max_age=None)
+    assert worker["state"] == StatePolicy(max_value_bytes=1000)
     settings = worker["settings"]
     assert settings == InstanceSettings(evict_after=None, max_sessions=50, end_within=2.5, replay_timeout=3)
     assert type(settings.max_sessions) is int
@@ -674,6 +675,7 @@ def test_workers_get_the_same_retention_and_memory(
     [
         (["--idle", "5"], "--idle (MCP_SESSION_STORE_IDLE)"),
         (["--events-max-age", "5"], "--events-max-age (MCP_SESSION_STORE_EVENTS_MAX_AGE)"),
+        (["--state-max-value-bytes", "1"], "--state-max-value-bytes (MCP_SESSION_STORE_STATE_MAX_VALUE_BYTES)"),
         (["--evict-after", "soon"], "--evict-after"),
         (["--evict-after", "-1"], "--evict-after"),
         (["--sweep-interval", "nan"], "--sweep-interval"),

@@ -13,10 +13,10 @@ from urllib.parse import quote
 from mcp_session_store.adapter import clock
 from mcp_session_store.adapter.replay.marker import REPLAYED_SESSION
 from mcp_session_store.adapter.sdk import fastmcp_providers, is_fastmcp, replace_state_storage
-from mcp_session_store.adapter.sessions.middleware import CURRENT_SCOPE
+from mcp_session_store.adapter.sessions.middleware import CURRENT_SCOPE, OUTSIDE
 from mcp_session_store.adapter.sessions.recording import RECORD_WRITER
 from mcp_session_store.adapter.sessions.resident import RESIDENT_SESSION
-from mcp_session_store.adapter.sessions.state import MAX_TRIES, STATE, SessionState, new_state
+from mcp_session_store.adapter.sessions.state import FASTMCP, MAX_TRIES, STATE, SessionState, encoded, new_state
 from mcp_session_store.errors import StateConflict, StoreUnavailable
 from mcp_session_store.records import session_key
 from mcp_session_store.state_store import NO_VALUE
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FastMCPState", "keep_state", "state_names"]
 
-PREFIX: Final = "fastmcp"
-"""Beginning of the names of FastMCP's values among those of a session."""
-
 RULES: Final = "_visibility_rules"
 """Name of the rules that FastMCP reads by itself, several times for each request."""
 
@@ -54,9 +51,6 @@ RULES_KEPT: Final = 5.0
 
 _READ: Final[ContextVar[tuple[str, str | None]]] = ContextVar("mcp_session_store.rules_read", default=("", None))
 """Name and text of the rules of a session that were last read in a context: FastMCP adds to them, and stores all."""
-
-_OUTSIDE: Final[Scope] = {}
-"""Scope of what runs outside of all messages."""
 
 MOST_RULES: Final = 10_000
 """Number of users whose rules are kept at most."""
@@ -142,7 +136,7 @@ class FastMCPState:
         unbound: AsyncKeyValue | None,
         unbound_ttl: Callable[[], float | None],
     ) -> None:
-        self._begin = f"{PREFIX}{name}:"
+        self._begin = f"{FASTMCP}{name}:"
         self._access = access
         self._unbound = unbound
         self._unbound_ttl = unbound_ttl
@@ -152,7 +146,7 @@ class FastMCPState:
     async def get(self, key: str, *, collection: str | None = None) -> Value | None:
         """Return the value under a key; `None` where there is none."""
         scope_id, _, name = key.partition(":")
-        scope = CURRENT_SCOPE.get(_OUTSIDE)
+        scope = CURRENT_SCOPE.get(OUTSIDE)
         session: ResidentSession | None = scope.get(RESIDENT_SESSION) or scope.get(REPLAYED_SESSION)
         if (
             name == RULES
@@ -177,13 +171,13 @@ class FastMCPState:
     ) -> None:
         """Store a value under a key, durably before this returns, unless it is for memory."""
         scope_id, _, name = key.partition(":")
-        scope = CURRENT_SCOPE.get(_OUTSIDE)
+        scope = CURRENT_SCOPE.get(OUTSIDE)
         session: ResidentSession | None = scope.get(RESIDENT_SESSION) or scope.get(REPLAYED_SESSION)
         if (state := self._state(scope, session, scope_id)) is not None:
             if REPLAYED_SESSION in scope:
                 return
             if name != RULES:
-                await state.set(self._begin + name, dict(value))
+                await state.put(new_state(self._begin + name, encoded(name, dict(value))))
                 return
             if session is None or session.record is None:
                 await state.put(new_state(self._begin + name, json.dumps(dict(value)), watched=True))
@@ -200,7 +194,7 @@ class FastMCPState:
     async def delete(self, key: str, *, collection: str | None = None) -> bool:
         """Remove the value under a key, and return whether there may have been one."""
         scope_id, _, name = key.partition(":")
-        scope = CURRENT_SCOPE.get(_OUTSIDE)
+        scope = CURRENT_SCOPE.get(OUTSIDE)
         session: ResidentSession | None = scope.get(RESIDENT_SESSION) or scope.get(REPLAYED_SESSION)
         if (state := self._state(scope, session, scope_id)) is not None:
             if REPLAYED_SESSION in scope:
@@ -208,7 +202,7 @@ class FastMCPState:
             if name == RULES and session is not None and session.record is not None:
                 await scope[RECORD_WRITER].write_watched(session, self._begin + name, None)
             else:
-                await state.delete(self._begin + name)
+                await state.remove(self._begin + name)
             return True
         if scope_id in UNBOUND and self._unbound is not None:
             found = await self._unbound.delete(key, collection=self._begin)
@@ -257,7 +251,7 @@ class FastMCPState:
             if session.session_id != scope_id:
                 return None
             access = scope.get(STATE)
-        elif scope is _OUTSIDE and _SESSION_ID.fullmatch(scope_id):
+        elif scope is OUTSIDE and _SESSION_ID.fullmatch(scope_id):
             access = self._access()
         else:
             return None

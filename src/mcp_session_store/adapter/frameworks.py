@@ -149,7 +149,9 @@ def _fastmcp_app(server: FastMCP[Any], options: Mapping[str, Any]) -> tuple[Star
     json_response = options.get("json_response")
     idle_timeout = options.get("session_idle_timeout")
     if idle_timeout is None:
-        idle_timeout = defaults.http_session_idle_timeout
+        # The default of FastMCP 4.0 is None, for no limit, and that of later versions "auto": neither was asked for.
+        is_set = "http_session_idle_timeout" in defaults.model_fields_set
+        idle_timeout = defaults.http_session_idle_timeout if is_set else "auto"
     arguments: dict[str, Any] = {}
     if "max_request_body_size" in options:
         arguments["max_request_body_size"] = options["max_request_body_size"]

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from mcp_session_store.environment import NO_LIMIT, Settings, duration, variable
 from mcp_session_store.errors import ConfigurationError, SessionStoreError, without_passwords
-from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.retention import EventPolicy, RetentionPolicy, StatePolicy
 from mcp_session_store.settings import InstanceSettings, Unit
 from mcp_session_store.store import DEFAULT_NAMESPACE
 
@@ -39,6 +39,7 @@ __all__ = [
     "retention_options",
     "run",
     "schema_option",
+    "state_options",
     "sweep_retention_options",
     "url_option",
 ]
@@ -192,6 +193,11 @@ _EVENT_HELP: Final = {
     "max_events_per_session": ("N", "Events of a session that are kept."),
     "max_bytes_per_session": ("N", "Bytes of messages of a session that are kept."),
 }
+_STATE_HELP: Final = {
+    "max_value_bytes": ("N", "Bytes of one value of a session's state."),
+    "max_values_per_session": ("N", "Values of a session's state."),
+    "max_bytes_per_session": ("N", "Bytes of a session's state, names included."),
+}
 _INSTANCE_HELP: Final = {
     name: (_metavar(field), (field.description or "").replace("None: ", f"{NO_LIMIT}: "))
     for name, field in InstanceSettings.model_fields.items()
@@ -251,6 +257,8 @@ sweep_retention_options = _settings_options(
 event_options = _settings_options(EventPolicy, "event_retention", _EVENT_HELP)
 """Add the options of the policy for events; the command gets the texts that are given as `event_retention`."""
 events_max_age_option = settings_option(EventPolicy, "max_age", *_EVENT_HELP["max_age"])
+state_options = _settings_options(StatePolicy, "state_bounds", _STATE_HELP)
+"""Add the options of the bounds of session state; the command gets the texts that are given as `state_bounds`."""
 instance_options = _settings_options(InstanceSettings, "instance", _INSTANCE_HELP)
 """Add the options of a process that serves; the command gets the texts that are given as `instance`."""
 

@@ -20,11 +20,12 @@ from mcp_session_store.cli.options import (
     retention_options,
     run,
     schema_option,
+    state_options,
     url_option,
 )
 from mcp_session_store.cli.served_object import served_object
 from mcp_session_store.errors import ConfigurationError, SchemaError, StoreMisconfigured
-from mcp_session_store.retention import EventPolicy, RetentionPolicy
+from mcp_session_store.retention import EventPolicy, RetentionPolicy, StatePolicy
 from mcp_session_store.settings import InstanceSettings
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class _ServeSettings(BaseModel):
     events: bool | None
     event_retention: dict[str, str]
     """The texts of the options for events that were given."""
+    state_bounds: dict[str, str]
+    """The texts of the options for session state that were given."""
     instance: dict[str, str]
     """The texts of the options of the process that were given."""
     given: frozenset[str]
@@ -167,6 +170,7 @@ def _root_path(ctx: click.Context, parameter: click.Parameter, value: str) -> st
     help="Store the events of streams, so that clients can resume them.",
 )
 @event_options
+@state_options
 @instance_options
 @option("--app-dir", default=".", show_default=True, help="Folder in which MODULE or FILE is looked for first.")
 def serve(
@@ -192,6 +196,7 @@ def serve(
     retention: dict[str, str],
     events: bool | None,
     event_retention: dict[str, str],
+    state_bounds: dict[str, str],
     instance: dict[str, str],
     app_dir: str,
 ) -> None:
@@ -208,6 +213,7 @@ def serve(
     """
     read_settings(RetentionPolicy, retention)
     read_settings(EventPolicy, event_retention)
+    read_settings(StatePolicy, state_bounds)
     read_settings(InstanceSettings, instance)
     settings = _ServeSettings(
         target=target,
@@ -227,6 +233,7 @@ def serve(
         relay=relay,
         events=events,
         event_retention=event_retention,
+        state_bounds=state_bounds,
         instance=instance,
         given=frozenset(name for name in _OF_THE_DATABASE if _is_given(name)),
     )
@@ -281,6 +288,8 @@ def _build(settings: _ServeSettings) -> Starlette:
         options["events"] = settings.events and read_settings(EventPolicy, settings.event_retention)
     if settings.relay is not None:
         options["relay"] = settings.relay
+    if settings.state_bounds:
+        options["state"] = read_settings(StatePolicy, settings.state_bounds)
     if settings.instance:
         options["settings"] = read_settings(InstanceSettings, settings.instance)
     of_the_database = {

@@ -137,6 +137,15 @@ async def test_values_are_set_read_updated_and_removed(store: FaultyStore, state
         for wrong in (object(), float("nan"), {1, 2}, [{1: 2}], {"x": {None: 1}}):
             with pytest.raises(InvalidValue, match="'a' is no JSON"):
                 await of.set("a", wrong)
+        for name in (1, None, "a\0", "x" * 1025, "fastmcp:x", "fastmcp/a:x"):
+            for call in (of.set(name, 1), of.update(name, str), of.delete(name)):  # type: ignore[arg-type]
+                with pytest.raises(InvalidValue, match="name"):
+                    await call
+        with pytest.raises(InvalidValue, match="the name 1 of a value is no text"):
+            await of.get(1)  # type: ignore[arg-type]
+        # These are not FastMCP's.
+        await of.set("fastmcp", 1)
+        await of.delete("fastmcp")
         return await of.items()
 
     async with instance(store, using(Notes(), use=use), state=state) as one:

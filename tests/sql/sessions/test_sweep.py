@@ -11,15 +11,17 @@ import pytest
 import sqlalchemy as sa
 
 from mcp_session_store.retention import SweepReport
-from mcp_session_store.sql import SqlEventLog
+from mcp_session_store.sql import SqlEventLog, SqlStateStore
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.events import trim
 from mcp_session_store.sql.schema.tables import logs_table, sessions_table
 from mcp_session_store.sql.sessions import sweep
-from mcp_session_store.testing import new_event, new_session
+from mcp_session_store.sql.state import sweep as state_sweep
+from mcp_session_store.testing import new_event, new_session, new_state
 from tests.support.databases import age_events, engine_of, execute, settled, sql_store
 
 if TYPE_CHECKING:
+    from mcp_session_store.records import NewState
     from mcp_session_store.sql import SqlSessionStore
 
 pytestmark = pytest.mark.anyio
@@ -48,6 +50,29 @@ async def test_a_step_reports_how_long_it_held_up_other_writers(
         assert report == SweepReport(expired=1)
         # On Postgres other writers wait for the swept rows only.
         assert report.longest == (0.5 if store.database.dialect.single_writer else 0)
+
+
+async def test_few_sessions_with_much_state_are_ended_at_once(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (sweep, state_sweep):
+        monkeypatch.setattr(module, "ROWS_PER_STEP", 7)
+
+    def values() -> list[NewState]:
+        return [new_state(name) for name in "abc"]
+
+    async with sql_store(database_url) as store, SqlStateStore(store) as state:
+        for _ in range(5):
+            await store.create(new_session(state=values()))
+        await expire_all(store)
+        assert [(await store.sweep()).expired for _ in range(4)] == [2, 2, 1, 0]
+        # An older version ends a session, and leaves its state.
+        table = sessions_table()
+        for _ in range(5):
+            await store.create(new_session(state=values()))
+        live = sa.update(table).where(table.c.ended_at.is_(None))
+        await execute(store, live.values(ended_at=StoreClock(), expires_at=None, end_reason="expired"))
+        assert [(await state.sweep()).removed for _ in range(4)] == [6, 6, 3, 0]
 
 
 async def test_a_step_that_removes_events_reports_how_long_it_held_up_other_writers(

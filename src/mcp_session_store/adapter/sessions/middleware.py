@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.recording import RecordWriter
     from mcp_session_store.adapter.sessions.resident import ResidentSession
 
-__all__ = ["CURRENT_SCOPE", "SessionMiddleware", "install"]
+__all__ = ["CURRENT_SCOPE", "OUTSIDE", "SessionMiddleware", "install"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ _NO_SCOPE: Final[Scope] = {}
 
 CURRENT_SCOPE: Final[ContextVar[Scope]] = ContextVar("mcp_session_store.current_scope")
 """ASGI scope of the message that is being handled: empty where no HTTP request brought it."""
+
+OUTSIDE: Final[Scope] = {}
+"""Scope of what runs outside of all messages."""
 
 
 def install(server: Server[Any]) -> SessionMiddleware:
@@ -74,7 +77,7 @@ class SessionMiddleware:
         """Serve one message."""
         scope: Scope = getattr(ctx.request, "scope", _NO_SCOPE)
         if self.notes_scope:
-            # Not reset: each message is handled in a context of its own, or in that of its session's server loop.
+            # Not reset: each message is handled in a context of its own.
             CURRENT_SCOPE.set(scope)
         session: ResidentSession | None = scope.get(RESIDENT_SESSION)
         if session is None:

@@ -30,10 +30,16 @@ if TYPE_CHECKING:
     from mcp_session_store.adapter.sessions.resident import ResidentSession
     from mcp_session_store.state_store import StateStore, StoredState
 
-__all__ = ["STATE", "SessionState", "StateAccess", "get_session_state", "new_state"]
+__all__ = ["FASTMCP", "STATE", "SessionState", "StateAccess", "encoded", "get_session_state", "new_state"]
 
 STATE: Final = "mcp_session_store.state"
 """Key of a request's ASGI scope under which the `StateAccess` of its manager stands."""
+
+FASTMCP: Final = "fastmcp"
+"""Beginning of the names of FastMCP's own values among those of a session."""
+
+_RESERVED: Final = (f"{FASTMCP}:", f"{FASTMCP}/")
+"""Beginnings of names that applications cannot give to a value."""
 
 MAX_TRIES: Final = 10
 """Number of times that an update is tried."""
@@ -163,20 +169,21 @@ class SessionState:
         """Store a value under a name, in place of the one that is there; it is committed when this returns.
 
         Args:
-            name: Name, of 1,024 bytes at most.
+            name: Name, of 1,024 bytes at most. Names that begin with `fastmcp:` or `fastmcp/` are FastMCP's own.
             value: JSON value.
             ttl: Seconds, by the database's clock, after which there is no value any more; unless given it lives as long
                 as the session.
 
         Raises:
-            InvalidValue: The value is no JSON, or cannot be stored.
+            InvalidValue: The value is no JSON, or cannot be stored, or the name is FastMCP's.
             StateFull: The value, or all of the session, would be larger than the `StatePolicy` allows.
             StoreUnavailable: The database is away.
         """
-        await self.put(new_state(name, _encoded(name, value), ttl=_seconds(ttl)))
+        _check_own(name)
+        await self.put(new_state(name, encoded(name, value), ttl=_seconds(ttl)))
 
     async def put(self, state: NewState) -> None:
-        """Store a value that is encoded already; see `set`."""
+        """Store a value that is encoded already, under any name; see `set`."""
         if self._replayed:
             return
         if (session := self._opening) is not None:
@@ -188,8 +195,14 @@ class SessionState:
         """Remove the value under a name, if there is one.
 
         Raises:
+            InvalidValue: The name is no value's, or FastMCP's.
             StoreUnavailable: The database is away.
         """
+        _check_own(name)
+        await self.remove(name)
+
+    async def remove(self, name: str) -> None:
+        """Remove the value under any name; see `delete`."""
         if self._replayed:
             return
         if (session := self._opening) is not None:
@@ -222,12 +235,13 @@ class SessionState:
             InvalidValue, StateFull, StoreUnavailable: As `set`.
         """
         seconds = _seconds(ttl)
+        _check_own(name)
         if self._replayed:
             return await self.get(name, default)
         if (session := self._opening) is not None:
             found = (session.new_state or {}).get(name)
             value = function(default if found is None else json.loads(found.value))
-            self._keep(session, new_state(name, _encoded(name, value), ttl=seconds))
+            self._keep(session, new_state(name, encoded(name, value), ttl=seconds))
             return value
         for tries in range(MAX_TRIES):
             if tries:
@@ -235,7 +249,7 @@ class SessionState:
                 await anyio.sleep(random.uniform(0, FIRST_PAUSE * 2 ** (tries - 1)))  # noqa: S311
             stored = (await self._access.get(self._key, (name,))).get(name)
             value = function(default if stored is None else json.loads(stored.value))
-            state = new_state(name, _encoded(name, value), ttl=seconds)
+            state = new_state(name, encoded(name, value), ttl=seconds)
             try:
                 await self._access.put(self._key, state, expected=NO_VALUE if stored is None else stored.version)
             except StateConflict:
@@ -297,7 +311,19 @@ def _why_none(scope: Scope) -> str:
     return "the server is stateless, or the request did not come through the app that durable_app returned"
 
 
-def _encoded(name: str, value: Any) -> str:
+def _check_own(name: str) -> None:
+    """Refuse a name under which an application can keep nothing."""
+    check_name(name)
+    if name.startswith(_RESERVED):
+        raise InvalidValue(f"the name {name!r} begins as those of FastMCP's own values do; choose another one")
+
+
+def encoded(name: str, value: Any) -> str:
+    """Return a value as JSON text.
+
+    Raises:
+        InvalidValue: It is no JSON.
+    """
     try:
         # ASCII, so that `\u0000` and lone surrogates stay escapes, which any database keeps.
         text = _as_json(value)

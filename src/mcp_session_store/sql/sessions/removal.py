@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +106,11 @@ class SessionRemoval:
             self._remove_others = [dialect.precompiled(removal) for removal in removals.values()]
         self._remove_logs = dialect.precompiled(remove_logs)
         self._remove_events = dialect.precompiled(sa.delete(events).where(self._removed.in_batch(events.c.key)))
-        self._count_events = dialect.precompiled(
-            sa.select(logs.c.key, logs.c.sequence - logs.c.trimmed).where(self._removed.in_batch(logs.c.key))
+        self._count_rows = dialect.precompiled(
+            sa.union_all(
+                sa.select(logs.c.key, logs.c.sequence - logs.c.trimmed).where(self._removed.in_batch(logs.c.key)),
+                sa.select(sessions.c.key, sessions.c.state_values).where(self._removed.in_batch(sessions.c.key)),
+            )
         )
 
     async def end(self, attempt: Attempt, ends: Sequence[End]) -> list[bool]:
@@ -162,11 +166,12 @@ class SessionRemoval:
         if with_events := [key for key, kept in logs if kept]:
             yield self._remove_events, self._parameters(with_events)
 
-    def event_counts(self, keys: Sequence[Any]) -> Steps[list[int]]:
-        """Return how many events each session has, for keys as the driver takes and returns them."""
-        rows = yield self._count_events, self._parameters(keys)
-        kept: dict[Any, int] = {row[0]: row[1] for row in rows}
-        return [kept.get(key, 0) for key in keys]
+    def row_counts(self, keys: Sequence[Any]) -> Steps[list[int]]:
+        """Return how many events and values each session has, for keys as the driver takes and returns them."""
+        counts = Counter[Any]()
+        for key, count in (yield self._count_rows, self._parameters(keys)):
+            counts[key] += count
+        return [counts[key] for key in keys]
 
     def _parameters(self, keys: Collection[Any]) -> dict[str, object]:
         return self._removed.parameters([(key,) for key in sorted(keys)])

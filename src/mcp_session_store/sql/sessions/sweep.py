@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from mcp_session_store.sql.dialects.dialect import Dialect
     from mcp_session_store.sql.sessions.removal import SessionRemoval
 
-__all__ = ["Sweep", "SweepCandidates", "SweepResult", "SweepStatements", "expired_values"]
+__all__ = ["ROWS_PER_STEP", "Sweep", "SweepCandidates", "SweepResult", "SweepStatements", "expired_values"]
 
-EVENTS_PER_STEP: Final = 20_000
-"""Most events that are removed with the sessions of one step, unless a single session has more."""
+ROWS_PER_STEP: Final = 20_000
+"""Most events and values that are removed with the sessions of one step, unless a single session has more."""
 
 
 class SweepCandidates:
@@ -98,7 +98,7 @@ class SweepStatement:
         keys: Selects the keys of the sessions to change.
         change: The change.
         ends: Whether the sessions have ended after it.
-        loses_events: Whether they may have events until then.
+        loses_rows: Whether they may have events and state until then.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class SweepStatement:
         keys: sa.Select[Any],
         change: sa.Update | sa.Delete,
         ends: bool,
-        loses_events: bool = False,
+        loses_rows: bool = False,
     ) -> None:
         self.ends: Final = ends
-        self.loses_events: Final = loses_events
+        self.loses_rows: Final = loses_rows
         self._dialect = dialect
         self._table = table
         self._keys = keys
@@ -185,7 +185,7 @@ class SweepStatements:
                 }
             ),
             ends=True,
-            loses_events=True,
+            loses_rows=True,
         )
         self.remove_tombstones = (
             None
@@ -276,21 +276,21 @@ class Sweep:
     async def _run(self, attempt: Attempt, step: SweepStep) -> SweepResult:
         run, connection = self._dialect.run, attempt.connection
         statement, limit = step
-        if statement.loses_events:
-            limit = await run(connection, self._with_few_events(statement, limit), writes=False)
+        if statement.loses_rows:
+            limit = await run(connection, self._with_few_rows(statement, limit), writes=False)
             if limit == 0:
                 return SweepResult()
         return await run(connection, self._change(statement, limit), writes=True, atomic=True)
 
-    def _with_few_events(self, statement: SweepStatement, limit: int) -> Steps[int]:
-        """Return how many sessions can be ended at once, so that not too many events are removed with them."""
+    def _with_few_rows(self, statement: SweepStatement, limit: int) -> Steps[int]:
+        """Return how many sessions can be ended at once, so that not too many rows are removed with them."""
         keys = [key for (key,) in (yield statement.candidates(limit), {})]
         if not keys:
             return 0
-        with_events = [key for key in keys if self._dialect.key(key) is not None]
-        totals = accumulate((yield from self._removal.event_counts(with_events)))
-        few = sum(total <= EVENTS_PER_STEP for total in totals)
-        return limit if few == len(with_events) else max(1, few)
+        readable = [key for key in keys if self._dialect.key(key) is not None]
+        totals = accumulate((yield from self._removal.row_counts(readable)))
+        few = sum(total <= ROWS_PER_STEP for total in totals)
+        return limit if few == len(readable) else max(1, few)
 
     def _change(self, statement: SweepStatement, limit: int) -> Steps[SweepResult]:
         change = statement.change(limit)

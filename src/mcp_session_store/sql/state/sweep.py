@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from datetime import timedelta
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
@@ -12,6 +13,7 @@ import sqlalchemy as sa
 from mcp_session_store.retention import StateSweepReport
 from mcp_session_store.sql.dialects.functions import MOMENT, StoreClock, Unindexed
 from mcp_session_store.sql.schema.tables import sessions_table, state_table
+from mcp_session_store.sql.sessions.sweep import ROWS_PER_STEP
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -84,7 +86,7 @@ class StateSweep:
             sa.bindparam("ended_since", type_=MOMENT), StoreClock(-LOOK_BACK.total_seconds()), type_=MOMENT
         )
         ended = (
-            sa.select(sessions.c.key)
+            sa.select(sessions.c.key, sessions.c.state_values)
             .where(
                 sessions.c.namespace == name,
                 sessions.c.ended_at >= sa.select(since).scalar_subquery(),
@@ -96,7 +98,8 @@ class StateSweep:
         # The first row is the time of the look.
         self._find_ended = dialect.precompiled(
             sa.union_all(
-                sa.select(sa.null().label("key"), now.label("now")), sa.select(ended.c.key, sa.null().label("now"))
+                sa.select(sa.null().label("key"), now.label("now"), sa.literal(0, sa.Integer).label("state_values")),
+                sa.select(ended.c.key, sa.null().label("now"), ended.c.state_values),
             )
         )
         self._remove_all = dialect.precompiled(
@@ -121,15 +124,17 @@ class StateSweep:
         rows = await run(connection, self._rows_of(self._find_ended, asked), writes=False)
         ((now,),) = ([row[1]] for row in rows if row[0] is None)
         (now,) = self._dialect.moments([now])
-        ended = [row[0] for row in rows if row[0] is not None]
+        ended = [(key, count) for key, _, count in rows if key is not None]
+        few = sum(total <= ROWS_PER_STEP for total in accumulate(count for _, count in ended))
         if ended:
-            cleared = await run(connection, self._remove_with_session(ended), writes=True, atomic=True)
+            keys = [key for key, _ in ended[: max(1, few)]]
+            cleared = await run(connection, self._remove_with_session(keys), writes=True, atomic=True)
             report = StateSweepReport(
                 removed=report.removed + cleared.removed,
                 more=report.more or cleared.more,
                 longest=max(report.longest, cleared.longest),
             )
-        if len(ended) < limit:
+        if few == len(ended) < limit:
             self._since = now - self._overlap
         return report
 
