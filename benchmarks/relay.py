@@ -254,6 +254,11 @@ async def _calls_of(contender: Contender, row: Row) -> float:
 
 
 async def measure_idle(bench: Bench) -> None:
+    # Its transactions would be counted with those of the process.
+    connection = await _connected(bench.postgres.url())
+    await connection.execute("ALTER SYSTEM SET autovacuum = off")
+    await connection.execute("SELECT pg_reload_conf()")
+    await connection.close()
     # All at once, because each of them does next to nothing, for a minute.
     found = await asyncio.gather(*(_idle(bench, place, waits=waits) for place in PLACES for waits in (False, True)))
     for (queries, cpu), (place, waits) in zip(found, itertools.product(PLACES, (False, True)), strict=True):
@@ -285,16 +290,20 @@ async def _idle(bench: Bench, place: str, *, waits: bool) -> tuple[float | None,
     return None if before is None or after is None else (after - before) / seconds, cpu
 
 
+async def _connected(url: str) -> asyncpg.Connection:
+    given = make_url(url).set(drivername="postgresql", query={})
+    return await asyncpg.connect(given.render_as_string(hide_password=False))
+
+
 async def _transactions(url: str) -> int | None:
     """Return the number of transactions so far in a Postgres database; `None` for SQLite."""
     given = make_url(url)
     if given.get_backend_name() == "sqlite":
         return None
-    # In another database, because those that count are counted.
-    dsn = given.set(drivername="postgresql", database="postgres", query={}).render_as_string(hide_password=False)
     # Statistics are reported with a delay.
     await asyncio.sleep(1.5)
-    connection = await asyncpg.connect(dsn)
+    # In another database, because those that count are counted.
+    connection = await _connected(given.set(database="postgres").render_as_string(hide_password=False))
     try:
         found = await connection.fetchval(
             "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = $1", given.database

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import uuid
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -163,7 +163,14 @@ def test_a_session_is_shown_by_its_key_and_by_its_id_which_is_not_repeated(
     command: CommandFunction, database_url: str
 ) -> None:
     session_id = uuid.uuid4().hex
-    row = session_row(key=session_key(session_id), principal=SOMEBODY, initialize_params='{"secret": "\x9b31m é"}')
+    row = session_row(
+        key=session_key(session_id),
+        principal=SOMEBODY,
+        initialize_params='{"secret": "\x9b31m é"}',
+        stream_holder=7,
+        stream_term=1,
+        stream_opened_at=datetime.now(UTC) - 2 * HOUR,
+    )
     journal = [
         {"key": row["key"], "method": "logging/setLevel", "subject": "", "params": '{"level": "debug"}', "revision": 1},
         {
@@ -183,6 +190,7 @@ def test_a_session_is_shown_by_its_key_and_by_its_id_which_is_not_repeated(
         assert session_id not in done.stdout + done.stderr
         assert str(row["key"]) in done.stdout
         assert SOMEBODY.digest.hex() in done.stdout
+        assert re.search(r"stream +opened last on instance number 7, (2 h|120 min) ago", done.stdout)
         assert "logging/setLevel" in done.stdout
         assert "resources/subscribe file:///[31mred" in done.stdout
         assert "secret" not in done.stdout
@@ -194,6 +202,7 @@ def test_a_session_is_shown_by_its_key_and_by_its_id_which_is_not_repeated(
     assert "\x9b" not in shown
     document = json.loads(command("sessions", "show", session_id, "--json", environment=environment).stdout)
     assert "secret" not in str(document)
+    assert document["stream_holder"] == 7
     assert [entry["method"] for entry in document["journal"]] == ["logging/setLevel", "resources/subscribe"]
     assert document["initialize_params_bytes"] == len(row["initialize_params"].encode())
     document = json.loads(command("sessions", "show", session_id, "--json", "--params", environment=environment).stdout)

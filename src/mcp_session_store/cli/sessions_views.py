@@ -115,6 +115,7 @@ def print_details(found: SessionDetails, *, params: bool, values: bool) -> None:
         ("principal", "none" if principal is None else principal.display),
         *([] if principal is None else [("digest", principal.digest.hex())]),
         ("instance", session.instance_hint),
+        ("stream", _stream_of(session, now)),
         ("protocol", session.protocol_version),
         ("opened", when(session.created_at)),
         ("last seen", when(session.last_seen_at)),
@@ -140,6 +141,12 @@ def print_details(found: SessionDetails, *, params: bool, values: bool) -> None:
     if values:
         for state in found.state:
             print_text(text := f"{state.name} {state.value}", length=len(text))
+
+
+def _stream_of(session: StoredSession, now: datetime) -> str:
+    if session.stream_holder is None:
+        return "never opened"
+    return f"opened last on instance number {session.stream_holder}, {ago(session.stream_opened_at, now)}"
 
 
 def _end_of(expires_at: datetime | None, now: datetime) -> Sequence[str]:

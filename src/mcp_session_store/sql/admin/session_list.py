@@ -97,6 +97,9 @@ class StoredSession:
     """An `EndReason`, or a reason that only a newer version of this package knows."""
     restores: int
     revision: int
+    stream_holder: int | None
+    """Number of the instance on which the client's stream was opened last; `None`: it was never opened."""
+    stream_opened_at: datetime | None
 
 
 class SessionList:
@@ -126,11 +129,12 @@ class SessionList:
             c.instance_hint,
             *(
                 Bounded(moment).label(moment.name)
-                for moment in (c.created_at, c.last_seen_at, c.expires_at, c.ended_at)
+                for moment in (c.created_at, c.last_seen_at, c.expires_at, c.ended_at, c.stream_opened_at)
             ),
             c.end_reason,
             c.restores,
             c.revision,
+            c.stream_holder,
         )
 
     def page_statement(
@@ -220,6 +224,8 @@ class SessionList:
             end_reason=None if row.end_reason is None else readable(row.end_reason),
             restores=row.restores,
             revision=row.revision,
+            stream_holder=row.stream_holder,
+            stream_opened_at=row.stream_opened_at,
         )
 
     def cursor(self, state: SessionState, row: Any) -> str:
