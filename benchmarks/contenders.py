@@ -174,6 +174,20 @@ async def _tool_calls(contender: Contender, mode: Mode, count: int) -> AsyncIter
 
 
 @contextlib.asynccontextmanager
+async def _calls_beside_streams(contender: Contender, mode: Mode, count: int) -> AsyncIterator[Perform]:
+    async with contender.serving(mode) as endpoint, contextlib.AsyncExitStack() as streams:
+        sessions = [await endpoint.open_session() for _ in range(CLIENTS)]
+        for session_id in sessions:
+            await streams.enter_async_context(endpoint.stream(session_id))
+
+        async def call(number: int) -> None:
+            await endpoint.call_tool(sessions[number % CLIENTS])
+
+        await _in_turn(call, max(CLIENTS, count // 4))
+        yield call
+
+
+@contextlib.asynccontextmanager
 async def _handshakes(contender: Contender, mode: Mode, _: int) -> AsyncIterator[Perform]:
     async with contender.serving(mode) as endpoint:
 
@@ -224,6 +238,7 @@ async def _in_turn(perform: Perform, count: int) -> None:
 
 
 TOOL_CALL: Final = Operation("tools/call", "call", _tool_calls)
+STREAMED_CALL: Final = Operation("tools/call beside an open stream", "streamed", _calls_beside_streams)
 HANDSHAKE: Final = Operation("handshake", "handshake", _handshakes)
 RESTART: Final = Operation("first call after a restart", "restart", _first_calls)
 """The session is restored with it. Clients of the stock SDK initialize anew and call; the 404 that makes them do so is

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from starlette.types import ASGIApp, Message
 
@@ -131,6 +131,32 @@ class Endpoint:
         if len(events) < count:
             raise RuntimeError(f"the response ended after {len(events)} events of {count}")
         return Response(events, ended - began)
+
+    @contextlib.asynccontextmanager
+    async def stream(self, session_id: bytes) -> AsyncIterator[None]:
+        """Open the standalone stream of a session, and leave it in the end."""
+        headers = [(b"host", b"127.0.0.1:8000"), (b"accept", b"text/event-stream"), *_headers_of(session_id)]
+        requests: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+        started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        left = asyncio.Event()
+
+        async def receive() -> Message:
+            if requests:
+                return requests.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                started.set_result(message["status"])
+
+        request: asyncio.Future[None] = asyncio.ensure_future(self.app(self._scope("GET", headers), receive, send))
+        await asyncio.wait((request, started), return_when=asyncio.FIRST_COMPLETED)
+        if (status := started.result() if started.done() else None) != 200:
+            raise RuntimeError(f"the GET was answered {status}")
+        yield
+        left.set()
+        await request
 
     async def _post(
         self, message: dict[str, Any], session_id: bytes | None, expected: int

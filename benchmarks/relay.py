@@ -9,7 +9,9 @@
 * `rates`: elicitations a second that 16 clients answer elsewhere, as a share of those that they answer where asked;
 * `messages`: see `benchmarks.messages`;
 * `serving`: `tools/call` and handshakes with the relay, as a share of those without, and the same in function calls of
-  the event loop's thread, which do not depend on the machine;
+  the event loop's thread, which do not depend on the machine. One row is of sessions whose clients have a stream open;
+* `notifications`: time from what a copy says outside of a call to the client's stream, which another process has;
+* `opening`: streams opened at once, of sessions that a restart left, with the relay as a share of those without;
 * `idle`: queries a second of a process with nothing to do, and its share of a core while a call of its own waits for an
   answer; two minutes in all.
 
@@ -36,10 +38,10 @@ import asyncpg
 import psutil
 from sqlalchemy.engine import make_url
 
-from benchmarks import messages
+from benchmarks import messages, streams
 from benchmarks.calls import Profiler, count_calls
-from benchmarks.contenders import EVENTS, HANDSHAKE, JSON, TOOL_CALL, Contender, ours
-from benchmarks.figures import percentile, table
+from benchmarks.contenders import EVENTS, HANDSHAKE, JSON, STREAMED_CALL, TOOL_CALL, Contender, ours
+from benchmarks.figures import percentile, ratios, table
 from benchmarks.serving import Row, compared, time_rows
 from benchmarks.trial import serving
 from mcp_session_store.sql.listening import HEARTBEAT
@@ -235,7 +237,12 @@ async def measure_serving(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as folder:
             async with bench.database(place, Path(folder)) as url:
                 contenders = [ours("on", url), ours("off", url, relay=False)]
-                for operation, mode in ((TOOL_CALL, JSON), (TOOL_CALL, EVENTS), (HANDSHAKE, JSON)):
+                for operation, mode in (
+                    (TOOL_CALL, JSON),
+                    (TOOL_CALL, EVENTS),
+                    (STREAMED_CALL, JSON),
+                    (HANDSHAKE, JSON),
+                ):
                     row = Row(operation, mode, 800, 0.99, 0.99)
                     timings = (await time_rows([row], contenders, bench.arguments.rounds, bench.arguments.scale))[0]
                     share = statistics.median(compared(row, timings, "on", "off"))
@@ -244,6 +251,43 @@ async def measure_serving(bench: Bench) -> None:
                     bench.add(
                         f"{row.title}, relay on to off, {place}", "0.99", result, reached=max(share, off / on) >= 0.99
                     )
+
+
+async def measure_notifications(bench: Bench) -> None:
+    for place in PLACES:
+        for events in (False, True):
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
+                async with bench.database(place, folder) as url:
+                    with ExitStack() as running:
+                        serve = serving(running, folder)
+                        speaking, holding = [streams.serve_talking(serve, url, events=events) for _ in range(2)]
+                        count = bench.count(200)
+                        took = await streams.measure_notifications(speaking, holding, count, pause=0.2)
+            took = [1000 * one for one in took]
+            wanted = (20 if events else 10) if place == POSTGRES else 100
+            p50, p99 = statistics.median(took), percentile(took, 99)
+            bench.add(
+                f"notification elsewhere to the client's stream, {place}, events {'on' if events else 'off'}",
+                f"median {wanted} ms",
+                f"median {p50:.1f} ms, 99 % {p99:.1f} ms",
+                reached=p50 <= wanted,
+            )
+
+
+async def measure_opening(bench: Bench) -> None:
+    count = bench.count(streams.AT_ONCE)
+    for place in (SQLITE, POSTGRES):
+        with tempfile.TemporaryDirectory() as folder:
+            async with bench.database(place, Path(folder)) as url:
+                contenders = {"on": ours("on", url), "off": ours("off", url, relay=False)}
+                took: dict[str, list[float]] = {"on": [], "off": []}
+                for turn in range(min(bench.arguments.rounds, 3)):
+                    for name in ("on", "off") if turn % 2 else ("off", "on"):
+                        took[name].append(await streams.measure_opening(contenders[name], count))
+        share = statistics.median(ratios(took["off"], took["on"]))
+        result = f"{share:.2f} ({', '.join(f'{name} {statistics.median(took[name]):.2f} s' for name in took)})"
+        bench.add(f"{count} streams opened at once, relay on to off, {place}", "0.9", result, reached=share >= 0.9)
 
 
 async def _calls_of(contender: Contender, row: Row) -> float:
@@ -318,6 +362,8 @@ MEASUREMENTS: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {
     "rates": measure_rates,
     "messages": measure_messages,
     "serving": measure_serving,
+    "notifications": measure_notifications,
+    "opening": measure_opening,
     "idle": measure_idle,
 }
 
