@@ -49,6 +49,7 @@ from tests.support.trial import KINDS, Faults, Trial, meanwhile
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from typing import Self
 
     from tests.support.servers import ServeFunction
     from tests.support.trial import Tally
@@ -99,11 +100,14 @@ class Bed:
         arguments: Of the command line.
     """
 
+    proxy_type: type[RoundRobinProxy] = RoundRobinProxy
+
     def __init__(self, name: str, postgres: PostgresServer, arguments: argparse.Namespace) -> None:
         self.name = name
         self.arguments = arguments
         self.dice = random.Random(arguments.seed)
         self.servers: list[ServerProcess] = []
+        self.balancer: RoundRobinProxy
         self._postgres = postgres
         self._stack = AsyncExitStack()
 
@@ -111,7 +115,12 @@ class Bed:
     def relays(self) -> bool:
         return self.name.startswith("relay on")
 
-    async def __aenter__(self) -> Bed:
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the processes."""
+        return {"events": True} if self.arguments.events else {}
+
+    async def __aenter__(self) -> Self:
         stack, arguments = self._stack, self.arguments
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.url: str | None = None
@@ -121,7 +130,13 @@ class Bed:
             self.url = f"sqlite:///{self.folder / 'sessions.db'}"
         if self.url is not None:
             await migrate.upgrade(self.url)
-        urls = [self.url] * 3
+        server_url = self.url
+        if arguments.pgbouncer and self.name.endswith("Postgres"):
+            sys.path.append(str(ROOT / ".ci"))
+            from interop_tests.pgbouncer import PgBouncer
+
+            server_url = stack.enter_context(PgBouncer(str(self.url))).url_of(str(self.url))
+        urls = [server_url] * 3
         self.network: FaultProxy | None = None
         if arguments.cut and self.name.endswith("Postgres"):
             given = make_url(str(self.url))
@@ -132,7 +147,7 @@ class Bed:
         for url in urls:
             self.servers.append(await self.start(url))
         ports = [server.port for server in self.servers]
-        self.balancer = await stack.enter_async_context(RoundRobinProxy(ports, dice=self.dice))
+        self.balancer = await stack.enter_async_context(self.proxy_type(ports, dice=self.dice))
         return self
 
     async def __aexit__(self, *error: Any) -> None:
@@ -141,7 +156,6 @@ class Bed:
     async def start(self, url: str | None, *, source: Path | None = None, port: int | None = None) -> ServerProcess:
         """Start a process."""
         serve = serving(self._processes, self.folder, source)
-        options: dict[str, Any] = {"events": True} if self.arguments.events and url is not None else {}
         start = partial(
             serve_questions,
             serve,
@@ -149,7 +163,7 @@ class Bed:
             url,
             environment={} if self.relays else OFF,
             port=port,
-            **options,
+            **({} if url is None else self.options),
         )
         # In a thread, because proxies run in this event loop.
         return await anyio.to_thread.run_sync(start)
@@ -280,6 +294,7 @@ def main() -> None:
     )
     parser.add_argument("--restarts", type=int, default=2, help="of Postgres")
     parser.add_argument("--cut", type=float, default=0.0, help="seconds for which one process is cut from Postgres")
+    parser.add_argument("--pgbouncer", action="store_true", help="put PgBouncer, in transaction mode, in between")
     parser.add_argument("--events", action="store_true", help="store events")
     parser.add_argument("--before", metavar="REVISION", help="try a rolling deploy from this revision, both ways")
     parser.add_argument("--seed", type=int, default=16)

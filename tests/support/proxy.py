@@ -97,7 +97,7 @@ class RoundRobinProxy:
                 backend_reader, backend = connection
                 try:
                     backend.write(_closing(head, self._version))
-                    await self._forward(client_reader, client, backend_reader, backend)
+                    await self._forward(head, client_reader, client, backend_reader, backend)
                 finally:
                     backend.transport.abort()
             client.close()
@@ -128,6 +128,7 @@ class RoundRobinProxy:
 
     async def _forward(
         self,
+        head: bytes,
         client_reader: asyncio.StreamReader,
         client: asyncio.StreamWriter,
         backend_reader: asyncio.StreamReader,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -37,6 +38,8 @@ PID_HEADER: Final = "x-pid"
 """Header of each answer: the process that it comes from."""
 STEPS: Final = (1, 2, 3)
 """What a client reports of its progress with a question of the tool `progress`."""
+ASK: Final = "notifications/questions/ask"
+"""Notification of a client that wants to be asked for its roots, outside of a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,15 @@ class Note:
     token: str
     """Token of the call; for changed roots the client's name."""
     pid: int
+    at: float
+    """Time by the clock of the machine."""
     value: str = ""
+
+
+class Ask(types.NotificationParams):
+    """Parameters of the notification `ASK`."""
+
+    token: str
 
 
 def _settings() -> Settings:
@@ -73,7 +84,7 @@ def _settings() -> Settings:
 
 def note(what: str, token: str, value: str = "") -> None:
     """Append a note."""
-    line = json.dumps(asdict(Note(what=what, token=token, pid=os.getpid(), value=value)))
+    line = json.dumps(asdict(Note(what=what, token=token, pid=os.getpid(), at=time.time(), value=value)))
     # One write to a file opened for appending: lines of several processes do not mix.
     with Path(_settings().notes).open("ab", buffering=0) as file:
         file.write(line.encode() + b"\n")
@@ -111,7 +122,7 @@ class Call:
 
     Args:
         session: The session, as the SDK gives it to the call.
-        request_id: Id of the call.
+        request_id: Id of the call; `None`: all is said outside of calls, on the client's own stream.
         token: Token of the call.
         report: Reports progress of the call.
     """
@@ -119,7 +130,7 @@ class Call:
     def __init__(
         self,
         session: ServerSession,
-        request_id: types.RequestId,
+        request_id: types.RequestId | None,
         token: str,
         report: Callable[[float], Awaitable[None]],
     ) -> None:
@@ -192,16 +203,37 @@ class Call:
         await anyio.sleep_forever()
         return ""
 
+    async def tell(self) -> str:
+        """Say on the client's own stream what the kind of the token says."""
+        kind, token = self._token.partition("-")[0], self._token
+        notification: types.ServerNotification
+        match kind:
+            case "changed":
+                params = types.NotificationParams(_meta={"token": token})
+                notification = types.ToolListChangedNotification(params=params)
+            case "updated":
+                updated = types.ResourceUpdatedNotificationParams(uri=f"said://{token}")
+                notification = types.ResourceUpdatedNotification(params=updated)
+            case _:
+                log = types.LoggingMessageNotificationParams(level="info", data=token)
+                notification = types.LoggingMessageNotification(params=log)
+        await self._session.send_notification(notification)
+        return ""
+
     async def whoami(self) -> str:
         return str(os.getpid())
 
 
-TOOLS: Final = ("elicit", "progress", "sample", "roots", "ping", "wait", "whoami")
+TOOLS: Final = ("elicit", "progress", "sample", "roots", "ping", "wait", "tell", "whoami")
 
 
 async def _note_roots(ctx: ServerRequestContext[Any, Any], _params: types.NotificationParams) -> None:
     assert ctx.session.client_params is not None
     note("roots", ctx.session.client_params.client_info.name)
+
+
+async def _ask(ctx: ServerRequestContext[Any, Any], params: Ask) -> None:
+    await Call(ctx.session, None, params.token, ctx.session.report_progress).run("roots")
 
 
 def _lowlevel() -> Server[Any]:
@@ -252,9 +284,9 @@ def _fastmcp() -> FastMCP[Any]:
 
 def _app(server: MCPServer | Server[Any] | FastMCP[Any]) -> ASGIApp:
     settings = _settings()
-    underlying_server(server).add_notification_handler(
-        "notifications/roots/list_changed", types.NotificationParams, _note_roots
-    )
+    lowlevel_server = underlying_server(server)
+    lowlevel_server.add_notification_handler("notifications/roots/list_changed", types.NotificationParams, _note_roots)
+    lowlevel_server.add_notification_handler(ASK, Ask, _ask)
     if settings.url is not None:
         return _named(durable_app(server, settings.url, **settings.options))
     # FastMCP's app is not asked for without a store.

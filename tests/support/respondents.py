@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -14,14 +15,14 @@ import mcp_types as types
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from tests.support.questions import PID_HEADER, STEPS
+from tests.support.questions import ASK, PID_HEADER, STEPS, Ask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 ClientKind = Literal["official", "fastmcp"]
 
-_TOKEN: Final = re.compile(rb"[a-z]+-[0-9a-f]{16}")
+TOKEN: Final = re.compile(rb"[a-z]+-[0-9a-f]{16}")
 """The kind of a question, and a random part."""
 
 
@@ -33,6 +34,7 @@ class Posted:
     """`None`: no answer has come."""
     pid: int | None = None
     """Process that answered."""
+    at: float = field(default_factory=time.time)
 
     @property
     def accepted(self) -> bool:
@@ -51,6 +53,8 @@ class Wire:
     question_ids: dict[tuple[str, Any], set[str]] = field(default_factory=dict)
     """Tokens of the questions that a client has answered, by its name and the questions' id."""
     session_ids: set[str] = field(default_factory=set)
+    sessions: dict[str, str] = field(default_factory=dict)
+    """Id of each client's session, by its name."""
 
 
 class _Hooks:
@@ -75,7 +79,7 @@ class _Hooks:
         match message.get("method"):
             case None:
                 # A ping is answered without a token.
-                if found := _TOKEN.search(request.content):
+                if found := TOKEN.search(request.content):
                     token = found[0].decode()
                     # A question that is answered again was repeated by a stream that the client has resumed.
                     wire.answers.setdefault(token, posted)
@@ -92,6 +96,7 @@ class _Hooks:
     async def _on_response(self, response: httpx2.Response) -> None:
         if session_id := response.headers.get("mcp-session-id"):
             self._wire.session_ids.add(session_id)
+            self._wire.sessions[self._name] = session_id
         posted: Posted | None = response.request.extensions.get("posted")
         if posted is not None:
             posted.status = response.status_code
@@ -113,6 +118,8 @@ class Respondent:
         self.call_tool: Callable[..., Awaitable[types.CallToolResult]]
         self.session: Any
         """The SDK's client session."""
+        self.heard: list[str] = []
+        """Tokens of what the server has said outside of calls, and of what it has asked for with roots."""
 
     async def ask(self, token: str) -> str:
         """Have the server ask what a token says, and return the answer as it came to the server."""
@@ -134,6 +141,20 @@ class Respondent:
     async def change_roots(self) -> None:
         """Notify the server that the roots have changed."""
         await self.session.send_notification(types.RootsListChangedNotification())
+
+    async def be_told(self, token: str) -> None:
+        """Have the server say or ask, outside of calls, what a token says."""
+        if token.startswith("asked"):
+            await self.session.send_notification(types.Notification(method=ASK, params=Ask(token=token)))
+        else:
+            await self.call_tool("tell", {"token": token})
+
+    async def hear(self, message: Any) -> None:
+        """Take what the server has said outside of calls."""
+        if isinstance(message, types.ServerNotification) and (
+            found := TOKEN.search(message.model_dump_json(by_alias=True).encode())
+        ):
+            self.heard.append(found[0].decode())
 
     def expected(self, token: str) -> str:
         """Return the answer to a question."""
@@ -158,6 +179,7 @@ class Respondent:
 
     async def listed(self, context: Any) -> list[types.Root]:
         token = context.meta["token"]
+        self.heard.append(token)
         await self._wait(token)
         return [types.Root(uri=f"file:///{token}", name=self.expected(token))]  # type: ignore[arg-type]
 
@@ -201,6 +223,7 @@ async def _official(url: str, one: Respondent, hooks: Mapping[str, list[Callable
             elicitation_callback=elicit,
             sampling_callback=sample,
             list_roots_callback=roots,
+            message_handler=one.hear,
         )
 
         async def call_tool(tool: str, arguments: dict[str, Any], on_progress: Any = None) -> types.CallToolResult:
@@ -240,6 +263,7 @@ async def _fastmcp(url: str, one: Respondent, hooks: Mapping[str, list[Callable[
         StreamableHttpTransport(url, httpx_client_factory=factory),
         mode="legacy",
         client_info=types.Implementation(name=one.name, version="1"),
+        message_handler=one.hear,
         **handlers,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
@@ -71,8 +72,8 @@ class Trial:
 
     def __init__(self, url: str, notes: Path, dice: random.Random, *, patience: float) -> None:
         self.wire = Wire()
-        self.killed: set[int] = set()
-        """Processes that were killed."""
+        self.killed: dict[int, float] = {}
+        """Times at which processes were killed."""
         self.failures: Counter[str] = Counter()
         """What clients raised."""
         self.url = url
@@ -113,7 +114,7 @@ class Trial:
                             break
                         token = self._next(name)
             except Exception as error:
-                self.failures[_shown(error)] += 1
+                self.failures[shown(error)] += 1
 
     def _next(self, name: str) -> str:
         token = f"{self._jobs.pop()}-{secrets.token_hex(8)}"
@@ -221,7 +222,7 @@ class Faults:
         """Kill one of the processes, and start it again."""
         await self._pause()
         server = self._dice.choice(servers)
-        self._trial.killed.add(server.pid)
+        self._trial.killed[server.pid] = time.time()
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(server.restart)
         self.kills += 1
@@ -262,7 +263,8 @@ async def meanwhile(faults: Iterable[Callable[[], Awaitable[None]]]) -> AsyncIte
         group.cancel_scope.cancel()
 
 
-def _shown(error: BaseException) -> str:
+def shown(error: BaseException) -> str:
+    """Return the first error of a group in a line."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__}: {error}"[:120]
