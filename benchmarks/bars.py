@@ -52,6 +52,11 @@ def picture() -> str:
         shown = name if name.startswith("mcp") else f"this package, {name}"
         lines.append(f'<rect x="{x}" y="12" width="12" height="12" fill="{colour}"/>')
         lines.append(f'<text x="{x + 17}" y="22" fill="#212121">{escape(shown)}</text>')
+    stock = LEFT + UNIT
+    lines.append(
+        f'<line x1="{stock}" y1="{TOP - 8}" x2="{stock}" y2="{height - 20}" stroke="#d84315" stroke-dasharray="4 3"/>'
+    )
+    lines.append(f'<text x="{stock + 4}" y="{TOP - 8}" fill="#d84315">1: the stock SDK</text>')
     y = TOP
     for name, ratios in data:
         lines.append(
@@ -60,14 +65,10 @@ def picture() -> str:
         for ratio, colour in zip(ratios, COLOURS, strict=True):
             bar = round(ratio * UNIT)
             lines.append(f'<rect x="{LEFT}" y="{y}" width="{bar}" height="{BAR - 2}" fill="{colour}"/>')
-            lines.append(f'<text x="{LEFT + bar + 5}" y="{y + 10}" font-size="10" fill="#424242">{ratio:.2f}</text>')
+            place = f'x="{LEFT + bar + 5}" y="{y + 10}" font-size="10" fill="#424242"'
+            lines.append(f'<text {place} stroke="#ffffff" stroke-width="3" paint-order="stroke">{ratio:.2f}</text>')
             y += BAR
         y += GAP
-    stock = LEFT + UNIT
-    lines.append(
-        f'<line x1="{stock}" y1="{TOP - 8}" x2="{stock}" y2="{height - 20}" stroke="#d84315" stroke-dasharray="4 3"/>'
-    )
-    lines.append(f'<text x="{stock + 4}" y="{TOP - 8}" fill="#d84315">1: the stock SDK</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 

@@ -5,11 +5,8 @@ python -m tests.support.pages FOLDER        # writes the blocks as modules, one 
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,19 +39,9 @@ def blocks_of(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(1)) + 1, block[1]) for block in found]
 
 
-def has_await(block: str) -> bool:
-    """Return whether a block awaits outside of a function, as in a REPL of asyncio."""
-    code = compile(block, "block", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-    return bool(code.co_flags & inspect.CO_COROUTINE)
-
-
 def module_of(page: Path) -> str:
     """Return the blocks of a page as a module."""
-    blocks = []
-    for line, block in blocks_of(page):
-        body = f"async def block_{line}() -> None:\n{textwrap.indent(block, '    ')}" if has_await(block) else block
-        blocks.append(f"# line {line}\n{body}")
-    return "\n\n".join(blocks)
+    return "\n\n".join(f"# line {line}\n{block}" for line, block in blocks_of(page))
 
 
 def write_modules(folder: Path) -> None:
