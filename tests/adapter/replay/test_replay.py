@@ -289,7 +289,7 @@ async def test_what_the_replayed_notifications_handler_says_goes_to_the_client(
         await ctx.session.send_notification(types.ToolListChangedNotification(), related_request_id=related)
 
     notes.on_initialized = tell
-    async with instance(store, notes, json_response=json_response, replay_timeout=0.05) as one:
+    async with instance(store, notes, json_response=json_response, replay_timeout=0.5) as one:
         stream = await one.client(session_id).get_stream()
         opened.set()
         assert (await stream.next())["method"] == "notifications/tools/list_changed"
