@@ -11,13 +11,14 @@ import pytest
 from mcp import MCPError
 from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage, EventStore
 
-from mcp_session_store.adapter.relay import outlet
+from mcp_session_store.adapter.relay import outlet, streams
 from mcp_session_store.adapter.streams import standalone
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.stream_mail import STREAM_QUEUE, STREAM_WAIT
 from tests.support.asgi import PATIENCE, until
 from tests.support.asking import roots
 from tests.support.databases import migrated
+from tests.support.faulty_stores import FaultyMailbox
 from tests.support.instances import Notes, instance, open_session
 from tests.support.internals import instances_of, outbox_is_empty, question_ids_of, registry_of
 from tests.support.streams import one_more_turn
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from mcp_session_store.adapter.streams.standalone import StandaloneStream
     from tests.support.asgi import Client, Exchange
-    from tests.support.faulty_stores import FaultyMailbox, FaultyStore
+    from tests.support.faulty_stores import FaultyStore
     from tests.support.instances import Clock, Instance
     from tests.support.talking import Call
 
@@ -313,6 +314,25 @@ async def test_a_holder_whose_transport_is_blocked_leaves_what_it_has_taken(
         second = await other.get()
         await hears(second, "a")
         exchange.read_on()
+
+
+async def test_an_older_stream_is_closed_although_the_holder_between_told_no_instance(
+    store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "HANDED_OVER_WITHIN", 0.05)
+    async with sides(store, mailbox, other_mailbox, FaultyMailbox(store.inner)) as (one, between, last):
+        first = await one.get()
+        await one.knows_the_former_holder()
+        other_mailbox.down()
+        await between.get()
+        hold = between.standalone.hold
+        assert hold is not None
+        await hold.claimed.wait()
+        third = await last.get()
+        await first.end()
+        await one.call.tell("a")
+        await hears(third, "a")
+        other_mailbox.up()
 
 
 async def test_what_cannot_be_left_while_the_mailbox_is_away_is_left_later(

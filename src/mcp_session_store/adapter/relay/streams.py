@@ -9,8 +9,11 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import anyio
+
 from mcp_session_store.adapter import clock, sdk
 from mcp_session_store.adapter.relay.outgoing import Outgoing
+from mcp_session_store.adapter.relay.outlet import HANDED_OVER_WITHIN
 from mcp_session_store.adapter.streams.hold import Hold
 from mcp_session_store.mailbox import HOLDER, MessageKind
 from mcp_session_store.records import session_key
@@ -174,18 +177,41 @@ class ClientStreams:
             hold.go_on(hold.before)
         elif is_first and holder.former not in (None, number):
             hold.former = holder.former
-            body = json.dumps({"term": hold.term})
-
-            def posted(arrives: bool) -> None:
-                if not arrives:
-                    hold.handed_over.set()  # that instance has stopped, or died
-
-            self._outbox.put(Outgoing(hold.former, hold.key, MessageKind.STREAM_TAKEN, body, posted))
+            self._tell_former(hold)
         elif is_first:
             hold.handed_over.set()
         hold.claimed.set()
         if hold.is_open:
             self._source.entered(session, waiting=holder.waiting)
+
+    def _tell_former(self, hold: Hold) -> None:
+        """Tell the former holder that the stream was opened here later."""
+
+        def posted(arrives: bool) -> None:
+            if not arrives:
+                hold.handed_over.set()  # that instance has stopped, or died
+                self._tell_all(hold)
+
+        body = json.dumps({"term": hold.term})
+        if self._outbox.put(Outgoing(hold.former, hold.key, MessageKind.STREAM_TAKEN, body, posted)):
+            self._tasks.start_soon(self._tell_all_if_silent, hold)
+        else:
+            hold.handed_over.set()
+
+    async def _tell_all_if_silent(self, hold: Hold) -> None:
+        """Tell all instances that the stream was opened here, if the former holder does not answer.
+
+        It may have died before it told its own former holder, which the store does not know any more.
+        """
+        with anyio.move_on_after(HANDED_OVER_WITHIN):
+            await hold.handed_over.wait()
+        if not hold.handed_over.is_set():
+            self._tell_all(hold)
+
+    def _tell_all(self, hold: Hold) -> None:
+        if hold.is_open and not hold.is_lost:
+            body = json.dumps({"term": hold.term, "to_all": True})
+            self._outbox.put(Outgoing(None, hold.key, MessageKind.STREAM_TAKEN, body))
 
     def _taken(self, message: Message, session: ResidentSession | None, hold: Hold | None) -> None:
         """Hand a stream over to the instance where it was opened later."""
@@ -193,12 +219,15 @@ class ClientStreams:
             # This one may have been opened later still: its own claim says so.
             self._tasks.start_soon(self._taken_when_claimed, message, session, hold)
             return
-        term, taken, hands_over = _read(message.body).get("term", 0), None, False
-        if session is None or hold is None or not hold.is_open or hold.is_lost or 0 < hold.term < term:
-            hands_over = True
-            if session is not None and hold is not None:
-                _lose(hold, session)
-                taken = [round(clock.now() - moment, 3) for moment in session.standalone.taken]
+        body = _read(message.body)
+        term, taken = body.get("term", 0), None
+        open_hold = None if session is None or hold is None or not hold.is_open or hold.is_lost else hold
+        hands_over = open_hold is None or 0 < open_hold.term < term
+        if body.get("to_all") and (open_hold is None or not hands_over):
+            return  # only an older response that is open is of interest
+        if hands_over and session is not None and hold is not None:
+            _lose(hold, session)
+            taken = [round(clock.now() - moment, 3) for moment in session.standalone.taken]
         self._tasks.start_soon(self._hand_over, message, term, taken, session, hands_over)
 
     async def _taken_when_claimed(self, message: Message, session: ResidentSession, hold: Hold) -> None:
