@@ -171,6 +171,8 @@ async def test_a_connection_that_is_killed_again_makes_the_store_unavailable_for
         key = uuid.uuid4()
         if operation not in CREATING:
             await store.create(new_session(key=key))
+        if operation is _sweep:
+            await expire(store, key)
 
         async def kill_for_ever() -> None:
             for count in range(1, 100):

@@ -330,10 +330,11 @@ class SqlSessionStore(SessionStore):
 
     async def sweep(self, *, limit: int = SWEEP_LIMIT) -> SweepReport:
         *due, has_values = await self._sweep_looks.run(self._sweep.due)
-        done = [
-            await self._sweeps.submit(step) if step is not None and is_due else SweepResult()
-            for step, is_due in zip(self._sweep.steps(limit), due, strict=True)
-        ]
+        done: list[SweepResult] = []
+        for step, was_due in zip(self._sweep.steps(limit), due, strict=True):
+            # One step makes work for the next: a session that is given an expiry may have expired by it.
+            is_due = was_due or any(result.handled for result in done)
+            done.append(await self._sweeps.submit(step) if step is not None and is_due else SweepResult())
         done.append(await self._value_sweeps.submit(limit) if has_values else SweepResult())
         return SweepReport(
             expired=done[1].handled,
