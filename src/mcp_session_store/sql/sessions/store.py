@@ -332,8 +332,8 @@ class SqlSessionStore(SessionStore):
         *due, has_values = await self._sweep_looks.run(self._sweep.due)
         done: list[SweepResult] = []
         for step, was_due in zip(self._sweep.steps(limit), due, strict=True):
-            # One step makes work for the next: a session that is given an expiry may have expired by it.
-            is_due = was_due or any(result.handled for result in done)
+            # A session that the first step gives an expiry may have expired by it.
+            is_due = was_due or (len(done) == 1 and done[0].handled > 0)
             done.append(await self._sweeps.submit(step) if step is not None and is_due else SweepResult())
         done.append(await self._value_sweeps.submit(limit) if has_values else SweepResult())
         return SweepReport(
