@@ -189,8 +189,7 @@ class ClientStreams:
 
         def posted(arrives: bool) -> None:
             if not arrives:
-                hold.handed_over.set()  # that instance has stopped, or died
-                self._tell_all(hold)
+                hold.handed_over.set()  # that instance has stopped, or died long ago
 
         body = json.dumps({"term": hold.term})
         if self._outbox.put(Outgoing(hold.former, hold.key, MessageKind.STREAM_TAKEN, body, posted)):
@@ -205,11 +204,7 @@ class ClientStreams:
         """
         with anyio.move_on_after(HANDED_OVER_WITHIN):
             await hold.handed_over.wait()
-        if not hold.handed_over.is_set():
-            self._tell_all(hold)
-
-    def _tell_all(self, hold: Hold) -> None:
-        if hold.is_open and not hold.is_lost:
+        if hold.is_open and not hold.is_lost and not hold.handed_over.is_set():
             body = json.dumps({"term": hold.term, "to_all": True})
             self._outbox.put(Outgoing(None, hold.key, MessageKind.STREAM_TAKEN, body))
 
