@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import gc
 import re
 import shlex
@@ -13,32 +11,17 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import click
 import pytest
-import uvicorn
 
 from mcp_session_store.cli import main
 from tests.support.pages import PAGES, ROOT, blocks_of
+from tests.support.serving import served
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from starlette.applications import Starlette
 
 RUN = [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if blocks_of(page)]
 ADDRESS = "http://127.0.0.1:8000"
-
-
-@contextlib.asynccontextmanager
-async def served(app: Starlette) -> AsyncIterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
-    serving = asyncio.create_task(server.serve())
-    try:
-        while not server.started:
-            await asyncio.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await serving
 
 
 @pytest.mark.anyio

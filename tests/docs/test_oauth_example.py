@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import hashlib
@@ -11,7 +10,6 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import httpx2
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.routing import Route
@@ -19,6 +17,7 @@ from starlette.routing import Route
 from examples.oauth_on_every_worker import make_app
 from tests.support.databases import execute, migrated
 from tests.support.instances import running
+from tests.support.serving import served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -55,15 +54,8 @@ async def provider() -> AsyncIterator[str]:
             Route("/introspect", introspect, methods=["POST"]),
         ]
     )
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
-    serving = asyncio.create_task(server.serve())
-    try:
-        while not server.started:
-            await asyncio.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await serving
+    async with served(app) as url:
+        yield url
 
 
 def browser(app: Starlette) -> httpx2.AsyncClient:

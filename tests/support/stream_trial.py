@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -14,7 +14,7 @@ from mcp import MCPError
 from mcp_types import CONNECTION_CLOSED
 
 from tests.support.respondents import Posted, respondent
-from tests.support.trial import Trial, shown
+from tests.support.trial import Trial, Verdicts, shown
 
 if TYPE_CHECKING:
     import random
@@ -39,10 +39,9 @@ DEAF_AFTER: Final = 10.0
 
 
 @dataclass
-class StreamTally:
+class StreamTally(Verdicts):
     """What became of the messages of one kind. Each counts once, below `asked`."""
 
-    asked: int = 0
     arrived: int = 0
     """The client got it once; a question was answered, too."""
     lost: int = 0
@@ -61,10 +60,6 @@ class StreamTally:
     """Its client had given up its stream, or its session."""
     elsewhere: int = 0
     """Part of `arrived`: on the stream of another process than the one that had said it."""
-
-    def __str__(self) -> str:
-        counts = {one.name: getattr(self, one.name) for one in fields(self)}
-        return ", ".join(f"{name} {count}" for name, count in counts.items() if count or name in ("asked", "arrived"))
 
 
 class StreamTrial(Trial):

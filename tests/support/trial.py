@@ -30,10 +30,21 @@ KINDS: Final = ("elicit", "sample", "error", "roots", "progress", "wait")
 
 
 @dataclass
-class Tally:
-    """What became of the calls of one kind. Each counts once, below `asked`."""
+class Verdicts:
+    """Numbers of what was tried, by what became of it."""
 
     asked: int = 0
+    arrived: int = 0
+
+    def __str__(self) -> str:
+        counts = {one.name: getattr(self, one.name) for one in fields(self)}
+        return ", ".join(f"{name} {count}" for name, count in counts.items() if count or name in ("asked", "arrived"))
+
+
+@dataclass
+class Tally(Verdicts):
+    """What became of the calls of one kind. Each counts once, below `asked`."""
+
     arrived: int = 0
     """The answer came to the call that had asked, or the call was cancelled."""
     lost: int = 0
@@ -54,10 +65,6 @@ class Tally:
     """The call did not reach the server, or its client could not connect."""
     elsewhere: int = 0
     """Part of `arrived`: posted to another process than the one that was waiting."""
-
-    def __str__(self) -> str:
-        counts = {one.name: getattr(self, one.name) for one in fields(self)}
-        return ", ".join(f"{name} {count}" for name, count in counts.items() if count or name in ("asked", "arrived"))
 
 
 class Trial:
