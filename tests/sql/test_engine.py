@@ -419,7 +419,8 @@ def test_a_shown_url_has_no_password_no_driver_and_no_options() -> None:
 
 
 async def test_an_engine_of_ours_waits_for_nothing_longer_than_the_timeout(postgres_url: str) -> None:
-    async with sql_store(postgres_url, timeout=0.5) as store:
+    # Time enough for a busy machine to connect.
+    async with sql_store(postgres_url, timeout=2) as store:
         engine = engine_of(store)
         assert engine.sync_engine.hide_parameters
         async with asyncio.timeout(20):
