@@ -306,7 +306,7 @@ class DurableSessionManager(sdk.ManagerSeams):
         self._gate = Gate(self._tasks, self.readiness, patience=self._settings.outage_patience)
         self._gauges = Gauges(self.readiness, self._registry, self._gate)
         patient = PatientStore(self.store, self._gate)
-        lookup = Lookup(patient)
+        lookup = Lookup(patient, end_within=self._settings.end_within)
         self._ender = Ender(
             patient,
             self._registry,

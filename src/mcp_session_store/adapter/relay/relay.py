@@ -179,7 +179,7 @@ class Relay:
                 return await self._take(message, session_id, key, incoming, waits, resident=True)
             finally:
                 session.unpin()
-        self._activity.note_elsewhere(await self._lookup.record_of(key, requestor, waits))
+        self._activity.note_elsewhere(key, await self._lookup.check(key, requestor, waits))
         return await self._take(message, session_id, key, incoming, waits, resident=False)
 
     async def _take(

@@ -152,21 +152,24 @@ class ActivityReporter:
         if self._expires_soon(session, now):
             self._report_soon(key)
 
-    def note_elsewhere(self, record: SessionRecord) -> None:
+    def note_elsewhere(self, key: UUID, record: SessionRecord | None) -> None:
         """Note that a session is in use now that is not in this memory, unless nothing has been asked of it yet.
 
         Args:
-            record: Its record, as it was just loaded.
+            key: Its key.
+            record: Its record, as it was just loaded; `None`: it was in use a moment ago.
         """
-        if record.last_seen_at <= record.created_at:
+        if record is not None and record.last_seen_at <= record.created_at:
             return
         now = clock.now()
-        self._unreported.setdefault(record.key, _Unreported(now, now)).last = now
+        self._unreported.setdefault(key, _Unreported(now, now)).last = now
+        if record is None:
+            return
         loaded_at, expires_at = record.loaded_at, record.expires_at
         if loaded_at is None or (
             expires_at is not None and (expires_at - loaded_at).total_seconds() < 2 * self.interval
         ):
-            self._report_soon(record.key)
+            self._report_soon(key)
 
     def first_used(self, session: ResidentSession) -> None:
         """Note the first use of a session, which the next report extends although its request may last."""

@@ -123,7 +123,10 @@ class Ender:
         record: SessionRecord | None = None
         if session is None or session.owner != requestor:
             record = await self._lookup.record_of(key, requestor, request)
-        ended = await self._store.end(key, request, reason=EndReason.CLIENT)
+        try:
+            ended = await self._store.end(key, request, reason=EndReason.CLIENT)
+        finally:
+            self._lookup.forget(key)
         if (interest := self._registry.interest_in(key)) is not None:
             interest.ended = True
         if not ended:

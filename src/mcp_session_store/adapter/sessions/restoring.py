@@ -404,6 +404,7 @@ class Restorer:
             if not refusal.ends_session:
                 raise _RequestRefused("refused") from None
             await self._store.end(record.key, restore, reason=EndReason.REFUSED)
+            self._lookup.forget(record.key)
             lived = None if record.loaded_at is None else (record.loaded_at - record.created_at).total_seconds()
             self._registry.log.ended(record.key, EndReason.REFUSED, record, lived=lived, counts=True)
             raise SessionNotFound("refused") from None
