@@ -43,6 +43,8 @@ RATE: Final = 1000
 _PADDING: Final = "." * 200
 _FALLBACK: Final = 5.0
 """Seconds between two reads without a hint."""
+_HEARTBEAT: Final = 10.0
+"""Seconds between two heartbeats, as those of an instance are unless set."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,9 @@ class Worker:
         """The moment at which each message was due, and the seconds that it took."""
 
     async def run(self) -> None:
-        await self._mailbox.beat(Presence(instance=self._instance, number=self._number))
+        await self._beat()
         background = [
+            asyncio.create_task(self._beat_again()),
             asyncio.create_task(self._mailbox.listen(self._hint.set, instance=self._instance, number=self._number)),
             asyncio.create_task(self._read()),
         ]
@@ -181,6 +184,15 @@ class Worker:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+
+    async def _beat(self) -> None:
+        await self._mailbox.beat(Presence(instance=self._instance, number=self._number))
+
+    async def _beat_again(self) -> None:
+        # Nothing is posted to an instance whose last heartbeat is old.
+        while True:
+            await asyncio.sleep(_HEARTBEAT)
+            await self._beat()
 
     async def _write(self, begins: float) -> None:
         others = [number for number in range(1, INSTANCES + 1) if number != self._number]
