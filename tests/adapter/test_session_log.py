@@ -69,6 +69,7 @@ async def test_what_becomes_of_a_session_is_logged_in_one_line_each(
         await client.call("add", {"a": 1, "b": 2})
         assert lines(log) == [], "nothing for each request"
         await one.client().handshake()
+        await one.at_rest()
         evicted = next(line for line in lines(log) if line["mcp_event"] == "evicted")
         assert evicted["message"] == f"the session {key} was evicted: memory full"
         assert evicted.items() >= (who | where | {"mcp_reason": "memory full"}).items()

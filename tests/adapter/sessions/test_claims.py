@@ -36,7 +36,7 @@ async def test_a_restore_waits_for_no_statement_but_the_load(store: FaultyStore,
         touch = store.hold("touch")
         client = one.client(session_id)
         assert (await client.call("add", {"a": 1, "b": 2})).text == "3"
-        assert store.calls == ["load"]
+        assert [call for call in store.calls if call != "touch"] == ["load"]
         await touch.wait_entered()
         assert (await client.call("add", {"a": 1, "b": 2})).text == "3"
         touch.release()

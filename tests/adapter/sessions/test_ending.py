@@ -276,6 +276,8 @@ async def test_hints_for_sessions_of_others_cost_nothing(store: FaultyStore, oth
         clients = [two.client() for _ in range(5)]
         for client in clients:
             await client.begin()
+        # A report learns of ends, too.
+        await until(lambda: unreported_in(one.manager) == {})
         polls = store.background["changes"]
         for client in clients:
             await client.delete()
@@ -320,8 +322,8 @@ async def test_a_broken_listener_is_logged_counted_and_tried_again_and_polling_h
     store.down("listen")
     async with instance(store, end_within=SOON) as one:
         session_id = await one.client().begin()
-        await until(lambda: "hints failed" in caplog.text)
-        assert failures.count(telemetry.of("default", task="hints")) >= 2
+        hints = telemetry.of("default", task="hints")
+        await until(lambda: "hints failed" in caplog.text and failures.count(hints) >= 2)
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         await until(lambda: one.residents == 0)
         # It recovers by itself.

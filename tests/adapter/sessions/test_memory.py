@@ -53,13 +53,15 @@ async def test_an_idle_session_leaves_memory_and_the_next_request_restores_it(
     async with instance(store, evict_after=IDLE, json_response=json_response) as one:
         client = one.client()
         session_id = await client.handshake()
-        for restores in (1, 2):
+        for _ in range(2):
             await until(lambda: one.residents == 0)
             one.assert_seats_match()
             answer = await client.call("add", {"a": 1, "b": 2})
             assert answer.text == "3"
             assert answer.session_id == session_id
-            assert len(one.notes.replayed("initialize")) == restores
+            # It may have left before the handshake was over, too.
+            restores = len(one.notes.replayed("initialize"))
+            assert len(one.notes.replayed("initialize")) == restores + 1
 
 
 async def test_a_session_in_use_stays_in_memory(store: FaultyStore) -> None:

@@ -77,10 +77,12 @@ async def test_a_session_is_verified_before_it_is_served_after_a_pause(
         assert (await ended.ping()).status == 404
         assert (await live.ping()).status == 200
         assert store.counts()["load"] == 2
-        # Until a poll has succeeded that began after the pause.
+        # Until a poll has succeeded that began after the pause. The tick has one begin soon.
+        held = store.hold("changes")
         await changes_of(one.manager).tick()
         assert (await live.ping()).status == 200
         assert store.counts()["load"] == 3
+        held.release()
         await changes_of(one.manager).poll()
         assert (await live.ping()).status == 200
         assert store.counts()["load"] == 3
@@ -118,7 +120,8 @@ async def test_a_poll_that_was_under_way_in_a_pause_verifies_nothing(
 
         store.before("changes", pause)
         await changes_of(one.manager).poll()
-        store.up()
+        # Another one begins soon.
+        store.hold("changes")
         store.calls.clear()
         assert (await client.ping()).status == 200
         assert store.counts()["load"] == 1
