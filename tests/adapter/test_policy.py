@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 HOUR = timedelta(hours=1)
+LONG = 3600.0
+"""Seconds between polls of changes, so that none comes between where the clock is put forward."""
 
 
 @pytest.fixture(params=["MCPServer", "Server", "FastMCP"])
@@ -119,8 +121,8 @@ async def test_seconds_that_cannot_work_are_refused_by_name(kind: str, name: str
 async def test_an_idle_timeout_ends_sessions_on_all_instances(sessions: Sessions, clock: Clock) -> None:
     store, other_store = FaultyStore(sessions), FaultyStore(sessions)
     async with (
-        instance(store, session_idle_timeout=60, evict_after=None) as one,
-        instance(other_store, evict_after=None) as two,
+        instance(store, session_idle_timeout=60, evict_after=None, end_within=LONG) as one,
+        instance(other_store, evict_after=None, end_within=LONG) as two,
     ):
         client = one.client()
         session_id = await client.begin()
@@ -256,7 +258,10 @@ async def test_one_session_too_many_ends_the_oldest_wherever_it_is(
         ends.append(reason)
 
     alice = principal("alice")
-    async with instance(store, on_end=on_end) as one, instance(other_store) as two:
+    async with (
+        instance(store, end_within=LONG, on_end=on_end) as one,
+        instance(other_store, end_within=LONG) as two,
+    ):
         oldest, used = one.client(user=alice), one.client(user=alice)
         for client in (used, oldest):
             await client.begin()

@@ -64,7 +64,7 @@ async def test_a_sessions_life_is_counted(
     store: FaultyStore, other_store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(monkeypatch)
-    async with instance(store, max_sessions=1, sweep_interval=None) as one:
+    async with instance(store, max_sessions=1, sweep_interval=None, end_within=3600.0) as one:
         client = one.client()
         session_id = await client.handshake()
         await one.at_rest()

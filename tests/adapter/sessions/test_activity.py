@@ -256,7 +256,7 @@ async def test_a_session_that_is_about_to_expire_is_reported_at_once(store: Faul
 async def test_activity_that_was_held_back_is_reported_before_the_session_expires(
     store: FaultyStore, clock: Clock
 ) -> None:
-    async with instance(store, activity_interval=3600, evict_after=None) as one:
+    async with instance(store, activity_interval=3600, end_within=NO_POLL, evict_after=None) as one:
         client = one.client()
         await client.begin()
         await reported(one, store)

@@ -125,7 +125,7 @@ async def held(one: Instance, **settings: Any) -> Client:
 async def test_calls_that_ask_clients_that_have_gone_keep_no_other_client_out(
     store: FaultyStore, log: FaultyLog, clock: Clock, question: str, events: bool
 ) -> None:
-    async with instance(store, asking(), max_sessions=5, events=log if events else False) as one:
+    async with instance(store, asking(), max_sessions=5, events=log if events else False, end_within=LONG) as one:
         live = await held(one)
         for _ in range(4):
             attacker = one.client()
@@ -180,7 +180,7 @@ async def test_copies_leave_a_full_memory_in_order(store: FaultyStore, log: Faul
         return await ask_the_user(ctx)
 
     notes.tools["later"] = later
-    async with instance(store, notes, max_sessions=6, events=log) as one:
+    async with instance(store, notes, max_sessions=6, events=log, end_within=LONG) as one:
         # In the opposite order, so that none leaves for its age alone.
         resumable, not_resumable, waiting, computing, idle = [one.client() for _ in range(5)]
         for client in (resumable, waiting, computing, idle):
@@ -227,7 +227,7 @@ async def test_copies_leave_a_full_memory_in_order(store: FaultyStore, log: Faul
 async def test_a_call_that_makes_room_is_lost_to_a_client_that_comes_back(
     store: FaultyStore, log: FaultyLog, clock: Clock
 ) -> None:
-    async with instance(store, max_sessions=1, events=log) as one:
+    async with instance(store, max_sessions=1, events=log, end_within=LONG) as one:
         client = one.client()
         await client.handshake()
         call = await running(one, client)
@@ -243,7 +243,7 @@ async def test_a_call_that_makes_room_is_lost_to_a_client_that_comes_back(
 
 
 async def test_a_client_that_comes_back_keeps_its_call(store: FaultyStore, log: FaultyLog, clock: Clock) -> None:
-    async with instance(store, max_sessions=1, events=log) as one:
+    async with instance(store, max_sessions=1, events=log, end_within=LONG) as one:
         client = one.client()
         await client.handshake()
         call = await running(one, client)
@@ -269,7 +269,7 @@ async def test_a_call_whose_question_was_answered_does_not_wait_for_the_client(
         return "done"
 
     notes.tools["ask and work"] = ask_and_work
-    async with instance(store, notes, max_sessions=1, events=log) as one:
+    async with instance(store, notes, max_sessions=1, events=log, end_within=LONG) as one:
         client = one.client()
         await client.handshake()
         call = await asked(one, client, "ask and work")
@@ -285,7 +285,7 @@ async def test_a_call_whose_question_was_answered_does_not_wait_for_the_client(
 async def test_a_finished_answer_on_its_way_to_the_log_makes_no_room(
     store: FaultyStore, log: FaultyLog, clock: Clock
 ) -> None:
-    async with instance(store, max_sessions=1, events=log) as one:
+    async with instance(store, max_sessions=1, events=log, end_within=LONG) as one:
         client = one.client(user=principal("alice"))
         session_id = await client.handshake()
         call = await running(one, client)
@@ -404,7 +404,7 @@ async def test_a_stranger_cancels_no_running_call(store: FaultyStore) -> None:
 
 
 async def test_a_principal_without_a_share_keeps_its_calls_for_a_moment_only(store: FaultyStore, clock: Clock) -> None:
-    async with instance(store, max_sessions=1) as one:
+    async with instance(store, max_sessions=1, end_within=LONG) as one:
         alice = one.client(user=principal("alice"))
         await alice.handshake()
         await gone(await running(one, alice))
@@ -473,7 +473,8 @@ async def test_an_outage_cancels_no_call_whose_client_is_away(
 async def test_a_client_that_leaves_a_json_response_is_noticed(
     store: FaultyStore, log: FaultyLog, clock: Clock, events: bool
 ) -> None:
-    async with instance(store, max_sessions=1, json_response=True, events=log if events else False) as one:
+    events_of = log if events else False
+    async with instance(store, max_sessions=1, json_response=True, events=events_of, end_within=LONG) as one:
         departures = departures_of(one.manager)
         client = one.client()
         await client.handshake()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,12 +13,13 @@ from mcp_session_store.adapter.sessions import ending
 from tests.support.asgi import seen_by_a_client, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, principal, wait_for
-from tests.support.internals import discard_session, stopping_in, transports_in
+from tests.support.internals import discard_session, evict_unused, stopping_in, transports_in
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from tests.support.faulty_stores import FaultyStore
+    from tests.support.instances import Clock
 
     EndHook = Callable[[SessionRecord, EndReason], Awaitable[None]]
 
@@ -310,12 +312,20 @@ async def test_the_end_hook_runs_when_the_session_has_ended_and_cannot_be_reache
         assert statuses == [404]
 
 
-async def test_a_session_ends_by_nothing_but_its_end(store: FaultyStore, other_store: FaultyStore) -> None:
+async def test_a_session_ends_by_nothing_but_its_end(
+    store: FaultyStore, other_store: FaultyStore, clock: Clock
+) -> None:
     told, on_end = recorder()
-    async with instance(store, evict_after=0.05, on_end=on_end) as one, instance(other_store) as two:
+    async with (
+        instance(store, end_within=3600.0, on_end=on_end) as one,
+        instance(other_store, end_within=3600.0) as two,
+    ):
         client = one.client()
         session_id = await client.handshake()
-        await until(lambda: one.residents == 0)  # idle
+        await one.at_rest()
+        clock.advance(timedelta(minutes=6))
+        await evict_unused(one.manager)
+        assert one.residents == 0
         assert (await client.ping()).status == 200
         await one.terminate(session_id)  # the SDK's and FastMCP's way to drop a transport
         await until(lambda: one.residents == 0)
