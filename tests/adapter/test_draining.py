@@ -149,23 +149,27 @@ async def test_a_program_that_ends_its_streams_itself_is_left_to_do_so(server: A
         AppStatus.enable_automatic_graceful_drain = True
 
 
-async def _stop_while_a_client_is_away(server: Any, store: FaultyStore, log: FaultyLog, notes: Notes) -> str:
-    """Stop an instance that runs a call whose client has left, and let the call end soon after."""
+async def _stop_while_a_client_is_away(
+    server: Any, store: FaultyStore, log: FaultyLog, notes: Notes, *, ends: bool
+) -> str:
+    """Stop an instance that runs a call whose client has left, and let the call end soon after, or never."""
 
     async def proceed(one: Instance) -> None:
         await until(lambda: one.manager.readiness.state is State.STOPPING)
         await anyio.sleep(0.4)
         notes.proceed.set()
 
-    async with anyio.create_task_group() as beside, instance(store, notes, events=log) as one:
-        client = one.client()
-        session_id = await client.handshake()
-        call = client.open_call("wait")
-        await until(lambda: notes.waiting == 1)
-        await call.leave()
-        server.should_exit = True
-        # No request is open, so that the server stops the application at once.
-        beside.start_soon(proceed, one)
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as beside, instance(store, notes, events=log) as one:
+            client = one.client()
+            session_id = await client.handshake()
+            call = client.open_call("wait")
+            await until(lambda: notes.waiting == 1)
+            await call.leave()
+            server.should_exit = True
+            # No request is open, so that the server stops the application at once.
+            if ends:
+                beside.start_soon(proceed, one)
     return session_id
 
 
@@ -175,7 +179,7 @@ async def test_a_call_whose_client_is_away_goes_on_although_no_request_is_open(
 ) -> None:
     server.config.timeout_graceful_shutdown = timeout
     notes = Notes()
-    session_id = await _stop_while_a_client_is_away(server, store, log, notes)
+    session_id = await _stop_while_a_client_is_away(server, store, log, notes, ends=True)
     assert notes.waited == 1
     assert [event.kind for event in log.stored(session_id)] == [EventKind.RESPONSE]
 
@@ -188,7 +192,7 @@ async def test_a_call_whose_client_is_away_does_not_go_on_for_ever(
     server.force_exit = why == "it is forced"
     monkeypatch.setattr("mcp_session_store.adapter.draining.FOR_AWAY", 0.1)
     notes = Notes()
-    session_id = await _stop_while_a_client_is_away(server, store, log, notes)
+    session_id = await _stop_while_a_client_is_away(server, store, log, notes, ends=False)
     assert notes.waited == 0
     assert [event.kind for event in log.stored(session_id)] == [EventKind.ERROR]
 

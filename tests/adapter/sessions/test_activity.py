@@ -19,9 +19,11 @@ from mcp_session_store import (
     telemetry,
 )
 from mcp_session_store.adapter import manager as manager_module
+from mcp_session_store.adapter.sessions import activity as activity_module
+from mcp_session_store.adapter.sessions import resident
 from mcp_session_store.adapter.sessions.activity import checked_interval
 from mcp_session_store.retention import NEW_SESSION_LIFETIME
-from tests.support.asgi import Client, until
+from tests.support.asgi import PATIENCE, Client, until
 from tests.support.instances import Notes, instance, principal, running
 from tests.support.internals import (
     activity_is_urgent,
@@ -111,7 +113,8 @@ async def test_the_first_use_makes_a_record_live_on(store: FaultyStore) -> None:
         assert store.counts()["touch"] == 1
 
 
-async def test_first_activities_are_reported_together(store: FaultyStore) -> None:
+async def test_first_activities_are_reported_together(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activity_module, "GATHERING", 1.0)
     async with instance(store) as one:
         await one.first_poll()
         clients = [one.client() for _ in range(20)]
@@ -440,10 +443,10 @@ async def test_an_activity_that_cannot_be_reported_is_logged_counted_and_reporte
         # It has recovered: the next one is reported at once.
         another = one.client()
         touches = store.counts()["touch"]
+        await another.begin()
         await until(lambda: store.counts()["touch"] > touches)
 
 
-        await another.begin()
 async def test_what_a_failed_report_held_counts_from_its_first_activity_on(store: FaultyStore, clock: Clock) -> None:
     async with instance(store, end_within=NO_POLL) as one:
         client = one.client()
@@ -561,8 +564,9 @@ async def test_an_activity_that_was_held_back_is_reported_when_its_session_leave
 
 
 async def test_the_copy_of_a_session_that_turns_out_to_be_over_leaves_memory(
-    store: FaultyStore, sessions: Sessions, json_response: bool
+    store: FaultyStore, sessions: Sessions, json_response: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(resident, "LAST_ANSWERS", PATIENCE)
     ends: list[EndReason] = []
 
     async def on_end(_record: Any, reason: EndReason) -> None:

@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from mcp_session_store import EndReason, RetentionPolicy, session_key
+from mcp_session_store.adapter.sessions import activity
 from tests.support.asgi import until
 from tests.support.http import assert_not_handled
 from tests.support.instances import Notes, instance, open_session, wait_for
@@ -56,7 +57,10 @@ async def test_a_claim_is_reported_at_once_by_every_policy(store: FaultyStore, p
         await store.restored(session_id)
 
 
-async def test_sessions_that_are_restored_together_are_claimed_in_one_report(store: FaultyStore) -> None:
+async def test_sessions_that_are_restored_together_are_claimed_in_one_report(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activity, "GATHERING", 1.0)
     ids = [await open_session(store) for _ in range(20)]
     async with instance(store, end_within=LONG) as one:
         await one.first_poll()

@@ -336,11 +336,15 @@ async def test_a_poll_that_fails_is_logged_and_tried_again_and_misses_nothing(
 ) -> None:
     monkeypatch.setattr(background, "MIN_BACKOFF", 0.01)
     store.hints = False
-    async with instance(store, end_within=SOON) as one:
+    # It does not look paused while it cannot poll.
+    async with instance(store, end_within=LONG) as one:
         session_id = await one.client().begin()
         await one.first_poll()
+        # A report learns of ends, too.
+        await until(lambda: unreported_in(one.manager) == {})
         store.down("changes")
         polls = store.background["changes"]
+        notify_of_changes(one.manager)
         await until(lambda: store.background["changes"] >= polls + 3)
         await other_store.end(session_key(session_id), reason=EndReason.OPERATOR)
         assert (await one.client(session_id).request("tools/list")).status == 200
@@ -436,8 +440,14 @@ async def test_a_session_that_ends_elsewhere_while_it_is_restored_is_not_publish
 
 @pytest.mark.parametrize("restored", [False, True], ids=["opened here", "restored here"])
 async def test_the_absolute_lifetime_ends_copies_that_are_in_use(
-    store: FaultyStore, sessions: Sessions, clock: Clock, json_response: bool, restored: bool
+    store: FaultyStore,
+    sessions: Sessions,
+    clock: Clock,
+    json_response: bool,
+    restored: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(session_module, "LAST_ANSWERS", LONG)
     sessions.retention = RetentionPolicy(absolute=HOUR)
     ends = Ends()
     session_id = None

@@ -63,7 +63,7 @@ async def test_a_request_waits_for_the_store_and_what_it_causes_happens_once(
 
     notes = Stateful()
     async with instance(
-        store, notes, json_response=json_response, outage_patience=PATIENCE, replay_timeout=0.1, on_restore=allow
+        store, notes, json_response=json_response, outage_patience=PATIENCE, replay_timeout=0.25, on_restore=allow
     ) as one:
         if answer == "none":
             store.down(operation)
@@ -73,7 +73,7 @@ async def test_a_request_waits_for_the_store_and_what_it_causes_happens_once(
         calls = [client.open_call("add", {"a": number, "b": 1}) for number in range(20)]
         await until(lambda: waiting_at(gate_of(one.manager))[3] > 0)
         # Longer than a replay may take, and its background task finds nothing overdue.
-        await anyio.sleep(0.5)
+        await anyio.sleep(1.2)
         assert [exchange for exchange in calls if exchange.sent] == []
         store.up()
         for number, exchange in enumerate(calls):
@@ -229,11 +229,12 @@ async def test_a_delete_waits_and_no_longer_than_clients_that_close_do(
             await waiting(one, 1)
             store.up()
             assert (await exchange.answer()).status == 200
-        monkeypatch.setattr(outage, "DELETE_PATIENCE", 0.1)
         other = one.client()
         await other.handshake()
         store.down("end")
-        assert (await other.delete()).status == 503
+        with monkeypatch.context() as patch:
+            patch.setattr(outage, "DELETE_PATIENCE", 0.1)
+            assert (await other.delete()).status == 503
         store.up()
         assert (await other.delete()).status == 200
         await at_rest(one)
