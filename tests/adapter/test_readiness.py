@@ -11,7 +11,7 @@ from sqlalchemy.engine import make_url
 from mcp_session_store.adapter.readiness import State
 from mcp_session_store.errors import SchemaBehind, StoreBusy, StoreMisconfigured, StoreUnavailable
 from mcp_session_store.sql import SqlSessionStore
-from tests.support.asgi import until
+from tests.support.asgi import PATIENCE, until
 from tests.support.http import assert_unavailable
 from tests.support.instances import instance
 from tests.support.roles import limited
@@ -75,7 +75,7 @@ async def test_a_final_cause_that_appears_later_ends_nothing_and_goes_when_it_is
         assert (await resident.ping()).status == 200
         async with anyio.create_task_group() as group:
             if isinstance(error, SchemaBehind):
-                with anyio.fail_after(3):
+                with anyio.fail_after(PATIENCE):
                     assert_unavailable(await one.client().initialize())
             else:
                 group.start_soon(one.client().handshake)

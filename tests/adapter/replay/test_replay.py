@@ -18,7 +18,7 @@ from mcp.shared.jsonrpc_dispatcher import JSONRPCDispatcher
 from mcp_session_store.adapter.replay.context import ReplayedContext
 from mcp_session_store.adapter.replay.replay import Replay
 from mcp_session_store.adapter.sessions.restores import Restore
-from tests.support.asgi import until
+from tests.support.asgi import PATIENCE, until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance, open_session
 from tests.support.internals import exit_stack_of, registry_of, stopping_in
@@ -254,7 +254,7 @@ async def test_a_replayed_request_sends_its_client_nothing_and_can_ask_it_nothin
         await ctx.session.send_notification(types.ToolListChangedNotification(), related_request_id=ctx.request_id)
         await ctx.session.report_progress(0.5)
         try:
-            with anyio.fail_after(1):
+            with anyio.fail_after(PATIENCE):
                 await ctx.session.elicit_form("Why?", {"type": "object"}, related_request_id=ctx.request_id)
         except NoBackChannelError:
             refused.append(ctx.method)

@@ -493,8 +493,7 @@ async def test_a_replay_that_hangs_and_does_not_let_itself_be_cancelled_fails_th
     async with instance(store, notes, replay_timeout=0.05) as one:
         exchange = one.client(session_id).open_request("ping")
         try:
-            with anyio.fail_after(2):
-                assert_not_handled(await exchange.answer())
+            assert_not_handled(await exchange.answer())
         finally:
             proceed.set()
         await until(lambda: not stopping_in(one.manager))
