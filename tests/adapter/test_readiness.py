@@ -27,8 +27,9 @@ SOON = 0.1
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """What the log holds of warnings and worse since it was last asked: level and text."""
-    found = [(record.levelname, record.getMessage()) for record in caplog.records if record.levelno >= 30]
+    """What the log holds of this package's warnings and worse since it was last asked: level and text."""
+    ours = [record for record in caplog.records if record.name.startswith("mcp_session_store")]
+    found = [(record.levelname, record.getMessage()) for record in ours if record.levelno >= 30]
     caplog.clear()
     return found
 
