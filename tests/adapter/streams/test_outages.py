@@ -344,6 +344,28 @@ async def test_the_answer_is_stored_for_who_comes_back_though_it_went_out_live(
     assert told(resumed.messages) == ["done"]
 
 
+@pytest.mark.parametrize("is_standalone", [False, True])
+async def test_what_is_read_from_the_log_before_its_failure_to_store_that_is_known_comes_once(
+    log: FaultyLog, talking: Talking, client: Client, is_standalone: bool
+) -> None:
+    call, last_event_id = await away(talking, client)
+    say = call.tell if is_standalone else call.say
+    stream = await opened(client, None if is_standalone else last_event_id)
+    await say("a")
+    await hears(stream, "a")
+    held = log.hold("append", after=True)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(say, "b")
+        await held.wait_entered()
+        stream = await opened(client, await stream.leave())
+        await hears(stream, "b")
+        held.fail(StoreUnavailable("the test says the answer is lost"))
+        log.up()
+    await say("c")
+    await until(lambda: told(stream.messages)[-1] == "c")
+    assert told(stream.messages) == ["b", "c"]
+
+
 async def test_who_has_resumed_a_stream_is_given_what_cannot_be_stored_once(
     log: FaultyLog, talking: Talking, one: Instance, client: Client
 ) -> None:

@@ -96,7 +96,12 @@ class Follower:
             self.wake()
 
     def deliver(self, event: NewEvent) -> bool:
-        """Deliver an event that cannot be stored, unless its client lacks events before it; return whether it will."""
+        """Deliver an event that cannot be stored, unless its client lacks events before it; return whether it will.
+
+        The client has it already where the log stored it without saying so, and it was read since.
+        """
+        if self.sent is not None and self.sent.position == event.position:
+            return True
         if self.closed or not self.waiting or len(self.unsent) >= MAX_UNSENT:
             return False
         self.unsent.append(event)
