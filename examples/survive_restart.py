@@ -100,7 +100,7 @@ def expect(truth: bool, statement: str) -> None:
 def free_port() -> int:
     """Return a port that stays free while the server is down: below the range that the kernel gives to clients."""
     while True:
-        port = random.randint(10240, 32767)
+        port = random.randint(24576, 32767)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
