@@ -55,6 +55,14 @@ def _logs_as_before() -> Iterator[None]:
                 logger.removeHandler(handler)
 
 
+@pytest.fixture(autouse=True)
+def _own_warnings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Collect what a test leaves that ignores warnings, or a later collection would have them in another test."""
+    yield
+    if request.node.get_closest_marker("filterwarnings") is not None:
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def postgres_server_url() -> Iterator[str]:
     """The URL of the one Postgres server of this test session."""
