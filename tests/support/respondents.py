@@ -166,7 +166,7 @@ class Respondent:
             for step in STEPS:
                 progress = types.ProgressNotificationParams(progress_token=progress_token, progress=step, message=token)
                 await context.session.send_notification(types.ProgressNotification(params=progress))
-            # So that no answer overtakes it which goes another way.
+            # The call takes a while, in which processes are killed.
             await anyio.sleep(0.5)
         await self._wait(token)
         return {"said": self.expected(token)}

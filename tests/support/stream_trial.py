@@ -75,6 +75,8 @@ class StreamTrial(Trial):
             taken over five times within ten seconds are refused.
         lingers: Seconds, one of which goes by before a process learns that a stream was cut.
         patience: Seconds in which a call is answered, and in which what was said arrives at last.
+        soon: See `SOON`.
+        closed_within: See `CLOSED_WITHIN`.
     """
 
     def __init__(
@@ -88,8 +90,12 @@ class StreamTrial(Trial):
         cut_every: float = 6.0,
         lingers: Sequence[float] = (0, LINGERS),
         patience: float = 40.0,
+        soon: float = SOON,
+        closed_within: float = CLOSED_WITHIN,
     ) -> None:
         super().__init__(proxy.mcp_url, notes, dice, patience=patience)
+        self._soon = soon
+        self._closed_within = closed_within
         self.proxy = proxy
         self.cuts = 0
         self._has_events = has_events
@@ -121,7 +127,7 @@ class StreamTrial(Trial):
                 while any(tally.lost for tally in self._tallies().values()):
                     await anyio.sleep(0.2)
             # What comes twice may come late, and older streams have time to end.
-            await anyio.sleep(CLOSED_WITHIN)
+            await anyio.sleep(self._closed_within)
             self._is_over = True
 
     async def _work_as(self, kind: ClientKind, is_restless: bool) -> None:
@@ -245,16 +251,16 @@ class StreamTrial(Trial):
             if answers:
                 return "arrived" if answers == [self._expected[token]] else "wrong"
             answer = self.wire.answers.get(token, Posted())
-            if killed_at < answer.at + SOON:
+            if killed_at < answer.at + self._soon:
                 return "died"
             return "lost" if answer.accepted else "unheard"
         if heard:
             return "arrived"
-        if said.at - 0.1 < killed_at < said.at + SOON:
+        if said.at - 0.1 < killed_at < said.at + self._soon:
             return "died"
         streams = list(self.proxy.of(self.wire.sessions[name]))
         if not self._has_events and (
-            openings or any(_is_given_to_broken(said.at, one, self._broke_at(one)) for one in streams)
+            openings or any(self._is_given_to_broken(said.at, one, self._broke_at(one)) for one in streams)
         ):
             return "broken"
         if self._given_up.get(name, math.inf) < said.at + DEAF_AFTER:
@@ -262,11 +268,19 @@ class StreamTrial(Trial):
         return "lost"
 
     def _broke_at(self, opening: Opening) -> float:
-        """Return when a stream broke, though not when its process closed it."""
+        """Return when a stream broke, though not when its process closed it.
+
+        What the process sends while the load balancer holds its connection open is known, and so that does not count.
+        """
         killed_at = self.killed.get(opening.pid, math.inf)
-        if opening.closed_by_server and killed_at > opening.ended + SOON:
-            return opening.cut or math.inf
-        return min(opening.broke_at, killed_at)
+        cut = 0.0 if opening.lingers else opening.cut
+        if opening.closed_by_server and killed_at > opening.ended + self._soon:
+            return cut or math.inf
+        return min(cut or opening.ended or math.inf, killed_at)
+
+    def _is_given_to_broken(self, said_at: float, opening: Opening, broke_at: float) -> bool:
+        """Return whether a message may have been given to a stream when it broke."""
+        return opening.opened > 0 and said_at < broke_at < max(said_at, opening.opened) + self._soon
 
     def disordered(self) -> int:
         """Return how many notifications of a process came after later ones of the same process."""
@@ -298,8 +312,8 @@ class StreamTrial(Trial):
             opened = sorted((one for one in self.proxy.of(session_id) if one.opened), key=lambda one: one.opened)
             for older, newer in itertools.pairwise(opened):
                 ended = (older.ended or time.time()) - newer.opened
-                is_killed = self.killed.get(newer.pid, math.inf) < newer.opened + CLOSED_WITHIN
-                if ended > CLOSED_WITHIN and (by_killed or not is_killed):
+                is_killed = self.killed.get(newer.pid, math.inf) < newer.opened + self._closed_within
+                if ended > self._closed_within and (by_killed or not is_killed):
                     killed = {pid: round(at - newer.opened, 3) for pid, at in self.killed.items()}
                     near = {pid: at for pid, at in killed.items() if abs(at) < 2 * LINGERS}
                     began = older.opened - newer.opened
@@ -317,8 +331,3 @@ class StreamTrial(Trial):
     def deaf(self) -> int:
         """Number of them that went on without a stream."""
         return self._deaf
-
-
-def _is_given_to_broken(said_at: float, opening: Opening, broke_at: float) -> bool:
-    """Return whether a message may have been given to a stream when it broke."""
-    return opening.opened > 0 and said_at < broke_at < max(said_at, opening.opened) + SOON

@@ -131,6 +131,7 @@ class Trial:
     async def call(self, client: Respondent, token: str) -> None:
         """Make a call, whatever comes of it."""
         self._expected[token] = client.expected(token)
+        client.before_answer = self._progress_arrived
         with anyio.move_on_after(self._patience) as scope:
             if token.startswith("wait"):
                 await client.cancel(token)
@@ -142,6 +143,31 @@ class Trial:
                 await client.ask(token)
         if scope.cancelled_caught:
             self.failures["no result in time"] += 1
+
+    async def _progress_arrived(self, token: str) -> None:
+        """Wait for the progress with a question, so that no answer overtakes it which goes another way."""
+
+        def has_arrived() -> bool:
+            posted = self.wire.progress.get(token, [])
+            accepted = {f"{step}" for step, one in posted if one.accepted}
+            arrived = {note.value.partition(" ")[0] for note in self.notes.of(token) if note.what == "progress"}
+            return len(posted) == len(STEPS) and all(one.status for _, one in posted) and accepted <= arrived
+
+        if token.startswith("progress"):
+            with anyio.move_on_after(self._patience / 3):
+                while not has_arrived():
+                    await anyio.sleep(0.02)
+
+    async def settled(self, *, within: float) -> None:
+        """Wait until all has arrived that is accepted now.
+
+        Args:
+            within: Seconds.
+        """
+        accepted = [token for token in self._expected if self._verdict(token, self.notes.of(token)) == "lost"]
+        with anyio.move_on_after(within):
+            while any(self._verdict(token, self.notes.of(token)) == "lost" for token in accepted):
+                await anyio.sleep(0.1)
 
     async def tallies(self, *, within: float = 0.0) -> dict[str, Tally]:
         """Return what became of all calls, by kind.
@@ -243,6 +269,7 @@ class Faults:
             await anyio.to_thread.run_sync(postgres.start)
             # What was accepted meanwhile dies with the process that accepted it.
             await anyio.sleep(2)
+            await self._trial.settled(within=20)
 
     async def cut(self, network: FaultProxy, *, seconds: float) -> None:
         """Cut what is behind a network from the database for so many seconds."""
