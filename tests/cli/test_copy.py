@@ -30,6 +30,7 @@ from mcp_session_store.sql.schema.version import HEAD
 from mcp_session_store.sql.transaction import transaction
 from mcp_session_store.testing import new_presence
 from tests.support.asgi import Client
+from tests.support.clients import until
 from tests.support.databases import execute, migrated
 from tests.support.postgres import fresh_database
 from tests.support.rows import insert_rows, session_row
@@ -367,6 +368,11 @@ async def test_a_client_notices_no_more_than_a_restart(urls: tuple[str, str]) ->
             await call.answer()
             first, *_, last = [event.id for event in call.events if event.id]
             seen = await client.open_stream(last).answer()
+
+            async def is_announced() -> bool:
+                return bool(await execute(urls[0], "SELECT 1 FROM mcp_session_instance"))
+
+            await until(is_announced, "the instance has said that it runs")
             async with SessionCopy(*urls) as copy:
                 assert (await copy.run()).running == 1
         async with SessionCopy(*urls) as copy:

@@ -26,7 +26,7 @@ from mcp_session_store.cli.served_object import served_object
 from mcp_session_store.errors import ConfigurationError, StoreMisconfigured
 from mcp_session_store.retention import EventPolicy, RetentionPolicy, StatePolicy
 from mcp_session_store.settings import InstanceSettings
-from tests.support.clients import official_client, until
+from tests.support.clients import have_arrived, official_client, until
 from tests.support.commands import UNREACHABLE
 from tests.support.databases import execute, migrated
 from tests.support.faults import FaultProxy
@@ -155,7 +155,8 @@ async def test_namespaces_keep_servers_apart_that_share_a_database(
 async def test_a_database_that_is_down_stops_no_server_and_a_stop_answers_those_who_wait_for_it(
     serve_command: ServeCommandFunction,
 ) -> None:
-    server = serve_command("tests.support.targets:mcpserver", "--url", UNREACHABLE, "--outage-patience", "29")
+    given = ("--url", UNREACHABLE, "--outage-patience", "29", "--shutdown-timeout", "25")
+    server = serve_command("tests.support.targets:mcpserver", *given)
     async with RawClient(server.mcp_url) as client, RawClient(server.mcp_url, session_id="0" * 32) as other:
         answers: list[Answer] = []
 
@@ -166,10 +167,11 @@ async def test_a_database_that_is_down_stops_no_server_and_a_stop_answers_those_
             group.start_soon(ask, client.initialize)
             group.start_soon(ask, partial(other.call_tool, "whoami"))
             group.start_soon(ask, other.get)
-            await until(lambda: "the session store is away" in server.log(), "requests wait")
+            await until(lambda: "the session store is away" in server.log(), "requests have to wait")
+            await have_arrived(server)
             assert answers == []
             # At the signal, and not when uvicorn has waited for them, or their patience is over.
-            with anyio.fail_after(9):
+            with anyio.fail_after(18):
                 assert await anyio.to_thread.run_sync(server.terminate) in (0, -signal.SIGTERM)
         assert len(answers) == 3
         for answer in answers:
@@ -192,7 +194,7 @@ async def test_health_through_an_outage_and_a_password_that_changes(
         there = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
         serve = partial(serve_command, "tests.support.targets:mcpserver", "--url", there, "--end-within", "0.5")
         server = await anyio.to_thread.run_sync(serve)
-        async with httpx2.AsyncClient(base_url=server.mcp_url.removesuffix("/mcp"), verify=False) as client:
+        async with httpx2.AsyncClient(base_url=server.url, timeout=60, verify=False) as client:
 
             async def is_now(status: int, state: str, *, strict: int) -> bool:
                 answer = await client.get("/health/ready")

@@ -99,12 +99,12 @@ async def counted(url: str, monkeypatch: pytest.MonkeyPatch, *, events: bool) ->
         manager = one.manager
         hears = "postgresql" in url
         await until(lambda: instances_of(manager).mailbox.hears is hears and instances_of(manager).is_entered)
-        await anyio.sleep(0.3)
         tasks: dict[str, Callable[[], Awaitable[None]]] = {
             "changes of sessions": changes_of(manager).poll,
             "heartbeat": instances_of(manager).beat,
             "sweep": lambda: sweep(manager),
         }
+        await until_quiet(sent)
         for name, work in tasks.items():
             before = sent.count
             await work()
@@ -113,6 +113,16 @@ async def counted(url: str, monkeypatch: pytest.MonkeyPatch, *, events: bool) ->
         await anyio.sleep(1.2)
         assert sent.count == before
     return numbers
+
+
+async def until_quiet(sent: Statements) -> None:
+    """Wait until all background tasks of a process have begun, and so it sends nothing for a while."""
+    for _ in range(20):
+        before = sent.count
+        await anyio.sleep(1)
+        if sent.count == before:
+            return
+    raise AssertionError("the process does not come to rest")
 
 
 def in_a_minute(numbers: dict[str, int]) -> float:

@@ -16,10 +16,11 @@ from tests.support.servers import ForkedServerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from tests.support.deployment import Application
-    from tests.support.http import Answer
+    from tests.support.http import Answer, Stream
     from tests.support.servers import ServerProcess
 
 pytestmark = pytest.mark.anyio
@@ -32,16 +33,22 @@ class Answers:
 
     def __init__(self) -> None:
         self.by_name: dict[str, Answer] = {}
+        self.begun: set[str] = set()
+        """Names of the answers that have begun."""
 
     async def get(self, name: str, request: Callable[[], Awaitable[Answer]]) -> None:
         self.by_name[name] = await request()
 
+    async def read(self, name: str, request: Callable[[], AbstractAsyncContextManager[Stream]]) -> None:
+        """Read a stream to its end, which is one by HTTP, and not a cut connection."""
+        async with request() as stream:
+            assert stream.status == 200
+            self.begun.add(name)
+            self.by_name[name] = await stream.read()
 
-async def read_whole(client: RawClient, **headers: str) -> Answer:
-    """Read a GET stream to its end, which is one by HTTP, and not a cut connection."""
-    async with client.get_stream(**headers) as stream:
-        assert stream.status == 200
-        return await stream.read()
+    async def begin(self, *names: str) -> None:
+        """Wait until these streams are open."""
+        await until(lambda: self.begun.issuperset(names), f"{', '.join(names)} begin")
 
 
 async def stopped(server: ServerProcess) -> int:
@@ -65,15 +72,15 @@ async def test_under_uvicorn_calls_end_before_the_server_and_streams_at_once(
         for client, call in ((sse, "sse"), (plain, "json")):
             await client.handshake()
             requests.start_soon(answers.get, call, partial(client.request, "tools/call", _talk(call)))
-            requests.start_soon(answers.get, f"GET {call}", partial(read_whole, client))
+            requests.start_soon(answers.read, f"GET {call}", client.get_stream)
         await until(lambda: application.runs("sse") == application.runs("json") == 1, "the calls run")
         if events:
             # A client that has lost its connection and come back.
             async with sse.stream("POST", sse.message("tools/call", _talk("left"))) as stream:
                 event_id = (await stream.next_event()).id
             assert event_id is not None
-            requests.start_soon(answers.get, "left", partial(read_whole, sse, last_event_id=event_id))
-        await anyio.sleep(0.5)
+            requests.start_soon(answers.read, "left", partial(sse.get_stream, last_event_id=event_id))
+        await answers.begin("GET sse", "GET json", *(["left"] if events else []))
         os.kill(server.pid, signal.SIGTERM)
         # Streams end while the calls still run.
         await until(lambda: {"GET sse", "GET json"} <= answers.by_name.keys(), "streams end")
@@ -120,10 +127,10 @@ async def test_run_durable_waits_for_calls_as_long_as_it_is_told(tmp_path: Path,
     with server:
         async with RawClient(server.mcp_url) as client, anyio.create_task_group() as requests:
             await client.handshake()
-            requests.start_soon(answers.get, "short", partial(client.call_tool, "sleep", {"seconds": 2}))
-            requests.start_soon(answers.get, "long", partial(client.call_tool, "sleep", {"seconds": 60}))
-            requests.start_soon(answers.get, "GET", partial(read_whole, client))
-            await anyio.sleep(0.5)
+            requests.start_soon(answers.read, "short", partial(sleep, client, 2))
+            requests.start_soon(answers.read, "long", partial(sleep, client, 60))
+            requests.start_soon(answers.read, "GET", client.get_stream)
+            await answers.begin("short", "long", "GET")
             os.kill(server.pid, signal.SIGTERM)
             assert await stopped(server) in (0, -signal.SIGTERM)
         assert answers.by_name["short"].text == "slept"
@@ -135,14 +142,20 @@ async def test_run_durable_waits_for_calls_as_long_as_it_is_told(tmp_path: Path,
             assert (await again.call_tool("sleep", {"seconds": 0})).text == "slept"
             # A second SIGINT forces it to stop, and calls are answered all the same.
             async with anyio.create_task_group() as requests:
-                requests.start_soon(answers.get, "forced", partial(again.call_tool, "sleep", {"seconds": 60}))
-                await anyio.sleep(0.5)
+                requests.start_soon(answers.read, "forced", partial(sleep, again, 60))
+                await answers.begin("forced")
                 os.kill(server.pid, signal.SIGINT)
                 await anyio.sleep(0.3)
                 os.kill(server.pid, signal.SIGINT)
                 assert await stopped(server) == 0
         assert answers.by_name["forced"].error["data"] == {"reason": "lost"}
         assert [text for text in NOT_IN_LOG if text in server.log()] == []
+
+
+def sleep(client: RawClient, seconds: int) -> AbstractAsyncContextManager[Stream]:
+    """Call the tool `sleep`; its stream opens when the server has the call."""
+    message = client.message("tools/call", {"name": "sleep", "arguments": {"seconds": seconds}})
+    return client.stream("POST", message)
 
 
 def _talk(call: str) -> dict[str, Any]:

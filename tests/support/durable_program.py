@@ -19,4 +19,4 @@ async def sleep(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run_durable(server, port=int(sys.argv[1]), shutdown_timeout=4)
+    run_durable(server, port=int(sys.argv[1]), shutdown_timeout=8)

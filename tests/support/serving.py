@@ -23,6 +23,7 @@ async def served(app: Starlette) -> AsyncIterator[str]:
     serving = asyncio.create_task(server.serve())
     try:
         while not server.started:
+            assert not serving.done(), "the app did not start"
             await asyncio.sleep(0.01)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
