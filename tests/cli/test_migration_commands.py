@@ -163,7 +163,7 @@ def test_a_check_waits_for_a_file_that_is_not_there_yet(
 
 
 def test_a_check_that_waits_in_vain_says_what_for(invoke: InvokeFunction) -> None:
-    result = invoke("check", "--wait", "0.2", "--url", UNREACHABLE)
+    result = invoke("check", "--wait", "3", "--url", UNREACHABLE)
     assert result.exit_code == 1
     waiting, error = result.stderr.splitlines()
     assert waiting.removeprefix("waiting: ") == error.removeprefix("Error: ")

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from mcp_session_store import EndReason, SqlSessionStore, session_key
+from mcp_session_store import EndReason, SqlSessionStore, StoreUnavailable, session_key
 from tests.support.clients import sessions, until, whoami
 from tests.support.databases import migrated
 from tests.support.http import RawClient
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.anyio
 
 END_WITHIN = 2.0
 """Seconds that the servers are given."""
-SLACK = 8.0
+SLACK = 25.0
 """Seconds that a slow machine may take in addition."""
 
 
@@ -75,6 +75,21 @@ async def _refused_within(client: RawClient, bound: float) -> float:
     await until(refused, f"the session is refused; the answers were {statuses}", within=bound)
     assert set(statuses) <= {200, 404}
     return time.monotonic() - began
+
+
+async def _end_while_stopped(store: SqlSessionStore, client: RawClient, server: ServerProcess) -> None:
+    """Stop a process, and end a session before it goes on."""
+    assert client.session_id is not None
+    for _ in range(10):
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            assert await store.end(session_key(client.session_id), reason=EndReason.OPERATOR)
+            return
+        except StoreUnavailable:
+            # It was stopped within a transaction, whose locks it keeps.
+            os.kill(server.pid, signal.SIGCONT)
+            await anyio.sleep(0.1)
+    raise AssertionError("the process was within a transaction each time that it was stopped")
 
 
 @pytest.mark.parametrize("how", ["DELETE", "store"])
@@ -178,10 +193,8 @@ async def test_a_process_that_was_paused_serves_no_session_that_ended_meanwhile(
         async def call(client: RawClient) -> None:
             statuses[client] = (await client.call_tool("whoami")).status
 
-        os.kill(server.pid, signal.SIGSTOP)
         try:
-            assert ended.session_id is not None
-            assert await store.end(session_key(ended.session_id), reason=EndReason.OPERATOR)
+            await _end_while_stopped(store, ended, server)
             await anyio.sleep(END_WITHIN + 0.5)
             async with anyio.create_task_group() as group:
                 for client in (ended, live):
@@ -201,8 +214,8 @@ async def test_an_absolute_lifetime_ends_a_session_that_is_in_use(
         application.serve(
             store_url,
             "stateful",
-            # The idle time makes the sweep leave it alone for two seconds, not sixty.
-            environment={"MCP_SESSION_STORE_ABSOLUTE": "4s", "MCP_SESSION_STORE_IDLE": "8s"},
+            # The idle time makes the sweep leave it alone for four seconds, not sixty.
+            environment={"MCP_SESSION_STORE_ABSOLUTE": "8s", "MCP_SESSION_STORE_IDLE": "16s"},
             clock_ahead=ahead,
             end_within=END_WITHIN,
             sweep_interval=0.2,
@@ -211,15 +224,15 @@ async def test_an_absolute_lifetime_ends_a_session_that_is_in_use(
         for ahead in (0.0, 3600.0)
     ]
     async with RawClient(servers[0].mcp_url) as here, RawClient(servers[1].mcp_url) as there:
+        began = time.monotonic()
         await here.handshake()
         there.session_id = here.session_id
-        began = time.monotonic()
         for client in (here, there):
             await whoami(client)
         async with there.get_stream() as stream:
             assert stream.status == 200
-            await _refused_within(here, 4 + END_WITHIN + SLACK)
-            assert time.monotonic() - began > 3
+            await _refused_within(here, 8 + END_WITHIN + SLACK)
+            assert time.monotonic() - began > 7
             await _refused_within(there, END_WITHIN + SLACK)
             with anyio.fail_after(SLACK), pytest.raises(StopAsyncIteration):
                 await stream.next()

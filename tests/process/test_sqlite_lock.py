@@ -27,7 +27,8 @@ async def test_a_sqlite_file_that_somebody_else_keeps_locked_counts_as_down(
         await anyio.to_thread.run_sync(server.restart)
         async with sessions(server.mcp_url, 2) as resident, Load(resident) as load:
             await load.advance(1)
-            with closing(sqlite3.connect(str(make_url(sqlite_url).database), isolation_level=None)) as other:
+            file = str(make_url(sqlite_url).database)
+            with closing(sqlite3.connect(file, isolation_level=None, timeout=30)) as other:
                 other.execute("BEGIN IMMEDIATE")
                 with anyio.fail_after(BOUND):
                     async with anyio.create_task_group() as group:

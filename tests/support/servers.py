@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_START_TIMEOUT = 60.0
+_START_TIMEOUT = 120.0
 _STOP_TIMEOUT = 30.0
 
 started: list[ServerProcess] = []
@@ -236,7 +236,8 @@ def uvicorn_server(
     # A connection that uvicorn closes after five idle seconds may meet a request that is just being sent.
     command += ["--timeout-keep-alive", "60"]
     if workers > 1:
-        command += ["--workers", str(workers)]
+        # After five seconds without an answer uvicorn replaces a worker, which on a busy machine has only to wait.
+        command += ["--workers", str(workers), "--timeout-worker-healthcheck", "60"]
     return ForkedServerProcess([*command, *options], log=log, environment=environment, port=port)
 
 
