@@ -125,10 +125,14 @@ async def test_four_workers_that_start_at_once_serve_all_sessions(
                 assert answer.status == 200, answer
                 workers.add(json.loads(answer.text)["pid"])
 
-        async with anyio.create_task_group() as group:
-            for client in clients:
-                group.start_soon(use, client)
-        assert len(workers) > 1
+        async def use_all() -> bool:
+            async with anyio.create_task_group() as group:
+                for client in clients:
+                    group.start_soon(use, client)
+            return len(workers) > 1
+
+        # One may be so much faster than the others that it accepts all that comes for a while.
+        await until(use_all, "several workers serve the sessions")
         restores = Counter(one.replayed_in for one in application.handshakes(replayed=True))
         rows = [await records.restored(session_id, times) for session_id, times in restores.items()]
     assert workers < set(server.pids())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import sqlalchemy as sa
+from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+_NAME = "records of the tests"
 _TABLE = sessions_table()
 _EVENTS = events_table()
 
@@ -32,7 +34,13 @@ class Records:
     """
 
     def __init__(self, url: str) -> None:
-        self._engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        of_postgres = {"server_settings": {"application_name": _NAME}}
+        self._engine = create_async_engine(
+            url,
+            poolclass=NullPool,
+            isolation_level="AUTOCOMMIT",
+            connect_args=of_postgres if make_url(url).get_backend_name() == "postgresql" else {},
+        )
 
     async def row(self, session_id: str | None) -> sa.RowMapping:
         """Return the row of a session, which must exist."""
@@ -85,15 +93,13 @@ class Records:
                 await connection.exec_driver_sql("ROLLBACK")
 
     async def connections(self) -> int:
-        """Return the number of connections to this Postgres database, without its own."""
-        return int(
-            await self._scalar(
-                sa.text(
-                    "SELECT count(*) FROM pg_stat_activity"
-                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-                )
-            )
-        )
+        """Return the number of connections to this Postgres database, without those of records.
+
+        Its server ends a connection some time after the client.
+        """
+        others = "datname = current_database() AND application_name <> :name"
+        query = sa.text(f"SELECT count(*) FROM pg_stat_activity WHERE {others}")
+        return int(await self._scalar(query.bindparams(name=_NAME)))
 
     async def _scalar(self, query: sa.Executable) -> Any:
         connection: AsyncConnection
