@@ -91,7 +91,7 @@ def _program() -> str:
 
 
 def _version(program: str) -> tuple[int, int]:
-    output = subprocess.run([program, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+    output = subprocess.run([program, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     found = re.search(r"PgBouncer (\d+)\.(\d+)", output)
     assert found is not None, output
     return int(found[1]), int(found[2])

@@ -60,7 +60,7 @@ async def test_a_session_outlives_a_replica_of_the_compose_file(tmp_path: Path, 
         ) as nginx,
     ):
         for server in (one, two):
-            async with httpx2.AsyncClient(trust_env=False) as http:
+            async with httpx2.AsyncClient(trust_env=False, timeout=60) as http:
                 for path in ("/health/live", "/health/ready"):
                     assert (await http.get(server.url + path)).status_code == 200
         # By the name that --allowed-host has; any other one is refused, through nginx, too.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-CLIENTS = 12
+CLIENTS = 24
 EACH = 5
 
 

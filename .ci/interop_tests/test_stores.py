@@ -258,7 +258,8 @@ async def test_an_instance_holds_nothing_and_leaves_no_lock_on_a_server_connecti
         listening.cancel()
         await asyncio.wait({listening})
         await mailbox.aclose()
-    assert await execute(postgres_url, "SELECT objid FROM pg_locks WHERE locktype = 'advisory'") == []
+    locks = "SELECT objid FROM pg_locks JOIN pg_database d ON d.oid = database WHERE datname = current_database()"
+    assert await execute(postgres_url, f"{locks} AND locktype = 'advisory'") == []
 
 
 @pytest.mark.parametrize("behind_pgbouncer", [True, False], ids=["with the option", "without the option"])
