@@ -113,11 +113,15 @@ class PostgresServer:
     Args:
         binaries: The folder of `initdb` and `postgres`; by default the first that this machine has.
         fsync: Whether commits wait for the disk. Without it only a crash of the operating system loses anything.
+        autovacuum: Whether it vacuums and analyzes of its own accord, which takes connections and changes plans at any
+            time.
     """
 
-    def __init__(self, binaries: Path | None = None, *, fsync: bool = False) -> None:
+    def __init__(self, binaries: Path | None = None, *, fsync: bool = False, autovacuum: bool = True) -> None:
         self.port = free_port()
-        self._settings = {**_SETTINGS, "fsync": "on" if fsync else "off", "port": str(self.port)}
+        switches = {"fsync": fsync, "autovacuum": autovacuum}
+        on_or_off = {name: "on" if is_on else "off" for name, is_on in switches.items()}
+        self._settings = {**_SETTINGS, **on_or_off, "port": str(self.port)}
         self._binaries = binaries
         self._password = secrets.token_hex(8)
         self._process: subprocess.Popen[bytes] | None = None
@@ -376,13 +380,13 @@ def _container_server(stack: ExitStack) -> str:
     with closing(DockerClient(timeout=2).client) as client:
         client.ping()
     container = PostgresContainer(IMAGE, driver="asyncpg")
-    container.with_command(f"-c fsync=off -c max_connections={MAX_CONNECTIONS}")
+    container.with_command(f"-c fsync=off -c autovacuum=off -c max_connections={MAX_CONNECTIONS}")
     stack.enter_context(container)
     return container.get_connection_url()
 
 
 def _binary_server(find: Callable[[], Path], stack: ExitStack) -> str:
-    return stack.enter_context(PostgresServer(find())).url()
+    return stack.enter_context(PostgresServer(find(), autovacuum=False)).url()
 
 
 def provide_postgres(stack: ExitStack) -> str:
@@ -439,7 +443,7 @@ class _Connection:
         self._executor = ThreadPoolExecutor(1)
         self._runner = asyncio.Runner()
         try:
-            self._connection: asyncpg.Connection = self._run(lambda: asyncpg.connect(dsn, timeout=10))
+            self._connection: asyncpg.Connection = self._run(lambda: asyncpg.connect(dsn, timeout=60))
         except BaseException:
             self._end()
             raise
