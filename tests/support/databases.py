@@ -29,7 +29,7 @@ from mcp_session_store.sql.schema.tables import (
     stream_messages_table,
 )
 from tests.support.faults import FaultProxy
-from tests.support.internals import database_of, drains_of, idle_connections_of, listening_of
+from tests.support.internals import database_of, drains_of, idle_connections_of, listening_of, opening_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -67,6 +67,9 @@ async def keep_connections(store: SessionStore, number: int) -> None:
     connections = database_of(store).connections
     assert isinstance(connections, Connections)
     taken = [await connections.take() for _ in range(number)]
+    # All of them, because so many are kept as were in use at once.
+    while (idle := connections.take_idle()) is not None:
+        taken.append(idle)
     kept = [connections.give_back(connection) for connection in taken]
     assert all(kept)
 
@@ -78,6 +81,9 @@ async def settled(*stores: SessionStore | EventLog | Mailbox | StateStore) -> No
         # A listener that was cancelled does not wait until its connection is closed.
         leaving = [task for task in listening_of(store) if task.cancelling()]
         for task in (*drains_of(store), *leaving):
+            await asyncio.wait({task})
+        # One that was wanted for a call that another connection came free for.
+        for task in opening_of(database_of(store)):
             await asyncio.wait({task})
         for task in tuple(database_of(store).closing):
             await asyncio.wait({task})
@@ -104,7 +110,7 @@ async def migrated(url: str, *, schema: str | None = None) -> None:
                 connection.executescript(script)
         else:
             dsn = target.set(drivername="postgresql").render_as_string(hide_password=False)
-            postgres = await asyncpg.connect(dsn, timeout=10)
+            postgres = await asyncpg.connect(dsn, timeout=60)
             try:
                 await postgres.execute(script)
             finally:

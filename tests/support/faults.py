@@ -125,7 +125,10 @@ class FaultProxy:
         self._flowing.set()
 
     def refuse(self) -> None:
-        """Stop listening: new connections are refused. Open ones go on, see `kill_connections`."""
+        """Stop listening: new connections are refused. Open ones go on, see `kill_connections`.
+
+        One that was accepted a moment ago, and is not served yet, is reset.
+        """
         if self._listener is not None:
             close_listener(self._listener)
             self._listener = None
@@ -166,7 +169,11 @@ class FaultProxy:
     async def _connect(self, client_reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        connection = self._connections[task] = _Connection(client)
+        connection = _Connection(client)
+        if self._listener is None:
+            connection.abort()
+            return
+        self._connections[task] = connection
         self.accepted += 1
         try:
             server_reader, connection.server = await asyncio.open_connection(*self._target)

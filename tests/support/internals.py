@@ -106,6 +106,12 @@ def idle_connections_of(database: Database) -> list[AsyncConnection]:
     return database.connections._idle
 
 
+def opening_of(database: Database) -> list[asyncio.Task[None]]:
+    """The task that opens one more connection for queries, if one does."""
+    opening = database.connections._opening if isinstance(database.connections, Connections) else None
+    return [] if opening is None else [opening]
+
+
 def waits_of(pool: PoolOfEngine) -> int:
     """The number of waits for a connection that a pool remembers."""
     return len(pool._waiting)
