@@ -10,8 +10,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.engine import make_url
 
 from mcp_session_store.errors import StoreClosed, StoreUnavailable
 from mcp_session_store.records import EndReason
@@ -91,6 +93,12 @@ class Trio:
         await self.hear(*kinds)
         assert not any(event.is_set() for event in self.hinted.values())
 
+    async def frees_its_locks(self) -> None:
+        """Wait until no lock is held: the database frees those of a closed connection a little later."""
+        async with asyncio.timeout(20):
+            while await execute(self.url, LOCKS):
+                await asyncio.sleep(0.02)
+
     async def takes(self, *counts: int) -> None:
         """Wait until the number of connections is one of these: the database ends a closed one a little later."""
         async with asyncio.timeout(20):
@@ -138,9 +146,7 @@ async def test_one_that_leaves_hears_no_more_and_holds_no_lock_while_the_others_
             assert len(await execute(postgres_url, LOCKS)) == 1
             await cancel(of_mailbox)
             assert not three.mailbox.hears
-            async with asyncio.timeout(20):
-                while await execute(postgres_url, LOCKS):
-                    await asyncio.sleep(0.02)
+            await three.frees_its_locks()
             await three.hear("store", "log")
             await three.hears_changes_only("store", "log")
             for kind in ("store", "log"):
@@ -176,7 +182,7 @@ async def test_those_that_come_and_go_at_any_moment_disturb_no_other(postgres_ur
                     await asyncio.sleep(0.01)
             # One for queries, unless its last statement was cancelled.
             await three.takes(0, 1)
-            assert await execute(postgres_url, LOCKS) == []
+            await three.frees_its_locks()
 
 
 async def test_a_lost_connection_ends_all_and_they_hear_on_one_again(postgres_url: str) -> None:
@@ -219,17 +225,28 @@ async def test_they_are_closed_in_any_order(postgres_url: str, order: tuple[str,
 async def test_a_channel_may_be_added_while_the_probe_is_under_way(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = sa.select(
-        sa.func.pg_sleep(0.4), sa.func.pg_notify(PROBE_CHANNEL.name, sa.bindparam("payload", type_=sa.Text))
+    held_up = sa.select(
+        sa.func.pg_advisory_xact_lock(1), sa.func.pg_notify(PROBE_CHANNEL.name, sa.bindparam("payload", type_=sa.Text))
     )
-    monkeypatch.setattr(PROBE_CHANNEL, "send", slow)
+    monkeypatch.setattr(PROBE_CHANNEL, "send", held_up)
+    waits = (
+        "SELECT count(*) FROM pg_stat_activity "
+        f"WHERE application_name = '{NAME}' AND datname = current_database() AND wait_event = 'advisory'"
+    )
+    holder = await asyncpg.connect(make_url(postgres_url).set(drivername="postgresql").render_as_string(False))
     async with trio(postgres_url) as three:
-        listening = three.listen("store")
-        await asyncio.sleep(0.2)
-        leaving = three.listen("log")
-        listening += three.listen("log", "mailbox")
-        await asyncio.sleep(0.02)
-        assert not any(event.is_set() for event in three.hinted.values())
+        try:
+            await holder.execute("SELECT pg_advisory_lock(1)")
+            listening = three.listen("store")
+            async with asyncio.timeout(20):
+                while not await holder.fetchval(waits):
+                    await asyncio.sleep(0.01)
+            leaving = three.listen("log")
+            listening += three.listen("log", "mailbox")
+            await asyncio.sleep(0.02)
+            assert not any(event.is_set() for event in three.hinted.values())
+        finally:
+            await holder.close()
         await cancel(*leaving)
         await three.hear(*KINDS)
         await three.takes(2)

@@ -171,7 +171,7 @@ async def test_a_listener_whose_connection_falls_silent_says_so(postgres_url: st
     assert target.port is not None
     async with FaultProxy(target.host, target.port) as proxy:
         there = target.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
-        async with SqlSessionStore(there, timeout=0.5) as store:
+        async with SqlSessionStore(there, timeout=3) as store:
             listen_anew(store, heartbeat=0.05)
             async with Hints(store) as hints:
                 proxy.hang()
@@ -186,7 +186,7 @@ async def test_a_listener_takes_no_place_in_the_pool_and_leaves_no_connection(po
         async with Hints(store):
             await settled(store)
             assert connections_checked_out(store) == 0
-            assert await backends(postgres_url) == 2
+            await backends_are(postgres_url, 2)
         await backends_are(postgres_url, 1)
 
 
@@ -252,7 +252,7 @@ async def test_where_hints_do_not_arrive_it_is_said_once_and_nothing_is_held(
         with monkeypatch.context() as patch:
             # As behind PgBouncer, where LISTEN reaches one connection of the server, and who listens has another.
             patch.setattr(PROBE_CHANNEL, "send", elsewhere)
-            listen_anew(store, probe_timeout=0.01, deaf_for=(0.3, 0.3))
+            listen_anew(store, probe_timeout=0.2, deaf_for=(0.3, 0.3))
             hints: list[object] = []
             listening = asyncio.ensure_future(store.listen(hints.append))
             async with asyncio.timeout(20):

@@ -435,7 +435,7 @@ async def test_a_change_that_would_have_to_wait_keeps_nobody_waiting_and_is_give
         before = await found_on(postgres_url)
         async with (
             in_use(postgres_url, "SELECT * FROM mcp_session_event"),
-            EventPartitions(postgres_url, timeout=6) as events,
+            EventPartitions(postgres_url, timeout=10) as events,
         ):
             calls: dict[str, Callable[[], Awaitable[Any]]] = {
                 "partition": lambda: events.partition(LONG, max_age=AGE),
@@ -468,7 +468,7 @@ async def test_a_change_waits_for_a_migration(postgres_url: str) -> None:
     # The first that a migration does is to take the lock.
     migration = migrate.upgrade_sql(postgres_url, from_revision=HEAD)
     (lock,) = (line for line in migration.splitlines() if "pg_advisory_xact_lock" in line)
-    async with in_use(postgres_url, lock), EventPartitions(postgres_url, timeout=4) as events:
+    async with in_use(postgres_url, lock), EventPartitions(postgres_url, timeout=8) as events:
         with pytest.raises(StoreBusy, match="nothing has changed"):
             await events.partition(LONG, max_age=AGE)
     assert await partition(postgres_url)
@@ -593,8 +593,20 @@ class Traffic:
                 return seen
             await asyncio.sleep(0.002)
 
+    async def goes_on(self) -> None:
+        """Wait until many more events are stored."""
+        enough = self.events + 100
+        async with asyncio.timeout(PATIENCE):
+            while self.events < enough:
+                await asyncio.sleep(0.01)
 
-async def traffic_while(url: str, happens: Callable[[], Awaitable[None]]) -> Traffic:
+    @property
+    def events(self) -> int:
+        """Number of events that were stored."""
+        return sum(map(len, self.stored.values()))
+
+
+async def traffic_while(url: str, happens: Callable[[Traffic], Awaitable[None]]) -> Traffic:
     """Write and follow while something happens; nothing may fail, and what was read is all that was stored."""
     await migrated(url)
     policy = EventPolicy(max_age=AGE, max_events_per_session=1_000_000, max_bytes_per_session=1024**3)
@@ -604,7 +616,7 @@ async def traffic_while(url: str, happens: Callable[[], Awaitable[None]]) -> Tra
         others = [asyncio.ensure_future(traffic.come_and_go(store, log)) for log in (one, other)]
         followers = [asyncio.ensure_future(traffic.follow(log, key)) for log in (one, other) for key in traffic.keys]
         try:
-            await happens()
+            await happens(traffic)
         finally:
             traffic.over = True
             done = await asyncio.gather(*writers, *others, return_exceptions=True)
@@ -616,20 +628,20 @@ async def traffic_while(url: str, happens: Callable[[], Awaitable[None]]) -> Tra
             sequences = [sequence for sequence, _ in traffic.stored[key]]
             assert sorted(sequences) == list(range(min(sequences), min(sequences) + len(sequences)))
         rows = await execute(url, sa.select(sa.func.count().label("stored")).select_from(events_table()))
-        assert rows[0].stored == sum(map(len, traffic.stored.values()))
+        assert rows[0].stored == traffic.events
         return traffic
 
 
 async def test_nothing_is_lost_while_the_table_is_partitioned_and_put_together_again(postgres_url: str) -> None:
-    async def happens() -> None:
+    async def happens(traffic: Traffic) -> None:
         for _ in range(3):
             assert await partition(postgres_url)
-            await asyncio.sleep(0.2)
+            await traffic.goes_on()
             assert await unpartition(postgres_url)
-            await asyncio.sleep(0.2)
+            await traffic.goes_on()
 
     traffic = await traffic_while(postgres_url, happens)
-    assert sum(map(len, traffic.stored.values())) > 100
+    assert traffic.events > 100
     assert [row.deadlocks for row in await _deadlocks(postgres_url)] == [0]
 
 
@@ -639,7 +651,7 @@ async def test_nothing_is_lost_while_partitions_come_and_go(postgres_url: str) -
     await let_time_pass(postgres_url, 24 * LONG)
     assert (await maintain(postgres_url)).dropped == ["mcp_session_event_first"]
 
-    async def happens() -> None:
+    async def happens(traffic: Traffic) -> None:
         for turn in range(4):
             since, until = "2001-01-01 00:00Z", "2001-01-01 01:00Z"
             old = f"mcp_session_event_old{turn}"
@@ -648,6 +660,7 @@ async def test_nothing_is_lost_while_partitions_come_and_go(postgres_url: str) -
             done = await asyncio.gather(*(maintain(postgres_url, ahead=turn + 4) for _ in range(3)))
             assert [name for one in done for name in one.dropped if "old" in name] == [old]
             assert sum(len(one.created) for one in done) == 1
+            await traffic.goes_on()
 
     await traffic_while(postgres_url, happens)
     assert [row.deadlocks for row in await _deadlocks(postgres_url)] == [0]
