@@ -63,7 +63,7 @@ async def test_a_ping_on_a_newer_schema_warns_no_more_than_the_first_contact(
 
 
 async def test_a_ping_fails_while_the_database_is_silent_or_the_store_closed(postgres_url: str) -> None:
-    async with behind_proxy(postgres_url, timeout=0.5) as (store, proxy):
+    async with behind_proxy(postgres_url, timeout=3) as (store, proxy):
         await store.ping()
         proxy.hang()
         with pytest.raises(StoreUnavailable):

@@ -420,7 +420,7 @@ def test_a_shown_url_has_no_password_no_driver_and_no_options() -> None:
 
 async def test_an_engine_of_ours_waits_for_nothing_longer_than_the_timeout(postgres_url: str) -> None:
     # Time enough for a busy machine to connect.
-    async with sql_store(postgres_url, timeout=2) as store:
+    async with sql_store(postgres_url, timeout=3) as store:
         engine = engine_of(store)
         assert engine.sync_engine.hide_parameters
         async with asyncio.timeout(20):
@@ -442,7 +442,7 @@ async def test_behind_pgbouncer_a_store_prepares_no_statements(
     postgres_url: str, option: str | None, prepares: bool
 ) -> None:
     url = postgres_url if option is None else f"{postgres_url}?pgbouncer={option}"
-    async with SqlSessionStore(url, auto_upgrade=True) as store:
+    async with sql_store(url) as store:
         session = new_session()
         assert await store.create(session) == await store.load(session.key)
         await settled(store)
@@ -549,7 +549,7 @@ async def test_a_given_engine_whose_connections_are_all_in_use_makes_the_store_u
 ) -> None:
     await migrate.upgrade(database_url)
     engine = create_async_engine(database_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
-    store = SqlSessionStore(engine, timeout=2)
+    store = SqlSessionStore(engine, timeout=10)
     async with engine.connect():
         with pytest.raises(StoreUnavailable):
             await store.load(uuid.uuid4())
@@ -607,6 +607,9 @@ def test_a_store_is_closed_in_another_event_loop_when_the_first_has_ended(
     database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     asyncio.run(migrate.upgrade(database_url))
+    # What asyncio says of tasks of earlier tests is said now.
+    gc.collect()
+    caplog.clear()
 
     def use_and_close(store: SqlSessionStore) -> None:
         async def use() -> None:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from mcp_session_store.event_log import NO_SESSION
 from mcp_session_store.retention import EventPolicy, EventSweepReport
-from mcp_session_store.sql import SqlEventLog, SqlSessionStore
+from mcp_session_store.sql import SqlEventLog
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.events.trim import LOGS_PER_STEP
 from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
@@ -52,7 +52,7 @@ async def test_the_log_of_a_session_goes_on_when_its_events_are_too_old_and_with
 
 
 async def test_records_of_sessions_are_asked_for_where_there_are_any(database_url: str) -> None:
-    async with SqlSessionStore(database_url, auto_upgrade=True) as store, SqlEventLog(store) as log:
+    async with sql_store(database_url) as store, SqlEventLog(store) as log:
         assert await log.append(new_session().key, [new_event(0)]) is None
         assert await logs_of(database_url) == set()
 
@@ -145,7 +145,8 @@ async def test_events_are_stored_though_others_cannot_be_removed_and_the_log_rec
         sa.event.listen(sync_engine, "before_cursor_execute", fail)
         assert await log.append(key, [new_event(number) for number in range(11)]) == 1
         sa.event.remove(sync_engine, "before_cursor_execute", fail)
-        (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+        ours = [record for record in caplog.records if record.name.startswith("mcp_session_store.")]
+        (record,) = (record for record in ours if record.levelname == "WARNING")
         assert str(key) in record.getMessage()
         assert "no event is removed" in record.getMessage()
         assert await log.append(key, [new_event(11)]) == 12
