@@ -43,7 +43,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 async def store(file: Path) -> AsyncIterator[SqlSessionStore]:
     file.parent.mkdir()
-    async with SqlSessionStore(f"sqlite:///{file}", timeout=2) as store:
+    async with SqlSessionStore(f"sqlite:///{file}", timeout=20) as store:
         yield store
 
 
@@ -112,7 +112,7 @@ async def test_a_new_file_is_made_where_a_link_points(tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "sessions.db").symlink_to(tmp_path / "volume" / "data.db")
     with _umask(0):
-        async with SqlSessionStore(f"sqlite:///{tmp_path / 'sessions.db'}", timeout=2) as store:
+        async with SqlSessionStore(f"sqlite:///{tmp_path / 'sessions.db'}", timeout=20) as store:
             key = await _stored(store)
             assert set(_permissions(tmp_path / "volume").values()) == {"rw-------"}
             (tmp_path / "volume" / "data.db").rename(tmp_path / "kept.db")
@@ -154,7 +154,7 @@ async def test_a_file_that_was_deleted_is_away_until_it_is_put_back(
 async def test_a_file_whose_folder_is_gone_is_away_until_that_is_put_back(tmp_path: Path) -> None:
     folder = tmp_path / "volume"
     folder.mkdir()
-    async with SqlSessionStore(f"sqlite:///{folder / 'sessions.db'}", timeout=2) as store:
+    async with SqlSessionStore(f"sqlite:///{folder / 'sessions.db'}", timeout=20) as store:
         key = await _stored(store)
         folder.rename(tmp_path / "elsewhere")
         for _ in range(2):

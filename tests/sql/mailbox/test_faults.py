@@ -235,7 +235,7 @@ async def test_what_a_try_commits_late_is_not_read_again(postgres_url: str) -> N
 
 
 async def test_a_receive_waits_for_no_end_of_a_session(postgres_url: str) -> None:
-    async with sql_store(postgres_url, timeout=3) as store, SqlMailbox(store) as mailbox:
+    async with sql_store(postgres_url, timeout=10) as store, SqlMailbox(store) as mailbox:
         await run_instances(mailbox, 1, 2)
         ended = (await store.create(new_session())).key
         await mailbox.post([new_message(1, recipient=2, sender=1, key=ended), new_message(2, recipient=2, sender=1)])
@@ -254,7 +254,7 @@ async def test_a_receive_waits_for_no_end_of_a_session(postgres_url: str) -> Non
 
 
 async def test_an_end_of_a_session_waits_for_no_receive(postgres_url: str) -> None:
-    async with sql_store(postgres_url, timeout=3) as store, SqlMailbox(store) as mailbox:
+    async with sql_store(postgres_url, timeout=10) as store, SqlMailbox(store) as mailbox:
         await run_instances(mailbox, 1, 2)
         ended = (await store.create(new_session())).key
         await mailbox.post([new_message(1, recipient=2, sender=1, key=ended)])

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_an_empty_sqlite_file_is_migrated(sqlite_url: str) -> None:
-    async with SqlSessionStore(sqlite_url) as store:
+    async with SqlSessionStore(sqlite_url, timeout=30) as store:
         session = new_session()
         assert await store.create(session) == await store.load(session.key)
     assert await migrate.current(sqlite_url) == HEAD
@@ -30,7 +30,7 @@ async def test_an_empty_sqlite_file_is_migrated(sqlite_url: str) -> None:
 
 async def test_an_empty_sqlite_file_behind_a_given_engine_is_migrated(sqlite_url: str) -> None:
     engine = create_async_engine(sqlite_url)
-    async with SqlSessionStore(engine) as store:
+    async with SqlSessionStore(engine, timeout=30) as store:
         assert await store.load(uuid.uuid4()) is None
     await engine.dispose()
 
@@ -43,7 +43,7 @@ async def test_a_sqlite_file_that_another_process_migrates_meanwhile_is_used(
         return await is_empty(connection)
 
     monkeypatch.setattr(contact, "is_empty", looked_late)
-    async with SqlSessionStore(sqlite_url) as store:
+    async with SqlSessionStore(sqlite_url, timeout=30) as store:
         assert await store.load(uuid.uuid4()) is None
 
 
@@ -68,7 +68,7 @@ async def test_a_server_database_is_never_migrated_unasked(postgres_url: str) ->
 
 
 async def test_a_server_database_is_migrated_when_asked(postgres_url: str) -> None:
-    stores = [SqlSessionStore(postgres_url, auto_upgrade=True) for _ in range(3)]
+    stores = [SqlSessionStore(postgres_url, auto_upgrade=True, timeout=60) for _ in range(3)]
     await asyncio.gather(*(store.open() for store in stores))
     session = new_session()
     assert await stores[0].create(session) == await stores[1].load(session.key)

@@ -47,7 +47,8 @@ async def test_a_rollback_of_the_callers_undoes_the_upgrade_and_a_commit_keeps_i
 
 
 async def test_several_start_at_once_in_transactions_of_their_own(database_url: str) -> None:
-    engine = engine_for(database_url)
+    # On SQLite the seconds that each waits for those before it.
+    engine = engine_for(database_url, connect_args={"timeout": 60})
 
     async def start() -> None:
         async with engine.begin() as connection:

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.anyio
 
 async def test_stores_that_make_first_contact_at_once_each_migrate_their_own_file(tmp_path: Path) -> None:
     urls = [f"sqlite:///{tmp_path / name}" for name in ("1.db", "2.db", "3.db", "same.db", "same.db")]
-    stores = [SqlSessionStore(url) for url in urls]
-    with anyio.fail_after(30):
+    stores = [SqlSessionStore(url, timeout=60) for url in urls]
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             for store in stores:
                 tasks.start_soon(store.open)
@@ -34,7 +34,7 @@ async def test_schemas_of_one_database_can_be_migrated_at_once(postgres_url: str
     async def upgrade(schema: str) -> None:
         await migrate.upgrade(postgres_url, schema=schema)
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             for schema in schemas:
                 tasks.start_soon(upgrade, schema)
