@@ -182,7 +182,7 @@ class Interleaving(RuleBasedStateMachine):
 
 def test_any_interleaving_of_calls_agrees_with_the_model(migrated_url: str) -> None:
     with asyncio.Runner() as runner:
-        stores = {name: SqlSessionStore(migrated_url, namespace=name) for name in ("one", "two")}
+        stores = {name: SqlSessionStore(migrated_url, namespace=name, timeout=30) for name in ("one", "two")}
         machine = type("Machine", (Interleaving,), {"runner": runner, "stores": stores})
         try:
             run_state_machine_as_test(

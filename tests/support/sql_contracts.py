@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from mcp_session_store.state_store import StateStore
     from mcp_session_store.store import SessionStore
 
+PATIENCE = 30.0
+"""Seconds that a call may take: SQLite's writers wait for one another, on a machine that has more to do."""
+
 __all__ = ["SqlEventLogConformance", "SqlMailboxConformance", "SqlStateConformance", "SqlStoreConformance"]
 
 
@@ -58,7 +61,7 @@ class SqlStoreConformance(SessionStoreConformance):
         stores: list[SqlSessionStore] = []
 
         def make(namespace: str) -> SessionStore:
-            stores.append(SqlSessionStore(contract_url, namespace=namespace))
+            stores.append(SqlSessionStore(contract_url, namespace=namespace, timeout=PATIENCE))
             return stores[-1]
 
         yield make
@@ -89,7 +92,7 @@ class SqlEventLogConformance(EventLogConformance):
         def make(
             namespace: str = DEFAULT_NAMESPACE, *, policy: EventPolicy | None = None
         ) -> tuple[SessionStore, EventLog]:
-            store = SqlSessionStore(contract_url, namespace=namespace)
+            store = SqlSessionStore(contract_url, namespace=namespace, timeout=PATIENCE)
             made.append((store, SqlEventLog(store, policy=policy)))
             return made[-1]
 
@@ -120,7 +123,7 @@ class SqlMailboxConformance(MailboxConformance):
         made: list[tuple[SqlSessionStore, SqlMailbox]] = []
 
         def make(namespace: str = DEFAULT_NAMESPACE) -> tuple[SessionStore, Mailbox]:
-            store = SqlSessionStore(contract_url, namespace=namespace)
+            store = SqlSessionStore(contract_url, namespace=namespace, timeout=PATIENCE)
             made.append((store, SqlMailbox(store)))
             return made[-1]
 
@@ -156,7 +159,7 @@ class SqlStateConformance(StateStoreConformance):
         def make(
             namespace: str = DEFAULT_NAMESPACE, *, policy: StatePolicy | None = None
         ) -> tuple[SessionStore, StateStore]:
-            store = SqlSessionStore(contract_url, namespace=namespace)
+            store = SqlSessionStore(contract_url, namespace=namespace, timeout=PATIENCE)
             made.append((store, SqlStateStore(store, policy=policy)))
             return made[-1]
 

@@ -99,7 +99,7 @@ async def write(logs: Sequence[SqlEventLog], key: UUID, streams: Sequence[str], 
 async def test_each_reader_gets_exactly_what_many_writers_sent(database_url: str) -> None:
     await migrated(database_url)
     async with AsyncExitStack() as stack:
-        stores = [await stack.enter_async_context(SqlSessionStore(database_url, timeout=30)) for _ in range(3)]
+        stores = [await stack.enter_async_context(SqlSessionStore(database_url, timeout=60)) for _ in range(3)]
         logs = [SqlEventLog(store) for store in stores]
         keys = [(await stores[0].create(new_session())).key for _ in range(3)]
         writers, readers, counts = [], [], []

@@ -158,7 +158,7 @@ async def test_storing_trimming_and_ending_at_once_leaves_what_it_must_and_nothi
         # More patience than calls need: SQLite's writers wait for one another.
         users, sweepers = [
             [
-                await stack.enter_async_context(SqlSessionStore(database_url, retention=policy, timeout=30))
+                await stack.enter_async_context(SqlSessionStore(database_url, retention=policy, timeout=60))
                 for _ in range(count)
             ]
             for count, policy in ((3, LONG), (2, SHORT))

@@ -36,7 +36,7 @@ SHORT = RetentionPolicy(idle=timedelta(milliseconds=40))
 
 async def stores_on(stack: AsyncExitStack, url: str, count: int, policy: RetentionPolicy) -> list[SqlSessionStore]:
     # More patience than calls need: SQLite's writers wait for one another.
-    return [await stack.enter_async_context(SqlSessionStore(url, retention=policy, timeout=30)) for _ in range(count)]
+    return [await stack.enter_async_context(SqlSessionStore(url, retention=policy, timeout=60)) for _ in range(count)]
 
 
 async def expire_all(url: str) -> None:

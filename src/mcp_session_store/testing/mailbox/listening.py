@@ -41,7 +41,7 @@ class Listening(MailboxSuite):
             await asyncio.sleep(0.05)
             hinted.clear()
             await here.post([new_message(1, recipient=2, sender=1)])
-            await asyncio.wait_for(hinted.wait(), 10)
+            await asyncio.wait_for(hinted.wait(), 30)
             assert len(await read_all(there, 2)) == 1
         assert not listening.done()
         listening.cancel()

@@ -47,7 +47,7 @@ class Order(MailboxSuite):
                 read[recipient] += places(await read_all(mailboxes[recipient], recipient, delivered, limit=10))
                 await asyncio.sleep(0)
 
-        await asyncio.wait_for(asyncio.gather(*map(send, mailboxes), *map(receive, mailboxes)), 60)
+        await asyncio.wait_for(asyncio.gather(*map(send, mailboxes), *map(receive, mailboxes)), 120)
         for recipient, messages in read.items():
             for sender in mailboxes.keys() - {recipient}:
                 of_sender = [sequence for who, sequence in messages if who == sender]

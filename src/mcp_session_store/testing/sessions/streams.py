@@ -25,6 +25,7 @@ async def claim_stream(
     store: SessionStore, key: UUID, number: int, *, age: float = 0.0, term: int = 0, used: bool = True
 ) -> StreamHolder | None:
     """Report that an instance has the stream of a session, and return who has it then."""
+    await asyncio.sleep(0.002)  # a clock may show whole milliseconds
     claim = StreamClaim(number=number, age=age, term=term)
     touched = await store.touch([Activity(key=key, first_age=age, last_age=0.0, used=used, stream=claim)])
     assert touched.streams.keys() | touched.not_live == {key}
@@ -58,11 +59,11 @@ class Streams(StoreSuite):
 
     async def test_a_stream_that_is_opened_again_on_the_same_instance_is_not_taken(self, store: SessionStore) -> None:
         key = (await store.create(new_session())).key
-        await claim_stream(store, key, 7, age=9.0)
-        for age in (8.0, 5.0, 1.0):
+        await claim_stream(store, key, 7, age=90.0)
+        for age in (80.0, 50.0, 10.0):
             assert await self._held(store, key, 8, age=age) == (8, 2, 7)
         # It counts as opened then all the same.
-        assert await self._held(store, key, 9, age=3.0) == (8, 2, 7)
+        assert await self._held(store, key, 9, age=30.0) == (8, 2, 7)
         assert await self._held(store, key, 9, age=0.0) == (9, 3, 8)
 
     async def test_a_claim_that_comes_late_takes_no_stream_that_was_opened_later(self, store: SessionStore) -> None:
@@ -140,10 +141,8 @@ class Streams(StoreSuite):
         keys = [(await stores[0].create(new_session())).key for _ in range(20)]
 
         async def claim(number: int) -> dict[UUID, StreamHolder]:
-            activities = [
-                Activity(key=key, first_age=9.0, last_age=0.0, stream=StreamClaim(number=number, age=9.0 - number))
-                for key in keys
-            ]
+            stream = StreamClaim(number=number, age=90.0 - 10 * number)
+            activities = [Activity(key=key, first_age=90.0, last_age=0.0, stream=stream) for key in keys]
             return dict((await stores[number % 2].touch(activities)).streams)
 
         claimed = await asyncio.gather(*(claim(number) for number in range(1, 7)))
