@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -180,6 +181,8 @@ class Interleaving(RuleBasedStateMachine):
             self.changes(namespace)
 
 
+# Thousands of calls, which take a minute where nothing else runs, and three on a busy machine.
+@pytest.mark.timeout(600)
 def test_any_interleaving_of_calls_agrees_with_the_model(migrated_url: str) -> None:
     with asyncio.Runner() as runner:
         stores = {name: SqlSessionStore(migrated_url, namespace=name, timeout=30) for name in ("one", "two")}
