@@ -204,8 +204,9 @@ async def test_a_question_outside_of_calls_is_asked_on_the_stream_of_another_ins
     assert str(answers[0].roots[0].uri) == "file:///x"
 
 
+@pytest.mark.parametrize("is_posted", [True, False], ids=["posted", "not posted"])
 async def test_a_question_that_no_stream_takes_within_half_a_minute_fails(
-    store: FaultyStore, mailbox: FaultyMailbox, clock: Clock
+    store: FaultyStore, mailbox: FaultyMailbox, clock: Clock, is_posted: bool
 ) -> None:
     async with sides(store, mailbox) as (one,):
         failures: list[MCPError] = []
@@ -216,12 +217,21 @@ async def test_a_question_that_no_stream_takes_within_half_a_minute_fails(
             failures.append(failure.value)
 
         async with anyio.create_task_group() as tasks:
+            if not is_posted:
+                # Nothing is posted under a number that is not entered.
+                mailbox.down("beat")
+                question_ids_of(one.instance.manager).draw()
             tasks.start_soon(ask)
-            await until(lambda: outbox_is_empty(one.instance.manager))
+            if is_posted:
+                await until(lambda: mailbox.inner.data.stream_mail != {})
+            else:
+                await until(lambda: not outbox_is_empty(one.instance.manager))
             await one_more_turn()
             assert not failures
             clock.advance(STREAM_WAIT)
+            await until(lambda: failures != [])
         assert "roots/list" in failures[0].message
+        mailbox.up()
         stream = await one.get()
         await one.call.tell("later")
         await hears(stream, "later")

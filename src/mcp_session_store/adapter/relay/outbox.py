@@ -150,10 +150,10 @@ class Outbox:
         return True
 
     def withdraw(self, outgoing: Outgoing) -> bool:
-        """Take back a message; return whether the mailbox was never given it."""
+        """Take back a message, which is lost by that; return whether the mailbox was never given it."""
         if outgoing.message is not None or outgoing not in self._waiting:
             return False
-        self._over(outgoing)
+        self._over(outgoing, is_lost=True)
         return True
 
     async def accept(self, outgoing: Outgoing, waits: RequestWait, *, resident: bool) -> None:
