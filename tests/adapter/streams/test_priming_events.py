@@ -38,6 +38,8 @@ pytestmark = pytest.mark.anyio
 
 LONG = timedelta(seconds=InstanceSettings().instance_timeout + 1)
 """So long an instance says nothing that is gone."""
+PATIENT = timedelta(days=1).total_seconds()
+"""Seconds for which an instance may say nothing where time is put forward, and only its calls are to seem lost."""
 SHORT = EventPolicy(max_age=timedelta(minutes=5))
 FEW = EventPolicy(max_events_per_session=10)
 
@@ -374,7 +376,10 @@ async def test_a_call_that_says_nothing_for_long_goes_on_elsewhere(
 ) -> None:
     log = FaultyLog(store, policy=SHORT)
     talking = Talking()
-    async with instance(store, talking.notes, events=log) as one, instance(store, events=log) as two:
+    async with (
+        instance(store, talking.notes, events=log, instance_timeout=PATIENT) as one,
+        instance(store, events=log, instance_timeout=PATIENT) as two,
+    ):
         client = one.client()
         session_id = await client.handshake()
         call, last_event_id = await away(talking, client)
@@ -511,8 +516,8 @@ async def test_a_call_that_never_ran_on_a_living_instance_is_lost_elsewhere_in_b
     silence = min(max_age or timedelta.max, timedelta(hours=1))
     talking = Talking()
     async with (
-        instance(store, talking.notes, events=log) as one,
-        instance(other_store, events=other_log) as two,
+        instance(store, talking.notes, events=log, instance_timeout=PATIENT) as one,
+        instance(other_store, events=other_log, instance_timeout=PATIENT) as two,
     ):
         client = one.client()
         session_id = await client.handshake()
@@ -553,8 +558,8 @@ async def test_a_call_that_is_heard_of_at_the_last_moment_is_not_lost(
     log, other_log = FaultyLog(store, policy=SHORT), FaultyLog(other_store, policy=SHORT)
     talking = Talking()
     async with (
-        instance(store, talking.notes, events=log) as one,
-        instance(other_store, events=other_log) as two,
+        instance(store, talking.notes, events=log, instance_timeout=PATIENT) as one,
+        instance(other_store, events=other_log, instance_timeout=PATIENT) as two,
     ):
         client = one.client()
         session_id = await client.handshake()

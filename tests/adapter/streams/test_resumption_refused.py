@@ -166,9 +166,11 @@ async def test_a_call_that_has_said_nothing_for_long_goes_on_on_another_instance
 ) -> None:
     log = FaultyLog(store, policy=EventPolicy(max_age=timedelta(minutes=5)))
     talking = Talking()
+    # Longer than the time that is put forward, in which neither sends a heartbeat.
+    timeout = timedelta(hours=1).total_seconds()
     async with (
-        instance(store, talking.notes, events=log) as one,
-        instance(store, events=log) as two,
+        instance(store, talking.notes, events=log, instance_timeout=timeout) as one,
+        instance(store, events=log, instance_timeout=timeout) as two,
     ):
         client = one.client()
         session_id = await client.handshake()
