@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import fastmcp
     from fastmcp.server.auth.providers.jwt import StaticTokenVerifier
+
+    # What FastMCP imports within its first call, which on a busy machine takes longer than a test waits for an answer.
+    for name in ("key_value.aio.adapters.pydantic", "key_value.aio.stores.memory"):
+        importlib.import_module(name)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
