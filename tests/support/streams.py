@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 OLD = "2025-06-18"
 """Protocol version whose clients know no priming events."""
+APART: Final = timedelta(seconds=0.5)
+"""Time between two openings of a stream on two instances whose order is certain: it is known only up to the time that a
+claim takes to the store, and a busy machine may take a while for it."""
 
 
 async def old_client(one: Instance) -> Client:

@@ -21,7 +21,7 @@ from tests.support.databases import migrated
 from tests.support.faulty_stores import FaultyMailbox
 from tests.support.instances import Notes, instance, open_session
 from tests.support.internals import instances_of, outbox_is_empty, question_ids_of, registry_of
-from tests.support.streams import one_more_turn
+from tests.support.streams import APART, one_more_turn
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
@@ -443,7 +443,7 @@ async def test_an_instance_that_takes_another_number_keeps_the_streams_that_are_
 
 
 async def test_a_stream_ends_whose_claim_comes_after_that_of_a_later_one(
-    two: tuple[Side, Side], store: FaultyStore, mailbox: FaultyMailbox
+    two: tuple[Side, Side], store: FaultyStore, mailbox: FaultyMailbox, clock: Clock
 ) -> None:
     one, other = two
     number = question_ids_of(one.instance.manager).number
@@ -456,6 +456,7 @@ async def test_a_stream_ends_whose_claim_comes_after_that_of_a_later_one(
     # It is not told by the other instance.
     mailbox.down("receive")
     first = await one.get()
+    clock.advance(APART)
     second = await other.get()
     await other.knows_the_former_holder()
     store.up()

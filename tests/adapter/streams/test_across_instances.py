@@ -18,7 +18,7 @@ from tests.support.asking import roots
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import Notes, instance
 from tests.support.internals import recorder_of
-from tests.support.streams import all_stored, one_more_turn, opened
+from tests.support.streams import APART, all_stored, one_more_turn, opened
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ async def test_what_was_said_while_no_stream_was_open_comes_on_the_next_one(
 
 @pytest.mark.parametrize("version", ["2025-11-25", "2025-06-18"])
 async def test_of_streams_on_two_instances_the_later_one_goes_on_after_what_the_other_has_sent(
-    version: str, client: Client, there: Client, call: Call, call_there: Call
+    version: str, client: Client, there: Client, call: Call, call_there: Call, clock: Clock
 ) -> None:
     for one in (client, there):
         one.headers["mcp-protocol-version"] = version
@@ -144,7 +144,10 @@ async def test_of_streams_on_two_instances_the_later_one_goes_on_after_what_the_
     await call.tell(*TEXTS)
     await call_there.tell(*(f"there {text}" for text in TEXTS))
     # The third and the fourth come while the one before may not know yet where it begins.
-    streams = [first, *[await get(at) for at in (there, client, there)]]
+    streams = [first]
+    for at in (there, client, there):
+        clock.advance(APART)
+        streams.append(await get(at))
     await call.tell("last")
     await call_there.tell("very last")
     await until(lambda: any("very last" in told(stream.messages) for stream in streams[1:]))

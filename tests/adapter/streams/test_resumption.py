@@ -14,13 +14,13 @@ from mcp_session_store.records import EventKind
 from tests.support.asgi import until
 from tests.support.http import INITIALIZE_PARAMS
 from tests.support.instances import Notes, instance
-from tests.support.streams import old_client, one_more_turn, opened
+from tests.support.streams import APART, old_client, one_more_turn, opened
 from tests.support.talking import Talking, hears, told
 
 if TYPE_CHECKING:
     from tests.support.asgi import Client, Exchange
     from tests.support.faulty_stores import FaultyLog, FaultyStore
-    from tests.support.instances import Instance, RequestContext
+    from tests.support.instances import Clock, Instance, RequestContext
 
 pytestmark = pytest.mark.anyio
 
@@ -311,7 +311,12 @@ async def test_where_answers_are_json_they_are_not_stored(store: FaultyStore, lo
 
 
 async def test_the_standalone_stream_carries_what_every_instance_says_once_and_in_order(
-    store: FaultyStore, other_store: FaultyStore, log: FaultyLog, other_log: FaultyLog, json_response: bool
+    store: FaultyStore,
+    other_store: FaultyStore,
+    log: FaultyLog,
+    other_log: FaultyLog,
+    json_response: bool,
+    clock: Clock,
 ) -> None:
     mine, others = Talking(), Talking()
     async with (
@@ -330,8 +335,10 @@ async def test_the_standalone_stream_carries_what_every_instance_says_once_and_i
         await stream.leave()
         for position in range(len(ids)):
             for back in (one, two):
+                clock.advance(APART)
                 resumed = await resumed_from(back.client(session_id), position, ids, *texts)
                 await resumed.leave()
+        clock.advance(APART)
         resumed = await opened(two.client(session_id), ids[-1])
         for call in calls:
             await call.tell("later")
