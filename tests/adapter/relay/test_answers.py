@@ -312,8 +312,12 @@ async def test_an_answer_under_a_number_that_another_instance_has_now_reaches_th
         number = question_ids_of(one.manager).number
         question_ids_of(one.manager).draw()
         await until(lambda: instances_of(one.manager).is_entered)
-        question_ids_of(other.manager).number = number
-        await instances_of(other.manager).beat()
+        others_ids = question_ids_of(other.manager)
+        others_ids.number = number
+        # As if it had drawn it, so that it listens for messages to it.
+        assert others_ids.on_drawn is not None
+        others_ids.on_drawn()
+        await until(lambda: instances_of(other.manager).is_entered)
         elsewhere = other.client(session_id)
         other_call = elsewhere.open_call("ask_for_progress")
         question = await other_call.next()

@@ -161,6 +161,7 @@ async def test_of_streams_on_two_instances_the_later_one_is_served_and_gets_what
         await until(lambda: len(second.messages) >= 2 * len(TEXTS) - 2)
     first.read_on()
     await first.end()
+    await until(lambda: len(first.messages) + len(second.messages) >= 2 + 2 * len(TEXTS))
     heard = told(first.messages)[2:] + told(second.messages)
     assert [text for text in heard if not text.startswith("other")] == TEXTS
     assert [text for text in heard if text.startswith("other")] == [f"other {text}" for text in TEXTS]
@@ -278,7 +279,9 @@ async def test_what_a_failing_mailbox_does_not_give_is_taken_when_it_is_back(
     await other.call.tell("a")
     await hears(stream, "a")
     mailbox.down("take")
+    taken = mailbox.background["take"]
     await other.call.tell("b")
+    await until(lambda: mailbox.background["take"] > taken)
     await one_more_turn()
     mailbox.up()
     await until(lambda: told(stream.messages) == ["a", "b"])
@@ -354,9 +357,9 @@ async def test_what_cannot_be_left_while_the_mailbox_is_away_is_left_later(
     await other.call.tell("a")
     await hears(first, "a")
     first.stop_reading()
-    taken = mailbox.background["take"]
     await other.call.tell("b", "c", "d")
-    await until(lambda: mailbox.background["take"] > taken)
+    stored = mailbox.inner.data.stream_mail
+    await until(lambda: outbox_is_empty(other.instance.manager) and all(mail.taken_by for mail in stored.values()))
     await one_more_turn()
     mailbox.down("take", "release")
     second = await other.get()

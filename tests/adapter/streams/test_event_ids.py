@@ -77,6 +77,7 @@ async def test_no_two_events_of_a_session_have_the_same_id(talking: Talking, cli
         await exchange.end()
         ids += ids_of(exchange)
         assert len(ids_of(exchange)) == 4
+    await hears(stream, *["to all"] * 4)
     ids += ids_of(stream)
     assert len(ids) == len(set(ids)) == 4 * 4 + 1 + 4
 
