@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -307,14 +308,22 @@ async def test_what_was_accepted_is_posted_before_the_manager_stops(
 async def test_a_mailbox_that_does_not_answer_holds_up_a_stop_once(
     store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stopping, "SHUTDOWN_TIMEOUT", 1.5)
+    monkeypatch.setattr(stopping, "SHUTDOWN_TIMEOUT", 0.5)
     monkeypatch.setattr(stopping, "LAST_TRY", 0.1)
+
+    async def hang() -> None:
+        # What would hold up the stop a second time would do so for a minute.
+        monkeypatch.setattr(stopping, "SHUTDOWN_TIMEOUT", 60.0)
+        await anyio.sleep_forever()
+
     async with instance(store, relay=mailbox) as one:
         await one.client().begin()
-        for name in ("beat", "receive", "retire"):
-            mailbox.hold(name)
+        for name in ("beat", "receive"):
+            mailbox.before(name, hang)
+        retiring = mailbox.hold("retire")
         began = anyio.current_time()
-    assert anyio.current_time() - began < 2.9
+    assert anyio.current_time() - began < 30
+    assert retiring.calls == 1
 
 
 async def test_a_copy_that_does_not_read_holds_up_no_other_session(
@@ -428,21 +437,27 @@ async def test_where_no_hints_arrive_answers_come_soon_and_an_idle_instance_asks
                 assert text_of(await call.next()) == "file:///x"
         # No call runs and no stream is open, and a question that was asked outside of them may wait.
         before = mailbox.background["receive"]
-        with anyio.fail_after(4):
-            while mailbox.background["receive"] < before + 4:
-                await anyio.sleep(0.05)
+        await until(lambda: mailbox.background["receive"] >= before + 4)
 
 
 async def test_an_idle_instance_reads_before_heartbeats_and_seldom_besides(
     store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox_module, "IDLE_INTERVAL", 0.4)
+    reads_at: list[float] = []
+
+    async def read() -> None:
+        reads_at.append(anyio.current_time())
+
+    mailbox.before("receive", read)
     async with instance(store, Asking(), relay=mailbox, instance_timeout=0.6):
         await until(lambda: len(mailbox.beats) > 1)
-        reads, beats = mailbox.background["receive"], len(mailbox.beats)
+        reads_at.clear()
+        beats = len(mailbox.beats)
         await until(lambda: len(mailbox.beats) >= beats + 8)
-        # Heartbeats are 0.2 s apart.
-        assert mailbox.background["receive"] - reads <= 8 + 2
+        # Heartbeats are 0.2 s apart. Any other read comes when one is late, and 30 per cent early at most.
+        soon = [later for earlier, later in pairwise(reads_at) if later - earlier < 0.7 * 0.4]
+        assert len(soon) <= len(mailbox.beats) - beats
     async with instance(store, Asking(), relay=mailbox):
         reads, beats = mailbox.background["receive"], len(mailbox.beats)
         await until(lambda: mailbox.background["receive"] >= reads + 3)
@@ -463,8 +478,7 @@ async def test_where_no_hints_arrive_a_call_that_asks_nothing_is_soon_cancelled_
         call = client.open_call("wait", request_id=7)
         await until(lambda: asking.waiting == 1)
         assert (await elsewhere.notify("notifications/cancelled", {"requestId": 7})).status == 202
-        with anyio.fail_after(4):
-            assert "error" in await call.next()
+        assert "error" in await call.next()
 
 
 async def test_an_instance_posts_and_reads_under_its_number_only_when_that_is_entered(
