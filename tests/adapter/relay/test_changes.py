@@ -183,7 +183,7 @@ async def test_its_handler_finds_the_marker_of_a_replay_and_nothing_of_the_reque
 async def test_it_waits_for_no_other_message_and_none_waits_for_it(
     store: FaultyStore, other_store: FaultyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with pair(store, other_store, replay_timeout=0.2) as both:
+    async with pair(store, other_store, replay_timeout=1) as both:
         proceed = anyio.Event()
 
         async def hang(ctx: RequestContext) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from tests.support.asgi import until
+from mcp_session_store.adapter.relay import relay as relay_module
+from tests.support.asgi import PATIENCE, until
 from tests.support.asking import Asking, roots, text_of
 from tests.support.faulty_stores import FaultyMailbox
 from tests.support.instances import instance, principal
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 ROOTS_CHANGED = "notifications/roots/list_changed"
+
+
+@pytest.fixture
+def _progress_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an answer wait for as long as a test does for the progress before it."""
+    monkeypatch.setattr(relay_module, "CATCH_UP", PATIENCE)
 
 
 async def test_a_call_is_cancelled_wherever_it_runs(store: FaultyStore, mailbox: FaultyMailbox) -> None:
@@ -51,6 +58,7 @@ async def test_a_call_is_cancelled_wherever_it_runs(store: FaultyStore, mailbox:
         assert mailbox.posted == []
 
 
+@pytest.mark.usefixtures("_progress_has_time")
 async def test_progress_arrives_before_the_answer_that_came_after_it_whichever_way_each_takes(
     store: FaultyStore, mailbox: FaultyMailbox
 ) -> None:
@@ -80,6 +88,7 @@ async def test_progress_arrives_before_the_answer_that_came_after_it_whichever_w
         assert other.residents == third.residents == 0
 
 
+@pytest.mark.usefixtures("_progress_has_time")
 async def test_an_answer_posted_here_follows_progress_posted_elsewhere_of_which_no_hint_came(
     store: FaultyStore,
 ) -> None:

@@ -86,7 +86,7 @@ async def test_what_comes_for_a_session_that_is_not_resident_waits_in_an_outage_
 ) -> None:
     async with (
         instance(store, Asking(), relay=mailbox) as one,
-        instance(other_store, relay=other_mailbox, outage_patience=1.5) as other,
+        instance(other_store, relay=other_mailbox, outage_patience=2) as other,
     ):
         elsewhere, call, question = await asked(one, other)
         # The mailbox alone, and then the store as well, which is asked first.
@@ -135,6 +135,8 @@ async def test_what_is_accepted_in_an_outage_that_silences_all_reaches_an_instan
 ) -> None:
     monkeypatch.setattr(instances_module, "LONG_SILENCE", 1.0)
     monkeypatch.setattr(instances_module, "BACK_WITHIN", 3.0)
+    # The one that comes back later is there long before that is over.
+    monkeypatch.setattr(instances_module, "MAX_PAUSE", 0.2)
     async with (
         instance(store, Asking(), relay=mailbox, instance_timeout=1) as one,
         instance(other_store, Asking(), relay=other_mailbox, instance_timeout=1) as other,

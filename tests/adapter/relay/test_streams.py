@@ -11,7 +11,7 @@ import pytest
 from mcp import MCPError
 from mcp.server.streamable_http import GET_STREAM_KEY, EventMessage, EventStore
 
-from mcp_session_store.adapter.relay import outlet, streams
+from mcp_session_store.adapter.relay import outlet, queued, streams
 from mcp_session_store.adapter.streams import standalone
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.stream_mail import STREAM_QUEUE, STREAM_WAIT
@@ -93,6 +93,13 @@ async def sides(
                 await client.begin()
             sides.append(Side(one, client, (await talking.call(client))[0], talking))
         yield sides
+
+
+@pytest.fixture(autouse=True)
+def _former_holders_have_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a former holder take as long as a test does until what it has not sent counts as lost."""
+    for module in (outlet, queued, streams):
+        monkeypatch.setattr(module, "HANDED_OVER_WITHIN", PATIENCE)
 
 
 @pytest.fixture
@@ -241,6 +248,7 @@ async def test_a_question_that_no_stream_takes_within_half_a_minute_fails(
 async def test_clients_that_take_the_stream_from_each_other_on_two_instances_are_refused_for_a_while(
     two_anywhere: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(standalone, "TAKEN_WITHIN", 60.0)
     streams = [await two_anywhere[0].get()]
     await two_anywhere[0].knows_the_former_holder()
     for turn in range(1, standalone.TAKEN_AT_MOST + 1):
@@ -310,10 +318,9 @@ async def test_what_is_said_here_waits_for_what_the_holder_elsewhere_has_not_sen
 
 
 async def test_a_holder_whose_transport_is_blocked_leaves_what_it_has_taken(
-    two: tuple[Side, Side], mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+    two: tuple[Side, Side], mailbox: FaultyMailbox
 ) -> None:
     one, other = two
-    monkeypatch.setattr(outlet, "HANDED_OVER_WITHIN", PATIENCE)
     await one.get()
     call, exchange = await one.talking.call(one.client)
     exchange.stop_reading()
@@ -349,9 +356,8 @@ async def test_an_older_stream_is_closed_although_the_holder_between_told_no_ins
 
 
 async def test_what_cannot_be_left_while_the_mailbox_is_away_is_left_later(
-    two: tuple[Side, Side], mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
+    two: tuple[Side, Side], mailbox: FaultyMailbox
 ) -> None:
-    monkeypatch.setattr(outlet, "HANDED_OVER_WITHIN", PATIENCE)
     one, other = two
     first = await one.get()
     await other.call.tell("a")
@@ -497,8 +503,9 @@ async def test_a_handler_in_a_replay_asks_on_the_stream_that_is_open_elsewhere(
 
 
 async def test_a_restore_and_the_stream_for_which_it_is_done_are_claimed_in_one_report(
-    store: FaultyStore, mailbox: FaultyMailbox
+    store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mcp_session_store.adapter.sessions.activity.GATHERING", 1.0)
     session_id = await open_session(store)
     store.touches.clear()
     async with instance(store, relay=mailbox) as one:

@@ -9,11 +9,12 @@ import mcp_types as types
 import pytest
 
 from mcp_session_store import session_key
+from mcp_session_store.adapter.relay import logged
 from mcp_session_store.adapter.streams import beginning, followers, standalone
 from mcp_session_store.errors import StoreUnavailable
 from mcp_session_store.event_log import STANDALONE_WAIT
 from mcp_session_store.mailbox import MessageKind
-from tests.support.asgi import until
+from tests.support.asgi import PATIENCE, until
 from tests.support.asking import roots
 from tests.support.faulty_stores import FaultyLog
 from tests.support.instances import Notes, instance
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 TEXTS = [str(n) for n in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def _former_holders_have_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a stream wait for its former holder for as long as a test does."""
+    for module in (beginning, logged):
+        monkeypatch.setattr(module, "HAND_OVER_WITHIN", PATIENCE)
 
 
 @pytest.fixture
@@ -230,8 +238,9 @@ async def test_a_client_that_resumes_elsewhere_ends_the_stream_that_it_had(
 
 
 async def test_clients_that_take_it_from_each_other_on_two_instances_are_refused_for_a_while(
-    client: Client, there: Client, call: Call
+    monkeypatch: pytest.MonkeyPatch, client: Client, there: Client, call: Call
 ) -> None:
+    monkeypatch.setattr(standalone, "TAKEN_WITHIN", 60.0)
     streams = [await opened(client)]
     statuses = []
     for turn in range(standalone.TAKEN_AT_MOST + 2):

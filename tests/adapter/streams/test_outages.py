@@ -547,7 +547,7 @@ async def test_the_answer_of_a_call_whose_client_was_given_no_id_is_not_kept(
 async def test_of_many_large_answers_few_are_on_their_way_and_one_that_waits_survives_a_stop(
     store: FaultyStore, log: FaultyLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcp_session_store.adapter.stopping.SHUTDOWN_TIMEOUT", 0.1)
+    monkeypatch.setattr("mcp_session_store.adapter.stopping.SHUTDOWN_TIMEOUT", 2.0)
     talking = Talking()
     async with instance(store, talking.notes, events=log) as one:
         clients = [one.client() for _ in range(LARGE_AT_ONCE + 1)]
