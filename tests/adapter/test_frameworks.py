@@ -391,7 +391,7 @@ async def test_two_apps_of_one_server_keep_their_sessions_apart() -> None:
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=180)
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=150)
 
 
 def test_fastmcp_is_not_imported_unless_used() -> None:

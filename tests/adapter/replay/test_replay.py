@@ -110,7 +110,7 @@ if worker:
     os.waitpid(worker, 0)
 print(next_request_id(), flush=True)
 """
-    finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=150)
     first, second = finished.stdout.split()
     assert first != second
 
