@@ -56,7 +56,8 @@ class TestMailboxContract(SqlMailboxConformance):
 @asynccontextmanager
 async def stores_at(url: str, count: int) -> AsyncIterator[list[SqlSessionStore]]:
     """So many stores, each with connections of its own, that no call has opened yet."""
-    stores = [SqlSessionStore(url) for _ in range(count)]
+    # Very many calls at once share the few server connections.
+    stores = [SqlSessionStore(url, timeout=60) for _ in range(count)]
     try:
         yield stores
         for store in stores:
