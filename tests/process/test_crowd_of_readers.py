@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import anyio
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
-CROWD = 200
+CROWD = 100
 """Requests that come at once."""
 MANY, SIZE = 6000, 2000
 """Events of the long stream, and bytes of each: a dozen pages."""
 BEAT = 0.01
 """Seconds between two pings of a client whose requests need no database; a page takes as long."""
-AT_MOST = 100
+AT_MOST = 30
 """Pings for which another client waits; on a busy machine they take longer, as all does."""
 
 
@@ -57,8 +58,8 @@ async def _long_stream(url: str, client: RawClient, server: ServerProcess) -> st
     return ids.write(name, cursor.sequence, 0, 1000)
 
 
-async def _come_back(server: ServerProcess, client: RawClient, last_event_id: str, answered: list[None]) -> None:
-    """Resume a stream, note that the first of it has come, and read what follows without a look at it."""
+async def _come_back(server: ServerProcess, client: RawClient, last_event_id: str, answered: list[int]) -> None:
+    """Resume a stream, note the bytes of what comes first, and read what follows without a look at it."""
     async with await anyio.connect_tcp("127.0.0.1", server.port) as connection:
         await connection.send(
             f"GET /mcp HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nAccept: text/event-stream\r\n"
@@ -66,9 +67,10 @@ async def _come_back(server: ServerProcess, client: RawClient, last_event_id: st
             f"Last-Event-ID: {last_event_id}\r\nConnection: close\r\n\r\n".encode()
         )
         received = 0
-        while received < SIZE:  # the headers come before the first page, and for all of the crowd soon
-            received += len(await connection.receive())
-        answered.append(None)
+        with contextlib.suppress(anyio.EndOfStream):  # where its turn did not come in time
+            while received < SIZE:  # the headers come before the first page, and for all of the crowd soon
+                received += len(await connection.receive())
+        answered.append(received)
         async for _ in connection:
             pass
 
@@ -109,7 +111,7 @@ async def test_a_client_that_comes_back_very_often_at_once_holds_up_no_other(
 
         async with ear.get_stream() as stream:
             await stream.next_event()
-            answered: list[None] = []
+            answered: list[int] = []
             async with anyio.create_task_group() as crowd:
                 crowd.start_soon(beat, heart)
                 for _ in range(CROWD):
@@ -121,6 +123,7 @@ async def test_a_client_that_comes_back_very_often_at_once_holds_up_no_other(
                         await resume()
                         await hear(stream, number)
                     assert beats - began < AT_MOST
-                    assert number or len(answered) - before < CROWD / 2
+                    served = sum(received >= SIZE for received in answered[before:])
+                    assert number or served < CROWD / 2
                 await until(lambda: len(answered) == CROWD, "all of the crowd are answered")
                 crowd.cancel_scope.cancel()
