@@ -119,9 +119,7 @@ async def test_sqlite_joins_whichever_way_transactions_begin(sqlite_url: str, be
         if begins == "never":
             with pytest.raises(ConfigurationError, match="BEGIN IMMEDIATE"):
                 migrations.upgrade(connection)
-            engine.dispose()
-            return
-        for ends in (connection.rollback, connection.commit):
+        for ends in () if begins == "never" else (connection.rollback, connection.commit):
             if begins == "by_hand":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             migrations.upgrade(connection)
