@@ -9,9 +9,10 @@ import pytest
 
 from mcp_session_store import RetentionPolicy
 from mcp_session_store.adapter.sessions import lookup as lookup_module
+from tests.support.asgi import until
 from tests.support.asking import Asking, roots, text_of
 from tests.support.instances import instance, principal
-from tests.support.internals import report_activity, unreported_in
+from tests.support.internals import outbox_is_empty, report_activity, unreported_in
 
 if TYPE_CHECKING:
     from tests.support.asgi import Client
@@ -23,6 +24,13 @@ pytestmark = pytest.mark.anyio
 ALICE = principal("app", subject="alice")
 LATE = 2**30
 """Id of a question to which any answer is too late."""
+LONG = 20.0
+"""Seconds for which a check holds where a busy machine must not end it."""
+
+
+@pytest.fixture
+def _holds_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup_module, "HOLDS_FOR", LONG)
 
 
 async def used_elsewhere(one: Instance, other: Instance, **of_client: Any) -> Client:
@@ -38,12 +46,13 @@ async def answered(client: Client) -> int:
     return (await client.respond(LATE, roots("late"))).status
 
 
+@pytest.mark.usefixtures("_holds_long")
 async def test_of_answers_that_follow_each_other_closely_one_asks_whose_session_it_is(
     store: FaultyStore, other_store: FaultyStore, mailbox: FaultyMailbox, clock: Clock
 ) -> None:
     async with (
         instance(store, Asking(), relay=mailbox) as one,
-        instance(other_store, relay=mailbox) as other,
+        instance(other_store, relay=mailbox, end_within=LONG) as other,
     ):
         client = await used_elsewhere(one, other)
         call = one.client(client.session_id).open_call("ask")
@@ -58,7 +67,7 @@ async def test_of_answers_that_follow_each_other_closely_one_asks_whose_session_
         assert other_store.calls == []
         # Each is an activity all the same.
         assert len(unreported_in(other.manager)) == 1
-        clock.advance(timedelta(seconds=1.1))
+        clock.advance(timedelta(seconds=LONG))
         assert await answered(client) == 202
         assert await answered(client) == 202
         assert other_store.calls == ["load"]
@@ -111,29 +120,29 @@ async def test_after_a_delete_elsewhere_answers_are_refused_within_the_time_that
         assert await answered(client) == 404
 
 
+@pytest.mark.usefixtures("_holds_long")
 async def test_an_answer_to_a_session_that_has_expired_is_refused_at_once(
-    store: FaultyStore, mailbox: FaultyMailbox, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    store: FaultyStore, mailbox: FaultyMailbox, clock: Clock
 ) -> None:
-    monkeypatch.setattr(lookup_module, "HOLDS_FOR", 1000.0)
-    store.retention = RetentionPolicy(idle=None, absolute=timedelta(seconds=20))
+    store.retention = RetentionPolicy(idle=None, absolute=timedelta(seconds=LONG / 2))
     async with (
         instance(store, relay=mailbox) as one,
-        instance(store, relay=mailbox, end_within=1000.0) as other,
+        instance(store, relay=mailbox, end_within=LONG) as other,
     ):
         client = await used_elsewhere(one, other)
         assert await answered(client) == 202
-        clock.advance(timedelta(seconds=20))
+        clock.advance(timedelta(seconds=LONG / 2))
         assert await answered(client) == 404
 
 
+@pytest.mark.usefixtures("_holds_long")
 async def test_of_too_many_sessions_the_first_are_looked_up_again(
     store: FaultyStore, other_store: FaultyStore, mailbox: FaultyMailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup_module, "MAX_CHECKED", 2)
-    monkeypatch.setattr(lookup_module, "HOLDS_FOR", 1000.0)
     async with (
         instance(store, relay=mailbox) as one,
-        instance(other_store, relay=mailbox, end_within=1000.0) as other,
+        instance(other_store, relay=mailbox, end_within=LONG) as other,
     ):
         clients = [await used_elsewhere(one, other) for _ in range(3)]
         for client in clients:
@@ -142,3 +151,26 @@ async def test_of_too_many_sessions_the_first_are_looked_up_again(
         for client in (clients[2], clients[1], clients[0]):
             assert await answered(client) == 202
         assert other_store.calls == ["load"]
+
+
+@pytest.mark.usefixtures("_holds_long")
+async def test_in_an_outage_a_session_that_was_found_a_moment_ago_has_its_answers_refused_and_not_kept(
+    store: FaultyStore, other_store: FaultyStore, mailbox: FaultyMailbox, other_mailbox: FaultyMailbox
+) -> None:
+    async with (
+        instance(store, relay=mailbox) as one,
+        instance(other_store, relay=other_mailbox, end_within=LONG, outage_patience=0.5) as other,
+    ):
+        client = await used_elsewhere(one, other)
+        assert await answered(client) == 202
+        await until(lambda: outbox_is_empty(other.manager))
+        posted = len(other_mailbox.posted)
+        other_store.calls.clear()
+        other_store.down()
+        other_mailbox.down()
+        assert await answered(client) == 503
+        assert other_store.calls == []
+        other_store.up()
+        other_mailbox.up()
+        await until(lambda: outbox_is_empty(other.manager))
+        assert len(other_mailbox.posted) == posted
