@@ -31,9 +31,11 @@ from mcp_session_store.testing.factories import new_presence
 from mcp_session_store.testing.mailbox.suite import run_instances
 from tests.support.databases import engine_of, execute, settled, sql_store
 from tests.support.internals import database_of, idle_connections_of, trim_waiting
-from tests.support.plans import plan_of, statements_of
+from tests.support.plans import loops_of, plan_of, statements_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mcp_session_store.sql import SqlSessionStore
 
 pytestmark = pytest.mark.anyio
@@ -297,6 +299,26 @@ async def test_no_statement_reads_the_whole_table(database_url: str) -> None:
             assert "Seq Scan on mcp_session" not in plan.replace(FEW, ""), shown
             assert not re.search(r"SCAN mcp_session", plan.replace(FEW, "")), shown
             assert "mcp_session" in plan or statement.startswith("INSERT"), shown
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+async def test_no_statement_reads_a_batch_again_for_each_row(sqlite_url: str, known: bool) -> None:
+    # The time would grow with the square of the batch, while all others that write wait.
+    async with sql_store(sqlite_url, retention=RetentionPolicy(idle=timedelta(days=1))) as store:
+        seen: dict[str, Sequence[Any]] = {}
+        if known:
+            await fill(store)
+            await fill_mailbox(store)
+            seen |= await statements_of(store, use_everything)
+            seen |= await statements_of(store, use_mailbox)
+        seen |= await statements_of(store, use_one)
+        batches = 0
+        for statement, parameters in seen.items():
+            for loops in await loops_of(store, statement, parameters):
+                batches += "VIRTUAL TABLE" in loops[0]
+                shown = f"{statement}\n\n{loops}"
+                assert not any("VIRTUAL TABLE" in inner for inner in loops[1:]), shown
+        assert batches > 20
 
 
 async def test_no_statement_reads_the_messages_of_all_instances(database_url: str) -> None:

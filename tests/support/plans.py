@@ -39,6 +39,17 @@ async def plan_of(store: SqlSessionStore, statement: str, parameters: Sequence[A
         return "\n".join(plan)
 
 
+async def loops_of(store: SqlSessionStore, statement: str, parameters: Sequence[Any]) -> list[list[str]]:
+    """Return the loops of a statement on SQLite: of each query of it those that are nested, the outermost first."""
+    async with engine_of(store).connect() as connection:
+        rows = await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", tuple(parameters))
+        nested: dict[int, list[str]] = {}
+        for row in rows:
+            if row.detail.startswith(("SCAN", "SEARCH")):
+                nested.setdefault(row.parent, []).append(row.detail)
+        return list(nested.values())
+
+
 async def statements_of(
     store: SqlSessionStore, use: Callable[[SqlSessionStore], Awaitable[None]]
 ) -> dict[str, Sequence[Any]]:

@@ -63,15 +63,19 @@ class Batch(ABC):
 
     @abstractmethod
     def in_batch(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        """Return the condition that a column has one of the values of the batch's column of the same name.
-
-        It also stands beside a join with the batch, because a planner that has no statistics of the table takes an
-        index for this condition, and reads all of the table for the join alone.
-        """
+        """Return the condition that a column has one of the values of the batch's column of the same name."""
 
     @abstractmethod
-    def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        """Return the condition of a join on the column of the same name, which makes the join read the batch first."""
+    def joined_on(self, column: sa.Column[Any], rows: sa.FromClause | None = None) -> sa.ColumnElement[bool]:
+        """Return the condition of a join of a table with the batch, on their columns of the same name.
+
+        It makes the planner read the batch, and find each of its rows by an index of the table, which otherwise
+        depends on statistics.
+
+        Args:
+            column: Column of the table.
+            rows: Rows of the batch, where they were selected from it; all of them unless given.
+        """
 
     @abstractmethod
     def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:

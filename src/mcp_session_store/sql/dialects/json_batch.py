@@ -53,9 +53,10 @@ class JsonBatch(Batch):
         return column.in_(sa.select(self.rows.c[column.name]))
 
     @override
-    def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
+    def joined_on(self, column: sa.Column[Any], rows: sa.FromClause | None = None) -> sa.ColumnElement[bool]:
         # With `in_batch` beside it SQLite reads the table first, and all of the batch for each row of the table.
-        condition: sa.ColumnElement[bool] = column == self.c[column.name]
+        columns = self.c if rows is None else rows.c
+        condition: sa.ColumnElement[bool] = column == columns[column.name]
         return condition
 
     @override

@@ -83,8 +83,9 @@ class _ArrayBatch(Batch):
         return column == sa.any_(sa.cast(array, array.type))
 
     @override
-    def joined_on(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:
-        return sa.and_(column == self.c[column.name], self.in_batch(column))
+    def joined_on(self, column: sa.Column[Any], rows: sa.FromClause | None = None) -> sa.ColumnElement[bool]:
+        columns = self.c if rows is None else rows.c
+        return sa.and_(column == columns[column.name], self.in_batch(column))
 
     @override
     def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:

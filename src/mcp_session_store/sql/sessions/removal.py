@@ -60,7 +60,7 @@ class SessionRemoval:
             notify(
                 dialect,
                 sa.update(sessions)
-                .where(sessions.c.key == ending.c.key, self._ends.in_batch(sessions.c.key))
+                .where(self._ends.joined_on(sessions.c.key, ending))
                 .values(ended(ending.c.reason) | {"changed_at": now})
                 .returning(sessions.c.key, sessions.c.revision),
             )
@@ -69,8 +69,7 @@ class SessionRemoval:
             sa.select(sessions.c.key).join(
                 self._ends.rows,
                 sa.and_(
-                    sessions.c.key == self._ends.c.key,
-                    self._ends.in_batch(sessions.c.key),
+                    self._ends.joined_on(sessions.c.key),
                     Unindexed(sessions.c.namespace) == name,
                     sessions.c.end_reason == self._ends.c.reason,
                 ),

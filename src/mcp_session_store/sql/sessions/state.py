@@ -82,7 +82,7 @@ class StateChanges:
         replacing = self._replaced.c
         replace = (
             sa.update(state)
-            .where(state.c.key == replacing.key, self._replaced.in_batch(state.c.key), state.c.name == replacing.name)
+            .where(self._replaced.joined_on(state.c.key), state.c.name == replacing.name)
             .values(
                 version=replacing.version,
                 bytes=replacing.bytes,
@@ -97,7 +97,7 @@ class StateChanges:
         totals = self._totals.c
         count = (
             sa.update(sessions)
-            .where(sessions.c.key == totals.key, self._totals.in_batch(sessions.c.key))
+            .where(self._totals.joined_on(sessions.c.key))
             .values(state_values=totals.state_values, state_bytes=totals.state_bytes)
         )
         if dialect.changes_in_with:

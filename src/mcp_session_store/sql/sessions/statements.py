@@ -200,7 +200,7 @@ class SessionStatements:
         claimed = self.claims.matching(lambda claimed: locked(table, claimed.key, self._live(now))).cte("locked")
         return (
             sa.update(table)
-            .where(table.c.key == claimed.c.key, self.claims.in_batch(table.c.key))
+            .where(self.claims.joined_on(table.c.key, claimed))
             .values(
                 instance_hint=claimed.c.instance,
                 restores=self._counted(claimed),
@@ -245,7 +245,7 @@ class SessionStatements:
         seen = sa.case(((touched.c.used == 1) & (table.c.last_seen_at < last), last), else_=table.c.last_seen_at)
         return (
             sa.update(table)
-            .where(table.c.key == touched.c.key, self.touches.in_batch(table.c.key))
+            .where(self.touches.joined_on(table.c.key, touched))
             .values(
                 # Both stay as they are where the activity is no claim, whose instance is NULL.
                 instance_hint=sa.func.coalesce(touched.c.instance, table.c.instance_hint),

@@ -53,12 +53,12 @@ class StateReads:
         self._named = dialect.batch("asked", {"key": sa.Uuid(), "name": sa.Text()})
         named = self._named
         # One value after the other, because each is found by the table's primary key.
-        found = (state.c.key == named.c.key, state.c.name == named.c.name, not_over)
+        found = (named.joined_on(state.c.key), state.c.name == named.c.name, not_over)
         self._read_named = dialect.precompiled(
             sa.select(named.c.key, *columns).select_from(
-                named.rows.join(
-                    sessions, sa.and_(sessions.c.key == named.c.key, named.in_batch(sessions.c.key), is_live)
-                ).outerjoin(state, sa.and_(*found, named.in_batch(state.c.key)))
+                named.rows.join(sessions, sa.and_(named.joined_on(sessions.c.key), is_live)).outerjoin(
+                    state, sa.and_(*found)
+                )
             )
         )
         self._whole = dialect.batch("whole", {"key": sa.Uuid()})

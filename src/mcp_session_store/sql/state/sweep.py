@@ -77,7 +77,7 @@ class StateSweep:
         less = self._less.c
         self._count = dialect.precompiled(
             sa.update(sessions)
-            .where(sessions.c.key == less.key, self._less.in_batch(sessions.c.key))
+            .where(self._less.joined_on(sessions.c.key))
             .values(
                 state_values=sessions.c.state_values - less["values"], state_bytes=sessions.c.state_bytes - less.bytes
             )

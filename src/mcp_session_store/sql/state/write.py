@@ -113,7 +113,7 @@ class StateWrites:
             notify(
                 dialect,
                 sa.update(sessions)
-                .where(sessions.c.key == raised.key, self._raised.in_batch(sessions.c.key))
+                .where(self._raised.joined_on(sessions.c.key))
                 .values(revision=sessions.c.revision + raised.by, changed_at=now)
                 .returning(sessions.c.key),
             )
