@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 CLIENTS: Final = 16
 """Number of requests at once where rates are measured, and of operations that precede the measured ones."""
 
+SETTLED: Final = 0.2
+"""Seconds after the operations that precede the measured ones, within which each server has done what it does once."""
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -233,8 +236,8 @@ async def _sessions_of_another_process(contender: Contender, mode: Mode, count: 
 async def _in_turn(perform: Perform, count: int) -> None:
     for number in range(count):
         await perform(number)
-    # What the last one left to do, such as a report of activity.
-    await asyncio.sleep(0)
+    # What the last one left to do, such as a report of activity, which leaves within 0.1 s.
+    await asyncio.sleep(SETTLED)
 
 
 TOOL_CALL: Final = Operation("tools/call", "call", _tool_calls)

@@ -70,7 +70,7 @@ def test_a_step_is_large_enough_for_its_fixed_cost() -> None:
     # As on SQLite with busy threads beside its own.
     pace = SweepPace(SWEEP_LIMIT, least=LEAST_SWEEP)
     assert set(limits(pace, fixed=1.0, each=0.0, lag=0.0, holds_up=True)) == {LEAST_SWEEP}
-    assert limits(pace, fixed=0.0005, each=0.00002, lag=1.0, holds_up=True)[-1] == SWEEP_LIMIT
+    assert limits(pace, fixed=0.0002, each=0.000008, lag=1.0, holds_up=True)[-1] == SWEEP_LIMIT
 
 
 def test_a_step_stays_within_its_bounds() -> None:

@@ -46,7 +46,7 @@ Later ends are no changes, so that a sweep of very many sessions floods no insta
 ANONYMOUS_SESSIONS: Final = 1_000_000
 """Most stored sessions without a principal by default: those of a day at a dozen a second."""
 
-SWEEP_STEP_TIME: Final = 0.005
+SWEEP_STEP_TIME: Final = 0.002
 """Seconds for which a step of a sweep may hold up other writers, more or less."""
 
 FIRST_STEP_HALVINGS: Final = 3

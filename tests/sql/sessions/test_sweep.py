@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
 
-from mcp_session_store.retention import SweepReport
+from mcp_session_store.retention import EventPolicy, SweepReport
 from mcp_session_store.sql import SqlEventLog, SqlStateStore
 from mcp_session_store.sql.dialects.functions import StoreClock
 from mcp_session_store.sql.events import trim
-from mcp_session_store.sql.schema.tables import logs_table, sessions_table
+from mcp_session_store.sql.schema.tables import events_table, logs_table, sessions_table
 from mcp_session_store.sql.sessions import sweep
 from mcp_session_store.sql.state import sweep as state_sweep
 from mcp_session_store.testing import new_event, new_session, new_state
@@ -126,5 +128,30 @@ async def test_a_change_is_one_call_of_the_thread_of_sqlite(sqlite_url: str, mon
         sa.event.remove(engine_of(store).sync_engine, "before_cursor_execute", remember)
         # Looks for work of any kind; looks at the expired sessions and at their events; ends them.
         assert runs == [False, False, True]
-        assert others == []
+        assert others == ["PRAGMA wal_checkpoint(PASSIVE)"]
         await settled(store, log)
+
+
+@pytest.mark.parametrize("what", ["sessions", "events"])
+async def test_a_sweep_leaves_no_commit_a_full_write_ahead_log(sqlite_url: str, what: str) -> None:
+    # A commit that finds 1,000 pages there brings them into the file before others may write.
+    policy = EventPolicy(max_age=timedelta(hours=1))
+    async with sql_store(sqlite_url) as store, SqlEventLog(store, policy=policy) as log:
+        for _ in range(30):
+            sessions = [new_session() for _ in range(50)]
+            await asyncio.gather(*map(store.create, sessions))
+            if what == "events":
+                await asyncio.gather(*(log.append(one.key, [new_event(n) for n in range(3)]) for one in sessions))
+        if what == "sessions":
+            await expire_all(store)
+        else:
+            long_ago = StoreClock(-DAY)
+            await execute(store, sa.update(events_table()).values(created_at=long_ago))
+            await execute(store, sa.update(logs_table()).values(oldest_at=long_ago))
+        await execute(store, "PRAGMA wal_checkpoint(TRUNCATE)")
+        swept = 0
+        while (step := await (store if what == "sessions" else log).sweep(limit=25)).more:
+            swept += step.expired if isinstance(step, SweepReport) else step.removed
+        assert swept > 1000
+        written = Path(f"{sa.make_url(sqlite_url).database}-wal").stat().st_size
+        assert 0 < written < 900 * 4096

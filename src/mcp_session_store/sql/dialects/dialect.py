@@ -67,15 +67,7 @@ class Batch(ABC):
 
     @abstractmethod
     def joined_on(self, column: sa.Column[Any], rows: sa.FromClause | None = None) -> sa.ColumnElement[bool]:
-        """Return the condition of a join of a table with the batch, on their columns of the same name.
-
-        It makes the planner read the batch, and find each of its rows by an index of the table, which otherwise
-        depends on statistics.
-
-        Args:
-            column: Column of the table.
-            rows: Rows of the batch, where they were selected from it; all of them unless given.
-        """
+        """Return the condition of a join with the batch, or with rows of it, by which the batch is read first."""
 
     @abstractmethod
     def matching(self, look_up: Callable[[ReadOnlyColumnCollection[str, Any]], sa.Select[Any]]) -> sa.Select[Any]:
@@ -360,6 +352,9 @@ class Dialect(ABC):
 
     async def leave_file(self, connection: AsyncConnection, file: OpenFile) -> None:  # noqa: B027
         """Leave a file that is no longer that of its name, see `OpenFile.leave`."""
+
+    async def checkpoint(self, connection: AsyncConnection) -> None:  # noqa: B027
+        """Bring what was committed into the database's file, where a commit does so else, while other writers wait."""
 
     @abstractmethod
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:

@@ -322,6 +322,11 @@ class Sqlite(FileLocks):
         return None
 
     @override
+    async def checkpoint(self, connection: AsyncConnection) -> None:
+        # PASSIVE waits for no other connection, and leaves what others still read.
+        await connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+
+    @override
     def in_autocommit(self, engine: AsyncEngine) -> AsyncEngine:
         return in_autocommit(engine)
 

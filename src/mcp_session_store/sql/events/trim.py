@@ -151,7 +151,11 @@ class EventTrimming:
         if self._due is None:
             return []
         found = (await attempt.connection.execute(self._due, {"limit": limit})).scalars()
-        return [key for value in found if (key := self._dialect.key(value)) is not None]
+        keys = [key for value in found if (key := self._dialect.key(value)) is not None]
+        if keys:
+            # Of the step before, so that no commit does it while others wait.
+            await self._dialect.checkpoint(attempt.connection)
+        return keys
 
     def exceeded(self, kept: int, kept_bytes: int) -> bool:
         """Return whether a log with so many events and bytes has to be trimmed."""

@@ -263,7 +263,11 @@ class Sweep:
 
         One statement for all, because most sweeps find nothing.
         """
-        return await self._dialect.run(attempt.connection, self._look(), writes=False)
+        due = await self._dialect.run(attempt.connection, self._look(), writes=False)
+        if any(due):
+            # Of the step before, so that no commit does it while others wait.
+            await self._dialect.checkpoint(attempt.connection)
+        return due
 
     def _look(self) -> Steps[Sequence[int]]:
         (row,) = yield self.statements.due, {}
