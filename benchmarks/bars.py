@@ -40,7 +40,7 @@ def picture() -> str:
     """Return the SVG."""
     data = rows()
     height = TOP + len(data) * (len(COLUMNS) * BAR + GAP) + 10
-    width = LEFT + int(1.55 * UNIT)
+    width = LEFT + int(1.75 * UNIT)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
         ' font-family="sans-serif" font-size="12">',
