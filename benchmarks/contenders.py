@@ -26,7 +26,7 @@ CLIENTS: Final = 16
 """Number of requests at once where rates are measured, and of operations that precede the measured ones."""
 
 SETTLED: Final = 0.2
-"""Seconds after the operations that precede the measured ones, within which each server has done what it does once."""
+"""Seconds after the operations that precede the measured ones, so that no report of theirs is measured."""
 
 
 @dataclass(frozen=True)

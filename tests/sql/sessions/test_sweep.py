@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import sqlite3
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -150,8 +153,21 @@ async def test_a_sweep_leaves_no_commit_a_full_write_ahead_log(sqlite_url: str, 
             await execute(store, sa.update(logs_table()).values(oldest_at=long_ago))
         await execute(store, "PRAGMA wal_checkpoint(TRUNCATE)")
         swept = 0
-        while (step := await (store if what == "sessions" else log).sweep(limit=25)).more:
+        sweep = partial(store.sweep, limit=25) if what == "sessions" else partial(log.sweep, limit=500)
+        while (step := await sweep()).more:
             swept += step.expired if isinstance(step, SweepReport) else step.removed
         assert swept > 1000
         written = Path(f"{sa.make_url(sqlite_url).database}-wal").stat().st_size
         assert 0 < written < 900 * 4096
+
+
+async def test_a_sweep_goes_on_where_the_write_ahead_log_cannot_be_brought_in(sqlite_url: str) -> None:
+    # With a shared cache SQLite refuses that while any other connection of the process reads.
+    file = sa.make_url(sqlite_url).database
+    async with sql_store(f"sqlite:///file:{file}?uri=true&cache=shared") as store:
+        await store.create(new_session())
+        await expire_all(store)
+        with contextlib.closing(sqlite3.connect(f"file:{file}?cache=shared", uri=True)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT name FROM sqlite_master").fetchall()
+            assert await store.sweep() == SweepReport(expired=1)

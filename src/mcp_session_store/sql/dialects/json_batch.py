@@ -39,14 +39,15 @@ class JsonBatch(Batch):
     def __init__(self, name: str, columns: Mapping[str, TypeEngine[Any]]) -> None:
         self._name = name
         each = sa.func.json_each(sa.bindparam(name, type_=sa.Text)).table_valued("value")
-        self.rows = sa.select(
-            *(
-                sa.type_coerce(sa.func.json_extract(each.c.value, sa.literal_column(f"'$[{position}]'")), type_).label(
-                    column
-                )
-                for position, (column, type_) in enumerate(columns.items())
+        values = [
+            sa.type_coerce(sa.func.json_extract(each.c.value, sa.literal_column(f"'$[{position}]'")), type_).label(
+                column
             )
-        ).subquery(name)
+            for position, (column, type_) in enumerate(columns.items())
+        ]
+        # With a limit, which is none here, SQLite reads the text once and before the table that it is joined with. Else
+        # it reads all of the table first where it has statistics from a time when that had few rows.
+        self.rows = sa.select(*values).limit(sa.literal_column("-1", sa.Integer)).subquery(name)
 
     @override
     def in_batch(self, column: sa.Column[Any]) -> sa.ColumnElement[bool]:

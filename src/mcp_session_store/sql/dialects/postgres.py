@@ -85,6 +85,8 @@ class _ArrayBatch(Batch):
     @override
     def joined_on(self, column: sa.Column[Any], rows: sa.FromClause | None = None) -> sa.ColumnElement[bool]:
         columns = self.c if rows is None else rows.c
+        # A planner that has no statistics of the table takes an index for the second condition, and reads all of the
+        # table for the first alone.
         return sa.and_(column == columns[column.name], self.in_batch(column))
 
     @override

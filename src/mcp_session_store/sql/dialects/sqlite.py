@@ -323,8 +323,10 @@ class Sqlite(FileLocks):
 
     @override
     async def checkpoint(self, connection: AsyncConnection) -> None:
-        # PASSIVE waits for no other connection, and leaves what others still read.
-        await connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+        # PASSIVE waits for no other connection, and leaves what others still read. A failure is ignored, as SQLite
+        # does after a commit; the next statement shows what is wrong.
+        with contextlib.suppress(OperationalError):
+            await connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
     @override
     def in_autocommit(self, engine: AsyncEngine) -> AsyncEngine:

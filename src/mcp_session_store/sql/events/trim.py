@@ -153,7 +153,7 @@ class EventTrimming:
         found = (await attempt.connection.execute(self._due, {"limit": limit})).scalars()
         keys = [key for value in found if (key := self._dialect.key(value)) is not None]
         if keys:
-            # Of the step before, so that no commit does it while others wait.
+            # Bring in what the step before has written, so that no commit has to while others wait.
             await self._dialect.checkpoint(attempt.connection)
         return keys
 

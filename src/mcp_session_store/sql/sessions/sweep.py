@@ -265,7 +265,7 @@ class Sweep:
         """
         due = await self._dialect.run(attempt.connection, self._look(), writes=False)
         if any(due):
-            # Of the step before, so that no commit does it while others wait.
+            # Bring in what the step before has written, so that no commit has to while others wait.
             await self._dialect.checkpoint(attempt.connection)
         return due
 
