@@ -21,6 +21,7 @@ from tests.support.servers import ROOT
         ("benchmarks --only storing --rounds 1 --scale 0.02", "| storing, sessions: 100, 4 KiB |"),
         ("benchmarks.events --only replay --rounds 1 --scale 0.02", "times mcp-persist, FULL"),
         ("benchmarks.trial --only on-sqlite --each 1 --clients 2 --kill-every 0", "| wait | 1 of 1 (0) |"),
+        ("benchmarks.floor --rounds 1 --scale 0.05", "| SQLite, only inserted |"),
         ("benchmarks --only sweeping --rounds 1 --scale 0.01", "(goal: at most 2"),
     ],
 )

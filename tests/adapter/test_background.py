@@ -13,7 +13,7 @@ from mcp_session_store import EndReason, StoreUnavailable, session_key, telemetr
 from mcp_session_store.adapter import background, clock
 from mcp_session_store.adapter.background import Pace, Wake, run_again, run_every
 from mcp_session_store.adapter.readiness import Readiness
-from mcp_session_store.retention import RetentionPolicy, SweepReport
+from mcp_session_store.retention import SWEEP_STEP_TIME, RetentionPolicy, SweepReport
 from tests.support.asgi import until
 from tests.support.instances import instance
 from tests.support.internals import rows_of, sweep_store
@@ -325,7 +325,7 @@ async def test_the_steps_of_a_sweep_shrink_and_grow_with_the_time_for_which_they
 
     async def sweep(*, limit: int) -> SweepReport:
         nonlocal now
-        each = 0.00008 if len(limits) < 2 else 0.001 if len(limits) < 5 else 0.00004
+        each = SWEEP_STEP_TIME * (0.016 if len(limits) < 2 else 0.2 if len(limits) < 5 else 0.008)
         limits.append(limit)
         # Not what the step took as a whole, waits for the database included.
         now += 1.0
