@@ -28,7 +28,7 @@ from mcp.server.streamable_http import EventStore
 from benchmarks.contenders import EVENTS, TOOL_CALL, Contender, make_server, ours, stock
 from benchmarks.drivers import Batches, insert_on_postgres, insert_on_sqlite
 from benchmarks.figures import in_random_order, table
-from benchmarks.serving import POSTGRES, SQLITE, STOCK, Databases, Row, Timings, compared, cpu_compared, time_operation
+from benchmarks.serving import SQLITE, STOCK, Databases, Row, Timings, compared, cpu_compared, time_operation
 from mcp_session_store.sql.schema import migrate
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ async def run(postgres: str | None, rounds: int, scale: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("postgres", nargs="?", help=f"URL of a database on {POSTGRES} that may be migrated and filled")
+    parser.add_argument("postgres", nargs="?", help="URL of a Postgres database that may be migrated and filled")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--scale", type=float, default=1.0, help="factor for the number of calls in a round")
     arguments = parser.parse_args()

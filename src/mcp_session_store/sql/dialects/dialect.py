@@ -354,7 +354,7 @@ class Dialect(ABC):
         """Leave a file that is no longer that of its name, see `OpenFile.leave`."""
 
     async def checkpoint(self, connection: AsyncConnection) -> None:  # noqa: B027
-        """Bring what was committed into the database's file, outside of a transaction, if a commit would do so else."""
+        """Bring what was committed into the database's file, outside of a transaction, if otherwise a commit would."""
 
     @abstractmethod
     def on_connect(self, connection: DBAPIConnection, url: URL) -> None:
